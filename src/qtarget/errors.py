@@ -1,0 +1,65 @@
+"""Errors a user can act on: each names the field, the value and the mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class ConfigError(ValueError):
+    """One or several faults in what the user asked for, shown together.
+
+    Args:
+        faults: sentences, each naming a field, its value and the mend.
+    """
+
+    def __init__(self, faults: str | Sequence[str]):
+        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        super().__init__("\n".join(self.faults))
+
+
+def unknown(field: str, got: object, valid: Iterable[str]) -> ConfigError:
+    """The error for a name that is not on a list: offers the nearest one and the whole list."""
+    valid = sorted(valid)
+    near = difflib.get_close_matches(str(got), valid, n=1, cutoff=0.5)
+    mend = f"did you mean {near[0]!r}? " if near else ""
+    return ConfigError(f"{field} is {got!r}; {mend}valid: {', '.join(valid)}")
+
+
+def check_range(
+    field: str,
+    value: object,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float:
+    """Return ``value`` as a float, or raise with the range it must lie in."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise ConfigError(f"{field} is {value!r}; use a number")
+    too_low = low is not None and (value <= low if open_low else value < low)
+    too_high = high is not None and (value >= high if open_high else value > high)
+    if too_low or too_high:
+        left = "any number" if low is None else f"{'above' if open_low else 'from'} {low:g}"
+        right = "" if high is None else f" {'below' if open_high else 'to'} {high:g}"
+        raise ConfigError(f"{field} is {value!r}; use a number {left}{right}".replace("number any number", "number"))
+    return float(value)
+
+
+class NonFiniteLogits(ConfigError):
+    """NaN or infinite logits at a supervised token.
+
+    Args:
+        what: whose logits. token: number of the supervised token. tokens: the batch's ``Tokens``.
+    """
+
+    def __init__(self, what: str, token: int, tokens):
+        place = token if tokens.index is None else int(tokens.index[token])
+        self.what = what
+        self.row, self.position = divmod(place, tokens.shape[-1]) if len(tokens.shape) > 1 else (place, None)
+        where = f"row {self.row}" + ("" if self.position is None else f", position {self.position}")
+        super().__init__(
+            f"{what} are NaN or infinite at {where}; lower the learning rate, check the data of that row, "
+            "or train in float32 or bfloat16 instead of float16"
+        )

@@ -1,0 +1,462 @@
+"""The mathematics of one block of rows: logits in, weights, statistics and gradient out, in place.
+
+Written for memory traffic: a block of rows stays in cache while some twenty elementwise passes run over it. The
+formulas are those of ``losses/reference.py``, against which every line here is tested.
+
+Shape suffixes: r rows of the block, v vocabulary, k kept ids of a top-k distribution.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qtarget.errors import ConfigError
+from qtarget.losses.output import simplex_tolerance
+from qtarget.targets import Target, TokenStats
+from qtarget.targets.residual import Pool
+
+
+@dataclass
+class KeptRows:
+    """Rows of a top-k distribution: ids [r, k], log-probabilities [r, k], log of the tail's mass [r], tail's shape."""
+
+    ids: Tensor
+    logprobs: Tensor
+    log_tail: Tensor
+    tail: str
+
+    def __getitem__(self, rows: slice) -> KeptRows:
+        return KeptRows(self.ids[rows], self.logprobs[rows], self.log_tail[rows], self.tail)
+
+
+@dataclass
+class Rows:
+    """One block: logits [r, v] (overwritten by the gradient), other models' logits or kept rows, labels, columns."""
+
+    z: Tensor
+    others: dict[str, Tensor | KeptRows]
+    labels: Tensor
+    columns: dict[str, Tensor]
+
+
+class Scratch:
+    """Buffers of one block's size, made once a call and handed out by name."""
+
+    def __init__(self, like: Tensor):
+        self._like = like
+        self._buffers: dict[str, Tensor] = {}
+
+    def get(self, name: str, rows: int, width: int) -> Tensor:
+        flat = self._buffers.get(name)
+        if flat is None or flat.numel() < rows * width:
+            flat = self._buffers[name] = self._like.new_empty(rows * width)
+        return flat[: rows * width].view(rows, width)
+
+
+@dataclass
+class _Student:
+    """p up to a factor: ``scaled`` · inv[:, None] = p. Sums to 1 within one rounding, which softmax alone does not."""
+
+    scaled: Tensor
+    inv: Tensor
+    lse: Tensor
+    p_y: Tensor
+    rest_mass: Tensor
+    log_p_y: Tensor
+    entropy: Tensor
+    top: Tensor  # largest probability
+    is_top1: Tensor
+
+
+@dataclass
+class _Term:
+    """What one residual contributes: weight b, cross-entropy and divergence to p, and its pull X at each entry.
+
+    p − R = −pull · factor[:, None] on the covered entries, and p beyond them.
+    """
+
+    ce: Tensor
+    kl: Tensor
+    lse_shift: Tensor  # log-normaliser of the pooled logits minus the student's
+    log_mass: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RowMath:
+    """Computes blocks of rows for one target.
+
+    Args:
+        target: what to learn.
+        real: entries of the real vocabulary. covered: for each residual term, the entries it covers.
+        gradient: write the gradient over the logits. everything: also kl_q.
+        softcap: cap of the logits already applied, whose derivative the gradient must carry.
+    """
+
+    target: Target
+    real: int
+    covered: tuple[int, ...]
+    gradient: bool = True
+    everything: bool = False
+    softcap: float | None = None
+    scratch: Scratch = field(default=None)  # type: ignore[assignment]
+
+    def run(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """(published loss [r], statistics, whether the row has a gradient [r]); z holds the gradient afterwards."""
+        z, labels = rows.z, rows.labels
+        capped = None
+        if self.softcap is not None and self.gradient:
+            capped = self.scratch.get("capped", *z.shape)
+            torch.mul(z, 1 / self.softcap, out=capped).square_().neg_().add_(1)
+        student = self._student(z, labels)
+        masses = [self._offset_mass(pool, rows, student) for _, pool in self.target.residual_terms[:1]]
+        a, b, label_loss = self._weights(rows, student, masses)
+        statistics = self._label_statistics(student, a, b)
+        if not b:
+            loss = label_loss
+            self._student_gradient(z, labels, student, a, statistics)
+        else:
+            terms = self._pull(rows, student, a, b, statistics)
+            loss = label_loss + self._residual_value(student, terms, b)
+            statistics["ce_q"] = self._ce_q(student, terms, a, b)
+        if self.everything:
+            statistics["kl_q"] = self._kl_q(z, student, statistics)
+        if capped is not None:
+            z.mul_(capped)
+        active = a != 0
+        for weight in b:
+            active = active | (weight != 0)
+        return loss, statistics, active
+
+    # -- the student ---------------------------------------------------------------------------------------------
+
+    def _student(self, z: Tensor, labels: Tensor) -> _Student:
+        y = labels[:, None]
+        p = torch.softmax(z, -1, out=self.scratch.get("p", *z.shape))
+        top, at_top = p.max(-1, keepdim=True)
+        p_y = p.gather(1, y)
+        p.scatter_(1, y, 0.0)  # summed without the label, so that 1 − p_y keeps its digits where p_y is near 1
+        rest = p.sum(-1, keepdim=True)
+        p.scatter_(1, y, p_y)
+        total = rest + p_y
+        lse = z.gather(1, at_top) - (top / total).log()
+        rest_mass = rest / total
+        z_y = z.gather(1, y)
+        log_p_y = torch.where(rest_mass < 0.5, torch.log1p(-rest_mass.clamp(max=0.5)), z_y - lse)
+        inv = 1 / total
+        entropy = lse.squeeze(1) - inv.squeeze(1) * torch.linalg.vecdot(p, z)
+        return _Student(
+            scaled=p,
+            inv=inv.squeeze(1),
+            lse=lse.squeeze(1),
+            p_y=(p_y / total).squeeze(1),
+            rest_mass=rest_mass.squeeze(1),
+            log_p_y=log_p_y.squeeze(1),
+            entropy=entropy,
+            top=(top / total).squeeze(1),
+            is_top1=(p_y >= top).squeeze(1),
+        )
+
+    def _weights(self, rows: Rows, student: _Student, masses: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
+        needs = self.target.needs
+        values = {"log_p_y": student.log_p_y, "rest_mass": student.rest_mass, "entropy": student.entropy}
+        values.update(rows.columns)
+        if masses:
+            values["offset_mass"] = masses[0]
+        for name in ("teacher", "reference"):
+            if f"{name}_log_p_y" in needs:
+                values[f"{name}_log_p_y"] = self._other_log_p_y(rows, student, name)
+
+        def top_k_entropy(k: int) -> Tensor:
+            if k > rows.z.shape[-1]:
+                raise ConfigError(f"top_k is {k}, but the vocabulary has {rows.z.shape[-1]} tokens; use a smaller top_k")
+            log_top = rows.z.topk(k, dim=-1, sorted=False).values.log_softmax(-1)
+            return -(log_top.exp() * log_top).sum(-1)
+
+        stats = TokenStats(values, top_k_entropy, needs)
+        a, b = self.target.weights(stats)
+        return a, b, self.target.label_loss(stats)
+
+    def _other_log_p_y(self, rows: Rows, student: _Student, name: str) -> Tensor:
+        logits = self._dense(rows, student, name, self.scratch.get("dense", *rows.z.shape))
+        covered = min(self.real, logits.shape[-1])
+        return logits[:, :covered].log_softmax(-1).gather(1, rows.labels[:, None]).squeeze(1)
+
+    # -- gradient where every residual is the student ------------------------------------------------------------
+
+    def _student_gradient(
+        self, z: Tensor, labels: Tensor, student: _Student, a: Tensor, statistics: dict[str, Tensor]
+    ) -> None:
+        """g = a (p − δ): nothing but one product, its update and its simplex check come for free."""
+        tolerance = simplex_tolerance(z.dtype == torch.float64)
+        lowest = student.p_y + a * student.rest_mass  # Q at the label
+        if bool((a > 1).any()):  # then Q_v = (1 − a) p_v elsewhere, lowest at the likeliest other token
+            others = student.scaled.scatter_(1, labels[:, None], 0.0).amax(-1) * student.inv
+            student.scaled.scatter_(1, labels[:, None], (student.p_y / student.inv)[:, None])
+            lowest = torch.minimum(lowest, (1 - a) * others)
+        statistics["off_simplex_fraction"] = (lowest < -tolerance).to(z.dtype)
+        statistics["update"] = a.abs() * student.rest_mass
+        statistics["ce_q"] = a * -student.log_p_y + (1 - a) * student.entropy
+        if self.gradient or self.everything:
+            torch.mul(student.scaled, (a * student.inv)[:, None], out=z)
+            z.scatter_(1, labels[:, None], (-a * student.rest_mass)[:, None])
+
+    # -- gradient with residuals of their own --------------------------------------------------------------------
+
+    def _pull(
+        self, rows: Rows, student: _Student, a: Tensor, b: list[Tensor], statistics: dict[str, Tensor]
+    ) -> list[_Term]:
+        """Write g = a (p − δ) + Σ b (p − R) over the logits, term by term."""
+        z, y = rows.z, rows.labels[:, None]
+        pools = [pool for _, pool in self.target.residual_terms]
+        g = z if len(pools) == 1 else self.scratch.get("g", *z.shape)
+        at_label = -a * student.rest_mass
+        terms = []
+        for j, (pool, weight) in enumerate(zip(pools, b, strict=True)):
+            add = self._add_kept if self._kept_source(pool, rows, student) else self._add_dense
+            start = (a * student.inv)[:, None] if j == 0 else None
+            term, label_pull = add(j, pool, rows, student, weight, g, start)
+            at_label = at_label + label_pull
+            terms.append(term)
+        if g is not z:
+            z.copy_(g)
+        z.scatter_(1, y, at_label[:, None])
+        self._gradient_statistics(z, student, a, b, statistics)
+        return terms
+
+    def _gradient_statistics(
+        self, g: Tensor, student: _Student, a: Tensor, b: list[Tensor], statistics: dict[str, Tensor]
+    ) -> None:
+        work = self.scratch.get("work", *g.shape)
+        statistics["update"] = torch.abs(g, out=work).sum(-1) / 2
+        # Non-negative weights that leave p a non-negative share give a non-negative Q: no need to look.
+        mass = sum(b[1:], b[0])
+        double = g.dtype == torch.float64
+        convex = (a >= 0) & (a + mass <= 1 + (1e-14 if double else 1e-7))
+        for weight in b:
+            convex = convex & (weight >= 0)
+        if bool(convex.all()):
+            statistics["off_simplex_fraction"] = torch.zeros_like(a)
+            return
+        torch.mul(student.scaled, student.inv[:, None], out=work).sub_(g)
+        statistics["off_simplex_fraction"] = (work.amin(-1) < -simplex_tolerance(double)).to(g.dtype)
+
+    def _add_dense(
+        self,
+        j: int,
+        pool: Pool,
+        rows: Rows,
+        student: _Student,
+        weight: Tensor,
+        g: Tensor,
+        start: Tensor | None,
+    ) -> tuple[_Term, Tensor]:
+        """Add b (p − R) to g for a residual given by dense logits. Returns the term and b (p − R) at the label.
+
+        p − R = −(p + R) tanh(d/2) with d = log R − log p: no cancellation where R is near p, no overflow where the two
+        are hundreds of nats apart.
+        """
+        z, covered = rows.z, self.covered[j]
+        n, width = z.shape
+        shift = self.scratch.get("shift", n, covered)  # pooled logits minus the student's
+        R = self.scratch.get("work", n, covered)
+        self._pool_shift(pool, rows, student, shift)
+        z_covered = z[:, :covered]
+        torch.add(z_covered, shift, out=R)
+        if pool.student == 0:  # the other models' logits themselves, not their difference to the student added back
+            self._pooled(pool, rows, student, R)
+        torch.softmax(R, -1, out=R)
+        top, at_top = R.max(-1, keepdim=True)
+        total = R.sum(-1, keepdim=True)
+        at_top_of_student = z_covered.gather(1, at_top) - student.lse[:, None]
+        lse_shift = shift.gather(1, at_top) + (at_top_of_student - (top / total).log())
+        inv = 1 / total.squeeze(1)
+        ce = student.lse - inv * torch.linalg.vecdot(R, z_covered)
+        kl = inv * torch.linalg.vecdot(R, shift) - lse_shift.squeeze(1)
+        torch.add(-0.5 * lse_shift, shift, alpha=0.5, out=shift)  # d/2
+        if bool(torch.isnan(kl).any()):  # an entry the pool rules out: 0 · (−inf)
+            kl = 2 * inv * torch.where(R > 0, R * shift, torch.zeros_like(R)).sum(-1)
+        p = student.scaled[:, :covered]
+        R.addcmul_(p, (student.inv * total.squeeze(1))[:, None])  # (p + R) · total
+        shift.tanh_().mul_(R)  # (R − p) · total
+        pull = -weight * inv
+        if start is not None:
+            torch.mul(student.scaled, start, out=g)
+        g[:, :covered].addcmul_(shift, pull[:, None])
+        if covered < width:
+            g[:, covered:].addcmul_(student.scaled[:, covered:], (weight * student.inv)[:, None])
+        at_label = pull * shift.gather(1, rows.labels[:, None]).squeeze(1)
+        return _Term(ce, kl, lse_shift.squeeze(1)), at_label
+
+    def _pool_shift(self, pool: Pool, rows: Rows, student: _Student, out: Tensor) -> None:
+        """Pooled logits minus the student's, formed from differences so that a near teacher loses no digits."""
+        z = rows.z[:, : out.shape[1]]
+        others = {name: c for name, c in pool.terms.items() if name != "student"}
+        excess = pool.student + sum(others.values()) - 1
+        written = False
+        for name, coefficient in others.items():
+            logits = self._dense(rows, student, name, self.scratch.get(f"dense_{name}", *rows.z.shape))
+            logits = logits[:, : out.shape[1]]
+            if not written:
+                torch.sub(logits, z, out=out)
+                if coefficient != 1:
+                    out.mul_(coefficient)
+                written = True
+            else:
+                out.add_(logits, alpha=coefficient).sub_(z, alpha=coefficient)
+        if not written:
+            torch.mul(z, excess, out=out)
+        elif abs(excess) > 1e-12:
+            out.add_(z, alpha=excess)
+        if pool.offset_slope is not None:
+            out.add_(self._offset(pool, rows))
+
+    def _pooled(self, pool: Pool, rows: Rows, student: _Student, out: Tensor) -> None:
+        """Pooled logits of a pool without the student, exactly as its models give them."""
+        out.zero_()
+        for name, coefficient in pool.terms.items():
+            logits = self._dense(rows, student, name, self.scratch.get(f"dense_{name}", *rows.z.shape))
+            out.add_(logits[:, : out.shape[1]], alpha=coefficient)
+
+    def _dense(self, rows: Rows, student: _Student, name: str, buffer: Tensor) -> Tensor:
+        """A model's logits, or the dense log-probabilities of its kept rows with the tail filled in."""
+        other = rows.others[name]
+        if isinstance(other, Tensor):
+            return other
+        n, real = rows.z.shape[0], self.real
+        dense = buffer[:, :real]
+        if other.tail == "even":
+            outside = max(1, real - other.ids.shape[1])
+            dense.copy_((other.log_tail - math.log(outside))[:, None].expand(n, real))
+        else:
+            outside_lse = rows.z[:, :real].scatter(1, other.ids, float("-inf")).logsumexp(-1)
+            torch.add(rows.z[:, :real], (other.log_tail - outside_lse)[:, None], out=dense)
+        return dense.scatter_(1, other.ids, other.logprobs)
+
+    # -- a residual given by its k largest entries ---------------------------------------------------------------
+
+    def _kept_source(self, pool: Pool, rows: Rows, student: _Student) -> KeptRows | None:
+        """The kept rows, where the residual is ∝ p outside them and no dense row is needed."""
+        sources = [rows.others[name] for name in pool.requires]
+        if len(sources) != 1 or not isinstance(sources[0], KeptRows):
+            return None
+        (kept,) = sources
+        if kept.tail != "student" or not pool.keeps_student_shape:
+            return None
+        # Where the student leaves next to nothing outside the k, p has lost the tail's shape; logits have not.
+        if bool((self._mass_outside(kept, student) < 1e-30).any()):
+            return None
+        return kept
+
+    def _mass_outside(self, kept: KeptRows, student: _Student) -> Tensor:
+        """Σ p over the real vocabulary outside the kept ids, [r]."""
+        inside = student.scaled.gather(1, kept.ids)
+        student.scaled.scatter_(1, kept.ids, 0.0)
+        outside = student.scaled[:, : self.real].sum(-1) * student.inv
+        student.scaled.scatter_(1, kept.ids, inside)
+        return outside
+
+    def _add_kept(
+        self,
+        j: int,
+        pool: Pool,
+        rows: Rows,
+        student: _Student,
+        weight: Tensor,
+        g: Tensor,
+        start: Tensor | None,
+    ) -> tuple[_Term, Tensor]:
+        """As ``_add_dense`` for a top-k distribution whose tail has the student's shape: k gathers, no exponentials.
+
+        Outside the k, t = p (1 − T_K)/(1 − P_K), so R/p is one number per row.
+        """
+        kept = self._kept_source(pool, rows, student)
+        assert kept is not None
+        z, real = rows.z, self.real
+        (power,) = (c for name, c in pool.terms.items() if name != "student")
+        log_p_rk = z.gather(1, kept.ids) - student.lse[:, None]
+        p_rk = log_p_rk.exp()
+        rest = self._mass_outside(kept, student)
+        rest_log = rest.log()
+        # log of R/p before normalising, on the kept ids and outside them
+        gap_rk = power * (kept.logprobs - log_p_rk)
+        gap_tail = power * (kept.log_tail - rest_log)
+        pooled = torch.cat([log_p_rk + gap_rk, (rest_log + gap_tail)[:, None]], 1)
+        log_norm = pooled.logsumexp(-1)
+        d_rk, d_tail = gap_rk - log_norm[:, None], gap_tail - log_norm
+        log_R = pooled - log_norm[:, None]
+        R_rk, R_tail = log_R[:, :-1].exp(), log_R[:, -1].exp()
+        tail_nll = student.entropy + (p_rk * log_p_rk).sum(-1)  # Σ p (−log p) outside the k
+        if real < z.shape[-1]:
+            beyond = student.scaled[:, real:] * student.inv[:, None]
+            tail_nll = tail_nll + (beyond * (z[:, real:] - student.lse[:, None])).sum(-1)
+        tail_weight = R_tail / rest
+        zero = torch.zeros_like(d_rk)
+        ce = -torch.where(R_rk > 0, R_rk * log_p_rk, zero).sum(-1) + tail_weight * tail_nll
+        kl = torch.where(R_rk > 0, R_rk * d_rk, zero).sum(-1) + torch.where(R_tail > 0, R_tail * d_tail, zero[:, 0])
+
+        difference_rk = -(p_rk + R_rk) * torch.tanh(d_rk / 2)  # p − R
+        shrink_tail = -torch.expm1(d_tail)  # (p − R)/p outside the k
+        label_in_k = kept.ids == rows.labels[:, None]
+        label_pull = torch.where(
+            label_in_k.any(-1), (difference_rk * label_in_k).sum(-1), student.p_y * shrink_tail
+        )
+        base_rk = p_rk * (start / student.inv[:, None]) if start is not None else g.gather(1, kept.ids)
+        tail_factor = weight * shrink_tail * student.inv
+        if start is not None:
+            factor = start + tail_factor[:, None]
+            torch.mul(student.scaled, factor, out=g)
+        else:
+            g.addcmul_(student.scaled, tail_factor[:, None])
+        if real < z.shape[-1]:  # R is 0 on padded rows
+            g[:, real:].addcmul_(student.scaled[:, real:], (weight * student.inv - tail_factor)[:, None])
+        g.scatter_(1, kept.ids, base_rk + weight[:, None] * difference_rk)
+        return _Term(ce, kl, log_norm), weight * label_pull
+
+    # -- values --------------------------------------------------------------------------------------------------
+
+    def _offset(self, pool: Pool, rows: Rows) -> Tensor:
+        z_y = rows.z.gather(1, rows.labels[:, None])
+        return F.logsigmoid(pool.offset_slope * (rows.z - z_y))
+
+    def _offset_mass(self, pool: Pool, rows: Rows, student: _Student) -> Tensor:
+        if pool.offset_slope is None:
+            return torch.ones_like(student.p_y)
+        pooled = rows.z * pool.student
+        return ((pooled + self._offset(pool, rows)).logsumexp(-1) - pooled.logsumexp(-1)).exp()
+
+    def _label_statistics(self, student: _Student, a: Tensor, b: list[Tensor]) -> dict[str, Tensor]:
+        mass = sum(b, torch.zeros_like(a))
+        return {
+            "nll": -student.log_p_y,
+            "trust": a,
+            "residual_mass": mass,
+            "strength": a + mass,
+            "entropy": student.entropy,
+            "accuracy": student.is_top1.to(a.dtype),
+        }
+
+    def _ce_q(self, student: _Student, terms: list[_Term], a: Tensor, b: list[Tensor]) -> Tensor:
+        left = 1 - a - sum(b[1:], b[0])
+        return a * -student.log_p_y + left * student.entropy + sum(w * t.ce for w, t in zip(b, terms, strict=True))
+
+    def _residual_value(self, student: _Student, terms: list[_Term], b: list[Tensor]) -> Tensor:
+        """The residual's part of the published value; see ``Target.value``."""
+        if self.target.value == "tempered_kl":
+            first, second = terms
+            temperature = self.target.residual_terms[0][0]
+            # log R₂ = log p / T + const, so KL(R₁ ‖ R₂) follows from what is known of R₁ and R₂'s normaliser
+            log_norm = second.lse_shift + student.lse * (1 - 1 / temperature)
+            return b[0] * temperature * (first.kl + (1 / temperature - 1) * first.ce + log_norm)
+        values = [term.kl if self.target.value == "kl" else term.ce for term in terms]
+        return sum((w * value for w, value in zip(b, values, strict=True)), torch.zeros_like(student.p_y))
+
+    def _kl_q(self, g: Tensor, student: _Student, statistics: dict[str, Tensor]) -> Tensor:
+        Q = torch.mul(student.scaled, student.inv[:, None], out=self.scratch.get("work", *g.shape)).sub_(g)
+        Q.clamp_(min=0)
+        kl_q = torch.special.xlogy(Q, Q).sum(-1) + statistics["ce_q"]
+        return kl_q.masked_fill(statistics["off_simplex_fraction"] > 0, float("nan"))

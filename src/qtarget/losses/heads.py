@@ -1,0 +1,93 @@
+"""Where other distributions come from: a live head, or top-k log-probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtarget.errors import ConfigError, check_range
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's last hidden states and its output head; its logits are formed chunk by chunk, never whole.
+
+    Args:
+        hidden: [..., d_m], the labels' shape and any width. No gradient flows into it.
+        weight: [V_m, d_m]; V_m may differ from the student's by padded rows.
+        bias: [V_m] or None.
+        logit_scale: multiplies the logits, before the softcap.
+        logit_softcap: cap · tanh(logits / cap), or None.
+        vocab_size: real tokens of a padded head, or None for all rows.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    vocab_size: int | None = None
+
+    def __post_init__(self):
+        if self.weight.ndim != 2 or self.hidden.shape[-1] != self.weight.shape[-1]:
+            raise ConfigError(
+                f"Head: hidden has shape {list(self.hidden.shape)} and weight {list(self.weight.shape)}; "
+                "weight must be [vocabulary, width] with hidden's width"
+            )
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            raise ConfigError(f"Head: bias has shape {list(self.bias.shape)}; weight asks for [{self.weight.shape[0]}]")
+        if self.logit_softcap is not None:
+            check_range("Head: logit_softcap", self.logit_softcap, 0, open_low=True)
+        if self.vocab_size is not None and not 0 < self.vocab_size <= self.weight.shape[0]:
+            raise ConfigError(f"Head: vocab_size is {self.vocab_size}; weight has {self.weight.shape[0]} rows")
+
+    @property
+    def width(self) -> int:
+        """Entries of the real vocabulary."""
+        return self.weight.shape[0] if self.vocab_size is None else self.vocab_size
+
+    @property
+    def token_shape(self) -> torch.Size:
+        return self.hidden.shape[:-1]
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A distribution kept as its k largest entries and the mass of the rest.
+
+    Args:
+        ids: [..., k] token ids, all different within a token.
+        logprobs: [..., k] their log-probabilities.
+        tail_logprob: [...] log of the mass outside the k, or None to take 1 − Σ exp(logprobs).
+        tail: shape of that mass: "student" (∝ p outside the k, the default) or "even".
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    tail_logprob: Tensor | None = None
+    tail: str = "student"
+
+    def __post_init__(self):
+        if self.ids.shape != self.logprobs.shape:
+            raise ConfigError(
+                f"TopK: ids has shape {list(self.ids.shape)}, logprobs {list(self.logprobs.shape)}; they must agree"
+            )
+        if self.tail not in ("student", "even"):
+            raise ConfigError(f"TopK: tail is {self.tail!r}; use 'student' or 'even'")
+        if self.tail_logprob is not None and self.tail_logprob.shape != self.ids.shape[:-1]:
+            raise ConfigError(
+                f"TopK: tail_logprob has shape {list(self.tail_logprob.shape)}; ids ask for {list(self.ids.shape[:-1])}"
+            )
+
+    @property
+    def token_shape(self) -> torch.Size:
+        return self.ids.shape[:-1]
+
+    def log_tail(self) -> Tensor:
+        """Log of the mass outside the k, [...]."""
+        if self.tail_logprob is not None:
+            return self.tail_logprob
+        kept = self.logprobs.double().exp().sum(-1).clamp(max=1)
+        return torch.log1p(-kept).to(self.logprobs.dtype)

@@ -1,0 +1,262 @@
+"""The oracle: full logits, any dtype including float64, written to be read. Every fast path is measured against it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qtarget.errors import ConfigError, NonFiniteLogits
+from qtarget.losses.inputs import (
+    Tokens,
+    check_options,
+    check_requirements,
+    denominator,
+    real_vocabulary,
+    supervised,
+)
+from qtarget.losses.output import LossOutput, simplex_tolerance
+from qtarget.targets import Target, TokenStats
+from qtarget.targets.residual import Pool
+
+_HOW = {"teacher": "pass teacher_logits=", "reference": "pass reference_logits="}
+
+
+def target_loss(
+    logits: Tensor,
+    labels: Tensor,
+    target: Target,
+    *,
+    teacher_logits: Tensor | None = None,
+    reference_logits: Tensor | None = None,
+    old_logps: Tensor | None = None,
+    weight: Tensor | None = None,
+    critical: Tensor | None = None,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: Tensor | float | None = None,
+    stats: str = "basic",
+) -> LossOutput:
+    """The loss of a target on full logits: g = a (p − δ) + Σ b (p − R), with a, b and R held constant.
+
+    Args:
+        logits: [..., V]; half precision is computed in float32.
+        labels: [...] int64; nothing is shifted: position i's label is labels[i].
+        target: what to learn; see ``qtarget.preset``.
+        teacher_logits, reference_logits: [..., V'] of the same tokens, V' at least the real vocabulary.
+        old_logps: [...] log p_y of the old policy. weight: [...] or one per row. critical: [...] booleans.
+        vocab_size: real tokens of a padded head; p runs over the full width, uniform, teacher, reference and guided
+            residuals over the first ``vocab_size`` entries.
+        reduction: "mean" divides by ``num_items``, else by the supervised labels; weights never enter it.
+        stats: "basic", or "all" to add kl_q.
+
+    Returns:
+        LossOutput: the published value of the objective and per-token statistics.
+
+    Raises:
+        ConfigError: an input the target needs is missing, a shape or value is wrong, or logits are not finite.
+    """
+    check_options(reduction, stats)
+    tokens, z, tilt = _tokens_and_tilt(
+        logits, labels, target, teacher_logits, reference_logits, old_logps, weight, critical, vocab_size, ignore_index
+    )
+    log_p = z.log_softmax(-1)
+    nll = -log_p.gather(1, tokens.labels[:, None]).squeeze(1)
+    # Cross-entropy with everything that shapes the target held constant has the gradient above; the value shown is
+    # the published one, so the difference is added without a graph.
+    with_gradient = tilt.a * nll
+    for b, R in tilt.terms:
+        with_gradient = with_gradient + b * _cross_entropy(R, log_p)
+    per_token = with_gradient + (_published_value(target, tilt, log_p.detach()) - with_gradient).detach()
+
+    double = z.dtype == torch.float64
+    statistics = _statistics(tilt, log_p.detach(), tokens.labels, simplex_tolerance(double), stats == "all")
+    stats_out = {name: tokens.spread(value, float("nan")) for name, value in statistics.items()}
+    if reduction == "none":
+        return LossOutput(tokens.spread(per_token, 0.0), stats_out)
+    # With nothing supervised this is a zero that still has a graph, so that other ranks are not left waiting.
+    return LossOutput(per_token.sum() / denominator(reduction, tokens, num_items), stats_out)
+
+
+def target_distribution(
+    logits: Tensor,
+    labels: Tensor,
+    target: Target,
+    *,
+    reading: str = "induced",
+    teacher_logits: Tensor | None = None,
+    reference_logits: Tensor | None = None,
+    old_logps: Tensor | None = None,
+    weight: Tensor | None = None,
+    critical: Tensor | None = None,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """The target Q itself, [..., V]; NaN rows at ignored positions.
+
+    ``reading="induced"``: Q = p − g, what the loss asks for in this step; it may leave the simplex.
+    ``reading="normalised"``: (a δ + Σ b R)/(a + Σ b), the fixed point; a row of NaN where a + Σ b = 0.
+    The two agree where a + Σ b = 1. A residual equal to the student has no gradient and counts in neither a nor b.
+    Inputs as in ``target_loss``.
+    """
+    if reading not in ("induced", "normalised"):
+        raise ConfigError(f"reading is {reading!r}; use 'induced' or 'normalised'")
+    tokens, z, tilt = _tokens_and_tilt(
+        logits, labels, target, teacher_logits, reference_logits, old_logps, weight, critical, vocab_size, ignore_index
+    )
+    p = z.detach().softmax(-1)
+    delta = F.one_hot(tokens.labels, p.shape[-1]).to(p.dtype)
+    if reading == "induced":
+        Q = p - _logit_gradient(tilt, p, delta)
+    else:
+        strength = tilt.a + sum(b for b, _ in tilt.terms)
+        Q = tilt.a[:, None] * delta + sum((b[:, None] * R for b, R in tilt.terms), torch.zeros_like(p))
+        Q = Q / strength.where(strength != 0, torch.full_like(strength, float("nan")))[:, None]
+    out = Q.new_full((tokens.shape.numel(), Q.shape[-1]), float("nan"))
+    out[slice(None) if tokens.index is None else tokens.index] = Q
+    return out.view(*tokens.shape, -1)
+
+
+@dataclass
+class Tilt:
+    """What pulls on each token: the label with weight a [n], each residual R [n, V] with weight b [n]."""
+
+    a: Tensor
+    terms: list[tuple[Tensor, Tensor]]
+    label_loss: Tensor
+
+
+def _logit_gradient(tilt: Tilt, p: Tensor, delta: Tensor) -> Tensor:
+    g = tilt.a[:, None] * (p - delta)
+    for b, R in tilt.terms:
+        g = g + b[:, None] * (p - R)
+    return g
+
+
+@torch.no_grad()
+def _tilt(z: Tensor, tokens: Tokens, target: Target, others: dict[str, Tensor], real: int) -> Tilt:
+    """Evaluate the trust rule and the residuals; nothing here has a gradient."""
+    y = tokens.labels[:, None]
+    log_p = z.log_softmax(-1)
+    others_than_y = log_p.exp().scatter(1, y, 0.0)
+    values = {
+        "log_p_y": log_p.gather(1, y).squeeze(1),
+        "rest_mass": others_than_y.sum(-1),
+        "entropy": -(log_p.exp() * log_p).sum(-1),
+        **tokens.columns,
+    }
+    for name, logits in others.items():
+        values[f"{name}_log_p_y"] = logits[:, :real].log_softmax(-1).gather(1, y).squeeze(1)
+
+    def top_k_entropy(k: int) -> Tensor:
+        if k > z.shape[-1]:
+            raise ConfigError(f"top_k is {k}, but the vocabulary has {z.shape[-1]} tokens; use a smaller top_k")
+        top = z.topk(k, dim=-1).values.log_softmax(-1)
+        return -(top.exp() * top).sum(-1)
+
+    R, masses = [], []
+    for _, pool in target.residual_terms:
+        distribution, mass = _pool_distribution(pool, z, y, others, real)
+        R.append(distribution)
+        masses.append(mass)
+    if masses:
+        values["offset_mass"] = masses[0]
+    token_stats = TokenStats(values, top_k_entropy, target.needs)
+    a, b = target.weights(token_stats)
+    return Tilt(a, list(zip(b, R, strict=True)), target.label_loss(token_stats))
+
+
+def _pool_distribution(pool: Pool, z: Tensor, y: Tensor, others: dict[str, Tensor], real: int) -> tuple[Tensor, Tensor]:
+    """(R [n, V], mass [n] that an elementwise offset leaves of it)."""
+    covered = z.shape[-1] if pool.is_student_only else min([real, *(others[m].shape[-1] for m in pool.requires)])
+    logits = {"student": z, **others}
+    pooled = torch.zeros_like(z[:, :covered])
+    for name, coefficient in pool.terms.items():
+        pooled = pooled + coefficient * logits[name][:, :covered]
+    mass = torch.ones_like(pooled[:, 0])
+    if pool.offset_slope is not None:
+        offset = F.logsigmoid(pool.offset_slope * (z - z.gather(1, y)))[:, :covered]
+        mass = (pooled.softmax(-1) * offset.exp()).sum(-1)
+        pooled = pooled + offset
+    return F.pad(pooled.softmax(-1), (0, z.shape[-1] - covered)), mass
+
+
+def _cross_entropy(R: Tensor, log_p: Tensor) -> Tensor:
+    # An entry that R leaves out takes no part, however unlikely it is: 0 · (−inf) is 0 here.
+    return -torch.where(R > 0, R * log_p, torch.zeros_like(R)).sum(-1)
+
+
+def _kl(R: Tensor, log_p: Tensor) -> Tensor:
+    return torch.special.xlogy(R, R).sum(-1) + _cross_entropy(R, log_p)
+
+
+def _published_value(target: Target, tilt: Tilt, log_p: Tensor) -> Tensor:
+    """The objective's value as its paper writes it, terms without a gradient left out."""
+    if not tilt.terms:
+        return tilt.label_loss
+    if target.value == "tempered_kl":  # b₁ = T·b, so b·T²·KL(R₁ ‖ R₂) = b₁·T·KL
+        (b, teacher), (_, student) = tilt.terms
+        temperature = target.residual_terms[0][0]
+        return tilt.label_loss + b * temperature * _kl(teacher, student.log())
+    divergence = _kl if target.value == "kl" else _cross_entropy
+    return tilt.label_loss + sum(b * divergence(R, log_p) for b, R in tilt.terms)
+
+
+@torch.no_grad()
+def _statistics(tilt: Tilt, log_p: Tensor, labels: Tensor, tolerance: float, everything: bool) -> dict[str, Tensor]:
+    p = log_p.exp()
+    g = _logit_gradient(tilt, p, F.one_hot(labels, p.shape[-1]).to(p.dtype))
+    Q = p - g
+    log_p_y = log_p.gather(1, labels[:, None]).squeeze(1)
+    mass = sum((b for b, _ in tilt.terms), torch.zeros_like(tilt.a))
+    off_simplex = (Q < -tolerance).any(-1)
+    statistics = {
+        "nll": -log_p_y,
+        "ce_q": -(Q * log_p).sum(-1),
+        "trust": tilt.a,
+        "residual_mass": mass,
+        "strength": tilt.a + mass,
+        "update": g.abs().sum(-1) / 2,
+        "entropy": -(p * log_p).sum(-1),
+        "accuracy": (log_p_y >= log_p.amax(-1)).to(p.dtype),
+        "off_simplex_fraction": off_simplex.to(p.dtype),
+    }
+    if everything:
+        Q = Q.clamp(min=0)
+        kl_q = torch.special.xlogy(Q, Q).sum(-1) - (Q * log_p).sum(-1)
+        statistics["kl_q"] = kl_q.masked_fill(off_simplex, float("nan"))
+    return statistics
+
+
+def _tokens_and_tilt(
+    logits, labels, target, teacher_logits, reference_logits, old_logps, weight, critical, vocab_size, ignore_index
+) -> tuple[Tokens, Tensor, Tilt]:
+    """Supervised rows of everything, checked, and what pulls on them."""
+    real = real_vocabulary(vocab_size, logits.shape[-1])
+    given = {"teacher": teacher_logits, "reference": reference_logits}
+    columns = {"old_logps": old_logps, "weight": weight, "critical": critical}
+    check_requirements(target, {**given, **columns, "old_policy": old_logps}, _HOW)
+    dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
+    tokens = supervised(labels, logits.shape[:-1], "logits", real, ignore_index, dtype, columns)
+    z = tokens.select(logits).to(dtype)
+    _check_finite(z, "logits", tokens)
+    others = {}
+    for name, other in given.items():
+        if other is None or name not in target.requires:
+            continue
+        if other.shape[:-1] != logits.shape[:-1]:
+            raise ConfigError(f"{name}_logits has shape {list(other.shape)}; labels ask for {list(labels.shape)} + [V]")
+        others[name] = tokens.select(other.detach()).to(dtype)
+        _check_finite(others[name], f"{name}_logits", tokens, allow_minus_infinity=True)
+    return tokens, z, _tilt(z.detach(), tokens, target, others, real)
+
+
+def _check_finite(z: Tensor, what: str, tokens: Tokens, allow_minus_infinity: bool = False) -> None:
+    bad = ~torch.isfinite(z)
+    if allow_minus_infinity:
+        bad &= z != float("-inf")
+    if bad.any():
+        raise NonFiniteLogits(what, int(bad.any(-1).nonzero()[0]), tokens)

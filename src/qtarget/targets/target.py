@@ -1,0 +1,156 @@
+"""A target: what distribution each supervised token should move toward.
+
+    Q_t = γ_t δ_{y_t} + (1 − γ_t) π̃_t          trust × residual, always stop-gradient
+    loss_t = s_t · CE(Q_t, p_t)                gradient on the logits: s_t (p_t − Q_t)
+
+Every objective's logit gradient is g = a (p − δ) + Σ_j b_j (p − R_j) with a, b_j and R_j held constant, so a target
+is kept as a trust rule, which gives (a, b) from statistics of the token, and a list of residuals R_j with factors.
+A residual equal to the student has p − R = 0: it is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from qtarget.errors import ConfigError
+from qtarget.targets import residual as residuals
+from qtarget.targets.residual import Pool
+from qtarget.targets.stats import STATISTICS, TokenStats
+from qtarget.targets.trust import Rule, as_rule
+
+# How the residual's part of the reported loss is written; the gradient is the same.
+VALUE_FORMS = ("kl", "ce", "tempered_kl")
+
+
+@dataclass(frozen=True, init=False)
+class Target:
+    """What to learn from each token: trust × residual (× scale).
+
+    Args:
+        trust: a rule of ``qtarget.trust``, a number, or a function of the token's statistics.
+        residual: a pool of ``qtarget.residual``, or a list of (factor, pool).
+        scale: multiplies both parts; a number, a rule, or None for 1.
+        value: how the reported loss writes the residual's part: "kl" b·KL(R‖p), "ce" b·CE(R, p), or "tempered_kl"
+            b·T²·KL(R₁‖R₂) for a pair of residuals at temperature T. Gradients do not depend on it.
+
+    >>> from qtarget.targets import residual, trust
+    >>> target = Target(trust=trust.probability(), residual=residual.guided(eta=0.5))
+    >>> sorted(target.requires)
+    ['teacher']
+    """
+
+    trust: Rule
+    terms: tuple[tuple[float, Pool], ...]
+    scale: Rule | None = None
+    value: str = "kl"
+    name: str = "composed"
+    hyperparameters: dict = field(default_factory=dict, compare=False)
+
+    def __init__(
+        self,
+        trust: object = 1.0,
+        residual: Pool | Sequence[tuple[float, Pool]] | None = None,
+        scale: object = None,
+        *,
+        value: str = "kl",
+    ):
+        if value not in VALUE_FORMS:
+            raise ConfigError(f"value is {value!r}; use one of {', '.join(VALUE_FORMS)}")
+        rule = as_rule(trust)
+        written = [(1.0, residuals.student())] if residual is None else residual
+        if isinstance(written, (Pool,)) or callable(written):
+            written = [(1.0, residuals.as_pool(written))]
+        terms = tuple((float(factor), residuals.as_pool(pool)) for factor, pool in written)
+        set_ = object.__setattr__
+        set_(self, "trust", rule)
+        set_(self, "terms", terms)
+        set_(self, "scale", None if scale is None else as_rule(scale, "scale"))
+        set_(self, "value", value)
+        set_(self, "name", "composed")
+        set_(self, "hyperparameters", {})
+
+    def named(self, name: str, hyperparameters: dict) -> Target:
+        """The same target under a preset's name."""
+        copy = _copy(self)
+        object.__setattr__(copy, "name", name)
+        object.__setattr__(copy, "hyperparameters", dict(hyperparameters))
+        return copy
+
+    @property
+    def residual_terms(self) -> tuple[tuple[float, Pool], ...]:
+        """The (factor, pool) pairs that have a gradient: neither the student itself nor a weight of zero."""
+        if self.trust.fixed_rest == 0:
+            return ()
+        return tuple((factor, pool) for factor, pool in self.terms if factor != 0 and not pool.is_student)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics the rules read."""
+        return self.trust.needs | (self.scale.needs if self.scale is not None else frozenset())
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Inputs this target cannot do without, by value: at eta=0 or kl_weight=0 no model is needed."""
+        from_rules = {STATISTICS[name] for name in self.needs if STATISTICS.get(name)}
+        from_pools = {name for _, pool in self.residual_terms for name in pool.requires}
+        return frozenset(from_rules | from_pools)  # type: ignore[arg-type]
+
+    @property
+    def may_skip_tokens(self) -> bool:
+        """Whether some tokens may have no gradient at all, so that looking for them pays."""
+        return self.trust.can_be_zero and (not self.residual_terms or self.trust.fixed_rest is None)
+
+    def weights(self, stats: TokenStats) -> tuple[Tensor, list[Tensor]]:
+        """(a, [b_j]): weights of the label and of each residual of ``residual_terms``, [n] each."""
+        a, rest = self.trust.weights(stats)
+        if self.scale is not None:
+            scale = self.scale(stats)
+            a, rest = scale * a, scale * rest
+        return a, [factor * rest for factor, _ in self.residual_terms]
+
+    def label_loss(self, stats: TokenStats) -> Tensor:
+        """The reported value of the label's part, [n]."""
+        loss = self.trust.label_loss(stats)
+        return loss if self.scale is None else self.scale(stats) * loss
+
+    @property
+    def formula(self) -> str:
+        """One line of mathematics: the preset's formula, or the parts of a composed target."""
+        from qtarget.targets import presets
+
+        if self.name in presets.names():
+            return presets.describe(self.name).formula
+        parts = " + ".join(f"{factor:g}·{pool.written[0]}" for factor, pool in self.terms)
+        return f"Q = γ δ + (1 − γ) π̃,  γ = {self.trust.name or 'function'},  π̃ = {parts}"
+
+    def __str__(self) -> str:
+        inside = ", ".join(f"{key}={value}" for key, value in self.hyperparameters.items())
+        return f"{self.name}({inside})" if inside else self.name
+
+    @staticmethod
+    def from_config(config: object) -> Target:
+        """A target from its YAML form.
+
+        ``"dft"`` | ``{preset: eaft, top_k: 20}`` | ``{trust: ..., residual: ..., scale: ...}`` |
+        ``"my_pkg.my_module:my_target"`` | a peer's spelling such as ``{use_eaft_loss: true}``.
+        """
+        from qtarget.targets.config import target_from_config
+
+        return target_from_config(config)
+
+    def to_config(self) -> str | dict:
+        """The YAML form; ``Target.from_config(target.to_config()) == target``."""
+        from qtarget.targets.config import target_to_config
+
+        return target_to_config(self)
+
+
+def _copy(target: Target) -> Target:
+    """A copy whose fields may be set (``dataclasses.replace`` would call the friendlier ``__init__``)."""
+    copy = object.__new__(Target)
+    for name in ("trust", "terms", "scale", "value", "name", "hyperparameters"):
+        object.__setattr__(copy, name, getattr(target, name))
+    return copy

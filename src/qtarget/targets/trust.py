@@ -1,0 +1,353 @@
+"""Trust rules: how much of the target goes to the observed token.
+
+A rule is a small frozen value. It reads per-token statistics (``TokenStats``) and returns γ, a tensor [n]; the caller
+treats it as a constant, so nothing here detaches. A rule of your own is a class like these, or a plain function of the
+statistics decorated with ``needs``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qtarget.errors import ConfigError, check_range, unknown
+from qtarget.targets.stats import STATISTICS, TokenStats
+
+RULES: dict[str, type[Rule]] = {}
+
+
+def _named(name: str):
+    def add(cls):
+        cls.name = name
+        RULES[name] = cls
+        return cls
+
+    return add
+
+
+class Rule:
+    """Base of the trust rules.
+
+    ``weights`` gives the two numbers the loss works with: a, the weight of the label, and the weight of the residual.
+    For most rules they are γ and 1 − γ.
+    """
+
+    name: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset({"log_p_y"})
+    can_be_zero: ClassVar[bool] = False  # some tokens may get a weight of exactly 0
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        """γ, the trust in the observed token: [n]."""
+        raise NotImplementedError
+
+    def weights(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
+        """(a, b): the label's weight and the residual's, [n] each."""
+        gamma = self(stats)
+        return gamma, 1 - gamma
+
+    def label_loss(self, stats: TokenStats) -> Tensor:
+        """The published value of the label's part of the loss, [n]; its gradient is a(p − δ)."""
+        return -self.weights(stats)[0] * stats.log_p_y
+
+    @property
+    def fixed_rest(self) -> float | None:
+        """The residual's weight where it is the same for every token, else None."""
+        return None
+
+
+@_named("constant")
+@dataclass(frozen=True)
+class Constant(Rule):
+    """The same trust for every token: γ = value. 1 is plain SFT; 1 − ε with a uniform residual is label smoothing."""
+
+    value: float = 1.0
+
+    def __post_init__(self):
+        check_range("constant.value", self.value)
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        return torch.full_like(stats.log_p_y, self.value)
+
+    @property
+    def fixed_rest(self) -> float | None:
+        return 1 - self.value
+
+
+@_named("probability")
+@dataclass(frozen=True)
+class Probability(Rule):
+    """The student's own probability of the label: γ = p_y (DFT arXiv:2508.05629, Target-SFT arXiv:2606.11189)."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"log_p_y", "rest_mass"})
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        return stats.log_p_y.exp()
+
+    def weights(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
+        return stats.log_p_y.exp(), stats.rest_mass
+
+
+@_named("probability_power")
+@dataclass(frozen=True)
+class ProbabilityPower(Rule):
+    """γ = p_y^alpha, the gradient of (1 − p_y^alpha)/alpha (Beyond-log family, arXiv:2510.00526).
+
+    alpha = 0 is SFT, alpha = 1 has DFT's gradient, a negative alpha trusts rare labels above 1.
+    """
+
+    alpha: float = 1.0
+
+    def __post_init__(self):
+        check_range("alpha", self.alpha)
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        return (self.alpha * stats.log_p_y).exp()
+
+    def label_loss(self, stats: TokenStats) -> Tensor:
+        if self.alpha == 0:
+            return -stats.log_p_y
+        return -torch.expm1(self.alpha * stats.log_p_y) / self.alpha
+
+
+@_named("probability_threshold")
+@dataclass(frozen=True)
+class ProbabilityThreshold(Rule):
+    """Train or drop by the label's probability (ProFiT, arXiv:2601.09195).
+
+    direction "higher" keeps p_y >= tau, "lower" keeps p_y < tau, "middle" keeps tau_low <= p_y < tau_high.
+    """
+
+    can_be_zero: ClassVar[bool] = True
+
+    tau: float = 0.1
+    direction: str = "higher"
+    tau_low: float | None = None
+    tau_high: float | None = None
+
+    def __post_init__(self):
+        if self.direction not in ("higher", "lower", "middle"):
+            raise unknown("direction", self.direction, ("higher", "lower", "middle"))
+        if self.direction == "middle":
+            if self.tau_low is None or self.tau_high is None:
+                raise ConfigError("direction is 'middle'; give both tau_low and tau_high")
+            check_range("tau_low", self.tau_low, 0, 1)
+            check_range("tau_high", self.tau_high, self.tau_low, 1, open_low=True)
+        elif self.tau_low is not None or self.tau_high is not None:
+            raise ConfigError(
+                f"tau_low and tau_high are for direction 'middle'; direction is {self.direction!r}, use tau"
+            )
+        check_range("tau", self.tau, 0, 1)
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        p_y = stats.log_p_y.exp()
+        if self.direction == "higher":
+            keep = p_y >= self.tau
+        elif self.direction == "lower":
+            keep = p_y < self.tau
+        else:
+            keep = (p_y >= self.tau_low) & (p_y < self.tau_high)
+        return keep.to(p_y.dtype)
+
+
+@_named("entropy")
+@dataclass(frozen=True)
+class Entropy(Rule):
+    """γ = (H_k / normalizer)^power, H_k the entropy of the renormalised top k (EAFT, arXiv:2601.02151).
+
+    normalizer is "log_k" (the paper), a number (LLaMA-Factory uses 3.0) or "none" (axolotl; γ then reaches log k).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"log_p_y", "top_k_entropy"})
+
+    top_k: int = 20
+    power: float = 1.0
+    normalizer: str | float = "log_k"
+
+    def __post_init__(self):
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 2:
+            raise ConfigError(
+                f"top_k is {self.top_k!r}; use a whole number from 2 (the paper uses 20): one token has no entropy"
+            )
+        check_range("power", self.power, 0, open_low=True)
+        if isinstance(self.normalizer, str):
+            if self.normalizer not in ("log_k", "none"):
+                raise ConfigError(f"normalizer is {self.normalizer!r}; use 'log_k', 'none' or a number above 0")
+        else:
+            check_range("normalizer", self.normalizer, 0, open_low=True)
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        if self.normalizer == "log_k":
+            divisor = math.log(self.top_k)
+        else:
+            divisor = 1.0 if self.normalizer == "none" else float(self.normalizer)
+        return (stats.top_k_entropy(self.top_k) / divisor) ** self.power
+
+
+@_named("trajectory_weight")
+@dataclass(frozen=True)
+class TrajectoryWeight(Rule):
+    """γ = w, the importance weight of the row (iw-SFT, arXiv:2507.12856), given as data; above 1 it leaves the simplex."""
+
+    can_be_zero: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"log_p_y", "weight"})
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        return stats.weight
+
+
+@_named("token_mask")
+@dataclass(frozen=True)
+class TokenMask(Rule):
+    """γ = c, 1 where the token is critical and 0 where it is not (CFT, arXiv:2510.10974), given as data."""
+
+    can_be_zero: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"log_p_y", "critical"})
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        return stats.critical
+
+
+@_named("clipped_ratio")
+@dataclass(frozen=True)
+class ClippedRatio(Rule):
+    """γ = r where r < 1 + clip_high, else 0; r = p_y / p_old (PSFT, arXiv:2508.17784).
+
+    The lower clip only shapes the reported value: with a positive advantage it never stops the gradient.
+    """
+
+    can_be_zero: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"log_p_y", "old_logps"})
+
+    clip: float = 0.2
+    clip_high: float | None = None
+
+    def __post_init__(self):
+        check_range("clip", self.clip, 0, 1, open_low=True)
+        if self.clip_high is not None:
+            check_range("clip_high", self.clip_high, 0, open_low=True)
+
+    @property
+    def high(self) -> float:
+        return 1 + (self.clip if self.clip_high is None else self.clip_high)
+
+    def _ratio(self, stats: TokenStats) -> Tensor:
+        return (stats.log_p_y - stats.old_logps).clamp(max=20).exp()  # e^20 is far past any clip, and finite
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        ratio = self._ratio(stats)
+        return torch.where(ratio < self.high, ratio, torch.zeros_like(ratio))
+
+    def label_loss(self, stats: TokenStats) -> Tensor:
+        ratio = self._ratio(stats)
+        return -torch.minimum(ratio, ratio.clamp(1 - self.clip, self.high))
+
+
+@_named("anchored")
+@dataclass(frozen=True)
+class Anchored(Rule):
+    """The label keeps the weight of ``trust`` and the residual gets a fixed weight beside it.
+
+    a = trust, b = kl_weight, so γ = trust / (trust + kl_weight): SFT + KL (trust 1) and ASFT (trust p_y,
+    arXiv:2509.23753). A negative weight pushes away from the residual: GEM (arXiv:2408.16673) is 1 and −1.
+    """
+
+    trust: Rule = Constant()
+    kl_weight: float = 0.05
+
+    def __post_init__(self):
+        check_range("kl_weight", self.kl_weight)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return self.trust.needs
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        a = self.trust(stats)
+        return a / (a + self.kl_weight)
+
+    def weights(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
+        a = self.trust.weights(stats)[0]
+        return a, torch.full_like(a, self.kl_weight)
+
+    def label_loss(self, stats: TokenStats) -> Tensor:
+        return self.trust.label_loss(stats)
+
+    @property
+    def fixed_rest(self) -> float | None:
+        return self.kl_weight
+
+
+@_named("offset_mass")
+@dataclass(frozen=True)
+class OffsetMass(Rule):
+    """A scale, not a trust: the mass Σ_v q_v w_v of a residual with an elementwise offset (GEM's logsigmoid form)."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"log_p_y", "offset_mass"})
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        return stats.offset_mass
+
+
+@dataclass(frozen=True)
+class FunctionRule(Rule):
+    """A user's function of the statistics, as a rule."""
+
+    can_be_zero: ClassVar[bool] = True
+
+    function: Callable[[TokenStats], Tensor]
+    path: str | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset(getattr(self.function, "needs", frozenset())) | {"log_p_y"}
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        return self.function(stats)
+
+
+def needs(*statistics: str):
+    """Declare what a trust function of your own reads.
+
+    >>> @needs("entropy")
+    ... def doubt(stats):
+    ...     return (-stats.entropy).exp()
+    """
+    for name in statistics:
+        if name not in STATISTICS:
+            raise unknown("needs", name, STATISTICS)
+
+    def mark(function):
+        function.needs = frozenset(statistics)
+        return function
+
+    return mark
+
+
+def as_rule(value: object, field: str = "trust") -> Rule:
+    """A rule from what a user may write: a rule, a number, or a function of the statistics."""
+    if isinstance(value, Rule):
+        return value
+    if isinstance(value, type) and issubclass(value, Rule):
+        return value()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return Constant(float(value))
+    if callable(value):
+        return FunctionRule(value)
+    raise ConfigError(f"{field} is {value!r}; use one of {', '.join(sorted(RULES))}, a number or a function")
+
+
+constant = Constant
+probability = Probability
+probability_power = ProbabilityPower
+probability_threshold = ProbabilityThreshold
+entropy = Entropy
+trajectory_weight = TrajectoryWeight
+token_mask = TokenMask
+clipped_ratio = ClippedRatio
+anchored = Anchored
+offset_mass = OffsetMass
