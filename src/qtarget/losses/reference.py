@@ -66,11 +66,11 @@ def target_loss(
     log_p = z.log_softmax(-1)
     nll = -log_p.gather(1, tokens.labels[:, None]).squeeze(1)
     # Cross-entropy with everything that shapes the target held constant has the gradient above; the value shown is
-    # the published one, so the difference is added without a graph.
+    # the published one, to which that gradient is added as a zero.
     with_gradient = tilt.a * nll
-    for b, R in tilt.terms:
-        with_gradient = with_gradient + b * _cross_entropy(R, log_p)
-    per_token = with_gradient + (_published_value(target, tilt, log_p.detach()) - with_gradient).detach()
+    for b, log_R in tilt.terms:
+        with_gradient = with_gradient + b * _cross_entropy(log_R.exp(), log_p)
+    per_token = _published_value(target, tilt, log_p.detach()) + (with_gradient - with_gradient.detach())
 
     double = z.dtype == torch.float64
     statistics = _statistics(tilt, log_p.detach(), tokens.labels, simplex_tolerance(double), stats == "all")
@@ -113,7 +113,7 @@ def target_distribution(
         Q = p - _logit_gradient(tilt, p, delta)
     else:
         strength = tilt.a + sum(b for b, _ in tilt.terms)
-        Q = tilt.a[:, None] * delta + sum((b[:, None] * R for b, R in tilt.terms), torch.zeros_like(p))
+        Q = tilt.a[:, None] * delta + sum((b[:, None] * log_R.exp() for b, log_R in tilt.terms), torch.zeros_like(p))
         Q = Q / strength.where(strength != 0, torch.full_like(strength, float("nan")))[:, None]
     out = Q.new_full((tokens.shape.numel(), Q.shape[-1]), float("nan"))
     out[slice(None) if tokens.index is None else tokens.index] = Q
@@ -122,7 +122,7 @@ def target_distribution(
 
 @dataclass
 class Tilt:
-    """What pulls on each token: the label with weight a [n], each residual R [n, V] with weight b [n]."""
+    """What pulls on each token: the label with weight a [n], each residual with weight b [n] and log R [n, V]."""
 
     a: Tensor
     terms: list[tuple[Tensor, Tensor]]
@@ -131,8 +131,8 @@ class Tilt:
 
 def _logit_gradient(tilt: Tilt, p: Tensor, delta: Tensor) -> Tensor:
     g = tilt.a[:, None] * (p - delta)
-    for b, R in tilt.terms:
-        g = g + b[:, None] * (p - R)
+    for b, log_R in tilt.terms:
+        g = g + b[:, None] * (p - log_R.exp())
     return g
 
 
@@ -157,20 +157,20 @@ def _tilt(z: Tensor, tokens: Tokens, target: Target, others: dict[str, Tensor], 
         top = z.topk(k, dim=-1).values.log_softmax(-1)
         return -(top.exp() * top).sum(-1)
 
-    R, masses = [], []
+    log_R, masses = [], []
     for _, pool in target.residual_terms:
         distribution, mass = _pool_distribution(pool, z, y, others, real)
-        R.append(distribution)
+        log_R.append(distribution)
         masses.append(mass)
     if masses:
         values["offset_mass"] = masses[0]
     token_stats = TokenStats(values, top_k_entropy, target.needs)
     a, b = target.weights(token_stats)
-    return Tilt(a, list(zip(b, R, strict=True)), target.label_loss(token_stats))
+    return Tilt(a, list(zip(b, log_R, strict=True)), target.label_loss(token_stats))
 
 
 def _pool_distribution(pool: Pool, z: Tensor, y: Tensor, others: dict[str, Tensor], real: int) -> tuple[Tensor, Tensor]:
-    """(R [n, V], mass [n] that an elementwise offset leaves of it)."""
+    """(log R [n, V], mass [n] that an elementwise offset leaves of it)."""
     covered = z.shape[-1] if pool.is_student_only else min([real, *(others[m].shape[-1] for m in pool.requires)])
     logits = {"student": z, **others}
     pooled = torch.zeros_like(z[:, :covered])
@@ -181,7 +181,7 @@ def _pool_distribution(pool: Pool, z: Tensor, y: Tensor, others: dict[str, Tenso
         offset = F.logsigmoid(pool.offset_slope * (z - z.gather(1, y)))[:, :covered]
         mass = (pooled.softmax(-1) * offset.exp()).sum(-1)
         pooled = pooled + offset
-    return F.pad(pooled.softmax(-1), (0, z.shape[-1] - covered)), mass
+    return F.pad(pooled.log_softmax(-1), (0, z.shape[-1] - covered), value=float("-inf")), mass
 
 
 def _cross_entropy(R: Tensor, log_p: Tensor) -> Tensor:
@@ -189,8 +189,9 @@ def _cross_entropy(R: Tensor, log_p: Tensor) -> Tensor:
     return -torch.where(R > 0, R * log_p, torch.zeros_like(R)).sum(-1)
 
 
-def _kl(R: Tensor, log_p: Tensor) -> Tensor:
-    return torch.special.xlogy(R, R).sum(-1) + _cross_entropy(R, log_p)
+def _kl(log_R: Tensor, log_p: Tensor) -> Tensor:
+    R = log_R.exp()
+    return torch.where(R > 0, R * (log_R - log_p), torch.zeros_like(R)).sum(-1)
 
 
 def _published_value(target: Target, tilt: Tilt, log_p: Tensor) -> Tensor:
@@ -200,9 +201,10 @@ def _published_value(target: Target, tilt: Tilt, log_p: Tensor) -> Tensor:
     if target.value == "tempered_kl":  # b₁ = T·b, so b·T²·KL(R₁ ‖ R₂) = b₁·T·KL
         (b, teacher), (_, student) = tilt.terms
         temperature = target.residual_terms[0][0]
-        return tilt.label_loss + b * temperature * _kl(teacher, student.log())
-    divergence = _kl if target.value == "kl" else _cross_entropy
-    return tilt.label_loss + sum(b * divergence(R, log_p) for b, R in tilt.terms)
+        return tilt.label_loss + b * temperature * _kl(teacher, student)
+    if target.value == "kl":
+        return tilt.label_loss + sum(b * _kl(log_R, log_p) for b, log_R in tilt.terms)
+    return tilt.label_loss + sum(b * _cross_entropy(log_R.exp(), log_p) for b, log_R in tilt.terms)
 
 
 @torch.no_grad()

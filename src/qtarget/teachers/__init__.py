@@ -1,0 +1,1 @@
+"""Where other distributions come from: a live teacher, a frozen reference."""

@@ -1,0 +1,181 @@
+"""The loss inside a model's own forward, so that DDP, FSDP2, DeepSpeed and checkpointing hooks run around it.
+
+A patched model called with ``qtarget=call`` runs its backbone and hands the last hidden states to the call instead of
+forming logits. Everything the call holds crosses mixed-precision wrappers in one opaque object: such wrappers cast
+tensors inside dicts, lists, tuples and dataclasses, and a log-probability of −5.1234 would arrive as −5.125.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from qtarget.errors import ConfigError
+from qtarget.losses import Head, linear_target_loss
+from qtarget.targets import Target
+
+
+@dataclass(frozen=True)
+class HeadTransform:
+    """What an architecture does to hidden @ weight.T: a factor, then a softcap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> HeadTransform:
+        """As the model's configuration says, by the names the architectures use."""
+        text = config.get_text_config()
+        scale = getattr(text, "logit_scale", None)
+        for name in ("output_multiplier", "lm_head_multiplier"):
+            if scale is None:
+                scale = getattr(text, name, None)
+        scaling = getattr(text, "logits_scaling", None)
+        if scale is None and scaling is not None:  # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
+            scale = scaling if text.model_type == "hyperclovax" else 1 / scaling
+        return cls(1.0 if scale is None else float(scale), getattr(text, "final_logit_softcapping", None))
+
+    def apply(self, logits: Tensor) -> Tensor:
+        logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass
+class TargetLossOutput(ModelOutput):
+    """loss: a scalar with a graph. stats: per-token tensors of the shifted labels' shape."""
+
+    loss: Tensor | None = None
+    stats: dict[str, Tensor] | None = None
+
+
+@dataclass
+class StatesOutput(ModelOutput):
+    """hidden: [batch, length, width] before the head. weight, bias: the head's."""
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class LossCall:
+    """Ask a patched model for its loss. Not a dataclass on purpose: see the module's docstring."""
+
+    def __init__(
+        self,
+        target: Target,
+        labels: Tensor,
+        columns: dict[str, Tensor],
+        others: dict[str, Head],
+        vocab_size: int | None,
+        num_items: Tensor | float | None,
+        stats: str,
+    ):
+        self.target = target
+        self.labels = labels
+        self.columns = columns
+        self.others = others
+        self.vocab_size = vocab_size
+        self.num_items = num_items
+        self.stats = stats
+
+    def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: HeadTransform) -> ModelOutput:
+        labels = self.labels[:, 1:].to(hidden.device)
+        # Virtual tokens of prompt tuning come first: the last positions are the labels'.
+        hidden = hidden[:, -self.labels.shape[1] :][:, :-1]
+        output = linear_target_loss(
+            hidden,
+            weight,
+            labels,
+            self.target,
+            head_bias=bias,
+            **self.others,  # type: ignore[arg-type]
+            **{name: column[:, 1:] for name, column in self.columns.items()},  # type: ignore[arg-type]
+            vocab_size=None if self.vocab_size is None else min(self.vocab_size, weight.shape[0]),
+            logit_scale=transform.scale,
+            logit_softcap=transform.softcap,
+            num_items=self.num_items,
+            stats=self.stats,
+        )
+        return TargetLossOutput(loss=output.loss, stats=output.stats)
+
+
+class StatesCall:
+    """Ask a patched model for its last hidden states and its head, for a teacher or reference."""
+
+    def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: HeadTransform) -> ModelOutput:
+        return StatesOutput(hidden=hidden, weight=weight, bias=bias)
+
+
+def add_target_forward(model: nn.Module) -> None:
+    """Let ``model(..., qtarget=call)`` hand its hidden states to ``call``; any other call is as before."""
+    if getattr(model, "_qtarget_forward", False):
+        return
+    original = model.forward
+    transform = HeadTransform.of(model.config)
+
+    # Keep the original signature: ``generate`` validates its arguments against it.
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, qtarget=None, **kwargs):
+        if qtarget is None:
+            return original(*args, **kwargs)
+        kwargs["use_cache"] = False
+        kwargs.pop("labels", None)
+        hidden = self.base_model(*args, **kwargs).last_hidden_state
+        weight, bias = head_parameters(self)
+        return qtarget(hidden.to(weight.device), weight, bias, transform)
+
+    model.forward = types.MethodType(forward, model)
+    model._qtarget_forward = True  # type: ignore[assignment]
+
+
+def head_parameters(model: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the output head, as they apply now: adapters' saved head, or the original with adapters off."""
+    head = model.get_output_embeddings()
+    if hasattr(head, "modules_to_save"):
+        adapter = head.active_adapters[0] if head.active_adapters else None
+        head = head.original_module if head.disable_adapters or adapter is None else head.modules_to_save[adapter]
+    return head.weight, getattr(head, "bias", None)
+
+
+def accepted(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs a model's own forward takes; one without ``**kwargs`` refuses what the trainer adds."""
+    parameters = inspect.signature(type(model).forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return inputs
+    return {name: value for name, value in inputs.items() if name in parameters}
+
+
+@torch.no_grad()
+def check_head_transform(call: Any, base: nn.Module, inputs: dict[str, Any], tokens: int = 16) -> None:
+    """Compare logits rebuilt from hidden states with the model's own on a few tokens of the first row.
+
+    Raises:
+        ConfigError: they differ; the architecture does something to its logits that is not known here.
+    """
+    few = {"input_ids": inputs["input_ids"][:1, :tokens]}
+    if "position_ids" in inputs:
+        few["position_ids"] = inputs["position_ids"][:1, :tokens]
+    own = call(**few).logits.float()
+    states = call(**few, qtarget=StatesCall())
+    transform = HeadTransform.of(base.config)  # type: ignore[arg-type]
+    rebuilt = states.hidden.float() @ states.weight.float().T
+    if states.bias is not None:
+        rebuilt = rebuilt + states.bias.float()
+    rebuilt = transform.apply(rebuilt)[:, -own.shape[1] :]
+    difference = (own - rebuilt).abs()
+    allowed = (1e-3 if own.dtype == states.hidden.dtype else 5e-2) * (1 + float(own.abs().max()))
+    if not float(difference.max()) <= allowed:
+        place = divmod(int(difference.argmax()), own.shape[-1])
+        raise ConfigError(
+            f"{type(base).__name__}'s logits cannot be rebuilt from its hidden states: token {place[0]}, id {place[1]} "
+            f"is {float(own.flatten()[difference.argmax()]):.4f} in the model and "
+            f"{float(rebuilt.flatten()[difference.argmax()]):.4f} from hidden states × head (scale {transform.scale}, "
+            f"softcap {transform.softcap}); this architecture is not supported"
+        )

@@ -1,0 +1,111 @@
+"""Small real models and a small real tokenizer, made on the spot: seconds, no download."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SENTENCES = [
+    "Tom has 3 apples and buys 4 more, so he has 7 apples.",
+    "A box holds 12 pens. Two boxes hold 24 pens.",
+    "If 5 birds sit on a wire and 2 fly away, 3 are left.",
+    "She reads 10 pages a day for 6 days, which makes 60 pages.",
+    "The train leaves at 9 and arrives at 11, after 2 hours.",
+    "Half of 18 is 9, and 9 plus 1 is 10.",
+    "Ann is 8. In 5 years she will be 13 years old.",
+    "A cake cut in 8 slices feeds 4 people 2 slices each.",
+]
+
+
+@functools.cache
+def tokenizer(extra: str = "") -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on a few sentences; ``extra`` changes what it learns."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    bpe.train_from_iterator([*SENTENCES, extra * 50], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def llama(seed: int = 0, width: int = 32, tied: bool = True, vocab: int | None = None) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer()) if vocab is None else vocab,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config)
+
+
+def gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(tokenizer()),
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=256,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        initializer_range=0.3,
+    )
+    return GPT2LMHeadModel(config)
+
+
+class NoKwargs(LlamaForCausalLM):
+    """A model whose forward takes exactly what it names."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def no_kwargs(seed: int = 0) -> NoKwargs:
+    twin = llama(seed)
+    model = NoKwargs(twin.config)
+    model.load_state_dict(twin.state_dict())
+    return model
+
+
+def conversations(rows: int = 8) -> Dataset:
+    """Prompt and completion pairs of different lengths."""
+    pairs = [
+        {
+            "prompt": [{"role": "user", "content": sentence[: 10 + 3 * (i % 5)]}],
+            "completion": [{"role": "assistant", "content": SENTENCES[(i * 3 + 1) % len(SENTENCES)][: 14 + 7 * (i % 6)]}],
+        }
+        for i, sentence in enumerate((SENTENCES * (1 + rows // len(SENTENCES)))[:rows])
+    ]
+    return Dataset.from_list(pairs)
+
+
+def texts(rows: int = 8) -> Dataset:
+    """Plain text of different lengths, every token supervised."""
+    many = (SENTENCES * (1 + rows // len(SENTENCES)))[:rows]
+    return Dataset.from_list([{"text": sentence[: 20 + 5 * (i % 7)]} for i, sentence in enumerate(many)])
