@@ -104,9 +104,9 @@ def _forward_only(direction: str) -> None:
 @preset(
     "sft",
     formula="L = −log p_y;  a = 1",
-    trusts="every observed token fully",
+    trusts="every label fully",
     rest="nowhere: Q = δ",
-    source="the usual cross-entropy",
+    source="cross-entropy",
     aliases=("nll",),
 )
 def sft() -> Target:
@@ -117,8 +117,8 @@ def sft() -> Target:
 @preset(
     "dft",
     formula="L = −sg(p_y) log p_y;  a = p_y",
-    trusts="a token as much as the student believes it",
-    rest="the student itself",
+    trusts="p_y",
+    rest="the student",
     source="arXiv:2508.05629",
     aliases=("p-loss",),
 )
@@ -130,20 +130,20 @@ def dft() -> Target:
 @preset(
     "beyond-log",
     formula="L = (1 − p_y^alpha)/alpha;  a = p_y^alpha",
-    trusts="p_y^alpha: alpha = 0 is sft, 1 has dft's gradient, larger ones trust only the likely",
-    rest="the student itself",
+    trusts="p_y^alpha",
+    rest="the student",
     source="arXiv:2510.00526",
 )
 def beyond_log(alpha: float = 1.0) -> Target:
-    """A family between log-likelihood and probability; alpha below 0 leaves the simplex (a > 1)."""
+    """A family: alpha 0 is sft, 1 has dft's gradient, more trusts only the likely, less than 0 leaves the simplex."""
     return Target(trust=trust.probability_power(alpha), residual=residual.student())
 
 
 @preset(
     "profit",
     formula="L = −m log p_y;  a = m = 1[p_y ≥ tau]",
-    trusts="tokens on one side of a probability threshold, the others not at all",
-    rest="the student itself",
+    trusts="1 where p_y ≥ tau, else 0",
+    rest="the student",
     source="arXiv:2601.09195",
 )
 def profit(
@@ -158,8 +158,8 @@ def profit(
 @preset(
     "eaft",
     formula="L = −sg(a) log p_y;  a = (H_k / ln k)^power",
-    trusts="a token as much as the student is undecided there",
-    rest="the student itself",
+    trusts="the student's doubt, H_k / ln k",
+    rest="the student",
     source="arXiv:2601.02151",
 )
 def eaft(top_k: int = 20, power: float = 1.0, normalizer: str | float = "log_k") -> Target:
@@ -170,8 +170,8 @@ def eaft(top_k: int = 20, power: float = 1.0, normalizer: str | float = "log_k")
 @preset(
     "iw-sft",
     formula="L = −w log p_y;  a = w",
-    trusts="a row as much as its importance weight w says (column weight)",
-    rest="the student itself",
+    trusts="w, the weight of the row",
+    rest="the student",
     source="arXiv:2507.12856",
 )
 def iw_sft() -> Target:
@@ -182,8 +182,8 @@ def iw_sft() -> Target:
 @preset(
     "cft",
     formula="L = −c log p_y;  a = c ∈ {0, 1}",
-    trusts="critical tokens only (column critical)",
-    rest="the student itself",
+    trusts="1 on critical tokens, else 0",
+    rest="the student",
     source="arXiv:2510.10974",
 )
 def cft() -> Target:
@@ -194,12 +194,12 @@ def cft() -> Target:
 @preset(
     "label-smoothing",
     formula="L = (1 − ε)(−log p_y) + ε CE(U, p);  a = 1 − ε, b = ε, R = U",
-    trusts="every observed token alike, 1 − ε",
-    rest="uniform over the real vocabulary",
-    source="Szegedy et al. 2016; Transformers' LabelSmoother, padded rows left out",
+    trusts="1 − ε",
+    rest="every token alike",
+    source="arXiv:1512.00567",
 )
 def label_smoothing(smoothing: float = 0.1) -> Target:
-    """Keep a share ε for every token alike."""
+    """Keep a share ε for every token alike, padded rows of the head left out (Transformers averages over them too)."""
     check_range("smoothing", smoothing, 0, 1)
     return Target(trust=trust.constant(1 - smoothing), residual=residual.uniform(), value="ce")
 
@@ -207,12 +207,12 @@ def label_smoothing(smoothing: float = 0.1) -> Target:
 @preset(
     "sft-kl",
     formula="L = −log p_y + λ KL(ref ‖ p);  a = 1, b = λ, R = ref",
-    trusts="every observed token fully",
-    rest="the reference model, with weight λ beside the label",
-    source="full-vocabulary forward KL, as in arXiv:2509.23753's baseline",
+    trusts="every label fully",
+    rest="the reference, λ beside the label",
+    source="arXiv:2509.23753 (baseline)",
 )
 def sft_kl(kl_weight: float = 0.1, direction: str = "forward") -> Target:
-    """Plain SFT with a spring back to the reference model; off the simplex where p exceeds the reference."""
+    """Plain SFT with a spring back to the reference, KL(reference ‖ student) over the full vocabulary."""
     _forward_only(direction)
     check_range("kl_weight", kl_weight, 0)
     return Target(trust=trust.anchored(trust.constant(1.0), kl_weight), residual=residual.reference())
@@ -221,8 +221,8 @@ def sft_kl(kl_weight: float = 0.1, direction: str = "forward") -> Target:
 @preset(
     "asft",
     formula="L = −sg(p_y) log p_y + λ KL(ref ‖ p);  a = p_y, b = λ, R = ref",
-    trusts="a token as much as the student believes it",
-    rest="the reference model, with weight λ beside the label",
+    trusts="p_y",
+    rest="the reference, λ beside the label",
     source="arXiv:2509.23753",
 )
 def asft(kl_weight: float = 0.05, direction: str = "forward") -> Target:
@@ -235,8 +235,8 @@ def asft(kl_weight: float = 0.05, direction: str = "forward") -> Target:
 @preset(
     "psft",
     formula="L = −min(r, clip(r, 1 − clip, 1 + clip_high));  a = r·1[r < 1 + clip_high], r = p_y / p_old",
-    trusts="a token until its probability has grown by clip_high since the last refresh",
-    rest="the student itself",
+    trusts="p_y / p_old, until clipped",
+    rest="the student",
     source="arXiv:2508.17784",
 )
 def psft(clip: float = 0.2, clip_high: float | None = None) -> Target:
@@ -247,12 +247,12 @@ def psft(clip: float = 0.2, clip_high: float | None = None) -> Target:
 @preset(
     "gem",
     formula="L = CE(δ, p) − CE(q, p);  a = 1, b = −1, R = q = softmax(z/beta)",
-    trusts="every observed token fully",
-    rest="away from the student sharpened by beta, which keeps it diverse",
+    trusts="every label fully",
+    rest="away from the sharpened student",
     source="arXiv:2408.16673",
 )
 def gem(beta: float = 0.7, h: str = "linear") -> Target:
-    """Move mass to the label only from tokens the student over-rates; signed, so never on the simplex for sure."""
+    """Take mass from what the sharpened student favours and leave the rest diverse; signed, so Q leaves the simplex."""
     rule = trust.anchored(trust.constant(1.0), -1.0)
     scale = trust.offset_mass() if h == "logsigmoid" else None
     return Target(trust=rule, residual=residual.sharpened(beta, h), scale=scale, value="ce")
@@ -271,9 +271,9 @@ def _distilled(kd_weight: float, temperature: float, value: str) -> Target:
 @preset(
     "kd",
     formula="L = CE(t, p);  a = 0, b = 1, R = t.  At T ≠ 1: T² KL(t^T ‖ p^T)",
-    trusts="no observed token",
+    trusts="0",
     rest="the teacher",
-    source="Hinton et al., arXiv:1503.02531",
+    source="arXiv:1503.02531",
 )
 def kd(temperature: float = 1.0) -> Target:
     """Forget the labels and match the teacher on the demonstrations' contexts."""
@@ -283,9 +283,9 @@ def kd(temperature: float = 1.0) -> Target:
 @preset(
     "kd-hybrid",
     formula="L = (1 − λ)(−log p_y) + λ KL(t ‖ p);  a = 1 − λ, b = λ, R = t",
-    trusts="every observed token alike, 1 − λ",
+    trusts="1 − λ",
     rest="the teacher",
-    source="Hinton et al., arXiv:1503.02531",
+    source="arXiv:1503.02531",
 )
 def kd_hybrid(kd_weight: float = 0.5, temperature: float = 1.0) -> Target:
     """A fixed mixture of label and teacher."""
@@ -296,8 +296,8 @@ def kd_hybrid(kd_weight: float = 0.5, temperature: float = 1.0) -> Target:
 @preset(
     "target-sft",
     formula="Q = p_y δ + (1 − p_y) R,  R = softmax((1 − η) z + η z_T / T);  a = p_y, b = 1 − p_y",
-    trusts="a token as much as the student believes it",
-    rest="student and teacher mixed in log space, η towards the teacher",
+    trusts="p_y",
+    rest="student^(1 − η) · teacher^η",
     source="arXiv:2606.11189",
 )
 def target_sft(eta: float = 0.5, teacher_temperature: float = 1.0) -> Target:

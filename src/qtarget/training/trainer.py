@@ -224,6 +224,11 @@ class QTargetTrainer(SFTTrainer):
             vocab_size=min(rows, self._vocab_size),
         )
 
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether a teacher is loaded."""
+        return self._teacher is not None
+
     # -- the loss ------------------------------------------------------------------------------------------------
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -1,0 +1,1 @@
+"""The command line, a small file a verb. Heavy imports happen inside the verbs, so that --help answers at once."""

@@ -1,0 +1,74 @@
+"""``qtarget VERB``: pick the verb and turn errors a user can mend into one sentence and exit status 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from qtarget.errors import ConfigError
+
+HELP = """\
+qtarget: choose what each token is taught, see it, and train toward it.
+
+usage: qtarget VERB [options]
+
+  train      fine-tune a model toward a target:      qtarget train --config recipes/quickstart.yaml
+  targets    the objectives, their formulas:         qtarget targets    |  qtarget targets show target-sft
+  env        versions and devices, for bug reports:  qtarget env
+
+qtarget VERB --help tells more; --debug shows the traceback of an error; --version prints the version.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb. Returns the exit status: 0 done, 2 a fault in what was asked for, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if arguments[0] in ("--version", "version"):
+        from qtarget import __version__
+
+        print(f"qtarget {__version__}")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    # ``--debug`` alone asks for tracebacks; with a value it is TRL's field of that name.
+    debug = any(
+        word == "--debug" and (i + 1 == len(rest) or rest[i + 1].startswith("--")) for i, word in enumerate(rest)
+    )
+    if debug:
+        rest.remove("--debug")
+    try:
+        return _verb(verb)(rest)
+    except ConfigError as error:
+        if debug:
+            raise
+        if int(os.environ.get("RANK", "0")) == 0:
+            for fault in error.faults:
+                print(f"qtarget {verb}: {fault}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print(f"\nqtarget {verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _verb(name: str):
+    if name == "train":
+        from qtarget.cli.train import run
+    elif name == "targets":
+        from qtarget.cli.targets import run
+    elif name == "env":
+        from qtarget.cli.env import run
+    else:
+        from qtarget.errors import unknown
+
+        raise unknown("verb", name, ("train", "targets", "env"))
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main())

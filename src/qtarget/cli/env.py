@@ -1,0 +1,39 @@
+"""``qtarget env``: what a bug report needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+
+_HELP = """\
+usage: qtarget env
+
+Print versions and devices; paste it into a bug report.
+"""
+_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed", "vllm", "liger-kernel")
+
+
+def run(arguments: Sequence[str]) -> int:
+    if "-h" in arguments or "--help" in arguments:
+        print(_HELP, end="")
+        return 0
+    import torch
+
+    from qtarget import __version__
+    from qtarget.losses import backends
+
+    lines = [("qtarget", __version__), ("python", platform.python_version()), ("platform", platform.platform())]
+    for package in _PACKAGES:
+        try:
+            lines.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            lines.append((package, "not installed"))
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    lines.append(("gpu", ", ".join(gpus) or "none"))
+    lines.append(("cpu threads", f"{torch.get_num_threads()}, {torch.backends.cpu.get_cpu_capability()}"))
+    lines.append(("engine backends", ", ".join(backends.available())))
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:<{width}}  {value}")
+    return 0

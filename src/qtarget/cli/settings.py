@@ -1,0 +1,183 @@
+"""Settings from a YAML file and flags: TRL's names, flags win, unknown keys are errors with the nearest valid name."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qtarget.errors import ConfigError, unknown
+
+
+@dataclass
+class Settings:
+    """What a run was asked to do.
+
+    Attributes:
+        values: settings of each group of fields ("training", "model", "script"), only those that were given.
+        spelled: peers' keys for an objective.
+        origin: field → "file" or "flag".
+        faults: what is wrong with them so far.
+        asks_help: "--help", "--help_all" or None.
+    """
+
+    values: dict[str, dict[str, Any]] = field(default_factory=lambda: {"training": {}, "model": {}, "script": {}})
+    spelled: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+
+def groups() -> dict[str, type]:
+    """The dataclasses whose fields are settings."""
+    from trl import ModelConfig, ScriptArguments
+
+    from qtarget.training import QTargetConfig
+
+    return {"training": QTargetConfig, "model": ModelConfig, "script": ScriptArguments}
+
+
+def read(arguments: Sequence[str]) -> Settings:
+    """Collect settings from ``--config FILE`` and ``--field value`` flags; faults are kept, not raised."""
+    from qtarget.targets import spellings
+
+    settings = Settings()
+    flags = _flags(arguments, settings.faults)
+    config_file = flags.pop("config", None)
+    given: list[tuple[str, str, Any]] = []
+    if config_file is not None:
+        given += [("file", key, value) for key, value in _read_file(str(config_file), settings.faults).items()]
+    given += [("flag", key, value) for key, value in flags.items()]
+    where = {f.name: (group, _hint(cls, f.name)) for group, cls in groups().items() for f in dataclasses.fields(cls) if f.init}
+    for origin, key, value in given:
+        if key in where:
+            group, hint = where[key]
+            try:
+                settings.values[group][key] = _as(hint, value, key)
+            except ConfigError as error:
+                settings.faults += error.faults
+                continue
+        elif key in spellings.KEYS:
+            settings.spelled[key] = yaml.safe_load(value) if isinstance(value, str) else value
+        else:
+            kind = f"key in {config_file}" if origin == "file" else "flag"
+            near = unknown(kind, f"--{key}" if origin == "flag" else key, where)
+            settings.faults.append(_only_nearest(kind, origin, key, where) or near.faults[0])
+            continue
+        settings.origin[key] = origin
+    return settings
+
+
+def _only_nearest(kind: str, origin: str, key: str, valid: typing.Iterable[str]) -> str:
+    """An unknown key's sentence; with some two hundred valid ones, only the nearest is shown."""
+    import difflib
+
+    near = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
+    shown = f"--{key}" if origin == "flag" else repr(key)
+    mend = f"did you mean {near[0]}? " if near else ""
+    return f"unknown {kind}: {shown}; {mend}all of them: qtarget train --help_all"
+
+
+def _flags(arguments: Sequence[str], faults: list[str]) -> dict[str, Any]:
+    """``--name value``, ``--name=value``, ``--name`` (true) and ``--name a b`` (a list)."""
+    flags: dict[str, Any] = {}
+    name = None
+    for word in arguments:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            flags[name] = value if equals else True
+            if equals:
+                name = None
+        elif name is None:
+            faults.append(f"{word!r} stands alone; write settings as --name value")
+        elif flags[name] is True:
+            flags[name] = word
+        elif isinstance(flags[name], list):
+            flags[name].append(word)
+        else:
+            flags[name] = [flags[name], word]
+    return flags
+
+
+def _read_file(path: str, faults: list[str]) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        faults.append(f"config is {path!r}, which cannot be read: {error.strerror}")
+        return {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f" at line {mark.line + 1}"
+        faults.append(f"config is {path!r}, which is not YAML{line}: {getattr(error, 'problem', error)}")
+        return {}
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        faults.append(f"config is {path!r}, which holds a {type(loaded).__name__}; write lines of name: value")
+        return {}
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _hint(cls: type, name: str) -> tuple[type, ...]:
+    """The plain types a field takes, such as (float,) for ``float | None``."""
+    annotation = typing.get_type_hints(cls)[name]
+    options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    plain = [typing.get_origin(option) or option for option in options if option is not type(None)]
+    return tuple(option for option in plain if isinstance(option, type)) if Any not in plain else ()
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _as(hint: tuple[type, ...], value: Any, key: str) -> Any:
+    """A value in its field's type. YAML reads 1e-5 as text and no as false; flags are all text."""
+    text = isinstance(value, str)
+    if text and value.lower() in ("none", "null", "~") and str not in hint:
+        return None
+    if value is None:
+        return None
+    if not hint:  # any type: a target
+        return yaml.safe_load(value) if text else value
+    if list in hint and isinstance(value, list):
+        return value
+    if list in hint and text and value.startswith("["):
+        return yaml.safe_load(value)
+    if list in hint and str not in hint and text:
+        return [value]
+    if dict in hint and (isinstance(value, dict) or (text and value.lstrip().startswith("{"))):
+        return yaml.safe_load(value) if text else value
+    if bool in hint and not (text and str in hint):
+        word = str(value).lower()
+        if word in ("true", "false", "yes", "no", "on", "off", "1", "0"):
+            return word in ("true", "yes", "on", "1")
+        if str not in hint:
+            raise ConfigError(f"{key} is {value!r}; use true or false")
+    if str in hint:
+        if value is False:
+            return "no"  # eval_strategy: no
+        if value is True and key == "resume_from_checkpoint":
+            return True
+        return value if isinstance(value, (dict, list)) else str(value)
+    for number in (int, float):
+        if number in hint and not isinstance(value, (bool, list, dict)):
+            try:
+                as_float = float(value)
+            except (TypeError, ValueError):
+                break
+            if number is float:
+                return as_float
+            if as_float == int(as_float):
+                return int(as_float)
+    if int in hint or float in hint:
+        what = "a number" if float in hint else "a whole number"
+        raise ConfigError(f"{key} is {value!r}; use {what}")
+    if bool in hint:
+        raise ConfigError(f"{key} is {value!r}; use true or false")
+    return value

@@ -1,0 +1,71 @@
+"""What a run shows at its end: held-out figures before and after, the picture, the next command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+# (statistic of evaluation, what it is called in the table)
+_ROWS = [
+    ("nll", "nll of the label (nats)"),
+    ("loss", "loss of the target"),
+    ("accuracy", "label is the most likely token"),
+    ("trust", "trust in the label, mean a"),
+    ("residual_mass", "weight of the residual, mean b"),
+    ("update", "update, mean ½‖p − Q‖₁"),
+    ("kl_q", "KL(Q ‖ student)"),
+    ("entropy", "student's entropy (nats)"),
+    ("teacher_kl", "drift: KL(teacher ‖ student)"),
+]
+
+
+def evaluate(trainer: Any) -> dict[str, float]:
+    """Held-out figures without their prefix; with a teacher also how far the student is from it."""
+    metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    if trainer.reads_teacher:
+        with trainer.evaluating("kd"):
+            drift = trainer.evaluate(metric_key_prefix="eval_teacher")
+        metrics["teacher_kl"] = drift.get("eval_teacher_kl_q", float("nan"))
+    return metrics
+
+
+def show(trainer: Any, before: dict[str, float], after: dict[str, float], folder: Path) -> None:
+    """Print the table and the next command, and draw the run's curves."""
+    from qtarget.training import curves
+
+    if before and after:
+        _table(before, after)
+    else:
+        print("no held-out rows: the dataset has no test split, so there is nothing to compare before and after")
+    if trainer.reads_teacher and before:
+        print(_about_drift(trainer, before, after))
+    picture = folder / "curves.png"
+    if curves.draw(trainer.state.log_history, str(trainer.args.resolve_target()), picture):
+        print(f"curves     {picture}")
+    print(f"model      {folder}  (plain Transformers files)")
+    print(f"next       qtarget train --config FILE --model_name_or_path {folder} --output_dir {folder}-2")
+
+
+def _table(before: dict[str, float], after: dict[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"held-out, {int(after['supervised_tokens'])} supervised tokens", title_justify="left", box=None)
+    for heading, justify in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for name, label in _ROWS:
+        if name in before and name in after:
+            change = after[name] - before[name]
+            table.add_row(label, f"{before[name]:.4f}", f"{after[name]:.4f}", f"{change:+.4f}")
+    Console().print(table)
+
+
+def _about_drift(trainer: Any, before: dict[str, float], after: dict[str, float]) -> str:
+    drift_before, drift_after = before["teacher_kl"], after["teacher_kl"]
+    text = f"Student and teacher were {drift_before:.4f} nats apart at the start and {drift_after:.4f} at the end."
+    if drift_before < 1e-6 and trainer.args.resolve_target().name == "target-sft":
+        text += (
+            " They started equal, so the first step was dft by construction: the teacher pulls only as far as the "
+            "student has moved."
+        )
+    return text

@@ -1,0 +1,103 @@
+"""``qtarget targets``: the objectives, as a table or one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from qtarget.errors import ConfigError, unknown
+
+_HELP = """\
+usage: qtarget targets [--json]
+       qtarget targets show NAME [--json]
+
+The objectives: what each trusts, where the rest goes, defaults, what it needs and where it comes from.
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    words = [word for word in arguments if not word.startswith("-")]
+    flags = [word for word in arguments if word.startswith("-")]
+    if "-h" in flags or "--help" in flags:
+        print(_HELP, end="")
+        return 0
+    for flag in flags:
+        if flag != "--json":
+            raise unknown("option of targets", flag, ("--json", "--help"))
+    from qtarget.targets import presets
+
+    if not words:
+        _table("--json" in flags)
+    elif words[0] == "show" and len(words) == 2:
+        _show(presets.describe(words[1]).name, "--json" in flags)
+    elif words[0] == "show":
+        raise ConfigError("targets show takes one name, as in: qtarget targets show target-sft")
+    else:
+        raise unknown("word after targets", words[0], ("show",))
+    return 0
+
+
+def _record(name: str) -> dict:
+    from qtarget.targets import presets
+
+    entry = presets.describe(name)
+    return {
+        "name": entry.name,
+        "summary": entry.summary,
+        "formula": entry.formula,
+        "trusts": entry.trusts,
+        "rest": entry.rest,
+        "parameters": entry.parameters,
+        "needs": sorted(presets.build(name).requires),
+        "source": entry.source,
+        "aliases": list(entry.aliases),
+    }
+
+
+def _table(as_json: bool) -> None:
+    from qtarget.targets import presets
+
+    records = [_record(name) for name in presets.names()]
+    if as_json:
+        print(json.dumps(records, ensure_ascii=False, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("target", "trusts", "the rest goes to", "needs", "source"):
+        table.add_column(heading, overflow="fold")
+    for record in records:
+        table.add_row(
+            record["name"], record["trusts"], record["rest"], ", ".join(record["needs"]) or "-", record["source"]
+        )
+    console = Console()
+    console.print(table)
+    console.print("\nformula and parameters: qtarget targets show NAME", style="dim")
+
+
+def _show(name: str, as_json: bool) -> None:
+    record = _record(name)
+    if as_json:
+        print(json.dumps(record, ensure_ascii=False, indent=2))
+        return
+    from rich.console import Console
+
+    parameters = ", ".join(f"{key}: {value}" for key, value in record["parameters"].items())
+    written = f"{{preset: {name}, {parameters}}}" if parameters else name
+    console = Console(highlight=False)
+    console.print(f"[bold]{name}[/bold]  {record['summary']}\n", soft_wrap=True)
+    rows = [
+        ("formula", record["formula"]),
+        ("gradient", "g = a (p − δ) + Σ b (p − R), with a, b and R held constant"),
+        ("trusts", record["trusts"]),
+        ("the rest", record["rest"]),
+        ("defaults", parameters or "no parameters"),
+        ("needs", ", ".join(record["needs"]) or "nothing but labels"),
+        ("source", record["source"]),
+        ("also called", ", ".join(record["aliases"])),
+        ("in a config", f"target: {written}"),
+    ]
+    for heading, text in rows:
+        if text:
+            console.print(f"{heading:<12} {text}", soft_wrap=True, markup=False)
