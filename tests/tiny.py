@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SENTENCES = [
@@ -98,7 +108,9 @@ def conversations(rows: int = 8) -> Dataset:
     pairs = [
         {
             "prompt": [{"role": "user", "content": sentence[: 10 + 3 * (i % 5)]}],
-            "completion": [{"role": "assistant", "content": SENTENCES[(i * 3 + 1) % len(SENTENCES)][: 14 + 7 * (i % 6)]}],
+            "completion": [
+                {"role": "assistant", "content": SENTENCES[(i * 3 + 1) % len(SENTENCES)][: 14 + 7 * (i % 6)]}
+            ],
         }
         for i, sentence in enumerate((SENTENCES * (1 + rows // len(SENTENCES)))[:rows])
     ]
@@ -109,3 +121,61 @@ def texts(rows: int = 8) -> Dataset:
     """Plain text of different lengths, every token supervised."""
     many = (SENTENCES * (1 + rows // len(SENTENCES)))[:rows]
     return Dataset.from_list([{"text": sentence[: 20 + 5 * (i % 7)]} for i, sentence in enumerate(many)])
+
+
+def taught(make: Callable[..., PreTrainedModel] = llama, **settings) -> PreTrainedModel:
+    """A model after a few steps on the conversations: label probabilities from 0.01 to 0.9 instead of 1e-4.
+
+    Each call makes a new model; equal settings give equal weights.
+    """
+    model = make(**settings)
+    model.load_state_dict(_taught_weights(make, **settings))
+    return model
+
+
+@functools.cache
+def _taught_weights(make: Callable[..., PreTrainedModel], **settings) -> dict[str, torch.Tensor]:
+    model = make(**settings)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for row in conversations(30):
+        ids = tokenizer().apply_chat_template(row["prompt"] + row["completion"], return_tensors="pt")[
+            "input_ids"
+        ]
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def gemma2(seed: int = 0) -> Gemma2ForCausalLM:
+    """Its logits end in a softcap, low enough here to bend them."""
+    torch.manual_seed(seed)
+    return Gemma2ForCausalLM(
+        Gemma2Config(vocab_size=len(tokenizer()), head_dim=8, final_logit_softcapping=3.0, **SMALL)
+    )
+
+
+def cohere(seed: int = 0) -> CohereForCausalLM:
+    """Its logits are multiplied."""
+    torch.manual_seed(seed)
+    return CohereForCausalLM(CohereConfig(vocab_size=len(tokenizer()), logit_scale=0.25, **SMALL))
+
+
+def granite(seed: int = 0) -> GraniteForCausalLM:
+    """Its logits are divided."""
+    torch.manual_seed(seed)
+    return GraniteForCausalLM(GraniteConfig(vocab_size=len(tokenizer()), logits_scaling=4.0, **SMALL))

@@ -13,7 +13,7 @@ _ENOUGH_ROWS = {"cpu": 512, "gpu": 2048}
 _FEWEST_ROWS = {"cpu": 128, "gpu": 512}
 _BUDGET_BYTES = {"cpu": 512 << 20, "gpu": 2 << 30}
 # Scratch for the row-wise mathematics: on a CPU what stays in cache, on a GPU what fills the device.
-_SCRATCH_BYTES = {"cpu": 3 << 19, "gpu": 128 << 20}
+_SCRATCH_BYTES = {"cpu": 3 << 20, "gpu": 128 << 20}
 
 
 def chunk_rows(tokens: int, vocab: int, buffers: int, itemsize: int, device: torch.device) -> int:

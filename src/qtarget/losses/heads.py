@@ -41,7 +41,9 @@ class Head:
         if self.logit_softcap is not None:
             check_range("Head: logit_softcap", self.logit_softcap, 0, open_low=True)
         if self.vocab_size is not None and not 0 < self.vocab_size <= self.weight.shape[0]:
-            raise ConfigError(f"Head: vocab_size is {self.vocab_size}; weight has {self.weight.shape[0]} rows")
+            raise ConfigError(
+                f"Head: vocab_size is {self.vocab_size}; use a number from 1 to the weight's {self.weight.shape[0]} rows"
+            )
 
     @property
     def width(self) -> int:
@@ -74,6 +76,10 @@ class TopK:
             raise ConfigError(
                 f"TopK: ids has shape {list(self.ids.shape)}, logprobs {list(self.logprobs.shape)}; they must agree"
             )
+        if self.ids.dtype not in (torch.int64, torch.int32):
+            raise ConfigError(f"TopK: ids has dtype {self.ids.dtype}; use torch.int64 or torch.int32")
+        if self.ids.ndim < 1 or self.ids.shape[-1] < 1:
+            raise ConfigError(f"TopK: ids has shape {list(self.ids.shape)}; the last axis holds one token or more")
         if self.tail not in ("student", "even"):
             raise ConfigError(f"TopK: tail is {self.tail!r}; use 'student' or 'even'")
         if self.tail_logprob is not None and self.tail_logprob.shape != self.ids.shape[:-1]:

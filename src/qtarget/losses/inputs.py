@@ -60,6 +60,8 @@ def check_options(reduction: str, stats: str) -> None:
 
 def check_requirements(target: Target, given: dict[str, object], how_to_give: dict[str, str]) -> None:
     """Raise where the target needs an input that is None."""
+    if not isinstance(target, Target):
+        raise ConfigError(f"target is {target!r}; use qt.preset(name), qt.Target(...) or qt.Target.from_config(...)")
     how_to_give = {**_HOW_TO_GIVE, **how_to_give}
     missing = [name for name in sorted(target.requires) if given.get(name) is None]
     if missing:
@@ -127,8 +129,10 @@ def _column(name: str, column: Tensor, tokens: Tokens, dtype: torch.dtype) -> Te
         raise ConfigError(f"{name} holds NaN or infinity at a supervised token; every number must be finite")
     if name == "weight" and bool((values < 0).any()):
         raise ConfigError(f"weight holds {float(values.min()):g}; weights must be 0 or more")
-    if name == "critical" and not bool(((values == 0) | (values == 1)).all()):
-        raise ConfigError("critical holds a value other than 0 and 1; it is a mask of tokens")
+    if name == "critical":
+        neither = values[(values != 0) & (values != 1)]
+        if len(neither):
+            raise ConfigError(f"critical holds {float(neither[0]):g}; it is a mask of tokens, use 0 and 1")
     return values
 
 

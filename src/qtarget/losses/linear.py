@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from qtarget.errors import ConfigError, check_range
 from qtarget.losses import backends
@@ -14,6 +13,7 @@ from qtarget.losses.backends import torch_chunked
 from qtarget.losses.backends.torch_chunked import Problem
 from qtarget.losses.heads import Head, TopK
 from qtarget.losses.inputs import (
+    Tokens,
     check_options,
     check_requirements,
     denominator,
@@ -75,7 +75,7 @@ def linear_target_loss(
 
     Raises:
         ConfigError: an input the target needs is missing, a shape or value is wrong, or logits are not finite.
-        RuntimeError: a second backward through the same call.
+        RuntimeError: a second backward through the same call, or second derivatives.
     """
     backends.pick(backend)
     check_options(reduction, stats)
@@ -88,7 +88,7 @@ def linear_target_loss(
     tokens = supervised(labels, hidden.shape[:-1], "hidden", real, ignore_index, dtype, columns)
     others = {name: given[name] for name in given if name in target.requires}
     for name, other in others.items():
-        _check_other(name, other, hidden.shape[:-1], real)
+        _check_other(name, other, tokens, real)
     problem = Problem(
         target, tokens, others, real, float(logit_scale), logit_softcap, stats == "all", chunk_rows
     )
@@ -111,18 +111,23 @@ class _LinearTargetLoss(torch.autograd.Function):
         wanted = tuple(recording and needed for needed in ctx.needs_input_grad[:3])
         ctx.problem, ctx.wanted, ctx.per_token, ctx.hidden_shape = problem, wanted, per_token, hidden.shape
         now = (False, False, False) if per_token else wanted
-        result = torch_chunked.run(problem, flat, weight.detach(), None if bias is None else bias.detach(), now)
+        head = weight.detach(), None if bias is None else bias.detach()
+        result = torch_chunked.run(problem, flat, *head, now, divisor=scale)
         problem.statistics = result.stats
         if per_token:
             ctx.save_for_backward(hidden, weight, bias)
             return problem.tokens.spread(result.loss, 0.0)
-        ctx.scale, ctx.dtypes = scale, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.gradients = [result.d_hidden, result.d_weight, result.d_bias]
         return result.loss.sum() / scale
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream):
+        if torch.is_grad_enabled():  # once_differentiable would let a gradient without a graph pass silently
+            raise RuntimeError(
+                "linear_target_loss has no second derivatives; call backward without create_graph=True, "
+                "or use target_loss on full logits"
+            )
         if ctx.per_token:
             hidden, weight, bias = ctx.saved_tensors
             flat = hidden.detach().reshape(-1, hidden.shape[-1])
@@ -144,11 +149,10 @@ class _LinearTargetLoss(torch.autograd.Function):
                 )
             d_hidden, d_weight, d_bias = ctx.gradients
             ctx.gradients, dtypes = None, ctx.dtypes
-            factor = upstream / ctx.scale
-            if d_hidden is not None or d_weight is not None or d_bias is not None:
+            if upstream.is_cuda or float(upstream) != 1:
                 for gradient in (d_hidden, d_weight, d_bias):
                     if gradient is not None:
-                        gradient.mul_(factor.to(gradient.device))
+                        gradient.mul_(upstream.to(gradient.device))
         if d_hidden is not None:
             d_hidden = d_hidden.view(ctx.hidden_shape)
         return (
@@ -175,16 +179,26 @@ def _check_head(
         raise ConfigError(f"chunk_rows is {chunk_rows!r}; use a whole number from 1, or None")
 
 
-def _check_other(name: str, other: object, token_shape: torch.Size, real: int) -> None:
+def _check_other(name: str, other: object, tokens: Tokens, real: int) -> None:
     if not isinstance(other, (Head, TopK)):
         raise ConfigError(f"{name} is a {type(other).__name__}; use qt.Head(hidden, weight) or qt.TopK(ids, logprobs)")
-    if other.token_shape != token_shape:
+    if other.token_shape != tokens.shape:
         raise ConfigError(
-            f"{name} covers positions of shape {list(other.token_shape)}; hidden asks for {list(token_shape)}"
+            f"{name} covers positions of shape {list(other.token_shape)}; hidden asks for {list(tokens.shape)}"
         )
     if isinstance(other, TopK):
-        ids = other.ids
+        ids = tokens.select(other.ids)  # a cache holds supervised tokens only: elsewhere there may be anything
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= real):
-            raise ConfigError(f"{name}: TopK ids run from {int(ids.min())} to {int(ids.max())}; the vocabulary has {real}")
-        if ids.numel() and bool((ids.sort(-1).values.diff(dim=-1) == 0).any()):
-            raise ConfigError(f"{name}: TopK ids repeat within a token; each id may stand once")
+            raise ConfigError(
+                f"{name}: TopK ids run from {int(ids.min())} to {int(ids.max())}; use ids from 0 to {real - 1}"
+            )
+        ordered = ids.sort(-1).values
+        again = ordered[..., 1:][ordered.diff(dim=-1) == 0]
+        if len(again):
+            raise ConfigError(f"{name}: TopK ids hold {int(again[0])} twice for one token; each id may stand once")
+        mass = tokens.select(other.logprobs).float().exp().sum(-1)
+        if bool((mass > 1.05).any()):  # a little more than rounding to 16 bits makes of 1
+            raise ConfigError(
+                f"{name}: TopK logprobs sum to a probability of {float(mass.max()):.3g}; "
+                "use log_softmax over the whole vocabulary, whose k largest sum to 1 at most"
+            )

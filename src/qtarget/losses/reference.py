@@ -149,13 +149,17 @@ def _tilt(z: Tensor, tokens: Tokens, target: Target, others: dict[str, Tensor], 
         **tokens.columns,
     }
     for name, logits in others.items():
-        values[f"{name}_log_p_y"] = logits[:, :real].log_softmax(-1).gather(1, y).squeeze(1)
+        log_other = logits[:, :real].log_softmax(-1)
+        log_other = F.pad(log_other, (0, real - log_other.shape[-1]), value=float("-inf"))
+        values[f"{name}_log_p_y"] = log_other.gather(1, y).squeeze(1)
 
     def top_k_entropy(k: int) -> Tensor:
         if k > z.shape[-1]:
             raise ConfigError(f"top_k is {k}, but the vocabulary has {z.shape[-1]} tokens; use a smaller top_k")
-        top = z.topk(k, dim=-1).values.log_softmax(-1)
-        return -(top.exp() * top).sum(-1)
+        top = z.topk(k, dim=-1).values
+        gap = top[:, :1] - top[:, 1:]
+        rest = (-gap).exp().sum(-1)  # to 1 for the likeliest: log1p keeps the digits of an entropy near 0
+        return rest.log1p() + (gap * (-gap).exp()).sum(-1) / (1 + rest)
 
     log_R, masses = [], []
     for _, pool in target.residual_terms:

@@ -260,10 +260,10 @@ def gem(beta: float = 0.7, h: str = "linear") -> Target:
 
 def _distilled(kd_weight: float, temperature: float, value: str) -> Target:
     """The label at 1 − kd_weight beside T²·KL(teacher ‖ student) at temperature T."""
+    check_range("temperature", temperature, 0, open_low=True)
     rule = trust.constant(1 - kd_weight)
     if temperature == 1:
         return Target(trust=rule, residual=residual.teacher(), value=value)
-    check_range("temperature", temperature, 0, open_low=True)
     pair = [(temperature, residual.teacher(temperature)), (-temperature, residual.tempered(temperature))]
     return Target(trust=rule, residual=pair, value="tempered_kl")
 
@@ -302,4 +302,5 @@ def kd_hybrid(kd_weight: float = 0.5, temperature: float = 1.0) -> Target:
 )
 def target_sft(eta: float = 0.5, teacher_temperature: float = 1.0) -> Target:
     """Trust the label as far as the student does, and let the teacher steer the rest; η = 0 is dft."""
+    check_range("teacher_temperature", teacher_temperature, 0, open_low=True)
     return Target(trust=trust.probability(), residual=residual.guided(eta, teacher_temperature))

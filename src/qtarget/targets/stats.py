@@ -52,7 +52,8 @@ class TokenStats:
 
     def top_k_entropy(self, k: int) -> Tensor:
         """Entropy in nats of the k largest probabilities, renormalised to sum to 1: [n]."""
-        if self._top_k_entropy is None:
+        declared = self._needs is None or "top_k_entropy" in self._needs
+        if self._top_k_entropy is None or not declared:
             raise AttributeError(
                 "the rule reads stats.top_k_entropy without declaring it; add 'top_k_entropy' to the rule's needs"
             )

@@ -106,6 +106,12 @@ class Target:
     def weights(self, stats: TokenStats) -> tuple[Tensor, list[Tensor]]:
         """(a, [b_j]): weights of the label and of each residual of ``residual_terms``, [n] each."""
         a, rest = self.trust.weights(stats)
+        for weight in (a, rest):
+            if not isinstance(weight, Tensor) or weight.shape != stats.log_p_y.shape:
+                got = f"a tensor of shape {list(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
+                raise ConfigError(
+                    f"the trust rule gave {got}; return one number per token, a tensor shaped like stats.log_p_y"
+                )
         if self.scale is not None:
             scale = self.scale(stats)
             a, rest = scale * a, scale * rest

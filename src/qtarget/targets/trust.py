@@ -307,7 +307,8 @@ class FunctionRule(Rule):
         return frozenset(getattr(self.function, "needs", frozenset())) | {"log_p_y"}
 
     def __call__(self, stats: TokenStats) -> Tensor:
-        return self.function(stats)
+        gamma = self.function(stats)
+        return gamma.to(stats.log_p_y.dtype) if isinstance(gamma, Tensor) else gamma  # a mask is a rule, too
 
 
 def needs(*statistics: str):

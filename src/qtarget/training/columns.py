@@ -40,8 +40,13 @@ class ColumnCollator:
         for name in self.names:
             if all(name in row for row in examples):
                 padded = torch.zeros(batch["labels"].shape, dtype=torch.float32)
-                for row, example in zip(padded, examples, strict=True):
+                for row, ids, example in zip(padded, batch["input_ids"].tolist(), examples, strict=True):
                     length = len(example["input_ids"])
+                    if ids[:length] != list(example["input_ids"]):
+                        raise ConfigError(
+                            f"the data collator moved or changed the tokens of a row, and column {name} would no "
+                            "longer lie on them; pad on the right, one row per example"
+                        )
                     row[:length] = self._values(name, example[name], length)
                 batch[name] = padded
         return batch

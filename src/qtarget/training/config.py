@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import pickle
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,6 +134,18 @@ class QTargetConfig(SFTConfig):
             if isinstance(getattr(self, name), Target):
                 settings[name] = getattr(self, name).to_config()
         return settings
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What training_args.bin holds. A target made of a lambda cannot be pickled and goes there in its written
+        form: a run must not stop at its first checkpoint for it."""
+        state = dict(self.__dict__)
+        for name in ("target", "eval_target"):
+            if isinstance(state[name], Target):
+                try:
+                    pickle.dumps(state[name])
+                except Exception:
+                    state[name] = state[name].to_config()
+        return state
 
     @classmethod
     def from_arguments(cls, args: TrainingArguments) -> QTargetConfig:

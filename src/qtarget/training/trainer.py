@@ -70,6 +70,7 @@ class QTargetTrainer(SFTTrainer):
         args = self._convert(model, args)
         self._target = args.resolve_target()
         self._eval_target = args.resolve_eval_target()
+        self._columns = columns_of(self._target, self._eval_target)
         self._check(model, args, kwargs, teacher_model)
         kwargs.pop("compute_loss_func", None)
         with _as_plain_nll(args):
@@ -80,9 +81,8 @@ class QTargetTrainer(SFTTrainer):
         self._check_prepared_data()
         self._check_parallelism()
         self._vocab_size = real_vocabulary_size(self._tokenizer)
-        names_read = columns_of(self._target, self._eval_target)
-        if names_read:
-            self.data_collator = ColumnCollator(self.data_collator, names_read, args.max_length)
+        if self._columns:
+            self.data_collator = ColumnCollator(self.data_collator, self._columns, args.max_length)
         add_target_forward(self._base_model())
         self._teacher = self._load_teacher(teacher_model)
         self._reference = self._load_reference(reference_model)
@@ -233,7 +233,7 @@ class QTargetTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        for name in columns_of(self._target, self._eval_target):
+        for name in self._columns:
             if name not in self._signature_columns:
                 self._signature_columns.append(name)
 
@@ -249,7 +249,7 @@ class QTargetTrainer(SFTTrainer):
         for batch in batch_samples:
             counted = batch["labels"][..., 1:] != -100
             if self.args.denominator == "kept":
-                for name in columns_of(self._target):
+                for name in {"weight", "critical"} & set(columns_of(self._target)):
                     counted = counted & (batch[name][..., 1:] != 0)
             count = count + counted.sum().to(count)
         count = count.to(device)
@@ -266,7 +266,7 @@ class QTargetTrainer(SFTTrainer):
     ):
         training = self.model.training
         target = self._target if training else self._eval_target
-        columns = {name: inputs.pop(name) for name in columns_of(self._target, self._eval_target) if name in inputs}
+        columns = {name: inputs.pop(name) for name in self._columns if name in inputs}
         columns = {name: column for name, column in columns.items() if name in columns_of(target)}
         labels = inputs["labels"]
         model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
@@ -302,16 +302,17 @@ class QTargetTrainer(SFTTrainer):
 
     def _check_transform(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Once: logits rebuilt from hidden states are the model's own, for the student and every other model."""
+        mixed = self.accelerator.mixed_precision != "no"
         with evaluation_mode(model):
-            check_head_transform(model, self._base_model(), inputs)
+            check_head_transform(model, self._base_model(), inputs, mixed)
         for other in (self._teacher, self._reference):
             if other is not None:
                 check_head_transform(other, other, inputs)
         self._transform_checked = True
 
     def _logs_this_step(self) -> bool:
-        interval = self.state.logging_steps
-        return bool(interval) and (self.state.global_step + 1) % interval == 0
+        step, interval = self.state.global_step + 1, self.state.logging_steps
+        return (self.args.logging_first_step and step == 1) or (bool(interval) and step % interval == 0)
 
     def _count_tokens(self, inputs: dict[str, Any]) -> None:
         """TRL's num_tokens: all tokens forwarded so far, padding left out."""
@@ -358,12 +359,28 @@ class QTargetTrainer(SFTTrainer):
 
     @contextlib.contextmanager
     def evaluating(self, target: Target | str | dict):
-        """Report another target for the duration, such as "kd" to see how far the student is from the teacher."""
-        before, self._eval_target = self._eval_target, Target.from_config(target)
+        """Report another target for the duration, such as "kd" to see how far the teacher is.
+
+        Raises:
+            ConfigError: it needs a model or a column that this trainer did not load.
+        """
+        target = Target.from_config(target)
+        if missing := self._not_loaded(target):
+            raise ConfigError(
+                f"target {target} needs {', '.join(missing)}, which this trainer did not load; name the target "
+                "in eval_target when you make the trainer"
+            )
+        before, self._eval_target = self._eval_target, target
         try:
             yield self
         finally:
             self._eval_target = before
+
+    def _not_loaded(self, target: Target) -> list[str]:
+        adapters = hasattr(self.accelerator.unwrap_model(self.model), "disable_adapter")
+        loaded = {"teacher": self._teacher is not None, "reference": self._reference is not None or adapters}
+        missing = [f"a {name}" for name, there in loaded.items() if name in target.requires and not there]
+        return missing + [f"column {name!r}" for name in columns_of(target) if name not in self._columns]
 
 
 def _with_trl_names(means: dict[str, float]) -> dict[str, float]:

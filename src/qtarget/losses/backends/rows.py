@@ -21,6 +21,10 @@ from qtarget.targets import Target, TokenStats
 from qtarget.targets.residual import Pool
 
 
+# A probability from which a logarithm is read off: below it, the rounding of its exponent shows.
+_READABLE = 1e-6
+
+
 @dataclass
 class KeptRows:
     """Rows of a top-k distribution: ids [r, k], log-probabilities [r, k], log of the tail's mass [r], tail's shape."""
@@ -45,16 +49,16 @@ class Rows:
 
 
 class Scratch:
-    """Buffers of one block's size, made once a call and handed out by name."""
+    """Buffers handed out by name, grown when a larger one is asked for."""
 
-    def __init__(self, like: Tensor):
-        self._like = like
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self._dtype, self._device = dtype, device
         self._buffers: dict[str, Tensor] = {}
 
     def get(self, name: str, rows: int, width: int) -> Tensor:
         flat = self._buffers.get(name)
         if flat is None or flat.numel() < rows * width:
-            flat = self._buffers[name] = self._like.new_empty(rows * width)
+            flat = self._buffers[name] = torch.empty(rows * width, dtype=self._dtype, device=self._device)
         return flat[: rows * width].view(rows, width)
 
 
@@ -69,8 +73,21 @@ class _Student:
     rest_mass: Tensor
     log_p_y: Tensor
     entropy: Tensor
-    top: Tensor  # largest probability
     is_top1: Tensor
+
+    def log_p(self, z: Tensor, ids: Tensor) -> Tensor:
+        """Log-probabilities at ids [r, k]. The logarithm of p keeps digits that z − lse rounds away at the size of z."""
+        p = self.scaled.gather(1, ids) * self.inv[:, None]
+        return torch.where(p > torch.finfo(p.dtype).tiny, p.log(), z.gather(1, ids) - self.lse[:, None])
+
+
+@dataclass
+class _Outside:
+    """What lies outside the kept ids of a top-k distribution: Σ p and Σ p (−log p) over real tokens, [r] each."""
+
+    kept: KeptRows
+    mass: Tensor
+    nll: Tensor
 
 
 @dataclass
@@ -137,18 +154,23 @@ class RowMath:
     def _student(self, z: Tensor, labels: Tensor) -> _Student:
         y = labels[:, None]
         p = torch.softmax(z, -1, out=self.scratch.get("p", *z.shape))
-        top, at_top = p.max(-1, keepdim=True)
+        top = p.amax(-1, keepdim=True)
         p_y = p.gather(1, y)
         p.scatter_(1, y, 0.0)  # summed without the label, so that 1 − p_y keeps its digits where p_y is near 1
         rest = p.sum(-1, keepdim=True)
         p.scatter_(1, y, p_y)
         total = rest + p_y
-        lse = z.gather(1, at_top) - (top / total).log()
-        rest_mass = rest / total
         z_y = z.gather(1, y)
-        log_p_y = torch.where(rest_mass < 0.5, torch.log1p(-rest_mass.clamp(max=0.5)), z_y - lse)
+        log_p_y = (p_y / total).log()
+        lse = z_y - log_p_y
+        hopeless = p_y < _READABLE
+        if bool(hopeless.any()):
+            lse = torch.where(hopeless, z.amax(-1, keepdim=True) - (top / total).log(), lse)
+            log_p_y = torch.where(hopeless, z_y - lse, log_p_y)
+        rest_mass = rest / total
+        log_p_y = torch.where(rest_mass < 0.5, torch.log1p(-rest_mass.clamp(max=0.5)), log_p_y)
         inv = 1 / total
-        entropy = lse.squeeze(1) - inv.squeeze(1) * torch.linalg.vecdot(p, z)
+        entropy = lse.squeeze(1) - inv.squeeze(1) * self._dot(p, z)
         return _Student(
             scaled=p,
             inv=inv.squeeze(1),
@@ -157,9 +179,12 @@ class RowMath:
             rest_mass=rest_mass.squeeze(1),
             log_p_y=log_p_y.squeeze(1),
             entropy=entropy,
-            top=(top / total).squeeze(1),
             is_top1=(p_y >= top).squeeze(1),
         )
+
+    def _dot(self, x: Tensor, y: Tensor) -> Tensor:
+        """Σ_v x y, [r]; ``torch.linalg.vecdot`` would allocate a block each time."""
+        return torch.mul(x, y, out=self.scratch.get("product", *x.shape)).sum(-1)
 
     def _weights(self, rows: Rows, student: _Student, masses: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
         needs = self.target.needs
@@ -174,8 +199,10 @@ class RowMath:
         def top_k_entropy(k: int) -> Tensor:
             if k > rows.z.shape[-1]:
                 raise ConfigError(f"top_k is {k}, but the vocabulary has {rows.z.shape[-1]} tokens; use a smaller top_k")
-            log_top = rows.z.topk(k, dim=-1, sorted=False).values.log_softmax(-1)
-            return -(log_top.exp() * log_top).sum(-1)
+            top = rows.z.topk(k, dim=-1).values
+            gap = top[:, :1] - top[:, 1:]
+            rest = (-gap).exp().sum(-1)
+            return rest.log1p() + (gap * (-gap).exp()).sum(-1) / (1 + rest)
 
         stats = TokenStats(values, top_k_entropy, needs)
         a, b = self.target.weights(stats)
@@ -184,7 +211,8 @@ class RowMath:
     def _other_log_p_y(self, rows: Rows, student: _Student, name: str) -> Tensor:
         logits = self._dense(rows, student, name, self.scratch.get("dense", *rows.z.shape))
         covered = min(self.real, logits.shape[-1])
-        return logits[:, :covered].log_softmax(-1).gather(1, rows.labels[:, None]).squeeze(1)
+        log_p_y = logits[:, :covered].log_softmax(-1).gather(1, rows.labels[:, None].clamp(max=covered - 1))
+        return log_p_y.squeeze(1).masked_fill(rows.labels >= covered, float("-inf"))
 
     # -- gradient where every residual is the student ------------------------------------------------------------
 
@@ -217,9 +245,12 @@ class RowMath:
         at_label = -a * student.rest_mass
         terms = []
         for j, (pool, weight) in enumerate(zip(pools, b, strict=True)):
-            add = self._add_kept if self._kept_source(pool, rows, student) else self._add_dense
             start = (a * student.inv)[:, None] if j == 0 else None
-            term, label_pull = add(j, pool, rows, student, weight, g, start)
+            outside = self._outside_kept(pool, rows, student)
+            if outside is None:
+                term, label_pull = self._add_dense(j, pool, rows, student, weight, g, start)
+            else:
+                term, label_pull = self._add_kept(outside, pool, rows, student, weight, g, start)
             at_label = at_label + label_pull
             terms.append(term)
         if g is not z:
@@ -264,47 +295,73 @@ class RowMath:
         n, width = z.shape
         shift = self.scratch.get("shift", n, covered)  # pooled logits minus the student's
         R = self.scratch.get("work", n, covered)
-        self._pool_shift(pool, rows, student, shift)
+        factor = self._pool_shift(pool, rows, student, shift)
         z_covered = z[:, :covered]
-        torch.add(z_covered, shift, out=R)
+        torch.add(z_covered, shift, alpha=factor, out=R)
         if pool.student == 0:  # the other models' logits themselves, not their difference to the student added back
             self._pooled(pool, rows, student, R)
         torch.softmax(R, -1, out=R)
-        top, at_top = R.max(-1, keepdim=True)
-        total = R.sum(-1, keepdim=True)
-        at_top_of_student = z_covered.gather(1, at_top) - student.lse[:, None]
-        lse_shift = shift.gather(1, at_top) + (at_top_of_student - (top / total).log())
-        inv = 1 / total.squeeze(1)
-        ce = student.lse - inv * torch.linalg.vecdot(R, z_covered)
-        kl = inv * torch.linalg.vecdot(R, shift) - lse_shift.squeeze(1)
-        torch.add(-0.5 * lse_shift, shift, alpha=0.5, out=shift)  # d/2
+        lse_shift = self._lse_shift(R, shift, factor, rows, student)
+        ce = student.lse - self._dot(R, z_covered)
+        kl = factor * self._dot(R, shift) - lse_shift.squeeze(1)
+        torch.add(-0.5 * lse_shift, shift, alpha=0.5 * factor, out=shift)  # d/2
         if bool(torch.isnan(kl).any()):  # an entry the pool rules out: 0 · (−inf)
-            kl = 2 * inv * torch.where(R > 0, R * shift, torch.zeros_like(R)).sum(-1)
+            kl = 2 * torch.where(R > 0, R * shift, torch.zeros_like(R)).sum(-1)
         p = student.scaled[:, :covered]
-        R.addcmul_(p, (student.inv * total.squeeze(1))[:, None])  # (p + R) · total
-        shift.tanh_().mul_(R)  # (R − p) · total
-        pull = -weight * inv
+        R.addcmul_(p, student.inv[:, None])  # p + R
+        shift.tanh_().mul_(R)  # R − p
+        # softmax and lse_shift are off by some 1e-7, which moves every entry alike: Σ (R − p) tells by how much.
+        drift = shift.sum(-1)
+        if covered < width:
+            drift = drift - student.scaled[:, covered:].sum(-1) * student.inv
+        undo = (weight * drift * student.inv)[:, None]
         if start is not None:
-            torch.mul(student.scaled, start, out=g)
-        g[:, :covered].addcmul_(shift, pull[:, None])
+            torch.mul(student.scaled, start + undo, out=g)
+        else:
+            g.addcmul_(student.scaled, undo)
+        g[:, :covered].addcmul_(shift, -weight[:, None])
         if covered < width:
             g[:, covered:].addcmul_(student.scaled[:, covered:], (weight * student.inv)[:, None])
-        at_label = pull * shift.gather(1, rows.labels[:, None]).squeeze(1)
-        return _Term(ce, kl, lse_shift.squeeze(1)), at_label
+        known = rows.labels.clamp(max=covered - 1)  # R is 0 at a label that the other model does not have
+        difference_y = shift.gather(1, known[:, None]).squeeze(1) - drift * student.p_y  # R − p
+        at_label = -weight * torch.where(known == rows.labels, difference_y, -student.p_y)
+        return _Term(ce, kl - drift, lse_shift.squeeze(1) + drift), at_label
 
-    def _pool_shift(self, pool: Pool, rows: Rows, student: _Student, out: Tensor) -> None:
-        """Pooled logits minus the student's, formed from differences so that a near teacher loses no digits."""
+    def _lse_shift(self, R: Tensor, shift: Tensor, factor: float, rows: Rows, student: _Student) -> Tensor:
+        """Normaliser of the pooled logits minus the student's, [r, 1], read off one entry: log R = log p + shift − it.
+
+        At the label where both see it, else at the likeliest entry of R (whose index costs a slow pass).
+        """
+        y = rows.labels.clamp(max=R.shape[1] - 1)[:, None]
+        R_y = R.gather(1, y)
+        lse_shift = factor * shift.gather(1, y) + (student.log_p_y[:, None] - R_y.log())
+        unreadable = (R_y < _READABLE) | (student.p_y[:, None] < _READABLE) | (y != rows.labels[:, None])
+        if bool(unreadable.any()):
+            (at,) = unreadable.squeeze(1).nonzero(as_tuple=True)
+            top, at_top = R[at].max(-1, keepdim=True)
+            z_top = rows.z[at].gather(1, at_top) - student.lse[at, None]
+            lse_shift[at] = factor * shift[at].gather(1, at_top) + (z_top - top.log())
+        return lse_shift
+
+    def _pool_shift(self, pool: Pool, rows: Rows, student: _Student, out: Tensor) -> float:
+        """Pooled logits minus the student's, up to the factor returned.
+
+        Formed from differences, so that a teacher near the student loses no digits.
+        """
         z = rows.z[:, : out.shape[1]]
         others = {name: c for name, c in pool.terms.items() if name != "student"}
         excess = pool.student + sum(others.values()) - 1
+        if len(others) == 1 and abs(excess) < 1e-12 and pool.offset_slope is None:
+            ((name, coefficient),) = others.items()
+            logits = self._dense(rows, student, name, self.scratch.get(f"dense_{name}", *rows.z.shape))
+            torch.sub(logits[:, : out.shape[1]], z, out=out)
+            return coefficient
         written = False
         for name, coefficient in others.items():
             logits = self._dense(rows, student, name, self.scratch.get(f"dense_{name}", *rows.z.shape))
             logits = logits[:, : out.shape[1]]
             if not written:
-                torch.sub(logits, z, out=out)
-                if coefficient != 1:
-                    out.mul_(coefficient)
+                torch.sub(logits, z, out=out).mul_(coefficient)
                 written = True
             else:
                 out.add_(logits, alpha=coefficient).sub_(z, alpha=coefficient)
@@ -314,6 +371,7 @@ class RowMath:
             out.add_(z, alpha=excess)
         if pool.offset_slope is not None:
             out.add_(self._offset(pool, rows))
+        return 1.0
 
     def _pooled(self, pool: Pool, rows: Rows, student: _Student, out: Tensor) -> None:
         """Pooled logits of a pool without the student, exactly as its models give them."""
@@ -339,30 +397,24 @@ class RowMath:
 
     # -- a residual given by its k largest entries ---------------------------------------------------------------
 
-    def _kept_source(self, pool: Pool, rows: Rows, student: _Student) -> KeptRows | None:
-        """The kept rows, where the residual is ∝ p outside them and no dense row is needed."""
+    def _outside_kept(self, pool: Pool, rows: Rows, student: _Student) -> _Outside | None:
+        """What lies outside the kept ids, where the residual is ∝ p there and no dense row is needed; else None."""
         sources = [rows.others[name] for name in pool.requires]
-        if len(sources) != 1 or not isinstance(sources[0], KeptRows):
+        kept = sources[0] if len(sources) == 1 else None
+        if not isinstance(kept, KeptRows) or kept.tail != "student" or not pool.keeps_student_shape:
             return None
-        (kept,) = sources
-        if kept.tail != "student" or not pool.keeps_student_shape:
-            return None
-        # Where the student leaves next to nothing outside the k, p has lost the tail's shape; logits have not.
-        if bool((self._mass_outside(kept, student) < 1e-30).any()):
-            return None
-        return kept
-
-    def _mass_outside(self, kept: KeptRows, student: _Student) -> Tensor:
-        """Σ p over the real vocabulary outside the kept ids, [r]."""
         inside = student.scaled.gather(1, kept.ids)
         student.scaled.scatter_(1, kept.ids, 0.0)
-        outside = student.scaled[:, : self.real].sum(-1) * student.inv
+        p = student.scaled[:, : self.real]
+        mass = p.sum(-1) * student.inv
+        nll = student.lse * mass - student.inv * self._dot(p, rows.z[:, : self.real])
         student.scaled.scatter_(1, kept.ids, inside)
-        return outside
+        # Where the student leaves next to nothing outside the k, p has lost the tail's shape; logits have not.
+        return None if bool((mass < 1e-30).any()) else _Outside(kept, mass, nll)
 
     def _add_kept(
         self,
-        j: int,
+        outside: _Outside,
         pool: Pool,
         rows: Rows,
         student: _Student,
@@ -374,13 +426,11 @@ class RowMath:
 
         Outside the k, t = p (1 − T_K)/(1 − P_K), so R/p is one number per row.
         """
-        kept = self._kept_source(pool, rows, student)
-        assert kept is not None
-        z, real = rows.z, self.real
+        kept, rest, real = outside.kept, outside.mass, self.real
+        z = rows.z
         (power,) = (c for name, c in pool.terms.items() if name != "student")
-        log_p_rk = z.gather(1, kept.ids) - student.lse[:, None]
+        log_p_rk = student.log_p(z, kept.ids)
         p_rk = log_p_rk.exp()
-        rest = self._mass_outside(kept, student)
         rest_log = rest.log()
         # log of R/p before normalising, on the kept ids and outside them
         gap_rk = power * (kept.logprobs - log_p_rk)
@@ -390,13 +440,8 @@ class RowMath:
         d_rk, d_tail = gap_rk - log_norm[:, None], gap_tail - log_norm
         log_R = pooled - log_norm[:, None]
         R_rk, R_tail = log_R[:, :-1].exp(), log_R[:, -1].exp()
-        tail_nll = student.entropy + (p_rk * log_p_rk).sum(-1)  # Σ p (−log p) outside the k
-        if real < z.shape[-1]:
-            beyond = student.scaled[:, real:] * student.inv[:, None]
-            tail_nll = tail_nll + (beyond * (z[:, real:] - student.lse[:, None])).sum(-1)
-        tail_weight = R_tail / rest
         zero = torch.zeros_like(d_rk)
-        ce = -torch.where(R_rk > 0, R_rk * log_p_rk, zero).sum(-1) + tail_weight * tail_nll
+        ce = -torch.where(R_rk > 0, R_rk * log_p_rk, zero).sum(-1) + (R_tail / rest) * outside.nll
         kl = torch.where(R_rk > 0, R_rk * d_rk, zero).sum(-1) + torch.where(R_tail > 0, R_tail * d_tail, zero[:, 0])
 
         difference_rk = -(p_rk + R_rk) * torch.tanh(d_rk / 2)  # p − R
@@ -406,14 +451,13 @@ class RowMath:
             label_in_k.any(-1), (difference_rk * label_in_k).sum(-1), student.p_y * shrink_tail
         )
         base_rk = p_rk * (start / student.inv[:, None]) if start is not None else g.gather(1, kept.ids)
-        tail_factor = weight * shrink_tail * student.inv
-        if start is not None:
-            factor = start + tail_factor[:, None]
-            torch.mul(student.scaled, factor, out=g)
-        else:
-            g.addcmul_(student.scaled, tail_factor[:, None])
-        if real < z.shape[-1]:  # R is 0 on padded rows
-            g[:, real:].addcmul_(student.scaled[:, real:], (weight * student.inv - tail_factor)[:, None])
+        # Real tokens outside the k, then padded rows, where R is 0.
+        for part, pull in ((slice(0, real), weight * shrink_tail), (slice(real, z.shape[-1]), weight)):
+            p, factor = student.scaled[:, part], (pull * student.inv)[:, None]
+            if start is not None:
+                torch.mul(p, start + factor, out=g[:, part])
+            else:
+                g[:, part].addcmul_(p, factor)
         g.scatter_(1, kept.ids, base_rk + weight[:, None] * difference_rk)
         return _Term(ce, kl, log_norm), weight * label_pull
 

@@ -5,6 +5,7 @@ Every matmul is the vendor library's. Logits are float32 (float64 for float64 in
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -15,10 +16,13 @@ from qtarget.losses.backends.rows import KeptRows, RowMath, Rows, Scratch
 from qtarget.losses.chunking import block_rows, chunk_rows
 from qtarget.losses.heads import Head, TopK
 from qtarget.losses.inputs import Tokens
+from qtarget.losses.output import ALL_STATISTICS, BASIC_STATISTICS
 from qtarget.targets import Target
 
 # Vocabulary rows of a half-precision head cast up at a time.
 _CAST_ROWS = 4096
+
+_kept = threading.local()
 
 
 @dataclass
@@ -54,6 +58,7 @@ def run(
     bias: Tensor | None,
     want: tuple[bool, bool, bool],
     upstream: Tensor | None = None,
+    divisor: Tensor | float = 1,
 ) -> Result:
     """Loss, statistics and, where ``want`` says so, gradients of the summed loss.
 
@@ -61,6 +66,7 @@ def run(
         hidden: [N, d], flattened positions. weight: [V, d]. bias: [V] or None.
         want: whether to form the gradient of (hidden, weight, bias).
         upstream: [n] factors on each token's loss, or None for 1.
+        divisor: what the gradients are divided by; folded into the matmuls, so that it costs nothing.
     """
     tokens, target = problem.tokens, problem.target
     dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
@@ -68,15 +74,16 @@ def run(
     heads = {name: other for name, other in problem.others.items() if isinstance(other, Head)}
     itemsize = torch.finfo(dtype).bits // 8
     rows = problem.rows_per_chunk or chunk_rows(n, vocab, 1 + len(heads), itemsize, device)
-    logits = torch.empty(min(rows, n), vocab, dtype=dtype, device=device)
-    head_logits = {name: logits.new_empty(logits.shape[0], head.weight.shape[0]) for name, head in heads.items()}
+    workspace = _workspace(dtype, device)
+    logits = workspace.get("logits", min(rows, n), vocab)
+    head_logits = {name: workspace.get(name, min(rows, n), head.weight.shape[0]) for name, head in heads.items()}
     block = block_rows(max(1, logits.shape[0]), vocab, itemsize, device)
 
     result = Result(logits.new_zeros(n), {})
     if want[0]:
         result.d_hidden = torch.zeros_like(hidden)
     if want[1]:
-        result.d_weight = torch.zeros(weight.shape, dtype=dtype, device=device)
+        result.d_weight = torch.empty(weight.shape, dtype=dtype, device=device)
     if want[2] and bias is not None:
         result.d_bias = torch.zeros(bias.shape, dtype=dtype, device=device)
     math = RowMath(
@@ -86,8 +93,10 @@ def run(
         gradient=any(want),
         everything=problem.everything,
         softcap=problem.logit_softcap,
-        scratch=Scratch(logits),
+        scratch=workspace,
     )
+    scale = problem.logit_scale / float(divisor)
+    first = True  # dW is written by the first matmul: no pass that fills it with zeros
     with torch.autocast(device.type, enabled=False):
         for begin in range(0, n, rows):
             chunk = slice(begin, min(begin + rows, n))
@@ -98,8 +107,21 @@ def run(
             others = _other_rows(problem, chunk, head_logits, dtype)
             kept = _blocks(math, z, others, chunk, block, result, problem, upstream)
             if any(want) and kept is not None:
-                _backward_matmuls(z, h, weight, kept, chunk, tokens, problem.logit_scale, result)
+                _backward_matmuls(z, h, weight, kept, chunk, tokens, scale, result, first)
+                first = False
+    if first and result.d_weight is not None:
+        result.d_weight.zero_()
+    if not n:  # nothing supervised: the statistics are there all the same, of no token
+        result.stats = dict.fromkeys(ALL_STATISTICS if problem.everything else BASIC_STATISTICS, result.loss)
     return result
+
+
+def _workspace(dtype: torch.dtype, device: torch.device) -> Scratch:
+    """Buffers of the chunks. On a CPU they are kept between calls: fresh pages would cost a twentieth of the time."""
+    if device.type != "cpu":
+        return Scratch(dtype, device)
+    kept: dict[torch.dtype, Scratch] = _kept.__dict__.setdefault("by_dtype", {})
+    return kept.setdefault(dtype, Scratch(dtype, device))
 
 
 def _blocks(
@@ -131,7 +153,7 @@ def _blocks(
             if name not in result.stats:
                 result.stats[name] = result.loss.new_empty(result.loss.shape)
             result.stats[name][there] = value
-        _check_finite(loss, statistics, there, tokens)
+        _check_finite(loss, statistics, there, problem)
         if upstream is not None and math.gradient:
             rows.z.mul_(upstream[there][:, None])
         if may_skip:
@@ -155,6 +177,7 @@ def _backward_matmuls(
     tokens: Tokens,
     scale: float,
     result: Result,
+    first: bool,
 ) -> None:
     """dH = g W and dW += gᵀ H for the rows at the front of z; rows without a gradient cost nothing."""
     g = z[: len(kept)]
@@ -167,8 +190,7 @@ def _backward_matmuls(
         d_h = _times_weight(g, weight).mul_(scale)
         result.d_hidden.index_copy_(0, places, d_h.to(result.d_hidden.dtype))
     if result.d_weight is not None:
-        h_up = h.to(g.dtype)
-        result.d_weight.addmm_(g.T, h_up, alpha=scale)
+        result.d_weight.addmm_(g.T, h.to(g.dtype), beta=0 if first else 1, alpha=scale)
     if result.d_bias is not None:
         result.d_bias.add_(g.sum(0), alpha=scale)
 
@@ -237,7 +259,7 @@ def _other_rows(
             h = _rows_of(other.hidden.detach(), problem.tokens, chunk)
             bias = None if other.bias is None else other.bias.detach()
             _head_logits(z, h, other.weight.detach(), bias, other.logit_scale, other.logit_softcap)
-            others[name] = z
+            others[name] = z[:, : other.width]
         else:
             others[name] = KeptRows(
                 problem.tokens.select(other.ids)[chunk].long(),
@@ -256,11 +278,13 @@ def _covered(problem: Problem, pool, vocab: int) -> int:
     return min([problem.real, *widths])
 
 
-def _check_finite(loss: Tensor, statistics: dict[str, Tensor], there: slice, tokens: Tokens) -> None:
+def _check_finite(loss: Tensor, statistics: dict[str, Tensor], there: slice, problem: Problem) -> None:
     # The entropy touches every logit of the student, the cross-entropy of Q every one of the others.
     bad = ~(torch.isfinite(loss) & torch.isfinite(statistics["entropy"]) & torch.isfinite(statistics["ce_q"]))
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
-        fault = "logits" if not torch.isfinite(statistics["entropy"][row]) else "the logits or the teacher's"
-        raise NonFiniteLogits(fault, there.start + row, tokens)
+        fault = " or ".join(f"{name} logits" for name in problem.others) or "the trust rule's weights"
+        if not torch.isfinite(statistics["entropy"][row]):
+            fault = "logits"
+        raise NonFiniteLogits(fault, there.start + row, problem.tokens)
 

@@ -1,0 +1,179 @@
+"""What the engine allocates, and how it cuts its work."""
+
+import inspect
+import logging
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import qtarget as qt
+from engine_cases import engine, ordinary, project
+from qtarget.losses import chunking
+from qtarget.losses.backends import torch_chunked
+from qtarget.losses.chunking import block_rows, chunk_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOKENS, VOCAB, WIDTH = 512, 5000, 32
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+RULES = ["dft", "eaft", "label-smoothing", "gem", "kd", "kd at T = 2", "target-sft", "asft"]
+TARGETS = {name: qt.preset(name) for name in RULES if name != "kd at T = 2"} | {
+    "kd at T = 2": qt.preset("kd", temperature=2.0)
+}
+
+
+class LargestTensor(TorchDispatchMode):
+    """The largest number of elements any operation allocated while it is on; views cost nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        inputs = {memory_of(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and memory_of(x) not in inputs]
+        self.elements = max([self.elements, *(x.numel() for x in made)])
+        return result
+
+
+def memory_of(x):
+    return x.untyped_storage().data_ptr()
+
+
+def problem():
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH, generator=g, requires_grad=True)
+    weight = (torch.randn(VOCAB, WIDTH, generator=g) / 6).requires_grad_()
+    labels = torch.randint(0, VOCAB, (TOKENS,), generator=g)
+    head = qt.Head(torch.randn(TOKENS, WIDTH, generator=g), torch.randn(VOCAB, WIDTH, generator=g) / 6)
+    scores = project(head.hidden, head.weight, None).log_softmax(-1).topk(8)
+    return hidden, weight, labels, {"head": head, "top-k": qt.TopK(scores.indices, scores.values)}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("other", ["head", "top-k"])
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_no_tensor_of_tokens_times_vocabulary(target, other, reduction):
+    hidden, weight, labels, others = problem()
+    inputs = {name: others[other] for name in target.requires}
+    with LargestTensor() as largest:
+        out = qt.linear_target_loss(
+            hidden, weight, labels, target, chunk_rows=64, stats="all", reduction=reduction, **inputs
+        )
+        out.loss.sum().backward()
+    assert 0 < largest.elements < TOKENS * VOCAB / 4
+    assert weight.grad is not None
+
+
+def test_full_logits_are_noticed():
+    hidden, weight, labels, _ = problem()
+    with LargestTensor() as largest:
+        qt.target_loss(hidden @ weight.T, labels, qt.preset("dft")).loss.backward()
+    assert largest.elements >= TOKENS * VOCAB
+
+
+def test_a_top_k_teacher_costs_no_second_buffer_of_logits():
+    hidden, weight, labels, others = problem()
+    with LargestTensor() as largest:
+        qt.linear_target_loss(hidden, weight, labels, qt.preset("kd"), chunk_rows=16, teacher=others["top-k"])
+    assert largest.elements == VOCAB * WIDTH  # dW; the chunks are smaller
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_a_half_precision_head_is_cast_up_in_tiles(dtype, monkeypatch):
+    monkeypatch.setattr(torch_chunked, "_CAST_ROWS", 500)
+    hidden, weight, labels, _ = problem()
+    low = weight.detach().to(dtype)  # frozen, so that dW does not hide the tiles
+    with LargestTensor() as largest:
+        qt.linear_target_loss(hidden, low, labels, qt.preset("dft"), chunk_rows=8).loss.backward()
+    assert largest.elements <= VOCAB * WIDTH / 2
+
+
+# ---- the rule that picks a chunk
+
+
+@pytest.mark.parametrize(
+    "tokens, vocab, buffers, itemsize, device, rows",
+    [
+        (2048, 49152, 1, 4, CPU, 512),
+        (2048, 49152, 2, 4, CPU, 512),
+        (513, 49152, 1, 4, CPU, 257),  # equal chunks, not 512 and 1
+        (1100, 49152, 1, 4, CPU, 367),
+        (100, 49152, 1, 4, CPU, 100),
+        (1, 49152, 1, 4, CPU, 1),
+        (0, 49152, 1, 4, CPU, 1),
+        (4096, 262144, 1, 4, CPU, 512),  # 512 MiB, just within the budget
+        (4096, 262145, 1, 4, CPU, 256),  # past it: half as many
+        (4096, 262144, 1, 8, CPU, 256),
+        (4096, 262144, 2, 4, CPU, 256),
+        (4096, 262144, 4, 4, CPU, 128),
+        (4096, 262144, 64, 4, CPU, 128),  # never fewer
+        (1 << 20, 49152, 1, 4, GPU, 2048),
+        (1 << 20, 152064, 2, 4, GPU, 1024),
+        (1 << 20, 262144, 64, 4, GPU, 512),
+    ],
+)
+def test_chunk_rule(tokens, vocab, buffers, itemsize, device, rows):
+    assert chunk_rows(tokens, vocab, buffers, itemsize, device) == rows
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 512, 513, 1000, 2047, 12345])
+def test_chunks_are_equal_and_cover_every_token(tokens):
+    rows = chunk_rows(tokens, 49152, 1, 4, CPU)
+    chunks = -(-tokens // rows)
+    assert chunks == -(-tokens // 512)
+    assert (
+        chunks * rows - tokens < chunks
+    )  # the last one is short by less than one row for each of the others
+
+
+def test_more_memory_than_the_budget_is_said(caplog):
+    with caplog.at_level(logging.WARNING, logger="qtarget"):
+        chunk_rows(4096, 262144, 2, 4, CPU)
+        assert not caplog.records
+        chunk_rows(4096, 262144, 8, 4, CPU)
+    (record,) = caplog.records
+    assert (
+        "vocabulary of 262144 needs 1024 MB of logits buffers even at 128 rows a chunk" in record.getMessage()
+    )
+
+
+def test_chunk_rule_knows_no_width():
+    """Tokens times width over vocabulary gives a few rows for a small model with a large vocabulary."""
+    assert list(inspect.signature(chunk_rows).parameters) == [
+        "tokens",
+        "vocab",
+        "buffers",
+        "itemsize",
+        "device",
+    ]
+
+
+def sizes_of_chunks(monkeypatch, batch, **options):
+    sizes = []
+    real = torch_chunked._head_logits
+    monkeypatch.setattr(
+        torch_chunked, "_head_logits", lambda out, *rest: (sizes.append(out.shape[0]), real(out, *rest))[1]
+    )
+    engine(batch, qt.preset("dft"), **options)
+    return sizes
+
+
+@pytest.mark.parametrize("width", [2, 64])
+def test_chunks_do_not_depend_on_the_width(width, monkeypatch):
+    monkeypatch.setattr(chunking, "_ENOUGH_ROWS", {"cpu": 12})
+    assert sizes_of_chunks(monkeypatch, ordinary(d=width)) == [10, 10, 9]
+
+
+def test_chunk_rows_wins_over_the_rule(monkeypatch):
+    assert sizes_of_chunks(monkeypatch, ordinary(), chunk_rows=12) == [12, 12, 5]
+
+
+@pytest.mark.parametrize("rows, vocab", [(1, 10), (512, 49152), (512, 10), (4, 10**9)])
+def test_blocks_fit_the_scratch_or_are_one_row(rows, vocab):
+    block = block_rows(rows, vocab, 4, CPU)
+    assert 1 <= block <= rows
+    assert block == 1 or block * vocab * 4 <= chunking._SCRATCH_BYTES["cpu"]
