@@ -1,4 +1,4 @@
-"""What the tests of the engine share: batches with hard tokens, and the engine beside the oracle on full logits."""
+"""What the tests of the engine share: batches with hard tokens, the engine and the oracle side by side."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import qtarget as qt
 from published import CASES, Case
 
 N, V, D = 29, 67, 12
-# Hidden axis 0 is felt by two tokens only: it pushes one up and the other down, so that a row's label can be near
-# certain or hopeless while everything else about the row is ordinary.
+# Hidden axis 0 is felt by two tokens only: it pushes one up and the other down, so that a row's label can be
+# near certain or hopeless while everything else about the row is ordinary.
 PUSHED_UP, PUSHED_DOWN = 3, 5
 
 
@@ -186,7 +186,7 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
 
 
 def with_columns(batch: Batch, seed: int = 3) -> Batch:
-    """Weights, a mask, and old log-probabilities with ratios below, inside and above every clipping range in CASES."""
+    """Weights, a mask, and old log-probabilities with ratios on all sides of every clip in CASES."""
     g = torch.Generator().manual_seed(seed)
     n = len(batch.labels)
     log_ratio = torch.tensor([0.0, 0.1, -0.1, 0.23, -0.4, 0.6, -3.0, 3.0], dtype=torch.float64)
@@ -217,7 +217,7 @@ def ordinary(n: int = N, v: int = V, d: int = D, seed: int = 0, **options) -> Ba
 
 
 def hard(tied: bool = False, with_bias: bool = False, **options) -> Batch:
-    """Tokens of every temper: certain and hopeless labels, a teacher equal to the student, nearly so, and far away."""
+    """Tokens of every temper: certain and hopeless labels; a teacher equal, nearly equal, far away."""
     g = torch.Generator().manual_seed(1)
     hidden, weight = randn(g, N, D), 0.6 * randn(g, V, D)
     labels = torch.randint(6, V - 6, (N,), generator=g)

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import qtarget as qt
-from engine_cases import assert_same, case_named, engine, hard, ignoring, oracle, preset_of
+from engine_cases import assert_same, case_named, engine, hard, ignoring, oracle, ordinary, preset_of
 from published import CASES
 from qtarget.losses.backends import torch_chunked
+from qtarget.losses.backends.rows import RowMath
+from qtarget.losses.inputs import Tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -19,7 +21,6 @@ CHUNKS = {
     "one chunk": (64, None),
     "default": (None, None),
 }
-
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
@@ -47,3 +48,132 @@ def test_engine_is_the_oracle(case, softcap, with_bias, tied, share, chunk, monk
     batch = prepared(softcap, with_bias, tied, share)
     got = engine(batch, preset_of(case), reduction="sum", stats="all", chunk_rows=rows)
     assert_same(got, truth(case.id, softcap, with_bias, tied, share))
+
+
+@pytest.mark.parametrize("scale, softcap", [(0.3, None), (2.0, 3.0), (1.0, 1.0)])
+@every_case
+def test_logits_are_scaled_before_they_are_capped(case, scale, softcap):
+    batch = ordinary(scale=scale, softcap=softcap, with_bias=True)
+    options = {"reduction": "sum", "stats": "all"}
+    assert_same(
+        engine(batch, preset_of(case), chunk_rows=10, **options), oracle(batch, preset_of(case), **options)
+    )
+
+
+@every_case
+def test_statistics_by_name(case):
+    """kl_q costs a logarithm per entry, so it comes only when asked for; nothing else depends on that."""
+    batch = hard()
+    basic, everything = (engine(batch, preset_of(case), stats=stats) for stats in ("basic", "all"))
+    assert [*basic.stats, "kl_q"] == [*everything.stats]
+    assert_same(basic, oracle(batch, preset_of(case), stats="basic"))
+
+
+def test_the_batch_is_as_hard_as_it_says():
+    """Certain and hopeless labels; a teacher equal to the student, within 1e-7 of it, and 120 logits away."""
+    batch = hard()
+    stats = oracle(batch, qt.preset("sft")).stats
+    assert float(stats["nll"][0]) < 1e-12
+    assert float(stats["nll"][2]) > 40 and float(stats["nll"][3]) > 40
+    gap = (batch.dense["teacher"] - batch.logits()).abs().amax(-1)
+    assert float(gap[5]) == 0
+    assert 1e-8 < float(gap[4]) < 1e-6
+    assert float(gap[6]) > 100
+
+
+# ---- the comparison can fail
+
+
+def residual_forgotten_at_the_label(monkeypatch):
+    real = RowMath._add_dense
+
+    def without(self, *args):
+        term, at_label = real(self, *args)
+        return term, 0 * at_label
+
+    monkeypatch.setattr(RowMath, "_add_dense", without)
+
+
+def tanh_of_the_whole_difference(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "tanh_", lambda d: torch.tanh(2 * d, out=d))
+
+
+def stop_gradient_lost(monkeypatch):
+    """The gradient of −p_y log p_y: right value, wrong weights."""
+    real = RowMath._weights
+
+    def moving(self, rows, student, masses):
+        a, b, loss = real(self, rows, student, masses)
+        return a * (1 + student.log_p_y), b, loss
+
+    monkeypatch.setattr(RowMath, "_weights", moving)
+
+
+def softcap_without_a_derivative(monkeypatch):
+    monkeypatch.setattr(torch_chunked, "RowMath", lambda **fields: RowMath(**fields | {"softcap": None}))
+
+
+def result_among(args):
+    (result,) = [x for x in args if isinstance(x, torch_chunked.Result)]
+    return result
+
+
+def only_the_last_chunk(monkeypatch):
+    real = torch_chunked._backward_matmuls
+
+    def forgetful(*args):
+        result_among(args).d_weight.zero_()
+        real(*args)
+
+    monkeypatch.setattr(torch_chunked, "_backward_matmuls", forgetful)
+
+
+def bias_forgotten(monkeypatch):
+    real = torch_chunked._backward_matmuls
+
+    def without(*args):
+        real(*args)
+        result_among(args).d_bias.zero_()
+
+    monkeypatch.setattr(torch_chunked, "_backward_matmuls", without)
+
+
+def value_of_another_objective(monkeypatch):
+    real = RowMath._weights
+
+    def plain(self, rows, student, masses):
+        a, b, _ = real(self, rows, student, masses)
+        return a, b, -student.log_p_y
+
+    monkeypatch.setattr(RowMath, "_weights", plain)
+
+
+def ignored_positions_counted(monkeypatch):
+    real = Tokens.spread
+    monkeypatch.setattr(Tokens, "spread", lambda self, per_token, fill: real(self, per_token, 0.0))
+
+
+MUTANTS = [
+    (residual_forgotten_at_the_label, "kd", "d_hidden differs"),
+    (residual_forgotten_at_the_label, "gem", "d_hidden differs"),
+    (tanh_of_the_whole_difference, "target-sft", "d_hidden differs"),
+    (tanh_of_the_whole_difference, "label-smoothing", "d_hidden differs"),
+    (stop_gradient_lost, "dft", "d_hidden differs"),
+    (softcap_without_a_derivative, "sft", "d_hidden differs"),
+    (only_the_last_chunk, "sft", "d_weight differs"),
+    (bias_forgotten, "kd", "d_bias differs"),
+    (value_of_another_objective, "dft", "loss differs"),
+    (ignored_positions_counted, "dft", "nll is NaN in other places"),
+]
+
+
+@pytest.mark.parametrize("mutate, name, what", MUTANTS, ids=[f"{m[0].__name__}-{m[1]}" for m in MUTANTS])
+def test_a_mutant_is_noticed(mutate, name, what, monkeypatch):
+    softcap = 30.0 if mutate is softcap_without_a_derivative else None
+    batch = ignoring(ordinary(softcap=softcap, with_bias=True), "some ignored")
+    target = qt.preset(name)
+    expected = oracle(batch, target, reduction="sum")
+    assert_same(engine(batch, target, reduction="sum", chunk_rows=10), expected)
+    mutate(monkeypatch)
+    with pytest.raises(AssertionError, match=what):
+        assert_same(engine(batch, target, reduction="sum", chunk_rows=10), expected)

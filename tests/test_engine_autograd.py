@@ -1,4 +1,4 @@
-"""How the engine sits in an autograd graph: reductions, frozen parts, empty batches, repeated and skipped work."""
+"""The engine in an autograd graph: reductions, frozen parts, empty batches, repeated and skipped work."""
 
 from dataclasses import replace
 

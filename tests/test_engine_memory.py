@@ -2,6 +2,9 @@
 
 import inspect
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,19 +12,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import qtarget as qt
-from engine_cases import engine, ordinary, project
+from engine_cases import assert_same, engine, oracle, ordinary, project
 from qtarget.losses import chunking
 from qtarget.losses.backends import torch_chunked
+from qtarget.losses.backends.rows import Scratch
 from qtarget.losses.chunking import block_rows, chunk_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENS, VOCAB, WIDTH = 512, 5000, 32
+KEEPING = torch_chunked._workspace
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 RULES = ["dft", "eaft", "label-smoothing", "gem", "kd", "kd at T = 2", "target-sft", "asft"]
 TARGETS = {name: qt.preset(name) for name in RULES if name != "kd at T = 2"} | {
     "kd at T = 2": qt.preset("kd", temperature=2.0)
 }
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept_from_earlier_calls(monkeypatch):
+    """On a CPU the buffers of a call serve the next one, which would then allocate less than it needs."""
+    monkeypatch.setattr(torch_chunked, "_workspace", Scratch)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -177,3 +188,45 @@ def test_blocks_fit_the_scratch_or_are_one_row(rows, vocab):
     block = block_rows(rows, vocab, 4, CPU)
     assert 1 <= block <= rows
     assert block == 1 or block * vocab * 4 <= chunking._SCRATCH_BYTES["cpu"]
+
+
+# ---- buffers that are kept from call to call
+
+
+@pytest.fixture
+def empty_workspace(monkeypatch):
+    """The library's own, as in a fresh process."""
+    monkeypatch.setattr(torch_chunked, "_workspace", KEEPING)
+    monkeypatch.setattr(torch_chunked, "_kept", threading.local())
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_kept_buffers_leave_no_trace(target, empty_workspace):
+    """After a larger call, an evaluation and one that stopped at NaN, in any order of sizes."""
+    batch = ordinary()
+    expected = engine(batch, target, stats="all", chunk_rows=10)
+    engine(ordinary(n=40, v=90), target)
+    spoilt = batch.hidden.clone()
+    spoilt[13] = float("nan")
+    with pytest.raises(qt.ConfigError, match="NaN or infinite at row 13"):
+        engine(replace(batch, hidden=spoilt), target)
+    assert_same(engine(batch, target, stats="all", chunk_rows=10), expected, rtol=0, floor=0)
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_an_evaluation_first(guard, empty_workspace):
+    batch, target = ordinary(), qt.preset("target-sft")
+    with guard():
+        qt.linear_target_loss(batch.hidden, batch.weight, batch.labels, target, **batch.engine_inputs(target))
+    assert_same(engine(batch, target), oracle(batch, target))
+
+
+def test_threads_do_not_share_buffers(empty_workspace):
+    """Models on several threads of one process, as torch.nn.DataParallel runs them."""
+    batches = [ordinary(n=64, v=300, seed=seed) for seed in range(4)]
+    target = qt.preset("target-sft")
+    expected = [engine(batch, target, chunk_rows=4) for batch in batches]
+    with ThreadPoolExecutor(len(batches)) as pool:
+        got = list(pool.map(lambda batch: engine(batch, target, chunk_rows=4), batches * 4))
+    for mine, truth in zip(got, expected * 4, strict=True):
+        assert_same(mine, truth, rtol=1e-12, floor=1e-14)

@@ -76,7 +76,7 @@ def test_single_precision(case, name):
     assert max(found.values()) <= BOUND, found
 
 
-# Logits near 10 carry 1e-6 in float32, so a teacher nearer than that cannot be told from the student by anyone.
+# Logits near 10 carry 1e-6 in float32: nobody can tell a teacher nearer than that from the student.
 @pytest.mark.parametrize("distance", [1e-7, 1e-5, 1e-3, 1e-1])
 @pytest.mark.parametrize("case", BESIDE_ANOTHER, ids=lambda case: case.id)
 def test_teacher_nearly_equal_is_no_worse_than_full_logits(case, distance):

@@ -1,4 +1,4 @@
-"""A teacher or reference kept as its k likeliest tokens: the engine against the oracle given what that documents."""
+"""A teacher or reference kept as its k likeliest tokens: the oracle gets the distribution that stands for."""
 
 import math
 from dataclasses import replace
@@ -10,8 +10,8 @@ from torch import Tensor
 import qtarget as qt
 from engine_cases import (
     PUSHED_UP,
-    V,
     Batch,
+    V,
     assert_engine_is_oracle,
     assert_rows_agree,
     assert_same,
@@ -63,7 +63,7 @@ def documented(kept: qt.TopK, student: Tensor, real: int | None = None) -> Tenso
 
 
 def keep(logits: Tensor, k: int, labels: Tensor, tail: str = "student", tail_given: bool = True) -> qt.TopK:
-    """The k likeliest tokens, every other row's label among them and every other row's not, where k allows."""
+    """The k likeliest tokens; one row's label among them and the next row's not, where k allows."""
     wanted = logits.clone()
     rows = torch.arange(len(labels))
     wanted[rows[::2], labels[::2]] = math.inf

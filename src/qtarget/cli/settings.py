@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import types
 import typing
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from qtarget.errors import ConfigError, unknown
+from qtarget.errors import ConfigError
 
 
 @dataclass
@@ -24,13 +25,14 @@ class Settings:
         spelled: peers' keys for an objective.
         origin: field → "file" or "flag".
         faults: what is wrong with them so far.
-        asks_help: "--help", "--help_all" or None.
+        unreadable: the config file could not be read.
     """
 
     values: dict[str, dict[str, Any]] = field(default_factory=lambda: {"training": {}, "model": {}, "script": {}})
     spelled: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    unreadable: bool = False
 
 
 def groups() -> dict[str, type]:
@@ -51,7 +53,9 @@ def read(arguments: Sequence[str]) -> Settings:
     config_file = flags.pop("config", None)
     given: list[tuple[str, str, Any]] = []
     if config_file is not None:
-        given += [("file", key, value) for key, value in _read_file(str(config_file), settings.faults).items()]
+        from_file = _read_file(str(config_file), settings.faults)
+        settings.unreadable = from_file is None
+        given += [("file", key, value) for key, value in (from_file or {}).items()]
     given += [("flag", key, value) for key, value in flags.items()]
     where = {f.name: (group, _hint(cls, f.name)) for group, cls in groups().items() for f in dataclasses.fields(cls) if f.init}
     for origin, key, value in given:
@@ -65,22 +69,19 @@ def read(arguments: Sequence[str]) -> Settings:
         elif key in spellings.KEYS:
             settings.spelled[key] = yaml.safe_load(value) if isinstance(value, str) else value
         else:
-            kind = f"key in {config_file}" if origin == "file" else "flag"
-            near = unknown(kind, f"--{key}" if origin == "flag" else key, where)
-            settings.faults.append(_only_nearest(kind, origin, key, where) or near.faults[0])
+            place = f"key in {config_file}" if origin == "file" else "flag"
+            settings.faults.append(_unknown_key(place, key, origin, where))
             continue
         settings.origin[key] = origin
     return settings
 
 
-def _only_nearest(kind: str, origin: str, key: str, valid: typing.Iterable[str]) -> str:
-    """An unknown key's sentence; with some two hundred valid ones, only the nearest is shown."""
-    import difflib
-
+def _unknown_key(place: str, key: str, origin: str, valid: typing.Iterable[str]) -> str:
+    """The sentence for it; with some two hundred valid names, only the nearest is shown."""
     near = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
     shown = f"--{key}" if origin == "flag" else repr(key)
     mend = f"did you mean {near[0]}? " if near else ""
-    return f"unknown {kind}: {shown}; {mend}all of them: qtarget train --help_all"
+    return f"unknown {place}: {shown}; {mend}all of them: qtarget train --help_all"
 
 
 def _flags(arguments: Sequence[str], faults: list[str]) -> dict[str, Any]:
@@ -105,22 +106,22 @@ def _flags(arguments: Sequence[str], faults: list[str]) -> dict[str, Any]:
     return flags
 
 
-def _read_file(path: str, faults: list[str]) -> dict[str, Any]:
+def _read_file(path: str, faults: list[str]) -> dict[str, Any] | None:
     try:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         faults.append(f"config is {path!r}, which cannot be read: {error.strerror}")
-        return {}
+        return None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f" at line {mark.line + 1}"
         faults.append(f"config is {path!r}, which is not YAML{line}: {getattr(error, 'problem', error)}")
-        return {}
+        return None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         faults.append(f"config is {path!r}, which holds a {type(loaded).__name__}; write lines of name: value")
-        return {}
+        return None
     return {str(key): value for key, value in loaded.items()}
 
 
@@ -139,7 +140,7 @@ def _is_union(annotation: Any) -> bool:
 def _as(hint: tuple[type, ...], value: Any, key: str) -> Any:
     """A value in its field's type. YAML reads 1e-5 as text and no as false; flags are all text."""
     text = isinstance(value, str)
-    if text and value.lower() in ("none", "null", "~") and str not in hint:
+    if text and value.lower() in ("none", "null", "~") and key != "report_to":  # whose "none" is a name
         return None
     if value is None:
         return None

@@ -34,6 +34,8 @@ def run(arguments: Sequence[str]) -> int:
     from qtarget.cli import settings as reading
 
     settings = reading.read(arguments)
+    if settings.unreadable:  # what else is missing may stand in that file
+        raise ConfigError(settings.faults)
     config, notes = _training_config(settings)
     groups = reading.groups()
     model, script = groups["model"](**settings.values["model"]), groups["script"](**settings.values["script"])
@@ -170,7 +172,11 @@ def _build(config: Any, model: Any, script: Any, datasets: dict[str, Any]) -> An
         )
     except ConfigError:
         raise
-    except (ValueError, OSError, ImportError) as error:  # TRL's and Transformers' own refusals
+    except OSError as error:
+        raise ConfigError(
+            f"model_name_or_path is {model.model_name_or_path!r}, which cannot be loaded: {_one_line(error)}"
+        ) from error
+    except (ValueError, ImportError) as error:  # TRL's and Transformers' own refusals
         raise ConfigError(_one_line(error)) from error
 
 

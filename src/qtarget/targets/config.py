@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qtarget.errors import ConfigError, unknown
+from qtarget.errors import ConfigError, check_range, unknown
 from qtarget.targets import presets, spellings
 from qtarget.targets.residual import POOLS, Pool, as_pool
 from qtarget.targets.target import Target
@@ -144,7 +144,7 @@ def _residual(value: object) -> Any:
     terms = []
     for entry in value:
         entry = dict(entry) if isinstance(entry, Mapping) else {entry: {}}
-        factor = float(entry.pop("weight", 1.0))
+        factor = check_range("weight of a residual", entry.pop("weight", 1.0))
         terms.append((factor, _part(entry, POOLS, as_pool, "residual")))
     return terms
 
@@ -160,7 +160,8 @@ def _rule_to_config(rule: Rule) -> str | dict:
     if isinstance(rule, FunctionRule):
         function: Any = rule.function
         return rule.path or f"{function.__module__}:{function.__qualname__}"
-    name = rule.name or f"{type(rule).__module__}:{type(rule).__qualname__}"
+    own = RULES.get(rule.name) is not type(rule)  # a subclass inherits the name of a rule it is not
+    name = f"{type(rule).__module__}:{type(rule).__qualname__}" if own else rule.name
     if not dataclasses.is_dataclass(rule):
         return name
     parameters = {}

@@ -39,6 +39,10 @@ class Pool:
     offset_slope: float | None = None
     written: tuple[str, dict] = field(default=("pool", {}), compare=False)
 
+    def __post_init__(self):
+        if self.written == ("pool", {}):  # made directly
+            object.__setattr__(self, "written", ("pool", dict(self.terms)))
+
     @property
     def is_student(self) -> bool:
         """The student itself: p − R = 0, so the term has no gradient and costs nothing."""

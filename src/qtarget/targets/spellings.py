@@ -42,8 +42,8 @@ def _switch(flag: str, peer: str, build: Callable[[Mapping], Target], *parameter
 
 
 def _owned(name: str, flag: str, config: Mapping) -> bool:
-    """Whether another flag that shares this parameter is set."""
-    return any(name in keys and config.get(keys[0]) for keys, _ in _READERS if keys[0] != flag)
+    """Whether another flag that shares this parameter is there, be it false."""
+    return any(name in keys and config.get(keys[0]) is not None for keys, _ in _READERS if keys[0] != flag)
 
 
 def _asft_mode(config: Mapping) -> Spelling | None:

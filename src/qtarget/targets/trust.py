@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -300,7 +300,7 @@ class FunctionRule(Rule):
     can_be_zero: ClassVar[bool] = True
 
     function: Callable[[TokenStats], Tensor]
-    path: str | None = None
+    path: str | None = field(default=None, compare=False)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]

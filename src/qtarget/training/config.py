@@ -84,6 +84,8 @@ class QTargetConfig(SFTConfig):
             self.bf16 = False
         elif self.bf16 and not _has_bf16_units(self.use_cpu):
             logger.warning("bf16=True is kept, but this device has no bfloat16 units: expect it to be many times slower")
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is no device to copy to, and torch warns on every start
         super().__post_init__()
         faults = []
         if self.denominator not in DENOMINATORS:

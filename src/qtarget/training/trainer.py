@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, TrainingArguments
 from trl import SFTTrainer
 
-from qtarget.errors import ConfigError, NonFiniteLogits
+from qtarget.errors import ConfigError
 from qtarget.losses import Head
 from qtarget.targets import Target
 from qtarget.teachers.frozen import adapters_off, evaluation_mode, freeze, frozen_copy, load_frozen
@@ -118,9 +118,15 @@ class QTargetTrainer(SFTTrainer):
             faults += checks.missing_columns(name, columns, target)
             faults += checks.untrainable_rows(name, columns, args.dataset_text_field, formatted)
         if teacher_model is None and args.teacher_model_name_or_path and any("teacher" in t.requires for t in targets):
+            name = args.teacher_model_name_or_path
             tokenizer = kwargs.get("processing_class") or _tokenizer_of(model)
-            tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-            faults += checks.other_tokenizer(tokenizer, _teacher_tokenizer(args), args.teacher_model_name_or_path)
+            try:
+                teacher_tokenizer = _teacher_tokenizer(args)
+            except (OSError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                faults.append(f"teacher_model_name_or_path is {name!r}, whose tokenizer cannot be loaded: {reason}")
+            else:
+                faults += checks.other_tokenizer(getattr(tokenizer, "tokenizer", tokenizer), teacher_tokenizer, name)
         if faults:
             raise ConfigError(faults)
         for warning in checks.unused_teacher(args, targets, teacher_model is not None):
@@ -283,8 +289,8 @@ class QTargetTrainer(SFTTrainer):
         )
         try:
             output = model(**model_inputs, qtarget=call)
-        except NonFiniteLogits as error:
-            raise ConfigError(f"step {self.state.global_step + 1}: {error}") from error
+        except ConfigError as error:
+            raise ConfigError([f"step {self.state.global_step + 1}: {fault}" for fault in error.faults]) from error
         loss = output.loss
         stats = {name: value.detach() for name, value in output.stats.items()}
         sums = self._sums["train" if training else "eval"]

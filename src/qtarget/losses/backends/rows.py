@@ -58,7 +58,8 @@ class Scratch:
     def get(self, name: str, rows: int, width: int) -> Tensor:
         flat = self._buffers.get(name)
         if flat is None or flat.numel() < rows * width:
-            flat = self._buffers[name] = torch.empty(rows * width, dtype=self._dtype, device=self._device)
+            with torch.inference_mode(False):  # or a buffer of an evaluation could not be written to in training
+                flat = self._buffers[name] = torch.empty(rows * width, dtype=self._dtype, device=self._device)
         return flat[: rows * width].view(rows, width)
 
 

@@ -1,0 +1,68 @@
+# Everything here builds its own .venv first; a machine needs only make and Python 3.11 or newer.
+
+VENV   := .venv
+PYTHON ?=
+BIN    := $(VENV)/bin
+DEMO   := build/quickstart
+
+# more of qtarget's flags for the demo:  make demo DEMO_ARGS="--max_steps 2"
+DEMO_ARGS  ?=
+# more of pytest's flags:  make test TEST_ARGS="-k presets -x"
+TEST_ARGS  ?=
+BENCH_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-full check format bench clean clean-all
+
+help: ## this list
+	@printf 'qtarget: supervised fine-tuning toward a target you choose\n\n'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@printf '\nDEMO_ARGS, TEST_ARGS and BENCH_ARGS pass flags on: make demo DEMO_ARGS="--max_steps 2"\n'
+
+env: $(VENV)/.ready ## build .venv (other targets do it by themselves)
+
+# Installed again whenever the project's metadata or the lock changes.
+$(VENV)/.ready: pyproject.toml constraints.txt scripts/setup_env.sh
+	@PYTHON="$(PYTHON)" sh scripts/setup_env.sh
+
+demo: $(VENV)/.ready ## train a small real model toward a target, see what it learned
+	@start=$$(date +%s) && \
+	rm -rf $(DEMO)/run && \
+	$(BIN)/python recipes/prepare_quickstart.py --out $(DEMO) && \
+	$(BIN)/qtarget train --config recipes/quickstart.yaml $(DEMO_ARGS) && \
+	$(BIN)/python examples/answer.py --model $(DEMO)/run --data $(DEMO)/data/test.jsonl && \
+	printf '\ndemo: %s s after the environment was ready; model in %s\n' "$$(($$(date +%s) - start))" "$(DEMO)/run"
+
+test: $(VENV)/.ready ## check, then the fast tests
+	@start=$$(date +%s) && \
+	$(MAKE) --no-print-directory check && \
+	$(BIN)/python -m pytest --durations=15 $(TEST_ARGS) && \
+	printf 'make test: %s s\n' "$$(($$(date +%s) - start))"
+
+test-full: $(VENV)/.ready ## check, then every test, those that take minutes too
+	@start=$$(date +%s) && \
+	$(MAKE) --no-print-directory check && \
+	$(BIN)/python -m pytest --durations=15 -m "full or not full" $(TEST_ARGS) && \
+	printf 'make test-full: %s s\n' "$$(($$(date +%s) - start))"
+
+check: $(VENV)/.ready ## lint, format, types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.ready ## let ruff mend what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(VENV)/.ready ## run benchmarks/*.py
+	@ls benchmarks/*.py >/dev/null 2>&1 || { echo "there is no benchmarks/*.py"; exit 1; }
+	@set -e; for script in benchmarks/*.py; do \
+	    printf '== %s\n' "$$script"; $(BIN)/python "$$script" $(BENCH_ARGS); \
+	done
+
+clean: ## delete what runs and tools wrote (.venv stays)
+	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache
+	find src tests recipes examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+clean-all: clean ## delete .venv too
+	rm -rf $(VENV)

@@ -1,0 +1,628 @@
+"""Targets: what each needs, how YAML holds it, rules of one's own, and what peers call the same things."""
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+import yaml
+
+import qtarget as qt
+from published import CASES
+from qtarget.targets import TokenStats, spellings
+
+residual, trust = qt.residual, qt.trust
+NAMES = [
+    "sft",
+    "dft",
+    "beyond-log",
+    "profit",
+    "eaft",
+    "iw-sft",
+    "cft",
+    "label-smoothing",
+    "sft-kl",
+    "asft",
+    "psft",
+    "gem",
+    "kd",
+    "kd-hybrid",
+    "target-sft",
+]
+every_preset = pytest.mark.parametrize("name", NAMES)
+
+
+def through_yaml(target):
+    return qt.Target.from_config(yaml.safe_load(yaml.safe_dump(target.to_config())))
+
+
+# ---- presets
+
+
+def test_names():
+    assert qt.presets.names() == NAMES
+
+
+@every_preset
+def test_preset_is_described(name):
+    """What the command line and the docs show of it."""
+    entry = qt.presets.describe(name)
+    texts = {field: getattr(entry, field) for field in ("formula", "trusts", "rest", "source", "summary")}
+    assert all(isinstance(text, str) and text.strip() for text in texts.values()), texts
+    assert not texts["summary"].startswith(name)
+    assert "a =" in entry.formula
+    assert entry.name == name
+
+
+@every_preset
+def test_hyperparameters_have_defaults(name):
+    """The defaults are the signature's, and a target shows what it was made with."""
+    entry = qt.presets.describe(name)
+    assert entry.parameters == {
+        key: p.default for key, p in inspect.signature(entry.build).parameters.items()
+    }
+    assert inspect.Parameter.empty not in entry.parameters.values()
+    target = qt.preset(name)
+    assert target.hyperparameters == entry.parameters
+    assert str(target) == name if not entry.parameters else str(target).startswith(f"{name}(")
+    assert target.formula == entry.formula
+
+
+@pytest.mark.parametrize("alias, name", [("nll", "sft"), ("p-loss", "dft")])
+def test_alias(alias, name):
+    assert qt.preset(alias) == qt.preset(name)
+    assert qt.preset(alias).name == name
+    assert qt.presets.describe(alias).name == name
+
+
+def test_no_alias_hides_a_name():
+    known = [key for name in NAMES for key in (name, *qt.presets.describe(name).aliases)]
+    assert len(known) == len(set(known))
+
+
+@pytest.mark.parametrize(
+    "name, hyperparameters, needed",
+    [
+        ("sft", {}, set()),
+        ("iw-sft", {}, {"weight"}),
+        ("cft", {}, {"critical"}),
+        ("psft", {}, {"old_policy"}),
+        ("kd", {}, {"teacher"}),
+        ("kd", {"temperature": 2.0}, {"teacher"}),
+        ("kd-hybrid", {"kd_weight": 0.0}, set()),
+        ("kd-hybrid", {"kd_weight": 0.0, "temperature": 2.0}, set()),
+        ("kd-hybrid", {"kd_weight": 1.0}, {"teacher"}),
+        ("target-sft", {}, {"teacher"}),
+        ("target-sft", {"eta": 0.0}, set()),
+        ("sft-kl", {}, {"reference"}),
+        ("sft-kl", {"kl_weight": 0.0}, set()),
+        ("asft", {"kl_weight": 0}, set()),
+        ("label-smoothing", {}, set()),
+        ("gem", {"h": "logsigmoid"}, set()),
+    ],
+)
+def test_requires_by_value(name, hyperparameters, needed):
+    assert qt.preset(name, **hyperparameters).requires == needed
+
+
+def test_requires_of_composed_targets():
+    both = qt.Target(0.5, [(1.0, residual.teacher()), (0.0, residual.reference())])
+    assert both.requires == {"teacher"}  # a factor of zero asks for nothing
+    assert qt.Target(trust.trajectory_weight(), scale=trust.token_mask()).requires == {"weight", "critical"}
+    assert qt.Target(teacher_knows_better).requires == {"teacher"}
+    assert qt.Target(trust.anchored(trust.clipped_ratio(), 0.1), residual.reference()).requires == {
+        "old_policy",
+        "reference",
+    }
+
+
+@pytest.mark.parametrize(
+    "pool, terms",
+    [
+        (residual.guided(eta=0.0), {"student": 1.0}),
+        (residual.guided(eta=1.0), {"teacher": 1.0}),
+        (residual.guided(eta=0.25, temperature=2.0), {"student": 0.75, "teacher": 0.125}),
+        (residual.tempered(2.0), {"student": 0.5}),
+        (residual.teacher(0.5), {"teacher": 2.0}),
+        (residual.uniform(), {}),
+        (residual.pool(student=0.5, reference=0.5), {"student": 0.5, "reference": 0.5}),
+    ],
+)
+def test_pools_drop_what_is_zero(pool, terms):
+    """Never multiplied: 0 · (−inf) would be NaN."""
+    assert pool.terms == terms
+
+
+# ---- to YAML and back
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_preset_through_yaml(case):
+    target = qt.preset(case.preset, **case.hyperparameters)
+    again = through_yaml(target)
+    assert again == target
+    assert str(again) == str(target)
+    assert again.requires == target.requires
+
+
+def halved(stats):
+    return stats.log_p_y.exp() / 2
+
+
+@trust.needs("teacher_log_p_y")
+def teacher_knows_better(stats):
+    return (stats.teacher_log_p_y > stats.log_p_y).to(stats.log_p_y.dtype)
+
+
+@dataclass(frozen=True)
+class Sigmoid(trust.Rule):
+    """γ = σ(slope (log p_y − middle))"""
+
+    slope: float = 1.0
+    middle: float = -3.0
+
+    def __call__(self, stats):
+        return torch.sigmoid(self.slope * (stats.log_p_y - self.middle))
+
+
+@dataclass(frozen=True)
+class Doubt(trust.Rule):
+    needs: ClassVar[frozenset[str]] = frozenset({"log_p_y", "entropy"})
+
+    def __call__(self, stats):
+        return (-stats.entropy).exp()
+
+
+@dataclass(frozen=True)
+class GentleEntropy(trust.Entropy):
+    """A rule of one's own that starts from one of the library's."""
+
+    def __call__(self, stats):
+        return super().__call__(stats).sqrt()
+
+
+def half_teacher():
+    return residual.pool(student=0.5, teacher=0.5)
+
+
+def sharpened_for(beta=0.7):
+    return residual.sharpened(beta)
+
+
+mine = qt.Target(trust.probability(), residual.guided(0.2))
+
+
+def make_mine(eta=0.5, *, weight=1.0):
+    return qt.Target(trust.probability(), residual.guided(eta), scale=weight)
+
+
+def not_a_target():
+    return residual.teacher()
+
+
+COMPOSED = {
+    "trust alone": (
+        qt.Target(trust.entropy(top_k=5, power=2.0)),
+        "{trust: {entropy: {top_k: 5, power: 2.0}}}",
+    ),
+    "a number": (qt.Target(0.3, residual.uniform()), "{trust: 0.3, residual: uniform}"),
+    "names alone": (
+        qt.Target(trust.probability(), residual.guided()),
+        "{trust: probability, residual: guided}",
+    ),
+    "parameters": (
+        qt.Target(trust.probability_power(0.5), residual.teacher(2.0), value="ce"),
+        "{trust: {probability_power: {alpha: 0.5}}, residual: {teacher: {temperature: 2.0}}, value: ce}",
+    ),
+    "anchored": (
+        qt.Target(trust.anchored(trust.entropy(top_k=7), 0.2), residual.reference()),
+        "{trust: {anchored: {trust: {entropy: {top_k: 7}}, kl_weight: 0.2}}, residual: reference}",
+    ),
+    "anchored on a name": (
+        qt.Target(trust.anchored(trust.probability(), 0.1), residual.reference()),
+        "{trust: {anchored: {trust: probability, kl_weight: 0.1}}, residual: reference}",
+    ),
+    "guided": (
+        qt.Target(trust.constant(0.4), residual.guided(0.3, temperature=2.0)),
+        "{trust: {constant: {value: 0.4}}, residual: {guided: {eta: 0.3, temperature: 2.0}}}",
+    ),
+    "residuals with weights": (
+        qt.Target(
+            0.2, [(0.5, residual.teacher()), (-0.25, residual.sharpened(0.8)), (1.0, residual.uniform())]
+        ),
+        "{trust: 0.2, residual:"
+        " [{teacher: {}, weight: 0.5}, {sharpened: {beta: 0.8}, weight: -0.25}, uniform]}",
+    ),
+    "scaled by a rule": (
+        qt.Target(trust.probability(), scale=trust.trajectory_weight()),
+        "{trust: probability, scale: trajectory_weight}",
+    ),
+    "scaled by a number": (qt.Target(scale=2.5), "{scale: 2.5}"),
+    "any pool": (
+        qt.Target(0.5, residual.pool(student=0.2, teacher=0.9, reference=-0.1)),
+        "{trust: 0.5, residual: {pool: {student: 0.2, teacher: 0.9, reference: -0.1}}}",
+    ),
+    "a threshold": (
+        qt.Target(trust.probability_threshold(direction="middle", tau_low=0.1, tau_high=0.9)),
+        "{trust: {probability_threshold: {direction: middle, tau_low: 0.1, tau_high: 0.9}}}",
+    ),
+    "columns": (qt.Target(trust.token_mask(), residual.teacher()), "{trust: token_mask, residual: teacher}"),
+    "a clipped ratio": (
+        qt.Target(trust.clipped_ratio(0.2, clip_high=0.28)),
+        "{trust: {clipped_ratio: {clip: 0.2, clip_high: 0.28}}}",
+    ),
+    "a function of one's own": (qt.Target(halved), f"{{trust: '{__name__}:halved'}}"),
+    "a function with needs": (
+        qt.Target(teacher_knows_better, residual.teacher()),
+        f"{{trust: '{__name__}:teacher_knows_better', residual: teacher}}",
+    ),
+    "a class of one's own": (qt.Target(Doubt()), f"{{trust: '{__name__}:Doubt'}}"),
+    "a class with parameters": (
+        qt.Target(Sigmoid(slope=2.0), residual.teacher()),
+        f"{{trust: {{'{__name__}:Sigmoid': {{slope: 2.0}}}}, residual: teacher}}",
+    ),
+    "a class from a class of the library": (
+        qt.Target(GentleEntropy(top_k=9)),
+        f"{{trust: {{'{__name__}:GentleEntropy': {{top_k: 9}}}}}}",
+    ),
+    "a class of one's own, anchored": (
+        qt.Target(trust.anchored(Sigmoid(), 0.3), residual.reference()),
+        f"{{trust: {{anchored: {{trust: '{__name__}:Sigmoid', kl_weight: 0.3}}}}, residual: reference}}",
+    ),
+    "a pool of one's own": (
+        qt.Target(0.5, half_teacher),
+        f"{{trust: 0.5, residual: '{__name__}:half_teacher'}}",
+    ),
+    "a pool of one's own with parameters": (
+        qt.Target(0.5, sharpened_for(0.9)),
+        f"{{trust: 0.5, residual: {{'{__name__}:sharpened_for': {{beta: 0.9}}}}}}",
+    ),
+}
+
+
+@pytest.mark.parametrize("target, text", COMPOSED.values(), ids=COMPOSED)
+def test_composed_target_is_read(target, text):
+    assert qt.Target.from_config(yaml.safe_load(text)) == target
+
+
+@pytest.mark.parametrize("target, text", COMPOSED.values(), ids=COMPOSED)
+def test_composed_target_through_yaml(target, text):
+    again = through_yaml(target)
+    assert again == target
+    assert again.requires == target.requires
+    assert again.needs == target.needs
+    assert hash(again) == hash(target)
+
+
+def test_a_pool_made_directly_is_written_with_its_coefficients():
+    target = qt.Target(0.5, residual.Pool(student=0.25, teacher=0.75))
+    assert through_yaml(target) == target
+
+
+def test_a_target_is_its_own_config():
+    assert qt.Target.from_config(mine) is mine
+
+
+@pytest.mark.parametrize("text", ["dft", "{preset: dft}", "p-loss"])
+def test_ways_to_write_a_preset(text):
+    assert qt.Target.from_config(yaml.safe_load(text)) == qt.preset("dft")
+
+
+def test_defaults_are_left_out_of_nothing():
+    assert qt.preset("eaft", top_k=5).to_config() == {
+        "preset": "eaft",
+        "top_k": 5,
+        "power": 1.0,
+        "normalizer": "log_k",
+    }
+    assert qt.preset("dft").to_config() == "dft"
+
+
+@pytest.mark.parametrize(
+    "config, target",
+    [
+        (f"{__name__}:mine", mine),
+        (f"{__name__}:make_mine", make_mine()),
+        ({"preset": f"{__name__}:make_mine", "eta": 0.1, "weight": 2.0}, make_mine(0.1, weight=2.0)),
+    ],
+    ids=["a target", "a function", "a function with parameters"],
+)
+def test_target_of_one_s_own(config, target):
+    read = qt.Target.from_config(config)
+    assert (read.trust, read.terms, read.scale) == (target.trust, target.terms, target.scale)
+    assert read.to_config() == config
+    assert through_yaml(read) == read
+    assert str(read).startswith(f"{__name__}:")
+
+
+@pytest.mark.parametrize(
+    "config, text",
+    [
+        (3, "target is 3; use a name such as 'dft', a mapping, or my_pkg.my_module:my_target"),
+        ("dtf", "target is 'dtf'; did you mean 'dft'? valid: asft"),
+        ({"preset": 3}, "target is 3; use a name such as 'dft'"),
+        ({"preset": "eaft", "topk": 3}, "parameter of eaft is 'topk'; did you mean 'top_k'? valid:"),
+        (
+            {"preset": "dft", "trust": 0.5},
+            "target names the preset 'dft' and also trust; use one or the other",
+        ),
+        (
+            {"eta": 0.5},
+            "target is {'eta': 0.5}; give preset: NAME, or trust: and residual: (presets: sft, dft",
+        ),
+        (
+            {"trust": 0.5, "residul": "teacher"},
+            "key of target is 'residul'; did you mean 'residual'? valid: residual",
+        ),
+        ({"trust": "entropi"}, "trust is 'entropi'; did you mean 'entropy'? valid: anchored"),
+        ({"trust": True}, "trust is True; use one of anchored"),
+        ({"trust": 0.5, "residual": "techer"}, "residual is 'techer'; did you mean 'teacher'? valid: guided"),
+        ({"trust": 0.5, "residual": 0.5}, "residual is 0.5; use one of guided"),
+        ({"trust": {"entropy": {"k": 5}}}, "parameter of trust entropy is 'k'; "),
+        ({"trust": {"entropy": 5}}, "trust.entropy is 5; write its parameters as name: value"),
+        (
+            {"trust": {"entropy": {}, "constant": {}}},
+            "write one name with its parameters, as in entropy: {top_k: 20}",
+        ),
+        ({"trust": {"entropy": {"top_k": 1}}}, "top_k is 1; use a whole number from 2"),
+        (
+            {"trust": {"anchored": {"trust": "probabilty"}}},
+            "trust.trust is 'probabilty'; did you mean 'probability'?",
+        ),
+        ({"scale": "trajectory"}, "scale is 'trajectory'; did you mean 'trajectory_weight'?"),
+        ({"trust": 0.5, "value": "reverse"}, "value is 'reverse'; use one of kl, ce, tempered_kl"),
+        (
+            {"trust": 0.5, "residual": [{"teacher": {}, "weight": "heavy"}]},
+            "weight of a residual is 'heavy'; use a number",
+        ),
+        (
+            "no_such_package.rules:mine",
+            "target is 'no_such_package.rules:mine', but importing no_such_package.rules failed",
+        ),
+        (f"{__name__}:nothing", f"target is '{__name__}:nothing', but {__name__} has no 'nothing'"),
+        (
+            f"{__name__}:NAMES",
+            f"target is '{__name__}:NAMES', which is neither a Target nor a function that returns one",
+        ),
+        (
+            f"{__name__}:not_a_target",
+            f"target is '{__name__}:not_a_target', which returned Pool, not a Target",
+        ),
+        (
+            {"preset": f"{__name__}:make_mine", "etta": 1},
+            f"parameter of target {__name__}:make_mine is 'etta'; did you mean 'eta'? valid: eta, weight",
+        ),
+        ({"trust": f"{__name__}:no_rule"}, f"trust is '{__name__}:no_rule', but {__name__} has no 'no_rule'"),
+    ],
+)
+def test_config_that_means_nothing(config, text):
+    with pytest.raises(qt.ConfigError) as caught:
+        qt.Target.from_config(config)
+    assert text in str(caught.value)
+
+
+def test_parts_that_are_none():
+    with pytest.raises(
+        qt.ConfigError, match=r"trust is 'probability'; use one of anchored, .*, a number or a function"
+    ):
+        qt.Target("probability")
+    with pytest.raises(qt.ConfigError, match="residual is 'teacher'; use one of guided, "):
+        qt.Target(0.5, [(1.0, "teacher")])
+    with pytest.raises(
+        qt.ConfigError, match=r"needs is 'entropi'; did you mean 'entropy'\? valid: critical, entropy"
+    ):
+        trust.needs("entropi")
+
+
+# ---- rules
+
+
+def stats_of(**values):
+    values = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in values.items()}
+    return TokenStats(values, needs=values)
+
+
+P_Y = torch.tensor([0.05, 0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "rule, expected",
+    [
+        (trust.constant(0.3), [0.3] * 5),
+        (trust.probability(), P_Y),
+        (trust.probability_power(2.0), P_Y**2),
+        (trust.probability_threshold(0.07), [0, 1, 1, 1, 1]),
+        (trust.probability_threshold(0.07, "lower"), [1, 0, 0, 0, 0]),
+        (trust.probability_threshold(direction="middle", tau_low=0.07, tau_high=0.7), [0, 1, 1, 0, 0]),
+        (trust.anchored(trust.probability(), 0.5), P_Y / (P_Y + 0.5)),
+        (trust.clipped_ratio(0.2), [0.1, 0.2, 1.0, 0, 0]),
+        (halved, P_Y / 2),
+        (Sigmoid(2.0, -1.0), torch.sigmoid(2 * (P_Y.log() + 1))),
+    ],
+)
+def test_rule(rule, expected):
+    stats = stats_of(log_p_y=P_Y.log(), old_logps=[math.log(0.5)] * 5)
+    got = trust.as_rule(rule)(stats)
+    torch.testing.assert_close(got, torch.as_tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("needed", ["entropy", "weight", "teacher_log_p_y", "rest_mass"])
+def test_a_rule_sees_what_it_declares(needed):
+    stats = TokenStats({"log_p_y": P_Y.log(), needed: P_Y}, needs={needed})
+    assert torch.equal(getattr(stats, needed), P_Y)
+    assert torch.equal(stats.log_p_y, P_Y.log())  # the label's log-probability is free
+
+
+@pytest.mark.parametrize("read", ["entropy", "weight", "teacher_log_p_y", "rest_mass"])
+def test_a_rule_that_reads_more_than_it_declares_is_told(read):
+    stats = TokenStats({"log_p_y": P_Y.log(), read: P_Y}, needs=frozenset())
+    with pytest.raises(
+        AttributeError, match=f"reads stats.{read} without declaring it; add '{read}' to the rule's"
+    ):
+        getattr(stats, read)
+
+
+def test_a_rule_that_reads_the_top_k_without_declaring_it_is_told():
+    told = "reads stats.top_k_entropy without declaring it; add 'top_k_entropy' to the rule's needs"
+    with pytest.raises(AttributeError, match=told):
+        TokenStats({"log_p_y": P_Y.log()}, lambda k: P_Y, needs=frozenset()).top_k_entropy(5)
+    with pytest.raises(AttributeError, match=told):
+        TokenStats({"log_p_y": P_Y.log()}).top_k_entropy(5)
+    assert torch.equal(TokenStats({}, lambda k: P_Y, needs={"top_k_entropy"}).top_k_entropy(5), P_Y)
+
+
+def test_a_statistic_that_does_not_exist_lists_those_that_do():
+    with pytest.raises(AttributeError, match="stats has no 'entropi'; it has log_p_y, rest_mass, entropy"):
+        _ = TokenStats({"log_p_y": P_Y.log()}).entropi
+
+
+# ---- what peers call them
+
+
+def peer(text):
+    return qt.Target.from_config(yaml.safe_load(text))
+
+
+@pytest.mark.parametrize(
+    "text, name, hyperparameters",
+    [
+        ("{use_dft_loss: true}", "dft", {}),
+        ("{enable_dft_loss: true}", "dft", {}),
+        ("{liger_use_token_scaling: true}", "dft", {}),
+        # LLaMA-Factory divides by 3.0, axolotl by nothing; both keep 20
+        ("{use_eaft_loss: true}", "eaft", {"top_k": 20, "power": 1.0, "normalizer": 3.0}),
+        ("{use_eaft_loss: true, eaft_alpha: 2.0}", "eaft", {"top_k": 20, "power": 2.0, "normalizer": 3.0}),
+        ("{use_eaft: true}", "eaft", {"top_k": 20, "power": 1.0, "normalizer": "none"}),
+        (
+            "{use_eaft: true, eaft_alpha: 0.5, eaft_k: 8}",
+            "eaft",
+            {"top_k": 8, "power": 0.5, "normalizer": "none"},
+        ),
+        ("{use_asft_loss: true}", "asft", {"kl_weight": 0.1}),
+        ("{use_asft_loss: true, asft_alpha: 0.03}", "asft", {"kl_weight": 0.03}),
+        ("{mode: sft}", "sft", {}),
+        ("{mode: dft}", "dft", {}),
+        ("{mode: sft+kl}", "sft-kl", {"kl_weight": 0.1}),
+        ("{mode: asft, kl_weight: 0.03}", "asft", {"kl_weight": 0.03}),
+        ("{loss: ce}", "sft", {}),
+        ("{loss: gem}", "gem", {"beta": 0.7, "h": "linear"}),
+        ("{loss: gem, gem_beta: 0.3, gem_h: logsigmoid}", "gem", {"beta": 0.3, "h": "logsigmoid"}),
+        ("{loss: gem_triton, gem_beta: 0.5}", "gem", {"beta": 0.5, "h": "linear"}),
+        ("{gem_beta: 0.5}", "gem", {"beta": 0.5, "h": "linear"}),
+        ("{prob_threshold: 0.1}", "profit", {"tau": 0.1}),
+        ("{prob_threshold: 0.2, threshold_direction: lower}", "profit", {"tau": 0.2, "direction": "lower"}),
+        (
+            "{prob_threshold: [0.1, 0.8], threshold_direction: middle}",
+            "profit",
+            {"direction": "middle", "tau_low": 0.1, "tau_high": 0.8},
+        ),
+        ("{objective_trans: original}", "sft", {}),
+        ("{objective_trans: logp}", "sft", {}),
+        ("{objective_trans: p}", "beyond-log", {"alpha": 1.0}),
+        ("{objective_trans: GeneralFamily-8}", "beyond-log", {"alpha": 8.0}),
+        ("{objective_trans: GeneralFamily-0.5}", "beyond-log", {"alpha": 0.5}),
+        # saying the same twice, and a flag that is off beside its parameter
+        ("{use_dft_loss: true, enable_dft_loss: true}", "dft", {}),
+        ("{use_eaft_loss: false, eaft_alpha: 1.0, use_dft_loss: true}", "dft", {}),
+    ],
+)
+def test_peer_spelling(text, name, hyperparameters):
+    assert peer(text) == qt.preset(name, **hyperparameters)
+
+
+@pytest.mark.parametrize(
+    "text, note",
+    [
+        ("{use_dft_loss: true}", "use_dft_loss (LLaMA-Factory) is read as dft"),
+        ("{use_eaft: true}", "whose trust reaches log k, about three times the paper's"),
+        (
+            "{use_asft_loss: true}",
+            "LLaMA-Factory averages it per micro-batch, here the denominator is the one of this",
+        ),
+        ("{mode: asft}", "mode: asft (ASFT repository) is read as asft(kl_weight=0.1, direction=forward)"),
+        ("{gem_beta: 0.7}", "the GEM repository's settings are read as gem(beta=0.7, h=linear)"),
+        ("{prob_threshold: 0.1}", "prob_threshold (ProFiT) is read as profit(tau=0.1"),
+        (
+            "{objective_trans: p}",
+            "objective_trans: p (Beyond-Log-Likelihood) is read as beyond-log(alpha=1.0)",
+        ),
+    ],
+)
+def test_peer_spelling_says_what_became_of_it(text, note):
+    assert note in spellings.read(yaml.safe_load(text)).note
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("{use_dft_loss: 'yes'}", "use_dft_loss is 'yes'; use true or false"),
+        ("{eaft_alpha: 2.0}", "eaft_alpha is 2.0 without use_eaft_loss: true; add it, or use target:"),
+        ("{eaft_k: 8}", "eaft_k is 8 without use_eaft: true"),
+        ("{asft_alpha: 0.1}", "asft_alpha is 0.1 without use_asft_loss: true"),
+        ("{use_eaft_loss: true, eaft_alpha: high}", "eaft_alpha is 'high'; use a number"),
+        ("{use_eaft: true, eaft_k: 1}", "top_k is 1; use a whole number from 2"),
+        ("{use_asft_loss: true, asft_alpha: -1}", "kl_weight is -1.0; use a number from 0"),
+        ("{kl_weight: 0.1}", "kl_weight is 0.1 without mode; write target: {preset: asft, kl_weight: 0.1}"),
+        ("{mode: asft+}", "mode is 'asft+'; the ASFT repository knows sft, dft, sft+kl and asft"),
+        (
+            "{loss: focal}",
+            "loss is 'focal'; the GEM repository knows ce, gem and gem_triton; otherwise use target:",
+        ),
+        (
+            "{loss: gem_triton, gem_h: logsigmoid}",
+            "loss is 'gem_triton' with gem_h 'logsigmoid'; that kernel is linear only, use loss: gem",
+        ),
+        ("{threshold_direction: lower}", "threshold_direction is 'lower' without prob_threshold; add it"),
+        (
+            "{prob_threshold: 0.3, threshold_direction: random}",
+            "threshold_direction is 'random'; no preset drops tokens at random, the nearest is",
+        ),
+        (
+            "{prob_threshold: 0.3, threshold_direction: middle}",
+            "prob_threshold is 0.3; 'middle' takes two numbers, the other directions one",
+        ),
+        ("{prob_threshold: [0.1, 0.2]}", "prob_threshold is [0.1, 0.2]; 'middle' takes two numbers"),
+        (
+            "{objective_trans: OnlyTopP-0.1}",
+            "objective_trans is 'OnlyTopP-0.1'; its thresholded forms divide by the",
+        ),
+        ("{objective_trans: GeneralFamily-x}", "objective_trans is 'GeneralFamily-x'; write a number, as in"),
+        ("{use_dft_loss: true, use_asft_loss: true}", "the settings name different objectives: use_dft_loss"),
+        ("{use_eaft_loss: true, use_eaft: true}", "the settings name different objectives: use_eaft_loss"),
+    ],
+)
+def test_peer_spelling_that_is_refused(text, told):
+    with pytest.raises(qt.ConfigError) as caught:
+        peer(text)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "{use_dft_loss: false}", "{use_eaft_loss: false, eaft_alpha: 1.0}", "{lr: 1}"]
+)
+def test_settings_that_spell_no_objective(text):
+    assert spellings.read(yaml.safe_load(text)) is None
+
+
+def test_every_peer_key_is_known():
+    assert set(spellings.KEYS) == {
+        "use_dft_loss",
+        "enable_dft_loss",
+        "liger_use_token_scaling",
+        "use_eaft_loss",
+        "eaft_alpha",
+        "eaft_k",
+        "use_eaft",
+        "use_asft_loss",
+        "asft_alpha",
+        "mode",
+        "kl_weight",
+        "loss",
+        "gem_beta",
+        "gem_h",
+        "prob_threshold",
+        "threshold_direction",
+        "objective_trans",
+    }
