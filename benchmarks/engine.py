@@ -238,7 +238,9 @@ def main() -> None:
             print(f"  this process had only {found['own_cpu_share']:.0%} of its cores: run again on a quiet machine")
     if not args.no_memory:
         width, tokens = args.widths[0], 2 * args.tokens
-        print(f"\nwidth {width}, {tokens} tokens: peak memory beyond inputs, dH and dW, in [tokens, vocab] float32 matrices")
+        print(
+            f"\nwidth {width}, {tokens} tokens: peak memory beyond inputs, dH and dW, in [tokens, vocab] float32 matrices"
+        )
         for name in METHODS:
             share = measure_memory(name, tokens, width)
             record["memory"].append({"method": name, "tokens": tokens, "width": width, "matrices": share})

@@ -49,7 +49,7 @@ def main() -> None:
         target = qt.preset(name, **parameters)
         Q = qt.target_distribution(student[None], labels, target, teacher_logits=teacher[None])[0]
         rows[f"Q of {name}"] = Q
-    shown = list(dict.fromkeys([label, *sum((row.topk(3).indices.tolist() for row in rows.values()), [])]))[:8]
+    shown = list(dict.fromkeys([label, *(int(token) for row in rows.values() for token in row.topk(3).indices)]))[:8]
     shown = [token for token in shown if max(float(row[token]) for row in rows.values()) > 0.005]
     words = [tokenizer.decode([token]).strip() or "␣" for token in shown]
 
@@ -68,7 +68,10 @@ def main() -> None:
     figure.suptitle(f"“{SEEN}…”, and the demonstration goes on with “{LABEL.strip()}”", fontsize=10)
     FOLDER.mkdir(exist_ok=True)
     figure.savefig(FOLDER / "one_token.svg")
-    numbers = {title: {word: float(row[token]) for word, token in zip(words, shown, strict=True)} for title, row in rows.items()}
+    numbers = {
+        title: {word: float(row[token]) for word, token in zip(words, shown, strict=True)}
+        for title, row in rows.items()
+    }
     (FOLDER / "one_token.json").write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
 
 

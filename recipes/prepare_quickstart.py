@@ -87,9 +87,7 @@ def check_model(folder: Path) -> None:
         raise SystemExit(f"{folder}: chat template or end of turn got lost (eos is {tokenizer.eos_token!r})")
     model = AutoModelForCausalLM.from_pretrained(folder)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     tokens = model.generate(**prompt, max_new_tokens=16, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     answer = tokenizer.decode(tokens, skip_special_tokens=True)
     if "Paris" not in answer:

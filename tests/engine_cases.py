@@ -32,9 +32,7 @@ def randn(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
 
-def project(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0, softcap: float | None = None
-):
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0, softcap: float | None = None):
     """The full logits of a head."""
     z = hidden @ weight.T if bias is None else hidden @ weight.T + bias
     z = scale * z
@@ -63,9 +61,7 @@ class Batch:
     input_ids: Tensor | None = None  # tied head: hidden states start from the head's own rows
 
     def logits(self) -> Tensor:
-        return project(
-            self.states(self.hidden, self.weight), self.weight, self.bias, self.scale, self.softcap
-        )
+        return project(self.states(self.hidden, self.weight), self.weight, self.bias, self.scale, self.softcap)
 
     def states(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return hidden if self.input_ids is None else hidden + weight[self.input_ids]
@@ -131,9 +127,7 @@ def oracle(batch: Batch, target: qt.Target, upstream: Tensor | float = 1.0, **op
 def engine(batch: Batch, target: qt.Target, upstream: Tensor | float = 1.0, **options) -> Outcome:
     def call(hidden, weight, bias):
         inputs = batch.engine_inputs(target)
-        return qt.linear_target_loss(
-            hidden, weight, batch.labels, target, head_bias=bias, **inputs, **options
-        )
+        return qt.linear_target_loss(hidden, weight, batch.labels, target, head_bias=bias, **inputs, **options)
 
     return outcome(batch, call, upstream)
 
@@ -159,16 +153,12 @@ def assert_same(got: Outcome, expected: Outcome, rtol: float = 1e-10, floor: flo
         if gradient is not None:
             assert_rows_agree(mine, gradient, f"d_{name}", rtol, floor)
     assert_rows_agree(got.loss.reshape(-1), expected.loss.reshape(-1), "loss", rtol, floor)
-    assert list(got.stats) == list(expected.stats), (
-        f"statistics {list(got.stats)}, expected {list(expected.stats)}"
-    )
+    assert list(got.stats) == list(expected.stats), f"statistics {list(got.stats)}, expected {list(expected.stats)}"
     for name, statistic in expected.stats.items():
         assert_rows_agree(got.stats[name].reshape(-1), statistic.reshape(-1), name, rtol, floor)
 
 
-def assert_engine_is_oracle(
-    batch: Batch, target: qt.Target, rtol: float = 1e-10, floor: float = 1e-12, **options
-):
+def assert_engine_is_oracle(batch: Batch, target: qt.Target, rtol: float = 1e-10, floor: float = 1e-12, **options):
     assert_same(
         engine(batch, target, stats="all", reduction="sum", **options),
         oracle(batch, target, stats="all", reduction="sum"),
@@ -190,12 +180,8 @@ def with_columns(batch: Batch, seed: int = 3) -> Batch:
     g = torch.Generator().manual_seed(seed)
     n = len(batch.labels)
     log_ratio = torch.tensor([0.0, 0.1, -0.1, 0.23, -0.4, 0.6, -3.0, 3.0], dtype=torch.float64)
-    log_ratio = log_ratio.repeat(math.ceil(n / 8))[:n] + 0.001 * torch.rand(
-        n, dtype=torch.float64, generator=g
-    )
-    weight = torch.tensor([1, 0, 0.3, 16, 1, 2.5, 0.7, 0.01], dtype=torch.float64).repeat(math.ceil(n / 8))[
-        :n
-    ]
+    log_ratio = log_ratio.repeat(math.ceil(n / 8))[:n] + 0.001 * torch.rand(n, dtype=torch.float64, generator=g)
+    weight = torch.tensor([1, 0, 0.3, 16, 1, 2.5, 0.7, 0.01], dtype=torch.float64).repeat(math.ceil(n / 8))[:n]
     y = batch.labels.clamp(min=0)
     columns = {
         "old_logps": published.label_log_p(batch.logits(), y) - log_ratio,

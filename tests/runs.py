@@ -233,11 +233,7 @@ def distance(got: Weights, wanted: Weights) -> tuple[float, str]:
 
 
 def assert_same_change(got: Weights, wanted: Weights, tolerance: float | None = None) -> None:
-    assert all(float(w.norm()) > 0 for w in wanted.values()), (
-        "a weight did not move: this would compare zeros"
-    )
+    assert all(float(w.norm()) > 0 for w in wanted.values()), "a weight did not move: this would compare zeros"
     error, name = distance(got, wanted)
     allowed = TOLERANCE[wanted[name].dtype] if tolerance is None else tolerance
-    assert error <= allowed, (
-        f"{name} moved otherwise than by autograd on full logits: relative error {error:.2e}"
-    )
+    assert error <= allowed, f"{name} moved otherwise than by autograd on full logits: relative error {error:.2e}"

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
 import qtarget as qt
+import tiny
 from qtarget.cli import fields
 
 QTARGET = [sys.executable, "-m", "qtarget"]
@@ -86,7 +86,10 @@ def world(tmp_path_factory) -> dict[str, Path]:
 # What is asked for beyond the config that trains → what the sentence must say. ROOT is the fixture's folder.
 REFUSALS: dict[str, tuple[list[str], list[str]]] = {
     "unknown target": (["--target", "target-stf"], ["target is 'target-stf'; did you mean 'target-sft'?"]),
-    "unknown parameter": (["--target", "{preset: eaft, topk: 3}"], ["parameter of eaft is 'topk'", "did you mean 'top_k'"]),
+    "unknown parameter": (
+        ["--target", "{preset: eaft, topk: 3}"],
+        ["parameter of eaft is 'topk'", "did you mean 'top_k'"],
+    ),
     "out of range": (["--target", "{preset: target-sft, eta: 1.5}"], ["eta is 1.5; use a number from 0 to 1"]),
     "unknown flag": (["--learning_rat", "1"], ["--learning_rat; did you mean learning_rate?"]),
     "wrong type": (["--learning_rate", "fast"], ["learning_rate is 'fast'; use a number"]),
@@ -101,22 +104,37 @@ REFUSALS: dict[str, tuple[list[str], list[str]]] = {
         ["--teacher_model_name_or_path", "ROOT/stranger"],
         ["has another tokenizer: id ", "use a teacher of the same family"],
     ),
-    "columns that cannot be trained": (["--dataset_name", "ROOT/wrong"], ["has columns answer, question; give it one of"]),
+    "columns that cannot be trained": (
+        ["--dataset_name", "ROOT/wrong"],
+        ["has columns answer, question; give it one of"],
+    ),
     "nothing supervised": (["--target", "sft", "--dataset_name", "ROOT/ignored"], ["has no supervised token"]),
     "everything cut": (["--target", "sft", "--max_length", "4"], ["has no supervised token", "max_length"]),
-    "label out of range": (["--target", "sft", "--dataset_name", "ROOT/far"], ["labels holds 9999, outside the vocabulary"]),
+    "label out of range": (
+        ["--target", "sft", "--dataset_name", "ROOT/far"],
+        ["labels holds 9999, outside the vocabulary"],
+    ),
     "not a number": (
         ["--target", "sft", "--model_name_or_path", "ROOT/broken"],
         ["logits are NaN or infinite at row 0, position"],
     ),
-    "negative weight": (["--target", "iw-sft", "--dataset_name", "ROOT/negative"], ["weight holds -1; weights must be 0 or more"]),
-    "weights too short": (["--target", "iw-sft", "--dataset_name", "ROOT/short"], ["column weight has 18 numbers for a row of 20"]),
+    "negative weight": (
+        ["--target", "iw-sft", "--dataset_name", "ROOT/negative"],
+        ["weight holds -1; weights must be 0 or more"],
+    ),
+    "weights too short": (
+        ["--target", "iw-sft", "--dataset_name", "ROOT/short"],
+        ["column weight has 18 numbers for a row of 20"],
+    ),
     "adapter on the head": (
         ["--use_peft", "--lora_target_modules", "q_proj", "lm_head"],
         ["lora_target_modules holds 'lm_head'; an adapter on the head is not supported"],
     ),
     "cannot write": (["--output_dir", "ROOT/a_file/run"], ["which cannot be written; choose a folder you own"]),
-    "another run": (["--output_dir", "ROOT/other_run"], ["which holds another run (checkpoint-5)", "resume_from_checkpoint"]),
+    "another run": (
+        ["--output_dir", "ROOT/other_run"],
+        ["which holds another run (checkpoint-5)", "resume_from_checkpoint"],
+    ),
     "contradiction": (["--loss_type", "dft"], ["the settings contradict each other", "loss_type dft means dft"]),
     "no such dataset": (["--dataset_name", "ROOT/nowhere"], ["dataset_name is", "cannot be loaded"]),
     "not YAML": (["--config", "ROOT/not_yaml.yaml"], ["which is not YAML at line"]),
@@ -128,7 +146,13 @@ REFUSALS: dict[str, tuple[list[str], list[str]]] = {
 
 
 # One sentence each, but where both the train and the test split lack something, or several things are wrong.
-MORE_THAN_ONE = {"no weight column": 2, "no critical column": 2, "no old policy": 2, "everything cut": 2, "several at once": 3}
+MORE_THAN_ONE = {
+    "no weight column": 2,
+    "no critical column": 2,
+    "no old policy": 2,
+    "everything cut": 2,
+    "several at once": 3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +225,12 @@ def test_train_ends_with_a_model_a_table_and_a_picture(trained):
 
 @pytest.mark.parametrize(
     ("name", "value", "origin"),
-    [("learning_rate", "0.002", "flag"), ("max_steps", "2", "file"), ("weight_decay", "0.0", "default"), ("bf16", "False", "default")],
+    [
+        ("learning_rate", "0.002", "flag"),
+        ("max_steps", "2", "file"),
+        ("weight_decay", "0.0", "default"),
+        ("bf16", "False", "default"),
+    ],
 )
 def test_settings_are_printed_with_their_origin(name, value, origin, trained):
     assert re.search(rf"^  {name} +{re.escape(value)} +{origin}$", trained[0].stdout, re.M)
@@ -222,7 +251,10 @@ def test_columns_reach_the_loss(world):
 
 @pytest.mark.parametrize(
     "launcher",
-    [["-m", "torch.distributed.run", "--nproc_per_node", "1", "-m", "qtarget"], ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "qtarget"]],
+    [
+        ["-m", "torch.distributed.run", "--nproc_per_node", "1", "-m", "qtarget"],
+        ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "qtarget"],
+    ],
     ids=["torchrun", "accelerate"],
 )
 def test_train_under_a_launcher(world, launcher):
@@ -232,7 +264,9 @@ def test_train_under_a_launcher(world, launcher):
     assert done.stdout.count("target target-sft(") == 1
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["targets", "--help"], ["env", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["targets", "--help"], ["env", "--help"]], ids=" ".join
+)
 def test_help_answers_within_a_second(words):
     taken = []
     for _ in range(3):

@@ -63,9 +63,8 @@ def load_example(name: str):
 
 @pytest.mark.parametrize("name", ["sft", "dft", "target-sft"])
 def test_the_plain_loop_learns(name):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -55,9 +55,7 @@ def test_engine_is_the_oracle(case, softcap, with_bias, tied, share, chunk, monk
 def test_logits_are_scaled_before_they_are_capped(case, scale, softcap):
     batch = ordinary(scale=scale, softcap=softcap, with_bias=True)
     options = {"reduction": "sum", "stats": "all"}
-    assert_same(
-        engine(batch, preset_of(case), chunk_rows=10, **options), oracle(batch, preset_of(case), **options)
-    )
+    assert_same(engine(batch, preset_of(case), chunk_rows=10, **options), oracle(batch, preset_of(case), **options))
 
 
 @every_case

@@ -27,9 +27,7 @@ from qtarget.losses.backends import torch_chunked
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-some_presets = pytest.mark.parametrize(
-    "name", ["sft", "dft", "iw-sft", "profit", "sft-kl", "gem", "kd", "target-sft"]
-)
+some_presets = pytest.mark.parametrize("name", ["sft", "dft", "iw-sft", "profit", "sft-kl", "gem", "kd", "target-sft"])
 UNEQUAL = torch.linspace(-1, 2, N, dtype=torch.float64)
 UNEQUAL[[4, 11]] = 0
 
@@ -191,9 +189,7 @@ def test_frozen_parts(name, wanted, reduction, monkeypatch):
     full = engine(batch, target, reduction=reduction)
     formed = []
     run = torch_chunked.run
-    monkeypatch.setattr(
-        torch_chunked, "run", lambda *args, **kwargs: formed.append(run(*args, **kwargs)) or formed[-1]
-    )
+    monkeypatch.setattr(torch_chunked, "run", lambda *args, **kwargs: formed.append(run(*args, **kwargs)) or formed[-1])
     out, leaves = call_with(batch, target, wanted, reduction=reduction)
     gradients = {"hidden": formed[-1].d_hidden, "weight": formed[-1].d_weight, "bias": formed[-1].d_bias}
     out.loss.sum().backward()
@@ -302,9 +298,7 @@ def test_another_ignore_index():
 def test_a_second_backward_says_what_to_do(reduction):
     out, _ = call_with(ordinary(with_bias=True), qt.preset("dft"), ("hidden", "weight"), reduction=reduction)
     out.loss.backward(retain_graph=True)
-    with pytest.raises(
-        RuntimeError, match=r"backward ran a second time.*call the loss again.*reduction=\"none\""
-    ):
+    with pytest.raises(RuntimeError, match=r"backward ran a second time.*call the loss again.*reduction=\"none\""):
         out.loss.backward(retain_graph=True)
 
 
@@ -325,9 +319,7 @@ def test_second_derivatives_are_refused(reduction):
 
 
 def test_weights_changed_before_an_unreduced_backward_are_noticed():
-    out, leaves = call_with(
-        ordinary(with_bias=True), qt.preset("dft"), ("hidden", "weight"), reduction="none"
-    )
+    out, leaves = call_with(ordinary(with_bias=True), qt.preset("dft"), ("hidden", "weight"), reduction="none")
     with torch.no_grad():
         leaves["weight"].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -390,9 +382,7 @@ def test_a_rule_of_one_s_own_may_drop_rows(rows_multiplied):
 
 def test_rows_that_the_residual_still_pulls_are_kept(rows_multiplied):
     """A masked label with a teacher: where a = 0, b = 1."""
-    assert_engine_is_oracle(
-        ordinary(), qt.Target(qt.trust.token_mask(), qt.residual.teacher()), chunk_rows=10
-    )
+    assert_engine_is_oracle(ordinary(), qt.Target(qt.trust.token_mask(), qt.residual.teacher()), chunk_rows=10)
     assert sum(rows_multiplied) == N
 
 

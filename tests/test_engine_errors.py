@@ -343,9 +343,7 @@ def test_other_models(call, text):
         "teacher: TopK ids run from -1 to 4; use ids from 0 to 66",
     ),
     padding=(
-        lambda: linear(
-            "kd", teacher=topk(ids=at(IDS, (3, 1), 60)), labels=LABELS.clamp(max=59), vocab_size=60
-        ),
+        lambda: linear("kd", teacher=topk(ids=at(IDS, (3, 1), 60)), labels=LABELS.clamp(max=59), vocab_size=60),
         "teacher: TopK ids run from 0 to 60; use ids from 0 to 59",
     ),
     more_than_the_vocabulary=(

@@ -177,9 +177,7 @@ COMPOSED = {
         trust.probability(),
         [(0.5, residual.teacher()), (-0.3, residual.uniform()), (0.8, residual.guided(0.4))],
     ),
-    "a student among the residuals": qt.Target(
-        0.1, [(0.7, residual.student()), (0.3, residual.teacher(2.0))]
-    ),
+    "a student among the residuals": qt.Target(0.1, [(0.7, residual.student()), (0.3, residual.teacher(2.0))]),
     "anchored, pushing away": qt.Target(trust.anchored(trust.entropy(5), -0.4), residual.reference()),
     "anchored on weights": qt.Target(trust.anchored(trust.trajectory_weight(), 0.3), residual.reference()),
     "scaled": qt.Target(trust.probability(), residual.guided(0.3), scale=trust.trajectory_weight()),
@@ -240,9 +238,7 @@ def test_any_leading_axes(name, shape):
     assert got.loss.shape == shape
     assert all(statistic.shape == shape for statistic in got.stats.values())
     assert torch.equal(got.loss.flatten(), expected.loss)
-    assert_rows_agree(
-        got.gradients["hidden"].reshape(n, -1), expected.gradients["hidden"], "d_hidden", 1e-12, 0
-    )
+    assert_rows_agree(got.gradients["hidden"].reshape(n, -1), expected.gradients["hidden"], "d_hidden", 1e-12, 0)
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 1)], ids=["[rows]", "[rows, 1]"])

@@ -136,9 +136,7 @@ def test_chunks_are_equal_and_cover_every_token(tokens):
     rows = chunk_rows(tokens, 49152, 1, 4, CPU)
     chunks = -(-tokens // rows)
     assert chunks == -(-tokens // 512)
-    assert (
-        chunks * rows - tokens < chunks
-    )  # the last one is short by less than one row for each of the others
+    assert chunks * rows - tokens < chunks  # the last one is short by less than one row for each of the others
 
 
 def test_more_memory_than_the_budget_is_said(caplog):
@@ -147,9 +145,7 @@ def test_more_memory_than_the_budget_is_said(caplog):
         assert not caplog.records
         chunk_rows(4096, 262144, 8, 4, CPU)
     (record,) = caplog.records
-    assert (
-        "vocabulary of 262144 needs 1024 MB of logits buffers even at 128 rows a chunk" in record.getMessage()
-    )
+    assert "vocabulary of 262144 needs 1024 MB of logits buffers even at 128 rows a chunk" in record.getMessage()
 
 
 def test_chunk_rule_knows_no_width():

@@ -140,9 +140,7 @@ def in_half(dtype, **options):
     batch = ordinary(n=24, v=80, d=16, seed=6, with_bias=True, **options)
     g = torch.Generator().manual_seed(7)
     states = {name: (randn(g, 24, 20).to(dtype), (randn(g, 80, 20) / 2).to(dtype)) for name in batch.dense}
-    low = replace(
-        batch, hidden=batch.hidden.to(dtype), weight=batch.weight.to(dtype), bias=batch.bias.to(dtype)
-    )
+    low = replace(batch, hidden=batch.hidden.to(dtype), weight=batch.weight.to(dtype), bias=batch.bias.to(dtype))
     up = replace(
         low,
         hidden=low.hidden.double(),
@@ -188,9 +186,7 @@ def test_half_precision_is_only_a_way_to_store(case, dtype, rows_cast_up, monkey
         gradient,
     ) in truth.gradients.items():  # one rounding, whose steps are even below the smallest normal
         step = torch.finfo(dtype).eps * gradient.abs().clamp(min=torch.finfo(dtype).smallest_normal)
-        assert (
-            (got.gradients[name].double() - gradient).abs() <= 0.51 * step + BOUND * gradient.norm()
-        ).all(), name
+        assert ((got.gradients[name].double() - gradient).abs() <= 0.51 * step + BOUND * gradient.norm()).all(), name
 
 
 @half

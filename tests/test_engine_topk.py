@@ -84,9 +84,7 @@ def with_topk(batch: Batch, k: int, names=("teacher", "reference"), **options) -
 def documenting(batch: Batch, kept: dict[str, qt.TopK]) -> Batch:
     student = batch.logits()
     dense = {name: documented(topk, student, batch.vocab_size) for name, topk in kept.items()}
-    heads = {
-        name: qt.Head(logits, torch.eye(logits.shape[-1]).to(logits)) for name, logits in batch.dense.items()
-    }
+    heads = {name: qt.Head(logits, torch.eye(logits.shape[-1]).to(logits)) for name, logits in batch.dense.items()}
     return replace(batch, dense=batch.dense | dense, heads=heads | kept)
 
 
@@ -223,9 +221,7 @@ def test_student_sure_of_the_k_in_single_precision(target, mass):
     got, truth = engine(batch, target), oracle(exact, target)
     for name in ("hidden", "weight"):
         error = (got.gradients[name] - truth.gradients[name]).norm()
-        assert error <= 1e-5 * truth.gradients[name].norm() + 1e-6, (
-            name
-        )  # the oracle has 1 − 1 where R is near p
+        assert error <= 1e-5 * truth.gradients[name].norm() + 1e-6, name  # the oracle has 1 − 1 where R is near p
     for what, mine, expected in (
         ("loss", got.loss, truth.loss),
         ("ce_q", got.stats["ce_q"], truth.stats["ce_q"]),

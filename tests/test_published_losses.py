@@ -230,10 +230,7 @@ def test_tokens_the_other_model_rules_out(case, mixed):
     ruled_out[[2, 7, 11]] = True  # labels among them
     labels = labels.clone()
     labels[8:10] = torch.tensor([2, 7])
-    others = {
-        name: inputs[name].masked_fill(ruled_out, -math.inf)
-        for name in ("teacher_logits", "reference_logits")
-    }
+    others = {name: inputs[name].masked_fill(ruled_out, -math.inf) for name in ("teacher_logits", "reference_logits")}
     assert_agrees(case, preset_of(case), (logits, labels, inputs | others))
 
 
@@ -241,9 +238,7 @@ def test_tokens_the_other_model_rules_out(case, mixed):
 def test_target_sft_is_cross_entropy_to_its_target(case, mixed):
     logits, labels, inputs = mixed
     guide = case.published.keywords | {name: inputs[name] for name in case.needs}
-    ce, gradient = value_and_gradient(
-        lambda z: published.target_sft_cross_entropy(z, labels, **guide), logits
-    )
+    ce, gradient = value_and_gradient(lambda z: published.target_sft_cross_entropy(z, labels, **guide), logits)
     leaf = logits.clone().requires_grad_()
     out = qt.target_loss(leaf, labels, preset_of(case), reduction="sum", **asked_for(case, inputs))
     (got,) = torch.autograd.grad(out.loss, leaf)
@@ -290,9 +285,7 @@ def test_normalised_target_is_the_fixed_point_or_missing(case, mixed):
     _, gradient = published_value_and_gradient(case, mixed)
     strength = STRENGTH[case.id](published.label_log_p(logits, labels).exp(), inputs)
     exists = strength > 0
-    q = qt.target_distribution(
-        logits, labels, preset_of(case), reading="normalised", **asked_for(case, inputs)
-    )
+    q = qt.target_distribution(logits, labels, preset_of(case), reading="normalised", **asked_for(case, inputs))
     assert q[~exists].isnan().all()
     expected = logits.softmax(-1) - gradient / strength[:, None]
     # Dividing by a small strength enlarges what autograd rounded away.
@@ -543,10 +536,7 @@ def with_ignored(batch):
         name: value.to(torch.float64).masked_fill(ignored, 1e3) if name in LABEL_SHAPED else value
         for name, value in inputs.items()
     }
-    inputs = {
-        name: value if value is None else value.reshape(2, 6, *value.shape[1:])
-        for name, value in inputs.items()
-    }
+    inputs = {name: value if value is None else value.reshape(2, 6, *value.shape[1:]) for name, value in inputs.items()}
     return logits.reshape(2, 6, V), labels.masked_fill(ignored, -100).reshape(2, 6), inputs, ignored
 
 
@@ -639,9 +629,7 @@ def test_another_ignore_index(mixed):
 def test_critical_may_be_a_mask_or_numbers(dtype, mixed):
     logits, labels, inputs = mixed
     case = Case("cft", "cft", {}, published.cft, ("critical",))
-    assert_agrees(
-        case, qt.preset("cft"), (logits, labels, inputs | {"critical": inputs["critical"].to(dtype)})
-    )
+    assert_agrees(case, qt.preset("cft"), (logits, labels, inputs | {"critical": inputs["critical"].to(dtype)}))
 
 
 # ---- the checks can fail

@@ -7,12 +7,11 @@ from transformers import LlamaForCausalLM, TrainerCallback
 import tiny
 from published import CASES
 from qtarget import ConfigError
+from qtarget.training.forward import accepted
 from runs import assert_same_change, change, expected, history, rows, trained, trainer
 
 CASE = {case.id: case for case in CASES}
-TRANSFORMED = pytest.mark.parametrize(
-    "make", [tiny.gemma2, tiny.cohere, tiny.granite], ids=lambda make: make.__name__
-)
+TRANSFORMED = pytest.mark.parametrize("make", [tiny.gemma2, tiny.cohere, tiny.granite], ids=lambda make: make.__name__)
 
 
 def loss_of(name):
@@ -84,13 +83,9 @@ def test_logits_that_cannot_be_rebuilt(who, tmp_path):
         teacher_model=models["teacher"],
         reference_model=models["reference"],
     )
-    with pytest.raises(
-        ConfigError, match="Doubles's logits cannot be rebuilt from its hidden states"
-    ) as error:
+    with pytest.raises(ConfigError, match="Doubles's logits cannot be rebuilt from its hidden states") as error:
         made.train()
-    own, rebuilt = (
-        float(str(error.value).split(mark)[0].split()[-1]) for mark in (" in the model", " from hidden")
-    )
+    own, rebuilt = (float(str(error.value).split(mark)[0].split()[-1]) for mark in (" in the model", " from hidden"))
     assert own == pytest.approx(2 * rebuilt, abs=2e-4)
 
 
@@ -105,6 +100,12 @@ def test_bf16_hides_no_wrong_head(tmp_path):
     """Half precision blurs the model's logits by a few in a thousand; a factor of two is still seen."""
     with pytest.raises(ConfigError, match="cannot be rebuilt"):
         trained(doubles(), tmp_path, bf16=True)
+
+
+def test_a_forward_is_given_what_it_takes():
+    inputs = {"input_ids": 1, "attention_mask": 2, "cu_seq_lens_q": 3}
+    assert accepted(tiny.llama(), inputs) == inputs
+    assert accepted(tiny.no_kwargs(), inputs) == {"input_ids": 1, "attention_mask": 2}
 
 
 class Poison(TrainerCallback):
@@ -123,9 +124,7 @@ class Poison(TrainerCallback):
 def test_nan_stops_the_run_with_step_and_row(step, tmp_path):
     model = tiny.llama(tied=False)
     made = trainer(model, tmp_path, callbacks=[Poison(step, model)], max_steps=4)
-    with pytest.raises(
-        ConfigError, match=rf"^step {step}: .*NaN or infinite at row 0, position \d+; lower the learn"
-    ):
+    with pytest.raises(ConfigError, match=rf"^step {step}: .*NaN or infinite at row 0, position \d+; lower the learn"):
         made.train()
     assert made.state.global_step == step - 1
 

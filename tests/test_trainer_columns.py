@@ -14,9 +14,7 @@ CASE = {case.id: case for case in CASES}
 
 def numbered(name="weight", number_of_rows=9):
     """A column that says which token it belongs to."""
-    return tokenised(
-        tiny.conversations(number_of_rows), **{name: lambda number, row: [*map(float, row["input_ids"])]}
-    )
+    return tokenised(tiny.conversations(number_of_rows), **{name: lambda number, row: [*map(float, row["input_ids"])]})
 
 
 def batches(made):
@@ -62,9 +60,7 @@ def test_one_number_for_a_row_is_spread_over_its_tokens(tmp_path):
     made = trainer(tiny.llama(), tmp_path, data, target="iw-sft")
     first_tokens = {tuple(row["input_ids"]): row["weight"] for row in rows(data)}
     for batch in made.get_train_dataloader():
-        for ids, mask, weight in zip(
-            batch["input_ids"], batch["attention_mask"], batch["weight"], strict=True
-        ):
+        for ids, mask, weight in zip(batch["input_ids"], batch["attention_mask"], batch["weight"], strict=True):
             length = int(mask.sum())
             wanted = first_tokens[tuple(ids[:length].tolist())]
             assert weight[:length].eq(wanted).all() and weight[length:].eq(0).all()
@@ -74,16 +70,12 @@ def test_weights_of_conversations_train_their_rows(tmp_path):
     """From prompt, completion and weight to the step: the row of weight 0 teaches nothing, yet counts."""
     data = tiny.conversations(4).add_column("weight", [0.5, 1.0, 2.0, 0.0])
     got = change(tiny.taught().double(), tmp_path, data, target="iw-sft")
-    wanted = expected(
-        tiny.taught().double(), rows(data), lambda z, y, **given: CASE["iw-sft"].loss(z, y, given)
-    )
+    wanted = expected(tiny.taught().double(), rows(data), lambda z, y, **given: CASE["iw-sft"].loss(z, y, given))
     assert_same_change(got, wanted)
 
 
 def test_a_mask_of_booleans(tmp_path):
-    data = tokenised(
-        tiny.conversations(4), critical=lambda number, row: [i % 2 == 0 for i in row["input_ids"]]
-    )
+    data = tokenised(tiny.conversations(4), critical=lambda number, row: [i % 2 == 0 for i in row["input_ids"]])
     made = trained(tiny.llama(), tmp_path, data, target="cft")
     even = [label % 2 == 0 for row in rows(data) for label in row["labels"][1:] if label != -100]
     assert made.state.log_history[0]["trust"] == pytest.approx(sum(even) / len(even))

@@ -126,9 +126,7 @@ def test_padded_heads(name, tmp_path):
     made = {"teacher": copy.deepcopy(teacher).eval()} if "teacher_logits" in case.needs else {}
     if "reference_logits" in case.needs:
         made["reference"] = lambda row: logits_of(start, row)
-    wanted = expected(
-        copy.deepcopy(student), rows(tiny.conversations(4)), loss_of(case), steps=2, lr=0.3, **made
-    )
+    wanted = expected(copy.deepcopy(student), rows(tiny.conversations(4)), loss_of(case), steps=2, lr=0.3, **made)
     got = change(
         student,
         tmp_path,
@@ -178,9 +176,7 @@ def test_accumulation_left_to_the_host_is_noticed(tmp_path):
     """Transformers divides once more for a model whose forward takes no ``**kwargs``."""
     got = change(tiny.taught(tiny.no_kwargs), tmp_path, kind=ForgetsAccumulation)
     with pytest.raises(AssertionError, match="otherwise than by autograd"):
-        assert_same_change(
-            got, expected(tiny.taught(), rows(tiny.conversations(4)), loss_of(CASE["sft"])), 1e-3
-        )
+        assert_same_change(got, expected(tiny.taught(), rows(tiny.conversations(4)), loss_of(CASE["sft"])), 1e-3)
 
 
 def test_a_lost_stop_gradient_is_noticed(tmp_path):
@@ -190,9 +186,7 @@ def test_a_lost_stop_gradient_is_noticed(tmp_path):
 
     got = change(tiny.taught(), tmp_path, target="dft")
     with pytest.raises(AssertionError, match="otherwise than by autograd"):
-        assert_same_change(
-            got, expected(tiny.taught(), rows(tiny.conversations(4)), without_stop_gradient), 1e-3
-        )
+        assert_same_change(got, expected(tiny.taught(), rows(tiny.conversations(4)), without_stop_gradient), 1e-3)
 
 
 def test_a_reference_that_moves_is_noticed(tmp_path):
@@ -203,9 +197,7 @@ def test_a_reference_that_moves_is_noticed(tmp_path):
     before = weights(made.model)
     made.train()
     got = moved(before, made.model)
-    wanted = expected(
-        tiny.taught(), rows(data), loss_of(case), lr=0.3, steps=2, **others(case, torch.float32)
-    )
+    wanted = expected(tiny.taught(), rows(data), loss_of(case), lr=0.3, steps=2, **others(case, torch.float32))
     with pytest.raises(AssertionError, match="otherwise than by autograd"):
         assert_same_change(got, wanted, 1e-3)
 
@@ -275,6 +267,39 @@ def test_rows_in_one_line_give_the_same_step(target, settings, tmp_path):
     assert_same_change(got, wanted)
 
 
+@pytest.mark.parametrize("target", ["sft", "target-sft", "sft-kl"])
+def test_padding_on_the_left(target, tmp_path):
+    """The others see the student's mask; without it they would read the padding."""
+    case, data = CASE[target], tiny.conversations(4)
+    made = others(case, torch.float64)
+    padded = trainer(
+        tiny.taught().double(),
+        tmp_path,
+        data,
+        target=target,
+        teacher_model=copy.deepcopy(made.get("teacher")),
+        max_steps=2,
+        learning_rate=0.3,
+    )
+    right = padded.data_collator
+
+    def left(examples):
+        batch = right(examples)
+        shifts = (1 - batch["attention_mask"]).sum(1).tolist()
+        return {
+            name: torch.stack([row.roll(by) for row, by in zip(column, shifts, strict=True)])
+            for name, column in batch.items()
+        }
+
+    padded.data_collator = left
+    assert any((batch["attention_mask"][:, 0] == 0).any() for batch in padded.get_train_dataloader())
+    before = weights(padded.model)
+    padded.train()
+    wanted = expected(tiny.taught().double(), rows(data), loss_of(case), lr=0.3, steps=2, **made)
+    # Positions begin later, and rotary angles are float32 whatever the weights are.
+    assert_same_change(moved(before, padded.model), wanted, 1e-4)
+
+
 @pytest.mark.parametrize("target", ["dft", "sft-kl"])
 def test_gradient_checkpointing_changes_nothing(target, tmp_path):
     case = CASE[target]
@@ -305,9 +330,7 @@ def test_bf16_is_no_worse_than_full_logits_under_autocast(name, tmp_path):
     wanted = expected(tiny.taught(), data, loss_of(case), **made)
     with torch.autocast("cpu", torch.bfloat16):
         plain = expected(tiny.taught(), data, loss_of(case), **made)
-    got = change(
-        tiny.taught(), tmp_path, target=name, teacher_model=copy.deepcopy(made.get("teacher")), bf16=True
-    )
+    got = change(tiny.taught(), tmp_path, target=name, teacher_model=copy.deepcopy(made.get("teacher")), bf16=True)
     assert 1e-3 < distance(got, wanted)[0] < 1.2 * distance(plain, wanted)[0]
 
 
@@ -345,9 +368,7 @@ def test_kept_counts_what_the_column_keeps(preset, column, tmp_path):
 
 @pytest.mark.parametrize("target", ["profit", "sft", "dft"])
 def test_kept_needs_a_column(target, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"denominator is 'kept' with target .*; which tokens are kept is known"
-    ):
+    with pytest.raises(ConfigError, match=r"denominator is 'kept' with target .*; which tokens are kept is known"):
         config(tmp_path, target=target, denominator="kept")
 
 

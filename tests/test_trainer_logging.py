@@ -46,9 +46,7 @@ def by_hand(case, data, model=None, other=None):
                 "loss": kept["loss"].detach(),
                 "nll": nll,
                 "ce_q": -(Q * p.log()).sum(-1),
-                "kl_q": torch.special.xlogy(Q.clamp(min=0), Q.clamp(min=0) / p)
-                .sum(-1)
-                .where(~off, torch.nan),
+                "kl_q": torch.special.xlogy(Q.clamp(min=0), Q.clamp(min=0) / p).sum(-1).where(~off, torch.nan),
                 "update": g.abs().sum(-1) / 2,
                 "entropy": -(p * p.log()).sum(-1),
                 "accuracy": (p.argmax(-1) == y).double(),
@@ -76,9 +74,7 @@ def test_statistics_are_means_over_tokens(name, tmp_path):
     other = teacher() if "teacher_logits" in case.needs else None
     per_row = by_hand(case, rows(data), other=other)
     wanted = over_tokens(per_row)
-    assert wanted["nll"] != pytest.approx(over_rows(per_row)["nll"], rel=1e-3), (
-        "rows alike cannot tell the two apart"
-    )
+    assert wanted["nll"] != pytest.approx(over_rows(per_row)["nll"], rel=1e-3), "rows alike cannot tell the two apart"
     made = trained(
         student(),
         tmp_path,
@@ -106,9 +102,7 @@ def test_parts_of_the_target(tmp_path):
     p_y = torch.cat([(-row["nll"]).exp() for row in by_hand(CASE["sft"], rows(data))]).mean()
     line = made.state.log_history[0]
     assert not STATISTICS - line.keys()
-    assert line["trust"] == pytest.approx(float(p_y)) and line["residual_mass"] == pytest.approx(
-        1 - float(p_y)
-    )
+    assert line["trust"] == pytest.approx(float(p_y)) and line["residual_mass"] == pytest.approx(1 - float(p_y))
     assert line["strength"] == pytest.approx(1)
 
 
@@ -220,6 +214,17 @@ def test_evaluation_is_a_mean_over_tokens(name, tmp_path):
     assert metrics["eval_mean_token_accuracy"] == metrics["eval_accuracy"]
 
 
+def test_evaluation_of_plain_text(tmp_path):
+    """The first token of a row is labelled, yet nothing predicts it: it weighs nothing in eval_loss either."""
+    data = tiny.texts(5)
+    made = trainer(student(), tmp_path, data, eval_dataset=data, target="dft", per_device_eval_batch_size=2)
+    wanted = over_tokens(by_hand(CASE["dft"], rows(data)))
+    metrics = made.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+    assert metrics["eval_nll"] == pytest.approx(wanted["nll"], rel=1e-6)
+    assert metrics["eval_supervised_tokens"] == count(rows(data))
+
+
 def test_another_target_for_evaluation(tmp_path):
     """The training loss stays the target's own; evaluation reports eval_target."""
     data = tiny.conversations(4)
@@ -235,14 +240,10 @@ def test_another_target_for_evaluation(tmp_path):
         learning_rate=0.0,
         max_steps=2,
     )
-    smooth, plain = (
-        over_tokens(by_hand(CASE[name], rows(data))) for name in ("label-smoothing:smoothing=0.3", "dft")
-    )
+    smooth, plain = (over_tokens(by_hand(CASE[name], rows(data))) for name in ("label-smoothing:smoothing=0.3", "dft"))
     assert history(made, "loss") == pytest.approx([plain["loss"]] * 2, rel=1e-6)
     assert history(made, "trust") == pytest.approx([made.state.log_history[0]["trust"]] * 2)
-    assert history(made, "supervised_tokens") == [count(rows(data))] * 2, (
-        "evaluation's tokens are not training's"
-    )
+    assert history(made, "supervised_tokens") == [count(rows(data))] * 2, "evaluation's tokens are not training's"
     assert history(made, "eval_long_loss") == pytest.approx([smooth["loss"]] * 2, rel=1e-6)
     assert history(made, "eval_long_nll") == pytest.approx([plain["nll"]] * 2, rel=1e-6)
     first = over_tokens(by_hand(CASE["dft"], rows(data.select([0]))))
@@ -288,9 +289,7 @@ def test_evaluating_without_the_column_that_evaluation_reads(make, tmp_path):
     data = tokenised(tiny.conversations(4), weight=lambda number, row: 2.0)
     made = trainer(make(), tmp_path, data, eval_dataset=data, target="dft", eval_target="iw-sft")
     seen = []
-    made.model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.extend(kwargs), with_kwargs=True
-    )
+    made.model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.extend(kwargs), with_kwargs=True)
     with made.evaluating("sft"):
         assert made.evaluate()["eval_trust"] == 1
     assert made.evaluate()["eval_trust"] == 2
@@ -307,9 +306,7 @@ def test_metrics_of_ones_own_see_real_logits(tmp_path):
         return {"shape": prediction.predictions.ndim}
 
     data = tokenised(tiny.conversations(1))
-    made = trainer(
-        tiny.taught(), tmp_path, data, eval_dataset=data, target="dft", compute_metrics=compute_metrics
-    )
+    made = trainer(tiny.taught(), tmp_path, data, eval_dataset=data, target="dft", compute_metrics=compute_metrics)
     metrics = made.evaluate()
     row = rows(data)[0]
     with torch.no_grad():
@@ -337,7 +334,5 @@ def test_predict_reports_under_its_own_name(tmp_path):
     data = tiny.conversations(4)
     made = trainer(student(), tmp_path, data, eval_dataset=data)
     metrics = made.predict(made.eval_dataset).metrics
-    assert metrics["test_loss"] == pytest.approx(
-        over_tokens(by_hand(CASE["sft"], rows(data)))["loss"], rel=1e-6
-    )
+    assert metrics["test_loss"] == pytest.approx(over_tokens(by_hand(CASE["sft"], rows(data)))["loss"], rel=1e-6)
     assert metrics["test_nll"] == pytest.approx(metrics["test_loss"])

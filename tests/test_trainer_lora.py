@@ -29,9 +29,7 @@ def loss_of(name):
 
 
 def lora(**more):
-    return LoraConfig(
-        r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **more
-    )
+    return LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **more)
 
 
 def adapted(**more):
@@ -63,9 +61,7 @@ def test_three_steps_are_those_of_autograd(name, more, tmp_path):
     if "reference_logits" in case.needs:
         made["reference"] = adapters_off(twin)
     teacher = tiny.taught(seed=7, width=48).double().eval() if "teacher_logits" in case.needs else None
-    wanted = expected(
-        twin, rows(tiny.conversations(4)), loss_of(name), lr=0.3, steps=3, teacher=teacher, **made
-    )
+    wanted = expected(twin, rows(tiny.conversations(4)), loss_of(name), lr=0.3, steps=3, teacher=teacher, **made)
     got = change(
         model,
         tmp_path,
@@ -90,9 +86,7 @@ def test_fresh_adapters_are_their_own_reference(tmp_path):
             max_steps=steps,
             learning_rate=0.3,
         )
-        return {
-            name: w for name, w in got.items() if "lora_B" in name
-        }  # at the first step, A has no gradient yet
+        return {name: w for name, w in got.items() if "lora_B" in name}  # at the first step, A has no gradient yet
 
     spring = {"preset": "sft-kl", "kl_weight": 5.0}
     assert_same_change(after(1, spring), after(1, "sft"))

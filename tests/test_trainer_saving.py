@@ -49,9 +49,7 @@ def test_a_model_in_training_still_generates_and_has_its_own_loss(tmp_path):
     with torch.no_grad():
         ours, own = (m(input_ids=ids, labels=ids) for m in (model, plain))
         assert torch.equal(ours.loss, own.loss) and torch.equal(ours.logits, own.logits)
-        mine, theirs = (
-            m.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0) for m in (model, plain)
-        )
+        mine, theirs = (m.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0) for m in (model, plain))
         assert torch.equal(mine, theirs)
     with pytest.raises(ValueError, match="not_an_input"):
         model.generate(ids, not_an_input=1)

@@ -88,8 +88,13 @@ def test_faults_of_the_settings_are_shown_together(tmp_path):
     assert len(error.value.faults) == 3
 
 
-@pytest.mark.parametrize("settings, target", [({}, "sft"), ({"loss_type": "dft"}, "dft")], ids=str)
+@pytest.mark.parametrize(
+    "settings, target",
+    [({}, "sft"), ({"loss_type": "dft"}, "dft"), ({"label_smoothing_factor": 0.1}, "label-smoothing")],
+    ids=str,
+)
 def test_settings_of_trl_are_converted(settings, target, tmp_path):
+    """TRL's loss_type is nll where nobody chose it: that contradicts nothing."""
     args = SFTConfig(**quick(tmp_path, bf16=False, max_length=33, **settings))
     made = QTargetTrainer(tiny.llama(), args, train_dataset=tiny.texts(4), processing_class=tiny.tokenizer())
     assert isinstance(made.args, QTargetConfig) and made.args.resolve_target() == qt.preset(target)
@@ -185,9 +190,7 @@ def test_a_loss_of_ones_own_beside_the_target(tmp_path):
         processing_class=tiny.tokenizer(),
         compute_loss_func=lambda *args, **kwargs: 0,
     )
-    assert len(faults) == 1 and faults[0].startswith(
-        "compute_loss_func is given beside target; a run trains one"
-    )
+    assert len(faults) == 1 and faults[0].startswith("compute_loss_func is given beside target; a run trains one")
 
 
 def test_a_dataset_of_another_shape(tmp_path):
@@ -221,9 +224,7 @@ def test_a_column_that_could_not_follow_its_tokens(settings, setting, tmp_path):
         "processing_class": tiny.tokenizer(),
     }
     faults = refused(args=config(tmp_path, target="iw-sft", **settings), **given)
-    assert len(faults) == 1 and faults[0].startswith(
-        f"{setting} and the target reads column 'weight', which "
-    )
+    assert len(faults) == 1 and faults[0].startswith(f"{setting} and the target reads column 'weight', which ")
     made = trainer(tiny.llama(), tmp_path, tiny.texts(2), **settings)
     assert made.args.resolve_target() == qt.preset("sft"), "without a column the setting is fine"
 
@@ -279,9 +280,7 @@ def test_everything_by_name(folders, tmp_path):
 
 
 def test_a_teacher_with_another_tokenizer(folders, tmp_path):
-    ours, theirs = (
-        {i: t for t, i in tiny.tokenizer(extra=e).get_vocab().items()} for e in ("", "zebra quokka ")
-    )
+    ours, theirs = ({i: t for t, i in tiny.tokenizer(extra=e).get_vocab().items()} for e in ("", "zebra quokka "))
     first = next(i for i in range(999) if ours.get(i) != theirs.get(i))
     args = config(tmp_path, target="kd", teacher_model_name_or_path=folders["stranger"])
     data = tiny.texts(2)
@@ -338,13 +337,9 @@ def test_no_supervised_token_at_all(tmp_path):
         tiny.conversations(3),
         labels=lambda number, row: row["input_ids"][:1] + [-100] * (len(row["labels"]) - 1),
     )
-    with pytest.raises(
-        ConfigError, match="the train dataset has no supervised token: none of its first 3 rows has a"
-    ):
+    with pytest.raises(ConfigError, match="the train dataset has no supervised token: none of its first 3 rows has a"):
         trainer(tiny.llama(), tmp_path, only_first)
-    with pytest.raises(
-        ConfigError, match=r"the eval dataset has no supervised token: .*check completion_only_loss"
-    ):
+    with pytest.raises(ConfigError, match=r"the eval dataset has no supervised token: .*check completion_only_loss"):
         trainer(tiny.llama(), tmp_path, eval_dataset=only_first)
 
 

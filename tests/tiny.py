@@ -138,9 +138,7 @@ def _taught_weights(make: Callable[..., PreTrainedModel], **settings) -> dict[st
     model = make(**settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for row in conversations(30):
-        ids = tokenizer().apply_chat_template(row["prompt"] + row["completion"], return_tensors="pt")[
-            "input_ids"
-        ]
+        ids = tokenizer().apply_chat_template(row["prompt"] + row["completion"], return_tensors="pt")["input_ids"]
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -24,9 +24,28 @@ _WHERE = {
     "QTargetTrainer": "qtarget.training",
     "ConfigError": "qtarget.errors",
 }
-_MODULES = {"presets": "qtarget.targets.presets", "residual": "qtarget.targets.residual", "trust": "qtarget.targets.trust"}
+_MODULES = {
+    "presets": "qtarget.targets.presets",
+    "residual": "qtarget.targets.residual",
+    "trust": "qtarget.targets.trust",
+}
 
-__all__ = [*sorted([*_WHERE, *_MODULES]), "preset"]
+__all__ = [
+    "ConfigError",
+    "Head",
+    "LossOutput",
+    "QTargetConfig",
+    "QTargetTrainer",
+    "Target",
+    "TopK",
+    "linear_target_loss",
+    "preset",
+    "presets",
+    "residual",
+    "target_distribution",
+    "target_loss",
+    "trust",
+]
 
 if TYPE_CHECKING:
     from qtarget.errors import ConfigError

@@ -57,7 +57,10 @@ class NonFiniteLogits(ConfigError):
     def __init__(self, what: str, token: int, tokens):
         place = token if tokens.index is None else int(tokens.index[token])
         self.what = what
-        self.row, self.position = divmod(place, tokens.shape[-1]) if len(tokens.shape) > 1 else (place, None)
+        self.row: int = place
+        self.position: int | None = None
+        if len(tokens.shape) > 1:
+            self.row, self.position = divmod(place, tokens.shape[-1])
         where = f"row {self.row}" + ("" if self.position is None else f", position {self.position}")
         super().__init__(
             f"{what} are NaN or infinite at {where}; lower the learning rate, check the data of that row, "

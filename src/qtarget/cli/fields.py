@@ -10,7 +10,11 @@ COMMON: list[tuple[str, list[tuple[str, object, str]]]] = [
     (
         "target",
         [
-            ("target", None, "what to learn: a name, {preset: eaft, top_k: 20}, or my_pkg.my_module:my_target; unset: sft"),
+            (
+                "target",
+                None,
+                "what to learn: a name, {preset: eaft, top_k: 20}, or my_pkg.my_module:my_target; unset: sft",
+            ),
             ("eval_target", None, "the target evaluation reports; unset: target"),
             ("denominator", "all_labels", "what the summed loss is divided by: all_labels, kept, micro_batch"),
             ("teacher_model_name_or_path", None, "the teacher: a folder or hub id with the same tokenizer"),

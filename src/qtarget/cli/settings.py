@@ -57,7 +57,12 @@ def read(arguments: Sequence[str]) -> Settings:
         settings.unreadable = from_file is None
         given += [("file", key, value) for key, value in (from_file or {}).items()]
     given += [("flag", key, value) for key, value in flags.items()]
-    where = {f.name: (group, _hint(cls, f.name)) for group, cls in groups().items() for f in dataclasses.fields(cls) if f.init}
+    where = {
+        f.name: (group, _hint(cls, f.name))
+        for group, cls in groups().items()
+        for f in dataclasses.fields(cls)
+        if f.init
+    }
     for origin, key, value in given:
         if key in where:
             group, hint = where[key]

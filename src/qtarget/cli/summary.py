@@ -54,7 +54,9 @@ def _table(before: dict[str, float], after: dict[str, float]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"held-out, {int(after['supervised_tokens'])} supervised tokens", title_justify="left", box=None)
+    table = Table(
+        title=f"held-out, {int(after['supervised_tokens'])} supervised tokens", title_justify="left", box=None
+    )
     for heading, justify in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for name, label in _ROWS:

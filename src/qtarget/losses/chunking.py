@@ -28,7 +28,9 @@ def chunk_rows(tokens: int, vocab: int, buffers: int, itemsize: int, device: tor
         rows //= 2
     if buffers * rows * vocab * itemsize > _BUDGET_BYTES[kind]:
         needed = buffers * rows * vocab * itemsize / 2**20
-        logger.warning("a vocabulary of %d needs %.0f MB of logits buffers even at %d rows a chunk", vocab, needed, rows)
+        logger.warning(
+            "a vocabulary of %d needs %.0f MB of logits buffers even at %d rows a chunk", vocab, needed, rows
+        )
     rows = max(1, min(rows, tokens))
     chunks = -(-tokens // rows) if tokens else 1
     return max(1, -(-tokens // chunks))

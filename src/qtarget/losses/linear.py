@@ -89,9 +89,7 @@ def linear_target_loss(
     others = {name: given[name] for name in given if name in target.requires}
     for name, other in others.items():
         _check_other(name, other, tokens, real)
-    problem = Problem(
-        target, tokens, others, real, float(logit_scale), logit_softcap, stats == "all", chunk_rows
-    )
+    problem = Problem(target, tokens, others, real, float(logit_scale), logit_softcap, stats == "all", chunk_rows)
     per_token = reduction == "none"
     scale = denominator(reduction, tokens, num_items)
     # Function.apply hides whether a graph is being recorded, so that is asked here.

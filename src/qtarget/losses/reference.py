@@ -218,7 +218,7 @@ def _statistics(tilt: Tilt, log_p: Tensor, labels: Tensor, tolerance: float, eve
     Q = p - g
     log_p_y = log_p.gather(1, labels[:, None]).squeeze(1)
     mass = sum((b for b, _ in tilt.terms), torch.zeros_like(tilt.a))
-    off_simplex = (Q < -tolerance).any(-1)
+    off_simplex = (-tolerance > Q).any(-1)
     statistics = {
         "nll": -log_p_y,
         "ce_q": -(Q * log_p).sum(-1),

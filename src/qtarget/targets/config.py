@@ -114,7 +114,9 @@ def _part(value: object, table: Mapping[str, Callable], convert: Callable, field
     parameters: Mapping = {}
     if isinstance(value, Mapping):
         if len(value) != 1:
-            raise ConfigError(f"{field} is {dict(value)!r}; write one name with its parameters, as in entropy: {{top_k: 20}}")
+            raise ConfigError(
+                f"{field} is {dict(value)!r}; write one name with its parameters, as in entropy: {{top_k: 20}}"
+            )
         [(value, parameters)] = value.items()
         parameters = parameters or {}
         if not isinstance(parameters, Mapping):

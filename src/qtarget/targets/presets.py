@@ -150,9 +150,7 @@ def profit(
     tau: float = 0.1, direction: str = "higher", tau_low: float | None = None, tau_high: float | None = None
 ) -> Target:
     """Drop tokens below a probability; "lower" drops those above, "middle" keeps tau_low ≤ p_y < tau_high."""
-    return Target(
-        trust=trust.probability_threshold(tau, direction, tau_low, tau_high), residual=residual.student()
-    )
+    return Target(trust=trust.probability_threshold(tau, direction, tau_low, tau_high), residual=residual.student())
 
 
 @preset(

@@ -50,7 +50,9 @@ def _asft_mode(config: Mapping) -> Spelling | None:
     mode, weight = config.get("mode"), config.get("kl_weight")
     if mode is None:
         if weight is not None:
-            raise ConfigError(f"kl_weight is {weight!r} without mode; write target: {{preset: asft, kl_weight: {weight}}}")
+            raise ConfigError(
+                f"kl_weight is {weight!r} without mode; write target: {{preset: asft, kl_weight: {weight}}}"
+            )
         return None
     kl_weight = 0.1 if weight is None else weight
     if mode in ("sft", "dft"):
@@ -83,7 +85,9 @@ def _profit(config: Mapping) -> Spelling | None:
     if threshold is None:
         raise ConfigError(f"threshold_direction is {direction!r} without prob_threshold; add it (the recipe's is 0.1)")
     if direction == "random":
-        raise ConfigError("threshold_direction is 'random'; no preset drops tokens at random, the nearest is target: profit")
+        raise ConfigError(
+            "threshold_direction is 'random'; no preset drops tokens at random, the nearest is target: profit"
+        )
     if direction == "middle" or isinstance(threshold, (list, tuple)):
         if direction != "middle" or not isinstance(threshold, (list, tuple)) or len(threshold) != 2:
             raise ConfigError(f"prob_threshold is {threshold!r}; 'middle' takes two numbers, the other directions one")
@@ -172,5 +176,7 @@ def read(config: Mapping) -> Spelling | None:
     if not read_ones:
         return None
     if any(one.target != read_ones[0].target for one in read_ones):
-        raise ConfigError(f"the settings name different objectives: {'; '.join(one.note for one in read_ones)}; keep one")
+        raise ConfigError(
+            f"the settings name different objectives: {'; '.join(one.note for one in read_ones)}; keep one"
+        )
     return read_ones[0]

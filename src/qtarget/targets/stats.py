@@ -45,9 +45,7 @@ class TokenStats:
         if declared and name in self._values:
             return self._values[name]
         if name in STATISTICS:
-            raise AttributeError(
-                f"the rule reads stats.{name} without declaring it; add {name!r} to the rule's needs"
-            )
+            raise AttributeError(f"the rule reads stats.{name} without declaring it; add {name!r} to the rule's needs")
         raise AttributeError(f"stats has no {name!r}; it has {', '.join(STATISTICS)}")
 
     def top_k_entropy(self, k: int) -> Tensor:

@@ -150,6 +150,7 @@ class ProbabilityThreshold(Rule):
         elif self.direction == "lower":
             keep = p_y < self.tau
         else:
+            assert self.tau_low is not None and self.tau_high is not None  # checked when built
             keep = (p_y >= self.tau_low) & (p_y < self.tau_high)
         return keep.to(p_y.dtype)
 

@@ -24,7 +24,7 @@ def load_frozen(name_or_path: str, revision: str | None, init_kwargs: dict | Non
     kwargs.setdefault("dtype", torch.float32 if device.type == "cpu" else "auto")
     if revision is not None:
         kwargs["revision"] = revision
-    model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     if "device_map" not in kwargs and not getattr(model, "is_quantized", False):
         model = model.to(device)
     return freeze(model)

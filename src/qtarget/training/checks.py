@@ -9,7 +9,11 @@ from qtarget.targets import Target
 from qtarget.teachers.same_vocabulary import vocabulary_difference
 from qtarget.training.columns import columns_of
 
-_NAMES = {"weight": "weights", "critical": "a mask of critical tokens", "old_logps": "the old policy's log-probabilities"}
+_NAMES = {
+    "weight": "weights",
+    "critical": "a mask of critical tokens",
+    "old_logps": "the old policy's log-probabilities",
+}
 
 
 def missing_teacher(args: Any, targets: Iterable[Target], teacher_given: bool) -> list[str]:
@@ -65,9 +69,15 @@ def columns_cannot_follow(args: Any, targets: Iterable[Target]) -> list[str]:
     if not names:
         return []
     faults = []
-    for setting, value in (("packing", args.packing), ("eval_packing", args.eval_packing), ("padding_free", args.padding_free)):
+    for setting, value in (
+        ("packing", args.packing),
+        ("eval_packing", args.eval_packing),
+        ("padding_free", args.padding_free),
+    ):
         if value:
-            faults.append(f"{setting} is {value} and the target reads column {names[0]!r}, which does not follow it yet; turn {setting} off")
+            faults.append(
+                f"{setting} is {value} and the target reads column {names[0]!r}, which does not follow it yet; turn {setting} off"
+            )
     if args.truncation_mode == "keep_end":
         faults.append(
             f"truncation_mode is 'keep_end' and the target reads column {names[0]!r}, which is cut at the end; "
@@ -85,7 +95,9 @@ def own_loss_beside_target(compute_loss_func: object) -> list[str]:
     ]
 
 
-def adapter_on_head(target_modules: object, head_names: Iterable[str] = ("lm_head", "embed_out", "output_layer")) -> list[str]:
+def adapter_on_head(
+    target_modules: object, head_names: Iterable[str] = ("lm_head", "embed_out", "output_layer")
+) -> list[str]:
     """LoRA on the head would be ignored: the loss multiplies by the head's own weight."""
     modules = [target_modules] if isinstance(target_modules, str) else list(target_modules or [])  # type: ignore[call-overload]
     hit = [name for name in modules if name in head_names]
@@ -101,7 +113,10 @@ def other_tokenizer(student: Any, teacher: Any, teacher_name: str) -> list[str]:
     difference = vocabulary_difference(student, teacher)
     if difference is None:
         return []
-    return [f"teacher_model_name_or_path is {teacher_name!r}, which has another tokenizer: {difference}; use a teacher of the same family"]
+    return [
+        f"teacher_model_name_or_path is {teacher_name!r}, which has another tokenizer: {difference}; "
+        "use a teacher of the same family"
+    ]
 
 
 def no_supervised_token(dataset_name: str, rows: Iterable[Mapping[str, Any]], looked_at: int = 1000) -> list[str]:

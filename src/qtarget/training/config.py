@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import pickle
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -42,11 +42,17 @@ class QTargetConfig(SFTConfig):
         ConfigError: with every fault found.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "reference_model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *SFTConfig._VALID_DICT_FIELDS,
+        "teacher_model_init_kwargs",
+        "reference_model_init_kwargs",
+    ]
 
     target: Any = field(
         default=None,
-        metadata={"help": "What to learn: a preset's name, its YAML form, or my_pkg.my_module:my_target (default: sft)."},
+        metadata={
+            "help": "What to learn: a preset's name, its YAML form, or my_pkg.my_module:my_target (default: sft)."
+        },
     )
     eval_target: Any = field(
         default=None, metadata={"help": "The target evaluation reports (default: target). nll is always reported."}
@@ -83,7 +89,9 @@ class QTargetConfig(SFTConfig):
         if self.bf16 is None and not self.fp16 and not _has_bf16_units(self.use_cpu):
             self.bf16 = False
         elif self.bf16 and not _has_bf16_units(self.use_cpu):
-            logger.warning("bf16=True is kept, but this device has no bfloat16 units: expect it to be many times slower")
+            logger.warning(
+                "bf16=True is kept, but this device has no bfloat16 units: expect it to be many times slower"
+            )
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch warns on every start
         super().__post_init__()

@@ -169,7 +169,7 @@ def check_head_transform(
         few["position_ids"] = inputs["position_ids"][:1, :tokens]
     own = call(**few).logits.float()
     states = call(**few, qtarget=StatesCall())
-    transform = HeadTransform.of(base.config)  # type: ignore[arg-type]
+    transform = HeadTransform.of(base.config)
     rebuilt = states.hidden.float() @ states.weight.float().T
     if states.bias is not None:
         rebuilt = rebuilt + states.bias.float()

@@ -23,8 +23,10 @@ class TokenSums:
             self._add("loss", loss_sum.detach(), (~torch.isnan(stats["nll"])).sum())
 
     def _add(self, name: str, total: Tensor, count: Tensor) -> None:
-        pair = torch.stack([total.double().cpu(), count.double().cpu()]) if total.device.type == "mps" else torch.stack(
-            [total.double(), count.double()]
+        pair = (
+            torch.stack([total.double().cpu(), count.double().cpu()])
+            if total.device.type == "mps"
+            else torch.stack([total.double(), count.double()])
         )
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 

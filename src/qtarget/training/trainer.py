@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class QTargetTrainer(SFTTrainer):
     residual_mass, strength, update, entropy, accuracy, off_simplex_fraction, supervised_tokens.
     """
 
-    _tag_names = ["trl", "sft", "qtarget"]
+    _tag_names: ClassVar[list[str]] = ["trl", "sft", "qtarget"]
     _name = "QTarget"
 
     def __init__(
@@ -74,10 +74,10 @@ class QTargetTrainer(SFTTrainer):
         self._check(model, args, kwargs, teacher_model)
         kwargs.pop("compute_loss_func", None)
         with _as_plain_nll(args):
-            super().__init__(model, args, **kwargs)
+            super().__init__(model, args, **kwargs)  # type: ignore[arg-type]
         self.args: QTargetConfig
         # The trainer divides by the accumulation steps itself only where each micro-batch brings its own mean.
-        self.loss_is_scaled_for_ga = args.denominator != "micro_batch"
+        self.loss_is_scaled_for_ga = args.denominator != "micro_batch"  # type: ignore[assignment]
         self._check_prepared_data()
         self._check_parallelism()
         self._vocab_size = real_vocabulary_size(self._tokenizer)
@@ -140,11 +140,10 @@ class QTargetTrainer(SFTTrainer):
                 "the model is a mixture of experts with an auxiliary loss, which is not supported yet; "
                 "set router_aux_loss_coef: 0 to train without it"
             )
-        faults = []
-        if not isinstance(self.train_dataset, torch.utils.data.IterableDataset):
-            faults += checks.no_supervised_token("train", self.train_dataset)
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        for name, dataset in evaluated.items():
+        prepared: dict[str, Any] = {"train": self.train_dataset, **evaluated}
+        faults = []
+        for name, dataset in prepared.items():
             if dataset is not None and not isinstance(dataset, torch.utils.data.IterableDataset):
                 faults += checks.no_supervised_token(name, dataset)
         if faults:
@@ -239,9 +238,8 @@ class QTargetTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        for name in self._columns:
-            if name not in self._signature_columns:
-                self._signature_columns.append(name)
+        kept: list[str] = self._signature_columns or []
+        self._signature_columns = [*kept, *(name for name in self._columns if name not in kept)]  # type: ignore[assignment]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """The denominator: shifted labels of all micro-batches and processes, for every architecture alike.
@@ -268,9 +266,9 @@ class QTargetTrainer(SFTTrainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ):
-        training = self.model.training
+        training = model.training
         target = self._target if training else self._eval_target
         columns = {name: inputs.pop(name) for name in self._columns if name in inputs}
         columns = {name: column for name, column in columns.items() if name in columns_of(target)}
@@ -349,6 +347,7 @@ class QTargetTrainer(SFTTrainer):
         return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        assert self.model is not None
         if self.model.training and "eval_loss" not in logs:
             means = self._sums["train"].read(self.accelerator)
             logs.update(_with_trl_names(means))
@@ -360,6 +359,7 @@ class QTargetTrainer(SFTTrainer):
         self._sums["eval"] = TokenSums()
         output = super().evaluation_loop(*args, **kwargs)
         means = _with_trl_names(self._sums["eval"].read(self.accelerator))
+        assert output.metrics is not None
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         return output
 
@@ -404,7 +404,7 @@ def _as_plain_nll(args: QTargetConfig):
         args.loss_type, args.label_smoothing_factor = kept
 
 
-def _tokenizer_of(model: str | nn.Module) -> Any:
+def _tokenizer_of(model: Any) -> Any:
     return AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config._name_or_path)
 
 

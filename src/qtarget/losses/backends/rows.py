@@ -20,9 +20,8 @@ from qtarget.losses.output import simplex_tolerance
 from qtarget.targets import Target, TokenStats
 from qtarget.targets.residual import Pool
 
-
 # A probability from which a logarithm is read off: below it, the rounding of its exponent shows.
-_READABLE = 1e-6
+_READABLE = 1e-12
 
 
 @dataclass
@@ -199,7 +198,9 @@ class RowMath:
 
         def top_k_entropy(k: int) -> Tensor:
             if k > rows.z.shape[-1]:
-                raise ConfigError(f"top_k is {k}, but the vocabulary has {rows.z.shape[-1]} tokens; use a smaller top_k")
+                raise ConfigError(
+                    f"top_k is {k}, but the vocabulary has {rows.z.shape[-1]} tokens; use a smaller top_k"
+                )
             top = rows.z.topk(k, dim=-1).values
             gap = top[:, :1] - top[:, 1:]
             rest = (-gap).exp().sum(-1)
@@ -448,9 +449,7 @@ class RowMath:
         difference_rk = -(p_rk + R_rk) * torch.tanh(d_rk / 2)  # p − R
         shrink_tail = -torch.expm1(d_tail)  # (p − R)/p outside the k
         label_in_k = kept.ids == rows.labels[:, None]
-        label_pull = torch.where(
-            label_in_k.any(-1), (difference_rk * label_in_k).sum(-1), student.p_y * shrink_tail
-        )
+        label_pull = torch.where(label_in_k.any(-1), (difference_rk * label_in_k).sum(-1), student.p_y * shrink_tail)
         base_rk = p_rk * (start / student.inv[:, None]) if start is not None else g.gather(1, kept.ids)
         # Real tokens outside the k, then padded rows, where R is 0.
         for part, pull in ((slice(0, real), weight * shrink_tail), (slice(real, z.shape[-1]), weight)):
@@ -465,6 +464,7 @@ class RowMath:
     # -- values --------------------------------------------------------------------------------------------------
 
     def _offset(self, pool: Pool, rows: Rows) -> Tensor:
+        assert pool.offset_slope is not None
         z_y = rows.z.gather(1, rows.labels[:, None])
         return F.logsigmoid(pool.offset_slope * (rows.z - z_y))
 

@@ -274,8 +274,8 @@ def _covered(problem: Problem, pool, vocab: int) -> int:
     """Entries a residual covers: all of the head for a student-only pool, else the real vocabulary all models share."""
     if pool.is_student_only:
         return vocab
-    widths = [problem.others[name].width for name in pool.requires if isinstance(problem.others[name], Head)]
-    return min([problem.real, *widths])
+    others = [problem.others[name] for name in pool.requires]
+    return min([problem.real, *(other.width for other in others if isinstance(other, Head))])
 
 
 def _check_finite(loss: Tensor, statistics: dict[str, Tensor], there: slice, problem: Problem) -> None:
@@ -287,4 +287,3 @@ def _check_finite(loss: Tensor, statistics: dict[str, Tensor], there: slice, pro
         if not torch.isfinite(statistics["entropy"][row]):
             fault = "logits"
         raise NonFiniteLogits(fault, there.start + row, problem.tokens)
-
