@@ -192,7 +192,7 @@ class Entropy(Rule):
 @_named("trajectory_weight")
 @dataclass(frozen=True)
 class TrajectoryWeight(Rule):
-    """γ = w, the importance weight of the row (iw-SFT, arXiv:2507.12856), given as data; above 1 it leaves the simplex."""
+    """γ = w, the importance weight of the row (iw-SFT, arXiv:2507.12856), given as data; w > 1 leaves the simplex."""
 
     can_be_zero: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"log_p_y", "weight"})

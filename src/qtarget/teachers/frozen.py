@@ -31,7 +31,7 @@ def load_frozen(name_or_path: str, revision: str | None, init_kwargs: dict | Non
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """The weights as they are now. A forward patched onto the original is not carried over: it would read the original."""
+    """The weights as they are now, without a forward patched onto the original, which would read the original."""
     twin = copy.deepcopy(model)
     twin.__dict__.pop("forward", None)
     return freeze(twin)

@@ -76,7 +76,8 @@ def columns_cannot_follow(args: Any, targets: Iterable[Target]) -> list[str]:
     ):
         if value:
             faults.append(
-                f"{setting} is {value} and the target reads column {names[0]!r}, which does not follow it yet; turn {setting} off"
+                f"{setting} is {value} and the target reads column {names[0]!r}, which does not follow it yet; "
+                f"turn {setting} off"
             )
     if args.truncation_mode == "keep_end":
         faults.append(

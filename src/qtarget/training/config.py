@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import pickle
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -42,7 +42,7 @@ class QTargetConfig(SFTConfig):
         ConfigError: with every fault found.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+    _VALID_DICT_FIELDS = [  # noqa: RUF012
         *SFTConfig._VALID_DICT_FIELDS,
         "teacher_model_init_kwargs",
         "reference_model_init_kwargs",

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class QTargetTrainer(SFTTrainer):
     residual_mass, strength, update, entropy, accuracy, off_simplex_fraction, supervised_tokens.
     """
 
-    _tag_names: ClassVar[list[str]] = ["trl", "sft", "qtarget"]
+    _tag_names = ["trl", "sft", "qtarget"]  # noqa: RUF012
     _name = "QTarget"
 
     def __init__(
