@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,11 @@ def run(arguments: Sequence[str]) -> int:
     if _is_main():
         _print_settings(settings, config, model, script, notes)
     trainer = _build(config, model, script, datasets)
-    return _train(trainer, config, script)
+    try:
+        return _train(trainer, config, script)
+    except ConfigError:
+        print(file=sys.stderr)  # leave the progress bar's line
+        raise
 
 
 def _raise_together(faults: list[str]) -> None:
