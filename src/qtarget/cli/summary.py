@@ -29,7 +29,7 @@ def evaluate(trainer: Any) -> dict[str, float]:
         few = rows.select(range(min(len(rows), _DRIFT_ROWS))) if hasattr(rows, "select") else rows
         with trainer.evaluating("kd"):
             drift = trainer.evaluate(few, metric_key_prefix="eval_teacher")
-        metrics["teacher_kl"] = drift.get("eval_teacher_kl_q", float("nan"))
+        metrics["teacher_kl"] = drift["eval_teacher_kl_q"]
     return metrics
 
 
@@ -68,7 +68,7 @@ def _table(before: dict[str, float], after: dict[str, float]) -> None:
 
 def _about_drift(trainer: Any, before: dict[str, float], after: dict[str, float]) -> str:
     drift_before, drift_after = before["teacher_kl"], after["teacher_kl"]
-    text = f"Student and teacher were {drift_before:.4f} nats apart at the start and {drift_after:.4f} at the end."
+    text = f"Student and teacher were {abs(drift_before):.4f} nats apart at the start and {drift_after:.4f} at the end."
     if drift_before < 1e-6 and trainer.args.resolve_target().name == "target-sft":
         text += (
             " They started equal, so the first step was dft by construction: the teacher pulls only as far as the "

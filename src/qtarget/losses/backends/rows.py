@@ -501,7 +501,13 @@ class RowMath:
         return sum((w * value for w, value in zip(b, values, strict=True)), torch.zeros_like(student.p_y))
 
     def _kl_q(self, g: Tensor, student: _Student, statistics: dict[str, Tensor]) -> Tensor:
-        Q = torch.mul(student.scaled, student.inv[:, None], out=self.scratch.get("work", *g.shape)).sub_(g)
-        Q.clamp_(min=0)
-        kl_q = torch.special.xlogy(Q, Q).sum(-1) + statistics["ce_q"]
+        """KL(Q ‖ p) = Σ Q log(Q/p) with Q/p = 1 − g/p, so that a target near the student keeps its digits."""
+        p = torch.mul(student.scaled, student.inv[:, None], out=self.scratch.get("product", *g.shape))
+        Q = torch.sub(p, g, out=self.scratch.get("work", *g.shape)).clamp_(min=0)
+        tiny = torch.finfo(p.dtype).tiny
+        # Where p has underflowed, log p is in ce_q only; such rows are far from the student and have digits to spare.
+        vanished = ((p < tiny) & (Q > 0)).any(-1)
+        log_ratio = torch.log1p(-g / p.clamp_(min=tiny))
+        near = torch.where(Q > 0, Q * log_ratio, torch.zeros_like(Q)).sum(-1)
+        kl_q = torch.where(vanished, torch.special.xlogy(Q, Q).sum(-1) + statistics["ce_q"], near)
         return kl_q.masked_fill(statistics["off_simplex_fraction"] > 0, float("nan"))
