@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -187,11 +185,19 @@ def memory_of(method: str, tokens: int, width: int) -> float:
     tiny = Inputs(8, width)
     function(tiny).backward()  # libraries' own buffers are not the method's
     del tiny
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    resident = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     function(x).backward()
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outputs = 4 * (x.hidden.numel() + x.weight.numel())
-    return max(0.0, peak - resident - outputs) / (tokens * VOCAB * 4)
+    return max(0.0, _status("VmHWM") - resident - outputs) / (tokens * VOCAB * 4)
+
+
+def _status(field: str) -> int:
+    """Bytes of a line of /proc/self/status. (getrusage's peak is handed on from the parent process.)"""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"no {field} in /proc/self/status: peak memory is measured on Linux only")
 
 
 def machine() -> dict:
@@ -218,6 +224,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of the timing; memory takes twice as many")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no_memory", action="store_true")
+    parser.add_argument("--no_time", action="store_true", help="measure memory only and keep the times on record")
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -225,7 +232,9 @@ def main() -> None:
         print(memory_of(args.memory_of, args.tokens, args.widths[0]))
         return
     record: dict = {"machine": machine(), "time": [], "memory": []}
-    for width in args.widths:
+    if args.no_time:
+        record["time"] = json.loads(args.out.read_text())["time"]
+    for width in [] if args.no_time else args.widths:
         found = measure_time(args.tokens, width, args.repeats)
         record["time"].append(found)
         print(f"\nwidth {width}, vocabulary {VOCAB}, {args.tokens} tokens, float32: time over the necessary matmuls")

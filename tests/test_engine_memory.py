@@ -109,17 +109,17 @@ def test_a_half_precision_head_is_cast_up_in_tiles(dtype, monkeypatch):
 @pytest.mark.parametrize(
     "tokens, vocab, buffers, itemsize, device, rows",
     [
-        (2048, 49152, 1, 4, CPU, 512),
-        (2048, 49152, 2, 4, CPU, 512),
-        (513, 49152, 1, 4, CPU, 257),  # equal chunks, not 512 and 1
-        (1100, 49152, 1, 4, CPU, 367),
+        (2048, 49152, 1, 4, CPU, 683),
+        (2048, 49152, 2, 4, CPU, 683),
+        (769, 49152, 1, 4, CPU, 385),  # equal chunks, not 768 and 1
+        (1600, 49152, 1, 4, CPU, 534),
         (100, 49152, 1, 4, CPU, 100),
         (1, 49152, 1, 4, CPU, 1),
         (0, 49152, 1, 4, CPU, 1),
-        (4096, 262144, 1, 4, CPU, 512),  # 512 MiB, just within the budget
-        (4096, 262145, 1, 4, CPU, 256),  # past it: half as many
-        (4096, 262144, 1, 8, CPU, 256),
-        (4096, 262144, 2, 4, CPU, 256),
+        (1 << 20, 174762, 1, 4, CPU, 768),  # 512 MiB, just within the budget
+        (1 << 20, 174763, 1, 4, CPU, 384),  # past it: half as many
+        (1 << 20, 262144, 1, 8, CPU, 192),
+        (1 << 20, 262144, 2, 4, CPU, 192),
         (4096, 262144, 4, 4, CPU, 128),
         (4096, 262144, 64, 4, CPU, 128),  # never fewer
         (1 << 20, 49152, 1, 4, GPU, 2048),
@@ -135,7 +135,7 @@ def test_chunk_rule(tokens, vocab, buffers, itemsize, device, rows):
 def test_chunks_are_equal_and_cover_every_token(tokens):
     rows = chunk_rows(tokens, 49152, 1, 4, CPU)
     chunks = -(-tokens // rows)
-    assert chunks == -(-tokens // 512)
+    assert chunks == -(-tokens // 768)
     assert chunks * rows - tokens < chunks  # the last one is short by less than one row for each of the others
 
 
