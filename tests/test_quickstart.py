@@ -29,12 +29,13 @@ pytestmark = [pytest.mark.full, pytest.mark.skipif(not shipped(), reason="llm-sm
 def quickstart(tmp_path_factory) -> Path:
     """The recipe, prepared in a folder of its own and run for a few steps."""
     root = tmp_path_factory.mktemp("quickstart")
+    model = root / "SmolLM2-135M-Instruct"
+    train = ["-m", "qtarget", "train", "--config", ROOT / "recipes" / "quickstart.yaml", "--max_steps", "4"]
+    train += ["--output_dir", root / "run", "--dataset_name", root / "data"]
+    train += ["--model_name_or_path", model, "--teacher_model_name_or_path", model]
     for command in (
         [sys.executable, ROOT / "recipes" / "prepare_quickstart.py", "--out", root],
-        [sys.executable, "-m", "qtarget", "train", "--config", ROOT / "recipes" / "quickstart.yaml"]
-        + ["--max_steps", "4", "--output_dir", root / "run", "--dataset_name", root / "data"]
-        + ["--model_name_or_path", root / "SmolLM2-135M-Instruct"]
-        + ["--teacher_model_name_or_path", root / "SmolLM2-135M-Instruct"],
+        [sys.executable, *train],
     ):
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-3000:]
