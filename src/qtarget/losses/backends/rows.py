@@ -9,7 +9,7 @@ Shape suffixes: r rows of the block, v vocabulary, k kept ids of a top-k distrib
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -92,15 +92,11 @@ class _Outside:
 
 @dataclass
 class _Term:
-    """What one residual contributes: weight b, cross-entropy and divergence to p, and its pull X at each entry.
+    """What the reported values need of one residual, [r] each."""
 
-    p − R = −pull · factor[:, None] on the covered entries, and p beyond them.
-    """
-
-    ce: Tensor
-    kl: Tensor
+    ce: Tensor  # CE(R, p)
+    kl: Tensor  # KL(R ‖ p)
     lse_shift: Tensor  # log-normaliser of the pooled logits minus the student's
-    log_mass: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,16 +107,17 @@ class RowMath:
         target: what to learn.
         real: entries of the real vocabulary. covered: for each residual term, the entries it covers.
         gradient: write the gradient over the logits. everything: also kl_q.
+        scratch: buffers for a block.
         softcap: cap of the logits already applied, whose derivative the gradient must carry.
     """
 
     target: Target
     real: int
     covered: tuple[int, ...]
+    scratch: Scratch
     gradient: bool = True
     everything: bool = False
     softcap: float | None = None
-    scratch: Scratch = field(default=None)  # type: ignore[assignment]
 
     def run(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """(published loss [r], statistics, whether the row has a gradient [r]); z holds the gradient afterwards."""
