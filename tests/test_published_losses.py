@@ -45,15 +45,6 @@ def with_old_logps(batch, generator):
     return batch
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from threads, which wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def mixed():
     """Twelve tokens of every temper, hard ones included."""

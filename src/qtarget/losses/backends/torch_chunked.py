@@ -117,7 +117,7 @@ def run(
 
 
 def _workspace(dtype: torch.dtype, device: torch.device) -> Scratch:
-    """Buffers of the chunks. On a CPU they are kept between calls: fresh pages would cost a twentieth of the time."""
+    """Buffers of the chunks. On a CPU they are kept between calls, which spares each call fresh pages."""
     if device.type != "cpu":
         return Scratch(dtype, device)
     kept: dict[torch.dtype, Scratch] = _kept.__dict__.setdefault("by_dtype", {})
@@ -227,7 +227,7 @@ def _times_weight(g: Tensor, weight: Tensor) -> Tensor:
 def _multiplies_in_half(x: Tensor, weight: Tensor) -> bool:
     """Whether a half-precision head is multiplied as it is, with float32 results: on CUDA only.
 
-    A CPU has no such matmul: without bf16 units it is some twenty times slower, and with them its results are rounded.
+    A CPU has no such matmul: without bf16 units it is many times slower, and with them its results are rounded.
     """
     return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and x.dtype != torch.float64
 
