@@ -90,6 +90,11 @@ def history(made: QTargetTrainer, name: str) -> list[float]:
     return [entry[name] for entry in made.state.log_history if name in entry]
 
 
+def the_target(args: QTargetConfig):
+    """The single target these settings train, once its schedules have ended."""
+    return args.resolve_objective().targets[None].final
+
+
 # -- the same by hand ------------------------------------------------------------------------------
 
 

@@ -99,7 +99,11 @@ REFUSALS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "no weight column": (["--target", "iw-sft"], ["needs weights", "has no column 'weight'"]),
     "no critical column": (["--target", "cft"], ["needs a mask of critical tokens", "no column 'critical'"]),
-    "no old policy": (["--target", "psft"], ["needs the old policy's log-probabilities", "no column 'old_logps'"]),
+    "no old policy": (
+        ["--target", "psft", "--psft_refresh", "never"],
+        ["needs the old policy's log-probabilities", "no column 'old_logps'", "set psft_refresh to a number of steps"],
+    ),
+    "psft that is sft": (["--target", "psft", "--psft_refresh", "1"], ["r = 1 and the clip never acts"]),
     "other tokenizer": (
         ["--teacher_model_name_or_path", "ROOT/stranger"],
         ["has another tokenizer: id ", "use a teacher of the same family"],

@@ -100,6 +100,7 @@ def test_two_steps_are_those_of_autograd_on_full_logits(name, dtype, tmp_path):
         tmp_path,
         data,
         target=target_of(case),
+        psft_refresh="never",
         teacher_model=copy.deepcopy(made.get("teacher")),
         max_steps=2,
         learning_rate=0.3,
@@ -131,6 +132,7 @@ def test_padded_heads(name, tmp_path):
         student,
         tmp_path,
         target=target_of(case),
+        psft_refresh="never",
         teacher_model=teacher if "teacher" in made else None,
         learning_rate=0.3,
         max_steps=2,
@@ -193,7 +195,7 @@ def test_a_reference_that_moves_is_noticed(tmp_path):
     """A reference that shares the student's weights is right at the first step and wrong at the second."""
     case, data = CASE["asft:kl_weight=0.8"], tiny.conversations(4)
     made = trainer(tiny.taught(), tmp_path, target=target_of(case), max_steps=2, learning_rate=0.3)
-    made._reference.load_state_dict(made.model.state_dict(), assign=True)
+    made._others.reference.load_state_dict(made.model.state_dict(), assign=True)
     before = weights(made.model)
     made.train()
     got = moved(before, made.model)

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
 import tiny
 from published import CASES
-from qtarget import ConfigError, QTargetTrainer
+from qtarget import ConfigError
 from runs import (
     adapters_off,
     assert_same_change,
@@ -102,16 +102,19 @@ def test_base_is_untouched_by_training(more, tmp_path):
     made = trained(model, tmp_path, target="asft", max_steps=3, learning_rate=0.3)
     with torch.no_grad(), made.model.eval().disable_adapter():
         assert torch.equal(logits_of(made.model, row), start)
-    assert made._reference is None, "no copy of the model is held beside its adapters"
+    assert made._others.reference is None, "no copy of the model is held beside its adapters"
 
 
-class AsksTwice(QTargetTrainer):
-    """Fails where the reference's answer is a matter of chance."""
+def ask_twice(others):
+    """Fail where the reference's answer is a matter of chance."""
+    ask = others.heads
 
-    def _other_heads(self, *args):
-        first, second = super()._other_heads(*args), super()._other_heads(*args)
+    def heads(*args):
+        first, second = ask(*args), ask(*args)
         assert torch.equal(first["reference"].hidden, second["reference"].hidden)
         return second
+
+    others.heads = heads
 
 
 @pytest.mark.parametrize("peft_config", [lora(lora_dropout=0.5), None], ids=["adapters off", "frozen copy"])
@@ -120,7 +123,9 @@ def test_dropout_is_off_in_the_reference_and_on_in_the_student(peft_config, tmp_
     model.config.attention_dropout = 0.5
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    made = trained(model, tmp_path, kind=AsksTwice, peft_config=peft_config, target="sft-kl", max_steps=2)
+    made = trainer(model, tmp_path, peft_config=peft_config, target="sft-kl", max_steps=2)
+    ask_twice(made._others)
+    made.train()
     assert all(module.training for module in made.model.modules()), "the reference's forward left dropout off"
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import qtarget as qt
 import tiny
 from qtarget import QTargetConfig
-from runs import config, logits_of, rows, trained, trainer
+from runs import config, logits_of, rows, the_target, trained, trainer
 
 RESUMED = {
     "optim": "adamw_torch",
@@ -83,8 +83,8 @@ def test_settings_survive_json_and_pickle(target, tmp_path):
     repr(made)
     torch.save(made, tmp_path / "args.bin")
     loaded = torch.load(tmp_path / "args.bin", weights_only=False)
-    assert loaded.resolve_target() == made.resolve_target()
-    assert QTargetConfig(str(tmp_path), target=as_json["target"]).resolve_target() == made.resolve_target()
+    assert the_target(loaded) == the_target(made)
+    assert the_target(QTargetConfig(str(tmp_path), target=as_json["target"])) == the_target(made)
 
 
 def saved_arguments(folder):
@@ -94,14 +94,14 @@ def saved_arguments(folder):
 def test_a_checkpoint_with_a_rule_of_ones_own(tmp_path):
     target = qt.Target(trust=doubt)
     made = trained(tiny.llama(), tmp_path, target=target, save_strategy="steps", save_steps=1)
-    assert saved_arguments(tmp_path).resolve_target() == target == made.args.resolve_target()
+    assert the_target(saved_arguments(tmp_path)) == target == the_target(made.args)
 
 
 def test_a_checkpoint_with_a_rule_that_cannot_be_pickled(tmp_path):
     """A lambda must not end the run when it is first saved; what is kept of it is its written form."""
     target = qt.Target(trust=lambda stats: 0.5 * stats.log_p_y.exp())
     made = trained(tiny.llama(), tmp_path, target=target, save_strategy="steps", save_steps=1)
-    assert made.args.resolve_target() is target
+    assert the_target(made.args) is target
     assert saved_arguments(tmp_path).target == target.to_config()
 
 

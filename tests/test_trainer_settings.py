@@ -13,7 +13,8 @@ import qtarget as qt
 import tiny
 from qtarget import ConfigError, QTargetConfig, QTargetTrainer
 from qtarget.training import checks
-from runs import config, quick, tokenised, trained, trainer
+from qtarget.training.objective import Objective
+from runs import config, quick, the_target, tokenised, trained, trainer
 
 NOWHERE = "no/such-model"
 
@@ -49,7 +50,7 @@ def refused(match=None, **kwargs):
 )
 def test_the_target_that_settings_name(settings, target, tmp_path):
     made = config(tmp_path, **settings)
-    assert made.resolve_target() == made.resolve_eval_target() == qt.Target.from_config(target)
+    assert the_target(made) == made.resolve_eval_objective().targets[None].final == qt.Target.from_config(target)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_settings_of_trl_are_converted(settings, target, tmp_path):
     """TRL's loss_type is nll where nobody chose it: that contradicts nothing."""
     args = SFTConfig(**quick(tmp_path, bf16=False, max_length=33, **settings))
     made = QTargetTrainer(tiny.llama(), args, train_dataset=tiny.texts(4), processing_class=tiny.tokenizer())
-    assert isinstance(made.args, QTargetConfig) and made.args.resolve_target() == qt.preset(target)
+    assert isinstance(made.args, QTargetConfig) and the_target(made.args) == qt.preset(target)
     assert made.args.max_length == 33 and not made.args.bf16
     made.train()
 
@@ -105,7 +106,7 @@ def test_settings_of_trl_are_converted(settings, target, tmp_path):
 def test_settings_of_transformers_are_converted(tmp_path):
     args = TrainingArguments(**quick(tmp_path, label_smoothing_factor=0.1, weight_decay=0.125))
     made = QTargetTrainer(tiny.llama(), args, train_dataset=tiny.texts(4), processing_class=tiny.tokenizer())
-    assert made.args.resolve_target() == qt.preset("label-smoothing", smoothing=0.1)
+    assert the_target(made.args) == qt.preset("label-smoothing", smoothing=0.1)
     assert made.args.weight_decay == 0.125 and made.args.max_length == QTargetConfig.max_length
     assert made.label_smoother is None, "the smoothing is the target's: twice would be too much"
     made.train()
@@ -114,7 +115,7 @@ def test_settings_of_transformers_are_converted(tmp_path):
 def test_no_settings_at_all(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = QTargetTrainer(tiny.llama(), train_dataset=tiny.texts(4), processing_class=tiny.tokenizer())
-    assert made.args.resolve_target() == qt.preset("sft")
+    assert the_target(made.args) == qt.preset("sft")
 
 
 def test_arguments_by_position_as_in_trl(tmp_path):
@@ -160,25 +161,30 @@ def test_missing_teacher(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "target, column, what",
+    "target, column, what, mend",
     [
-        ("iw-sft", "weight", "weights"),
-        ("cft", "critical", "a mask of critical tokens"),
-        ("psft", "old_logps", "the old policy's log-probabilities"),
+        ("iw-sft", "weight", "weights", "add it, set weights: online, or choose another target"),
+        ("cft", "critical", "a mask of critical tokens", "add it, or choose another target"),
+        (
+            "psft",
+            "old_logps",
+            "the old policy's log-probabilities",
+            "add it, set psft_refresh to a number of steps, or choose another target",
+        ),
     ],
 )
-def test_missing_column(target, column, what, tmp_path):
+def test_missing_column(target, column, what, mend, tmp_path):
     faults = refused(
         model=NOWHERE,
-        args=config(tmp_path, target=target),
+        args=config(tmp_path, target=target, psft_refresh="never"),
         train_dataset=tiny.texts(2),
         eval_dataset={"short": tiny.texts(2), "long": tiny.texts(3).add_column(column, [1.0] * 3)},
         processing_class=tiny.tokenizer(),
     )
     assert faults == [
         f"target {qt.preset(target)} needs {what}, but the {name} dataset has no column '{column}' "
-        "(it has text); add it, or choose another target"
-        for name in ("train", "short")
+        f"(it has text); {mend}" + instead
+        for name, instead in (("train", ""), ("short", ", or report another objective there: eval_target: sft"))
     ]
 
 
@@ -206,33 +212,20 @@ def test_a_dataset_of_another_shape(tmp_path):
     ]
 
 
-@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
-@pytest.mark.parametrize(
-    "settings, setting",
-    [
-        ({"packing": True}, "packing is True"),
-        ({"eval_packing": True}, "eval_packing is True"),
-        ({"padding_free": True, "max_length": None}, "padding_free is True"),
-        ({"truncation_mode": "keep_end"}, "truncation_mode is 'keep_end'"),
-    ],
-    ids=str,
-)
-def test_a_column_that_could_not_follow_its_tokens(settings, setting, tmp_path):
-    given = {
-        "model": NOWHERE,
-        "train_dataset": tiny.texts(2).add_column("weight", [1.0, 2.0]),
-        "processing_class": tiny.tokenizer(),
-    }
-    faults = refused(args=config(tmp_path, target="iw-sft", **settings), **given)
-    assert len(faults) == 1 and faults[0].startswith(f"{setting} and the target reads column 'weight', which ")
-    made = trainer(tiny.llama(), tmp_path, tiny.texts(2), **settings)
-    assert made.args.resolve_target() == qt.preset("sft"), "without a column the setting is fine"
+def test_a_weight_per_sequence_where_sequences_run_together(tmp_path):
+    faults = refused(
+        model=NOWHERE,
+        args=config(tmp_path, target="iw-sft", weights="online", packing=True, packing_strategy="wrapped"),
+        train_dataset=tiny.texts(2),
+        processing_class=tiny.tokenizer(),
+    )
+    assert len(faults) == 1 and faults[0].startswith("weights is 'online' and packing_strategy is 'wrapped', which")
 
 
 def test_several_faults_are_shown_together(tmp_path):
     faults = refused(
         model=NOWHERE,
-        args=config(tmp_path, target="iw-sft", eval_target="kd", packing=True),
+        args=config(tmp_path, target="iw-sft", eval_target="kd"),
         train_dataset=Dataset.from_dict({"question": ["a"]}),
         processing_class=tiny.tokenizer(),
         peft_config=LoraConfig(target_modules=["lm_head"]),
@@ -241,7 +234,6 @@ def test_several_faults_are_shown_together(tmp_path):
     starts = [
         "compute_loss_func is given",
         "target kd(temperature=1.0) needs a teacher",
-        "packing is True",
         "lora_target_modules holds 'lm_head'",
         "target iw-sft needs weights",
         "the train dataset has columns question",
@@ -276,7 +268,7 @@ def test_everything_by_name(folders, tmp_path):
     args = config(tmp_path, target="kd", teacher_model_name_or_path=folders["teacher"])
     made = QTargetTrainer(folders["student"], args, train_dataset=tiny.conversations(4))
     made.train()
-    assert not made._teacher.training and not any(p.requires_grad for p in made._teacher.parameters())
+    assert not made._others.teacher.training and not any(p.requires_grad for p in made._others.teacher.parameters())
 
 
 def test_a_teacher_with_another_tokenizer(folders, tmp_path):
@@ -296,13 +288,13 @@ def test_a_teacher_with_another_tokenizer(folders, tmp_path):
 def test_an_unneeded_teacher_is_not_loaded(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="qtarget"):
         made = trainer(tiny.llama(), tmp_path, target="dft", teacher_model_name_or_path=NOWHERE)
-    assert made._teacher is None
+    assert made._others.teacher is None
     assert "a teacher is given, but target dft does not need it; it is not loaded" in caplog.text
 
 
 def test_at_eta_zero_no_teacher_is_needed(tmp_path):
     made = trained(tiny.llama(), tmp_path, target={"preset": "target-sft", "eta": 0.0})
-    assert made._teacher is None
+    assert made._others.teacher is None
 
 
 def test_a_teacher_for_evaluation_only(tmp_path):
@@ -315,7 +307,7 @@ def test_a_teacher_for_evaluation_only(tmp_path):
         eval_target="kd",
         teacher_model=tiny.llama(1, width=48),
     )
-    assert made._teacher is not None and made.evaluate()["eval_residual_mass"] == 1
+    assert made._others.teacher is not None and made.evaluate()["eval_residual_mass"] == 1
 
 
 def test_a_reference_by_name(folders, tmp_path):
@@ -350,5 +342,5 @@ def test_prompts_that_fill_max_length(tmp_path):
 
 def test_checks_without_columns():
     """A streamed dataset may not know its columns: nothing is refused beforehand."""
-    assert checks.missing_columns("train", None, qt.preset("cft")) == []
+    assert checks.missing_columns("train", None, Objective.single("cft"), None) == []
     assert checks.untrainable_rows("train", None, "text") == []

@@ -44,7 +44,7 @@ def show(trainer: Any, before: dict[str, float], after: dict[str, float], folder
     if trainer.reads_teacher and before:
         print(_about_drift(trainer, before, after))
     picture = folder / "curves.png"
-    if curves.draw(trainer.state.log_history, str(trainer.args.resolve_target()), picture):
+    if curves.draw(trainer.state.log_history, str(trainer.args.resolve_objective()), picture):
         print(f"curves     {picture}")
     print(f"model      {folder}  (plain Transformers files)")
     print(f"next       qtarget train --config FILE --model_name_or_path {folder} --output_dir {folder}-2")
@@ -69,7 +69,7 @@ def _table(before: dict[str, float], after: dict[str, float]) -> None:
 def _about_drift(trainer: Any, before: dict[str, float], after: dict[str, float]) -> str:
     drift_before, drift_after = before["teacher_kl"], after["teacher_kl"]
     text = f"Student and teacher were {abs(drift_before):.4f} nats apart at the start and {drift_after:.4f} at the end."
-    if drift_before < 1e-6 and trainer.args.resolve_target().name == "target-sft":
+    if drift_before < 1e-6 and "target-sft" in {t.name for t in trainer.args.resolve_objective().finals()}:
         text += (
             " They started equal, so the first step was dft by construction: the teacher pulls only as far as the "
             "student has moved."

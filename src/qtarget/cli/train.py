@@ -110,7 +110,20 @@ def _output_faults(config: Any) -> list[str]:
 def _need_faults(config: Any) -> list[str]:
     from qtarget.training import checks
 
-    return checks.missing_teacher(config, [config.resolve_target(), config.resolve_eval_target()], False)
+    faults = checks.missing_teacher(config, [config.resolve_objective(), config.resolve_eval_objective()], False)
+    return faults + _resume_faults(config)
+
+
+def _resume_faults(config: Any) -> list[str]:
+    """What can be seen of a checkpoint without models; the trainer looks again with them."""
+    from qtarget.training import checks, identity
+
+    folder = checks.checkpoint_folder(_resume(config.resume_from_checkpoint), config.output_dir)
+    if folder is None:
+        return []
+    settings = identity.identity(config, config.resolve_objective(), None, None)
+    known = {name: value for name, value in settings.items() if name not in ("teacher", "reference")}
+    return identity.differences(folder, known, partly=True)
 
 
 def _adapter_faults(model: Any) -> list[str]:
@@ -122,11 +135,14 @@ def _adapter_faults(model: Any) -> list[str]:
 def _column_faults(config: Any, datasets: dict[str, Any]) -> list[str]:
     from qtarget.training import checks
 
-    target, eval_target = config.resolve_target(), config.resolve_eval_target()
-    faults = checks.columns_cannot_follow(config, [target, eval_target])
+    objective, eval_objective = config.resolve_objective(), config.resolve_eval_objective()
+    faults = checks.columns_cannot_follow(config, [objective, eval_objective])
     for name, dataset in datasets.items():
         if getattr(dataset, "column_names", None) is not None:
-            faults += checks.missing_columns(name, dataset.column_names, target if name == "train" else eval_target)
+            trained = name == "train"
+            faults += checks.missing_columns(
+                name, dataset.column_names, objective if trained else eval_objective, config, not trained
+            )
             faults += checks.untrainable_rows(name, dataset.column_names, config.dataset_text_field)
     return faults
 
@@ -197,7 +213,7 @@ def _train(trainer: Any, config: Any, script: Any) -> int:
     trainer.save_state()
     if trainer.accelerator.is_main_process:
         folder = Path(config.output_dir)
-        (folder / "target.json").write_text(json.dumps(trainer.args.resolve_target().to_config(), indent=2) + "\n")
+        (folder / "target.json").write_text(json.dumps(trainer.args.resolve_objective().to_config(), indent=2) + "\n")
         if evaluated:
             (folder / "before_after.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
         summary.show(trainer, before, after, folder)

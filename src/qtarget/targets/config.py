@@ -15,6 +15,7 @@ from qtarget.targets.target import Target
 from qtarget.targets.trust import RULES, FunctionRule, Rule, as_rule
 
 _PARTS = ("trust", "residual", "scale", "value")
+_SHARE = "share"
 
 
 def target_from_config(config: object) -> Target:
@@ -26,6 +27,9 @@ def target_from_config(config: object) -> Target:
     if not isinstance(config, Mapping):
         raise ConfigError(f"target is {config!r}; use a name such as 'dft', a mapping, or my_pkg.my_module:my_target")
     config = dict(config)
+    if _SHARE in config:
+        share = config.pop(_SHARE)
+        return target_from_config(config).with_share(share)
     if "preset" in config:
         name = config.pop("preset")
         mixed = [key for key in config if key in _PARTS]
@@ -52,6 +56,9 @@ def target_from_config(config: object) -> Target:
 
 def target_to_config(target: Target) -> str | dict:
     """See ``Target.to_config``."""
+    if target.share != 1:
+        whole = target_to_config(target.with_share(1.0))
+        return {**({"preset": whole} if isinstance(whole, str) else whole), _SHARE: target.share}
     if target.name in presets.names():
         if not target.hyperparameters:
             return target.name

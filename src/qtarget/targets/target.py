@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, check_range
 from qtarget.targets import residual as residuals
 from qtarget.targets.residual import Pool
 from qtarget.targets.stats import STATISTICS, TokenStats
@@ -35,6 +36,7 @@ class Target:
         scale: multiplies both parts; a number, a rule, or None for 1.
         value: how the reported loss writes the residual's part: "kl" b·KL(R‖p), "ce" b·CE(R, p), or "tempered_kl"
             b·T²·KL(R₁‖R₂) for a pair of residuals at temperature T. Gradients do not depend on it.
+        share: how much of the target this is, from 0 to 1; the rest is plain SFT (a warm-up moves it from 0 to 1).
 
     >>> from qtarget.targets import residual, trust
     >>> target = Target(trust=trust.probability(), residual=residual.guided(eta=0.5))
@@ -46,6 +48,7 @@ class Target:
     terms: tuple[tuple[float, Pool], ...]
     scale: Rule | None = None
     value: str = "kl"
+    share: float = 1.0
     name: str = "composed"
     hyperparameters: dict = field(default_factory=dict, compare=False)
 
@@ -56,6 +59,7 @@ class Target:
         scale: object = None,
         *,
         value: str = "kl",
+        share: float = 1.0,
     ):
         if value not in VALUE_FORMS:
             raise ConfigError(f"value is {value!r}; use one of {', '.join(VALUE_FORMS)}")
@@ -69,6 +73,7 @@ class Target:
         set_(self, "terms", terms)
         set_(self, "scale", None if scale is None else as_rule(scale, "scale"))
         set_(self, "value", value)
+        set_(self, "share", check_range("share", share, 0, 1))
         set_(self, "name", "composed")
         set_(self, "hyperparameters", {})
 
@@ -79,16 +84,24 @@ class Target:
         object.__setattr__(copy, "hyperparameters", dict(hyperparameters))
         return copy
 
+    def with_share(self, share: float) -> Target:
+        """This target in part, plain SFT for the rest: g = share · g_target + (1 − share)(p − δ)."""
+        copy = _copy(self)
+        object.__setattr__(copy, "share", check_range("share", share, 0, 1))
+        return copy
+
     @property
     def residual_terms(self) -> tuple[tuple[float, Pool], ...]:
         """The (factor, pool) pairs that have a gradient: neither the student itself nor a weight of zero."""
-        if self.trust.fixed_rest == 0:
+        if self.trust.fixed_rest == 0 or self.share == 0:
             return ()
         return tuple((factor, pool) for factor, pool in self.terms if factor != 0 and not pool.is_student)
 
     @property
     def needs(self) -> frozenset[str]:
         """Statistics the rules read."""
+        if self.share == 0:
+            return frozenset({"log_p_y"})
         return self.trust.needs | (self.scale.needs if self.scale is not None else frozenset())
 
     @property
@@ -101,10 +114,12 @@ class Target:
     @property
     def may_skip_tokens(self) -> bool:
         """Whether some tokens may have no gradient at all, so that looking for them pays."""
-        return self.trust.can_be_zero and (not self.residual_terms or self.trust.fixed_rest is None)
+        return self.share == 1 and self.trust.can_be_zero and (not self.residual_terms or self.trust.fixed_rest is None)
 
     def weights(self, stats: TokenStats) -> tuple[Tensor, list[Tensor]]:
         """(a, [b_j]): weights of the label and of each residual of ``residual_terms``, [n] each."""
+        if self.share == 0:
+            return torch.ones_like(stats.log_p_y), []
         a, rest = self.trust.weights(stats)
         for weight in (a, rest):
             if not isinstance(weight, Tensor) or weight.shape != stats.log_p_y.shape:
@@ -115,12 +130,18 @@ class Target:
         if self.scale is not None:
             scale = self.scale(stats)
             a, rest = scale * a, scale * rest
+        if self.share != 1:
+            a, rest = self.share * a + (1 - self.share), self.share * rest
         return a, [factor * rest for factor, _ in self.residual_terms]
 
     def label_loss(self, stats: TokenStats) -> Tensor:
         """The reported value of the label's part, [n]."""
+        if self.share == 0:
+            return -stats.log_p_y
         loss = self.trust.label_loss(stats)
-        return loss if self.scale is None else self.scale(stats) * loss
+        if self.scale is not None:
+            loss = self.scale(stats) * loss
+        return loss if self.share == 1 else self.share * loss - (1 - self.share) * stats.log_p_y
 
     @property
     def formula(self) -> str:
@@ -134,14 +155,16 @@ class Target:
 
     def __str__(self) -> str:
         inside = ", ".join(f"{key}={value}" for key, value in self.hyperparameters.items())
-        return f"{self.name}({inside})" if inside else self.name
+        whole = f"{self.name}({inside})" if inside else self.name
+        return whole if self.share == 1 else f"{self.share:g} {whole} + {1 - self.share:g} sft"
 
     @staticmethod
     def from_config(config: object) -> Target:
         """A target from its YAML form.
 
         ``"dft"`` | ``{preset: eaft, top_k: 20}`` | ``{trust: ..., residual: ..., scale: ...}`` |
-        ``"my_pkg.my_module:my_target"`` | a peer's spelling such as ``{use_eaft_loss: true}``.
+        ``"my_pkg.my_module:my_target"`` | a peer's spelling such as ``{use_eaft_loss: true}``. A mapping may also hold
+        ``share: 0.5``, half this target and half plain SFT.
         """
         from qtarget.targets.config import target_from_config
 
@@ -157,6 +180,6 @@ class Target:
 def _copy(target: Target) -> Target:
     """A copy whose fields may be set (``dataclasses.replace`` would call the friendlier ``__init__``)."""
     copy = object.__new__(Target)
-    for name in ("trust", "terms", "scale", "value", "name", "hyperparameters"):
+    for name in ("trust", "terms", "scale", "value", "share", "name", "hyperparameters"):
         object.__setattr__(copy, name, getattr(target, name))
     return copy

@@ -1,50 +1,95 @@
-"""What can be known to be wrong before any weights are loaded. Each check returns sentences; none raises."""
+"""What can be known to be wrong before a step is trained, most of it before weights are loaded.
+
+Each check returns sentences; those at the end put them together and raise.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from qtarget.targets import Target
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+from qtarget.data.columns import SOURCE_ID, columns_for
+from qtarget.errors import ConfigError
 from qtarget.teachers.same_vocabulary import vocabulary_difference
-from qtarget.training.columns import columns_of
+from qtarget.training.objective import Objective
 
 _NAMES = {
     "weight": "weights",
     "critical": "a mask of critical tokens",
     "old_logps": "the old policy's log-probabilities",
 }
+_MENDS = {
+    "weight": "add it, set weights: online, or choose another target",
+    "old_logps": "add it, set psft_refresh to a number of steps, or choose another target",
+}
 
 
-def missing_teacher(args: Any, targets: Iterable[Target], teacher_given: bool) -> list[str]:
+def raise_together(faults: Iterable[str]) -> None:
+    """Raise one ConfigError with every fault, each once."""
+    if faults := list(dict.fromkeys(faults)):
+        raise ConfigError(faults)
+
+
+def missing_teacher(args: Any, objectives: Iterable[Objective], teacher_given: bool) -> list[str]:
     """A target that needs a teacher and got none."""
     if teacher_given or args.teacher_model_name_or_path:
         return []
     return [
         f"target {target} needs a teacher and got none; set teacher_model_name_or_path"
-        for target in _unique(targets)
+        for objective in objectives
+        for target in objective.targets.values()
         if "teacher" in target.requires
     ]
 
 
-def unused_teacher(args: Any, targets: Iterable[Target], teacher_given: bool) -> list[str]:
+def unused_teacher(args: Any, objectives: Iterable[Objective], teacher_given: bool) -> list[str]:
     """Warnings: a teacher nobody asks is never loaded."""
-    if (teacher_given or args.teacher_model_name_or_path) and not any("teacher" in t.requires for t in targets):
-        return [f"a teacher is given, but target {next(iter(targets))} does not need it; it is not loaded"]
+    objectives = list(objectives)
+    if (teacher_given or args.teacher_model_name_or_path) and not any("teacher" in o.requires for o in objectives):
+        return [f"a teacher is given, but target {objectives[0]} does not need it; it is not loaded"]
     return []
 
 
-def missing_columns(dataset_name: str, columns: Iterable[str] | None, target: Target) -> list[str]:
-    """A target that reads a column the dataset does not have."""
+def missing_columns(
+    dataset_name: str, columns: Iterable[str] | None, objective: Objective, args: Any, evaluated: bool = False
+) -> list[str]:
+    """A target that reads a column the dataset does not have, or a column that nothing would read."""
     if columns is None:
         return []
     columns = list(columns)
-    return [
-        f"target {target} needs {_NAMES[name]}, but the {dataset_name} dataset has no column {name!r} "
-        f"(it has {', '.join(columns)}); add it, or choose another target"
-        for name in columns_of(target)
+    has = f"(it has {', '.join(columns)})"
+    instead = ", or report another objective there: eval_target: sft" if evaluated else ""
+    needed = set(columns_for(objective.requires))
+    faults = []
+    if "weight" in needed and args.weights == "online":
+        needed.remove("weight")
+    if "old_logps" in needed and args.psft_refresh != "never":
+        needed.remove("old_logps")
+        if "old_logps" in columns:
+            faults.append(
+                f"the {dataset_name} dataset has a column old_logps, but psft_refresh is {args.psft_refresh}, which "
+                "takes the old policy from the model itself; set psft_refresh: never to read the column, or drop it"
+            )
+    faults += [
+        f"target {objective} needs {_NAMES[name]}, but the {dataset_name} dataset has no column {name!r} {has}; "
+        + _MENDS.get(name, "add it, or choose another target")
+        + instead
+        for name in sorted(needed)
         if name not in columns
     ]
+    if objective.column is not None and not {objective.column, SOURCE_ID} & set(columns):
+        faults.append(
+            f"targets names a target for each source, but the {dataset_name} dataset has no column "
+            f"{objective.column!r} {has}; add it, or name the right one in source_column{instead}"
+        )
+    return faults
 
 
 def untrainable_rows(
@@ -63,28 +108,15 @@ def untrainable_rows(
     ]
 
 
-def columns_cannot_follow(args: Any, targets: Iterable[Target]) -> list[str]:
-    """Settings under which a per-token column would be cut off its tokens."""
-    names = columns_of(*targets)
-    if not names:
-        return []
-    faults = []
-    for setting, value in (
-        ("packing", args.packing),
-        ("eval_packing", args.eval_packing),
-        ("padding_free", args.padding_free),
-    ):
-        if value:
-            faults.append(
-                f"{setting} is {value} and the target reads column {names[0]!r}, which does not follow it yet; "
-                f"turn {setting} off"
-            )
-    if args.truncation_mode == "keep_end":
-        faults.append(
-            f"truncation_mode is 'keep_end' and the target reads column {names[0]!r}, which is cut at the end; "
-            "use keep_start"
-        )
-    return faults
+def columns_cannot_follow(args: Any, objectives: Iterable[Objective]) -> list[str]:
+    """Settings under which what belongs to a sequence is lost."""
+    online = args.weights == "online" and any("weight" in objective.requires for objective in objectives)
+    if online and args.packing and args.packing_strategy == "wrapped":
+        return [
+            "weights is 'online' and packing_strategy is 'wrapped', which runs sequences together, so that a weight per "
+            "sequence cannot be taken; use packing_strategy: bfd"
+        ]
+    return []
 
 
 def own_loss_beside_target(compute_loss_func: object) -> list[str]:
@@ -106,6 +138,31 @@ def adapter_on_head(
         f"lora_target_modules holds {name!r}; an adapter on the head is not supported: take it out, or train the whole "
         "head with lora_modules_to_save"
         for name in hit
+    ]
+
+
+def no_generation_markers(tokenizer: Any, args: Any) -> list[str]:
+    """assistant_only_loss with a chat template that does not say which tokens are the assistant's."""
+    template = tokenizer.chat_template
+    if args.chat_template_path and Path(args.chat_template_path).is_file():
+        template = Path(args.chat_template_path).read_text(encoding="utf-8")
+    if template is None:
+        return ["assistant_only_loss is true, but the tokenizer has no chat template; set chat_template_path"]
+    if has_generation_markers(template):
+        return []
+    given, tokenizer.chat_template = tokenizer.chat_template, template
+    try:
+        known = get_training_chat_template(tokenizer) is not None
+    except ValueError:
+        known = False
+    finally:
+        tokenizer.chat_template = given
+    if known:
+        return []
+    return [
+        "assistant_only_loss is true, but the chat template has no {% generation %} markers, so nothing tells the "
+        "assistant's tokens from the rest; name a template that has them in chat_template_path, or set "
+        "assistant_only_loss: false"
     ]
 
 
@@ -138,9 +195,112 @@ def no_supervised_token(dataset_name: str, rows: Iterable[Mapping[str, Any]], lo
     ]
 
 
-def _unique(targets: Iterable[Target]) -> list[Target]:
-    kept: list[Target] = []
-    for target in targets:
-        if target not in kept:
-            kept.append(target)
-    return kept
+def packed_without_boundaries(dataset_name: str, dataset: Any, padding_free: bool) -> list[str]:
+    """Packed rows that would get an all-ones mask: their documents would see each other."""
+    if padding_free or (not isinstance(dataset, torch.utils.data.Dataset) and not hasattr(dataset, "column_names")):
+        return []
+    if "seq_lengths" not in (getattr(dataset, "column_names", None) or []):
+        return []
+    if hasattr(dataset, "__len__") and all(len(lengths) < 2 for lengths in dataset["seq_lengths"]):
+        return []
+    return [
+        f"the {dataset_name} dataset is packed (column seq_lengths), but its batches would get an all-ones mask under "
+        "which documents see each other; set padding_free: true with max_length: null, or turn packing (eval_packing) "
+        "on for all sets or none"
+    ]
+
+
+# -- together ----------------------------------------------------------------------------------------------------
+
+
+def before_loading(
+    model: str | nn.Module,
+    args: Any,
+    objective: Objective,
+    eval_objective: Objective,
+    kwargs: Mapping[str, Any],
+    teacher_given: bool,
+) -> list[str]:
+    """Every fault of a trainer's arguments that can be seen without weights."""
+    objectives = [objective, eval_objective]
+    faults = own_loss_beside_target(kwargs.get("compute_loss_func"))
+    faults += missing_teacher(args, objectives, teacher_given)
+    faults += columns_cannot_follow(args, objectives)
+    faults += adapter_on_head(getattr(kwargs.get("peft_config"), "target_modules", None))
+    for name, dataset, trained in _sets(kwargs.get("train_dataset"), kwargs.get("eval_dataset")):
+        columns = getattr(dataset, "column_names", None)
+        if dataset is None or isinstance(columns, dict):
+            continue
+        faults += missing_columns(name, columns, objective if trained else eval_objective, args, not trained)
+        formatted = kwargs.get("formatting_func") is not None
+        faults += untrainable_rows(name, columns, args.dataset_text_field, formatted)
+    reads_teacher = any("teacher" in o.requires for o in objectives)
+    own_teacher = args.teacher_model_name_or_path if reads_teacher and not teacher_given else None
+    if own_teacher or args.assistant_only_loss:
+        tokenizer = kwargs.get("processing_class") or _tokenizer_of(model)
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        if args.assistant_only_loss:
+            faults += no_generation_markers(tokenizer, args)
+        if own_teacher:
+            faults += _teacher_tokenizer_faults(tokenizer, args)
+    return faults
+
+
+def _sets(train: Any, evaluated: Any) -> list[tuple[str, Any, bool]]:
+    """(name, dataset, whether it is trained on)."""
+    named = evaluated.items() if isinstance(evaluated, Mapping) else [("eval", evaluated)]
+    return [("train", train, True), *((name, dataset, False) for name, dataset in named)]
+
+
+def prepared(trainer: Any) -> list[str]:
+    """Every fault of a trainer that has its data and its model."""
+    if trainer._is_vision_dataset:
+        return ["the dataset holds images; only text can be trained with a target: use TRL's SFTTrainer"]
+    faults = []
+    for name, dataset, _ in _sets(trainer.train_dataset, trainer.eval_dataset):
+        if dataset is None:
+            continue
+        faults += packed_without_boundaries(name, dataset, trainer.padding_free)
+        if not isinstance(dataset, torch.utils.data.IterableDataset):
+            faults += no_supervised_token(name, dataset)
+    parallelism = trainer.accelerator.parallelism_config
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        faults.append("context and sequence parallelism are not supported: their labels are already shifted")
+    return faults
+
+
+def packed_batch(inputs: Mapping[str, Any]) -> None:
+    """Raise where a batch holds several documents in a row under a mask that does not part them."""
+    positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    if positions is None or mask is None or mask.ndim != 2:
+        return
+    if bool(((positions[:, 1:] == 0) & (mask[:, 1:] == 1)).any()):
+        raise ConfigError(
+            "the batch is packed (position_ids start again inside a row) and has a two-dimensional attention_mask, "
+            "under which documents see each other; leave attention_mask out of a packed batch"
+        )
+
+
+def checkpoint_folder(resume_from_checkpoint: Any, output_dir: Any) -> str | None:
+    """The folder a run would resume from, or None."""
+    if isinstance(resume_from_checkpoint, str):
+        return resume_from_checkpoint
+    return get_last_checkpoint(output_dir) if resume_from_checkpoint and Path(output_dir).is_dir() else None
+
+
+def _tokenizer_of(model: Any) -> Any:
+    return AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config._name_or_path)
+
+
+def _teacher_tokenizer_faults(tokenizer: Any, args: Any) -> list[str]:
+    name, kwargs = args.teacher_model_name_or_path, args.teacher_model_init_kwargs or {}
+    try:
+        teacher = AutoTokenizer.from_pretrained(
+            name,
+            revision=args.teacher_model_revision or kwargs.get("revision") or "main",
+            trust_remote_code=bool(kwargs.get("trust_remote_code", False)),
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        return [f"teacher_model_name_or_path is {name!r}, whose tokenizer cannot be loaded: {reason}"]
+    return other_tokenizer(tokenizer, teacher, name)

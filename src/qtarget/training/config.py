@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import pickle
@@ -12,12 +13,15 @@ import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from qtarget.errors import ConfigError, unknown
+from qtarget.errors import ConfigError, check_range, unknown
 from qtarget.targets import Target, presets
+from qtarget.targets.schedule import ScheduledTarget
+from qtarget.training.objective import Objective
 
 logger = logging.getLogger(__name__)
 
 DENOMINATORS = ("all_labels", "kept", "micro_batch")
+WEIGHTS = ("column", "online")
 
 
 @dataclass
@@ -26,8 +30,12 @@ class QTargetConfig(SFTConfig):
 
     Args:
         target: what to learn: a preset's name, its YAML form, ``my_pkg.my_module:my_target`` or a ``Target``. None
-            reads ``loss_type`` or ``label_smoothing_factor``, and is sft where those are unset too.
-        eval_target: the target evaluation reports; None is ``target``. nll is reported in any case.
+            reads ``loss_type`` or ``label_smoothing_factor``, and is sft where those are unset too. A number in it may
+            be on a schedule, ``{schedule: linear, from: 0, to: 0.5, steps: 200}`` (or cosine), and
+            ``warmup_from_sft: 100`` starts from plain SFT.
+        targets: in place of ``target``: a target for each data source, as in ``{math: target-sft, chat: sft}``.
+        source_column: the dataset column that names the source of a row, for ``targets``.
+        eval_target: the target evaluation reports; None is what is trained. nll is reported in any case.
         denominator: what the summed loss is divided by: "all_labels", every supervised label over all micro-batches
             and processes; "kept", only those a weight or critical column keeps; "micro_batch", each micro-batch's own,
             averaged.
@@ -35,6 +43,12 @@ class QTargetConfig(SFTConfig):
             Transformers and frozen.
         reference_model_name_or_path, reference_model_revision, reference_model_init_kwargs: the reference; None is the
             model as it starts (with adapters, the model without them).
+        weights: where iw-sft's weights come from: "column", the numbers of the dataset's column weight; "online", one
+            number per sequence, exp(weights_temperature · mean(log p − log p_reference)) clamped to [0, 16], taken
+            before each step (arXiv:2507.12856 and its code).
+        weights_temperature: the factor in the exponent of the online weights.
+        psft_refresh: psft's old policy is a copy of the trainable weights, taken anew after so many optimiser steps (the
+            paper's schedule: 8), or "never": the column old_logps, whose numbers stay as they are.
         loss_type: None, or TRL's "nll" (sft) and "dft"; must agree with ``target``.
         bf16: unset, it is on where the device has bfloat16 units and off on cpu and mps.
 
@@ -46,6 +60,7 @@ class QTargetConfig(SFTConfig):
         *SFTConfig._VALID_DICT_FIELDS,
         "teacher_model_init_kwargs",
         "reference_model_init_kwargs",
+        "targets",
     ]
 
     target: Any = field(
@@ -53,6 +68,13 @@ class QTargetConfig(SFTConfig):
         metadata={
             "help": "What to learn: a preset's name, its YAML form, or my_pkg.my_module:my_target (default: sft)."
         },
+    )
+    targets: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "In place of target: a target for each data source, as in {math: target-sft, chat: sft}."},
+    )
+    source_column: str = field(
+        default="source", metadata={"help": "The dataset column that names the source of a row, for targets."}
     )
     eval_target: Any = field(
         default=None, metadata={"help": "The target evaluation reports (default: target). nll is always reported."}
@@ -81,6 +103,20 @@ class QTargetConfig(SFTConfig):
     reference_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments for the reference's from_pretrained."}
     )
+    weights: str = field(
+        default="column",
+        metadata={
+            "help": "Where iw-sft's weights come from: column (the dataset's) or online (model against reference).",
+            "choices": list(WEIGHTS),
+        },
+    )
+    weights_temperature: float = field(
+        default=1.0, metadata={"help": "The factor in the exponent of iw-sft's online weights."}
+    )
+    psft_refresh: int | str = field(
+        default=8,
+        metadata={"help": "Optimiser steps between two copies of psft's old policy, or never (the column old_logps)."},
+    )
     loss_type: str | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "TRL's name of the loss: nll is target sft, dft is target dft."}
     )
@@ -98,43 +134,80 @@ class QTargetConfig(SFTConfig):
         faults = []
         if self.denominator not in DENOMINATORS:
             faults += unknown("denominator", self.denominator, DENOMINATORS).faults
-        for resolve in (self.resolve_target, self.resolve_eval_target):
+        if self.weights not in WEIGHTS:
+            faults += unknown("weights", self.weights, WEIGHTS).faults
+        faults += self._refresh_faults()
+        for resolve in (
+            lambda: check_range("weights_temperature", self.weights_temperature, 0, open_low=True),
+            self.resolve_objective,
+            self.resolve_eval_objective,
+        ):
             try:
-                target = resolve()
+                objective = resolve()
             except ConfigError as error:
                 faults += [fault for fault in error.faults if fault not in faults]
                 continue
-            if self.denominator == "kept" and not {"weight", "critical"} & target.requires:
-                faults.append(
-                    f"denominator is 'kept' with target {target}; which tokens are kept is known beforehand only from a "
-                    "critical or weight column (cft, iw-sft): use all_labels"
-                )
+            if isinstance(objective, Objective):
+                faults += self._objective_faults(objective)
         if faults:
             raise ConfigError(list(dict.fromkeys(faults)))
 
-    def resolve_target(self) -> Target:
-        """The objective these settings name; sft where they name none. Raises where they contradict each other."""
-        named: list[tuple[str, Target]] = []
+    def _refresh_faults(self) -> list[str]:
+        refresh = self.psft_refresh
+        if isinstance(refresh, str) and refresh.isdigit():
+            refresh = self.psft_refresh = int(refresh)
+        if refresh == "never":
+            return []
+        if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1:
+            return [f"psft_refresh is {refresh!r}; use a number of optimiser steps from 2, or never"]
+        return []
+
+    def _objective_faults(self, objective: Objective) -> list[str]:
+        faults = []
+        if self.psft_refresh == 1 and "old_policy" in objective.requires:
+            faults.append(
+                "psft_refresh is 1, so the old policy is always the present one, r = 1 and the clip never acts: that is "
+                "sft; use 2 or more (the paper: 8), or target: sft"
+            )
+        if self.denominator == "kept":
+            known = {"critical"} | ({"weight"} if self.weights == "column" else set())
+            for target in objective.finals():
+                if not known & target.requires:
+                    faults.append(
+                        f"denominator is 'kept' with target {target}; which tokens are kept is known beforehand only "
+                        "from a critical or weight column (cft, iw-sft): use all_labels"
+                    )
+        return faults
+
+    def resolve_objective(self) -> Objective:
+        """What these settings train; sft where they name nothing. Raises where they contradict each other."""
+        named: list[tuple[str, ScheduledTarget]] = []
         if self.target is not None:
-            named.append(("target", Target.from_config(self.target)))
+            named.append(("target", ScheduledTarget.read(self.target)))
         if self.loss_type is not None:
             if self.loss_type not in ("nll", "dft"):
                 raise unknown("loss_type", self.loss_type, ("nll", "dft"))
-            named.append((f"loss_type {self.loss_type}", presets.build(self.loss_type)))
+            named.append((f"loss_type {self.loss_type}", ScheduledTarget.read(presets.build(self.loss_type))))
         if self.label_smoothing_factor:
-            smoothing = self.label_smoothing_factor
-            named.append((f"label_smoothing_factor {smoothing}", presets.build("label-smoothing", smoothing=smoothing)))
-        if any(target != named[0][1] for _, target in named):
+            smoothed = presets.build("label-smoothing", smoothing=self.label_smoothing_factor)
+            named.append((f"label_smoothing_factor {self.label_smoothing_factor}", ScheduledTarget.read(smoothed)))
+        if self.targets is not None:
+            if named:
+                raise ConfigError(f"the settings name targets and also {named[0][0]}; keep one of them")
+            return Objective.by_source(self.targets, self.source_column)
+        if any(target.schedules or target.final != named[0][1].final for _, target in named[1:]) or (
+            len(named) > 1 and named[0][1].schedules
+        ):
             told = ", ".join(f"{field} means {target}" for field, target in named)
             raise ConfigError(f"the settings contradict each other: {told}; keep one of them")
-        return named[0][1] if named else presets.build("sft")
+        return Objective({None: named[0][1]}) if named else Objective.single("sft")
 
-    def resolve_eval_target(self) -> Target:
-        """The objective evaluation reports."""
+    def resolve_eval_objective(self) -> Objective:
+        """What evaluation reports."""
         if self.eval_target is None:
-            return self.resolve_target()
+            return self.resolve_objective()
         try:
-            return Target.from_config(self.eval_target)
+            return Objective.single(self.eval_target)
         except ConfigError as error:
             raise ConfigError([f"eval_target: {fault}" for fault in error.faults]) from None
 
@@ -143,19 +216,42 @@ class QTargetConfig(SFTConfig):
         for name in ("target", "eval_target"):
             if isinstance(getattr(self, name), Target):
                 settings[name] = getattr(self, name).to_config()
+        if isinstance(self.targets, dict):
+            settings["targets"] = {
+                source: target.to_config() if isinstance(target, Target) else target
+                for source, target in self.targets.items()
+            }
         return settings
 
     def __getstate__(self) -> dict[str, Any]:
         """What training_args.bin holds. A target made of a lambda cannot be pickled and goes there in its written
         form: a run must not stop at its first checkpoint for it."""
         state = dict(self.__dict__)
-        for name in ("target", "eval_target"):
-            if isinstance(state[name], Target):
-                try:
-                    pickle.dumps(state[name])
-                except Exception:
-                    state[name] = state[name].to_config()
+        written = self.to_dict()
+        for name in ("target", "eval_target", "targets"):
+            try:
+                pickle.dumps(state[name])
+            except Exception:
+                state[name] = written[name]
         return state
+
+    @classmethod
+    def of(cls, model: Any, args: TrainingArguments | None, target: object = None) -> QTargetConfig:
+        """The settings of a trainer made with ``args`` (any kind, or none) and ``target``."""
+        if args is None:
+            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "model")
+            args = cls(f"{str(name).rstrip('/').split('/')[-1]}-QTarget", target=target)
+        elif not isinstance(args, QTargetConfig):
+            args = cls.from_arguments(args)
+        if target is not None:
+            if args.target is not None and args.target is not target:
+                raise ConfigError(
+                    f"target is {target!r} beside args.target, which is {args.target!r}; keep one of them"
+                )
+            args = copy.copy(args)
+            args.target = target
+            args.resolve_objective()  # raises where it contradicts loss_type, targets or label_smoothing_factor
+        return args
 
     @classmethod
     def from_arguments(cls, args: TrainingArguments) -> QTargetConfig:

@@ -15,11 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from qtarget.data.columns import SOURCE_ID, columns_of
 from qtarget.errors import ConfigError
 from qtarget.losses import Head, linear_target_loss
 from qtarget.targets import Target
+from qtarget.training.sharded_head import whole
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,12 @@ class HeadTransform:
 
 @dataclass
 class TargetLossOutput(ModelOutput):
-    """loss: a scalar with a graph. stats: per-token tensors of the shifted labels' shape."""
+    """loss: a scalar with a graph. stats: per-token tensors of the shifted labels' shape. aux_loss: of a mixture of
+    experts, unweighted."""
 
     loss: Tensor | None = None
     stats: dict[str, Tensor] | None = None
+    aux_loss: Tensor | None = None
 
 
 @dataclass
@@ -65,51 +71,77 @@ class StatesOutput(ModelOutput):
 
 
 class LossCall:
-    """Ask a patched model for its loss. Not a dataclass on purpose: see the module's docstring."""
+    """Ask a patched model for its loss. Not a dataclass on purpose: see the module's docstring.
+
+    Args:
+        targets: one for all tokens, or one per data source.
+        labels: [batch, length], before the shift.
+        columns: weight, critical, old_logps and the source's number, of the labels' shape.
+        others: heads of teacher and reference.
+        aux_loss: also return the auxiliary loss of a mixture of experts.
+    """
 
     def __init__(
         self,
-        target: Target,
+        targets: list[Target],
         labels: Tensor,
         columns: dict[str, Tensor],
         others: dict[str, Head],
         vocab_size: int | None,
         num_items: Tensor | float | None,
         stats: str,
+        aux_loss: bool = False,
     ):
-        self.target = target
+        self.targets = targets
         self.labels = labels
         self.columns = columns
         self.others = others
         self.vocab_size = vocab_size
         self.num_items = num_items
         self.stats = stats
+        self.aux_loss = aux_loss
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: HeadTransform) -> ModelOutput:
         labels = self.labels[:, 1:].to(hidden.device)
         # Virtual tokens of prompt tuning come first: the last positions are the labels'.
         hidden = hidden[:, -self.labels.shape[1] :][:, :-1]
-        output = linear_target_loss(
-            hidden,
-            weight,
-            labels,
-            self.target,
-            head_bias=bias,
-            **self.others,  # type: ignore[arg-type]
-            **{name: column[:, 1:] for name, column in self.columns.items()},  # type: ignore[arg-type]
-            vocab_size=None if self.vocab_size is None else min(self.vocab_size, weight.shape[0]),
-            logit_scale=transform.scale,
-            logit_softcap=transform.softcap,
-            num_items=self.num_items,
-            stats=self.stats,
-        )
-        return TargetLossOutput(loss=output.loss, stats=output.stats)
+        columns = {name: column[:, 1:] for name, column in self.columns.items()}
+        source = columns.pop(SOURCE_ID, None)
+        num_items = self.num_items
+        if num_items is None:  # the mean over this batch, whatever its sources
+            num_items = (labels != -100).sum()
+        loss: Tensor | None = None
+        stats: dict[str, Tensor] = {}
+        for number, target in enumerate(self.targets):
+            mine = labels if source is None else labels.masked_fill(source.to(labels.device) != number, -100)
+            output = linear_target_loss(
+                hidden,
+                weight,
+                mine,
+                target,
+                head_bias=bias,
+                **{name: head for name, head in self.others.items() if name in target.requires},  # type: ignore[arg-type]
+                **{name: columns[name] for name in columns_of(target)},  # type: ignore[arg-type]
+                vocab_size=None if self.vocab_size is None else min(self.vocab_size, weight.shape[0]),
+                logit_scale=transform.scale,
+                logit_softcap=transform.softcap,
+                num_items=num_items,
+                stats=self.stats,
+            )
+            loss = output.loss if loss is None else loss + output.loss
+            for name, value in output.stats.items():
+                stats[name] = torch.where(mine != -100, value, stats[name]) if name in stats else value
+        return TargetLossOutput(loss=loss, stats=stats)
 
 
 class StatesCall:
     """Ask a patched model for its last hidden states and its head, for a teacher or reference."""
 
+    aux_loss = False
+
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: HeadTransform) -> ModelOutput:
+        if is_deepspeed_zero3_enabled():  # the gathered head is partitioned again once the forward ends
+            weight, bias = weight.clone(), None if bias is None else bias.clone()
         return StatesOutput(hidden=hidden, weight=weight, bias=bias)
 
 
@@ -127,12 +159,28 @@ def add_target_forward(model: nn.Module) -> None:
             return original(*args, **kwargs)
         kwargs["use_cache"] = False
         kwargs.pop("labels", None)
-        hidden = self.base_model(*args, **kwargs).last_hidden_state
+        if qtarget.aux_loss:
+            kwargs["output_router_logits"] = True
+        states = self.base_model(*args, **kwargs)
+        hidden = states.last_hidden_state
         weight, bias = head_parameters(self)
-        return qtarget(hidden.to(weight.device), weight, bias, transform)
+        with maybe_gather_lm_head_ctx(weight, bias):  # type: ignore[arg-type]  # ZeRO-3
+            weight, bias = whole(weight, hidden), None if bias is None else whole(bias, hidden)
+            output = qtarget(hidden.to(weight.device), weight, bias, transform)
+        if qtarget.aux_loss:
+            output.aux_loss = _load_balancing_loss(self, states.router_logits, kwargs.get("attention_mask"))
+        return output
 
     model.forward = types.MethodType(forward, model)
     model._qtarget_forward = True  # type: ignore[assignment]
+
+
+def _load_balancing_loss(model: Any, router_logits: Any, attention_mask: Tensor | None) -> Any:
+    """The auxiliary loss of a mixture of experts, as the architecture's own forward computes it (arXiv:2101.03961)."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = model.config.get_text_config()
+    return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)
 
 
 def head_parameters(model: Any) -> tuple[Tensor, Tensor | None]:

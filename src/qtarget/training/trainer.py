@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import logging
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import TrainingArguments
 from trl import SFTTrainer
+from trl.data_utils import get_dataset_column_names
 
+from qtarget.data.columns import SOURCE_ID, UID, TokenColumnCollator, TokenColumns, columns_for, columns_of
+from qtarget.data.preparation import Preparation
 from qtarget.errors import ConfigError
-from qtarget.losses import Head
 from qtarget.targets import Target
-from qtarget.teachers.frozen import adapters_off, evaluation_mode, freeze, frozen_copy, load_frozen
+from qtarget.teachers.frozen import evaluation_mode
 from qtarget.teachers.same_vocabulary import real_vocabulary_size
-from qtarget.training import checks
-from qtarget.training.columns import ColumnCollator, columns_of
+from qtarget.training import checks, identity, model_card
 from qtarget.training.config import QTargetConfig
-from qtarget.training.forward import (
-    HeadTransform,
-    LossCall,
-    StatesCall,
-    accepted,
-    add_target_forward,
-    check_head_transform,
-)
-from qtarget.training.metrics import TokenSums
+from qtarget.training.forward import LossCall, accepted, add_target_forward, check_head_transform
+from qtarget.training.metrics import TokenSums, update_against_sft
+from qtarget.training.objective import Objective
+from qtarget.training.other_models import OtherModels
 
 logger = logging.getLogger(__name__)
+
+# Log lines that carry the learning rate at which plain SFT's step would be matched.
+_LINES_WITH_MATCHING_RATE = 5
 
 
 class QTargetTrainer(SFTTrainer):
@@ -42,6 +42,7 @@ class QTargetTrainer(SFTTrainer):
     Args:
         model: a model, or the name or path of one.
         args: ``QTargetConfig``; ``SFTConfig`` and ``TrainingArguments`` are converted.
+        target: what to learn, in place of ``args.target``.
         teacher_model: the teacher as a model, in place of ``args.teacher_model_name_or_path``.
         reference_model: the reference as a model; by default the model as it starts, or its adapters off.
         **kwargs: ``SFTTrainer``'s (train_dataset, eval_dataset, processing_class, peft_config, callbacks, ...).
@@ -50,7 +51,8 @@ class QTargetTrainer(SFTTrainer):
         ConfigError: with every fault that can be found before weights are loaded.
 
     Logged beside the loss, as token-weighted means over micro-batches and processes: nll, ce_q, kl_q, trust,
-    residual_mass, strength, update, entropy, accuracy, off_simplex_fraction, supervised_tokens.
+    residual_mass, strength, update, update_vs_sft, entropy, accuracy, off_simplex_fraction, supervised_tokens; with data
+    sources each also as ``SOURCE/name``; numbers on a schedule as ``target/name``.
     """
 
     _tag_names = ["trl", "sft", "qtarget"]  # noqa: RUF012
@@ -61,185 +63,105 @@ class QTargetTrainer(SFTTrainer):
         model: str | nn.Module,
         args: QTargetConfig | TrainingArguments | None = None,
         *positional: Any,
+        target: Target | str | dict | None = None,
         teacher_model: nn.Module | None = None,
         reference_model: nn.Module | None = None,
         **kwargs: Any,
     ):
         names = list(inspect.signature(SFTTrainer.__init__).parameters)[3:]  # after self, model, args
         kwargs.update(zip(names, positional, strict=False))
-        args = self._convert(model, args)
-        self._target = args.resolve_target()
-        self._eval_target = args.resolve_eval_target()
-        self._columns = columns_of(self._target, self._eval_target)
-        self._check(model, args, kwargs, teacher_model)
+        args = QTargetConfig.of(model, args, target)
+        self._objective = args.resolve_objective()
+        self._eval_objective = args.resolve_eval_objective()
+        self._columns = self._columns_to_carry(args)
+        self.rows_without_labels: dict[str, int] = {}
+        objectives = self._objective, self._eval_objective
+        checks.raise_together(checks.before_loading(model, args, *objectives, kwargs, teacher_model is not None))
+        for warning in checks.unused_teacher(args, objectives, teacher_model is not None):
+            logger.warning(warning)
         kwargs.pop("compute_loss_func", None)
         with _as_plain_nll(args):
             super().__init__(model, args, **kwargs)  # type: ignore[arg-type]
         self.args: QTargetConfig
         # The trainer divides by the accumulation steps itself only where each micro-batch brings its own mean.
         self.loss_is_scaled_for_ga = args.denominator != "micro_batch"  # type: ignore[assignment]
-        self._check_prepared_data()
-        self._check_parallelism()
-        self._vocab_size = real_vocabulary_size(self._tokenizer)
-        if self._columns:
-            self.data_collator = ColumnCollator(self.data_collator, self._columns, args.max_length)
+        checks.raise_together(checks.prepared(self))
+        self.data_collator = TokenColumnCollator(self.data_collator, [*self._columns.carried, UID])
         add_target_forward(self._base_model())
-        self._teacher = self._load_teacher(teacher_model)
-        self._reference = self._load_reference(reference_model)
-        self._sums = {"train": TokenSums(), "eval": TokenSums()}
+        self._vocab_size = real_vocabulary_size(self._tokenizer)
+        requires = self._objective.requires | self._eval_objective.requires
+        if args.weights == "online" and "weight" in requires:
+            requires |= {"reference"}
+        self._others = OtherModels(
+            args, self.accelerator, self.model, requires, self._vocab_size, teacher_model, reference_model
+        )
+        self._sums = {mode: TokenSums(self._columns.sources) for mode in ("train", "eval")}
         self._transform_checked = False
+        self._lines_logged = 0
 
-    # -- what the user asked for ---------------------------------------------------------------------------------
+    def _columns_to_carry(self, args: QTargetConfig) -> TokenColumns:
+        requires = set(self._objective.requires | self._eval_objective.requires)
+        if args.weights == "online":
+            requires.discard("weight")
+        if args.psft_refresh != "never":
+            requires.discard("old_policy")
+        return TokenColumns(tuple(columns_for(requires)), tuple(self._objective.sources), args.source_column)
 
-    @staticmethod
-    def _convert(model: str | nn.Module, args: TrainingArguments | None) -> QTargetConfig:
-        if args is None:
-            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "model")
-            return QTargetConfig(f"{str(name).rstrip('/').split('/')[-1]}-QTarget")
-        return args if isinstance(args, QTargetConfig) else QTargetConfig.from_arguments(args)
+    # -- data ----------------------------------------------------------------------------------------------------
 
-    def _check(
-        self, model: str | nn.Module, args: QTargetConfig, kwargs: dict[str, Any], teacher_model: nn.Module | None
-    ) -> None:
-        targets = [self._target, self._eval_target]
-        formatted = kwargs.get("formatting_func") is not None
-        faults = checks.own_loss_beside_target(kwargs.get("compute_loss_func"))
-        faults += checks.missing_teacher(args, targets, teacher_model is not None)
-        faults += checks.columns_cannot_follow(args, targets)
-        faults += checks.adapter_on_head(getattr(kwargs.get("peft_config"), "target_modules", None))
-        sets = [("train", kwargs.get("train_dataset"), self._target)]
-        evaluated = kwargs.get("eval_dataset")
-        named = evaluated.items() if isinstance(evaluated, Mapping) else [("eval", evaluated)]
-        sets += [(name, dataset, self._eval_target) for name, dataset in named]
-        for name, dataset, target in sets:
-            columns = getattr(dataset, "column_names", None)
-            if dataset is None or isinstance(columns, dict):
-                continue
-            faults += checks.missing_columns(name, columns, target)
-            faults += checks.untrainable_rows(name, columns, args.dataset_text_field, formatted)
-        if teacher_model is None and args.teacher_model_name_or_path and any("teacher" in t.requires for t in targets):
-            name = args.teacher_model_name_or_path
-            tokenizer = kwargs.get("processing_class") or _tokenizer_of(model)
-            try:
-                teacher_tokenizer = _teacher_tokenizer(args)
-            except (OSError, ValueError) as error:
-                reason = " ".join(str(error).split())
-                faults.append(f"teacher_model_name_or_path is {name!r}, whose tokenizer cannot be loaded: {reason}")
-            else:
-                faults += checks.other_tokenizer(getattr(tokenizer, "tokenizer", tokenizer), teacher_tokenizer, name)
-        if faults:
-            raise ConfigError(faults)
-        for warning in checks.unused_teacher(args, targets, teacher_model is not None):
-            logger.warning(warning)
-
-    def _check_prepared_data(self) -> None:
-        if self._is_vision_dataset:
-            raise ConfigError("the dataset holds images; only text can be trained with a target: use TRL's SFTTrainer")
-        if self.aux_loss_enabled:
-            raise ConfigError(
-                "the model is a mixture of experts with an auxiliary loss, which is not supported yet; "
-                "set router_aux_loss_coef: 0 to train without it"
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """TRL's preparation, with the steps that would leave columns behind done for all columns alike."""
+        objective = self._objective if dataset_name == "train" else self._eval_objective
+        checks.raise_together(
+            checks.missing_columns(
+                dataset_name, get_dataset_column_names(dataset), objective, args, dataset_name != "train"
             )
-        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        prepared: dict[str, Any] = {"train": self.train_dataset, **evaluated}
-        faults = []
-        for name, dataset in prepared.items():
-            if dataset is not None and not isinstance(dataset, torch.utils.data.IterableDataset):
-                faults += checks.no_supervised_token(name, dataset)
-        if faults:
-            raise ConfigError(faults)
+        )
+        tokenise_only = copy.copy(args)
+        tokenise_only.max_length, tokenise_only.shuffle_dataset = None, False
+        dataset = super()._prepare_dataset(
+            dataset, processing_class, tokenise_only, False, formatting_func, dataset_name
+        )
+        prepare = Preparation(
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            packing=packing,
+            packing_strategy=args.packing_strategy,
+            shuffle=args.shuffle_dataset,
+            seed=args.seed,
+            num_proc=args.dataset_num_proc,
+            columns=self._columns,
+        )
+        return prepare(dataset, dataset_name, self.rows_without_labels)
 
-    def _check_parallelism(self) -> None:
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ConfigError("context and sequence parallelism are not supported: their labels are already shifted")
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        kept: list[str] = self._signature_columns or []
+        carried = [*self._columns.carried, UID]
+        self._signature_columns = [*kept, *(name for name in carried if name not in kept)]  # type: ignore[assignment]
 
-    # -- other models --------------------------------------------------------------------------------------------
+    # -- models --------------------------------------------------------------------------------------------------
 
     def _base_model(self) -> nn.Module:
         """The causal language model itself, without wrappers or adapters."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    def _requires(self, name: str) -> bool:
-        return name in self._target.requires or name in self._eval_target.requires
-
-    def _load_teacher(self, given: nn.Module | None) -> nn.Module | None:
-        if not self._requires("teacher"):
-            return None
-        if given is not None:
-            teacher = freeze(given).to(self.args.device)
-        else:
-            args = self.args
-            teacher = load_frozen(
-                args.teacher_model_name_or_path,  # type: ignore[arg-type]
-                args.teacher_model_revision,
-                args.teacher_model_init_kwargs,  # type: ignore[arg-type]
-                args.device,
-            )
-        add_target_forward(teacher)
-        return teacher
-
-    def _load_reference(self, given: nn.Module | None) -> nn.Module | None:
-        """A model of its own, or None where the reference is the student with its adapters off (or is not needed)."""
-        if not self._requires("reference"):
-            return None
-        args = self.args
-        if given is not None:
-            reference = freeze(given).to(args.device)
-        elif args.reference_model_name_or_path:
-            reference = load_frozen(
-                args.reference_model_name_or_path,
-                args.reference_model_revision,
-                args.reference_model_init_kwargs,  # type: ignore[arg-type]
-                args.device,
-            )
-        elif hasattr(self.accelerator.unwrap_model(self.model), "disable_adapter"):
-            return None
-        else:
-            reference = frozen_copy(self._base_model())
-            reference.__dict__.pop("_qtarget_forward", None)
-        add_target_forward(reference)
-        return reference
-
-    @torch.no_grad()
-    def _other_heads(self, model: nn.Module, inputs: dict[str, Any], target: Target) -> dict[str, Head]:
-        """Hidden states and heads of the models the target needs, on the student's inputs, before its forward."""
-        heads = {}
-        if "teacher" in target.requires:
-            heads["teacher"] = self._head_of(self._teacher, self._teacher, inputs)
-        if "reference" in target.requires:
-            if self._reference is not None:
-                heads["reference"] = self._head_of(self._reference, self._reference, inputs)
-            else:
-                with adapters_off(self.accelerator.unwrap_model(self.model)):
-                    heads["reference"] = self._head_of(model, self._base_model(), inputs)
-        return heads
-
-    def _head_of(self, call: Any, base: Any, inputs: dict[str, Any]) -> Head:
-        states = call(**inputs, qtarget=StatesCall())
-        transform = HeadTransform.of(base.config)
-        rows = states.weight.shape[0]
-        return Head(
-            states.hidden[:, :-1],
-            states.weight,
-            states.bias,
-            logit_scale=transform.scale,
-            logit_softcap=transform.softcap,
-            vocab_size=min(rows, self._vocab_size),
-        )
-
     @property
     def reads_teacher(self) -> bool:
         """Whether a teacher is loaded."""
-        return self._teacher is not None
+        return self._others.teacher is not None
 
     # -- the loss ------------------------------------------------------------------------------------------------
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        kept: list[str] = self._signature_columns or []
-        self._signature_columns = [*kept, *(name for name in self._columns if name not in kept)]  # type: ignore[assignment]
+    @property
+    def _step(self) -> int:
+        """Optimiser steps finished so far, on which schedules depend."""
+        return self.state.global_step
+
+    @property
+    def _total_steps(self) -> int:
+        return max(self.state.max_steps, 0)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """The denominator: shifted labels of all micro-batches and processes, for every architecture alike.
@@ -253,13 +175,21 @@ class QTargetTrainer(SFTTrainer):
         for batch in batch_samples:
             counted = batch["labels"][..., 1:] != -100
             if self.args.denominator == "kept":
-                for name in {"weight", "critical"} & set(columns_of(self._target)):
-                    counted = counted & (batch[name][..., 1:] != 0)
+                counted = counted & self._kept(batch)
             count = count + counted.sum().to(count)
         count = count.to(device)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count).sum() / self.get_tp_size()
         return count.float()
+
+    def _kept(self, batch: dict[str, Tensor]) -> Tensor:
+        """Tokens that a weight or critical column of their own target does not put at 0, after the shift."""
+        kept = torch.ones_like(batch["labels"][..., 1:], dtype=torch.bool)
+        for number, target in enumerate(self._objective.finals()):
+            mine = batch[SOURCE_ID][..., 1:] == number if SOURCE_ID in batch else torch.ones_like(kept)
+            for name in {"weight", "critical"} & set(columns_of(target)):
+                kept &= ~mine | (batch[name][..., 1:] != 0)
+        return kept
 
     def compute_loss(
         self,
@@ -269,49 +199,88 @@ class QTargetTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ):
         training = model.training
-        target = self._target if training else self._eval_target
-        columns = {name: inputs.pop(name) for name in self._columns if name in inputs}
-        columns = {name: column for name, column in columns.items() if name in columns_of(target)}
+        objective = self._objective if training else self._eval_objective
+        targets = objective.at(self._step, self._total_steps)
+        requires = frozenset().union(*(target.requires for target in targets))
+        columns = {name: inputs.pop(name) for name in [*self._columns.carried, UID] if name in inputs}
         labels = inputs["labels"]
         model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
         if not self._transform_checked:
+            checks.packed_batch(inputs)
             self._check_transform(model, model_inputs)
+        self._add_computed_columns(columns, model, model_inputs, labels, requires, training)
         call = LossCall(
-            target,
+            targets,
             labels,
-            columns,
-            self._other_heads(model, model_inputs, target),
+            {name: column for name, column in columns.items() if name in (*columns_of(*targets), SOURCE_ID)}
+            if objective.sources
+            else {name: columns[name] for name in columns_of(*targets) if name in columns},
+            self._others.heads(model, model_inputs, requires),
             self._vocab_size,
             num_items_in_batch,
             "all" if not training or self._logs_this_step() else "basic",
+            self.aux_loss_enabled,
         )
         try:
             output = model(**model_inputs, qtarget=call)
         except ConfigError as error:
-            raise ConfigError([f"step {self.state.global_step + 1}: {fault}" for fault in error.faults]) from error
-        loss = output.loss
-        stats = {name: value.detach() for name, value in output.stats.items()}
-        sums = self._sums["train" if training else "eval"]
+            raise ConfigError([f"step {self._step + 1}: {fault}" for fault in error.faults]) from error
+        loss = self._scaled(output, num_items_in_batch, training)
+        self._record(output, labels, columns, training)
         if training:
-            sums.add(stats)
             self._count_tokens(inputs)
-            if num_items_in_batch is not None:
-                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        else:
-            sums.add(stats, loss_sum=loss.detach() * (labels[:, 1:] != -100).sum().clamp(min=1))
         if return_outputs:
             with torch.no_grad():
                 return loss, model(**accepted(self._base_model(), model_inputs))
         return loss
+
+    def _add_computed_columns(
+        self,
+        columns: dict[str, Tensor],
+        model: nn.Module,
+        inputs: dict[str, Any],
+        labels: Tensor,
+        requires: frozenset[str],
+        training: bool,
+    ) -> None:
+        """psft's old policy and iw-sft's online weights: passes without gradient before the student's."""
+        if self._others.old_policy is not None and "old_policy" in requires:
+            if training:
+                self._others.old_policy.refresh(self._step)
+            columns["old_logps"] = self._others.old_logps(model, inputs, labels)
+        if self.args.weights == "online" and "weight" in requires:
+            columns["weight"] = self._others.online_weights(model, inputs, labels, self.args.weights_temperature)
+
+    def _scaled(self, output: Any, num_items: Tensor | int | None, training: bool) -> Tensor:
+        """The loss as the trainer wants it: DDP averages what was divided by a count over all processes, and the
+        auxiliary loss is a mean of its micro-batch."""
+        loss = output.loss
+        if training and num_items is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if output.aux_loss is not None:
+            steps = self.current_gradient_accumulation_steps if training and num_items is not None else 1
+            loss = loss + self.router_aux_loss_coef * output.aux_loss / steps
+            mode = "train" if training else "eval"
+            mean = self.accelerator.gather_for_metrics(output.aux_loss.detach()).mean()
+            self._metrics[mode]["aux_loss"].append(mean.item())
+        return loss
+
+    def _record(self, output: Any, labels: Tensor, columns: dict[str, Tensor], training: bool) -> None:
+        stats = {name: value.detach() for name, value in output.stats.items()}
+        source = columns.get(SOURCE_ID)
+        source = None if source is None else source[:, 1:]
+        if training:
+            self._sums["train"].add(stats, source)
+        else:
+            tokens = (labels[:, 1:] != -100).sum().clamp(min=1)
+            self._sums["eval"].add(stats, source, loss_sum=output.loss.detach() * tokens)
 
     def _check_transform(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Once: logits rebuilt from hidden states are the model's own, for the student and every other model."""
         mixed = self.accelerator.mixed_precision != "no"
         with evaluation_mode(model):
             check_head_transform(model, self._base_model(), inputs, mixed)
-        for other in (self._teacher, self._reference):
-            if other is not None:
-                check_head_transform(other, other, inputs)
+        self._others.check_head_transforms(inputs)
         self._transform_checked = True
 
     def _logs_this_step(self) -> bool:
@@ -330,33 +299,95 @@ class QTargetTrainer(SFTTrainer):
     # -- what is logged ------------------------------------------------------------------------------------------
 
     def describe(self) -> str:
-        """One line: the target, its formula, the denominator and where the other models come from."""
-        target, args = self._target, self.args
-        parts = [f"target {target}: {target.formula}", f"denominator {args.denominator}"]
-        if "teacher" in target.requires:
-            name = args.teacher_model_name_or_path or type(self._teacher).__name__
-            parts.append(f"teacher {name} (revision {args.teacher_model_revision or 'default'})")
-        if "reference" in target.requires:
-            own = "the adapters off" if self._reference is None else "the weights at the start"
-            name = args.reference_model_name_or_path or own
-            parts.append(f"reference {name} (revision {args.reference_model_revision or 'default'})")
+        """One line: the targets, their formulas, the denominator and where the other models come from."""
+        settings = self._identity()
+        parts = [self._objective.describe(), f"denominator {self.args.denominator}"]
+        parts += [f"{role} {settings[role]}" for role in ("teacher", "reference") if settings[role] is not None]
+        if "weight" in self._objective.requires:
+            parts.append(f"weights {self.args.weights}")
+        if "old_policy" in self._objective.requires:
+            if self.args.psft_refresh == "never":
+                parts.append(
+                    "old policy from column old_logps, which is not the paper's schedule: it is never refreshed"
+                )
+            else:
+                parts.append(f"old policy copied every {self.args.psft_refresh} steps")
         return "; ".join(parts)
 
-    def train(self, *args: Any, **kwargs: Any):
+    def _identity(self) -> dict[str, Any]:
+        """What decides what is trained; see ``identity``."""
+        args, requires = self.args, self._objective.requires
+        teacher = reference = None
+        if "teacher" in requires:
+            name = args.teacher_model_name_or_path or self._others.teacher_name
+            teacher = f"{name} (revision {args.teacher_model_revision or 'default'})"
+        if "reference" in requires or (args.weights == "online" and "weight" in requires):
+            own = "the adapters off" if self._others.has_adapters else "the weights at the start"
+            name = args.reference_model_name_or_path or self._others.reference_name or own
+            reference = f"{name} (revision {args.reference_model_revision or 'default'})"
+        return identity.identity(args, self._objective, teacher, reference)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        folder = checks.checkpoint_folder(resume_from_checkpoint, self.args.output_dir)
+        if folder is not None:
+            identity.check(folder, self._identity())
+            if self._others.old_policy is not None:
+                self._others.old_policy.load(folder)
         self.accelerator.print(self.describe())
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        ahead = self._objective.requires_from(self._step, self._total_steps) | self._eval_objective.requires
+        if self.args.weights == "online" and "weight" in ahead:
+            ahead |= {"reference"}
+        self._others.release(ahead)
+        return super().training_step(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self._step}"
+        if self._others.old_policy is not None:
+            self._others.old_policy.save(folder)
+        if self.is_world_process_zero():
+            identity.write(folder, self._identity())
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        card = Path(str(self.args.output_dir)) / "README.md"
+        if not self.is_world_process_zero() or not card.is_file():
+            return
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        rows = {
+            name: f"{len(data)} rows" if hasattr(data, "__len__") else "a stream"
+            for name, data in {"train": self.train_dataset, **evaluated}.items()
+            if data is not None
+        }
+        part = model_card.section(self._objective, self._identity(), rows, self.state.log_history)
+        card.write_text(model_card.insert(card.read_text(encoding="utf-8"), part), encoding="utf-8")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         assert self.model is not None
         if self.model.training and "eval_loss" not in logs:
             means = self._sums["train"].read(self.accelerator)
             logs.update(_with_trl_names(means))
+            logs.update(self._objective.values(max(self._step - 1, 0), self._total_steps))  # of the step just done
+            self._tell_matching_rate(logs)
         super().log(logs, start_time)
+
+    def _tell_matching_rate(self, logs: dict[str, float]) -> None:
+        """In the first lines: how much smaller the update is than plain SFT's, and the rate that would match it."""
+        share, rate = logs.get("update_vs_sft"), logs.get("learning_rate")
+        if not share or not rate or self._lines_logged >= _LINES_WITH_MATCHING_RATE:
+            return
+        logs["lr_to_match_sft"] = rate / share
+        if not self._lines_logged:
+            self.accelerator.print(update_against_sft(share, rate))
+        self._lines_logged += 1
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):
         """As Transformers', with the loss and every statistic weighted by tokens instead of by batches."""
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        self._sums["eval"] = TokenSums()
+        self._sums["eval"] = TokenSums(self._columns.sources)
         output = super().evaluation_loop(*args, **kwargs)
         means = _with_trl_names(self._sums["eval"].read(self.accelerator))
         assert output.metrics is not None
@@ -370,23 +401,26 @@ class QTargetTrainer(SFTTrainer):
         Raises:
             ConfigError: it needs a model or a column that this trainer did not load.
         """
-        target = Target.from_config(target)
-        if missing := self._not_loaded(target):
+        objective = Objective.single(target)
+        if missing := self._not_loaded(objective.requires):
             raise ConfigError(
-                f"target {target} needs {', '.join(missing)}, which this trainer did not load; name the target "
+                f"target {objective} needs {', '.join(missing)}, which this trainer did not load; name the target "
                 "in eval_target when you make the trainer"
             )
-        before, self._eval_target = self._eval_target, target
+        before, self._eval_objective = self._eval_objective, objective
         try:
             yield self
         finally:
-            self._eval_target = before
+            self._eval_objective = before
 
-    def _not_loaded(self, target: Target) -> list[str]:
-        adapters = hasattr(self.accelerator.unwrap_model(self.model), "disable_adapter")
-        loaded = {"teacher": self._teacher is not None, "reference": self._reference is not None or adapters}
-        missing = [f"a {name}" for name, there in loaded.items() if name in target.requires and not there]
-        return missing + [f"column {name!r}" for name in columns_of(target) if name not in self._columns]
+    def _not_loaded(self, requires: frozenset[str]) -> list[str]:
+        others = self._others
+        loaded = {
+            "teacher": others.teacher is not None,
+            "reference": others.reference is not None or others.has_adapters,
+        }
+        missing = [f"a {name}" for name, there in loaded.items() if name in requires and not there]
+        return missing + [f"column {name!r}" for name in columns_for(requires) if name not in self._columns.names]
 
 
 def _with_trl_names(means: dict[str, float]) -> dict[str, float]:
@@ -402,16 +436,3 @@ def _as_plain_nll(args: QTargetConfig):
         yield
     finally:
         args.loss_type, args.label_smoothing_factor = kept
-
-
-def _tokenizer_of(model: Any) -> Any:
-    return AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config._name_or_path)
-
-
-def _teacher_tokenizer(args: QTargetConfig) -> Any:
-    kwargs: dict[str, Any] = args.teacher_model_init_kwargs or {}  # type: ignore[assignment]
-    return AutoTokenizer.from_pretrained(
-        args.teacher_model_name_or_path,
-        revision=args.teacher_model_revision or kwargs.get("revision") or "main",
-        trust_remote_code=bool(kwargs.get("trust_remote_code", False)),
-    )

@@ -1,0 +1,171 @@
+"""Per-token columns beside input_ids: weight, critical, old_logps, uid and a row's data source.
+
+They are aligned with labels, before the shift. ``spread`` gives every row one number per token, once and early, so that
+cutting, dropping, shuffling and packing move them with their tokens; ``TokenColumnCollator`` pads or joins them as TRL's
+collator does the tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Number
+from typing import Any
+
+import torch
+
+from qtarget.errors import ConfigError
+from qtarget.targets import Target
+
+# What a target requires → the dataset column that carries it.
+COLUMN_OF = {"weight": "weight", "critical": "critical", "old_policy": "old_logps"}
+# The number of a token's data source, made from the column that names it. The name is one no dataset has.
+SOURCE_ID = "qtarget_source"
+UID = "uid"
+_WHOLE = {SOURCE_ID, UID}  # columns of whole numbers; float32 would round a large uid
+_PER_TOKEN_ONLY = {"old_logps", UID}
+
+
+def columns_of(*targets: Target) -> list[str]:
+    """Dataset columns the targets read."""
+    return columns_for(frozenset().union(*(target.requires for target in targets)))
+
+
+def columns_for(requires: Iterable[str]) -> list[str]:
+    """Dataset columns for what is required."""
+    return [column for need, column in COLUMN_OF.items() if need in set(requires)]
+
+
+def dtype_of(name: str) -> torch.dtype:
+    return torch.int64 if name in _WHOLE else torch.float32
+
+
+@dataclass(frozen=True)
+class TokenColumns:
+    """Which columns of a dataset travel with the tokens.
+
+    Attributes:
+        names: weight, critical, old_logps and uid, those that are carried.
+        sources: data sources in the order of their numbers; empty where there is one target for all.
+        source_column: the column that names a row's source.
+    """
+
+    names: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    source_column: str = "source"
+
+    @property
+    def carried(self) -> list[str]:
+        """Names in the prepared dataset and in a batch."""
+        return [*self.names, *([SOURCE_ID] if self.sources else [])]
+
+    def of(self, dataset: Any) -> TokenColumns:
+        """Those the dataset has, by its first row; a ``uid`` per token travels without being asked for."""
+        first: Mapping[str, Any] = next(iter(dataset), {})
+        uid = first.get(UID)
+        uid_per_token = isinstance(uid, Sequence) and not isinstance(uid, str) and all(isinstance(u, int) for u in uid)
+        return TokenColumns(
+            (*(name for name in self.names if name in first), *((UID,) if uid_per_token else ())),
+            self.sources if self.source_column in first or SOURCE_ID in first else (),
+            self.source_column,
+        )
+
+    def spread(self, row: Mapping[str, Any], number: int, dataset_name: str) -> dict[str, list]:
+        """The row's columns with one number per token.
+
+        Raises:
+            ConfigError: a column of another length, a NaN or negative weight, a mask that is not 0 and 1, a source
+                without a target; each names the row.
+        """
+        length = len(row["input_ids"])
+        spread = {}
+        for name in self.names:
+            try:
+                spread[name] = _spread(name, row[name], row["labels"])
+            except ConfigError as error:
+                raise ConfigError(f"row {number} of the {dataset_name} dataset: {error.faults[0]}") from None
+        if self.sources and SOURCE_ID not in row:
+            source = row[self.source_column]
+            if str(source) not in self.sources:
+                raise ConfigError(
+                    f"row {number} of the {dataset_name} dataset: {self.source_column} is {source!r}, which targets does "
+                    f"not name; add it there (it has {', '.join(self.sources)})"
+                )
+            spread[SOURCE_ID] = [self.sources.index(str(source))] * length
+        return spread
+
+
+def _spread(name: str, value: Any, labels: Sequence[int]) -> list:
+    """One number per token. What stands at a token that is not trained is not looked at; NaN or None there becomes 0."""
+    if isinstance(value, (Number, bool)) or value is None:
+        if name in _PER_TOKEN_ONLY:
+            raise ConfigError(f"column {name} holds {value!r} for a whole row; it needs one number per token")
+        value = [value] * len(labels)
+    value = list(value)
+    if len(value) != len(labels):
+        raise ConfigError(
+            f"column {name} has {len(value)} numbers for {len(labels)} tokens; give one per input_id (pre-tokenised rows), "
+            "or one number per row"
+        )
+    if name in _WHOLE:
+        return [int(number) for number in value]
+    return [_checked(name, number, label != -100) for number, label in zip(value, labels, strict=True)]
+
+
+def _checked(name: str, number: Any, trained: bool) -> float:
+    finite = isinstance(number, (Number, bool)) and math.isfinite(float(number))  # type: ignore[arg-type]
+    if not trained:
+        return float(number) if finite else 0.0
+    if not finite:
+        raise ConfigError(f"column {name} holds {number!r} at a supervised token; every number must be finite")
+    if name == "weight" and number < 0:
+        raise ConfigError(f"column weight holds {number:g}; weights must be 0 or more")
+    if name == "critical" and number not in (0, 1):
+        raise ConfigError(f"column critical holds {number!r}; it is a mask of tokens, use 0 and 1")
+    return float(number)
+
+
+@dataclass
+class TokenColumnCollator:
+    """A collator that also carries the columns, padded or joined as the tokens are.
+
+    Args:
+        inner: the collator of everything else.
+        names: columns to carry; a row without one of them is given none.
+    """
+
+    inner: Callable[[list], dict]
+    names: Sequence[str] = field(default_factory=list)
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.inner([{k: v for k, v in row.items() if k not in self.names} for row in examples])
+        here = [name for name in self.names if all(name in row for row in examples)]
+        if not here:
+            return batch
+        places = _places(batch["input_ids"], [example["input_ids"] for example in examples])
+        for name in here:
+            batch[name] = padded = torch.zeros(batch["input_ids"].shape, dtype=dtype_of(name))
+            for (row, begin), example in zip(places, examples, strict=True):
+                values = example[name]
+                length = len(example["input_ids"])
+                if not isinstance(values, list) or len(values) != length:  # where preparation was skipped
+                    values = _spread(name, values, example.get("labels", [0] * length))
+                padded[row, begin : begin + len(values)] = torch.as_tensor(values, dtype=padded.dtype)
+        return batch
+
+
+def _places(ids: torch.Tensor, rows: list) -> list[tuple[int, int]]:
+    """Where the batch holds each row's first token: a row of its own, or one after the other in a single row."""
+    lengths = [len(row) for row in rows]
+    if len(ids) == len(rows):
+        places = [(number, 0) for number in range(len(rows))]
+    else:
+        places = [(0, sum(lengths[:number])) for number in range(len(rows))]
+    for (row, begin), own in zip(places, rows, strict=True):
+        if row >= len(ids) or ids[row, begin : begin + len(own)].tolist() != list(own):
+            raise ConfigError(
+                "the data collator moved or changed the tokens of a row, and its columns would no longer lie on them; "
+                "pad on the right, one row per example"
+            )
+    return places

@@ -1,0 +1,220 @@
+"""The models a target needs beside the student: a teacher, a reference, psft's old policy.
+
+Each sees the student's inputs without labels, through its own wrapped forward, in evaluation mode and before the
+student's forward; what comes back is joined to the labels by position, and by supervised token in the loss.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtarget.errors import ConfigError
+from qtarget.losses import Head
+from qtarget.targets import presets
+from qtarget.teachers.frozen import adapters_off, evaluation_mode, freeze, frozen_copy, load_frozen
+from qtarget.training.forward import (
+    HeadTransform,
+    LossCall,
+    StatesCall,
+    add_target_forward,
+    check_head_transform,
+    head_parameters,
+)
+from qtarget.training.old_policy import OldPolicy
+from qtarget.training.sharded_head import whole
+
+
+class OtherModels:
+    """Loads what is required and asks it.
+
+    Args:
+        args: the run's QTargetConfig. accelerator: its Accelerator. student: the model as the trainer holds it.
+        requires: what the run's targets need. vocab_size: real tokens.
+        teacher, reference: models the user made, in place of names in ``args``.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        accelerator: Any,
+        student: Any,
+        requires: frozenset[str],
+        vocab_size: int,
+        teacher: nn.Module | None,
+        reference: nn.Module | None,
+    ):
+        self._args, self._accelerator, self._vocab_size = args, accelerator, vocab_size
+        self._student = accelerator.unwrap_model(student)
+        self.teacher_name, self.reference_name = _name_of(teacher), _name_of(reference)
+        self.has_adapters = hasattr(self._student, "disable_adapter")
+        self.teacher = self._load("teacher", teacher) if "teacher" in requires else None
+        self.reference = self._reference(reference) if "reference" in requires else None
+        self.old_policy = None
+        if "old_policy" in requires and args.psft_refresh != "never":
+            self.old_policy = OldPolicy(self._student, args.psft_refresh)
+
+    # -- loading -------------------------------------------------------------------------------------------------
+
+    def _load(self, role: str, given: nn.Module | None) -> nn.Module:
+        args = self._args
+        if given is None:
+            given = load_frozen(
+                getattr(args, f"{role}_model_name_or_path"),
+                getattr(args, f"{role}_model_revision"),
+                getattr(args, f"{role}_model_init_kwargs"),
+                args.device,
+            )
+        return self._prepared(role, given)
+
+    def _reference(self, given: nn.Module | None) -> nn.Module | None:
+        """A model of its own, or None where the reference is the student with its adapters off."""
+        if given is not None or self._args.reference_model_name_or_path:
+            return self._load("reference", given)
+        if self.has_adapters:
+            return None
+        if any(parameter.is_meta for parameter in self._student.parameters()):
+            raise ConfigError(
+                "the reference is the model as it starts, but this process holds no weights to copy (FSDP's "
+                "cpu_ram_efficient_loading); set reference_model_name_or_path to the model's own name"
+            )
+        copy = frozen_copy(self._student)
+        copy.__dict__.pop("_qtarget_forward", None)
+        return self._prepared("reference", copy)
+
+    def _prepared(self, role: str, model: nn.Module) -> nn.Module:
+        """Frozen, on the student's device or sharded as the student is, and able to hand out its hidden states."""
+        placed = getattr(model, "hf_device_map", None)
+        freeze(model)
+        add_target_forward(model)
+        plugins = self._accelerator.state
+        if getattr(plugins, "deepspeed_plugin", None) is not None:
+            from trl.models.utils import prepare_deepspeed
+
+            return prepare_deepspeed(model, self._accelerator)
+        if getattr(plugins, "fsdp_plugin", None) is not None:
+            from trl.models.utils import prepare_fsdp
+
+            sharded: Any = prepare_fsdp(model, self._accelerator)
+            return sharded
+        if placed is None:
+            return model.to(self._args.device)
+        head = head_parameters(model)[0]
+        if head.device != self._args.device and head.device.type != torch.device(self._args.device).type:
+            raise ConfigError(
+                f"{role}_model_init_kwargs.device_map left the {role}'s head on {head.device.type!r}, where it cannot be "
+                f"multiplied beside the student's on {str(self._args.device)!r}; leave device_map out, or map the head "
+                "to that device"
+            )
+        return model
+
+    def release(self, requires: frozenset[str]) -> None:
+        """Free the models that nothing asks for from now on."""
+        freed = False
+        for role in ("teacher", "reference"):
+            if role not in requires and getattr(self, role) is not None:
+                setattr(self, role, None)
+                freed = True
+        if freed:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    # -- asking --------------------------------------------------------------------------------------------------
+
+    def base(self, model: Any) -> nn.Module:
+        """The causal language model itself, without wrappers or adapters."""
+        model = self._accelerator.unwrap_model(model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def check_head_transforms(self, inputs: dict[str, Any]) -> None:
+        """Logits rebuilt from hidden states are the models' own."""
+        for other in (self.teacher, self.reference):
+            if other is not None:
+                check_head_transform(other, self.base(other), inputs)
+
+    @torch.no_grad()
+    def heads(self, model: nn.Module, inputs: dict[str, Any], requires: frozenset[str]) -> dict[str, Head]:
+        """Hidden states and heads of teacher and reference on the student's inputs."""
+        heads = {}
+        if "teacher" in requires:
+            heads["teacher"] = self._head(self.teacher, inputs)
+        if "reference" in requires and self.reference is not None:
+            heads["reference"] = self._head(self.reference, inputs)
+        elif "reference" in requires:
+            with adapters_off(self._student):
+                heads["reference"] = self._head(model, inputs)
+        return heads
+
+    def _head(self, model: Any, inputs: dict[str, Any]) -> Head:
+        states = model(**inputs, qtarget=StatesCall())
+        base = self.base(model)
+        weight, bias = states.weight, states.bias
+        # A sharded model may have freed the gathered head when its forward ended: what it holds now is valid.
+        now = head_parameters(base)[0]
+        if hasattr(now, "full_tensor"):
+            weight, bias = (None if p is None else whole(p, states.hidden) for p in head_parameters(base))
+        transform = HeadTransform.of(base.config)
+        # Virtual tokens of prompt tuning come first: the last positions are the labels'.
+        hidden = states.hidden[:, -inputs["input_ids"].shape[1] :][:, :-1]
+        return Head(
+            hidden,
+            weight,
+            bias,
+            logit_scale=transform.scale,
+            logit_softcap=transform.softcap,
+            vocab_size=min(weight.shape[0], self._vocab_size),
+        )
+
+    @torch.no_grad()
+    def old_logps(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        """log p_y of psft's old policy, of the labels' shape; 0 where nothing is trained."""
+        assert self.old_policy is not None
+        with self.old_policy.in_place(), evaluation_mode(model):
+            return self._label_logps(model, inputs, labels)
+
+    @torch.no_grad()
+    def online_weights(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, temperature: float) -> Tensor:
+        """iw-SFT's weights, of the labels' shape: one number per sequence, taken from the model as it is now.
+
+        w = exp(temperature · mean over its supervised tokens of (log p_θ − log p_ref)), clamped to [0, 16]
+        (arXiv:2507.12856; the mean and the clamp are those of the paper's code).
+        """
+        with evaluation_mode(model):
+            student = self._label_logps(model, inputs, labels)
+        if self.reference is not None:
+            reference = self._label_logps(self.reference, inputs, labels)
+        else:
+            with adapters_off(self._student):
+                reference = self._label_logps(model, inputs, labels)
+        trained = labels != -100
+        trained[:, 0] = False
+        sequence = _sequence_numbers(inputs, labels)
+        size = int(sequence.max()) + 1
+        zeros = torch.zeros(size, dtype=torch.float64, device=labels.device)
+        gap = torch.where(trained, (student - reference).double(), 0.0)
+        total = zeros.index_add(0, sequence.flatten(), gap.flatten())
+        count = zeros.index_add(0, sequence.flatten(), trained.double().flatten()).clamp(min=1)
+        return (temperature * total / count).exp().clamp(0, 16).float()[sequence]
+
+    def _label_logps(self, model: Any, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        call = LossCall([presets.build("sft")], labels, {}, {}, self._vocab_size, None, "basic")
+        nll = model(**inputs, qtarget=call).stats["nll"]
+        return torch.nn.functional.pad(-nll.nan_to_num(0.0), (1, 0))
+
+
+def _name_of(model: Any) -> str | None:
+    """What to call a model the user made."""
+    if model is None:
+        return None
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+
+
+def _sequence_numbers(inputs: dict[str, Any], labels: Tensor) -> Tensor:
+    """Which sequence each token belongs to: a row, or a document of a padding-free row."""
+    if "position_ids" in inputs:
+        return (inputs["position_ids"] == 0).flatten().cumsum(0).view(labels.shape) - 1
+    return torch.arange(len(labels), device=labels.device)[:, None].expand(labels.shape)
