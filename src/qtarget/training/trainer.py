@@ -380,7 +380,7 @@ class QTargetTrainer(SFTTrainer):
         if not share or not rate or self._lines_logged >= _LINES_WITH_MATCHING_RATE:
             return
         logs["lr_to_match_sft"] = rate / share
-        if not self._lines_logged:
+        if not self._lines_logged and abs(share - 1) > 1e-3:
             self.accelerator.print(update_against_sft(share, rate))
         self._lines_logged += 1
 

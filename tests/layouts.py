@@ -1,0 +1,129 @@
+"""Objectives × layouts of a batch: the rows as a trainer gets them, and the documents autograd sees one at a time.
+
+Cutting and joining are written out here, from what each packing promises, so that a trainer that agrees has moved every
+label and every column where it belongs and has kept documents apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+import tiny
+from published import CASES, label_log_p
+from runs import Weights, expected, labels_of, logits_of, moved, supervised, tokenised, trainer, weights
+
+CASE = {case.id: case for case in CASES}
+OBJECTIVES = ["sft", "dft", "asft:kl_weight=0.8", "gem", "cft", "iw-sft", "psft", "target-sft"]
+# At which the rows below fill eight sequences in each packing: two processes with four micro-batches each get as many.
+MAX_LENGTH = 116
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "bfd": {"packing": True, "max_length": MAX_LENGTH},
+    "bfd_split": {"packing": True, "packing_strategy": "bfd_split", "max_length": MAX_LENGTH},
+    "wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": MAX_LENGTH},
+    "padding_free": {"padding_free": True, "max_length": None},
+}
+
+
+@functools.cache
+def data() -> Dataset:
+    """Sixteen rows, the last longer than ``MAX_LENGTH``, prompts masked, with every column."""
+    model = tiny.taught().eval()
+    single = [dict(row) for row in tokenised(tiny.conversations(18))]
+    long = {name: [value for row in single[15:] for value in row[name]] for name in single[0]}
+
+    @torch.no_grad()
+    def old_logps(number: int, row: dict) -> list[float]:
+        made = torch.zeros(len(row["input_ids"]))
+        ratios = torch.tensor([0.0, 0.1, -0.1, 0.4, -0.5]).repeat(len(made))[: len(labels_of(row))]
+        made[supervised(row) + 1] = label_log_p(logits_of(model, row), labels_of(row)) - ratios
+        return made.tolist()
+
+    return tokenised(
+        Dataset.from_list([*single[:15], long]),
+        weight=lambda number, row: [(i + number) % 5 / 4 for i in range(len(row["input_ids"]))],
+        critical=lambda number, row: [(i + number) % 3 == 0 for i in range(len(row["input_ids"]))],
+        old_logps=old_logps,
+    )
+
+
+def documents(layout: str) -> list[dict[str, Any]]:
+    """What autograd sees: each document with nothing before it."""
+    rows = [dict(row) for row in data()]
+    columns = list(rows[0])
+    if layout in ("padded", "padding_free"):
+        return rows
+    if layout == "bfd":
+        return [{name: row[name][:MAX_LENGTH] for name in columns} for row in rows]
+    if layout == "wrapped":  # one long text, cut anywhere
+        rows = [{name: [value for row in rows for value in row[name]] for name in columns}]
+    return [
+        dict(zip(columns, map(list, zip(*piece, strict=True)), strict=True))
+        for row in rows
+        for piece in _pieces([*zip(*(row[name] for name in columns), strict=True)])
+    ]
+
+
+def _pieces(tokens: list) -> list[list]:
+    return [tokens[begin : begin + MAX_LENGTH] for begin in range(0, len(tokens), MAX_LENGTH)]
+
+
+def teacher(dtype: torch.dtype = torch.float64):
+    return tiny.taught(seed=7, width=48).to(dtype).eval()
+
+
+def student(tied: bool = True) -> Any:
+    return tiny.taught(tied=tied).double()
+
+
+def loss_of(name: str) -> Callable[..., Any]:
+    return lambda logits, labels, **given: CASE[name].loss(logits, labels, given)
+
+
+def by_autograd(name: str, layout: str, make: Callable[[], Any] = student) -> Weights:
+    """How far one step of SGD moves the weights, by autograd on full logits."""
+    start = make().eval()
+    return expected(
+        make(),
+        documents(layout),
+        loss_of(name),
+        teacher=teacher() if "teacher_logits" in CASE[name].needs else None,
+        reference=(lambda row: logits_of(start, row)) if "reference_logits" in CASE[name].needs else None,
+    )
+
+
+def made_for(name: str, layout: str, folder: Path, make: Callable[[], Any] = student, **settings: Any):
+    """A trainer on that layout; its batch is set by ``in_one_step``."""
+    case = CASE[name]
+    return trainer(
+        make(),
+        folder,
+        data(),
+        target={"preset": case.preset, **case.hyperparameters},
+        teacher_model=copy.deepcopy(teacher()) if "teacher_logits" in case.needs else None,
+        psft_refresh="never",
+        **(LAYOUTS[layout] | settings),
+    )
+
+
+def in_one_step(made: Any, accumulation: int, processes: int = 1) -> None:
+    """Let one optimiser step see every row, in so many micro-batches a process."""
+    size = -(-len(made.train_dataset) // (accumulation * processes))
+    made.args.per_device_train_batch_size = made._train_batch_size = size
+    made.args.gradient_accumulation_steps = accumulation
+
+
+def by_trainer(name: str, layout: str, accumulation: int, folder: Path, processes: int = 1, **settings: Any) -> Weights:
+    """How far one step of the trainer moves the weights."""
+    made = made_for(name, layout, folder, **settings)
+    in_one_step(made, accumulation, processes)
+    before = weights(made.model)
+    made.train()
+    return moved(before, made.model)
