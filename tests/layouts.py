@@ -76,7 +76,7 @@ def _pieces(tokens: list) -> list[list]:
 
 
 def teacher(dtype: torch.dtype = torch.float64):
-    return tiny.taught(seed=7, width=48).to(dtype).eval()
+    return tiny.taught(seed=7, width=48, tied=False).to(dtype).eval()
 
 
 def student(tied: bool = True) -> Any:
@@ -87,8 +87,8 @@ def loss_of(name: str) -> Callable[..., Any]:
     return lambda logits, labels, **given: CASE[name].loss(logits, labels, given)
 
 
-def by_autograd(name: str, layout: str, make: Callable[[], Any] = student) -> Weights:
-    """How far one step of SGD moves the weights, by autograd on full logits."""
+def by_autograd(name: str, layout: str, make: Callable[[], Any] = student, **more: Any) -> Weights:
+    """How far one step of SGD (``steps``, ``lr``) moves the weights, by autograd on full logits."""
     start = make().eval()
     return expected(
         make(),
@@ -96,19 +96,20 @@ def by_autograd(name: str, layout: str, make: Callable[[], Any] = student) -> We
         loss_of(name),
         teacher=teacher() if "teacher_logits" in CASE[name].needs else None,
         reference=(lambda row: logits_of(start, row)) if "reference_logits" in CASE[name].needs else None,
+        **more,
     )
 
 
 def made_for(name: str, layout: str, folder: Path, make: Callable[[], Any] = student, **settings: Any):
     """A trainer on that layout; its batch is set by ``in_one_step``."""
     case = CASE[name]
+    refresh = settings.setdefault("psft_refresh", "never")
     return trainer(
         make(),
         folder,
-        data(),
+        data() if refresh == "never" else data().remove_columns(["old_logps"]),
         target={"preset": case.preset, **case.hyperparameters},
         teacher_model=copy.deepcopy(teacher()) if "teacher_logits" in case.needs else None,
-        psft_refresh="never",
         **(LAYOUTS[layout] | settings),
     )
 

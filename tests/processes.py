@@ -28,9 +28,11 @@ import tiny
 from qtarget.training import forward
 from qtarget.training import trainer as trainer_module
 from runs import Weights, distance
+from test_trainer_old_policy import LR, by_hand
 
 FOLDER = Path(tempfile.mkdtemp())
-BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+# As Accelerate makes it for bf16, with what leaves a module rounded too.
+BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.bfloat16)
 
 
 def untied() -> nn.Module:
@@ -56,62 +58,97 @@ def ddp() -> Iterator[tuple[str, Weights, Weights]]:
 # -- FSDP2 -----------------------------------------------------------------------------------------
 
 
-def shard(model: nn.Module, own_head: bool, policy: MixedPrecisionPolicy | None) -> None:
+# Who else is in the head's group: the root, nobody, or the last norm, as Accelerate 1.15 groups them.
+HEADS = ("root", "own", "with the norm")
+
+
+def shard(model: nn.Module, head: str, policy: MixedPrecisionPolicy | None) -> None:
     more = {} if policy is None else {"mp_policy": policy}
     for layer in model.model.layers:
         fully_shard(layer, **more)
-    if own_head:
+    if head == "own":
         fully_shard(model.lm_head, **more)
+    if head == "with the norm":
+        fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False, **more)
     fully_shard(model, **more)
 
 
-def by_fully_shard(
-    name: str, layout: str, accumulation: int, own_head: bool, policy: MixedPrecisionPolicy | None = None
-) -> Weights:
-    """One step of SGD at learning rate 1 moves a weight by minus its gradient."""
-    make = untied if policy is None else in_float32
-    made = layouts.made_for(name, layout, FOLDER, make)
+def sharded(
+    name: str, layout: str, accumulation: int, head: str, policy: MixedPrecisionPolicy | None = None, **settings
+):
+    """A trainer whose models are sharded, the micro-batches of a step, and their denominator."""
+    made = layouts.made_for(name, layout, FOLDER, untied if policy is None else in_float32, **settings)
     layouts.in_one_step(made, accumulation, processes=2)
-    model = made.model.train()
-    shard(model, own_head, policy)
+    shard(made.model.train(), head, policy)
     for other in (made._others.teacher, made._others.reference):
         if other is not None:
-            shard(
-                other.float() if policy is not None else other,
-                own_head and not other.config.tie_word_embeddings,
-                policy,
-            )
+            shard(other if policy is None else other.float(), head, policy)
     made.current_gradient_accumulation_steps = accumulation
     batches = [made._prepare_inputs(batch) for batch in made.get_train_dataloader()]
     assert len(batches) == accumulation
-    count = made._get_num_items_in_batch(batches, made.args.device)
+    return made, batches, made._get_num_items_in_batch(batches, made.args.device)
+
+
+def by_fully_shard(
+    name: str, layout: str, accumulation: int, head: str, policy: MixedPrecisionPolicy | None = None
+) -> Weights:
+    """One step of SGD at learning rate 1 moves a weight by minus its gradient."""
+    made, batches, count = sharded(name, layout, accumulation, head, policy)
     for batch in batches:
-        made.compute_loss(model, batch, num_items_in_batch=count).backward()
-    return {n: -p.grad.full_tensor() for n, p in model.named_parameters() if isinstance(p, DTensor)}
+        made.compute_loss(made.model, batch, num_items_in_batch=count).backward()
+    return {n: -p.grad.full_tensor() for n, p in made.model.named_parameters() if isinstance(p, DTensor)}
+
+
+def three_steps(name: str, head: str, **settings) -> Weights:
+    """How far three steps of SGD move the weights: what was gathered for one step must not serve the next."""
+    made, batches, count = sharded(name, "padded", 2, head, **settings)
+    before = {n: p.detach().full_tensor() for n, p in made.model.named_parameters()}
+    for _ in range(3):
+        for batch in batches:
+            made.compute_loss(made.model, dict(batch), num_items_in_batch=count).backward()
+        with torch.no_grad():
+            for parameter in made.model.parameters():
+                parameter -= LR * parameter.grad
+                parameter.grad = None
+        made.state.global_step += 1
+    return {n: p.detach().full_tensor() - before[n] for n, p in made.model.named_parameters()}
 
 
 def fsdp2() -> Iterator[tuple[str, Weights, Weights]]:
     yield from mutants()
+    for head in HEADS:
+        for name in ("dft", "asft:kl_weight=0.8", "target-sft"):
+            wanted = layouts.by_autograd(name, "padded", untied, steps=3, lr=LR)
+            yield f"{name}, three steps, head {head}", three_steps(name, head), wanted
+        wanted = by_hand(untied(), layouts.documents("padded"), steps=3, interval=2)
+        yield f"psft refreshed every 2 steps, head {head}", three_steps("psft", head, psft_refresh=2), wanted
     for layout in layouts.LAYOUTS:
         for name in layouts.OBJECTIVES:
             wanted = layouts.by_autograd(name, layout, untied)
-            for own_head in (False, True):
+            for head in HEADS if layout == "padded" or name == "target-sft" else HEADS[:2]:
                 for accumulation in (1, 2, 4) if name == "target-sft" else (2,):
-                    got = by_fully_shard(name, layout, accumulation, own_head)
-                    head = "its own group" if own_head else "the root group"
-                    yield f"{name}, {layout}, accumulation {accumulation}, head in {head}", got, wanted
+                    got = by_fully_shard(name, layout, accumulation, head)
+                    yield f"{name}, {layout}, accumulation {accumulation}, head {head}", got, wanted
 
 
 def fsdp2_bf16() -> Iterator[tuple[str, Weights, Weights]]:
     """Under a bf16 policy, where logits have two or three digits and psft's clip falls otherwise: left out here."""
     for name in [name for name in layouts.OBJECTIVES if name != "psft"]:
         wanted = layouts.by_autograd(name, "bfd", untied)
-        for own_head in (False, True):
-            got = by_fully_shard(name, "bfd", 2, own_head, BF16)
-            yield f"{name}, bfd, bf16, head in {'its own' if own_head else 'the root'} group", got, wanted
-    yield "old_logps under bf16", *columns_under_bf16()
+        for head in HEADS:
+            yield f"{name}, bfd, bf16, head {head}", by_fully_shard(name, "bfd", 2, head, BF16), wanted
+    yield "digits: old_logps under bf16", *columns_under_bf16()
+    yield "digits: figures under bf16", *figures_under_bf16()
     with looked_into():
         yield "mutant: old_logps under bf16 in a dataclass", *columns_under_bf16()
+
+
+def figures_under_bf16() -> tuple[Weights, Weights]:
+    """sft's loss is the mean of the nll, and both leave the forward with all their digits."""
+    made, batches, _ = sharded("sft", "bfd", 1, "root", BF16)
+    loss = made.compute_loss(made.model, batches[0])
+    nll = made._sums["train"]._sums["nll"]
+    return {"loss": loss.detach()[None]}, {"loss": (nll[0] / nll[1])[None]}
 
 
 def columns_under_bf16() -> tuple[Weights, Weights]:
@@ -125,7 +162,7 @@ def columns_under_bf16() -> tuple[Weights, Weights]:
 
     forward.linear_target_loss = watched
     try:
-        by_fully_shard("psft", "bfd", 1, False, BF16)
+        by_fully_shard("psft", "bfd", 1, "root", BF16)
     finally:
         forward.linear_target_loss = real
     wanted = {number for row in layouts.data()["old_logps"] for number in row}
@@ -162,7 +199,7 @@ def mutants() -> Iterator[tuple[str, Weights, Weights]]:
     real = forward.whole
     forward.whole = lambda parameter, like: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     try:
-        got = by_fully_shard("dft", "padded", 2, own_head=True)
+        got = by_fully_shard("dft", "padded", 2, "own")
         yield "mutant: bare full_tensor", got, layouts.by_autograd("dft", "padded", untied)
     finally:
         forward.whole = real

@@ -105,8 +105,8 @@ def _spread(name: str, value: Any, labels: Sequence[int]) -> list:
     value = list(value)
     if len(value) != len(labels):
         raise ConfigError(
-            f"column {name} has {len(value)} numbers for {len(labels)} tokens; give one per input_id (pre-tokenised rows), "
-            "or one number per row"
+            f"column {name} has {len(value)} numbers for {len(labels)} tokens; give one per input_id (pre-tokenised "
+            "rows), or one number per row"
         )
     if name in _WHOLE:
         return [int(number) for number in value]

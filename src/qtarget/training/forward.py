@@ -51,14 +51,33 @@ class HeadTransform:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
+class Figures:
+    """What a loss says of itself: its value and per-token statistics of the shifted labels' shape, without a graph."""
+
+    def __init__(self, loss: Tensor, stats: dict[str, Tensor]):
+        self.loss = loss.detach()
+        self.stats = {name: value.detach() for name, value in stats.items()}
+
+
 @dataclass
 class TargetLossOutput(ModelOutput):
-    """loss: a scalar with a graph. stats: per-token tensors of the shifted labels' shape. aux_loss: of a mixture of
-    experts, unweighted."""
+    """What leaves the wrapped forward, which mixed precision may round on the way out (``output_dtype``).
+
+    loss: a scalar with a graph. aux_loss: of a mixture of experts, unweighted. figures: opaque, so that no digit of them
+    is lost.
+    """
 
     loss: Tensor | None = None
-    stats: dict[str, Tensor] | None = None
     aux_loss: Tensor | None = None
+    figures: Figures | None = None
+
+    @property
+    def exact_loss(self) -> Tensor:
+        """The loss with its graph and with every digit of its value."""
+        assert self.loss is not None and self.figures is not None
+        exact = self.figures.loss
+        rounded = self.loss.to(exact.dtype)
+        return rounded + (exact - rounded.detach())
 
 
 @dataclass
@@ -131,7 +150,8 @@ class LossCall:
             loss = output.loss if loss is None else loss + output.loss
             for name, value in output.stats.items():
                 stats[name] = torch.where(mine != -100, value, stats[name]) if name in stats else value
-        return TargetLossOutput(loss=loss, stats=stats)
+        assert loss is not None
+        return TargetLossOutput(loss=loss, figures=Figures(loss, stats))
 
 
 class StatesCall:

@@ -32,6 +32,11 @@ class OldPolicy:
         self._kept: dict[str, Tensor] = {}
 
     def _trainable(self) -> dict[str, nn.Parameter]:
+        """The trainable weights as this process keeps them. FSDP2 leaves what a forward without backward gathered in
+        the model, where it would hide the shards and serve the next forward after a swap."""
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
 
     @torch.no_grad()
@@ -70,9 +75,6 @@ class OldPolicy:
             now = here.clone()  # one parameter at a time: a second full copy is never held
             here.copy_(kept)
             kept.copy_(now)
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # or the next forward would go on with weights gathered before the swap
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

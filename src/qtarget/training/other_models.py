@@ -202,7 +202,7 @@ class OtherModels:
 
     def _label_logps(self, model: Any, inputs: dict[str, Any], labels: Tensor) -> Tensor:
         call = LossCall([presets.build("sft")], labels, {}, {}, self._vocab_size, None, "basic")
-        nll = model(**inputs, qtarget=call).stats["nll"]
+        nll = model(**inputs, qtarget=call).figures.stats["nll"]
         return torch.nn.functional.pad(-nll.nan_to_num(0.0), (1, 0))
 
 

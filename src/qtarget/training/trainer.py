@@ -254,7 +254,7 @@ class QTargetTrainer(SFTTrainer):
     def _scaled(self, output: Any, num_items: Tensor | int | None, training: bool) -> Tensor:
         """The loss as the trainer wants it: DDP averages what was divided by a count over all processes, and the
         auxiliary loss is a mean of its micro-batch."""
-        loss = output.loss
+        loss = output.exact_loss
         if training and num_items is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         if output.aux_loss is not None:
@@ -266,14 +266,14 @@ class QTargetTrainer(SFTTrainer):
         return loss
 
     def _record(self, output: Any, labels: Tensor, columns: dict[str, Tensor], training: bool) -> None:
-        stats = {name: value.detach() for name, value in output.stats.items()}
+        stats = output.figures.stats
         source = columns.get(SOURCE_ID)
         source = None if source is None else source[:, 1:]
         if training:
             self._sums["train"].add(stats, source)
         else:
             tokens = (labels[:, 1:] != -100).sum().clamp(min=1)
-            self._sums["eval"].add(stats, source, loss_sum=output.loss.detach() * tokens)
+            self._sums["eval"].add(stats, source, loss_sum=output.figures.loss * tokens)
 
     def _check_transform(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Once: logits rebuilt from hidden states are the model's own, for the student and every other model."""
@@ -337,7 +337,8 @@ class QTargetTrainer(SFTTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        ahead = self._objective.requires_from(self._step, self._total_steps) | self._eval_objective.requires
+        objectives = self._objective, self._eval_objective
+        ahead = frozenset().union(*(o.requires_from(self._step, self._total_steps) for o in objectives))
         if self.args.weights == "online" and "weight" in ahead:
             ahead |= {"reference"}
         self._others.release(ahead)
@@ -369,9 +370,10 @@ class QTargetTrainer(SFTTrainer):
         assert self.model is not None
         if self.model.training and "eval_loss" not in logs:
             means = self._sums["train"].read(self.accelerator)
-            logs.update(_with_trl_names(means))
-            logs.update(self._objective.values(max(self._step - 1, 0), self._total_steps))  # of the step just done
-            self._tell_matching_rate(logs)
+            if means:  # else it is the summary at the end of training
+                logs.update(_with_trl_names(means))
+                logs.update(self._objective.values(max(self._step - 1, 0), self._total_steps))  # of the step just done
+                self._tell_matching_rate(logs)
         super().log(logs, start_time)
 
     def _tell_matching_rate(self, logs: dict[str, float]) -> None:
