@@ -185,14 +185,14 @@ def memory_of(method: str, tokens: int, width: int) -> float:
     tiny = Inputs(8, width)
     function(tiny).backward()  # libraries' own buffers are not the method's
     del tiny
-    resident = _status("VmRSS")
+    resident = process_status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     function(x).backward()
     outputs = 4 * (x.hidden.numel() + x.weight.numel())
-    return max(0.0, _status("VmHWM") - resident - outputs) / (tokens * VOCAB * 4)
+    return max(0.0, process_status("VmHWM") - resident - outputs) / (tokens * VOCAB * 4)
 
 
-def _status(field: str) -> int:
+def process_status(field: str) -> int:
     """Bytes of a line of /proc/self/status. (getrusage's peak is handed on from the parent process.)"""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
