@@ -322,8 +322,7 @@ class QTargetTrainer(SFTTrainer):
             name = args.teacher_model_name_or_path or self._others.teacher_name
             teacher = f"{name} (revision {args.teacher_model_revision or 'default'})"
         if "reference" in requires or (args.weights == "online" and "weight" in requires):
-            own = "the adapters off" if self._others.has_adapters else "the weights at the start"
-            name = args.reference_model_name_or_path or self._others.reference_name or own
+            name = args.reference_model_name_or_path or self._others.reference_name or "the adapters off"
             reference = f"{name} (revision {args.reference_model_revision or 'default'})"
         return identity.identity(args, self._objective, teacher, reference)
 
