@@ -63,6 +63,19 @@ def world(tmp_path_factory) -> dict[str, Path]:
     rows_file(root / "weights", "train", token_rows(weight=lambda ids: 0.5 + len(ids) % 2))
     rows_file(root / "negative", "train", token_rows(weight=lambda ids: -1.0))
     rows_file(root / "short", "train", token_rows(weight=lambda ids: [1.0] * (len(ids) - 2)))
+    uneven = token_rows(weight=lambda ids: [1.0] * len(ids))
+    uneven[2]["weight"] = uneven[2]["weight"][2:]
+    rows_file(root / "one_short", "train", uneven)
+    rows_file(root / "packed", "train", [{**row, "seq_lengths": [8, 12]} for row in token_rows()])
+    rows_file(
+        root / "sources",
+        "train",
+        [{**row, "source": s} for row, s in zip(token_rows(), ["math", "chat"] * 2, strict=True)],
+    )
+    share = {"schedule": "linear", "from": 0.0, "to": 1.0, "steps": 9}
+    for name, target in (("stopped", "dft"), ("scheduled", {"preset": "dft", "share": share})):
+        checkpoint = rows_file(root / name / "checkpoint-5", "state", [])
+        (checkpoint / "qtarget.json").write_text(json.dumps({"target": target, "denominator": "all_labels"}))
     (root / "a_file").write_text("not a folder")
     rows_file(root / "other_run" / "checkpoint-5", "state", [])
     (root / "not_yaml.yaml").write_text("target: [dft\nlearning_rate: 1")
@@ -128,7 +141,42 @@ REFUSALS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "weights too short": (
         ["--target", "iw-sft", "--dataset_name", "ROOT/short"],
-        ["column weight has 18 numbers for a row of 20"],
+        ["row 0 of the train dataset: column weight has 18 numbers for 20 tokens"],
+    ),
+    "one weight in the middle too short": (
+        ["--target", "iw-sft", "--dataset_name", "ROOT/one_short"],
+        ["row 2 of the train dataset: column weight has 18 numbers for 20 tokens"],
+    ),
+    "no generation markers": (
+        ["--assistant_only_loss", "true", "--target", "sft"],
+        ["the chat template has no {% generation %} markers"],
+    ),
+    "packed under an all-ones mask": (
+        ["--target", "sft", "--dataset_name", "ROOT/packed"],
+        ["the train dataset is packed (column seq_lengths), but its batches would get an all-ones mask"],
+    ),
+    "unknown source": (
+        ["--target", "none", "--targets", "{math: dft}", "--dataset_name", "ROOT/sources"],
+        ["row 1 of the train dataset: source is 'chat', which targets does not name; add it there (it has math)"],
+    ),
+    "a schedule out of range": (
+        ["--target", "{preset: target-sft, eta: {schedule: linear, from: 0, to: 2}}"],
+        ["on the schedule eta 0 → 2 (linear, the whole run)", "eta is 2.0; use a number from 0 to 1"],
+    ),
+    "resume with another target": (
+        ["--output_dir", "ROOT/stopped", "--resume_from_checkpoint", "true"],
+        [
+            'target is {"preset": "target-sft", "eta": 0.5',
+            "but the checkpoint",
+            "was trained with 'dft'; resume with that, or start anew",
+        ],
+    ),
+    "resume with another schedule": (
+        [
+            *("--output_dir", "ROOT/scheduled", "--resume_from_checkpoint", "true"),
+            *("--target", "{preset: dft, warmup_from_sft: 5}"),
+        ],
+        ['"to": 1.0, "steps": 5}}, but the checkpoint', '"to": 1.0, "steps": 9}}; resume with that'],
     ),
     "adapter on the head": (
         ["--use_peft", "--lora_target_modules", "q_proj", "lm_head"],

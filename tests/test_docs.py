@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import qtarget as qt
+import tiny
 from qtarget.targets import presets, residual, target, trust
 
 ROOT = Path(__file__).parent.parent
@@ -75,3 +79,46 @@ def test_the_plain_loop_learns(name):
     if name == "target-sft":  # the teacher is the start: the first step is dft's
         first = load_example("plain_loop").train(LlamaForCausalLM(config), 1, qt.preset("dft"), 3e-3)
         assert set(first[0]) == set(records[0])
+
+
+def test_training_page_lists_our_fields_as_they_are():
+    """Each field that TRL's config has not, once, with its default."""
+    from trl import SFTConfig
+
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    table = re.search(r"<!-- fields.*?-->\n(.*)\n<!-- end of fields", page, re.S)
+    assert table is not None
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()[2:]]
+    written = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+    theirs = {field.name for field in dataclasses.fields(SFTConfig)}
+    ours = {field.name: field.default for field in dataclasses.fields(qt.QTargetConfig) if field.init}
+    assert sorted(written) == sorted({*(ours.keys() - theirs), "loss_type"})
+    for row in rows:
+        for name in re.findall(r"`(\w+)`", row[0]):
+            if ours[name] is not None:
+                assert row[1] == str(ours[name]), name
+
+
+def test_links_of_the_pages_lead_somewhere():
+    for page in (ROOT / "docs").glob("*.md"):
+        for link in re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_trls_own_script_with_two_lines_changed(tmp_path):
+    """As it stands, but for the names of model and dataset: no hub is asked in a test."""
+    model, data = tmp_path / "model", tmp_path / "data"
+    tiny.llama().save_pretrained(model)
+    tiny.tokenizer().save_pretrained(model)
+    data.mkdir()
+    rows = [{"messages": row["prompt"] + row["completion"]} for row in tiny.conversations(4)]
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script = (ROOT / "examples" / "two_lines.py").read_text(encoding="utf-8")
+    for name, folder in (("Qwen/Qwen3-0.6B", model), ("trl-lib/Capybara", data)):
+        assert name in script
+        script = script.replace(name, str(folder))
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "target dft: L = −sg(p_y) log p_y" in done.stdout
+    assert (tmp_path / "model-QTarget" / "checkpoint-3" / "qtarget.json").exists()
