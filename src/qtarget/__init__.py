@@ -19,6 +19,8 @@ _WHERE = {
     "linear_target_loss": "qtarget.losses",
     "target_distribution": "qtarget.losses",
     "target_loss": "qtarget.losses",
+    "InducedTarget": "qtarget.targets.induced",
+    "induced_target": "qtarget.targets.induced",
     "Target": "qtarget.targets",
     "QTargetConfig": "qtarget.training",
     "QTargetTrainer": "qtarget.training",
@@ -33,11 +35,13 @@ _MODULES = {
 __all__ = [
     "ConfigError",
     "Head",
+    "InducedTarget",
     "LossOutput",
     "QTargetConfig",
     "QTargetTrainer",
     "Target",
     "TopK",
+    "induced_target",
     "linear_target_loss",
     "preset",
     "presets",
@@ -51,6 +55,7 @@ if TYPE_CHECKING:
     from qtarget.errors import ConfigError
     from qtarget.losses import Head, LossOutput, TopK, linear_target_loss, target_distribution, target_loss
     from qtarget.targets import Target, presets, residual, trust
+    from qtarget.targets.induced import InducedTarget, induced_target
     from qtarget.targets.presets import build as preset
     from qtarget.training import QTargetConfig, QTargetTrainer
 
