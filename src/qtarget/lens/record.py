@@ -1,0 +1,213 @@
+"""What a capture keeps: a folder with three Parquet files and a manifest. docs/lens.md describes it for other tools.
+
+    manifest.json     format, model, teacher, reference, tokenizer, settings, counts
+    rows.parquet      a line per row:   row, input_ids, supervised
+    tokens.parquet    a line per supervised token, see ``TOKEN_COLUMNS``
+    vocab.parquet     a line per id that occurs:   id, text, special
+
+A token's ``ids`` are the union of the k likeliest tokens of student, teacher and reference and the label; every model's
+log-probabilities stand at all of them, and what is left over is its tail.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qtarget.errors import ConfigError
+
+FORMAT = 1
+OTHERS = ("teacher", "reference")
+SIGNALS = ("weight", "critical", "old_logps")
+_FILES = ("rows.parquet", "tokens.parquet", "vocab.parquet")
+
+ROW_SCHEMA = pa.schema([("row", pa.int32()), ("input_ids", pa.list_(pa.int32())), ("supervised", pa.list_(pa.bool_()))])
+VOCAB_SCHEMA = pa.schema([("id", pa.int32()), ("text", pa.string()), ("special", pa.bool_())])
+
+
+def token_schema(others: Iterable[str] = (), signals: Iterable[str] = ()) -> pa.Schema:
+    """Columns of tokens.parquet.
+
+    row, position: the label is ``input_ids[position]`` of that row. rank: of the label, 0 is the likeliest.
+    entropy: of the student, nats. ids: see the module. student: log-probabilities at ``ids``; student_tail: log of the
+    mass outside them; student_floor: log-probability of the k-th likeliest token, which none outside exceeds. The same
+    for teacher and reference, with their log-probability of the label. weight, critical, old_logps: the dataset's.
+    """
+    fields = [
+        ("row", pa.int32()),
+        ("position", pa.int32()),
+        ("label", pa.int32()),
+        ("log_p_y", pa.float32()),
+        ("rank", pa.int32()),
+        ("entropy", pa.float32()),
+        ("ids", pa.list_(pa.int32())),
+    ]
+    for model in ("student", *others):
+        fields += [(model, pa.list_(pa.float32())), (f"{model}_tail", pa.float32()), (f"{model}_floor", pa.float32())]
+    fields += [(f"{model}_log_p_y", pa.float32()) for model in others]
+    fields += [(name, pa.float32()) for name in signals]
+    return pa.schema(fields)
+
+
+@dataclass
+class Record:
+    """A capture in memory.
+
+    Attributes:
+        manifest: what was captured, by whom.
+        rows: [{row, input_ids, supervised}].
+        tokens: column → list, in order of row and position.
+        vocab: id → (text, whether it is a special token).
+    """
+
+    manifest: dict[str, Any]
+    rows: list[dict[str, Any]]
+    tokens: dict[str, list]
+    vocab: dict[int, tuple[str, bool]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.tokens["row"])
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Of teacher and reference, those that were captured."""
+        return tuple(name for name in OTHERS if name in self.tokens)
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Of weight, critical and old_logps, those the dataset had."""
+        return tuple(name for name in SIGNALS if name in self.tokens)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the real vocabulary."""
+        return self.manifest["vocab_size"]
+
+    def padded(self, name: str, fill: float) -> np.ndarray:
+        """[tokens, widest] of a column of lists, float64 or int64, ``fill`` behind each list's end."""
+        lists = self.tokens[name]
+        width = max((len(values) for values in lists), default=0)
+        dtype = np.int64 if name == "ids" else np.float64
+        out = np.full((len(lists), width), fill, dtype=dtype)
+        for line, values in zip(out, lists, strict=True):
+            line[: len(values)] = values
+        return out
+
+    def numbers(self, name: str) -> np.ndarray:
+        """[tokens] of a column of numbers, float64."""
+        return np.asarray(self.tokens[name], dtype=np.float64)
+
+
+class Writer:
+    """Writes a record as it comes, row after row, so that nothing but the present batch is in memory."""
+
+    def __init__(self, folder: str | Path, others: Iterable[str], signals: Iterable[str]):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        schema = token_schema(others, signals)
+        self._tokens = pq.ParquetWriter(self.folder / "tokens.parquet", schema, compression="zstd")
+        self._rows = pq.ParquetWriter(self.folder / "rows.parquet", ROW_SCHEMA, compression="zstd")
+        self.used: set[int] = set()
+        self.counts = {"rows": 0, "tokens": 0}
+
+    def add(self, rows: list[dict[str, Any]], tokens: dict[str, list]) -> None:
+        self._rows.write_table(pa.Table.from_pylist(rows, schema=ROW_SCHEMA))
+        self._tokens.write_table(pa.Table.from_pydict(tokens, schema=self._tokens.schema))
+        self.counts["rows"] += len(rows)
+        self.counts["tokens"] += len(tokens["row"])
+        for row in rows:
+            self.used.update(row["input_ids"])
+        for ids in tokens["ids"]:
+            self.used.update(ids)
+
+    def close(self, manifest: dict[str, Any], text_of: Any, special: Iterable[int]) -> None:
+        """Write the vocabulary and, last of all, the manifest: a folder without one is not a record."""
+        self._rows.close()
+        self._tokens.close()
+        ids, special = sorted(self.used), set(special)
+        table = pa.Table.from_pydict(
+            {"id": ids, "text": [text_of(i) for i in ids], "special": [i in special for i in ids]}, schema=VOCAB_SCHEMA
+        )
+        pq.write_table(table, self.folder / "vocab.parquet", compression="zstd")
+        whole = {"format": FORMAT, **manifest, **self.counts}
+        (self.folder / "manifest.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+
+
+def read(folder: str | Path) -> Record:
+    """A record from its folder.
+
+    Raises:
+        ConfigError: no record there, one of another format, a truncated or foreign file, or no token in it.
+    """
+    folder = Path(folder)
+    manifest = _manifest(folder)
+    tables = {}
+    for name in _FILES:
+        try:
+            tables[name] = pq.read_table(folder / name)
+        except (OSError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"{folder / name} cannot be read ({reason}); capture again: qtarget lens capture"
+            ) from None
+    _check_columns(folder, tables)
+    record = Record(
+        manifest,
+        tables["rows.parquet"].to_pylist(),
+        tables["tokens.parquet"].to_pydict(),
+        {line["id"]: (line["text"], line["special"]) for line in tables["vocab.parquet"].to_pylist()},
+    )
+    if len(record) != manifest["tokens"] or len(record.rows) != manifest["rows"]:
+        counted, said = (
+            f"{len(record)} tokens in {len(record.rows)} rows",
+            f"{manifest['tokens']} in {manifest['rows']}",
+        )
+        raise ConfigError(f"{folder} holds {counted} where its manifest says {said}; it was cut short: capture again")
+    if not len(record):
+        raise ConfigError(f"{folder} holds no supervised token; capture rows that have some")
+    return record
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    file = folder / "manifest.json"
+    if not file.is_file():
+        raise ConfigError(f"{str(folder)!r} is no capture: it has no manifest.json; make one with qtarget lens capture")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); capture again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        got = manifest.get("format") if isinstance(manifest, dict) else manifest
+        raise ConfigError(f"{file} has format {got!r}, and this version reads {FORMAT}; capture again")
+    return manifest
+
+
+def _check_columns(folder: Path, tables: dict[str, pa.Table]) -> None:
+    have = set(tables["tokens.parquet"].column_names)
+    others = [name for name in OTHERS if name in have]
+    wanted = {
+        "rows.parquet": set(ROW_SCHEMA.names),
+        "vocab.parquet": set(VOCAB_SCHEMA.names),
+        "tokens.parquet": set(token_schema(others).names),
+    }
+    for name, table in tables.items():
+        if missing := sorted(wanted[name] - set(table.column_names)):
+            raise ConfigError(
+                f"{folder / name} lacks the columns {', '.join(missing)}; it is no capture of this program"
+            )
+
+
+def rows_of(record: Record) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """Each row with the numbers of its tokens."""
+    places: dict[int, list[int]] = {}
+    for number, row in enumerate(record.tokens["row"]):
+        places.setdefault(row, []).append(number)
+    for row in record.rows:
+        yield row, places.get(row["row"], [])

@@ -1,0 +1,278 @@
+"""Any target from a record, without a model: what it would have taught, and how far the missing tails may matter.
+
+A record keeps every model's log-probabilities at the ids of a token and the mass outside them. What a target does there
+is computed as written; a residual's share of the tail is bounded from that mass, from the largest probability that can
+be in it, and from the number of tokens outside. The middle of the bounds is shown, the distance to them is the error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from qtarget.errors import ConfigError
+from qtarget.lens.record import OTHERS, Record
+from qtarget.targets import Target, TokenStats
+from qtarget.targets.residual import Pool
+
+# A mean error of the update or of Q from which a figure is called unreliable: five percent of probability.
+UNRELIABLE = 0.05
+# Without a captured column: the weight of a plain row, every token critical, an old policy refreshed just now (r = 1).
+_WITHOUT_COLUMN = {"weight": "1", "critical": "1", "old_logps": "the student's own, so r = 1"}
+
+
+@dataclass
+class Figures:
+    """What a target does to each token of a record: arrays [tokens], float64, unless said otherwise.
+
+    Attributes:
+        trust: a, the label's weight. residual_mass: Σ b. update: ½‖p − Q‖₁.
+        update_error: the update is off by at most this, for what is not known of the tails.
+        q: [tokens, ids] the induced target Q = p − g at the record's ids. q_tail: its mass outside them.
+        q_error: total variation between Q and the true target, both with the tail as one entry, is at most this.
+        off_simplex: booleans, Q has a negative entry among the ids.
+        residual: [tokens, ids] the residuals' own mixture Σ b R / Σ b, NaN where there is none. residual_tail: outside.
+        notes: what was assumed, and where k is too small.
+    """
+
+    trust: np.ndarray
+    residual_mass: np.ndarray
+    update: np.ndarray
+    update_error: np.ndarray
+    q: np.ndarray
+    q_tail: np.ndarray
+    q_error: np.ndarray
+    off_simplex: np.ndarray
+    residual: np.ndarray
+    residual_tail: np.ndarray
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A target over a whole record, means over tokens.
+
+    update_vs_sft: its update over plain SFT's. lr_factor: by which plain SFT's learning rate would have to be multiplied
+    for the same step under SGD. carries_90: share of tokens that carry 90 % of the update.
+    """
+
+    trust: float
+    residual_mass: float
+    update: float
+    update_vs_sft: float
+    lr_factor: float
+    carries_90: float
+    off_simplex: float
+    update_error: float
+    q_error: float
+
+    @property
+    def reliable(self) -> bool:
+        """Whether k is large enough for this target."""
+        return max(self.update_error, self.q_error) <= UNRELIABLE
+
+
+class Replay:
+    """Replays targets on a record.
+
+    Args:
+        record: see ``record.read``.
+    """
+
+    def __init__(self, record: Record):
+        self.record = record
+        self.ids = record.padded("ids", -1)
+        self.there = self.ids >= 0
+        self.logps = {name: record.padded(name, -np.inf) for name in ("student", *record.others)}
+        self.tail = {name: np.exp(record.numbers(f"{name}_tail")) for name in self.logps}
+        self.floor = {name: record.numbers(f"{name}_floor") for name in self.logps}
+        self.outside = record.vocab_size - self.there.sum(1).astype(np.float64)
+        self.log_p_y = record.numbers("log_p_y")
+        self.p = np.exp(self.logps["student"])
+        self.is_label = self.ids == np.asarray(record.tokens["label"])[:, None]
+
+    def figures(self, target: Target) -> Figures:
+        """What the target teaches each token.
+
+        Raises:
+            ConfigError: it needs a model that was not captured.
+        """
+        for name in OTHERS:
+            if name in target.requires and name not in self.logps:
+                raise ConfigError(
+                    f"target {target} needs a {name}, which this capture has not; capture again with "
+                    f"{name}_model_name_or_path"
+                )
+        notes: list[str] = []
+        pools = [(factor, *self._residual(pool)) for factor, pool in target.residual_terms]
+        a, b, unsure = self._weights(target, notes)
+        p, p_tail = self.p, self.tail["student"]
+        left = 1 - a - sum(b, np.zeros_like(a))
+        q = a[:, None] * self.is_label + left[:, None] * p
+        q_tail = left * p_tail
+        q_error = unsure * (np.abs(a) + sum(np.abs(weight) for weight in b)) if b else unsure
+        mixed, mixed_tail = np.zeros_like(q), np.zeros_like(a)
+        most = np.abs(a) * p_tail
+        for weight, (_, R, R_tail, error, R_most) in zip(b, pools, strict=True):
+            q, q_tail = q + weight[:, None] * R, q_tail + weight * R_tail
+            mixed, mixed_tail = mixed + weight[:, None] * R, mixed_tail + weight * R_tail
+            q_error = q_error + np.abs(weight) * error
+            most = most + np.abs(weight) * (p_tail + R_most)
+        q = np.where(self.there, q, 0.0)
+        tail = np.abs(p_tail - q_tail)
+        # With no residual of its own every tail entry moves the same way, and the sum of moves is the move of the sum.
+        unknown = np.maximum(most - tail, 0.0) / 2 if pools else np.zeros_like(a)
+        mass = sum(b, np.zeros_like(a))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            residual = np.where(mass[:, None] != 0, mixed / mass[:, None], np.nan)
+            residual_tail = np.where(mass != 0, mixed_tail / mass, np.nan)
+        return Figures(
+            trust=a,
+            residual_mass=mass,
+            update=(np.abs(np.where(self.there, p - q, 0.0)).sum(1) + tail) / 2,
+            update_error=unknown + q_error,
+            q=q,
+            q_tail=q_tail,
+            q_error=q_error,
+            off_simplex=((q < -1e-6) & self.there).any(1) | (q_tail < -1e-6),
+            residual=residual,
+            residual_tail=residual_tail,
+            notes=notes,
+        )
+
+    def summary(self, figures: Figures) -> Summary:
+        """The target over all tokens."""
+        update, sft = figures.update.mean(), -np.expm1(self.log_p_y).mean()
+        ordered = np.sort(figures.update)[::-1].cumsum()
+        carriers = int(np.searchsorted(ordered, 0.9 * ordered[-1]) + 1) if ordered[-1] > 0 else 0
+        share = update / sft if sft > 0 else np.nan
+        return Summary(
+            trust=float(figures.trust.mean()),
+            residual_mass=float(figures.residual_mass.mean()),
+            update=float(update),
+            update_vs_sft=float(share),
+            lr_factor=float(1 / share) if share > 0 else float("nan"),
+            carries_90=carriers / len(figures.update),
+            off_simplex=float(figures.off_simplex.mean()),
+            update_error=float(figures.update_error.mean()),
+            q_error=float(figures.q_error.mean()),
+        )
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def _weights(self, target: Target, notes: list[str]) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+        """(a, [b_j], by what share of themselves they are unsure)."""
+        values = {
+            "log_p_y": self.log_p_y,
+            "rest_mass": -np.expm1(self.log_p_y),
+            "entropy": self.record.numbers("entropy"),
+        }
+        for name in self.record.others:
+            values[f"{name}_log_p_y"] = self.record.numbers(f"{name}_log_p_y")
+        for name, taken in _WITHOUT_COLUMN.items():
+            if name in self.record.signals:
+                values[name] = self.record.numbers(name)
+            elif name in target.needs:
+                values[name] = self.log_p_y if name == "old_logps" else np.ones_like(self.log_p_y)
+                notes.append(f"column {name} was not captured and is taken as {taken}")
+        unsure = np.zeros_like(self.log_p_y)
+        if "offset_mass" in target.needs:
+            values["offset_mass"], unsure = self._offset_mass(target.residual_terms[0][1])
+            unsure = unsure / values["offset_mass"]
+
+        def top_k_entropy(k: int) -> torch.Tensor:
+            kept = self.record.manifest["top_k"]
+            if k > kept:
+                notes.append(
+                    f"top_k is {k}, but only the {kept} likeliest tokens were captured; capture with --top_k {k}"
+                )
+            top = -np.sort(-self.logps["student"], axis=1)[:, : min(k, kept)]
+            p = np.exp(top - np.logaddexp.reduce(top, axis=1, keepdims=True))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                return torch.from_numpy(-np.where(p > 0, p * np.log(p), 0.0).sum(1))
+
+        stats = TokenStats({name: torch.from_numpy(v) for name, v in values.items()}, top_k_entropy, target.needs)
+        a, b = target.weights(stats)
+        return a.numpy(), [weight.numpy() for weight in b], unsure
+
+    def _offset_mass(self, pool: Pool) -> tuple[np.ndarray, np.ndarray]:
+        """Σ_v q_v w_v of a residual with an elementwise offset, and at most how far off it is: [tokens] each."""
+        plain = Pool(student=pool.student, teacher=pool.teacher, reference=pool.reference)
+        inside, whole = np.exp(self._scores(pool)).sum(1), np.exp(self._scores(plain)).sum(1)
+        shown, low, high = self._tail(plain)
+        middle, cap = self._tail_offsets(pool)
+        mass = (inside + middle * shown) / (whole + shown)
+        most = np.maximum(*((inside + cap * tail) / (whole + tail) for tail in (low, high)))
+        return mass, np.maximum(most - mass, mass - inside / (whole + high))
+
+    def _tail_offsets(self, pool: Pool) -> tuple[np.ndarray, np.ndarray]:
+        """The offset w of a token outside the ids: of an average one, and the most it can be. [tokens] each."""
+        assert pool.offset_slope is not None
+        with np.errstate(divide="ignore", invalid="ignore"):
+            average = np.where(self.outside > 0, np.log(self.tail["student"] / self.outside), -np.inf)
+        w = [np.exp(_log_sigmoid(pool.offset_slope * (at - self.log_p_y))) for at in (average, self.floor["student"])]
+        return w[0], w[1]
+
+    # -- residuals -----------------------------------------------------------------------------------------------
+
+    def _scores(self, pool: Pool) -> np.ndarray:
+        """Pooled log-probabilities at the ids, up to a constant: [tokens, ids], −inf behind each list's end."""
+        scores = np.zeros_like(self.p)
+        for name, coefficient in pool.terms.items():
+            scores = scores + coefficient * np.where(self.there, self.logps[name], 0.0)
+        if pool.offset_slope is not None:
+            scores = scores + _log_sigmoid(pool.offset_slope * (self.logps["student"] - self.log_p_y[:, None]))
+        return np.where(self.there, scores, -np.inf)
+
+    def _tail(self, pool: Pool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What the pool's exponentials sum to outside the ids: (shown, at least, at most), [tokens] each."""
+        n, terms = self.outside, pool.terms
+        masses = {name: np.where(n > 0, self.tail[name], 0.0) for name in terms}
+        total = sum(terms.values())
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            if pool.offset_slope is not None:
+                plain = Pool(student=pool.student, teacher=pool.teacher, reference=pool.reference)
+                shown, low, high = self._tail(plain)
+                middle, cap = self._tail_offsets(pool)
+                return shown * middle, np.zeros_like(low), high * cap
+            if not terms:
+                return n, n, n
+            if len(terms) == 1:
+                ((name, c),) = terms.items()
+                M, cap = masses[name], np.exp(self.floor[name])
+                even, concentrated = _times(n ** (1 - c), M**c), _times(cap ** (c - 1), M)
+                # Σ xᶜ over parts of M, none above the cap: equal parts are one end and as few as may be the other.
+                low, high = np.minimum(even, concentrated), np.maximum(even, concentrated)
+                if c > 1:
+                    high = np.minimum(high, M**c)
+                return np.sqrt(low * high), low, high
+            # Hölder: Σ Π xᶜ ≤ n^(1 − Σc) Π M^c, and Π M^c where Σ c ≥ 1. It is reached where the tails have one shape.
+            high = n ** max(0.0, 1 - total) * np.prod([masses[name] ** c for name, c in terms.items()], axis=0)
+            high = np.where(n > 0, high, 0.0)
+            if any(c < 0 for c in terms.values()):
+                high = np.full_like(high, np.inf)
+        return high, np.zeros_like(high), high
+
+    def _residual(self, pool: Pool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(R at the ids, its tail, at most off by in total variation, at most the tail)."""
+        scores = self._scores(pool)
+        shift = scores.max(1)
+        x = np.exp(scores - shift[:, None])
+        with np.errstate(over="ignore", invalid="ignore"):
+            shown, low, high = (_times(np.exp(-shift), tail) for tail in self._tail(pool))
+            total = x.sum(1) + shown
+            least, most = low / (x.sum(1) + low), np.where(np.isinf(high), 1.0, high / (x.sum(1) + high))
+            here = np.where(np.isinf(total), 1.0, shown / total)
+        R = x * ((1 - here) / x.sum(1))[:, None]
+        return R, here, np.maximum(most - here, here - least), most
+
+
+def _times(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """x · y with 0 · ∞ = 0: nothing outside, whatever its exponent."""
+    return np.where(y == 0, 0.0, x * y)
+
+
+def _log_sigmoid(x: np.ndarray) -> np.ndarray:
+    return -np.logaddexp(0.0, -x)

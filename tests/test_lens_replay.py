@@ -1,0 +1,135 @@
+"""Replayed from the kept entries alone, a target is the oracle's on full logits, within the error shown."""
+
+import numpy as np
+import pytest
+import torch
+
+import lens_records
+import qtarget as qt
+from lens_records import from_logits
+from published import CASES, label_log_p
+from qtarget import ConfigError
+from qtarget.lens.replay import Replay
+
+N, V, K = 200, 300, 20
+Z = lens_records.logits(N, V)
+Y = lens_records.labels_for(Z)
+generator = torch.Generator().manual_seed(3)
+GIVEN = {
+    "teacher_logits": Z + lens_records.logits(N, V, 1, 1.5),
+    "reference_logits": Z + lens_records.logits(N, V, 2, 0.3),
+    "weight": 3 * torch.rand(N, generator=generator).double(),
+    "critical": torch.randint(0, 2, (N,), generator=generator).double(),
+    "old_logps": label_log_p(Z, Y) - 0.3 * torch.randn(N, generator=generator).double(),
+}
+
+
+def record(k=K):
+    return from_logits(
+        Z,
+        Y,
+        teacher=GIVEN["teacher_logits"],
+        reference=GIVEN["reference_logits"],
+        k=k,
+        **{name: GIVEN[name] for name in ("weight", "critical", "old_logps")},
+    )
+
+
+REPLAY = Replay(record())
+EVERYTHING = Replay(record(k=V))
+
+
+def oracle(target, needs):
+    needed = {name: GIVEN[name] for name in needs if name != "vocab_size"}
+    stats = qt.target_loss(Z, Y, target, stats="all", **needed).stats
+    return stats, qt.target_distribution(Z, Y, target, **needed).numpy()
+
+
+def bucketed(replay, q):
+    """Q at the record's ids and its mass outside."""
+    inside = np.where(replay.there, np.take_along_axis(q, replay.ids.clip(0), 1), 0.0)
+    return inside, q.sum(1) - inside.sum(1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_a_target_is_the_oracles_within_the_error_shown(case):
+    target = qt.preset(case.preset, **case.hyperparameters)
+    stats, q = oracle(target, case.needs)
+    figures = REPLAY.figures(target)
+    slack = 1e-9
+    assert (np.abs(figures.trust - stats["trust"].numpy()) <= 1e-6 + figures.q_error).all()
+    inside, outside = bucketed(REPLAY, q)
+    distance = (np.abs(figures.q - inside).sum(1) + np.abs(figures.q_tail - outside)) / 2
+    assert (distance <= figures.q_error + slack).all()
+    assert (np.abs(figures.update - stats["update"].numpy()) <= figures.update_error + slack).all()
+    if not target.residual_terms:
+        assert figures.update_error.max() == 0, "a target whose residual is the student has no unknown"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_with_the_whole_vocabulary_nothing_is_unknown(case):
+    target = qt.preset(case.preset, **case.hyperparameters)
+    stats, q = oracle(target, case.needs)
+    figures = EVERYTHING.figures(target)
+    assert max(figures.q_error.max(), figures.update_error.max()) < 1e-9
+    assert np.abs(figures.q - bucketed(EVERYTHING, q)[0]).max() < 1e-9 * max(1, np.abs(q).max())
+    assert np.abs(figures.update - stats["update"].numpy()).max() < 1e-9 * max(1, figures.update.max())
+    assert (figures.off_simplex == (stats["off_simplex_fraction"].numpy() > 0)).all()
+
+
+def test_a_small_k_says_so():
+    """Label smoothing spreads over the whole vocabulary; a flat teacher's top is little of it."""
+    few = Replay(from_logits(Z, Y, teacher=0.01 * GIVEN["teacher_logits"], k=5))
+    assert not few.summary(few.figures(qt.preset("kd"))).reliable
+    assert few.summary(few.figures(qt.preset("dft"))).reliable
+    assert few.summary(few.figures(qt.preset("label-smoothing", smoothing=0.9))).update_error > 0.05
+    wide = Replay(record(k=200))
+    errors = [replay.summary(replay.figures(qt.preset("kd"))).update_error for replay in (few, wide)]
+    assert errors[1] < errors[0] / 3
+
+
+def test_an_entropy_over_more_than_was_kept():
+    notes = REPLAY.figures(qt.preset("eaft", top_k=50)).notes
+    assert notes == ["top_k is 50, but only the 20 likeliest tokens were captured; capture with --top_k 50"]
+    assert REPLAY.figures(qt.preset("eaft", top_k=20)).notes == []
+
+
+def test_columns_that_were_not_captured():
+    plain = Replay(from_logits(Z, Y))
+    for name, told in (("iw-sft", "weight"), ("cft", "critical"), ("psft", "old_logps")):
+        figures = plain.figures(qt.preset(name))
+        assert len(figures.notes) == 1 and figures.notes[0].startswith(
+            f"column {told} was not captured and is taken as"
+        )
+        assert np.allclose(figures.trust, 1), "each is plain SFT then"
+
+
+def test_a_model_that_was_not_captured():
+    plain = Replay(from_logits(Z, Y))
+    with pytest.raises(
+        ConfigError, match=r"target kd.* needs a teacher, which this capture has not; capture again with"
+    ):
+        plain.figures(qt.preset("kd"))
+    assert plain.figures(qt.preset("target-sft", eta=0.0)).notes == []
+
+
+def test_the_summary_is_that_of_the_tokens():
+    target = qt.preset("dft")
+    figures = REPLAY.figures(target)
+    summary = REPLAY.summary(figures)
+    p = label_log_p(Z, Y).exp()
+    assert summary.update_vs_sft == pytest.approx(float((p * (1 - p)).sum() / (1 - p).sum()), rel=1e-9)
+    assert summary.lr_factor == pytest.approx(1 / summary.update_vs_sft)
+    ordered = (p * (1 - p)).sort(descending=True).values
+    carriers = int((ordered.cumsum(0) < 0.9 * ordered.sum()).sum()) + 1
+    assert summary.carries_90 == carriers / N
+
+
+def test_a_target_of_ones_own():
+    target = qt.Target(trust=qt.trust.entropy(top_k=10), residual=qt.residual.tempered(2.0))
+    stats, q = oracle(target, ())
+    figures = REPLAY.figures(target)
+    inside, outside = bucketed(REPLAY, q)
+    distance = (np.abs(figures.q - inside).sum(1) + np.abs(figures.q_tail - outside)) / 2
+    assert (distance <= figures.q_error + 1e-9).all() and figures.q_error.max() > 0
+    assert np.abs(figures.trust - stats["trust"].numpy()).max() < 1e-9
