@@ -21,6 +21,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 TEMPLATE = (
@@ -177,3 +179,61 @@ def granite(seed: int = 0) -> GraniteForCausalLM:
     """Its logits are divided."""
     torch.manual_seed(seed)
     return GraniteForCausalLM(GraniteConfig(vocab_size=len(tokenizer()), logits_scaling=4.0, **SMALL))
+
+
+def qwen3_moe(seed: int = 0) -> Qwen3MoeForCausalLM:
+    """Four experts of which each token asks two; the routers have an auxiliary loss that balances them."""
+    torch.manual_seed(seed)
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=len(tokenizer()),
+            head_dim=8,
+            moe_intermediate_size=32,
+            num_experts=4,
+            num_experts_per_tok=2,
+            output_router_logits=True,
+            router_aux_loss_coef=0.02,
+            **SMALL,
+        )
+    )
+
+
+# Marks what the assistant says, its end of turn included.
+MARKED_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}\n"
+    "{% else %}{{ message['content'] }}<|im_end|>\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def turns(rows: int = 8) -> Dataset:
+    """Messages of one or two rounds, some with a system prompt first."""
+    made = []
+    for i in range(rows):
+        said = [SENTENCES[(i + k) % len(SENTENCES)][: 8 + 3 * ((i + k) % 5)] for k in range(2 + 2 * (i % 2))]
+        roles = ["user", "assistant"] * 2
+        messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+        made.append({"messages": [{"role": "system", "content": "Count."}] * (i % 3 == 0) + messages})
+    return Dataset.from_list(made)
+
+
+def from_value(rows: int = 8) -> Dataset:
+    """The same, as ``conversations`` of from and value."""
+    return Dataset.from_list(
+        [
+            {"conversations": [{"from": m["role"], "value": m["content"]} for m in row["messages"]]}
+            for row in turns(rows)
+        ]
+    )
+
+
+def prompts(rows: int = 8) -> Dataset:
+    """Prompt and completion as plain text, of different lengths."""
+    many = (SENTENCES * (1 + rows // len(SENTENCES)))[:rows]
+    return Dataset.from_list(
+        [{"prompt": s[: 6 + 3 * (i % 5)], "completion": s[6 + 3 * (i % 5) :]} for i, s in enumerate(many)]
+    )

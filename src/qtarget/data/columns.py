@@ -140,7 +140,7 @@ class TokenColumnCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.inner([{k: v for k, v in row.items() if k not in self.names} for row in examples])
-        here = [name for name in self.names if all(name in row for row in examples)]
+        here = [name for name in self.names if all(_is_ours(name, row) for row in examples)]
         if not here:
             return batch
         places = _places(batch["input_ids"], [example["input_ids"] for example in examples])
@@ -153,6 +153,11 @@ class TokenColumnCollator:
                     values = _spread(name, values, example.get("labels", [0] * length))
                 padded[row, begin : begin + len(values)] = torch.as_tensor(values, dtype=padded.dtype)
         return batch
+
+
+def _is_ours(name: str, row: Mapping[str, Any]) -> bool:
+    """Whether the row has the column; a ``uid`` of another kind, say a name of the row, is the user's own."""
+    return name in row and (name != UID or isinstance(row[name], (list, torch.Tensor)))
 
 
 def _places(ids: torch.Tensor, rows: list) -> list[tuple[int, int]]:

@@ -226,7 +226,7 @@ class QTargetTrainer(SFTTrainer):
         except ConfigError as error:
             raise ConfigError([f"step {self._step + 1}: {fault}" for fault in error.faults]) from error
         loss = self._scaled(output, num_items_in_batch, training)
-        self._record(output, labels, columns, training)
+        self._record(output, loss, labels, columns, training)
         if training:
             self._count_tokens(inputs)
         if return_outputs:
@@ -265,7 +265,7 @@ class QTargetTrainer(SFTTrainer):
             self._metrics[mode]["aux_loss"].append(mean.item())
         return loss
 
-    def _record(self, output: Any, labels: Tensor, columns: dict[str, Tensor], training: bool) -> None:
+    def _record(self, output: Any, loss: Tensor, labels: Tensor, columns: dict[str, Tensor], training: bool) -> None:
         stats = output.figures.stats
         source = columns.get(SOURCE_ID)
         source = None if source is None else source[:, 1:]
@@ -273,7 +273,8 @@ class QTargetTrainer(SFTTrainer):
             self._sums["train"].add(stats, source)
         else:
             tokens = (labels[:, 1:] != -100).sum().clamp(min=1)
-            self._sums["eval"].add(stats, source, loss_sum=output.figures.loss * tokens)
+            self._sums["eval"].add(stats, source, loss_sum=loss.detach() * tokens)
+            self._metrics["eval"]["num_tokens"] = [self._total_train_tokens]
 
     def _check_transform(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Once: logits rebuilt from hidden states are the model's own, for the student and every other model."""
