@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,3 +87,44 @@ def from_logits(
         "reference": "made from logits" if reference is not None else None,
     }
     return Record(manifest, listed_rows, tokens, vocab)
+
+
+def large(rows: int, length: int, ids: int = 33, vocab: int = 49_152, k: int = 20, seed: int = 0) -> Record:
+    """A record of many tokens without logits behind it: plausible numbers, made at once. For sizes and times."""
+    generator = np.random.default_rng(seed)
+    n = rows * length
+    steps = generator.integers(1, vocab // ids, n)
+    listed = np.sort((generator.integers(0, vocab, n)[:, None] + steps[:, None] * np.arange(ids)) % vocab, axis=1)
+    log_p = {}
+    for name in ("student", "teacher"):
+        scores = generator.gamma(1.0, 3.0, (n, 1)) * generator.standard_normal((n, ids))
+        tail = generator.uniform(0.001, 0.1, (n, 1))
+        log_p[name] = scores - np.log(np.exp(scores).sum(1, keepdims=True)) + np.log1p(-tail)
+        log_p[f"{name}_tail"] = np.log(tail[:, 0])
+        log_p[f"{name}_floor"] = np.sort(log_p[name], axis=1)[:, -k]
+    at = np.where(generator.random(n) < 0.7, log_p["student"].argmax(1), generator.integers(0, ids, n))
+    at_label = {name: log_p[name][np.arange(n), at] for name in ("student", "teacher")}
+    labels = listed[np.arange(n), at]
+    p = np.exp(log_p["student"])
+    tokens = {
+        "row": np.repeat(np.arange(rows), length).tolist(),
+        "position": np.tile(np.arange(1, length + 1), rows).tolist(),
+        "label": labels.tolist(),
+        "ids": listed.tolist(),
+        **{name: values.tolist() for name, values in log_p.items()},
+        "log_p_y": at_label["student"].tolist(),
+        "teacher_log_p_y": at_label["teacher"].tolist(),
+        "rank": (log_p["student"] > at_label["student"][:, None]).sum(1).tolist(),
+        "entropy": (-(p * log_p["student"]).sum(1)).tolist(),
+    }
+    listed_rows = [
+        {
+            "row": row,
+            "input_ids": [0, *labels[row * length : (row + 1) * length].tolist()],
+            "supervised": [False] + [True] * length,
+        }
+        for row in range(rows)
+    ]
+    manifest = {"format": 1, "vocab_size": vocab, "top_k": k, "rows": rows, "tokens": n, "model": "made at random"}
+    manifest |= {"teacher": "made at random", "reference": None}
+    return Record(manifest, listed_rows, tokens, {i: (f" w{i}", i == 0) for i in range(vocab)})

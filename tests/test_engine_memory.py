@@ -161,9 +161,9 @@ def test_chunk_rule_knows_no_width():
 
 def sizes_of_chunks(monkeypatch, batch, **options):
     sizes = []
-    real = torch_chunked._head_logits
+    real = torch_chunked.logits_into
     monkeypatch.setattr(
-        torch_chunked, "_head_logits", lambda out, *rest: (sizes.append(out.shape[0]), real(out, *rest))[1]
+        torch_chunked, "logits_into", lambda out, *rest: (sizes.append(out.shape[0]), real(out, *rest))[1]
     )
     engine(batch, qt.preset("dft"), **options)
     return sizes

@@ -15,6 +15,7 @@ usage: qtarget VERB [options]
 
   train      fine-tune a model toward a target:      qtarget train --config recipes/quickstart.yaml
   targets    the objectives, their formulas:         qtarget targets    |  qtarget targets show target-sft
+  lens       what a target teaches, token by token:  qtarget lens capture --config FILE -o DIR
   env        versions and devices, for bug reports:  qtarget env
 
 qtarget VERB --help tells more; --debug shows the traceback of an error; --version prints the version.
@@ -61,12 +62,14 @@ def _verb(name: str):
         from qtarget.cli.train import run
     elif name == "targets":
         from qtarget.cli.targets import run
+    elif name == "lens":
+        from qtarget.cli.lens import run
     elif name == "env":
         from qtarget.cli.env import run
     else:
         from qtarget.errors import unknown
 
-        raise unknown("verb", name, ("train", "targets", "env"))
+        raise unknown("verb", name, ("train", "targets", "lens", "env"))
     return run
 
 

@@ -28,6 +28,7 @@ COMMON: list[tuple[str, list[tuple[str, object, str]]]] = [
             ("weights", "column", "iw-sft's weights: column, or online (the model against its reference)"),
             ("weights_temperature", 1.0, "the factor in the exponent of the online weights"),
             ("psft_refresh", 8, "steps between two copies of psft's old policy, or never (column old_logps)"),
+            ("lens_every", None, "steps between two maps of (p_y, entropy) for the lens; unset: none"),
             ("loss_type", None, "TRL's name: nll is target sft, dft is target dft"),
         ],
     ),

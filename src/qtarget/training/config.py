@@ -49,6 +49,8 @@ class QTargetConfig(SFTConfig):
         weights_temperature: the factor in the exponent of the online weights.
         psft_refresh: psft's old policy is a copy of the trainable weights, taken anew after so many optimiser steps (the
             paper's schedule: 8), or "never": the column old_logps, whose numbers stay as they are.
+        lens_every: every so many optimiser steps, add a map of (p_y, entropy) to ``lens_history.parquet`` in
+            ``output_dir``: counts, trust and update by cell, a few kB each, which the lens' page plays.
         loss_type: None, or TRL's "nll" (sft) and "dft"; must agree with ``target``.
         bf16: unset, it is on where the device has bfloat16 units and off on cpu and mps.
 
@@ -117,6 +119,10 @@ class QTargetConfig(SFTConfig):
         default=8,
         metadata={"help": "Optimiser steps between two copies of psft's old policy, or never (the column old_logps)."},
     )
+    lens_every: int | None = field(
+        default=None,
+        metadata={"help": "Steps between two maps of (p_y, entropy) in lens_history.parquet; unset: none."},
+    )
     loss_type: str | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "TRL's name of the loss: nll is target sft, dft is target dft."}
     )
@@ -137,6 +143,8 @@ class QTargetConfig(SFTConfig):
         if self.weights not in WEIGHTS:
             faults += unknown("weights", self.weights, WEIGHTS).faults
         faults += self._refresh_faults()
+        if self.lens_every is not None and (isinstance(self.lens_every, bool) or self.lens_every < 1):
+            faults.append(f"lens_every is {self.lens_every!r}; use a number of optimiser steps from 1, or leave it out")
         for resolve in (
             lambda: check_range("weights_temperature", self.weights_temperature, 0, open_low=True),
             self.resolve_objective,

@@ -24,6 +24,7 @@ from qtarget.teachers.same_vocabulary import real_vocabulary_size
 from qtarget.training import checks, identity, model_card
 from qtarget.training.config import QTargetConfig
 from qtarget.training.forward import LossCall, accepted, add_target_forward, check_head_transform
+from qtarget.training.history import History
 from qtarget.training.metrics import TokenSums, update_against_sft
 from qtarget.training.objective import Objective
 from qtarget.training.other_models import OtherModels
@@ -98,6 +99,10 @@ class QTargetTrainer(SFTTrainer):
         self._sums = {mode: TokenSums(self._columns.sources) for mode in ("train", "eval")}
         self._transform_checked = False
         self._lines_logged = 0
+        self._history = None
+        if args.lens_every:
+            self._history = History(str(args.output_dir), self._vocab_size, args.lens_every, self.accelerator)
+            self.add_callback(self._history)
 
     def _columns_to_carry(self, args: QTargetConfig) -> TokenColumns:
         requires = set(self._objective.requires | self._eval_objective.requires)
@@ -271,6 +276,8 @@ class QTargetTrainer(SFTTrainer):
         source = None if source is None else source[:, 1:]
         if training:
             self._sums["train"].add(stats, source)
+            if self._history is not None and self._history.wants(self._step + 1):
+                self._history.add(stats)
         else:
             tokens = (labels[:, 1:] != -100).sum().clamp(min=1)
             self._sums["eval"].add(stats, source, loss_sum=loss.detach() * tokens)

@@ -16,87 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qtarget.errors import ConfigError
+from qtarget.losses.backends.kept_rows import add_kept, outside_kept
+from qtarget.losses.backends.parts import Rows, Scratch, Student, Term
 from qtarget.losses.output import simplex_tolerance
 from qtarget.targets import Target, TokenStats
 from qtarget.targets.residual import Pool
 
 # A probability from which a logarithm is read off: below it, the rounding of its exponent shows.
 _READABLE = 1e-12
-
-
-@dataclass
-class KeptRows:
-    """Rows of a top-k distribution: ids [r, k], log-probabilities [r, k], log of the tail's mass [r], tail's shape."""
-
-    ids: Tensor
-    logprobs: Tensor
-    log_tail: Tensor
-    tail: str
-
-    def __getitem__(self, rows: slice) -> KeptRows:
-        return KeptRows(self.ids[rows], self.logprobs[rows], self.log_tail[rows], self.tail)
-
-
-@dataclass
-class Rows:
-    """One block: logits [r, v] (overwritten by the gradient), other models' logits or kept rows, labels, columns."""
-
-    z: Tensor
-    others: dict[str, Tensor | KeptRows]
-    labels: Tensor
-    columns: dict[str, Tensor]
-
-
-class Scratch:
-    """Buffers handed out by name, grown when a larger one is asked for."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device):
-        self._dtype, self._device = dtype, device
-        self._buffers: dict[str, Tensor] = {}
-
-    def get(self, name: str, rows: int, width: int) -> Tensor:
-        flat = self._buffers.get(name)
-        if flat is None or flat.numel() < rows * width:
-            with torch.inference_mode(False):  # or a buffer of an evaluation could not be written to in training
-                flat = self._buffers[name] = torch.empty(rows * width, dtype=self._dtype, device=self._device)
-        return flat[: rows * width].view(rows, width)
-
-
-@dataclass
-class _Student:
-    """p up to a factor: ``scaled`` · inv[:, None] = p. Sums to 1 within one rounding, which softmax alone does not."""
-
-    scaled: Tensor
-    inv: Tensor
-    lse: Tensor
-    p_y: Tensor
-    rest_mass: Tensor
-    log_p_y: Tensor
-    entropy: Tensor
-    is_top1: Tensor
-
-    def log_p(self, z: Tensor, ids: Tensor) -> Tensor:
-        """Log-probabilities at ids [r, k]. The logarithm of p keeps digits that z − lse rounds away at the size of z."""
-        p = self.scaled.gather(1, ids) * self.inv[:, None]
-        return torch.where(p > torch.finfo(p.dtype).tiny, p.log(), z.gather(1, ids) - self.lse[:, None])
-
-
-@dataclass
-class _Outside:
-    """What lies outside the kept ids of a top-k distribution: Σ p and Σ p (−log p) over real tokens, [r] each."""
-
-    kept: KeptRows
-    mass: Tensor
-    nll: Tensor
-
-
-@dataclass
-class _Term:
-    """What the reported values need of one residual, [r] each."""
-
-    ce: Tensor  # CE(R, p)
-    kl: Tensor  # KL(R ‖ p)
-    lse_shift: Tensor  # log-normaliser of the pooled logits minus the student's
 
 
 @dataclass(frozen=True)
@@ -148,7 +75,7 @@ class RowMath:
 
     # -- the student ---------------------------------------------------------------------------------------------
 
-    def _student(self, z: Tensor, labels: Tensor) -> _Student:
+    def _student(self, z: Tensor, labels: Tensor) -> Student:
         y = labels[:, None]
         p = torch.softmax(z, -1, out=self.scratch.get("p", *z.shape))
         top = p.amax(-1, keepdim=True)
@@ -167,8 +94,8 @@ class RowMath:
         rest_mass = rest / total
         log_p_y = torch.where(rest_mass < 0.5, torch.log1p(-rest_mass.clamp(max=0.5)), log_p_y)
         inv = 1 / total
-        entropy = lse.squeeze(1) - inv.squeeze(1) * self._dot(p, z)
-        return _Student(
+        entropy = lse.squeeze(1) - inv.squeeze(1) * self.scratch.dot(p, z)
+        return Student(
             scaled=p,
             inv=inv.squeeze(1),
             lse=lse.squeeze(1),
@@ -179,11 +106,7 @@ class RowMath:
             is_top1=(p_y >= top).squeeze(1),
         )
 
-    def _dot(self, x: Tensor, y: Tensor) -> Tensor:
-        """Σ_v x y, [r]; ``torch.linalg.vecdot`` would allocate a block each time."""
-        return torch.mul(x, y, out=self.scratch.get("product", *x.shape)).sum(-1)
-
-    def _weights(self, rows: Rows, student: _Student, masses: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
+    def _weights(self, rows: Rows, student: Student, masses: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
         needs = self.target.needs
         values = {"log_p_y": student.log_p_y, "rest_mass": student.rest_mass, "entropy": student.entropy}
         values.update(rows.columns)
@@ -207,7 +130,7 @@ class RowMath:
         a, b = self.target.weights(stats)
         return a, b, self.target.label_loss(stats)
 
-    def _other_log_p_y(self, rows: Rows, student: _Student, name: str) -> Tensor:
+    def _other_log_p_y(self, rows: Rows, student: Student, name: str) -> Tensor:
         logits = self._dense(rows, student, name, self.scratch.get("dense", *rows.z.shape))
         covered = min(self.real, logits.shape[-1])
         log_p_y = logits[:, :covered].log_softmax(-1).gather(1, rows.labels[:, None].clamp(max=covered - 1))
@@ -216,7 +139,7 @@ class RowMath:
     # -- gradient where every residual is the student ------------------------------------------------------------
 
     def _student_gradient(
-        self, z: Tensor, labels: Tensor, student: _Student, a: Tensor, statistics: dict[str, Tensor]
+        self, z: Tensor, labels: Tensor, student: Student, a: Tensor, statistics: dict[str, Tensor]
     ) -> None:
         """g = a (p − δ): nothing but one product, its update and its simplex check come for free."""
         tolerance = simplex_tolerance(z.dtype == torch.float64)
@@ -235,8 +158,8 @@ class RowMath:
     # -- gradient with residuals of their own --------------------------------------------------------------------
 
     def _pull(
-        self, rows: Rows, student: _Student, a: Tensor, b: list[Tensor], statistics: dict[str, Tensor]
-    ) -> list[_Term]:
+        self, rows: Rows, student: Student, a: Tensor, b: list[Tensor], statistics: dict[str, Tensor]
+    ) -> list[Term]:
         """Write g = a (p − δ) + Σ b (p − R) over the logits, term by term."""
         z, y = rows.z, rows.labels[:, None]
         pools = [pool for _, pool in self.target.residual_terms]
@@ -245,11 +168,11 @@ class RowMath:
         terms = []
         for j, (pool, weight) in enumerate(zip(pools, b, strict=True)):
             start = (a * student.inv)[:, None] if j == 0 else None
-            outside = self._outside_kept(pool, rows, student)
+            outside = outside_kept(pool, rows, student, self.real, self.scratch)
             if outside is None:
                 term, label_pull = self._add_dense(j, pool, rows, student, weight, g, start)
             else:
-                term, label_pull = self._add_kept(outside, pool, rows, student, weight, g, start)
+                term, label_pull = add_kept(outside, pool, rows, student, weight, g, start, self.real)
             at_label = at_label + label_pull
             terms.append(term)
         if g is not z:
@@ -259,7 +182,7 @@ class RowMath:
         return terms
 
     def _gradient_statistics(
-        self, g: Tensor, student: _Student, a: Tensor, b: list[Tensor], statistics: dict[str, Tensor]
+        self, g: Tensor, student: Student, a: Tensor, b: list[Tensor], statistics: dict[str, Tensor]
     ) -> None:
         work = self.scratch.get("work", *g.shape)
         statistics["update"] = torch.abs(g, out=work).sum(-1) / 2
@@ -280,11 +203,11 @@ class RowMath:
         j: int,
         pool: Pool,
         rows: Rows,
-        student: _Student,
+        student: Student,
         weight: Tensor,
         g: Tensor,
         start: Tensor | None,
-    ) -> tuple[_Term, Tensor]:
+    ) -> tuple[Term, Tensor]:
         """Add b (p − R) to g for a residual given by dense logits. Returns the term and b (p − R) at the label.
 
         p − R = −(p + R) tanh(d/2) with d = log R − log p: no cancellation where R is near p, no overflow where the two
@@ -301,8 +224,8 @@ class RowMath:
             self._pooled(pool, rows, student, R)
         torch.softmax(R, -1, out=R)
         lse_shift = self._lse_shift(R, shift, factor, rows, student)
-        ce = student.lse - self._dot(R, z_covered)
-        kl = factor * self._dot(R, shift) - lse_shift.squeeze(1)
+        ce = student.lse - self.scratch.dot(R, z_covered)
+        kl = factor * self.scratch.dot(R, shift) - lse_shift.squeeze(1)
         torch.add(-0.5 * lse_shift, shift, alpha=0.5 * factor, out=shift)  # d/2
         if bool(torch.isnan(kl).any()):  # an entry the pool rules out: 0 · (−inf)
             kl = 2 * torch.where(R > 0, R * shift, torch.zeros_like(R)).sum(-1)
@@ -324,9 +247,9 @@ class RowMath:
         known = rows.labels.clamp(max=covered - 1)  # R is 0 at a label that the other model does not have
         difference_y = shift.gather(1, known[:, None]).squeeze(1) - drift * student.p_y  # R − p
         at_label = -weight * torch.where(known == rows.labels, difference_y, -student.p_y)
-        return _Term(ce, kl - drift, lse_shift.squeeze(1) + drift), at_label
+        return Term(ce, kl - drift, lse_shift.squeeze(1) + drift), at_label
 
-    def _lse_shift(self, R: Tensor, shift: Tensor, factor: float, rows: Rows, student: _Student) -> Tensor:
+    def _lse_shift(self, R: Tensor, shift: Tensor, factor: float, rows: Rows, student: Student) -> Tensor:
         """Normaliser of the pooled logits minus the student's, [r, 1], read off one entry: log R = log p + shift − it.
 
         At the label where both see it, else at the likeliest entry of R (whose index costs a slow pass).
@@ -342,7 +265,7 @@ class RowMath:
             lse_shift[at] = factor * shift[at].gather(1, at_top) + (z_top - top.log())
         return lse_shift
 
-    def _pool_shift(self, pool: Pool, rows: Rows, student: _Student, out: Tensor) -> float:
+    def _pool_shift(self, pool: Pool, rows: Rows, student: Student, out: Tensor) -> float:
         """Pooled logits minus the student's, up to the factor returned.
 
         Formed from differences, so that a teacher near the student loses no digits.
@@ -372,14 +295,14 @@ class RowMath:
             out.add_(self._offset(pool, rows))
         return 1.0
 
-    def _pooled(self, pool: Pool, rows: Rows, student: _Student, out: Tensor) -> None:
+    def _pooled(self, pool: Pool, rows: Rows, student: Student, out: Tensor) -> None:
         """Pooled logits of a pool without the student, exactly as its models give them."""
         out.zero_()
         for name, coefficient in pool.terms.items():
             logits = self._dense(rows, student, name, self.scratch.get(f"dense_{name}", *rows.z.shape))
             out.add_(logits[:, : out.shape[1]], alpha=coefficient)
 
-    def _dense(self, rows: Rows, student: _Student, name: str, buffer: Tensor) -> Tensor:
+    def _dense(self, rows: Rows, student: Student, name: str, buffer: Tensor) -> Tensor:
         """A model's logits, or the dense log-probabilities of its kept rows with the tail filled in."""
         other = rows.others[name]
         if isinstance(other, Tensor):
@@ -394,70 +317,6 @@ class RowMath:
             torch.add(rows.z[:, :real], (other.log_tail - outside_lse)[:, None], out=dense)
         return dense.scatter_(1, other.ids, other.logprobs)
 
-    # -- a residual given by its k largest entries ---------------------------------------------------------------
-
-    def _outside_kept(self, pool: Pool, rows: Rows, student: _Student) -> _Outside | None:
-        """What lies outside the kept ids, where the residual is ∝ p there and no dense row is needed; else None."""
-        sources = [rows.others[name] for name in pool.requires]
-        kept = sources[0] if len(sources) == 1 else None
-        if not isinstance(kept, KeptRows) or kept.tail != "student" or not pool.keeps_student_shape:
-            return None
-        inside = student.scaled.gather(1, kept.ids)
-        student.scaled.scatter_(1, kept.ids, 0.0)
-        p = student.scaled[:, : self.real]
-        mass = p.sum(-1) * student.inv
-        nll = student.lse * mass - student.inv * self._dot(p, rows.z[:, : self.real])
-        student.scaled.scatter_(1, kept.ids, inside)
-        # Where the student leaves next to nothing outside the k, p has lost the tail's shape; logits have not.
-        return None if bool((mass < 1e-30).any()) else _Outside(kept, mass, nll)
-
-    def _add_kept(
-        self,
-        outside: _Outside,
-        pool: Pool,
-        rows: Rows,
-        student: _Student,
-        weight: Tensor,
-        g: Tensor,
-        start: Tensor | None,
-    ) -> tuple[_Term, Tensor]:
-        """As ``_add_dense`` for a top-k distribution whose tail has the student's shape: k gathers, no exponentials.
-
-        Outside the k, t = p (1 − T_K)/(1 − P_K), so R/p is one number per row.
-        """
-        kept, rest, real = outside.kept, outside.mass, self.real
-        z = rows.z
-        (power,) = (c for name, c in pool.terms.items() if name != "student")
-        log_p_rk = student.log_p(z, kept.ids)
-        p_rk = log_p_rk.exp()
-        rest_log = rest.log()
-        # log of R/p before normalising, on the kept ids and outside them
-        gap_rk = power * (kept.logprobs - log_p_rk)
-        gap_tail = power * (kept.log_tail - rest_log)
-        pooled = torch.cat([log_p_rk + gap_rk, (rest_log + gap_tail)[:, None]], 1)
-        log_norm = pooled.logsumexp(-1)
-        d_rk, d_tail = gap_rk - log_norm[:, None], gap_tail - log_norm
-        log_R = pooled - log_norm[:, None]
-        R_rk, R_tail = log_R[:, :-1].exp(), log_R[:, -1].exp()
-        zero = torch.zeros_like(d_rk)
-        ce = -torch.where(R_rk > 0, R_rk * log_p_rk, zero).sum(-1) + (R_tail / rest) * outside.nll
-        kl = torch.where(R_rk > 0, R_rk * d_rk, zero).sum(-1) + torch.where(R_tail > 0, R_tail * d_tail, zero[:, 0])
-
-        difference_rk = -(p_rk + R_rk) * torch.tanh(d_rk / 2)  # p − R
-        shrink_tail = -torch.expm1(d_tail)  # (p − R)/p outside the k
-        label_in_k = kept.ids == rows.labels[:, None]
-        label_pull = torch.where(label_in_k.any(-1), (difference_rk * label_in_k).sum(-1), student.p_y * shrink_tail)
-        base_rk = p_rk * (start / student.inv[:, None]) if start is not None else g.gather(1, kept.ids)
-        # Real tokens outside the k, then padded rows, where R is 0.
-        for part, pull in ((slice(0, real), weight * shrink_tail), (slice(real, z.shape[-1]), weight)):
-            p, factor = student.scaled[:, part], (pull * student.inv)[:, None]
-            if start is not None:
-                torch.mul(p, start + factor, out=g[:, part])
-            else:
-                g[:, part].addcmul_(p, factor)
-        g.scatter_(1, kept.ids, base_rk + weight[:, None] * difference_rk)
-        return _Term(ce, kl, log_norm), weight * label_pull
-
     # -- values --------------------------------------------------------------------------------------------------
 
     def _offset(self, pool: Pool, rows: Rows) -> Tensor:
@@ -465,13 +324,13 @@ class RowMath:
         z_y = rows.z.gather(1, rows.labels[:, None])
         return F.logsigmoid(pool.offset_slope * (rows.z - z_y))
 
-    def _offset_mass(self, pool: Pool, rows: Rows, student: _Student) -> Tensor:
+    def _offset_mass(self, pool: Pool, rows: Rows, student: Student) -> Tensor:
         if pool.offset_slope is None:
             return torch.ones_like(student.p_y)
         pooled = rows.z * pool.student
         return ((pooled + self._offset(pool, rows)).logsumexp(-1) - pooled.logsumexp(-1)).exp()
 
-    def _label_statistics(self, student: _Student, a: Tensor, b: list[Tensor]) -> dict[str, Tensor]:
+    def _label_statistics(self, student: Student, a: Tensor, b: list[Tensor]) -> dict[str, Tensor]:
         mass = sum(b, torch.zeros_like(a))
         return {
             "nll": -student.log_p_y,
@@ -482,11 +341,11 @@ class RowMath:
             "accuracy": student.is_top1.to(a.dtype),
         }
 
-    def _ce_q(self, student: _Student, terms: list[_Term], a: Tensor, b: list[Tensor]) -> Tensor:
+    def _ce_q(self, student: Student, terms: list[Term], a: Tensor, b: list[Tensor]) -> Tensor:
         left = 1 - a - sum(b[1:], b[0])
         return a * -student.log_p_y + left * student.entropy + sum(w * t.ce for w, t in zip(b, terms, strict=True))
 
-    def _residual_value(self, student: _Student, terms: list[_Term], b: list[Tensor]) -> Tensor:
+    def _residual_value(self, student: Student, terms: list[Term], b: list[Tensor]) -> Tensor:
         """The residual's part of the published value; see ``Target.value``."""
         if self.target.value == "tempered_kl":
             first, second = terms
@@ -497,7 +356,7 @@ class RowMath:
         values = [term.kl if self.target.value == "kl" else term.ce for term in terms]
         return sum((w * value for w, value in zip(b, values, strict=True)), torch.zeros_like(student.p_y))
 
-    def _kl_q(self, g: Tensor, student: _Student, statistics: dict[str, Tensor]) -> Tensor:
+    def _kl_q(self, g: Tensor, student: Student, statistics: dict[str, Tensor]) -> Tensor:
         """KL(Q ‖ p) = Σ Q log(Q/p) with Q/p = 1 − g/p, so that a target near the student keeps its digits."""
         p = torch.mul(student.scaled, student.inv[:, None], out=self.scratch.get("product", *g.shape))
         Q = torch.sub(p, g, out=self.scratch.get("work", *g.shape)).clamp_(min=0)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from qtarget.errors import NonFiniteLogits
-from qtarget.losses.backends.rows import KeptRows, RowMath, Rows, Scratch
+from qtarget.losses.backends.parts import KeptRows, Rows, Scratch
+from qtarget.losses.backends.rows import RowMath
 from qtarget.losses.chunking import block_rows, chunk_rows
 from qtarget.losses.heads import Head, TopK
 from qtarget.losses.inputs import Tokens
@@ -103,7 +104,7 @@ def run(
             size = chunk.stop - begin
             h = _rows_of(hidden, tokens, chunk)
             z = logits[:size]
-            _head_logits(z, h, weight, bias, problem.logit_scale, problem.logit_softcap)
+            logits_into(z, h, weight, bias, problem.logit_scale, problem.logit_softcap)
             others = _other_rows(problem, chunk, head_logits, dtype)
             kept = _blocks(math, z, others, chunk, block, result, problem, upstream)
             if any(want) and kept is not None:
@@ -195,7 +196,7 @@ def _backward_matmuls(
         result.d_bias.add_(g.sum(0), alpha=scale)
 
 
-def _head_logits(
+def logits_into(
     out: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> None:
     """out = softcap(scale · (h Wᵀ + bias)), accumulated in out's dtype."""
@@ -258,7 +259,7 @@ def _other_rows(
             z = buffers[name][:size]
             h = _rows_of(other.hidden.detach(), problem.tokens, chunk)
             bias = None if other.bias is None else other.bias.detach()
-            _head_logits(z, h, other.weight.detach(), bias, other.logit_scale, other.logit_softcap)
+            logits_into(z, h, other.weight.detach(), bias, other.logit_scale, other.logit_softcap)
             others[name] = z[:, : other.width]
         else:
             others[name] = KeptRows(

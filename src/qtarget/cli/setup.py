@@ -1,0 +1,209 @@
+"""From a config file and flags to a trainer: what every verb shares that starts from a training config."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qtarget.errors import ConfigError
+
+
+@dataclass
+class Run:
+    """What was asked for, checked as far as it can be without models.
+
+    Attributes:
+        settings: as read, with origins. config: QTargetConfig. model, script: TRL's ModelConfig and ScriptArguments.
+        datasets: {"train": ..., "test": ...}. notes: what peers' spellings became.
+    """
+
+    settings: Any
+    config: Any
+    model: Any
+    script: Any
+    datasets: dict[str, Any]
+    notes: list[str]
+
+
+def read(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains: bool = True) -> Run:
+    """Read settings and load the datasets.
+
+    Args:
+        arguments: ``--config FILE`` and flags. fixed: settings that the verb decides, whatever was asked for.
+        trains: whether the run writes to its output folder, resumes, and needs what its target needs.
+
+    Raises:
+        ConfigError: every fault found, together.
+    """
+    from qtarget.cli import settings as reading
+
+    settings = reading.read(arguments)
+    if settings.unreadable:  # what else is missing may stand in that file
+        raise ConfigError(settings.faults)
+    settings.values["training"].update(fixed or {})
+    config, notes = _training_config(settings)
+    groups = reading.groups()
+    model, script = groups["model"](**settings.values["model"]), groups["script"](**settings.values["script"])
+    for name, value in (("model_name_or_path", model.model_name_or_path), ("dataset_name", script.dataset_name)):
+        if not value:
+            settings.faults.append(f"{name} is not set; name a folder or a hub id, in the config or as --{name}")
+    if config is not None:
+        settings.faults += (_output_faults(config) if trains else []) + _need_faults(config)
+        settings.faults += _adapter_faults(model)
+    raise_together(settings.faults)
+    assert config is not None
+    datasets = _load_datasets(script, settings.faults)
+    settings.faults += _column_faults(config, datasets)
+    raise_together(settings.faults)
+    return Run(settings, config, model, script, datasets, notes)
+
+
+def raise_together(faults: list[str]) -> None:
+    if faults:
+        raise ConfigError(list(dict.fromkeys(faults)))
+
+
+def _training_config(settings: Any):
+    """The QTargetConfig and notes on spellings; None where it cannot be built, with the reason among the faults."""
+    from qtarget.targets import spellings
+    from qtarget.targets.schedule import ScheduledTarget
+    from qtarget.training import QTargetConfig
+
+    values, notes = dict(settings.values["training"]), []
+    try:
+        spelled = spellings.read(settings.spelled)
+        if spelled is not None:
+            if values.get("target") is not None and ScheduledTarget.read(values["target"]) != ScheduledTarget.read(
+                spelled.target.to_config()
+            ):
+                raise ConfigError(f"target is {values['target']!r}, but {spelled.note}; keep one of them")
+            values["target"] = spelled.target.to_config()
+            notes.append(spelled.note)
+    except ConfigError as error:
+        settings.faults += error.faults
+    try:
+        return QTargetConfig(**values), notes
+    except ConfigError as error:
+        settings.faults += error.faults
+    except (ValueError, TypeError, OSError) as error:
+        settings.faults.append(one_line(error))
+    return None, notes
+
+
+def _output_faults(config: Any) -> list[str]:
+    folder = Path(config.output_dir)
+    held = [*folder.glob("checkpoint-*"), *folder.glob("*.safetensors"), *folder.glob("train_results.json")]
+    if held and not config.resume_from_checkpoint:
+        return [
+            f"output_dir is {str(folder)!r}, which holds another run ({held[0].name}); choose another folder, or go on "
+            "with that run by --resume_from_checkpoint true"
+        ]
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        return [f"output_dir is {str(folder)!r}, which cannot be written; choose a folder you own"]
+    return []
+
+
+def _need_faults(config: Any) -> list[str]:
+    from qtarget.training import checks
+
+    faults = checks.missing_teacher(config, [config.resolve_objective(), config.resolve_eval_objective()], False)
+    return faults + _resume_faults(config)
+
+
+def _resume_faults(config: Any) -> list[str]:
+    """What can be seen of a checkpoint without models; the trainer looks again with them."""
+    from qtarget.training import checks, identity
+
+    folder = checks.checkpoint_folder(resume(config.resume_from_checkpoint), config.output_dir)
+    if folder is None:
+        return []
+    settings = identity.identity(config, config.resolve_objective(), None, None)
+    known = {name: value for name, value in settings.items() if name not in ("teacher", "reference")}
+    return identity.differences(folder, known, partly=True)
+
+
+def _adapter_faults(model: Any) -> list[str]:
+    from qtarget.training import checks
+
+    return checks.adapter_on_head(model.lora_target_modules) if model.use_peft else []
+
+
+def _column_faults(config: Any, datasets: dict[str, Any]) -> list[str]:
+    from qtarget.training import checks
+
+    objective, eval_objective = config.resolve_objective(), config.resolve_eval_objective()
+    faults = checks.columns_cannot_follow(config, [objective, eval_objective])
+    for name, dataset in datasets.items():
+        if getattr(dataset, "column_names", None) is not None:
+            trained = name == "train"
+            faults += checks.missing_columns(
+                name, dataset.column_names, objective if trained else eval_objective, config, not trained
+            )
+            faults += checks.untrainable_rows(name, dataset.column_names, config.dataset_text_field)
+    return faults
+
+
+def _load_datasets(script: Any, faults: list[str]) -> dict[str, Any]:
+    """{"train": ..., "test": ...}; a missing test split is left out, a missing train split is a fault."""
+    from datasets import load_dataset
+
+    try:
+        splits = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+    except Exception as error:  # datasets raises many kinds, all of them about what was asked for
+        faults.append(f"dataset_name is {script.dataset_name!r}, which cannot be loaded: {one_line(error)}")
+        return {}
+    if script.dataset_train_split not in splits:
+        faults.append(
+            f"dataset_train_split is {script.dataset_train_split!r}, but {script.dataset_name} has {', '.join(splits)}"
+        )
+        return {}
+    datasets = {"train": splits[script.dataset_train_split]}
+    if script.dataset_test_split in splits and script.dataset_test_split != script.dataset_train_split:
+        datasets["test"] = splits[script.dataset_test_split]
+    return datasets
+
+
+def build(run: Run) -> Any:
+    """The trainer of a run, models loaded. Raises ConfigError for what TRL and Transformers refuse, too."""
+    from trl import get_peft_config, get_quantization_config
+
+    from qtarget.training import QTargetTrainer
+
+    config, model = run.config, run.model
+    init = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(config.model_init_kwargs or {}),
+    }
+    config.model_init_kwargs = {name: value for name, value in init.items() if value is not None}
+    try:
+        return QTargetTrainer(
+            model.model_name_or_path,
+            config,
+            train_dataset=run.datasets["train"],
+            eval_dataset=run.datasets.get("test"),
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        )
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError(
+            f"model_name_or_path is {model.model_name_or_path!r}, which cannot be loaded: {one_line(error)}"
+        ) from error
+    except (ValueError, ImportError) as error:  # TRL's and Transformers' own refusals
+        raise ConfigError(one_line(error)) from error
+
+
+def resume(value: Any) -> Any:
+    return True if str(value).lower() == "true" else value
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__

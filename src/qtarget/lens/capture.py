@@ -1,0 +1,275 @@
+"""One forward pass of student, teacher and reference over a run's own rows, kept as a record.
+
+Rows come from the trainer's own preparation (template, mask, cutting; packing off), and hidden states from its own
+wrapped forward. Logits exist for a chunk of supervised tokens at a time and never for a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtarget import __version__
+from qtarget.errors import ConfigError
+from qtarget.lens.record import OTHERS, SIGNALS, Writer
+from qtarget.losses.backends.torch_chunked import logits_into
+from qtarget.losses.heads import Head
+from qtarget.teachers.frozen import evaluation_mode
+from qtarget.training.other_models import OtherModels
+
+# Supervised tokens whose logits are formed at a time; [256, vocabulary] float32 is 50 MB at 49,152.
+_CHUNK = 256
+
+
+def check(trainer: Any, rows: int, top_k: int, folder: str | Path) -> None:
+    """Raise ConfigError where these settings cannot be captured."""
+    faults = []
+    vocab = trainer._vocab_size
+    if rows < 1:
+        faults.append(f"rows is {rows}; capture one row or more")
+    if not 1 <= top_k <= vocab:
+        faults.append(f"top_k is {top_k}; use a number from 1 to the vocabulary's {vocab} tokens")
+    if (Path(folder) / "manifest.json").exists():
+        faults.append(f"output is {str(folder)!r}, which holds a capture; name another folder, or delete that one")
+    longest = getattr(trainer._base_model().config.get_text_config(), "max_position_embeddings", None)
+    for number, row in enumerate(_rows(trainer, rows) if not faults else ()):
+        if longest and len(row["input_ids"]) > longest:
+            faults.append(
+                f"row {number} has {len(row['input_ids'])} tokens, more than the model's {longest} positions; set "
+                f"max_length to {longest} or less"
+            )
+    if faults:
+        raise ConfigError(faults)
+
+
+def estimate(trainer: Any, rows: int, top_k: int, others: int) -> tuple[int, int, float]:
+    """(rows, supervised tokens, megabytes on disk at most)."""
+    chosen = [*_rows(trainer, rows)]
+    tokens = sum(sum(label != -100 for label in row["labels"][1:]) for row in chosen)
+    ids = top_k * (1 + others) + 1
+    return len(chosen), tokens, tokens * (ids * 4 * (2 + others) + 40) / 2**20
+
+
+@torch.no_grad()
+def capture(
+    trainer: Any,
+    folder: str | Path,
+    *,
+    rows: int = 64,
+    top_k: int = 20,
+    about: dict[str, Any] | None = None,
+    progress: Callable[[int], object] = lambda done: None,
+) -> Path:
+    """Write a record of the trainer's first rows.
+
+    Args:
+        trainer: a QTargetTrainer with packing off. folder: where the record goes; a capture that is there is kept.
+        rows: how many of its training rows. top_k: tokens kept of each model.
+        about: further lines of the manifest. progress: called with the number of rows done.
+
+    Raises:
+        ConfigError: see ``check``.
+    """
+    check(trainer, rows, top_k, folder)
+    others = _others(trainer)
+    names = [name for name in OTHERS if getattr(others, name, None) is not None or _is_adapters_off(others, name)]
+    have = set(trainer._columns.carried) & set(trainer.train_dataset.column_names)
+    present = [name for name in SIGNALS if name in have]
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")  # a capture that was interrupted is no record
+    shutil.rmtree(partial, ignore_errors=True)
+    writer = Writer(partial, names, present)
+    size = trainer.args.per_device_eval_batch_size
+    done, model = 0, trainer.accelerator.unwrap_model(trainer.model)
+    base = trainer._base_model()
+    with evaluation_mode(model):
+        for batch in _batches(_rows(trainer, rows), size):
+            inputs = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in batch]))
+            labels = inputs.pop("labels")
+            columns = {name: inputs.pop(name) for name in [*trainer._columns.carried, "uid"] if name in inputs}
+            heads = {"student": others._head(model, inputs)}
+            heads |= others.heads(model, inputs, frozenset(names))
+            tokens = _tokens(heads, labels, {name: columns[name] for name in present}, top_k, trainer._vocab_size, done)
+            writer.add([_row(done + i, row, labels[i]) for i, row in enumerate(batch)], tokens)
+            done += len(batch)
+            progress(done)
+    tokenizer = trainer._tokenizer
+    manifest = {
+        "program": f"qtarget {__version__}",
+        "model": base.config._name_or_path or type(base).__name__,
+        "teacher": _named(trainer, "teacher") if "teacher" in names else None,
+        "reference": _named(trainer, "reference") if "reference" in names else None,
+        "target": trainer._objective.to_config(),
+        "vocab_size": trainer._vocab_size,
+        "top_k": top_k,
+        "max_length": trainer.args.max_length,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "chat_template": template_hash(tokenizer),
+        "eos_token_ids": _end_tokens(trainer),
+        **(about or {}),
+    }
+    writer.close(manifest, lambda index: text_of(tokenizer, index), tokenizer.all_special_ids)
+    partial.rename(folder)
+    return folder
+
+
+def _others(trainer: Any) -> OtherModels:
+    """The trainer's own models beside the student, and those its settings name though its target needs none."""
+    args = trainer.args
+    named = {name for name in OTHERS if getattr(args, f"{name}_model_name_or_path")}
+    requires = (trainer._objective.requires | named) & set(OTHERS)
+    have = trainer._others
+    if all(getattr(have, name) is not None or _is_adapters_off(have, name) for name in requires):
+        return have
+    return OtherModels(args, trainer.accelerator, trainer.model, frozenset(requires), trainer._vocab_size, None, None)
+
+
+def _is_adapters_off(others: OtherModels, name: str) -> bool:
+    return name == "reference" and others.has_adapters
+
+
+def _named(trainer: Any, role: str) -> str:
+    name = getattr(trainer.args, f"{role}_model_name_or_path") or f"the {role} of the run"
+    return f"{name} (revision {getattr(trainer.args, f'{role}_model_revision') or 'default'})"
+
+
+def _rows(trainer: Any, rows: int) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(trainer.train_dataset):
+        if number == rows:
+            return
+        yield row
+
+
+def _batches(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    batch: list[dict[str, Any]] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _row(number: int, row: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+    ids = list(row["input_ids"])
+    supervised = [i > 0 and int(label) != -100 for i, label in enumerate(labels[: len(ids)])]
+    return {"row": number, "input_ids": ids, "supervised": supervised}
+
+
+def _tokens(
+    heads: dict[str, Head], labels: Tensor, columns: dict[str, Tensor], top_k: int, vocab: int, first_row: int
+) -> dict[str, list]:
+    """The columns of tokens.parquet for a batch."""
+    shifted = labels[:, 1:]
+    row, place = (shifted != -100).nonzero(as_tuple=True)
+    made: dict[str, list] = {
+        "row": (row + first_row).tolist(),
+        "position": (place + 1).tolist(),
+        "label": shifted[row, place].tolist(),
+    }
+    parts: dict[str, list] = {}
+    for begin in range(0, len(row), _CHUNK):
+        here = slice(begin, begin + _CHUNK)
+        log_p = {name: _log_softmax(head, head.hidden[row[here], place[here]], vocab) for name, head in heads.items()}
+        for name, values in _chunk(log_p, shifted[row[here], place[here]], top_k).items():
+            parts.setdefault(name, []).extend(values)
+    for name, values in parts.items():
+        made[name] = values
+    for name, column in columns.items():
+        made[name] = column[:, 1:][row, place].tolist()
+    if not len(row):  # a batch of masked rows: its columns are there all the same
+        empty = ["log_p_y", "rank", "entropy", "ids"]
+        empty += [f"{name}{end}" for name in heads for end in ("", "_tail", "_floor")]
+        empty += [f"{name}_log_p_y" for name in heads if name != "student"]
+        made |= {name: [] for name in empty}
+    return made
+
+
+def _log_softmax(head: Head, hidden: Tensor, vocab: int) -> Tensor:
+    """[c, vocab] float32 log-probabilities over the real vocabulary."""
+    z = torch.empty(len(hidden), head.weight.shape[0], dtype=torch.float32, device=hidden.device)
+    logits_into(z, hidden, head.weight.detach(), head.bias, head.logit_scale, head.logit_softcap)
+    log_p = z[:, : min(vocab, head.width)].log_softmax(-1)
+    # A model with fewer rows than the tokenizer has tokens gives the others nothing; −inf would not survive a product.
+    return torch.nn.functional.pad(log_p, (0, vocab - log_p.shape[1]), value=-1e4)
+
+
+def _chunk(log_p: dict[str, Tensor], labels: Tensor, top_k: int) -> dict[str, list]:
+    student = log_p["student"]
+    at_label = student.gather(1, labels[:, None])
+    top = {name: values.topk(min(top_k, values.shape[1]), dim=-1) for name, values in log_p.items()}
+    union = torch.cat([labels[:, None], *(found.indices for found in top.values())], 1).sort(1).values
+    ids = [sorted(set(line)) for line in union.tolist()]
+    made: dict[str, list] = {
+        "log_p_y": at_label.squeeze(1).tolist(),
+        "rank": (student > at_label).sum(1).tolist(),
+        "entropy": (-(student.exp() * student.clamp(min=-1e4)).sum(1)).tolist(),
+        "ids": ids,
+    }
+    for name, values in log_p.items():
+        outside = values.exp()
+        kept = []
+        for line, listed in enumerate(ids):
+            kept.append(values[line, listed].tolist())
+            outside[line, listed] = 0.0
+        made[name] = kept
+        made[f"{name}_tail"] = outside.sum(1, dtype=torch.float64).log().clamp(min=-1e4).tolist()
+        made[f"{name}_floor"] = top[name].values[:, -1].tolist()
+        if name != "student":
+            made[f"{name}_log_p_y"] = values.gather(1, labels[:, None]).squeeze(1).tolist()
+    return made
+
+
+# -- what tells one capture from another -------------------------------------------------------------------------
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Of every token and its id."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda t: t[1])).encode()).hexdigest()[
+        :16
+    ]
+
+
+def template_hash(tokenizer: Any) -> str | None:
+    """Of the chat template."""
+    template = tokenizer.chat_template
+    return None if template is None else hashlib.sha256(json.dumps(template).encode()).hexdigest()[:16]
+
+
+def differences(manifest: dict[str, Any], model: str, tokenizer: Any) -> list[str]:
+    """Sentences on how a capture differs from the model and tokenizer a config names."""
+    told = {
+        "model": (manifest.get("model"), model),
+        "tokenizer": (manifest.get("tokenizer"), tokenizer_hash(tokenizer)),
+        "chat_template": (manifest.get("chat_template"), template_hash(tokenizer)),
+    }
+    return [
+        f"the capture was made with {name} {was!r}, and the config names {now!r}; capture again, or leave --config out"
+        for name, (was, now) in told.items()
+        if was != now
+    ]
+
+
+def _end_tokens(trainer: Any) -> list[int]:
+    """Ids that end a turn: the tokenizer's and the generation config's."""
+    ids = {trainer._tokenizer.eos_token_id}
+    generation = getattr(trainer._base_model(), "generation_config", None)
+    own = getattr(generation, "eos_token_id", None)
+    ids.update(own if isinstance(own, list) else [own])
+    return sorted(index for index in ids if index is not None)
+
+
+def text_of(tokenizer: Any, index: int) -> str:
+    """What a token reads as; one that is part of a character as the tokenizer's own symbol; no lone surrogates."""
+    text = tokenizer.decode([index], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if "\ufffd" in text or not text:
+        text = tokenizer.convert_ids_to_tokens(index) or f"<{index}>"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,0 +1,126 @@
+"""A record in the terminal: tokens coloured by trust, the tokens that are taught most, and the targets compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qtarget.errors import ConfigError
+from qtarget.lens.record import Record, rows_of
+from qtarget.lens.replay import Figures, Replay
+from qtarget.targets import Target, presets
+
+# From little to much, told apart by lightness alone: colour-blind readers and grey printers see the same order.
+_RAMP = ("grey35", "grey50", "steel_blue", "deep_sky_blue1", "khaki1")
+_LEVELS = " .:+#"  # the same in plain text
+
+
+def visible(text: str) -> str:
+    """A token's text with spaces, breaks and control characters to be seen, and nothing a terminal would obey."""
+    shown = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else f"\\u{{{ord(c):x}}}" for c in shown)
+
+
+def show(record: Record, target: Target, row: int | None, console: Console) -> None:
+    """Print a row's tokens coloured by trust, and a table of those that are taught most.
+
+    Raises:
+        ConfigError: a row that was not captured, or a target that needs a model that was not.
+    """
+    replay = Replay(record)
+    figures = replay.figures(target)
+    chosen = [(entry, tokens) for entry, tokens in rows_of(record) if tokens and row in (None, entry["row"])]
+    if not chosen:
+        have = ", ".join(str(entry["row"]) for entry, tokens in rows_of(record) if tokens)
+        raise ConfigError(f"row is {row}, which this capture has no supervised token of; it has {have}")
+    entry, tokens = chosen[0] if row is not None else max(chosen, key=lambda c: figures.update[c[1]].sum())
+    console.print(f"target {target}: {target.formula}", markup=False, highlight=False)
+    console.print(f"row {entry['row']}, {len(tokens)} supervised of {len(entry['input_ids'])} tokens\n", markup=False)
+    console.print(_text(record, entry, tokens, figures, console.is_terminal))
+    console.print(_legend(console))
+    console.print(_most_taught(record, replay, figures, tokens))
+    for note in figures.notes:
+        console.print(f"note: {note}", markup=False)
+
+
+def _text(record: Record, entry: dict[str, Any], tokens: list[int], figures: Figures, coloured: bool) -> Text:
+    by_position = {record.tokens["position"][token]: token for token in tokens}
+    line = Text()
+    for position, index in enumerate(entry["input_ids"]):
+        text = visible(record.vocab[index][0])
+        if position not in by_position:
+            line.append(text, style="dim italic" if coloured else "")
+            continue
+        level = min(len(_RAMP) - 1, int(np.clip(figures.trust[by_position[position]], 0, 1) * len(_RAMP)))
+        if coloured:
+            line.append(text, style=f"bold {_RAMP[level]}")
+        else:  # a pipe has no colour: the level stands behind the token
+            line.append(f"[{text}]{_LEVELS[level]}")
+    return line
+
+
+def _legend(console: Console) -> Text:
+    legend = Text("\ntrust in the label: ")
+    for level, style in enumerate(_RAMP):
+        low, high = level / len(_RAMP), (level + 1) / len(_RAMP)
+        mark = "" if console.is_terminal else f"{_LEVELS[level]!r} "
+        legend.append(f" {mark}{low:.1f}–{high:.1f} ", style=style)
+    legend.append("  masked", style="dim italic")
+    if not console.is_terminal:
+        legend.append(" tokens have no brackets")
+    return legend
+
+
+def _most_taught(record: Record, replay: Replay, figures: Figures, tokens: list[int], count: int = 12) -> Table:
+    table = Table(title="taught most", title_justify="left", box=None, pad_edge=False)
+    for heading in ("position", "label", "p_y", "rank", "entropy", "trust", "update", "Q asks for"):
+        table.add_column(heading, justify="left" if heading in ("label", "Q asks for") else "right")
+    for token in sorted(tokens, key=lambda t: -figures.update[t])[:count]:
+        top = np.argsort(-figures.q[token])[:3]
+        asks = ", ".join(
+            f"{visible(record.vocab[int(replay.ids[token, i])][0])} {figures.q[token, i]:.2f}"
+            for i in top
+            if replay.ids[token, i] >= 0
+        )
+        table.add_row(
+            str(record.tokens["position"][token]),
+            Text(visible(record.vocab[record.tokens["label"][token]][0])),
+            f"{np.exp(replay.log_p_y[token]):.3f}",
+            str(record.tokens["rank"][token] + 1),
+            f"{record.tokens['entropy'][token]:.2f}",
+            f"{figures.trust[token]:.3f}",
+            f"{figures.update[token]:.3f} ± {figures.update_error[token]:.3f}",
+            Text(asks),
+        )
+    return table
+
+
+def comparison(record: Record, extra: Target | None = None) -> Table:
+    """Every preset that this capture can replay, beside plain SFT."""
+    replay = Replay(record)
+    table = Table(title="targets on these tokens", title_justify="left", box=None, pad_edge=False)
+    columns = ("target", "trust", "update", "of sft's", "lr for sft's step", "90 % on", "off simplex", "error")
+    for heading in columns:
+        table.add_column(heading, justify="left" if heading == "target" else "right")
+    targets = ([] if extra is None else [extra]) + [presets.build(name) for name in presets.names()]
+    for target in targets:
+        if not {"teacher", "reference"} & target.requires <= set(record.others):
+            table.add_row(str(target), *["-"] * 6, "not captured")
+            continue
+        summary = replay.summary(replay.figures(target))
+        error = f"{max(summary.update_error, summary.q_error):.3f}"
+        table.add_row(
+            str(target),
+            f"{summary.trust:.3f}",
+            f"{summary.update:.3f}",
+            f"{summary.update_vs_sft:.2f}",
+            f"× {summary.lr_factor:.3g}",
+            f"{summary.carries_90:.0%}",
+            f"{summary.off_simplex:.0%}",
+            error if summary.reliable else f"{error} k is too small",
+        )
+    return table

@@ -1,0 +1,118 @@
+"""The map of (p_y, entropy) over a run: how many tokens lie where, and what they were taught, every so many steps.
+
+Made from the statistics of the loss itself, at no second forward pass. ``lens_history.parquet`` in the run's folder has a
+line per cell that holds a token:
+
+    step, p_bin, entropy_bin, count, trust, update        trust and update are means over the cell's tokens
+
+p_bin counts twentieths of p_y, entropy_bin twentieths of log(vocabulary).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+BINS = 20
+FILE = "lens_history.parquet"
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("p_bin", pa.int8()),
+        ("entropy_bin", pa.int8()),
+        ("count", pa.int64()),
+        ("trust", pa.float32()),
+        ("update", pa.float32()),
+    ]
+)
+
+
+class History(TrainerCallback):
+    """Collects the maps of a run; as a callback it writes one at the end of each step that is due.
+
+    Args:
+        folder: the run's. vocab_size: real tokens, whose logarithm is the largest entropy. every: optimiser steps between
+            two maps. accelerator: the run's.
+    """
+
+    def __init__(self, folder: str | Path, vocab_size: int, every: int, accelerator: Any):
+        self._accelerator = accelerator
+        self._file, self._largest, self._every = Path(folder) / FILE, math.log(vocab_size), every
+        self._sums: Tensor | None = None
+
+    def wants(self, step: int) -> bool:
+        """Whether a map is due for optimiser step ``step`` (1 is the first)."""
+        return step % self._every == 0
+
+    def add(self, stats: dict[str, Tensor]) -> None:
+        """Add a micro-batch: nll, entropy, trust and update of the labels' shape, NaN where nothing is trained."""
+        trained = ~torch.isnan(stats["nll"])
+        p = (-stats["nll"][trained]).exp()
+        p_bin = (p * BINS).long().clamp(0, BINS - 1)
+        entropy_bin = (stats["entropy"][trained] / self._largest * BINS).long().clamp(0, BINS - 1)
+        values = torch.stack([torch.ones_like(p), stats["trust"][trained], stats["update"][trained]]).double()
+        sums = torch.zeros(3, BINS * BINS, dtype=torch.float64, device=p.device)
+        sums.index_add_(1, p_bin * BINS + entropy_bin, values)
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.flush(state.global_step)
+
+    def flush(self, step: int) -> None:
+        """Sum over processes and append the map of this step; the main process writes."""
+        if self._sums is None:
+            return
+        sums, self._sums = self._accelerator.reduce(self._sums, reduction="sum").cpu(), None
+        if not self._accelerator.is_main_process:
+            return
+        count, trust, update = sums
+        (cells,) = (count > 0).nonzero(as_tuple=True)
+        table = pa.Table.from_pydict(
+            {
+                "step": [step] * len(cells),
+                "p_bin": (cells // BINS).tolist(),
+                "entropy_bin": (cells % BINS).tolist(),
+                "count": count[cells].long().tolist(),
+                "trust": (trust[cells] / count[cells]).tolist(),
+                "update": (update[cells] / count[cells]).tolist(),
+            },
+            schema=SCHEMA,
+        )
+        before = self._before(step)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._file.with_suffix(".partial")
+        pq.write_table(table if before is None else pa.concat_tables([before, table]), partial, compression="zstd")
+        os.replace(partial, self._file)
+
+    def _before(self, step: int) -> pa.Table | None:
+        """Maps of earlier steps: a resumed run goes on, and what it does again is written anew."""
+        if not self._file.is_file():
+            return None
+        table = pq.read_table(self._file)
+        return table.filter(pc.less(table["step"], step))
+
+
+def frames(folder: str | Path) -> list[dict[str, Any]]:
+    """The maps of a run as the page plays them: [{step, count, trust, update}], 20 × 20 lists each, rows are p_y."""
+    table = pq.read_table(Path(folder) / FILE).to_pylist()
+    made: dict[int, dict[str, Any]] = {}
+    for line in table:
+        frame = made.setdefault(
+            line["step"],
+            {
+                "step": line["step"],
+                **{name: [[0] * BINS for _ in range(BINS)] for name in ("count", "trust", "update")},
+            },
+        )
+        for name in ("count", "trust", "update"):
+            frame[name][line["p_bin"]][line["entropy_bin"]] = line[name]
+    return [made[step] for step in sorted(made)]
