@@ -161,20 +161,20 @@ def near(got, truth, what, weights=1.0):
 def test_the_page_computes_what_python_does(shared, name, given):
     got = shared.evaluate(JS_FIGURES, [name, given])
     figures = REPLAY.figures(qt.preset(name, **given))
+    weights = np.abs(figures.trust) + np.abs(figures.residual_mass)
     near(got["trust"], figures.trust, "trust")
     near(got["mass"], figures.residual_mass, "residual mass")
-    near(got["update"], figures.update, "update")
-    near(got["updateError"], figures.update_error, "error of the update")
-    near(got["qError"], figures.q_error, "error of Q")
+    near(got["update"], figures.update, "update", weights)
+    near(got["updateError"], figures.update_error, "error of the update", weights)
+    near(got["qError"], figures.q_error, "error of Q", weights)
     # Q is off the simplex from −1e-6 on; an entry that close to the bound may fall on either side.
     assert np.sum(np.asarray(got["off"]) != figures.off_simplex) <= 2
     for token in got["tokens"]:
         i = token["i"]
         place = [int(np.flatnonzero(REPLAY.ids[i] == index)[0]) for index in token["ids"]]
         assert len(place) == REPLAY.there[i].sum()
-        weights = abs(figures.trust[i]) + abs(figures.residual_mass[i])
-        near(token["q"], figures.q[i, place], f"Q of token {i}", weights)
-        near(token["qTail"], figures.q_tail[i], f"tail of Q of token {i}", weights)
+        near(token["q"], figures.q[i, place], f"Q of token {i}", weights[i])
+        near(token["qTail"], figures.q_tail[i], f"tail of Q of token {i}", weights[i])
         if token["residual"] is None:
             assert np.isnan(figures.residual[i]).all()
         else:
@@ -182,7 +182,9 @@ def test_the_page_computes_what_python_does(shared, name, given):
             near(token["residualTail"], figures.residual_tail[i], f"tail of the residual of token {i}")
     summary = vars(REPLAY.summary(figures))
     for key, value in summary.items():
-        if not math.isnan(value):
+        if key in ("carries_90", "off_simplex"):  # counts of tokens
+            assert abs(got["summary"][key] - value) <= 2 / N
+        elif not math.isnan(value):
             near(got["summary"][key], value, key)
     assert len(got["notes"]) == len(figures.notes)
 
@@ -259,23 +261,23 @@ def test_what_cannot_be_shown():
 
 
 def test_the_file_stands_alone(file):
-    text = file.read_text(encoding="ascii")
+    text = file.read_text(encoding="utf-8")
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', text)[1]
     assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy and "http" not in policy
     assert not re.search(r"(src|href)=[\"']?(https?:)?//", text)
     block = text.split('id="data">')[1].split("</script>")[0]
-    assert "<" not in block
+    assert "<" not in block and block.isascii()
     assert json.loads(block)["topK"] == K
     for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", "fetch("):
         assert word not in text
 
 
 def test_one_log_probability_is_kept_to_four_digits():
-    log_p = -np.concatenate([np.linspace(0, 3, 5000), np.geomspace(3, 99, 5000)])
+    log_p = -np.concatenate([np.linspace(0, 3, 5000), np.geomspace(3, 59, 5000)])
     codes = np.frombuffer(base64.b64decode(page._codes(log_p)), dtype="<u2")
-    back = -0.1 * np.expm1(codes / (65535 / math.log1p(1000)))
+    back = -0.2 * np.expm1(codes / (65535 / math.log1p(300)))
     assert np.abs(np.exp(back) - np.exp(log_p)).max() < 3e-5
-    assert (np.abs(back - log_p) <= 6e-5 * (0.1 - log_p)).all()
+    assert (np.abs(back - log_p) <= 5e-5 * (0.2 - log_p)).all()
 
 
 # -- the text ----------------------------------------------------------------------------------------------------
@@ -372,7 +374,8 @@ def test_another_objective_and_a_moved_eta(open_page, file):
     summary = REPLAY.summary(truth)
     assert figure(view, "A", "mean update") == f"{summary.update:.3f} ± {summary.update_error:.3f}" != before[2]
     assert figure(view, "A", "mean trust") == f"{summary.trust:.3f}"
-    assert figure(view, "A", "tokens that carry 90 %") == f"{100 * summary.carries_90:.0f} %"
+    carry = int(figure(view, "A", "tokens that carry 90 %").split()[0])
+    assert carry == pytest.approx(100 * summary.carries_90, abs=0.5 + 200 / N)
     got, wanted = levels(view, "A"), expected_levels(view, np.sqrt(truth.update))
     assert np.mean(np.asarray(got) == wanted) > 0.99 and got != before[0]
     assert view.inner_text("#token-bars") != before[1]
@@ -476,6 +479,7 @@ def test_the_map_and_an_area_of_it(open_page, file):
     view.fill("#area-pTo", "0.6")
     view.fill("#area-eTo", "4")
     assert view.inner_text("#map-list h3").startswith(f"{in_area(0.2, 0.6, 0, 4)} tokens")
+    view.locator("svg.map").scroll_into_view_if_needed()
     box = view.locator("svg.map").bounding_box()
     x, y = box["x"], box["y"]
     view.mouse.move(x + 0.2 * box["width"], y + 0.3 * box["height"])

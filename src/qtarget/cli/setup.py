@@ -121,7 +121,7 @@ def _resume_faults(config: Any) -> list[str]:
     folder = checks.checkpoint_folder(resume(config.resume_from_checkpoint), config.output_dir)
     if folder is None:
         return []
-    settings = identity.identity(config, config.resolve_objective(), None, None)
+    settings = identity.identity(config, config.resolve_objective(), {})
     known = {name: value for name, value in settings.items() if name not in ("teacher", "reference")}
     return identity.differences(folder, known, partly=True)
 

@@ -4,7 +4,7 @@ The record is thinned to what the page shows and packed into a JSON block; the f
 a token says is a stranger's text: it stands in JSON with ``<`` escaped, and the page writes it with ``textContent``.
 
 Log-probabilities are 16-bit codes with steps as wide as they may be: ``code = B ln(1 + x/A)`` for ``x = −log p``, with
-A = 0.1 and x ≥ 100 taken as 100. A probability is then off by 3e-5 at most, and an exponential is a look-up in a table of
+A = 0.2 and x ≥ 60 taken as 60. A probability is then off by 3e-5 at most, and an exponential is a look-up in a table of
 65,536 entries, which is what lets a slider answer at once. Numbers of which there is one a token stay float32.
 """
 
@@ -45,11 +45,11 @@ _SCRIPTS = (
 # Kept (token, id) pairs of a page: 300 rows of 600 tokens at 33 ids, about 50 MB. Above it, the least likely ids of each
 # token go into its tail.
 _ENTRIES = 6_000_000
-_CODE_OFFSET, _CODE_END, _CODES = 0.1, 100.0, 65_535
+_CODE_OFFSET, _CODE_END, _CODES = 0.2, 60.0, 65_535
 
 
 def html(record: Record, max_rows: int = 300) -> str:
-    """The page as text, ASCII only.
+    """The page as text.
 
     Args:
         record: see ``record.read``. max_rows: so many of its first rows are in the page, which says so.

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from qtarget.data.columns import SOURCE_ID, columns_for
+from qtarget.data.columns import SOURCE_ID
 from qtarget.errors import ConfigError
 from qtarget.teachers.same_vocabulary import vocabulary_difference
 from qtarget.training.objective import Objective
@@ -66,22 +66,17 @@ def missing_columns(
     columns = list(columns)
     has = f"(it has {', '.join(columns)})"
     instead = ", or report another objective there: eval_target: sft" if evaluated else ""
-    needed = set(columns_for(objective.requires))
     faults = []
-    if "weight" in needed and args.weights == "online":
-        needed.remove("weight")
-    if "old_logps" in needed and args.psft_refresh != "never":
-        needed.remove("old_logps")
-        if "old_logps" in columns:
-            faults.append(
-                f"the {dataset_name} dataset has a column old_logps, but psft_refresh is {args.psft_refresh}, which "
-                "takes the old policy from the model itself; set psft_refresh: never to read the column, or drop it"
-            )
+    if "old_policy" in objective.requires and args.psft_refresh != "never" and "old_logps" in columns:
+        faults.append(
+            f"the {dataset_name} dataset has a column old_logps, but psft_refresh is {args.psft_refresh}, which takes "
+            "the old policy from the model itself; set psft_refresh: never to read the column, or drop it"
+        )
     faults += [
         f"target {objective} needs {_NAMES[name]}, but the {dataset_name} dataset has no column {name!r} {has}; "
         + _MENDS.get(name, "add it, or choose another target")
         + instead
-        for name in sorted(needed)
+        for name in sorted(args.columns_for(objective.requires))
         if name not in columns
     ]
     if objective.column is not None and not {objective.column, SOURCE_ID} & set(columns):

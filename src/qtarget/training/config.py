@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 import pickle
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+from qtarget.data.columns import columns_for
 from qtarget.errors import ConfigError, check_range, unknown
 from qtarget.targets import Target, presets
 from qtarget.targets.schedule import ScheduledTarget
@@ -218,6 +220,25 @@ class QTargetConfig(SFTConfig):
             return Objective.single(self.eval_target)
         except ConfigError as error:
             raise ConfigError([f"eval_target: {fault}" for fault in error.faults]) from None
+
+    def models_for(self, requires: Iterable[str]) -> frozenset[str]:
+        """Of what targets require, what is a model: teacher, reference, old_policy (psft's copy of the student).
+
+        Online weights compare the student with a reference.
+        """
+        models = {"teacher", "reference"} & set(requires)
+        if self.weights == "online" and "weight" in requires:
+            models.add("reference")
+        if self.psft_refresh != "never" and "old_policy" in requires:
+            models.add("old_policy")
+        return frozenset(models)
+
+    def columns_for(self, requires: Iterable[str]) -> list[str]:
+        """Of what targets require, the dataset's columns."""
+        made = {"weight"} if self.weights == "online" else set()
+        if self.psft_refresh != "never":
+            made.add("old_policy")
+        return columns_for(set(requires) - made)
 
     def to_dict(self) -> dict[str, Any]:
         settings = super().to_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,22 @@ from qtarget.training.objective import Objective
 FILE = "qtarget.json"
 
 
-def identity(args: Any, objective: Objective, teacher: str | None, reference: str | None) -> dict[str, Any]:
+def identity(args: Any, objective: Objective, own: Mapping[str, str | None]) -> dict[str, Any]:
     """The settings that decide what is trained, as JSON holds them.
 
     Args:
-        args: QTargetConfig. teacher, reference: what they are and their revision, or None where nothing needs them.
+        args: QTargetConfig. own: what to call a teacher or reference that ``args`` does not name.
     """
     requires = objective.requires
+    models = args.models_for(requires)
     settings = {
         "targets" if objective.sources else "target": objective.to_config(),
         "denominator": args.denominator,
-        "teacher": teacher,
-        "reference": reference,
     }
+    for role in ("teacher", "reference"):
+        name = getattr(args, f"{role}_model_name_or_path") or own.get(role)
+        revision = getattr(args, f"{role}_model_revision") or "default"
+        settings[role] = f"{name} (revision {revision})" if role in models else None
     if objective.sources:
         settings["source_column"] = args.source_column
     if "weight" in requires:
@@ -34,6 +38,19 @@ def identity(args: Any, objective: Objective, teacher: str | None, reference: st
     if "old_policy" in requires:
         settings["psft_refresh"] = args.psft_refresh
     return json.loads(json.dumps(settings, default=str))
+
+
+def describe(args: Any, objective: Objective, settings: dict[str, Any]) -> str:
+    """One line: the targets, their formulas, the denominator and where the other models come from."""
+    parts = [objective.describe(), f"denominator {args.denominator}"]
+    parts += [f"{role} {settings[role]}" for role in ("teacher", "reference") if settings[role] is not None]
+    if "weights" in settings:
+        parts.append(f"weights {args.weights}")
+    if settings.get("psft_refresh") == "never":
+        parts.append("old policy from column old_logps, which is not the paper's schedule: it is never refreshed")
+    elif "psft_refresh" in settings:
+        parts.append(f"old policy copied every {args.psft_refresh} steps")
+    return "; ".join(parts)
 
 
 def write(folder: str | Path, settings: dict[str, Any]) -> None:

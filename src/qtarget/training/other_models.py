@@ -34,7 +34,7 @@ class OtherModels:
 
     Args:
         args: the run's QTargetConfig. accelerator: its Accelerator. student: the model as the trainer holds it.
-        requires: what the run's targets need. vocab_size: real tokens.
+        requires: of teacher, reference and old_policy, those to load. vocab_size: real tokens.
         teacher, reference: models the user made, in place of names in ``args``.
     """
 
@@ -55,7 +55,7 @@ class OtherModels:
         self.teacher = self._load("teacher", teacher) if "teacher" in requires else None
         self.reference = self._reference(reference) if "reference" in requires else None
         self.old_policy = None
-        if "old_policy" in requires and args.psft_refresh != "never":
+        if "old_policy" in requires:
             self.old_policy = OldPolicy(self._student, args.psft_refresh)
 
     # -- loading -------------------------------------------------------------------------------------------------

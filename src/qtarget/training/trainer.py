@@ -21,7 +21,7 @@ from qtarget.errors import ConfigError
 from qtarget.targets import Target
 from qtarget.teachers.frozen import evaluation_mode
 from qtarget.teachers.same_vocabulary import real_vocabulary_size
-from qtarget.training import checks, identity, model_card
+from qtarget.training import checks, denominator, identity, model_card
 from qtarget.training.config import QTargetConfig
 from qtarget.training.forward import LossCall, accepted, add_target_forward, check_head_transform
 from qtarget.training.history import History
@@ -90,9 +90,7 @@ class QTargetTrainer(SFTTrainer):
         self.data_collator = TokenColumnCollator(self.data_collator, [*self._columns.carried, UID])
         add_target_forward(self._base_model())
         self._vocab_size = real_vocabulary_size(self._tokenizer)
-        requires = self._objective.requires | self._eval_objective.requires
-        if args.weights == "online" and "weight" in requires:
-            requires |= {"reference"}
+        requires = args.models_for(self._objective.requires | self._eval_objective.requires)
         self._others = OtherModels(
             args, self.accelerator, self.model, requires, self._vocab_size, teacher_model, reference_model
         )
@@ -105,12 +103,8 @@ class QTargetTrainer(SFTTrainer):
             self.add_callback(self._history)
 
     def _columns_to_carry(self, args: QTargetConfig) -> TokenColumns:
-        requires = set(self._objective.requires | self._eval_objective.requires)
-        if args.weights == "online":
-            requires.discard("weight")
-        if args.psft_refresh != "never":
-            requires.discard("old_policy")
-        return TokenColumns(tuple(columns_for(requires)), tuple(self._objective.sources), args.source_column)
+        names = args.columns_for(self._objective.requires | self._eval_objective.requires)
+        return TokenColumns(tuple(names), tuple(self._objective.sources), args.source_column)
 
     # -- data ----------------------------------------------------------------------------------------------------
 
@@ -169,32 +163,13 @@ class QTargetTrainer(SFTTrainer):
         return max(self.state.max_steps, 0)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        """The denominator: shifted labels of all micro-batches and processes, for every architecture alike.
-
-        Transformers leaves the count to the architecture (GPT-2 counts position 0, a forward without ``**kwargs`` gets
-        none), so that the same data would give other gradients.
-        """
+        """The denominator over all micro-batches and processes; None where each micro-batch has its own."""
         if self.args.denominator == "micro_batch" or not batch_samples:
             return None
-        count = torch.zeros((), dtype=torch.float64)
-        for batch in batch_samples:
-            counted = batch["labels"][..., 1:] != -100
-            if self.args.denominator == "kept":
-                counted = counted & self._kept(batch)
-            count = count + counted.sum().to(count)
-        count = count.to(device)
+        count = denominator.count(batch_samples, self.args.denominator, self._objective).to(device)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count).sum() / self.get_tp_size()
         return count.float()
-
-    def _kept(self, batch: dict[str, Tensor]) -> Tensor:
-        """Tokens that a weight or critical column of their own target does not put at 0, after the shift."""
-        kept = torch.ones_like(batch["labels"][..., 1:], dtype=torch.bool)
-        for number, target in enumerate(self._objective.finals()):
-            mine = batch[SOURCE_ID][..., 1:] == number if SOURCE_ID in batch else torch.ones_like(kept)
-            for name in {"weight", "critical"} & set(columns_of(target)):
-                kept &= ~mine | (batch[name][..., 1:] != 0)
-        return kept
 
     def compute_loss(
         self,
@@ -214,12 +189,11 @@ class QTargetTrainer(SFTTrainer):
             checks.packed_batch(inputs)
             self._check_transform(model, model_inputs)
         self._add_computed_columns(columns, model, model_inputs, labels, requires, training)
+        read = [*columns_of(*targets), *([SOURCE_ID] if objective.sources else [])]
         call = LossCall(
             targets,
             labels,
-            {name: column for name, column in columns.items() if name in (*columns_of(*targets), SOURCE_ID)}
-            if objective.sources
-            else {name: columns[name] for name in columns_of(*targets) if name in columns},
+            {name: columns[name] for name in read if name in columns},
             self._others.heads(model, model_inputs, requires),
             self._vocab_size,
             num_items_in_batch,
@@ -308,31 +282,13 @@ class QTargetTrainer(SFTTrainer):
 
     def describe(self) -> str:
         """One line: the targets, their formulas, the denominator and where the other models come from."""
-        settings = self._identity()
-        parts = [self._objective.describe(), f"denominator {self.args.denominator}"]
-        parts += [f"{role} {settings[role]}" for role in ("teacher", "reference") if settings[role] is not None]
-        if "weight" in self._objective.requires:
-            parts.append(f"weights {self.args.weights}")
-        if "old_policy" in self._objective.requires:
-            if self.args.psft_refresh == "never":
-                parts.append(
-                    "old policy from column old_logps, which is not the paper's schedule: it is never refreshed"
-                )
-            else:
-                parts.append(f"old policy copied every {self.args.psft_refresh} steps")
-        return "; ".join(parts)
+        return identity.describe(self.args, self._objective, self._identity())
 
     def _identity(self) -> dict[str, Any]:
         """What decides what is trained; see ``identity``."""
-        args, requires = self.args, self._objective.requires
-        teacher = reference = None
-        if "teacher" in requires:
-            name = args.teacher_model_name_or_path or self._others.teacher_name
-            teacher = f"{name} (revision {args.teacher_model_revision or 'default'})"
-        if "reference" in requires or (args.weights == "online" and "weight" in requires):
-            name = args.reference_model_name_or_path or self._others.reference_name or "the adapters off"
-            reference = f"{name} (revision {args.reference_model_revision or 'default'})"
-        return identity.identity(args, self._objective, teacher, reference)
+        others = self._others
+        own = {"teacher": others.teacher_name, "reference": others.reference_name or "the adapters off"}
+        return identity.identity(self.args, self._objective, own)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         folder = checks.checkpoint_folder(resume_from_checkpoint, self.args.output_dir)
@@ -346,9 +302,7 @@ class QTargetTrainer(SFTTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         objectives = self._objective, self._eval_objective
         ahead = frozenset().union(*(o.requires_from(self._step, self._total_steps) for o in objectives))
-        if self.args.weights == "online" and "weight" in ahead:
-            ahead |= {"reference"}
-        self._others.release(ahead)
+        self._others.release(self.args.models_for(ahead))
         return super().training_step(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

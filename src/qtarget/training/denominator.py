@@ -1,0 +1,36 @@
+"""What the summed loss is divided by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from qtarget.data.columns import SOURCE_ID, columns_of
+from qtarget.training.objective import Objective
+
+
+def count(batches: Iterable[Mapping[str, Tensor]], denominator: str, objective: Objective) -> Tensor:
+    """Shifted supervised labels of some micro-batches, float64; with "kept" only those a column keeps.
+
+    Counted here for every architecture alike: Transformers leaves it to the architecture (GPT-2 counts position 0, a
+    forward without ``**kwargs`` gets no count), so that the same data would give other gradients.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in batches:
+        counted = batch["labels"][..., 1:] != -100
+        if denominator == "kept":
+            counted = counted & _kept(batch, objective)
+        total = total + counted.sum().to(total)
+    return total
+
+
+def _kept(batch: Mapping[str, Tensor], objective: Objective) -> Tensor:
+    """Tokens that a weight or critical column of their own target does not put at 0, after the shift."""
+    kept = torch.ones_like(batch["labels"][..., 1:], dtype=torch.bool)
+    for number, target in enumerate(objective.finals()):
+        mine = batch[SOURCE_ID][..., 1:] == number if SOURCE_ID in batch else torch.ones_like(kept)
+        for name in {"weight", "critical"} & set(columns_of(target)):
+            kept &= ~mine | (batch[name][..., 1:] != 0)
+    return kept
