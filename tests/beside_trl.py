@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
-import gc
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import pytest
 import torch
 from torch import nn
@@ -43,18 +40,8 @@ class Run(NamedTuple):
         return [entry for entry in self.trainer.state.log_history if "loss" in entry]
 
 
-@functools.cache
-def spend_little() -> None:
-    """Training ends with a garbage collection, which takes longer than three steps where it goes through every module
-    loaded: they are taken out of it, once. Bars of eight rows cost more than the rows."""
-    gc.collect()
-    gc.freeze()
-    datasets.disable_progress_bars()
-
-
 def make(kind: tuple[type, type], model: Any, folder: Path, data: Any, given: dict[str, Any], **settings: Any) -> Any:
     """A trainer of one kind; ``given`` are its arguments beside settings, copied, because trainers change some."""
-    spend_little()
     trainer, config = kind
     made = {"processing_class": copy.deepcopy(tiny.tokenizer()), **copy.deepcopy(given)}
     return trainer(model, config(**quick(folder, **(STEPS | settings))), train_dataset=data, **made)

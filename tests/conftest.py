@@ -1,11 +1,21 @@
-"""For every test: one thread, and no network."""
+"""For every test: one thread, no network, and no search for garbage among what the libraries hold."""
 
+import gc
 import os
 
+import datasets
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported_for_good():
+    """``train()`` ends with a garbage collection, which takes longer than a tiny run where millions of objects live."""
+    gc.collect()
+    gc.freeze()
+    datasets.disable_progress_bars()
 
 
 @pytest.fixture(scope="session", autouse=True)

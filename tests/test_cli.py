@@ -270,6 +270,8 @@ def test_train_ends_with_a_model_a_table_and_a_picture(trained):
     figures = json.loads((folder / "before_after.json").read_text())
     assert figures["after"]["nll"] != figures["before"]["nll"]
     assert json.loads((folder / "target.json").read_text())["eta"] == 0.3
+    card = (folder / "README.md").read_text()
+    assert "- eta: 0.3" in card and f"{figures['after']['nll']:.4f} |" in card
     model = AutoModelForCausalLM.from_pretrained(folder)
     start = tiny.llama()
     assert not torch.equal(model.get_output_embeddings().weight, start.get_output_embeddings().weight)

@@ -63,6 +63,9 @@ def _train(trainer: Any, config: Any, script: Any) -> int:
         (folder / "target.json").write_text(json.dumps(trainer.args.resolve_objective().to_config(), indent=2) + "\n")
         if evaluated:
             (folder / "before_after.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
+        # After the last evaluation, whose figures it shows. A folder is no data set of the hub to link to.
+        name = script.dataset_name
+        trainer.create_model_card(model_name=folder.name, dataset_name=None if Path(name).exists() else name)
         summary.show(trainer, before, after, folder)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
