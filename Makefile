@@ -34,15 +34,15 @@ demo: $(VENV)/.ready ## train a small real model toward a target, see what it le
 	$(BIN)/python examples/answer.py --model $(DEMO)/run --data $(DEMO)/data/test.jsonl && \
 	printf '\ndemo: %s s after the environment was ready; model in %s\n' "$$(($$(date +%s) - start))" "$(DEMO)/run"
 
-# The teacher is the same model after four steps of plain SFT on these problems.
+# The teacher is the same model after two steps of plain SFT on these problems.
 lens-demo: $(VENV)/.ready ## capture what targets teach a real model, and write the page build/lens/lens.html
 	@start=$$(date +%s) && \
 	rm -rf $(LENS) && \
 	$(BIN)/python recipes/prepare_quickstart.py --out $(DEMO) && \
-	$(BIN)/qtarget train --config recipes/quickstart.yaml --target sft --learning_rate 5e-5 --max_steps 4 \
+	$(BIN)/qtarget train --config recipes/quickstart.yaml --target sft --learning_rate 1e-4 --max_steps 2 \
 	    --dataset_test_split none --output_dir $(LENS)/teacher && \
 	$(BIN)/qtarget lens capture --config recipes/quickstart.yaml --teacher_model_name_or_path $(LENS)/teacher \
-	    --per_device_eval_batch_size 2 --rows 24 -o $(LENS)/capture && \
+	    --per_device_eval_batch_size 2 --rows 16 --top_k 40 -o $(LENS)/capture && \
 	$(BIN)/qtarget lens report $(LENS)/capture -o $(LENS)/lens.html && \
 	$(BIN)/qtarget lens advise $(LENS)/capture && \
 	printf '\nlens-demo: %s s after the environment was ready; open %s in a browser\n' \

@@ -48,7 +48,7 @@ def data() -> Dataset:
 
     return tokenised(
         Dataset.from_list([*single[:15], long]),
-        weight=lambda number, row: [(i + number) % 5 / 4 for i in range(len(row["input_ids"]))],
+        weight=lambda number, row: [(i + number) % 4 / 3 for i in range(len(row["input_ids"]))],
         critical=lambda number, row: [(i + number) % 3 == 0 for i in range(len(row["input_ids"]))],
         old_logps=old_logps,
     )

@@ -161,7 +161,9 @@ def near(got, truth, what, weights=1.0):
 def test_the_page_computes_what_python_does(shared, name, given):
     got = shared.evaluate(JS_FIGURES, [name, given])
     figures = REPLAY.figures(qt.preset(name, **given))
-    weights = np.abs(figures.trust) + np.abs(figures.residual_mass)
+    # A pool's coefficient multiplies the log-probabilities, and with them what they are off by.
+    sharper = max([1.0, *(c for _, pool in qt.preset(name, **given).residual_terms for c in pool.terms.values())])
+    weights = (np.abs(figures.trust) + np.abs(figures.residual_mass)) * sharper
     near(got["trust"], figures.trust, "trust")
     near(got["mass"], figures.residual_mass, "residual mass")
     near(got["update"], figures.update, "update", weights)
@@ -178,8 +180,8 @@ def test_the_page_computes_what_python_does(shared, name, given):
         if token["residual"] is None:
             assert np.isnan(figures.residual[i]).all()
         else:
-            near(token["residual"], figures.residual[i, place], f"residual of token {i}")
-            near(token["residualTail"], figures.residual_tail[i], f"tail of the residual of token {i}")
+            near(token["residual"], figures.residual[i, place], f"residual of token {i}", sharper)
+            near(token["residualTail"], figures.residual_tail[i], f"tail of the residual of token {i}", sharper)
     summary = vars(REPLAY.summary(figures))
     for key, value in summary.items():
         if key in ("carries_90", "off_simplex"):  # counts of tokens
@@ -246,6 +248,13 @@ def test_a_page_of_some_rows_and_fewer_ids(open_page, tmp_path, monkeypatch):
         assert (apart <= np.asarray(got["updateError"]) + figures.update_error[:n] + 1e-4).all()
         near(got["trust"], figures.trust[:n], "trust")
         assert np.mean(got["updateError"]) >= figures.update_error[:n].mean() - 1e-4
+
+
+def test_no_browser_is_said_and_not_skipped(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CHROMIUM", raising=False)
+    with pytest.raises(pytest.fail.Exception, match="no Chromium found; install one with: make browser"):
+        chromium()
 
 
 def test_what_cannot_be_shown():
@@ -321,7 +330,7 @@ def test_text_is_inert(open_page, nasty_file):
     isolated = "found => found.every(e => getComputedStyle(e).unicodeBidi === 'isolate')"
     assert view.eval_on_selector_all(".token", isolated)
     assert "<img src=x onerror=window.pwned=1>" in view.inner_text("#facts")
-    assert "yes, in every row; it is the last one in 1" in view.inner_text("#mask-view")
+    assert "yes, in every row; the last trained token in 1 of them" in view.inner_text("#mask-view")
 
 
 # -- the views ---------------------------------------------------------------------------------------------------
@@ -385,6 +394,38 @@ def test_another_objective_and_a_moved_eta(open_page, file):
     assert figure(view, "A", "off the simplex") == f"{100 * summary.off_simplex:.0f} %"
     assert view.is_visible("#beta-A") and not view.query_selector("#eta-A")
     assert figure(view, "B", "of sft’s update") == "1.00"
+
+
+def test_an_upper_clip_follows_the_lower_one_until_it_is_moved(open_page, file):
+    view = open_page(file)
+    view.select_option("#name-B", "psft")
+    for clip, high, given in (("0.5", "0.5", {"clip": 0.5}), ("0.05", "0.05", {"clip": 0.05})):
+        view.fill("#clip-B", clip)
+        settled(view)
+        assert view.input_value("#clip_high-B") == high
+        truth = REPLAY.summary(REPLAY.figures(qt.preset("psft", **given)))
+        assert figure(view, "B", "mean trust") == f"{truth.trust:.3f}"
+    view.fill("#clip_high-B", "1.5")
+    view.fill("#clip-B", "0.3")
+    settled(view)
+    assert view.input_value("#clip_high-B") == "1.5"
+    truth = REPLAY.summary(REPLAY.figures(qt.preset("psft", clip=0.3, clip_high=1.5)))
+    assert figure(view, "B", "mean trust") == f"{truth.trust:.3f}"
+
+
+def test_a_number_out_of_range_changes_nothing(open_page, file):
+    view = open_page(file)
+    settled(view)
+    before = figure(view, "A", "mean update")
+    field = view.locator("[aria-label='eta of A, as a number']")
+    for wrong in ("7", "-1", ""):
+        field.fill(wrong)
+        assert field.get_attribute("aria-invalid") == "true" and figure(view, "A", "mean update") == before
+    field.fill("0.25")
+    settled(view)
+    assert field.get_attribute("aria-invalid") is None and view.input_value("#eta-A") == "0.25"
+    truth = REPLAY.summary(REPLAY.figures(qt.preset("target-sft", eta=0.25)))
+    assert figure(view, "A", "mean update") == f"{truth.update:.3f} ± {truth.update_error:.3f}"
 
 
 def test_a_figure_with_a_large_error_is_marked(open_page, tmp_path):
@@ -580,6 +621,7 @@ def test_on_paper(open_page, file):
     assert view.evaluate("getComputedStyle(document.querySelector('.text')).overflowY") == "visible"
 
 
+@pytest.mark.full  # writing 60 MB takes most of its quarter of a minute
 def test_many_tokens_open_and_answer_at_once(open_page, tmp_path):
     """300 rows of 600 tokens, 33 ids each: 50 MB. The bounds are those the page is made for."""
     view = open_page(page.write(lens_records.large(300, 600), tmp_path / "lens.html"))

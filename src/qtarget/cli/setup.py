@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ def read(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains: 
     Raises:
         ConfigError: every fault found, together.
     """
+    # TRL's own default trips a deprecation warning of Transformers on every start.
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
     from qtarget.cli import settings as reading
 
     settings = reading.read(arguments)

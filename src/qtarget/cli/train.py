@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,6 @@ def run(arguments: Sequence[str]) -> int:
     if "--help_all" in arguments or "--help-all" in arguments:
         _print_help_all()
         return 0
-    # TRL's own default trips a deprecation warning of Transformers on every start.
-    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
     from qtarget.cli import setup
 
     asked = setup.read(arguments)

@@ -29,7 +29,7 @@ function drawToken(D, state) {
 }
 
 function tokenNotes(D, i, pair) {
-  const said = [];
+  const said = ['p − Q is the gradient on the logits: what is positive is to be taken away, what is negative (hatched) to be added.'];
   for (const { o, f } of pair) {
     if (f.off) said.push(`Q of ${o.key} leaves the simplex here: a negative entry, as ${o.name} may have it.`);
     if (f.qError >= 5e-4) {

@@ -14,6 +14,7 @@ const COLUMNS = [
 async function compareView(D) {
   const lines = D.presets.map((preset) => ({ name: preset.name, hyper: startOf(D, preset.name), row: el('tr') }));
   const said = el('p', { class: 'note', id: 'compare-said', 'aria-live': 'polite' });
+  const notes = el('div');
   const heads = ['objective', ...COLUMNS.map(([text]) => text)];
   byId('compare-view').replaceChildren(
     said,
@@ -28,6 +29,7 @@ async function compareView(D) {
         el('tbody', {}, ...lines.map(({ row }) => row)),
       ),
     ),
+    notes,
     el('p', {
       class: 'note',
       text:
@@ -49,8 +51,10 @@ async function compareView(D) {
     const target = buildTarget(D, name, hyper);
     results[name] = await new Promise((resolve) => runOver(D, target, out, resolve));
     row.append(...COLUMNS.map((column) => compareCell(column, results[name])));
-    const told = target.notes.length ? ` (${target.notes[0]})` : '';
-    row.firstChild.append(el('span', { class: 'muted', text: told }));
+    if (target.notes.length) {
+      row.firstChild.append(el('span', { class: 'muted', text: ' *' }));
+      notes.append(el('p', { class: 'note', text: `* ${name}: ${target.notes.join('; ')}.` }));
+    }
     if (results[name].error > UNRELIABLE) row.classList.add('doubtful');
   }
   said.textContent = `Each objective over all ${count(D.n)} trained tokens of this page.`;

@@ -48,8 +48,8 @@ function objectiveCard(D, o, onChange) {
     el('p', { class: 'formula', text: entry.formula }),
     el('p', { class: 'says', text: `${entry.summary} ` }, el('span', { class: 'source', text: entry.source })),
     el('div', { class: 'parameters' }, ...parameters.map((name) => parameter(o, name, onChange, rebuild))),
+    el('div', { class: 'notes', id: `notes-${o.key}`, 'aria-live': 'polite' }),
     el('dl', { class: 'figures', id: `figures-${o.key}` }),
-    el('div', { id: `notes-${o.key}`, 'aria-live': 'polite' }),
   );
 }
 
@@ -94,11 +94,17 @@ function parameter(o, name, onChange, rebuild) {
     to.removeAttribute('aria-invalid');
     to.value = from.value;
     set(step === 1 ? Math.round(number) : number);
+    if (name === 'clip' && o.hyper.clip_high === null) showClipHigh(o, from.value);
     onChange(o);
   };
   slider.addEventListener('input', moved(slider, field));
   field.addEventListener('input', moved(field, slider));
   return el('div', { class: 'field slider' }, el('label', { for: id, text }), slider, field);
+}
+
+/** PSFT's upper clip is the lower one until it is moved. */
+function showClipHigh(o, value) {
+  for (const input of byId(`clip_high-${o.key}`).parentElement.querySelectorAll('input')) input.value = value;
 }
 
 /** The figures under an objective's parameters; null while they are being summed. */
@@ -107,14 +113,14 @@ function drawFigures(o) {
   const list = byId(`figures-${o.key}`);
   list.classList.toggle('waiting', !s);
   if (s) {
-    const low = factor(s.sft / (s.update + s.update_error));
-    const high = factor(s.sft / Math.max(s.update - s.update_error, 0));
-    const spread = s.update_error >= 5e-4 ? ` (${low} to ${high})` : '';
+    const rate = (update) => (update > 0 ? (s.sft / update).toPrecision(2) : '∞');
+    const range = `${rate(s.update + s.update_error)} to ${rate(s.update - s.update_error)}`;
+    const spread = s.update_error >= 5e-4 ? ` (${range})` : '';
     const lines = [
       ['mean trust', round(s.trust)],
       ['mean update', plusMinus(s.update, s.update_error)],
       ['of sft’s update', plusMinus(s.update_vs_sft, s.update_error / s.sft, 2)],
-      ['learning rate for sft’s step', factor(s.lr_factor) + spread],
+      ['rate for sft’s step', factor(s.lr_factor) + spread],
       ['tokens that carry 90 %', percent(s.carries_90)],
       ['off the simplex', percent(s.off_simplex)],
       ['Q is off by at most', round(s.q_error)],

@@ -34,13 +34,17 @@ function visible(text) {
 /** A token as an element of its own direction. */
 function tokenText(D, id, tag = 'bdi') {
   const kind = D.special.has(id) ? 'token special' : 'token';
-  return el(tag, { class: kind, text: visible(D.vocab[id]) });
+  // Marks of spaces and breaks in small, so that the words stand out.
+  const parts = visible(D.vocab[id]).split(/([␣⏎⇥]+)/).filter((part) => part !== '');
+  if (parts.length === 1 && !/[␣⏎⇥]/.test(parts[0])) return el(tag, { class: kind, text: parts[0] });
+  return el(tag, { class: kind }, ...parts.map((part) => el('span', { class: /^[␣⏎⇥]/.test(part) ? 'blank' : undefined, text: part })));
 }
 
 const round = (x, digits = 3) => (Number.isFinite(x) ? x.toFixed(digits) : '–');
 const signed = (x, digits = 3) => (x < 0 ? '−' : '+') + Math.abs(x).toFixed(digits);
 const percent = (x, digits = 0) => (Number.isFinite(x) ? `${(100 * x).toFixed(digits)} %` : '–');
 const count = (n) => n.toLocaleString('en');
+const countOf = (n, what) => `${count(n)} ${what}${n === 1 ? '' : 's'}`;
 const plusMinus = (x, error, digits = 3) =>
   error >= 0.5 * 10 ** -digits ? `${round(x, digits)} ± ${round(error, digits)}` : round(x, digits);
 const factor = (x) => (!Number.isFinite(x) ? '–' : `× ${x >= 100 ? x.toFixed(0) : x.toPrecision(3)}`);

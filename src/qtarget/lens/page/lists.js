@@ -24,12 +24,13 @@ function tokenList(D, tokens, actions, caption, size) {
   };
   more.addEventListener('click', extend);
   extend();
+  const numbers = ['p_y', 'entropy', 'disagreement'];
   const heads = ['token', 'p_y', 'entropy', ...models.map((name) => `${name} says`), 'disagreement', 'context'];
   const table = el(
     'table',
     { class: 'list' },
     el('caption', { class: 'unseen', text: caption }),
-    el('thead', {}, el('tr', {}, ...heads.map((text) => el('th', { scope: 'col', text })))),
+    el('thead', {}, el('tr', {}, ...heads.map((text) => el('th', { scope: 'col', class: numbers.includes(text) ? 'number' : undefined, text })))),
     body,
   );
   return [el('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': caption }, table), more];

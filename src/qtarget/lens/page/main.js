@@ -101,8 +101,8 @@ function drawHead() {
   byId('facts').replaceChildren(
     ...facts.map(([name, value]) => el('li', {}, el('span', { class: 'muted', text: `${name} ` }), el('bdi', { text: visible(String(value)).replaceAll('␣', ' ') }))),
   );
-  const others = D.others.join(' and ');
-  byId('lead-others').textContent = others ? `, ${others}` : '';
+  const models = D.models.length > 2 ? `${D.models.slice(0, -1).join(', ')} and ${D.models.at(-1)}` : D.models.join(' and ');
+  byId('lead-models').textContent = models;
   byId('made').textContent = `Made by ${visible(String(about.program ?? 'qtarget')).replaceAll('␣', ' ')}. Log-probabilities are kept to four or five digits.`;
 }
 

@@ -129,8 +129,8 @@ function drawMap(D, state, view) {
   view.svg.replaceChildren(
     el('rect', { class: 'frame', x: left, y: above, width, height }),
     ...cells,
-    el('rect', { class: 'corner', x: left, y: y(sure), width: width * CORNER.p, height: (height * sure) / top }),
     ...(past ? [] : [el('rect', { class: 'area', id: 'map-area' })]),
+    el('rect', { class: 'corner', x: left, y: y(sure), width: width * CORNER.p, height: (height * sure) / top }),
     ...ticks.map((t) => el('text', { x: left + width * t, y: above + height + 18, 'text-anchor': 'middle', text: String(t) })),
     ...ticks.map((t) => el('text', { x: left - 6, y: y(t * top) + 4, 'text-anchor': 'end', text: round(t * top, 1) })),
     el('text', { x: left + width / 2, y: above + height + 38, 'text-anchor': 'middle', text: 'p_y, the student’s belief in the label' }),
@@ -180,7 +180,7 @@ function drawArea(D, state, view, actions) {
     if (p >= pFrom && (p < pTo || (pTo >= 1 && p <= 1)) && D.entropy[i] >= eFrom && D.entropy[i] <= eTo) found.push(i);
   }
   found.sort((a, b) => D.disagreement[b] - D.disagreement[a]);
-  const title = el('h3', { text: `${count(found.length)} tokens in the area, ${percent(found.length / D.n, 1)}` });
+  const title = el('h3', { text: `${countOf(found.length, 'token')} in the area, ${percent(found.length / D.n, 1)}` });
   byId('map-list').replaceChildren(title, ...tokenList(D, found, actions, 'Tokens in the area', 12));
 }
 

@@ -14,7 +14,7 @@ function drawMask(D, state, actions) {
     ['end of turn trained', endOfTurn(D)],
   ];
   byId('mask-view').replaceChildren(
-    el('dl', { class: 'figures flat' }, ...facts.map(([k, v]) => el('div', {}, el('dt', { text: k }), el('dd', { text: v })))),
+    el('dl', { class: 'figures flat wide' }, ...facts.map(([k, v]) => el('div', {}, el('dt', { text: k }), el('dd', { text: v })))),
     el(
       'div',
       { class: 'pair' },
@@ -47,7 +47,7 @@ function endOfTurn(D) {
   }
   const all = D.rows.number.length;
   const said = rows.size === all ? 'yes, in every row' : rows.size ? `in ${count(rows.size)} of ${count(all)} rows` : 'no: the model is never taught to stop';
-  return rows.size ? `${said}; it is the last one in ${count(last.size)}` : said;
+  return rows.size ? `${said}; the last trained token in ${count(last.size)} of them` : said;
 }
 
 /** [[id, rows]] of the first or last trained tokens, most frequent first. */
@@ -63,8 +63,8 @@ function tally(D, which) {
 }
 
 function common(D, found) {
-  const lines = found.slice(0, 4).map(([id, rows]) => el('li', {}, tokenText(D, id), el('span', { text: ` in ${count(rows)} rows` })));
-  if (found.length > 4) lines.push(el('li', { class: 'muted', text: `and ${count(found.length - 4)} others` }));
+  const lines = found.slice(0, 4).map(([id, rows]) => el('li', {}, tokenText(D, id), el('span', { text: ` in ${countOf(rows, 'row')}` })));
+  if (found.length > 4) lines.push(el('li', { class: 'muted', text: `and ${countOf(found.length - 4, 'other')}` }));
   return el('ul', { class: 'plain' }, ...lines);
 }
 

@@ -156,14 +156,14 @@ function nameOf(o) {
   return [o.name, ...shown.map(([name, value]) => `${name} ${value}`)].join(', ');
 }
 
-/** Scrolls the chosen token into its pane's view, without moving the page. */
+/** Scrolls the chosen token to the middle of its pane if it is out of view, without moving the page. */
 function revealToken(state) {
   for (const { list, spans } of state.panes) {
     const span = spans.get(state.token);
     if (!span) continue;
     const box = span.getBoundingClientRect();
     const frame = list.getBoundingClientRect();
-    if (box.top < frame.top) list.scrollTop -= frame.top - box.top + 24;
-    else if (box.bottom > frame.bottom) list.scrollTop += box.bottom - frame.bottom + 24;
+    if (box.top >= frame.top && box.bottom <= frame.bottom) continue;
+    list.scrollTop += (box.top + box.bottom - frame.top - frame.bottom) / 2;
   }
 }
