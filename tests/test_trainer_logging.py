@@ -138,7 +138,7 @@ def test_kl_q_on_logging_steps_and_where_it_is_defined(tmp_path):
             [
                 "target kd(temperature=1.0): L = CE(t, p)",
                 "denominator micro_batch",
-                "teacher LlamaForCausalLM (rev",
+                "teacher LlamaForCausalLM, weights ",
             ],
         ),
         (
