@@ -157,6 +157,7 @@ def near(got, truth, what, weights=1.0):
     assert off.max() <= 1e-4, f"{what}: entry {worst} is {got.flat[worst]}, Python has {truth.flat[worst]}"
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("name, given", TARGETS, ids=lambda part: str(part))
 def test_the_page_computes_what_python_does(shared, name, given):
     got = shared.evaluate(JS_FIGURES, [name, given])
@@ -191,6 +192,23 @@ def test_the_page_computes_what_python_does(shared, name, given):
     assert len(got["notes"]) == len(figures.notes)
 
 
+@pytest.mark.browser
+def test_tails_below_the_floor_and_a_whole_vocabulary(open_page, tmp_path):
+    """Where all that is left weighs less than one kept token, and where nothing is left, the bounds are others."""
+    for k, vocab in ((20, 23), (24, 24)):
+        z = lens_records.logits(300, vocab, 9)
+        record = from_logits(z, lens_records.labels_for(z), teacher=z + lens_records.logits(300, vocab, 1), k=k)
+        view = open_page(page.write(record, tmp_path / "lens.html"))
+        for name, given in (("gem", {"beta": 0.4}), ("kd", {"temperature": 0.5}), ("kd", {}), ("target-sft", {})):
+            script = JS_FIGURES.replace("{ length: 40 }", "{ length: 0 }")
+            got, figures = view.evaluate(script, [name, given]), Replay(record).figures(qt.preset(name, **given))
+            near(got["update"], figures.update, "update", 5)
+            near(got["updateError"], figures.update_error, "error of the update", 5)
+            near(got["qError"], figures.q_error, "error of Q", 5)
+            assert k < vocab or max(got["updateError"]) < 1e-9
+
+
+@pytest.mark.browser
 def test_a_changed_formula_is_noticed(shared):
     """The comparison above can fail: eta off by a hundredth, a lost tail."""
     got = shared.evaluate(JS_FIGURES, ["target-sft", {"eta": 0.51}])
@@ -198,6 +216,7 @@ def test_a_changed_formula_is_noticed(shared):
         near(got["update"], REPLAY.figures(qt.preset("target-sft", eta=0.5)).update, "update")
 
 
+@pytest.mark.browser
 def test_every_preset_and_parameter_has_its_control(shared):
     missing = shared.evaluate("""() => {
       const choose = (name) => {
@@ -218,6 +237,7 @@ def test_every_preset_and_parameter_has_its_control(shared):
     assert shared.evaluate("lens.D.presets.map((p) => p.name)") == qt.presets.names()
 
 
+@pytest.mark.browser
 def test_without_the_other_models(open_page, tmp_path):
     view = open_page(page.write(from_logits(Z[:50], Y[:50]), tmp_path / "lens.html"))
     options = view.eval_on_selector_all(
@@ -232,6 +252,7 @@ def test_without_the_other_models(open_page, tmp_path):
     assert "unknown: the capture does not say" in view.inner_text("#mask-view")
 
 
+@pytest.mark.browser
 def test_a_page_of_some_rows_and_fewer_ids(open_page, tmp_path, monkeypatch):
     """Thinned, a page says so and is the replay of a record with those ids in the tail: wider errors, still true."""
     monkeypatch.setattr(page, "_ENTRIES", 26 * N // 2)
@@ -305,6 +326,7 @@ def nasty_file(tmp_path_factory):
     return page.write(record, tmp_path_factory.mktemp("nasty") / "lens.html")
 
 
+@pytest.mark.browser
 def test_text_is_inert(open_page, nasty_file):
     view = open_page(nasty_file)
     view.evaluate("() => lens.ready.then(() => 0)")
@@ -356,6 +378,7 @@ def expected_levels(view, values):
     return [str(min(8, max(0, math.floor(9 * values[i])))) for i in tokens]
 
 
+@pytest.mark.browser
 def test_the_first_screen(open_page, file):
     view = open_page(file)
     settled(view)
@@ -372,6 +395,7 @@ def test_the_first_screen(open_page, file):
     assert apart[i] == pytest.approx(float(truth), abs=0.03), "the tails' own differences are not known"
 
 
+@pytest.mark.browser
 def test_another_objective_and_a_moved_eta(open_page, file):
     view = open_page(file)
     settled(view)
@@ -396,6 +420,7 @@ def test_another_objective_and_a_moved_eta(open_page, file):
     assert figure(view, "B", "of sft’s update") == "1.00"
 
 
+@pytest.mark.browser
 def test_an_upper_clip_follows_the_lower_one_until_it_is_moved(open_page, file):
     view = open_page(file)
     view.select_option("#name-B", "psft")
@@ -413,6 +438,7 @@ def test_an_upper_clip_follows_the_lower_one_until_it_is_moved(open_page, file):
     assert figure(view, "B", "mean trust") == f"{truth.trust:.3f}"
 
 
+@pytest.mark.browser
 def test_a_number_out_of_range_changes_nothing(open_page, file):
     view = open_page(file)
     settled(view)
@@ -428,6 +454,7 @@ def test_a_number_out_of_range_changes_nothing(open_page, file):
     assert figure(view, "A", "mean update") == f"{truth.update:.3f} ± {truth.update_error:.3f}"
 
 
+@pytest.mark.browser
 def test_a_figure_with_a_large_error_is_marked(open_page, tmp_path):
     record = from_logits(0.02 * Z[:100], Y[:100], teacher=0.01 * MODELS["teacher"][:100], k=3)
     view = open_page(page.write(record, tmp_path / "lens.html"))
@@ -441,6 +468,7 @@ def test_a_figure_with_a_large_error_is_marked(open_page, tmp_path):
     assert marked == [n for n in names if not replay.summary(replay.figures(qt.preset(n))).reliable] != []
 
 
+@pytest.mark.browser
 def test_clicking_a_token_shows_its_bars(open_page, file):
     view = open_page(file)
     settled(view)
@@ -468,6 +496,7 @@ def test_clicking_a_token_shows_its_bars(open_page, file):
     assert sums == pytest.approx([1, 1, 1], abs=8e-3), "with the other ids and the tail each distribution is whole"
 
 
+@pytest.mark.browser
 def test_by_keyboard_alone(open_page, file):
     view = open_page(file)
     settled(view)
@@ -514,6 +543,7 @@ def in_area(p_from, p_to, e_from, e_to):
     return int(((p >= p_from) & (p < p_to) & (entropy >= e_from) & (entropy <= e_to)).sum())
 
 
+@pytest.mark.browser
 def test_the_map_and_an_area_of_it(open_page, file):
     view = open_page(file)
     view.fill("#area-pFrom", "0.2")
@@ -540,6 +570,7 @@ def test_the_map_and_an_area_of_it(open_page, file):
         assert view.evaluate("document.querySelectorAll('svg.map .cell').length") == cells
 
 
+@pytest.mark.browser
 def test_the_history_of_a_run(open_page, tmp_path):
     record = from_logits(Z[:60], Y[:60], teacher=MODELS["teacher"][:60])
     frames = []
@@ -561,6 +592,7 @@ def test_the_history_of_a_run(open_page, tmp_path):
     assert view.inner_text("#history-said") == "this capture"
 
 
+@pytest.mark.browser
 def test_the_list_of_disagreements_jumps(open_page, file):
     view = open_page(file)
     shown = view.eval_on_selector_all(
@@ -575,6 +607,7 @@ def test_the_list_of_disagreements_jumps(open_page, file):
     assert view.evaluate("document.querySelectorAll('#conflicts-list tbody tr').length") == 30
 
 
+@pytest.mark.browser
 def test_all_methods_on_one_screen(open_page, file):
     view = open_page(file)
     results = view.evaluate("() => lens.ready")
@@ -591,6 +624,7 @@ def test_all_methods_on_one_screen(open_page, file):
 # -- how it looks, and for whom ------------------------------------------------------------------------------------
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1600])
 def test_wide_and_narrow_light_and_dark(open_page, file, nasty_file, width, scheme):
@@ -611,6 +645,7 @@ def test_wide_and_narrow_light_and_dark(open_page, file, nasty_file, width, sche
     assert (int(re.findall(r"\d+", background)[0]) < 128) == (scheme == "light")
 
 
+@pytest.mark.browser
 def test_on_paper(open_page, file):
     view = open_page(file, color_scheme="dark")
     view.emulate_media(media="print")
@@ -621,6 +656,7 @@ def test_on_paper(open_page, file):
     assert view.evaluate("getComputedStyle(document.querySelector('.text')).overflowY") == "visible"
 
 
+@pytest.mark.browser
 @pytest.mark.full  # writing 60 MB takes most of its quarter of a minute
 def test_many_tokens_open_and_answer_at_once(open_page, tmp_path):
     """300 rows of 600 tokens, 33 ids each: 50 MB. The bounds are those the page is made for."""
