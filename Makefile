@@ -12,6 +12,8 @@ export CHROMIUM ?= chromium
 DEMO_ARGS  ?=
 # more of pytest's flags:  make test TEST_ARGS="-k presets -x"
 TEST_ARGS  ?=
+# a test file at a time on each of two cores; one after the other:  make test WORKERS=
+WORKERS    ?= -n 2 --dist loadfile
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -55,14 +57,14 @@ test: $(VENV)/.ready ## check, then the fast tests
 	@start=$$(date +%s) && \
 	$(MAKE) --no-print-directory check && \
 	{ $(MAKE) --no-print-directory browser || echo "no browser: the page's browser tests are left out"; } && \
-	$(BIN)/python -m pytest --durations=15 \
+	$(BIN)/python -m pytest $(WORKERS) --durations=15 \
 	    -m "not full$$(command -v $(CHROMIUM) >/dev/null || echo ' and not browser')" $(TEST_ARGS) && \
 	printf 'make test: %s s\n' "$$(($$(date +%s) - start))"
 
 test-full: $(VENV)/.ready ## check, then every test, those that take minutes too
 	@start=$$(date +%s) && \
 	$(MAKE) --no-print-directory check browser && \
-	$(BIN)/python -m pytest --durations=15 -m "full or not full" $(TEST_ARGS) && \
+	$(BIN)/python -m pytest $(WORKERS) --durations=15 -m "full or not full" $(TEST_ARGS) && \
 	printf 'make test-full: %s s\n' "$$(($$(date +%s) - start))"
 
 browser: ## install a chromium for the page's tests, where there is none (Debian and Ubuntu, as root)

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -25,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 import layouts
 import tiny
-from qtarget.training import forward
+from qtarget.training import forward, history
 from qtarget.training import trainer as trainer_module
 from runs import Weights, distance
 from test_trainer_old_policy import LR, by_hand
@@ -47,12 +48,28 @@ def in_float32() -> nn.Module:
 
 
 def ddp() -> Iterator[tuple[str, Weights, Weights]]:
+    yield "map of both", *map_of_both()
     for layout in layouts.LAYOUTS:
         for name in layouts.OBJECTIVES:
             wanted = layouts.by_autograd(name, layout)
             for accumulation in (1, 2, 4) if name in ("sft", "target-sft") else (2,):
                 got = layouts.by_trainer(name, layout, accumulation, FOLDER, processes=2)
                 yield f"{name}, {layout}, accumulation {accumulation}", got, wanted
+
+
+def map_of_both() -> tuple[Weights, Weights]:
+    """``lens_every``: the main process writes the tokens of both, cell by cell their mean trust."""
+    made = layouts.made_for("dft", "padded", FOLDER / "map", lens_every=1)
+    layouts.in_one_step(made, 1, processes=2)
+    made.train()
+    tokens = sum(label != -100 for row in layouts.data() for label in row["labels"][1:])
+    wanted = torch.tensor([tokens, made.state.log_history[0]["trust"]]).double()
+    if int(os.environ["RANK"]):
+        return {"tokens": wanted}, {"tokens": wanted}
+    lines = pq.read_table(FOLDER / "map" / history.FILE).to_pylist()
+    count = sum(line["count"] for line in lines)
+    trust = sum(line["count"] * line["trust"] for line in lines) / count
+    return {"tokens": torch.tensor([count, trust]).double()}, {"tokens": wanted}
 
 
 # -- FSDP2 -----------------------------------------------------------------------------------------

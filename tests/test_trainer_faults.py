@@ -250,6 +250,18 @@ def test_a_template_without_generation_markers(tmp_path):
         trainer("nowhere", tmp_path, data, assistant_only_loss=True)
 
 
+def test_a_mask_that_nobody_would_read(tmp_path):
+    """Prepared by the user, with a mask and no labels: every token would count."""
+    made = trainer(
+        tiny.llama(), tmp_path, tokenised(tiny.conversations(4)), dataset_kwargs={"skip_prepare_dataset": True}
+    )
+    masked = Dataset.from_list(
+        [{"input_ids": row["input_ids"], "completion_mask": row["input_ids"]} for row in made.train_dataset]
+    )
+    with pytest.raises(ValueError, match="has mask columns but no 'labels'"):
+        made.evaluate(masked)
+
+
 # -- the target as an argument ---------------------------------------------------------------------
 
 

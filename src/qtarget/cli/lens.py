@@ -126,8 +126,7 @@ def _capture(words: list[str]) -> int:
         run.datasets["train"] = run.datasets["train"].select(range(min(rows, len(run.datasets["train"]))))
     trainer = setup.build(run)
     capture.check(trainer, rows, top_k, folder)
-    others = len({"teacher", "reference"} & set(trainer._objective.requires))
-    count, tokens, megabytes = capture.estimate(trainer, rows, top_k, others)
+    count, tokens, megabytes = capture.estimate(trainer, rows, top_k)
     print(f"{count} rows, {tokens} supervised tokens: at most {megabytes:.1f} MB in {folder}")
     steps = iter(track(range(count), description="capturing", disable=not sys.stderr.isatty()))
     seen = 0

@@ -49,10 +49,11 @@ def check(trainer: Any, rows: int, top_k: int, folder: str | Path) -> None:
         raise ConfigError(faults)
 
 
-def estimate(trainer: Any, rows: int, top_k: int, others: int) -> tuple[int, int, float]:
+def estimate(trainer: Any, rows: int, top_k: int) -> tuple[int, int, float]:
     """(rows, supervised tokens, megabytes on disk at most)."""
     chosen = [*_rows(trainer, rows)]
     tokens = sum(sum(label != -100 for label in row["labels"][1:]) for row in chosen)
+    others = len(_models(trainer))
     ids = top_k * (1 + others) + 1
     return len(chosen), tokens, tokens * (ids * 4 * (2 + others) + 40) / 2**20
 
@@ -122,13 +123,17 @@ def capture(
 
 def _others(trainer: Any) -> OtherModels:
     """The trainer's own models beside the student, and those its settings name though its target needs none."""
-    args = trainer.args
-    named = {name for name in OTHERS if getattr(args, f"{name}_model_name_or_path")}
-    requires = (trainer._objective.requires | named) & set(OTHERS)
-    have = trainer._others
+    args, have = trainer.args, trainer._others
+    requires = _models(trainer)
     if all(getattr(have, name) is not None or _is_adapters_off(have, name) for name in requires):
         return have
-    return OtherModels(args, trainer.accelerator, trainer.model, frozenset(requires), trainer._vocab_size, None, None)
+    return OtherModels(args, trainer.accelerator, trainer.model, requires, trainer._vocab_size, None, None)
+
+
+def _models(trainer: Any) -> frozenset[str]:
+    """Of teacher and reference, what the run's target needs or its settings name."""
+    named = {name for name in OTHERS if getattr(trainer.args, f"{name}_model_name_or_path")}
+    return frozenset((trainer._objective.requires | named) & set(OTHERS))
 
 
 def _is_adapters_off(others: OtherModels, name: str) -> bool:

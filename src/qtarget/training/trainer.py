@@ -139,6 +139,10 @@ class QTargetTrainer(SFTTrainer):
         carried = [*self._columns.carried, UID]
         self._signature_columns = [*kept, *(name for name in carried if name not in kept)]  # type: ignore[assignment]
 
+    def _reject_skip_prepare_without_labels(self, datasets: dict[str, Any], data_collator: Any) -> None:
+        """TRL's guard knows its own collator only, which this trainer wraps."""
+        super()._reject_skip_prepare_without_labels(datasets, getattr(data_collator, "inner", data_collator))
+
     # -- models --------------------------------------------------------------------------------------------------
 
     def _base_model(self) -> nn.Module:
