@@ -52,7 +52,7 @@ def ddp() -> Iterator[tuple[str, Weights, Weights]]:
     for layout in layouts.LAYOUTS:
         for name in layouts.OBJECTIVES:
             wanted = layouts.by_autograd(name, layout)
-            for accumulation in (1, 2, 4) if name in ("sft", "target-sft") else (2,):
+            for accumulation in (1, 2, 4):
                 got = layouts.by_trainer(name, layout, accumulation, FOLDER, processes=2)
                 yield f"{name}, {layout}, accumulation {accumulation}", got, wanted
 
@@ -143,7 +143,7 @@ def fsdp2() -> Iterator[tuple[str, Weights, Weights]]:
         for name in layouts.OBJECTIVES:
             wanted = layouts.by_autograd(name, layout, untied)
             for head in HEADS if layout == "padded" or name == "target-sft" else HEADS[:2]:
-                for accumulation in (1, 2, 4) if name == "target-sft" else (2,):
+                for accumulation in (1, 2, 4):
                     got = by_fully_shard(name, layout, accumulation, head)
                     yield f"{name}, {layout}, accumulation {accumulation}, head {head}", got, wanted
 

@@ -38,13 +38,13 @@ def test_ddp(tmp_path):
     """Eight objectives in five layouts, one, two and four micro-batches a process."""
     found = errors("ddp", tmp_path)
     map_of_both = {"map of both": found.pop("map of both")}
-    check(found, 1e-10, cases=5 * (6 + 2 * 3))
+    check(found, 1e-10, cases=5 * 8 * 3)
     check(map_of_both, 1e-6, cases=1)  # the map keeps float32
 
 
 def test_fsdp2(tmp_path):
     """The same, the head in the root group, in its own and in the last norm's; teacher and reference sharded too."""
-    check(errors("fsdp2", tmp_path), 1e-10, cases=5 * 2 * (7 + 3) + 7 + 5 * 3 + 3 * 4)
+    check(errors("fsdp2", tmp_path), 1e-10, cases=3 * (5 * 2 * 8 + 7 + 5) + 3 * 4)
 
 
 def test_fsdp2_under_bf16(tmp_path):
