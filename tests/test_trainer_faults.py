@@ -18,7 +18,6 @@ from runs import (
     assert_same_change,
     change,
     config,
-    count,
     distance,
     expected,
     history,
@@ -292,4 +291,4 @@ def test_the_same_arguments_serve_two_trainers(tmp_path):
             tiny.llama(), args, target=target, train_dataset=tiny.texts(4), processing_class=tiny.tokenizer()
         )
         assert made.describe().startswith(f"target {target}")
-    assert args.target is None and count(rows(tiny.texts(4))) > 0
+    assert args.target is None
