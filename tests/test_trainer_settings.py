@@ -156,7 +156,7 @@ def test_missing_teacher(tmp_path):
     )
     assert faults == [
         "target target-sft(eta=0.5, teacher_temperature=1.0) needs a teacher and got none; "
-        "set teacher_model_name_or_path"
+        "set teacher_model_name_or_path, or teachers, teacher_cache or teacher_ema_decay"
     ]
 
 

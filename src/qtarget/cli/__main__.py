@@ -15,6 +15,9 @@ usage: qtarget VERB [options]
 
   train      fine-tune a model toward a target:      qtarget train --config recipes/quickstart.yaml
   targets    the objectives, their formulas:         qtarget targets    |  qtarget targets show target-sft
+  cache      a teacher asked once, kept on disk:      qtarget cache build --config FILE -o DIR
+  teacher    does a teacher suit rows and student:   qtarget teacher check --config FILE
+  data       the signals some targets train on:      qtarget data weights|oldlogps|critical --config FILE -o DIR
   lens       what a target teaches, token by token:  qtarget lens capture --config FILE -o DIR
   env        versions and devices, for bug reports:  qtarget env
 
@@ -64,12 +67,18 @@ def _verb(name: str):
         from qtarget.cli.targets import run
     elif name == "lens":
         from qtarget.cli.lens import run
+    elif name == "cache":
+        from qtarget.cli.cache import run
+    elif name == "teacher":
+        from qtarget.cli.teacher import run
+    elif name == "data":
+        from qtarget.cli.data import run
     elif name == "env":
         from qtarget.cli.env import run
     else:
         from qtarget.errors import unknown
 
-        raise unknown("verb", name, ("train", "targets", "lens", "env"))
+        raise unknown("verb", name, ("train", "targets", "cache", "teacher", "data", "lens", "env"))
     return run
 
 

@@ -29,12 +29,15 @@ class Run:
     notes: list[str]
 
 
-def read(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains: bool = True) -> Run:
+def read(
+    arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains: bool = True, trainable: bool = True
+) -> Run:
     """Read settings and load the datasets.
 
     Args:
         arguments: ``--config FILE`` and flags. fixed: settings that the verb decides, whatever was asked for.
         trains: whether the run writes to its output folder, resumes, and needs what its target needs.
+        trainable: whether the rows must have a shape that can be trained on; prompts alone have not.
 
     Raises:
         ConfigError: every fault found, together.
@@ -42,6 +45,7 @@ def read(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains: 
     # TRL's own default trips a deprecation warning of Transformers on every start.
     warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
     from qtarget.cli import settings as reading
+    from qtarget.signals import manifest
 
     settings = reading.read(arguments)
     if settings.unreadable:  # what else is missing may stand in that file
@@ -58,8 +62,9 @@ def read(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains: 
         settings.faults += _adapter_faults(model)
     raise_together(settings.faults)
     assert config is not None
+    raise_together(manifest.check(script.dataset_name, config, model))
     datasets = _load_datasets(script, settings.faults)
-    settings.faults += _column_faults(config, datasets)
+    settings.faults += _column_faults(config, datasets) if trainable else []
     raise_together(settings.faults)
     return Run(settings, config, model, script, datasets, notes)
 
@@ -170,8 +175,12 @@ def _load_datasets(script: Any, faults: list[str]) -> dict[str, Any]:
     return datasets
 
 
-def build(run: Run) -> Any:
-    """The trainer of a run, models loaded. Raises ConfigError for what TRL and Transformers refuse, too."""
+def build(run: Run, kind: Any = None, weights: bool = True) -> Any:
+    """The trainer of a run, models loaded. Raises ConfigError for what TRL and Transformers refuse, too.
+
+    Args:
+        kind: QTargetTrainer, or a subclass of it. weights: load the student's; without them it can only prepare rows.
+    """
     from trl import get_peft_config, get_quantization_config
 
     from qtarget.training import QTargetTrainer
@@ -184,15 +193,17 @@ def build(run: Run) -> Any:
         **(config.model_init_kwargs or {}),
     }
     config.model_init_kwargs = {name: value for name, value in init.items() if value is not None}
+    settings: dict[str, Any] = {"train_dataset": run.datasets["train"], "eval_dataset": run.datasets.get("test")}
     try:
-        return QTargetTrainer(
-            model.model_name_or_path,
-            config,
-            train_dataset=run.datasets["train"],
-            eval_dataset=run.datasets.get("test"),
-            quantization_config=get_quantization_config(model),
-            peft_config=get_peft_config(model),
-        )
+        if weights:
+            student = model.model_name_or_path
+            settings |= {
+                "quantization_config": get_quantization_config(model),
+                "peft_config": get_peft_config(model),
+            }
+        else:
+            student, settings["processing_class"] = _without_weights(model, config)
+        return (kind or QTargetTrainer)(student, config, **settings)
     except ConfigError:
         raise
     except OSError as error:
@@ -201,6 +212,20 @@ def build(run: Run) -> Any:
         ) from error
     except (ValueError, ImportError) as error:  # TRL's and Transformers' own refusals
         raise ConfigError(one_line(error)) from error
+
+
+def _without_weights(model: Any, config: Any) -> tuple[Any, Any]:
+    """A student that has a shape and no numbers, and its tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    loading = {"revision": model.model_revision, "trust_remote_code": config.trust_remote_code}
+    shape = AutoConfig.from_pretrained(model.model_name_or_path, **loading)
+    with torch.device("meta"):
+        student = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
+    student.hf_device_map = {"": "meta"}  # so that nothing tries to move it
+    config.model_init_kwargs = None
+    return student, AutoTokenizer.from_pretrained(model.model_name_or_path, **loading)
 
 
 def resume(value: Any) -> Any:

@@ -23,7 +23,11 @@ COLUMN_OF = {"weight": "weight", "critical": "critical", "old_policy": "old_logp
 # The number of a token's data source, made from the column that names it. The name is one no dataset has.
 SOURCE_ID = "qtarget_source"
 UID = "uid"
+# A row's mean log-probability under iw-sft's reference, which then need not be loaded.
+REFERENCE = "reference_logp"
 _WHOLE = {SOURCE_ID, UID}  # columns of whole numbers; float32 would round a large uid
+# Uids made here, for a teacher joined by token; what makes them completes the name.
+_MADE_UID = "qtarget_uid_"
 _PER_TOKEN_ONLY = {"old_logps", UID}
 
 
@@ -38,7 +42,11 @@ def columns_for(requires: Iterable[str]) -> list[str]:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    return torch.int64 if name in _WHOLE else torch.float32
+    return torch.int64 if _is_whole(name) else torch.float32
+
+
+def _is_whole(name: str) -> bool:
+    return name in _WHOLE or name.startswith(_MADE_UID)
 
 
 @dataclass(frozen=True)
@@ -49,16 +57,18 @@ class TokenColumns:
         names: weight, critical, old_logps and uid, those that are carried.
         sources: data sources in the order of their numbers; empty where there is one target for all.
         source_column: the column that names a row's source.
+        made: columns that are made here and found only in datasets that were prepared before.
     """
 
     names: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     source_column: str = "source"
+    made: tuple[str, ...] = ()
 
     @property
     def carried(self) -> list[str]:
         """Names in the prepared dataset and in a batch."""
-        return [*self.names, *([SOURCE_ID] if self.sources else [])]
+        return [*self.names, *self.made, *([SOURCE_ID] if self.sources else [])]
 
     def of(self, dataset: Any) -> TokenColumns:
         """Those the dataset has, by its first row; a ``uid`` per token travels without being asked for."""
@@ -69,6 +79,7 @@ class TokenColumns:
             (*(name for name in self.names if name in first), *((UID,) if uid_per_token else ())),
             self.sources if self.source_column in first or SOURCE_ID in first else (),
             self.source_column,
+            tuple(name for name in self.made if name in first),
         )
 
     def spread(self, row: Mapping[str, Any], number: int, dataset_name: str) -> dict[str, list]:
@@ -108,7 +119,7 @@ def _spread(name: str, value: Any, labels: Sequence[int]) -> list:
             f"column {name} has {len(value)} numbers for {len(labels)} tokens; give one per input_id (pre-tokenised "
             "rows), or one number per row"
         )
-    if name in _WHOLE:
+    if _is_whole(name):
         return [int(number) for number in value]
     return [_checked(name, number, label != -100) for number, label in zip(value, labels, strict=True)]
 
@@ -133,10 +144,12 @@ class TokenColumnCollator:
     Args:
         inner: the collator of everything else.
         names: columns to carry; a row without one of them is given none.
+        gather: further columns of a batch, from those it has: a cached teacher's.
     """
 
     inner: Callable[[list], dict]
     names: Sequence[str] = field(default_factory=list)
+    gather: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.inner([{k: v for k, v in row.items() if k not in self.names} for row in examples])
@@ -145,13 +158,16 @@ class TokenColumnCollator:
             return batch
         places = _places(batch["input_ids"], [example["input_ids"] for example in examples])
         for name in here:
-            batch[name] = padded = torch.zeros(batch["input_ids"].shape, dtype=dtype_of(name))
+            nothing = -1 if name.startswith(_MADE_UID) else 0
+            batch[name] = padded = torch.full(batch["input_ids"].shape, nothing, dtype=dtype_of(name))
             for (row, begin), example in zip(places, examples, strict=True):
                 values = example[name]
                 length = len(example["input_ids"])
                 if not isinstance(values, list) or len(values) != length:  # where preparation was skipped
                     values = _spread(name, values, example.get("labels", [0] * length))
                 padded[row, begin : begin + len(values)] = torch.as_tensor(values, dtype=padded.dtype)
+        if self.gather is not None:
+            batch.update(self.gather(batch))
         return batch
 
 

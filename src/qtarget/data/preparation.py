@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from datasets import Dataset
@@ -22,7 +22,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Preparation:
-    """How rows are cut and packed; the fields are SFTConfig's."""
+    """How rows are cut and packed; the fields are SFTConfig's.
+
+    ``uids`` marks tokens for a teacher that is joined to them by uid; see ``qtarget.teachers.uids``.
+    """
 
     max_length: int | None
     truncation_mode: str
@@ -32,6 +35,7 @@ class Preparation:
     seed: int
     num_proc: int | None
     columns: TokenColumns = field(default_factory=TokenColumns)
+    uids: Any = None
 
     def __call__(self, dataset: Any, name: str, report: dict[str, int]) -> Any:
         """The rows ready for the collator.
@@ -41,12 +45,13 @@ class Preparation:
             report: gets, under ``name``, how many rows have no supervised token left.
         """
         columns = self.columns.of(dataset)
-        if columns.carried:
+        if columns.names or columns.sources:
             dataset = dataset.map(
                 lambda row, number: columns.spread(row, number, name),
                 with_indices=True,
                 **self._map("Spreading columns of", name, dataset),
             )
+        dataset, columns = self._mark(dataset, name, columns)
         if self.packing and "seq_lengths" not in get_dataset_column_names(dataset):  # else it is packed already
             _tell_untrained(dataset, name, None if self._splits else self.max_length, report)
             dataset = self._pack(dataset.select_columns(["input_ids", "labels", *columns.carried]), name)
@@ -56,11 +61,31 @@ class Preparation:
             _tell_untrained(dataset, name, None, report)
         return dataset.shuffle(seed=self.seed) if self.shuffle else dataset
 
+    def _mark(self, dataset: Any, name: str, columns: TokenColumns) -> tuple[Any, TokenColumns]:
+        """The dataset with its tokens' uids, and its columns; a dataset marked before is left as it is."""
+        if self.uids is None or self.uids.column in columns.made:
+            return dataset, columns
+        if "seq_lengths" in get_dataset_column_names(dataset):
+            raise ConfigError(
+                f"the {name} dataset is packed already (column seq_lengths), so its teacher cannot be found row by row; "
+                "give the rows as they are and set packing: true"
+            )
+        dataset = self.uids.mark(dataset, name, self.seen, **self._map("Finding the teacher of", name, dataset))
+        return dataset, replace(columns, made=(self.uids.column,))
+
+    @property
+    def seen(self) -> slice:
+        """The part of a row that the model sees."""
+        if self.max_length is None or (self.packing and self._splits):
+            return slice(None)
+        if self.packing or self.truncation_mode == "keep_start":
+            return slice(None, self.max_length)
+        return slice(-self.max_length, None)
+
     def _cut(self, dataset: Any, carried: list[str], name: str, report: dict[str, int]) -> Any:
         if self.truncation_mode not in ("keep_start", "keep_end"):
             raise ConfigError(f"truncation_mode is {self.truncation_mode!r}; use 'keep_start' or 'keep_end'")
-        assert self.max_length is not None
-        cut = slice(None, self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
+        cut = self.seen
         dataset = dataset.map(
             lambda row: {column: row[column][cut] for column in carried}, **self._map("Truncating", name, dataset)
         )

@@ -6,8 +6,6 @@ wrapped forward. Logits exist for a chunk of supervised tokens at a time and nev
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +17,9 @@ from torch import Tensor
 from qtarget import __version__
 from qtarget.errors import ConfigError
 from qtarget.lens.record import OTHERS, SIGNALS, Writer
-from qtarget.losses.backends.torch_chunked import logits_into
-from qtarget.losses.heads import Head
+from qtarget.losses import Head, TopK
+from qtarget.losses.log_probs import log_probs
+from qtarget.teachers.fingerprints import template_hash, tokenizer_hash
 from qtarget.teachers.frozen import evaluation_mode
 from qtarget.training.other_models import OtherModels
 
@@ -94,9 +93,9 @@ def capture(
         for batch in _batches(_rows(trainer, rows), size):
             inputs = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in batch]))
             labels = inputs.pop("labels")
-            columns = {name: inputs.pop(name) for name in [*trainer._columns.carried, "uid"] if name in inputs}
-            heads = {"student": others._head(model, inputs)}
-            heads |= others.heads(model, inputs, frozenset(names))
+            columns = trainer.take_columns(inputs)
+            heads: dict[str, Head | TopK] = {"student": others._head(model, inputs)}
+            heads |= others.heads(model, inputs, frozenset(names), labels, columns)
             tokens = _tokens(heads, labels, {name: columns[name] for name in present}, top_k, trainer._vocab_size, done)
             writer.add([_row(done + i, row, labels[i]) for i, row in enumerate(batch)], tokens)
             done += len(batch)
@@ -127,7 +126,7 @@ def _others(trainer: Any) -> OtherModels:
     requires = _models(trainer)
     if all(getattr(have, name) is not None or _is_adapters_off(have, name) for name in requires):
         return have
-    return OtherModels(args, trainer.accelerator, trainer.model, requires, trainer._vocab_size, None, None)
+    return OtherModels(args, trainer.accelerator, trainer.model, requires, trainer._tokenizer, None, None)
 
 
 def _models(trainer: Any) -> frozenset[str]:
@@ -170,7 +169,7 @@ def _row(number: int, row: dict[str, Any], labels: Tensor) -> dict[str, Any]:
 
 
 def _tokens(
-    heads: dict[str, Head], labels: Tensor, columns: dict[str, Tensor], top_k: int, vocab: int, first_row: int
+    heads: dict[str, Head | TopK], labels: Tensor, columns: dict[str, Tensor], top_k: int, vocab: int, first_row: int
 ) -> dict[str, list]:
     """The columns of tokens.parquet for a batch."""
     shifted = labels[:, 1:]
@@ -183,7 +182,10 @@ def _tokens(
     parts: dict[str, list] = {}
     for begin in range(0, len(row), _CHUNK):
         here = slice(begin, begin + _CHUNK)
-        log_p = {name: _log_softmax(head, head.hidden[row[here], place[here]], vocab) for name, head in heads.items()}
+        at = row[here], place[here]
+        log_p = {"student": log_probs(heads["student"], at, vocab)}
+        for name, head in heads.items():
+            log_p[name] = log_p[name] if name in log_p else log_probs(head, at, vocab, log_p["student"])
         for name, values in _chunk(log_p, shifted[row[here], place[here]], top_k).items():
             parts.setdefault(name, []).extend(values)
     for name, values in parts.items():
@@ -196,15 +198,6 @@ def _tokens(
         empty += [f"{name}_log_p_y" for name in heads if name != "student"]
         made |= {name: [] for name in empty}
     return made
-
-
-def _log_softmax(head: Head, hidden: Tensor, vocab: int) -> Tensor:
-    """[c, vocab] float32 log-probabilities over the real vocabulary."""
-    z = torch.empty(len(hidden), head.weight.shape[0], dtype=torch.float32, device=hidden.device)
-    logits_into(z, hidden, head.weight.detach(), head.bias, head.logit_scale, head.logit_softcap)
-    log_p = z[:, : min(vocab, head.width)].log_softmax(-1)
-    # A model with fewer rows than the tokenizer has tokens gives the others nothing; −inf would not survive a product.
-    return torch.nn.functional.pad(log_p, (0, vocab - log_p.shape[1]), value=-1e4)
 
 
 def _chunk(log_p: dict[str, Tensor], labels: Tensor, top_k: int) -> dict[str, list]:
@@ -234,19 +227,6 @@ def _chunk(log_p: dict[str, Tensor], labels: Tensor, top_k: int) -> dict[str, li
 
 
 # -- what tells one capture from another -------------------------------------------------------------------------
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Of every token and its id."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda t: t[1])).encode()).hexdigest()[
-        :16
-    ]
-
-
-def template_hash(tokenizer: Any) -> str | None:
-    """Of the chat template."""
-    template = tokenizer.chat_template
-    return None if template is None else hashlib.sha256(json.dumps(template).encode()).hexdigest()[:16]
 
 
 def differences(manifest: dict[str, Any], model: str, tokenizer: Any) -> list[str]:

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from qtarget.data.columns import SOURCE_ID
+from qtarget.data.columns import REFERENCE, SOURCE_ID
 from qtarget.errors import ConfigError
-from qtarget.teachers.same_vocabulary import vocabulary_difference
+from qtarget.training import teacher_setup
 from qtarget.training.objective import Objective
 
 _NAMES = {
@@ -39,20 +39,31 @@ def raise_together(faults: Iterable[str]) -> None:
 
 def missing_teacher(args: Any, objectives: Iterable[Objective], teacher_given: bool) -> list[str]:
     """A target that needs a teacher and got none."""
-    if teacher_given or args.teacher_model_name_or_path:
+    if teacher_given or args.names_teacher:
         return []
     return [
-        f"target {target} needs a teacher and got none; set teacher_model_name_or_path"
+        f"target {target} needs a teacher and got none; set teacher_model_name_or_path, or teachers, teacher_cache or "
+        "teacher_ema_decay"
         for objective in objectives
         for target in objective.targets.values()
         if "teacher" in target.requires
     ]
 
 
+def two_teachers(args: Any, teacher_given: bool) -> list[str]:
+    """A teacher handed over as a model beside settings that name one."""
+    named = [name for name in args.teacher_settings if name != "teacher_model_name_or_path"]
+    return (
+        [f"teacher_model is given beside {named[0]}; a run has one teacher: keep one"]
+        if teacher_given and named
+        else []
+    )
+
+
 def unused_teacher(args: Any, objectives: Iterable[Objective], teacher_given: bool) -> list[str]:
     """Warnings: a teacher nobody asks is never loaded."""
     objectives = list(objectives)
-    if (teacher_given or args.teacher_model_name_or_path) and not any("teacher" in o.requires for o in objectives):
+    if (teacher_given or args.names_teacher) and not any("teacher" in o.requires for o in objectives):
         return [f"a teacher is given, but target {objectives[0]} does not need it; it is not loaded"]
     return []
 
@@ -85,6 +96,28 @@ def missing_columns(
             f"{objective.column!r} {has}; add it, or name the right one in source_column{instead}"
         )
     return faults
+
+
+def reference_column(args: Any, sets: Iterable[tuple[str, Iterable[str] | None, Objective]]) -> tuple[bool, list[str]]:
+    """Whether iw-sft's reference is read from a column in place of a model, and faults.
+
+    Args:
+        sets: (name, columns, objective) of each dataset, the one that is trained first.
+    """
+    read = [(name, [*columns], objective) for name, columns, objective in sets if columns is not None]
+    if args.weights != "online" or not read or REFERENCE not in read[0][1]:
+        return False, []
+    if args.reference_model_name_or_path is not None:
+        return False, [
+            f"reference_model_name_or_path is set, and the {read[0][0]} dataset has a column {REFERENCE!r}; the "
+            "reference is read from one of them: leave one out"
+        ]
+    return True, [
+        f"weights are taken against column {REFERENCE!r}, which the {name} dataset has not; add it there, or report "
+        "another objective there: eval_target: sft"
+        for name, columns, objective in read
+        if "weight" in objective.requires and REFERENCE not in columns
+    ]
 
 
 def untrainable_rows(
@@ -161,17 +194,6 @@ def no_generation_markers(tokenizer: Any, args: Any) -> list[str]:
     ]
 
 
-def other_tokenizer(student: Any, teacher: Any, teacher_name: str) -> list[str]:
-    """A teacher whose ids mean other tokens."""
-    difference = vocabulary_difference(student, teacher)
-    if difference is None:
-        return []
-    return [
-        f"teacher_model_name_or_path is {teacher_name!r}, which has another tokenizer: {difference}; "
-        "use a teacher of the same family"
-    ]
-
-
 def no_supervised_token(dataset_name: str, rows: Iterable[Mapping[str, Any]], looked_at: int = 1000) -> list[str]:
     """Labels that are all ignored, or only at position 0, which nothing predicts."""
     seen = 0
@@ -219,9 +241,10 @@ def before_loading(
     """Every fault of a trainer's arguments that can be seen without weights."""
     objectives = [objective, eval_objective]
     faults = own_loss_beside_target(kwargs.get("compute_loss_func"))
-    faults += missing_teacher(args, objectives, teacher_given)
+    faults += missing_teacher(args, objectives, teacher_given) + two_teachers(args, teacher_given)
     faults += columns_cannot_follow(args, objectives)
     faults += adapter_on_head(getattr(kwargs.get("peft_config"), "target_modules", None))
+    faults += reference_column(args, column_sets(objective, eval_objective, kwargs))[1]
     for name, dataset, trained in _sets(kwargs.get("train_dataset"), kwargs.get("eval_dataset")):
         columns = getattr(dataset, "column_names", None)
         if dataset is None or isinstance(columns, dict):
@@ -229,16 +252,27 @@ def before_loading(
         faults += missing_columns(name, columns, objective if trained else eval_objective, args, not trained)
         formatted = kwargs.get("formatting_func") is not None
         faults += untrainable_rows(name, columns, args.dataset_text_field, formatted)
-    reads_teacher = any("teacher" in o.requires for o in objectives)
-    own_teacher = args.teacher_model_name_or_path if reads_teacher and not teacher_given else None
-    if own_teacher or args.assistant_only_loss:
+    reads_teacher = any("teacher" in o.requires for o in objectives) and not teacher_given
+    if reads_teacher or args.assistant_only_loss:
         tokenizer = kwargs.get("processing_class") or _tokenizer_of(model)
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         if args.assistant_only_loss:
             faults += no_generation_markers(tokenizer, args)
-        if own_teacher:
-            faults += _teacher_tokenizer_faults(tokenizer, args)
+        if reads_teacher and args.teacher_cache is not None:
+            faults += teacher_setup.cache_faults(args, tokenizer)
+        if reads_teacher:
+            faults += teacher_setup.tokenizer_faults(args, tokenizer)
     return faults
+
+
+def column_sets(
+    objective: Objective, eval_objective: Objective, kwargs: Mapping[str, Any]
+) -> list[tuple[str, Iterable[str] | None, Objective]]:
+    """(name, columns, objective) of each dataset of a trainer's arguments."""
+    return [
+        (name, getattr(dataset, "column_names", None), objective if trained else eval_objective)
+        for name, dataset, trained in _sets(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+    ]
 
 
 def _sets(train: Any, evaluated: Any) -> list[tuple[str, Any, bool]]:
@@ -285,17 +319,3 @@ def checkpoint_folder(resume_from_checkpoint: Any, output_dir: Any) -> str | Non
 
 def _tokenizer_of(model: Any) -> Any:
     return AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config._name_or_path)
-
-
-def _teacher_tokenizer_faults(tokenizer: Any, args: Any) -> list[str]:
-    name, kwargs = args.teacher_model_name_or_path, args.teacher_model_init_kwargs or {}
-    try:
-        teacher = AutoTokenizer.from_pretrained(
-            name,
-            revision=args.teacher_model_revision or kwargs.get("revision") or "main",
-            trust_remote_code=bool(kwargs.get("trust_remote_code", False)),
-        )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        return [f"teacher_model_name_or_path is {name!r}, whose tokenizer cannot be loaded: {reason}"]
-    return other_tokenizer(tokenizer, teacher, name)

@@ -18,12 +18,18 @@ from qtarget.data.columns import columns_for
 from qtarget.errors import ConfigError, check_range, unknown
 from qtarget.targets import Target, presets
 from qtarget.targets.schedule import ScheduledTarget
+from qtarget.teachers import context
+from qtarget.teachers.pool import PooledTeacher, read_pool
 from qtarget.training.objective import Objective
 
 logger = logging.getLogger(__name__)
 
 DENOMINATORS = ("all_labels", "kept", "micro_batch")
 WEIGHTS = ("column", "online")
+TAILS = ("student", "even")
+END_TOKENS = ("label", "map", "keep")
+# Settings that each say where a teacher comes from.
+TEACHER_SOURCES = ("teacher_model_name_or_path", "teachers", "teacher_cache", "teacher_ema_decay")
 
 
 @dataclass
@@ -43,6 +49,17 @@ class QTargetConfig(SFTConfig):
             averaged.
         teacher_model_name_or_path, teacher_model_revision, teacher_model_init_kwargs: the teacher, loaded by
             Transformers and frozen.
+        teachers: in place of one teacher, several in a log-linear pool, softmax(Σ w z): {name: w} or a list of
+            {model_name_or_path, weight, revision, init_kwargs}; the weights sum to 1.
+        teacher_cache: a folder that ``qtarget cache build`` wrote: the teacher is read from it and not loaded.
+        teacher_tail: shape of a cached teacher's mass outside its k tokens: "student" (∝ p) or "even".
+        teacher_ema_decay: the teacher is the average of the student's own weights, kept ← decay · kept +
+            (1 − decay) · present after each optimiser step; 0 is the student as it is.
+        teacher_context: what the teacher reads in place of the prompt, a Jinja template over the row's columns in which
+            ``prompt`` is the original text: text, or {prompt: text, system: text}.
+        teacher_end_token: where the teacher ends a text with another token than the data: "label" teaches that position
+            by its label alone, "map" exchanges the two tokens in the teacher, "keep" does neither.
+        teacher_check_rows: rows on which student and teacher are compared in a line before training; 0: none.
         reference_model_name_or_path, reference_model_revision, reference_model_init_kwargs: the reference; None is the
             model as it starts (with adapters, the model without them).
         weights: where iw-sft's weights come from: "column", the numbers of the dataset's column weight; "online", one
@@ -65,6 +82,8 @@ class QTargetConfig(SFTConfig):
         "teacher_model_init_kwargs",
         "reference_model_init_kwargs",
         "targets",
+        "teachers",
+        "teacher_context",
     ]
 
     target: Any = field(
@@ -97,6 +116,41 @@ class QTargetConfig(SFTConfig):
     teacher_model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments for the teacher's from_pretrained, such as dtype."}
+    )
+    teachers: dict[str, Any] | list | str | None = field(
+        default=None,
+        metadata={"help": "In place of one teacher: several, {name: weight}, in a log-linear pool; weights sum to 1."},
+    )
+    teacher_cache: str | None = field(
+        default=None, metadata={"help": "A folder of qtarget cache build: the teacher is read from it, not loaded."}
+    )
+    teacher_tail: str = field(
+        default="student",
+        metadata={
+            "help": "Shape of a cached teacher's mass outside its k tokens: student (like the student's) or even.",
+            "choices": list(TAILS),
+        },
+    )
+    teacher_ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "The teacher is the average of the student's own weights with this decay; 0: as they are."},
+    )
+    teacher_context: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "What the teacher reads in place of the prompt: a Jinja template over the row's columns, or "
+            "{system: text, prompt: text}."
+        },
+    )
+    teacher_end_token: str = field(
+        default="label",
+        metadata={
+            "help": "Where teacher and data end with different tokens: label (taught by the label alone), map or keep.",
+            "choices": list(END_TOKENS),
+        },
+    )
+    teacher_check_rows: int = field(
+        default=16, metadata={"help": "Rows on which student and teacher are compared before training; 0: none."}
     )
     reference_model_name_or_path: str | None = field(
         default=None, metadata={"help": "The reference (default: the model as it starts, or with adapters off)."}
@@ -140,10 +194,15 @@ class QTargetConfig(SFTConfig):
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch warns on every start
         super().__post_init__()
         faults = []
-        if self.denominator not in DENOMINATORS:
-            faults += unknown("denominator", self.denominator, DENOMINATORS).faults
-        if self.weights not in WEIGHTS:
-            faults += unknown("weights", self.weights, WEIGHTS).faults
+        for name, valid in (
+            ("denominator", DENOMINATORS),
+            ("weights", WEIGHTS),
+            ("teacher_tail", TAILS),
+            ("teacher_end_token", END_TOKENS),
+        ):
+            if getattr(self, name) not in valid:
+                faults += unknown(name, getattr(self, name), valid).faults
+        faults += self._teacher_faults()
         faults += self._refresh_faults()
         if self.lens_every is not None and (isinstance(self.lens_every, bool) or self.lens_every < 1):
             faults.append(f"lens_every is {self.lens_every!r}; use a number of optimiser steps from 1, or leave it out")
@@ -161,6 +220,40 @@ class QTargetConfig(SFTConfig):
                 faults += self._objective_faults(objective)
         if faults:
             raise ConfigError(list(dict.fromkeys(faults)))
+
+    def _teacher_faults(self) -> list[str]:
+        faults = []
+        for read in (lambda: context.read_template(self.teacher_context), self.pooled_teachers):
+            try:
+                read()
+            except ConfigError as error:
+                faults += error.faults
+        named = self.teacher_settings
+        if len(named) > 1 and named != ["teacher_model_name_or_path", "teacher_cache"]:  # that one is checked
+            faults.append(f"{' and '.join(named)} are set; a run has one teacher: keep one of them")
+        decay = self.teacher_ema_decay
+        if decay is not None:
+            try:
+                check_range("teacher_ema_decay", decay, 0, 1, open_high=True)
+            except ConfigError as error:
+                faults += error.faults
+        rows = self.teacher_check_rows
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
+            faults.append(f"teacher_check_rows is {rows!r}; use a number of rows, or 0 for none")
+        return faults
+
+    @property
+    def teacher_settings(self) -> list[str]:
+        """Of the settings that say where a teacher comes from, those that are set."""
+        return [name for name in TEACHER_SOURCES if getattr(self, name) is not None]
+
+    @property
+    def names_teacher(self) -> bool:
+        return bool(self.teacher_settings)
+
+    def pooled_teachers(self) -> list[PooledTeacher]:
+        """The teachers of ``teachers``; none where it is unset. Raises ConfigError with every fault."""
+        return read_pool(self.teachers)
 
     def _refresh_faults(self) -> list[str]:
         refresh = self.psft_refresh

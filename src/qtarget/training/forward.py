@@ -21,7 +21,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from qtarget.data.columns import SOURCE_ID, columns_of
 from qtarget.errors import ConfigError
-from qtarget.losses import Head, linear_target_loss
+from qtarget.losses import Head, TopK, linear_target_loss
 from qtarget.targets import Target
 from qtarget.training.sharded_head import whole
 
@@ -96,7 +96,7 @@ class LossCall:
         targets: one for all tokens, or one per data source.
         labels: [batch, length], before the shift.
         columns: weight, critical, old_logps and the source's number, of the labels' shape.
-        others: heads of teacher and reference.
+        others: teacher and reference.
         aux_loss: also return the auxiliary loss of a mixture of experts.
     """
 
@@ -105,7 +105,7 @@ class LossCall:
         targets: list[Target],
         labels: Tensor,
         columns: dict[str, Tensor],
-        others: dict[str, Head],
+        others: dict[str, Head | TopK],
         vocab_size: int | None,
         num_items: Tensor | float | None,
         stats: str,

@@ -26,9 +26,22 @@ def identity(args: Any, objective: Objective, own: Mapping[str, str | None]) -> 
         "denominator": args.denominator,
     }
     for role in ("teacher", "reference"):
-        name = getattr(args, f"{role}_model_name_or_path") or own.get(role)
+        name = getattr(args, f"{role}_model_name_or_path")
         revision = getattr(args, f"{role}_model_revision") or "default"
-        settings[role] = f"{name} (revision {revision})" if role in models else None
+        named = f"{name} (revision {revision})" if name else own.get(role)
+        settings[role] = named if role in models else None
+    if "teacher" in models and args.teacher_cache is not None:
+        settings["teacher"] = own["teacher"]
+    if "teacher" in models:
+        settings |= {
+            name: getattr(args, name)
+            for name, default in (
+                ("teacher_context", None),
+                ("teacher_end_token", "label"),
+                ("teacher_tail", "student"),
+            )
+            if getattr(args, name) != default
+        }
     if objective.sources:
         settings["source_column"] = args.source_column
     if "weight" in requires:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from qtarget.errors import ConfigError
-from qtarget.losses import Head
+from qtarget.losses import Head, TopK
 from qtarget.targets import presets
 from qtarget.teachers.frozen import adapters_off, evaluation_mode, freeze, frozen_copy, load_frozen
+from qtarget.teachers.same_vocabulary import real_vocabulary_size
+from qtarget.teachers.uids import CachedUids, ContextUids
 from qtarget.training.forward import (
     HeadTransform,
     LossCall,
@@ -25,8 +27,10 @@ from qtarget.training.forward import (
     check_head_transform,
     head_parameters,
 )
-from qtarget.training.old_policy import OldPolicy
+from qtarget.training.kept_weights import Average, KeptWeights, OldPolicy
 from qtarget.training.sharded_head import whole
+from qtarget.training.teacher import Teacher
+from qtarget.training.teacher_setup import end_tokens
 
 
 class OtherModels:
@@ -34,8 +38,9 @@ class OtherModels:
 
     Args:
         args: the run's QTargetConfig. accelerator: its Accelerator. student: the model as the trainer holds it.
-        requires: of teacher, reference and old_policy, those to load. vocab_size: real tokens.
-        teacher, reference: models the user made, in place of names in ``args``.
+        requires: of teacher, reference and old_policy, those to load. tokenizer: the student's.
+        teacher, reference: models the user made, in place of names in ``args``. uids: how the teacher is joined to
+            tokens, where it is not by position.
     """
 
     def __init__(
@@ -44,21 +49,74 @@ class OtherModels:
         accelerator: Any,
         student: Any,
         requires: frozenset[str],
-        vocab_size: int,
+        tokenizer: Any,
         teacher: nn.Module | None,
         reference: nn.Module | None,
+        uids: CachedUids | ContextUids | None = None,
     ):
-        self._args, self._accelerator, self._vocab_size = args, accelerator, vocab_size
+        self._args, self._accelerator = args, accelerator
+        self._vocab_size, self._end = real_vocabulary_size(tokenizer), tokenizer.eos_token_id
+        self.ends_with: int | None = None
         self._student = accelerator.unwrap_model(student)
         self.teacher_name, self.reference_name = _name_of(teacher), _name_of(reference)
         self.has_adapters = hasattr(self._student, "disable_adapter")
-        self.teacher = self._load("teacher", teacher) if "teacher" in requires else None
+        self.teacher_source = self._teacher(teacher, uids) if "teacher" in requires else None
         self.reference = self._reference(reference) if "reference" in requires else None
         self.old_policy = None
         if "old_policy" in requires:
             self.old_policy = OldPolicy(self._student, args.psft_refresh)
 
     # -- loading -------------------------------------------------------------------------------------------------
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The teacher as a model of its own, the first of a pool; None where there is none or it has none."""
+        models = [] if self.teacher_source is None else self.teacher_source.models
+        return models[0][1] if models else None
+
+    @property
+    def average(self) -> Average | None:
+        """The student's average that is the teacher, where it is."""
+        return None if self.teacher_source is None else self.teacher_source.average
+
+    @property
+    def kept_weights(self) -> list[KeptWeights]:
+        """Copies of the student's weights that a resumed run needs."""
+        return [kept for kept in (self.old_policy, self.average) if kept is not None]
+
+    def _teacher(self, given: nn.Module | None, uids: CachedUids | ContextUids | None) -> Teacher:
+        args, models, average = self._args, [], None
+        if given is not None:
+            models = [(1.0, self._prepared("teacher", given))]
+        elif args.teacher_ema_decay is not None:
+            average = Average(self._student, args.teacher_ema_decay)
+        elif args.teachers is not None:
+            for one in args.pooled_teachers():
+                loaded = load_frozen(one.name, one.revision, one.init_kwargs, args.device)
+                models.append((one.weight, self._prepared("teacher", loaded)))
+        elif not isinstance(uids, CachedUids):
+            models = [(1.0, self._load("teacher", None))]
+        self.ends_with = self._end_token(given, uids)
+        exchanged = None
+        if args.teacher_end_token == "map" and self.ends_with not in (None, self._end):
+            exchanged = (self.ends_with, self._end)
+        if isinstance(uids, CachedUids):
+            uids.cache.swapped = exchanged
+        return Teacher(models, average, uids, lambda *asked: self._head(*asked), exchanged)
+
+    def _end_token(self, given: nn.Module | None, uids: Any) -> int | None:
+        """The token the teacher ends a text with; None where that is not known or the student's by construction."""
+        if isinstance(uids, CachedUids):
+            return uids.cache.manifest["end_token"]
+        if given is None and self._args.teacher_ema_decay is not None:
+            return None
+        ends = sorted(end for end in end_tokens(self._args, given) if end < self._vocab_size)
+        if len(ends) > 1 and self._args.teacher_end_token == "map":
+            raise ConfigError(
+                f"teacher_end_token is 'map', but the teachers end with different tokens ({ends}); use 'label'"
+            )
+        others = [end for end in ends if end != self._end]
+        return next(iter(others or ends), None)
 
     def _load(self, role: str, given: nn.Module | None) -> nn.Module:
         args = self._args
@@ -115,11 +173,11 @@ class OtherModels:
 
     def release(self, requires: frozenset[str]) -> None:
         """Free the models that nothing asks for from now on."""
-        freed = False
-        for role in ("teacher", "reference"):
-            if role not in requires and getattr(self, role) is not None:
-                setattr(self, role, None)
-                freed = True
+        freed = "teacher" not in requires and self.teacher_source is not None
+        if freed:
+            self.teacher_source = None
+        if "reference" not in requires and self.reference is not None:
+            self.reference, freed = None, True
         if freed:
             gc.collect()
             if torch.cuda.is_available():
@@ -134,16 +192,30 @@ class OtherModels:
 
     def check_head_transforms(self, inputs: dict[str, Any]) -> None:
         """Logits rebuilt from hidden states are the models' own."""
-        for other in (self.teacher, self.reference):
+        teachers = [] if self.teacher_source is None else [model for _, model in self.teacher_source.models]
+        for other in (*teachers, self.reference):
             if other is not None:
                 check_head_transform(other, self.base(other), inputs)
 
     @torch.no_grad()
-    def heads(self, model: nn.Module, inputs: dict[str, Any], requires: frozenset[str]) -> dict[str, Head]:
-        """Hidden states and heads of teacher and reference on the student's inputs."""
-        heads = {}
+    def heads(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        requires: frozenset[str],
+        labels: Tensor,
+        columns: dict[str, Tensor],
+    ) -> dict[str, Head | TopK]:
+        """Teacher and reference at positions 0 to the last but one of the student's batch.
+
+        Args:
+            model: the wrapped student. inputs: its inputs without labels. labels: [B, T], before the shift.
+            columns: the batch's own; a teacher may be joined by their uids.
+        """
+        heads: dict[str, Head | TopK] = {}
         if "teacher" in requires:
-            heads["teacher"] = self._head(self.teacher, inputs)
+            assert self.teacher_source is not None
+            heads["teacher"] = self.teacher_source.distribution(model, inputs, labels, columns)
         if "reference" in requires and self.reference is not None:
             heads["reference"] = self._head(self.reference, inputs)
         elif "reference" in requires:
@@ -179,15 +251,26 @@ class OtherModels:
             return self._label_logps(model, inputs, labels)
 
     @torch.no_grad()
-    def online_weights(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, temperature: float) -> Tensor:
+    def online_weights(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        labels: Tensor,
+        temperature: float,
+        reference: Tensor | None = None,
+    ) -> Tensor:
         """iw-SFT's weights, of the labels' shape: one number per sequence, taken from the model as it is now.
 
         w = exp(temperature · mean over its supervised tokens of (log p_θ − log p_ref)), clamped to [0, 16]
         (arXiv:2507.12856; the mean and the clamp are those of the paper's code).
+
+        ``reference``: its mean per sequence, of the labels' shape, in place of a model.
         """
         with evaluation_mode(model):
             student = self._label_logps(model, inputs, labels)
-        if self.reference is not None:
+        if reference is not None:
+            reference = reference.to(student.device)
+        elif self.reference is not None:
             reference = self._label_logps(self.reference, inputs, labels)
         else:
             with adapters_off(self._student):

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from transformers import TrainingArguments
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
-from qtarget.data.columns import SOURCE_ID, UID, TokenColumnCollator, TokenColumns, columns_for, columns_of
+from qtarget.data.columns import REFERENCE, SOURCE_ID, UID, TokenColumnCollator, TokenColumns, columns_for, columns_of
 from qtarget.data.preparation import Preparation
 from qtarget.errors import ConfigError
 from qtarget.targets import Target
+from qtarget.teachers import cache
 from qtarget.teachers.frozen import evaluation_mode
 from qtarget.teachers.same_vocabulary import real_vocabulary_size
+from qtarget.teachers.uids import CachedUids, ContextUids
 from qtarget.training import checks, denominator, identity, model_card
 from qtarget.training.config import QTargetConfig
 from qtarget.training.forward import LossCall, accepted, add_target_forward, check_head_transform
@@ -28,6 +31,12 @@ from qtarget.training.history import History
 from qtarget.training.metrics import TokenSums, update_against_sft
 from qtarget.training.objective import Objective
 from qtarget.training.other_models import OtherModels
+from qtarget.training.teacher_setup import (
+    open_uids,
+    teacher_named_by,
+    told_of_end_tokens,
+    with_label_alone,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +67,7 @@ class QTargetTrainer(SFTTrainer):
 
     _tag_names = ["trl", "sft", "qtarget"]  # noqa: RUF012
     _name = "QTarget"
+    _always_opens_teacher = False
 
     def __init__(
         self,
@@ -74,8 +84,11 @@ class QTargetTrainer(SFTTrainer):
         args = QTargetConfig.of(model, args, target)
         self._objective = args.resolve_objective()
         self._eval_objective = args.resolve_eval_objective()
+        sets = checks.column_sets(self._objective, self._eval_objective, kwargs)
+        self._reads_reference_column = checks.reference_column(args, sets)[0]
         self._columns = self._columns_to_carry(args)
         self.rows_without_labels: dict[str, int] = {}
+        self._uids: CachedUids | ContextUids | None = None
         objectives = self._objective, self._eval_objective
         checks.raise_together(checks.before_loading(model, args, *objectives, kwargs, teacher_model is not None))
         for warning in checks.unused_teacher(args, objectives, teacher_model is not None):
@@ -87,13 +100,18 @@ class QTargetTrainer(SFTTrainer):
         # The trainer divides by the accumulation steps itself only where each micro-batch brings its own mean.
         self.loss_is_scaled_for_ga = args.denominator != "micro_batch"  # type: ignore[assignment]
         checks.raise_together(checks.prepared(self))
-        self.data_collator = TokenColumnCollator(self.data_collator, [*self._columns.carried, UID])
+        self.data_collator = TokenColumnCollator(
+            self.data_collator,
+            [*self._columns.carried, UID],
+            self._uids.gather if isinstance(self._uids, CachedUids) else None,
+        )
         add_target_forward(self._base_model())
         self._vocab_size = real_vocabulary_size(self._tokenizer)
-        requires = args.models_for(self._objective.requires | self._eval_objective.requires)
+        requires = self._models_for(self._objective.requires | self._eval_objective.requires)
         self._others = OtherModels(
-            args, self.accelerator, self.model, requires, self._vocab_size, teacher_model, reference_model
+            args, self.accelerator, self.model, requires, self._tokenizer, teacher_model, reference_model, self._uids
         )
+        self._label_only = self._end_tokens_taught_by_label()
         self._sums = {mode: TokenSums(self._columns.sources) for mode in ("train", "eval")}
         self._transform_checked = False
         self._lines_logged = 0
@@ -104,7 +122,18 @@ class QTargetTrainer(SFTTrainer):
 
     def _columns_to_carry(self, args: QTargetConfig) -> TokenColumns:
         names = args.columns_for(self._objective.requires | self._eval_objective.requires)
+        names += [REFERENCE] if self._reads_reference_column else []
         return TokenColumns(tuple(names), tuple(self._objective.sources), args.source_column)
+
+    def _models_for(self, requires: frozenset[str]) -> frozenset[str]:
+        """The models that targets need; online weights against a column need no reference of their own."""
+        models = self.args.models_for(requires)
+        return models - {"reference"} if self._reads_reference_column and "reference" not in requires else models
+
+    def take_columns(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The per-token columns of a batch, taken out of what the model is called with."""
+        names = [*self._columns.carried, UID, *cache.COLUMNS]
+        return {name: inputs.pop(name) for name in names if name in inputs}
 
     # -- data ----------------------------------------------------------------------------------------------------
 
@@ -121,6 +150,7 @@ class QTargetTrainer(SFTTrainer):
         dataset = super()._prepare_dataset(
             dataset, processing_class, tokenise_only, False, formatting_func, dataset_name
         )
+        self._open_teacher(args, processing_class)
         prepare = Preparation(
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
@@ -130,8 +160,18 @@ class QTargetTrainer(SFTTrainer):
             seed=args.seed,
             num_proc=args.dataset_num_proc,
             columns=self._columns,
+            uids=self._uids,
         )
         return prepare(dataset, dataset_name, self.rows_without_labels)
+
+    def _open_teacher(self, args: QTargetConfig, tokenizer: Any) -> None:
+        """Once, before the first rows are prepared: how tokens find a teacher that is not joined by position."""
+        requires = self._objective.requires | self._eval_objective.requires
+        if self._uids is None and ("teacher" in requires or self._always_opens_teacher):
+            tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+            self._uids = open_uids(args, tokenizer, self.chat_template, self.completion_only_loss)
+        if self._uids is not None:
+            self._columns = replace(self._columns, made=(self._uids.column,))
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -143,6 +183,13 @@ class QTargetTrainer(SFTTrainer):
         """TRL's guard knows its own collator only, which this trainer wraps."""
         super()._reject_skip_prepare_without_labels(datasets, getattr(data_collator, "inner", data_collator))
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Columns keep their digits: DeepSpeed would cast whatever is a float to its own precision."""
+        inputs = dict(inputs)
+        columns = self.take_columns(inputs)
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        return prepared | {name: column.to(self.args.device) for name, column in columns.items()}
+
     # -- models --------------------------------------------------------------------------------------------------
 
     def _base_model(self) -> nn.Module:
@@ -152,8 +199,15 @@ class QTargetTrainer(SFTTrainer):
 
     @property
     def reads_teacher(self) -> bool:
-        """Whether a teacher is loaded."""
-        return self._others.teacher is not None
+        """Whether there is a teacher to ask."""
+        return self._others.teacher_source is not None
+
+    def _end_tokens_taught_by_label(self) -> int | None:
+        """The student's end token, where the teacher ends with another and its word on that position is not taken."""
+        others, own = self._others, self._tokenizer.eos_token_id
+        if others.ends_with in (None, own) or own is None:
+            return None
+        return told_of_end_tokens(self._tokenizer, own, others.ends_with, self.args.teacher_end_token)
 
     # -- the loss ------------------------------------------------------------------------------------------------
 
@@ -186,19 +240,23 @@ class QTargetTrainer(SFTTrainer):
         objective = self._objective if training else self._eval_objective
         targets = objective.at(self._step, self._total_steps)
         requires = frozenset().union(*(target.requires for target in targets))
-        columns = {name: inputs.pop(name) for name in [*self._columns.carried, UID] if name in inputs}
+        columns = self.take_columns(inputs)
         labels = inputs["labels"]
         model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
         if not self._transform_checked:
             checks.packed_batch(inputs)
             self._check_transform(model, model_inputs)
         self._add_computed_columns(columns, model, model_inputs, labels, requires, training)
-        read = [*columns_of(*targets), *([SOURCE_ID] if objective.sources else [])]
+        heads = self._others.heads(model, model_inputs, requires, labels, columns)
+        source = columns.get(SOURCE_ID) if objective.sources else None
+        if self._label_only is not None:
+            targets, source = with_label_alone(targets, source, labels, self._label_only)
+        read = {name: columns[name] for name in columns_of(*targets) if name in columns}
         call = LossCall(
             targets,
             labels,
-            {name: columns[name] for name in read if name in columns},
-            self._others.heads(model, model_inputs, requires),
+            read if source is None else {**read, SOURCE_ID: source},
+            heads,
             self._vocab_size,
             num_items_in_batch,
             "all" if not training or self._logs_this_step() else "basic",
@@ -226,13 +284,19 @@ class QTargetTrainer(SFTTrainer):
         requires: frozenset[str],
         training: bool,
     ) -> None:
-        """psft's old policy and iw-sft's online weights: passes without gradient before the student's."""
+        """psft's old policy and iw-sft's online weights: passes without gradient before the student's. The teacher's
+        average moves before it is asked."""
+        average = self._others.average
+        if average is not None and training and "teacher" in requires:
+            average.update(self._step)
         if self._others.old_policy is not None and "old_policy" in requires:
             if training:
                 self._others.old_policy.refresh(self._step)
             columns["old_logps"] = self._others.old_logps(model, inputs, labels)
         if self.args.weights == "online" and "weight" in requires:
-            columns["weight"] = self._others.online_weights(model, inputs, labels, self.args.weights_temperature)
+            columns["weight"] = self._others.online_weights(
+                model, inputs, labels, self.args.weights_temperature, columns.get(REFERENCE)
+            )
 
     def _scaled(self, output: Any, num_items: Tensor | int | None, training: bool) -> Tensor:
         """The loss as the trainer wants it: DDP averages what was divided by a count over all processes, and the
@@ -291,29 +355,30 @@ class QTargetTrainer(SFTTrainer):
     def _identity(self) -> dict[str, Any]:
         """What decides what is trained; see ``identity``."""
         others = self._others
-        own = {"teacher": others.teacher_name, "reference": others.reference_name or "the adapters off"}
+        teacher = others.teacher_name or teacher_named_by(self.args, self._uids)
+        own = {"teacher": teacher, "reference": others.reference_name or "the adapters off"}
         return identity.identity(self.args, self._objective, own)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         folder = checks.checkpoint_folder(resume_from_checkpoint, self.args.output_dir)
         if folder is not None:
             identity.check(folder, self._identity())
-            if self._others.old_policy is not None:
-                self._others.old_policy.load(folder)
+            for kept in self._others.kept_weights:
+                kept.load(folder)
         self.accelerator.print(self.describe())
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         objectives = self._objective, self._eval_objective
         ahead = frozenset().union(*(o.requires_from(self._step, self._total_steps) for o in objectives))
-        self._others.release(self.args.models_for(ahead))
+        self._others.release(self._models_for(ahead))
         return super().training_step(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self._step}"
-        if self._others.old_policy is not None:
-            self._others.old_policy.save(folder)
+        for kept in self._others.kept_weights:
+            kept.save(folder)
         if self.is_world_process_zero():
             identity.write(folder, self._identity())
 
@@ -383,7 +448,7 @@ class QTargetTrainer(SFTTrainer):
     def _not_loaded(self, requires: frozenset[str]) -> list[str]:
         others = self._others
         loaded = {
-            "teacher": others.teacher is not None,
+            "teacher": self.reads_teacher,
             "reference": others.reference is not None or others.has_adapters,
         }
         missing = [f"a {name}" for name, there in loaded.items() if name in requires and not there]

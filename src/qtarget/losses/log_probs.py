@@ -1,0 +1,40 @@
+"""Dense log-probabilities of a few tokens, for reports; training never forms them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from qtarget.losses.backends.torch_chunked import logits_into
+from qtarget.losses.heads import Head, TopK
+
+# What stands for a probability of 0: −inf would not survive a product.
+_NOTHING = -1e4
+
+
+def log_probs(other: Head | TopK, at: tuple[Tensor, ...], vocab: int, student: Tensor | None = None) -> Tensor:
+    """[n, vocab] float32: log-probabilities over the real vocabulary at n positions.
+
+    Args:
+        other: a model's head, or its k likeliest tokens. at: indices of its leading axes, [n] each.
+        vocab: real tokens; a model with fewer gives the others nothing.
+        student: [n, vocab], which a top-k distribution's tail takes the shape of.
+    """
+    if isinstance(other, Head):
+        hidden = other.hidden[at]
+        z = torch.empty(len(hidden), other.weight.shape[0], dtype=torch.float32, device=hidden.device)
+        bias = None if other.bias is None else other.bias.detach()
+        logits_into(z, hidden, other.weight.detach(), bias, other.logit_scale, other.logit_softcap)
+        log_p = z[:, : min(vocab, other.width)].log_softmax(-1)
+        return torch.nn.functional.pad(log_p, (0, vocab - log_p.shape[1]), value=_NOTHING)
+    ids, kept, tail = other.ids[at].long(), other.logprobs[at].float(), other.log_tail()[at].float()
+    if other.tail == "even" or student is None:
+        outside = math.log(max(1, vocab - ids.shape[1]))
+        dense = (tail - outside)[:, None].expand(-1, vocab).clone()
+    else:
+        outside_lse = student.scatter(1, ids, -math.inf).logsumexp(-1).clamp(min=_NOTHING)
+        dense = student + (tail - outside_lse)[:, None]
+    dense = dense.scatter(1, ids, kept).clamp(min=_NOTHING)
+    return dense - dense.logsumexp(-1, keepdim=True)  # what was kept was rounded

@@ -1,0 +1,137 @@
+"""A run's prompts, what its model answers greedily, and the tokens it would have taken second."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from trl.data_utils import _tokenize, is_conversational_from_value, maybe_convert_to_chatml
+
+from qtarget.errors import ConfigError
+from qtarget.teachers.frozen import evaluation_mode
+from qtarget.training.forward import accepted
+
+
+class Greedy:
+    """The trainer's model, decoding greedily in the precision of its weights.
+
+    Only the real vocabulary is decoded, and nothing of the model's own generation settings is used but its end tokens:
+    a repetition penalty, say, would make the likeliest token another.
+
+    Args:
+        trainer: a QTargetTrainer. max_new_tokens: of one call.
+    """
+
+    def __init__(self, trainer: Any, max_new_tokens: int):
+        self._trainer, self._tokenizer = trainer, trainer._tokenizer
+        self._model = trainer.accelerator.unwrap_model(trainer.model)
+        self._base = trainer._base_model()
+        self._vocab = trainer._vocab_size
+        self.max_new_tokens = max_new_tokens
+        own = getattr(self._base.generation_config, "eos_token_id", None)
+        ends = {self._tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+        if not ends:
+            raise ConfigError("eos_token is not set, and neither tokenizer nor model has an end token; set eos_token")
+        self.ends = frozenset(ends)
+        pad = self._tokenizer.pad_token_id
+        self._pad = min(ends) if pad is None else pad
+        width = self._base.get_output_embeddings().weight.shape[0]
+        self._settings = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(ends),
+            pad_token_id=self._pad,
+            suppress_tokens=list(range(self._vocab, width)) or None,
+        )
+
+    # -- prompts -------------------------------------------------------------------------------------------------
+
+    def prompt(self, row: Mapping[str, Any], number: int) -> list[int]:
+        """Token ids of a row's prompt as the trainer would form them; of messages, all before the last answer.
+
+        Raises:
+            ConfigError: the row has none, or it leaves no room for an answer and another rest of it.
+        """
+        row = dict(row)
+        if is_conversational_from_value(row):
+            row = dict(maybe_convert_to_chatml(row))
+        given = row["prompt"] if "prompt" in row else _before_the_answer(row.get("messages"))
+        tools = row.get("tools")
+        if isinstance(given, list):
+            ids = _tokenize(
+                self._trainer.processing_class,
+                given,
+                add_generation_prompt=True,
+                chat_template=self._trainer.chat_template,
+                tools=json.loads(tools) if isinstance(tools, str) else tools,
+                **dict(row.get("chat_template_kwargs") or {}),
+            )["input_ids"]
+        else:
+            ids = _tokenize(self._trainer.processing_class, given)["input_ids"] if given else []
+        ids = list(ids)
+        if not ids:
+            raise ConfigError(f"row {number} of the train split has an empty prompt; take the row out")
+        longest = getattr(self._base.config.get_text_config(), "max_position_embeddings", None)
+        if longest and len(ids) + 2 * self.max_new_tokens > longest:
+            raise ConfigError(
+                f"max_new_tokens is {self.max_new_tokens}: the prompt of row {number} has {len(ids)} tokens, its answer "
+                f"and the rest after an alternative up to {self.max_new_tokens} each, and the model has {longest} "
+                "positions; lower max_new_tokens, or take the row out"
+            )
+        return ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What a verifier reads."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    # -- decoding ------------------------------------------------------------------------------------------------
+
+    def __call__(self, beginnings: Sequence[Sequence[int]]) -> list[list[int]]:
+        """How each goes on, its end token included; without one at the end where max_new_tokens were not enough."""
+        longest = max(map(len, beginnings))
+        device = self._trainer.args.device
+        ids = torch.full((len(beginnings), longest), self._pad)
+        mask = torch.zeros_like(ids)
+        for line, beginning in enumerate(beginnings):
+            ids[line, longest - len(beginning) :] = torch.tensor(beginning)
+            mask[line, longest - len(beginning) :] = 1
+        with evaluation_mode(self._model), self._own_settings():
+            out = self._model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
+        return [self._until_end(line) for line in out[:, longest:].tolist()]
+
+    @contextlib.contextmanager
+    def _own_settings(self) -> Iterator[None]:
+        """generate() fills what it is not given from the model's settings; so those are replaced."""
+        before, self._base.generation_config = self._base.generation_config, self._settings
+        try:
+            yield
+        finally:
+            self._base.generation_config = before
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        for place, index in enumerate(ids):
+            if index in self.ends:
+                return ids[: place + 1]
+        return ids
+
+    @torch.no_grad()
+    def alternatives(self, prompt: Sequence[int], answer: Sequence[int], count: int) -> list[list[int]]:
+        """[len(answer)][count] ids: at each token of the answer the likeliest ones beside it, the likeliest first."""
+        ids = torch.tensor([[*prompt, *answer]], device=self._trainer.args.device)
+        inputs = {"input_ids": ids, "logits_to_keep": len(answer) + 1}
+        with evaluation_mode(self._model):
+            logits = self._model(**accepted(self._base, inputs)).logits[0, -len(answer) - 1 : -1, : self._vocab]
+        top = logits.float().topk(count + 1, dim=-1).indices.tolist()
+        return [[index for index in line if index != own][:count] for line, own in zip(top, answer, strict=True)]
+
+
+def _before_the_answer(messages: list[dict] | None) -> list[dict] | None:
+    if not messages:
+        return None
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+    return messages[:last]

@@ -1,0 +1,262 @@
+"""``signal.json``: what a folder of signals was made from, and whether a run may train on it.
+
+The file is written when the work starts, with ``finished: false``, and again when the data files stand: a folder
+without it, or with other settings, is somebody else's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from qtarget import __version__
+from qtarget.errors import ConfigError
+from qtarget.signals.origin import named, other_model, reference_of, tokenizer_of
+from qtarget.teachers.fingerprints import template_hash, tokenizer_hash
+
+FILE = "signal.json"
+# Settings of a run that decide which tokens a row becomes and which of them are labels.
+PREPROCESSING = (
+    "max_length",
+    "truncation_mode",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "dataset_text_field",
+    "eos_token",
+)
+# kind → the word after ``qtarget data``.
+VERBS = {"weights": "weights", "old_logps": "oldlogps", "critical": "critical"}
+# What two manifests of one command may differ in.
+_RESULTS = ("finished", "rows", "dropped", "files", "report", "program")
+
+
+# -- made from ---------------------------------------------------------------------------------------------------
+
+
+def describe(kind: str, columns: list[str], config: Any, model: Any, tokenizer: Any, about: dict) -> dict[str, Any]:
+    """The settings part of a manifest.
+
+    Args:
+        kind: weights, old_logps or critical. columns: those added to the rows.
+        config: the run's QTargetConfig. model: TRL's ModelConfig. tokenizer: see ``tokenizer_of``.
+        about: further settings of the verb.
+    """
+    return {
+        "kind": kind,
+        "columns": columns,
+        "program": f"qtarget {__version__}",
+        "model": named(model.model_name_or_path, model.model_revision),
+        "tokenizer": tokenizer_hash(tokenizer),
+        "chat_template": template_hash(tokenizer),
+        "preprocessing": {name: getattr(config, name) for name in PREPROCESSING},
+        "chat_template_path": config.chat_template_path,
+        **about,
+    }
+
+
+# -- writing -----------------------------------------------------------------------------------------------------
+
+
+def begin(folder: Path, settings: dict[str, Any]) -> None:
+    """Take a folder for a command, or go on in one that the same command left unfinished. Raises as ``free`` does."""
+    free(folder, settings)
+    if read(folder) is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder, {**settings, "finished": False})
+
+
+def free(folder: Path, settings: dict[str, Any]) -> None:
+    """Whether a command may have a folder: it is empty, or the same command has begun there.
+
+    Raises:
+        ConfigError: it holds anything else; names the first setting that differs.
+    """
+    there = read(folder)
+    if there is None:
+        own = {f"{FILE}.partial"}  # killed as it began
+        if folder.exists() and (not folder.is_dir() or any(file.name not in own for file in folder.iterdir())):
+            raise ConfigError(f"output is {str(folder)!r}, which is not an empty folder; name another one")
+        return
+    if there.get("finished"):
+        raise ConfigError(
+            f"output is {str(folder)!r}, which holds finished rows of qtarget data {VERBS[there['kind']]}; "
+            "name another folder, or delete that one"
+        )
+    wanted = json.loads(json.dumps(settings))
+    for name, was, now in _differences(there, wanted):
+        raise ConfigError(
+            f"output is {str(folder)!r}, which holds an unfinished run with {name} {was!r}, and this one has {now!r}; go "
+            "on with the settings it was started with, or name another folder"
+        )
+
+
+def _differences(there: dict[str, Any], wanted: dict[str, Any], prefix: str = ""):
+    """(setting, its value there, the value wanted), in the order of ``wanted``."""
+    for name in [*wanted, *(name for name in there if name not in wanted)]:
+        was, now = there.get(name), wanted.get(name)
+        if not prefix and name in _RESULTS:
+            continue
+        if isinstance(was, dict) and isinstance(now, dict):
+            if was.get("weights") and was["weights"] == now.get("weights"):  # one model by two names
+                continue
+            yield from _differences(was, now, f"{prefix}{name}.")
+        elif was != now:
+            yield prefix + name, was, now
+
+
+def finish(folder: Path, settings: dict[str, Any], tables: dict[str, Any], results: dict[str, Any]) -> None:
+    """Write the splits and the finished manifest; a run that is killed here is unfinished.
+
+    Args:
+        tables: split → datasets.Dataset. results: what else the manifest says, such as counts.
+    """
+    files = {}
+    for split, table in tables.items():
+        partial = folder / f"{split}.partial"
+        table.to_parquet(partial)
+        _to_disk(partial)
+        partial.rename(folder / f"{split}.parquet")
+        files[f"{split}.parquet"] = checksum(folder / f"{split}.parquet")
+    rows = {split: len(table) for split, table in tables.items()}
+    _write(folder, {**settings, **results, "rows": rows, "files": files, "finished": True})
+
+
+def _write(folder: Path, manifest: dict[str, Any]) -> None:
+    partial = folder / f"{FILE}.partial"
+    partial.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _to_disk(partial)
+    partial.rename(folder / FILE)
+
+
+def _to_disk(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def checksum(file: Path) -> str:
+    """sha256 of its bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+def read(folder: str | Path) -> dict[str, Any] | None:
+    """The manifest of a folder; None where there is none.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    file = Path(folder) / FILE
+    if not file.is_file():
+        return None
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or manifest.get("kind") not in VERBS:
+            raise ValueError("it is no manifest of signals")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); make the folder again with qtarget data") from error
+    return manifest
+
+
+def check(folder: str | Path, config: Any, model: Any) -> list[str]:
+    """Sentences on why a run may not train on a folder of signals, what matters most first; none where it may.
+
+    A column that the run's target does not read is not looked at.
+
+    Args:
+        config: the run's QTargetConfig. model: TRL's ModelConfig.
+    """
+    folder = Path(folder)
+    try:
+        manifest = read(folder)
+        if manifest is None:
+            return []
+        if not manifest.get("finished"):
+            return [
+                f"dataset_name is {str(folder)!r}, which qtarget data {VERBS[manifest['kind']]} has not finished; run "
+                "the same command again, it goes on where it stopped"
+            ]
+        faults = _changed_files(folder, manifest)
+        if model.model_name_or_path and _is_read(manifest, config):
+            faults += _differences_from_run(folder, manifest, config, model)
+        return faults
+    except ConfigError as error:
+        return error.faults
+
+
+def _changed_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    again = f"make the folder again with qtarget data {VERBS[manifest['kind']]}"
+    faults = []
+    for name, digest in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            faults.append(f"dataset_name is {str(folder)!r}, whose file {name} is missing; put it back, or {again}")
+        elif checksum(file) != digest:
+            faults.append(
+                f"dataset_name is {str(folder)!r}, whose file {name} was changed since it was written; put the old one "
+                f"back, or {again}"
+            )
+    return faults
+
+
+def _is_read(manifest: dict[str, Any], config: Any) -> bool:
+    requires = config.resolve_objective().requires | config.resolve_eval_objective().requires
+    if manifest["kind"] != "weights":
+        return True  # the rows are token ids: another tokenizer would train on other text, whatever the target
+    return "weight" in requires and (config.weights == "online") == ("reference_logp" in manifest["columns"])
+
+
+def _differences_from_run(folder: Path, manifest: dict[str, Any], config: Any, model: Any) -> list[str]:
+    column = manifest["columns"][0]
+    made = f"but column {column} of {str(folder)!r} was made with"
+    again = f"make it again: qtarget data {VERBS[manifest['kind']]}"
+    tokenizer = tokenizer_of(config, model)
+    faults = []
+    if tokenizer_hash(tokenizer) != manifest["tokenizer"]:
+        faults.append(
+            f"model_name_or_path is {model.model_name_or_path!r}, {made} another tokenizer, that of "
+            f"{manifest['model']['name']!r}; train a model with that one, or {again}"
+        )
+    if manifest["kind"] == "weights":
+        if template_hash(tokenizer) != manifest["chat_template"]:
+            faults.append(
+                f"chat_template_path is {config.chat_template_path!r}, {made} another chat template "
+                f"({manifest['chat_template_path'] or 'the own one of ' + manifest['model']['name']}); name that one, "
+                f"or {again}"
+            )
+        for name, was in manifest["preprocessing"].items():
+            if was != (now := getattr(config, name)):
+                faults.append(
+                    f"{name} is {now!r}, {made} {was!r}, so that it belongs to other tokens; set it to that, or {again}"
+                )
+    requires = config.resolve_objective().requires
+    if manifest["kind"] == "old_logps" and "old_policy" in requires and config.psft_refresh == "never":
+        now = named(model.model_name_or_path, model.model_revision)
+        if other_model(manifest["model"], now):
+            faults.append(
+                f"model_name_or_path is {now['name']!r}, {made} {manifest['model']['name']!r}, and psft starts from the "
+                f"model its old log-probabilities are of; train that one, or {again}"
+            )
+        faults += _shorter_beginnings(manifest["preprocessing"], config, made, again)
+    if column == "reference_logp" and other_model(manifest["reference"], now := reference_of(config, model)):
+        faults.append(
+            f"the reference is {now['name']!r}, {made} {manifest['reference']['name']!r}; name that one in "
+            f"reference_model_name_or_path, or {again}"
+        )
+    return faults
+
+
+def _shorter_beginnings(was: dict[str, Any], config: Any, made: str, again: str) -> list[str]:
+    """A row cut at its beginning once more leaves tokens without what their log-probabilities were measured after."""
+    now, before = config.max_length, was["max_length"]
+    if config.truncation_mode != "keep_end" or now is None or (before is not None and now >= before):
+        return []
+    return [
+        f"max_length is {now} and truncation_mode 'keep_end', {made} max_length {before}: its rows would lose their "
+        f"beginnings; set it to that, or {again}"
+    ]

@@ -1,0 +1,120 @@
+"""log p of a run's own labels, row by row: rows as the trainer prepares them, models as it forwards them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from qtarget.errors import ConfigError
+from qtarget.teachers.frozen import adapters_off, evaluation_mode
+from qtarget.training.other_models import OtherModels
+
+# The number of an original row, which follows it through the trainer's preparation. No dataset has this name.
+ROW = "qtarget_row"
+
+# (inputs without labels, labels [batch, length]) → log p of each label, float32 [batch, length], 0 where it is masked
+Ask = Callable[[dict[str, Any], Tensor], Tensor]
+
+
+def numbered(datasets: dict[str, Any], column: str) -> dict[str, Dataset]:
+    """The splits with each row's number.
+
+    Raises:
+        ConfigError: a stream, which has no numbers, or rows that have the column already.
+    """
+    for name, dataset in datasets.items():
+        if not isinstance(dataset, Dataset):
+            raise ConfigError("dataset_streaming is true, but rows of a stream have no number; set it to false")
+        if column in dataset.column_names:
+            raise ConfigError(f"the {name} split has a column {column!r} already; take it out, or train on it as it is")
+    return {name: dataset.add_column(ROW, list(range(len(dataset)))) for name, dataset in datasets.items()}
+
+
+def prepared(trainer: Any) -> dict[str, Dataset]:
+    """The splits as the trainer prepared them: those rows that have a label to train, in the order of the originals."""
+    splits = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
+    ready = {}
+    for name, rows in splits.items():
+        if rows is not None and len(rows):
+            trained = [place for place, labels in enumerate(rows["labels"]) if supervised(labels)]
+            numbers = rows[ROW]
+            trained.sort(key=lambda place: numbers[place])
+            if trained:
+                ready[name] = rows.select(trained)
+    return ready
+
+
+def supervised(labels: list[int]) -> int:
+    """How many labels are trained: the first is not, for nothing predicts it."""
+    return sum(label != -100 for label in labels[1:])
+
+
+def student(trainer: Any) -> Ask:
+    """The run's model as it starts."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+
+    def ask(inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        trainer._check_transform(model, inputs)
+        with evaluation_mode(model):
+            return trainer._others._label_logps(model, inputs, labels)
+
+    return ask
+
+
+def reference(trainer: Any) -> Ask:
+    """The run's reference: its own model, the model without its adapters, or the model as it starts."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not trainer.args.reference_model_name_or_path:
+        if not hasattr(model, "disable_adapter"):
+            return student(trainer)
+
+        def without(inputs: dict[str, Any], labels: Tensor) -> Tensor:
+            with adapters_off(model):
+                return trainer._others._label_logps(model, inputs, labels)
+
+        return without
+    others = OtherModels(
+        trainer.args, trainer.accelerator, trainer.model, frozenset({"reference"}), trainer._tokenizer, None, None
+    )
+
+    def ask(inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        others.check_head_transforms(inputs)
+        return others._label_logps(others.reference, inputs, labels)
+
+    return ask
+
+
+@torch.no_grad()
+def label_logps(
+    trainer: Any, rows: Dataset, asks: list[Ask], tell: Callable[[float], object] = lambda seconds: None
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Place of a row in ``rows``, and for each model log p of its labels, float32 [length], 0 where none is trained.
+
+    Rows come by length, the longest first, so that little is padded and a batch too large for the device is known at
+    once. ``tell`` gets an estimate of the seconds for all of them after the first batch.
+    """
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    order = sorted(range(len(rows)), key=lambda place: -lengths[place])
+    size = trainer.args.per_device_eval_batch_size
+    for begin in range(0, len(order), size):
+        places = order[begin : begin + size]
+        started = time.monotonic()
+        # What the loss would run under: a log-prob of other precision would not be that of the model that is trained.
+        with trainer.compute_loss_context_manager():
+            inputs = trainer._prepare_inputs(trainer.data_collator([_tokens(rows[place]) for place in places]))
+            labels = inputs.pop("labels")
+            found = [ask(inputs, labels).float().cpu() + 0.0 for ask in asks]  # no −0
+        if not begin:
+            longest = sum(lengths[place] for place in places)
+            tell((time.monotonic() - started) * sum(lengths) / longest)
+        for i, place in enumerate(places):
+            yield place, [logps[i, : lengths[place]] for logps in found]
+
+
+def _tokens(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("input_ids", "labels")}

@@ -1,0 +1,101 @@
+"""iw-sft's signal, a number per row: the reference's mean log p, or the weight itself (arXiv:2507.12856).
+
+The weight of a sequence is w = exp(temperature · mean over its supervised tokens of (log p_θ − log p_ref)), clamped to
+[0, 16] as in the paper's code. p_θ moves, p_ref does not: with the column ``reference_logp`` a run needs no second model.
+With the column ``weight`` w is that of the model as it starts, and stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset, Value
+from torch import Tensor
+
+from qtarget.errors import ConfigError
+from qtarget.signals import origin
+from qtarget.signals.scoring import ROW, label_logps, prepared, reference, student
+from qtarget.teachers.same_vocabulary import vocabulary_difference
+
+_LARGEST = 16.0
+
+
+def column_of(fixed: bool) -> str:
+    return "weight" if fixed else "reference_logp"
+
+
+def check(config: Any, model: Any, fixed: bool) -> None:
+    """Raise ConfigError where the weights would all be 1, or the reference's ids mean other tokens."""
+    name = config.reference_model_name_or_path
+    if fixed and not name:
+        raise ConfigError(
+            "fixed is true, but reference_model_name_or_path is not set, so that the model is its own reference and all "
+            "weights are 1; name another reference, or leave --fixed out"
+        )
+    ours, theirs = origin.named(model.model_name_or_path, model.model_revision), origin.reference_of(config, model)
+    if fixed and not origin.other_model(ours, theirs):
+        raise ConfigError(
+            f"fixed is true, but reference_model_name_or_path is {name!r}, the model itself, so that all weights are 1; "
+            "name another reference, or leave --fixed out"
+        )
+    if name and (difference := _other_tokens(config, model, name)):
+        raise ConfigError(
+            f"reference_model_name_or_path is {name!r}, which has another tokenizer: {difference}; use a reference of "
+            "the same family"
+        )
+
+
+def _other_tokens(config: Any, model: Any, name: str) -> str | None:
+    from transformers import AutoTokenizer
+
+    try:
+        theirs = AutoTokenizer.from_pretrained(name, revision=config.reference_model_revision or "main")
+    except (OSError, ValueError):  # weights without a tokenizer beside them
+        return None
+    difference = vocabulary_difference(origin.tokenizer_of(config, model), theirs)
+    return (
+        None if difference is None else difference.replace("the student", "the model").replace("teacher", "reference")
+    )
+
+
+def tables(
+    trainer: Any,
+    originals: dict[str, Dataset],
+    fixed: bool,
+    tell: Callable[[float], object],
+    step: Callable[[], object],
+) -> dict[str, Dataset]:
+    """The original rows with the column, those left out that have no supervised token.
+
+    Args:
+        trainer: a QTargetTrainer made on ``scoring.numbered`` rows. originals: the splits as they were.
+        fixed: see ``column_of``. tell: see ``label_logps``. step: called after each row.
+    """
+    made = {}
+    asks = [reference(trainer), *([student(trainer)] if fixed else [])]
+    for split, rows in prepared(trainer).items():
+        values = [0.0] * len(rows)
+        labels = rows["labels"]
+        for place, logps in label_logps(trainer, rows, asks, tell):
+            means = [_mean(line, labels[place]) for line in logps]
+            values[place] = weight(means[1] - means[0], trainer.args.weights_temperature) if fixed else means[0]
+            step()
+        kept = originals[split].select(rows[ROW])
+        made[split] = kept.add_column(column_of(fixed), values, feature=Value("float32"))
+    return made
+
+
+def weight(gap: float, temperature: float) -> float:
+    """exp(temperature · gap), clamped to [0, 16].
+
+    >>> weight(0.0, 1.0), weight(1e4, 1.0)
+    (1.0, 16.0)
+    """
+    return math.exp(min(temperature * gap, math.log(_LARGEST)))
+
+
+def _mean(logps: Tensor, labels: list[int]) -> float:
+    trained = [i for i, label in enumerate(labels) if i and label != -100]
+    return float(logps[trained].double().mean())

@@ -1,0 +1,142 @@
+"""A teacher that reads more than the student: a worked solution, a system prompt, retrieved text.
+
+The teacher's sequence is its own prompt, made by a template over the row's columns, followed by exactly the student's
+token ids from the first supervised one on, so that teacher and student are joined by ids and nothing is tokenised twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qtarget.errors import ConfigError, unknown
+from qtarget.teachers.rows import supervised_positions
+
+_PLACES = ("prompt", "system")
+
+
+def read_template(value: Any) -> dict[str, str] | None:
+    """The setting as a mapping: text is the template of the prompt.
+
+    Raises:
+        ConfigError: another key, or a template that cannot be read.
+    """
+    if value is None:
+        return None
+    templates = {"prompt": value} if isinstance(value, str) else value
+    if not isinstance(templates, Mapping) or not templates:
+        raise ConfigError(f"teacher_context is {value!r}; write text, or {{system: text, prompt: text}}")
+    for place, text in templates.items():
+        if place not in _PLACES:
+            raise unknown("teacher_context's key", place, _PLACES)
+        if not isinstance(text, str) or not text:
+            raise ConfigError(f"teacher_context.{place} is {text!r}; write a template, such as '{{{{ prompt }}}}'")
+        _compiled(place, text)
+    return dict(templates)
+
+
+def _compiled(place: str, text: str) -> Any:
+    from jinja2 import StrictUndefined, TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    try:
+        # sandboxed: a template may come with a config somebody else wrote
+        return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(text)
+    except TemplateError as error:
+        raise ConfigError(f"teacher_context.{place} is not a template: {error}; the syntax is Jinja's") from None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the teacher reads in place of a row's prompt.
+
+    Attributes:
+        templates: {"prompt": ..., "system": ...}, Jinja over the row's columns; ``prompt`` stands for the original text.
+        tokenizer: the student's. chat_template: in place of the tokenizer's own, or None.
+    """
+
+    templates: Mapping[str, str]
+    tokenizer: Any
+    chat_template: str | None = None
+
+    def of(self, row: Mapping[str, Any], input_ids: Sequence[int], labels: Sequence[int]) -> tuple[list[int], int]:
+        """(ids the teacher reads first, begin): its sequence is these ids and then ``input_ids[begin:]``.
+
+        Raises:
+            ConfigError: a column the template names is not there, or tokens before the answer are supervised.
+        """
+        positions = supervised_positions(labels)
+        if not len(positions):
+            return [], len(input_ids)
+        first = int(positions[0])
+        messages = row.get("messages") or row.get("prompt")
+        if isinstance(messages, list) and messages and isinstance(messages[0], Mapping):
+            turns = _before_the_answer(messages, "completion" in row)
+            own = self._ids(row, turns)
+            return self._of_turns(row, turns), self._begin(own, input_ids, first)
+        if "system" in self.templates:
+            raise ConfigError(
+                "teacher_context.system is set, but rows of plain text have no system message; use prompt"
+            )
+        prompt = row.get("prompt")
+        ids = list(self.tokenizer(self._render("prompt", row, {}))["input_ids"])
+        if prompt is None:  # text or token ids: the context comes before all of it
+            return [*ids, *input_ids[:first]], first
+        own = self.tokenizer(prompt)["input_ids"]
+        return ids, self._begin(own[:-1], input_ids, first)  # its last token may merge with the answer's first
+
+    def _begin(self, own: list[int], input_ids: Sequence[int], first: int) -> int:
+        """Where the student's ids go on behind the teacher's prompt: after the row's own prompt."""
+        if list(input_ids[: len(own)]) != own:  # the template renders a prompt alone differently
+            return first
+        if first < len(own):
+            raise ConfigError(
+                "teacher_context replaces the prompt, but tokens of the prompt are supervised; set completion_only_loss "
+                "or assistant_only_loss"
+            )
+        return len(own)
+
+    def _of_turns(self, row: Mapping[str, Any], turns: list[dict[str, Any]]) -> list[int]:
+        asked = [i for i, message in enumerate(turns) if message["role"] == "user"]
+        content = turns[asked[-1]]["content"] if asked else ""
+        if "prompt" in self.templates:
+            if not asked:
+                raise ConfigError("teacher_context.prompt is set, but a row has no user message before its answer")
+            turns[asked[-1]]["content"] = self._render("prompt", row, {"prompt": content})
+        if "system" in self.templates:
+            said = self._render("system", row, {"prompt": content})
+            if turns and turns[0]["role"] == "system":
+                turns[0]["content"] = f"{turns[0]['content']}\n\n{said}"
+            else:
+                turns.insert(0, {"role": "system", "content": said})
+        return self._ids(row, turns)
+
+    def _ids(self, row: Mapping[str, Any], turns: list[dict[str, Any]]) -> list[int]:
+        ids = self.tokenizer.apply_chat_template(
+            turns,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            chat_template=self.chat_template,
+            tools=row.get("tools"),
+            **(row.get("chat_template_kwargs") or {}),
+        )
+        return list(ids["input_ids"])
+
+    def _render(self, place: str, row: Mapping[str, Any], more: Mapping[str, Any]) -> str:
+        from jinja2 import TemplateError, UndefinedError
+
+        try:
+            return _compiled(place, self.templates[place]).render({**row, **more})
+        except UndefinedError as error:
+            raise ConfigError(f"teacher_context.{place}: {error}; the rows have {', '.join({**row, **more})}") from None
+        except TemplateError as error:
+            raise ConfigError(f"teacher_context.{place} cannot be filled in: {error}") from None
+
+
+def _before_the_answer(messages: Sequence[Mapping[str, Any]], is_prompt: bool) -> list[dict[str, Any]]:
+    """Copies of the messages before the first one that may be trained."""
+    turns = [dict(message) for message in messages]
+    answers = [] if is_prompt else [i for i, message in enumerate(turns) if message["role"] == "assistant"]
+    return turns[: answers[0]] if answers else turns

@@ -1,0 +1,59 @@
+"""What tells one tokenizer, chat template or set of weights from another: short hashes for manifests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+# Weight files are sampled: this many pieces of that many bytes, evenly over each file, its first and last included.
+_PIECES, _PIECE_BYTES = 64, 64 * 1024
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Of every token and its id."""
+    return _short(sorted(tokenizer.get_vocab().items(), key=lambda token: token[1]))
+
+
+def template_hash(tokenizer: Any) -> str | None:
+    """Of the chat template; None where there is none."""
+    return None if tokenizer.chat_template is None else _short(tokenizer.chat_template)
+
+
+def weights_hash(name_or_path: str, revision: str | None = None) -> str | None:
+    """What tells a model's weights from others: of samples of a folder's weight files, or the hub's commit.
+
+    A folder's files are read in 64 pieces each, evenly spread, and by their sizes: training moves every weight, so other
+    weights are told apart without reading hundreds of gigabytes. None where neither is known.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return _commit(name_or_path, revision)
+    files = sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            for piece in range(_PIECES):
+                stream.seek(max(0, size - _PIECE_BYTES) * piece // (_PIECES - 1))
+                digest.update(stream.read(_PIECE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    from transformers import AutoConfig
+
+    try:
+        commit = AutoConfig.from_pretrained(name, revision=revision or "main")._commit_hash
+    except (OSError, ValueError):
+        return None
+    return None if commit is None else f"commit {commit[:12]}"
+
+
+def _short(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

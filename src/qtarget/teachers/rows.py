@@ -1,0 +1,66 @@
+"""Which row is which, whatever its order: a key of what the student and the teacher read, and an index of keys.
+
+A row's key is a hash of its token ids, of which of them are supervised, and of the context its teacher reads before
+them. Text, template, tokenizer, mask, cut and context all come to it through these; the order of rows does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+KEY_BYTES = 16
+
+
+def supervised_positions(labels: Sequence[int]) -> np.ndarray:
+    """[n] int64: positions whose label is trained; nothing predicts position 0."""
+    (places,) = np.nonzero(np.asarray(labels, dtype=np.int64) != -100)
+    return places[places > 0]
+
+
+def row_key(input_ids: Sequence[int], labels: Sequence[int], context: Sequence[int] = ()) -> bytes:
+    """16 bytes. ``context``: what the teacher reads in place of the row's prompt, where it has a context of its own."""
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for part in (input_ids, supervised_positions(labels), context):
+        numbers = np.asarray(part, dtype="<i4")
+        digest.update(len(numbers).to_bytes(8, "little"))
+        digest.update(numbers.tobytes())
+    return digest.digest()
+
+
+class RowIndex:
+    """From a row's key to where its tokens are.
+
+    Args:
+        keys: [R, 16] uint8, no key twice. counts: [R] int32, supervised tokens of each row. starts: [R] int64, place of
+            its first token among all tokens of the cache.
+    """
+
+    def __init__(self, keys: np.ndarray, counts: np.ndarray, starts: np.ndarray):
+        self.keys, self.counts, self.starts = keys, counts, starts
+        first = np.ascontiguousarray(keys).view("<u8")[:, 0]
+        self._order = np.argsort(first, kind="stable")
+        self._sorted = first[self._order]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def find(self, key: bytes) -> int | None:
+        """Number of the row, or None."""
+        first = np.frombuffer(key, "<u8", count=1)[0]
+        at = int(np.searchsorted(self._sorted, first))
+        while at < len(self._sorted) and self._sorted[at] == first:
+            number = int(self._order[at])
+            if self.keys[number].tobytes() == key:
+                return number
+            at += 1
+        return None
+
+    def places(self, number: int, labels: Sequence[int]) -> list[int]:
+        """One place per token of the row, −1 where nothing is supervised."""
+        places = np.full(len(labels), -1, dtype=np.int64)
+        positions = supervised_positions(labels)
+        places[positions] = self.starts[number] + np.arange(len(positions))
+        return places.tolist()

@@ -1,0 +1,108 @@
+"""Files of a teacher cache: safetensors written whole or not at all, mapped for reading, with checksums."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from safetensors.numpy import save
+
+from qtarget.errors import ConfigError
+
+_DTYPES = {"I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "U8": "u1"}
+_READ_BYTES = 1 << 22
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is complete or not there, and on the disk when this returns.
+
+    Raises:
+        ConfigError: the disk is full or the folder cannot be written; what was there before is as it was.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error.strerror or error)
+        raise ConfigError(
+            f"{path} cannot be written: {reason}; make room or choose another folder, and run the same command again: it "
+            "goes on with what is already there"
+        ) from error
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Write a safetensors file. Returns its line of the manifest: file, bytes, checksum."""
+    data = save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
+    write_whole(path, data)
+    return {"file": path.name, "bytes": len(data), "checksum": xxhash.xxh3_128_hexdigest(data)}
+
+
+def fault(folder: Path, line: Mapping[str, Any], checksum: bool = True) -> str | None:
+    """What is wrong with a file of the manifest, in a sentence, or None.
+
+    ``checksum``: read all of it; else only its size is looked at.
+    """
+    path = folder / str(line["file"])
+    mend = "copy the cache again, or delete that file and run the same qtarget cache build, which makes it anew"
+    if path.name != line["file"] or not path.is_file():
+        return f"{path} is missing; {mend}"
+    size = path.stat().st_size
+    if size != line["bytes"]:
+        return f"{path} has {size} bytes, and the manifest says {line['bytes']}: it was cut short or changed; {mend}"
+    if checksum and _checksum(path) != line["checksum"]:
+        return f"{path} is not what was written: its checksum differs from the manifest's; {mend}"
+    return None
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while block := stream.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def map_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file, mapped and not read.
+
+    Raises:
+        ConfigError: the file is not one.
+    """
+    try:
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > path.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(stream.read(length))
+        arrays = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
+            if end - begin != dtype.itemsize * int(np.prod(shape)) or 8 + length + end > path.stat().st_size:
+                raise ValueError(f"{name} does not fit")
+            if end == begin:
+                arrays[name] = np.empty(shape, dtype)
+            else:
+                arrays[name] = np.memmap(path, dtype=dtype, mode="r", offset=8 + length + begin, shape=shape)
+        return arrays
+    except (OSError, ValueError, KeyError, struct.error) as error:
+        raise ConfigError(f"{path} is not a file of a teacher cache: {error}; copy or build the cache anew") from error

@@ -1,0 +1,402 @@
+"""Build a teacher cache: rows as the trainer prepares them, the teacher's k likeliest tokens at every supervised one.
+
+The plan comes first and is the same on every start: unique rows in the order of the datasets, cut into shards. A shard is
+written whole or not at all, so an interrupted build goes on at the first that is missing and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from qtarget import __version__
+from qtarget.errors import ConfigError
+from qtarget.losses.log_probs import log_probs
+from qtarget.teachers import manifest as manifests
+from qtarget.teachers import shards
+from qtarget.teachers.cache import INDEX
+from qtarget.teachers.rows import KEY_BYTES, row_key, supervised_positions
+from qtarget.training import teacher_setup
+from qtarget.training.trainer import QTargetTrainer
+
+DTYPES = ("float16", "float32")
+# Supervised tokens whose logits are formed at a time: [256, vocabulary] float32 is 50 MB at 49,152.
+_CHUNK = 256
+# float16 holds no log-probability below this; whatever is there has a probability of 0.
+_LOWEST = -6e4
+# Tokens of a shard are between these, some 256 shards in all where that lies between.
+_FEWEST, _MOST = 1 << 14, 1 << 20
+
+
+@dataclass
+class Row:
+    """A row of the plan: which dataset, which of its rows, how many supervised tokens and tokens in all."""
+
+    dataset: str
+    number: int
+    tokens: int
+    length: int
+
+
+@dataclass
+class Plan:
+    """What a build is going to do.
+
+    Attributes:
+        rows: unique rows with supervised tokens. keys: [R, 16] uint8. shards: numbers of the rows of each shard.
+        repeated: rows that were there before with the same ids, mask and context.
+    """
+
+    rows: list[Row]
+    keys: np.ndarray
+    shards: list[list[int]]
+    repeated: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(row.tokens for row in self.rows)
+
+    def megabytes(self, k: int, dtype: str) -> float:
+        """Size on disk: an int32 id and a log-probability for each of k, and a float32 tail."""
+        return self.tokens * (k * (4 + np.dtype(dtype).itemsize) + 4) / 2**20
+
+
+class RowsTrainer(QTargetTrainer):
+    """Prepares rows and asks the teacher; its student may be without weights, and nothing is trained."""
+
+    _always_opens_teacher = True
+
+
+def about(trainer: Any) -> dict[str, Any]:
+    """The manifest's part on tokenizer, preparation, context and teacher."""
+    tokenizer, args = trainer._tokenizer, trainer.args
+    (end, *_) = [*sorted(teacher_setup.end_tokens(args)), None]
+    return {
+        **teacher_setup.what_decides_rows(args, tokenizer, trainer.completion_only_loss),
+        "end_token": end,
+        "teacher": teacher_setup.named_teacher(args),
+    }
+
+
+class Scorer(Protocol):
+    """Where a teacher's log-probabilities come from."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """For each row ids [n, k] int32, log-probabilities [n, k] float32, log of the rest [n] float32."""
+        ...
+
+
+def plan(trainer: Any, shard_tokens: int | None = None) -> Plan:
+    """Read the prepared rows of all datasets of a trainer whose packing is off.
+
+    Raises:
+        ConfigError: a stream, or no supervised token at all.
+    """
+    rows: list[Row] = []
+    keys: dict[bytes, int] = {}
+    repeated = 0
+    for name, dataset in datasets_of(trainer).items():
+        if not hasattr(dataset, "__len__"):
+            raise ConfigError("dataset_streaming is on; a cache is built of a dataset that is read whole")
+        for number, row in enumerate(dataset):
+            tokens = len(supervised_positions(row["labels"]))
+            if not tokens:
+                continue
+            key = row_key(row["input_ids"], row["labels"], _context(trainer, row))
+            if key in keys:
+                repeated += 1
+                continue
+            keys[key] = len(rows)
+            rows.append(Row(name, number, tokens, len(row["input_ids"])))
+    if not rows:
+        raise ConfigError("no row has a supervised token; there is nothing to ask a teacher about")
+    size = shard_tokens or min(_MOST, max(_FEWEST, sum(row.tokens for row in rows) // 256))
+    groups: list[list[int]] = [[]]
+    filled = 0
+    for number, row in enumerate(rows):
+        if groups[-1] and filled + row.tokens > size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(number)
+        filled += row.tokens
+    for group in groups:  # rows of a length together: less padding
+        group.sort(key=lambda number: (-rows[number].length, number))
+    return Plan(rows, np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES), groups, repeated)
+
+
+def datasets_of(trainer: Any) -> dict[str, Any]:
+    """The prepared datasets by name: train, and what is evaluated."""
+    evaluated = trainer.eval_dataset
+    named = evaluated if isinstance(evaluated, dict) else {"eval": evaluated}
+    return {name: data for name, data in {"train": trainer.train_dataset, **named}.items() if data is not None}
+
+
+def _context(trainer: Any, row: dict[str, Any]) -> list[int]:
+    """What the teacher reads before the row, where it has a context of its own."""
+    uids = trainer._uids
+    if uids is None:
+        return []
+    return uids.row_of(next(uid for uid in row[uids.column] if uid >= 0))[0]
+
+
+def needed_for(trainer: Any, plan: Plan, coverage: float, sample_rows: int = 64) -> tuple[int, dict[str, Any]]:
+    """k whose mean kept mass reaches ``coverage`` on a sample of rows, and the distribution of what tokens need.
+
+    Returns:
+        (k, {"percentiles of needed k": {p: k}, "kept mass": {k: mean}, "tokens": n}).
+    """
+    every = max(1, len(plan.rows) // sample_rows)
+    masses = []
+    for row in range(0, len(plan.rows), every):
+        for log_p, _ in _log_probs(trainer, [_row(trainer, plan.rows[row])]):
+            masses.append(log_p.exp().sort(-1, descending=True).values.double().cumsum(-1).float().cpu())
+    cumulated = torch.cat(masses)
+    needed = (cumulated < coverage).sum(-1) + 1
+    mean = cumulated.double().mean(0)
+    enough = (mean >= coverage).nonzero()
+    k = int(enough[0]) + 1 if len(enough) else cumulated.shape[1]
+    percentiles = {str(p): int(needed.double().quantile(p / 100, interpolation="higher")) for p in (50, 90, 99, 100)}
+    shown = sorted({1, 4, 16, 64, 256, k} & set(range(1, cumulated.shape[1] + 1)))
+    kept = {str(n): round(float(mean[n - 1]), 5) for n in shown}
+    return k, {"coverage": coverage, "sampled_tokens": len(cumulated), "needed_k": percentiles, "kept_mass": kept}
+
+
+def build(
+    trainer: Any,
+    folder: str | Path,
+    made: Plan,
+    k: int,
+    *,
+    dtype: str = "float16",
+    about: dict[str, Any],
+    scorer: Scorer | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> Path:
+    """Write the cache, or go on with one that was interrupted.
+
+    Args:
+        trainer: a QTargetTrainer with packing off and its teacher loaded (or a scorer in its place).
+        folder: where it goes. made: the plan. k: tokens kept. dtype: of the log-probabilities.
+        about: the manifest's part on teacher, tokenizer and preparation.
+        progress: called with the tokens of each shard that is there.
+
+    Raises:
+        ConfigError: another build is at work in the folder, it holds a cache of something else, the disk is full, or the
+            teacher gives NaN. Shards already written stay.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    score = scorer or LiveScorer(trainer, k)
+    with _alone(folder):
+        manifest = _begin(folder, made, k, dtype, about)
+        for number, group in enumerate(made.shards):
+            if number < len(manifest["shards"]):
+                progress(sum(made.rows[row].tokens for row in group))
+                continue
+            line = _write_shard(trainer, folder, made, number, score, dtype, batch_size)
+            manifest["shards"].append(line)
+            if len(manifest["shards"]) == len(made.shards):
+                manifest["state"] = "complete"
+            manifests.write(folder, manifest)
+            progress(line["tokens"])
+    return folder
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One builder in a folder at a time; the lock goes with its process, however that ends."""
+    from filelock import FileLock, Timeout
+
+    path = folder / ".building"
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"output is {str(folder)!r}, where another qtarget cache build is at work; wait for it, or name another "
+            "folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        path.unlink(missing_ok=True)
+
+
+def _begin(folder: Path, made: Plan, k: int, dtype: str, about: dict[str, Any]) -> dict[str, Any]:
+    """The manifest to go on with: a new one, or that of an interrupted build of exactly this."""
+    counts = np.array([row.tokens for row in made.rows], np.int32)
+    starts = np.zeros(len(counts), np.int64)
+    order = np.array([row for group in made.shards for row in group])
+    starts[order] = np.cumsum([0, *counts[order][:-1]])
+    fresh = {
+        "format": manifests.FORMAT,
+        "program": f"qtarget {__version__}",
+        "state": "building",
+        **about,
+        "k": k,
+        "dtype": dtype,
+        "rows": len(made.rows),
+        "tokens": made.tokens,
+        "planned_shards": len(made.shards),
+    }
+    if not (folder / manifests.FILE).exists():
+        if any(file.name != ".building" and not file.name.endswith(".partial") for file in folder.iterdir()):
+            index_only = {file.name for file in folder.iterdir()} <= {INDEX, f"{INDEX}.partial", ".building"}
+            if not index_only:
+                raise ConfigError(f"output is {str(folder)!r}, which holds other files; name a new folder")
+        index = shards.write_arrays(folder / INDEX, {"keys": made.keys, "counts": counts, "starts": starts})
+        manifest = {**fresh, "index": index, "shards": []}
+        manifests.write(folder, manifest)
+        return manifest
+    manifest = manifests.read(folder)
+    wanted = {name: value for name, value in fresh.items() if name not in ("state", "program")}
+    difference = manifests.first_difference(
+        manifest, wanted, "name another folder, or build with what it was begun with"
+    )
+    have = shards.map_arrays(folder / INDEX)
+    if difference is None and not np.array_equal(have["keys"], made.keys):
+        difference = "the rows are not those it was begun with: text, order or context changed; name another folder"
+    if difference is not None:
+        raise ConfigError(f"output is {str(folder)!r}, which holds a teacher cache: {difference}")
+    for number, line in enumerate(manifest["shards"]):
+        if shards.fault(folder, line) is not None:  # it and what follows is made anew
+            del manifest["shards"][number:]
+            manifest["state"] = "building"
+            break
+    return manifest
+
+
+def _write_shard(
+    trainer: Any, folder: Path, made: Plan, number: int, score: Scorer, dtype: str, batch_size: int
+) -> dict[str, Any]:
+    ids, logprobs, tails = [], [], []
+    group = made.shards[number]
+    for begin in range(0, len(group), batch_size):
+        rows = [made.rows[row] for row in group[begin : begin + batch_size]]
+        for row, (top, kept, tail) in zip(rows, score([_row(trainer, row) for row in rows]), strict=True):
+            if not (np.isfinite(kept).all() and not np.isnan(tail).any()):
+                raise ConfigError(
+                    f"the teacher gives NaN for row {row.number} of the {row.dataset} dataset; check that row, or load "
+                    "the teacher in float32 or bfloat16 (teacher_model_init_kwargs: {dtype: ...})"
+                )
+            ids.append(top)
+            logprobs.append(kept.astype(dtype))
+            tails.append(tail)
+    arrays = {"ids": np.concatenate(ids), "logprobs": np.concatenate(logprobs), "tail": np.concatenate(tails)}
+    line = shards.write_arrays(folder / f"shard-{number:05d}.safetensors", arrays)
+    return {**line, "tokens": len(arrays["tail"])}
+
+
+def _row(trainer: Any, row: Row) -> dict[str, Any]:
+    return datasets_of(trainer)[row.dataset][row.number]
+
+
+# -- the teacher's distribution ----------------------------------------------------------------------------------
+
+
+class LiveScorer:
+    """The k likeliest tokens from the trainer's own teacher, logits of a few tokens at a time."""
+
+    def __init__(self, trainer: Any, k: int):
+        self.trainer, self.k, self.checked = trainer, k, False
+
+    @torch.no_grad()
+    def __call__(self, rows: list[dict[str, Any]]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        ids, logprobs, tails, owners = [], [], [], []
+        for log_p, owner in _log_probs(self.trainer, rows):
+            top = log_p.topk(self.k, dim=-1)
+            outside = log_p.exp().scatter(1, top.indices, 0.0).sum(-1, dtype=torch.float64).log()
+            ids.append(top.indices.int())
+            logprobs.append(top.values.clamp(min=_LOWEST))  # NaN stays NaN
+            tails.append(outside.clamp(min=_LOWEST).float())
+            owners.append(owner)
+        joined = [torch.cat(part).cpu().numpy() for part in (ids, logprobs, tails, owners)]
+        for number in range(len(rows)):
+            here = joined[3] == number
+            yield tuple(part[here] for part in joined[:3])
+
+
+def _log_probs(trainer: Any, rows: list[dict[str, Any]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """([c, vocab] log-probabilities, [c] number of the row) of the supervised tokens, a chunk at a time."""
+    inputs = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in rows]))
+    labels = inputs.pop("labels")
+    columns = trainer.take_columns(inputs)
+    with torch.no_grad():
+        teacher = trainer._others.heads(trainer.model, inputs, frozenset({"teacher"}), labels, columns)["teacher"]
+        row, place = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+        for begin in range(0, len(row), _CHUNK):
+            at = row[begin : begin + _CHUNK], place[begin : begin + _CHUNK]
+            yield log_probs(teacher, at, trainer._vocab_size), at[0]
+
+
+class ServerScorer:
+    """The k likeliest tokens from a server, which is sent the ids the teacher is to read."""
+
+    def __init__(self, trainer: Any, server: Any):
+        self.trainer, self.server = trainer, server
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        uids = self.trainer._uids
+        sequences, places = [], []
+        for row in rows:
+            ids, positions = list(row["input_ids"]), supervised_positions(row["labels"])
+            if uids is not None:
+                before, begin = uids.row_of(next(uid for uid in row[uids.column] if uid >= 0))
+                ids, positions = [*before, *ids[begin:]], positions - begin + len(before)
+            sequences.append(ids)
+            places.append(positions - 1)  # its first entry is that of token 1
+        for scored, at in zip(self.server.score(sequences), places, strict=True):
+            kept = np.maximum(scored.logprobs[at], _LOWEST)
+            rest = np.clip(1 - np.exp(kept.astype(np.float64)).sum(-1), 0, None)
+            with np.errstate(divide="ignore"):
+                yield scored.ids[at], kept, np.maximum(np.log(rest), _LOWEST).astype(np.float32)
+
+
+def server_scorer(trainer: Any, url: str, model: str | None, k: int) -> tuple[ServerScorer, str]:
+    """A scorer that asks a server, and what the server calls its model.
+
+    Raises:
+        ConfigError: the named teacher has another tokenizer, or the server does not answer as it must.
+    """
+    from qtarget.teachers.server import TeacherServer
+
+    if faults := teacher_setup.tokenizer_faults(trainer.args, trainer._tokenizer):
+        raise ConfigError(faults)
+    server = TeacherServer(url, model, k=k, vocab_size=trainer._vocab_size)
+    return ServerScorer(trainer, server), server.check()
+
+
+def seconds_for(trainer: Any, made: Plan, batch_size: int) -> float:
+    """Estimated seconds of a build: one batch of rows of middling length, timed after a first that warms up."""
+    by_length = sorted(range(len(made.rows)), key=lambda row: made.rows[row].length)
+    middle = by_length[max(0, len(by_length) // 2 - batch_size // 2) :][:batch_size]
+    rows = [_row(trainer, made.rows[row]) for row in middle]
+    score = LiveScorer(trainer, 1)
+    for _ in score(rows[:1]):
+        pass
+    begin = time.perf_counter()
+    for _ in score(rows):
+        pass
+    spent = time.perf_counter() - begin
+    return spent * sum(row.length for row in made.rows) / max(1, sum(made.rows[row].length for row in middle))
+
+
+def check_room(folder: str | Path, megabytes: float) -> None:
+    """Raise ConfigError where the disk has no room for the cache."""
+    existing = next(parent for parent in (Path(folder).absolute(), *Path(folder).absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free / 2**20
+    if megabytes > free:
+        raise ConfigError(
+            f"output is {str(folder)!r}, where {free:.0f} MB are free and the cache needs {megabytes:.0f}; keep fewer "
+            "tokens (--k), or name a folder on a larger disk"
+        )

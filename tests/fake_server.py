@@ -1,0 +1,215 @@
+"""A completions server with vLLM's wire format on a free port, which answers from a real model and can misbehave.
+
+with FakeServer(model) as server:
+    server.faults = iter([status(503)])  # what the next requests for completions get instead of an answer
+    server.tamper = list.reverse  # changes the choices of every true answer before it is sent
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+
+import tiny
+
+Fault = Callable[["_Handler"], None]
+
+
+class FakeServer:
+    """Serves ``model`` under ``names``; use it as a context manager.
+
+    Args:
+        max_logprobs: the limit on k, as vLLM's --max-logprobs.
+        forms: which of "prompt_logprobs" and "echo" it knows; a field it does not know is ignored.
+        strict: an unknown form is refused with 400 instead.
+        names_ids: whether it knows return_tokens_as_token_ids.
+        generates: whether an echo ends with the generated token.
+        key: asked for as a bearer token.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        names: Iterable[str] = ("teacher",),
+        max_logprobs: int = 20,
+        forms: Iterable[str] = ("prompt_logprobs", "echo"),
+        strict: bool = False,
+        names_ids: bool = True,
+        generates: bool = True,
+        key: str | None = None,
+    ):
+        self.model, self.names, self.max_logprobs = model, list(names), max_logprobs
+        self.forms, self.strict = set(forms), strict
+        self.names_ids, self.generates, self.key = names_ids, generates, key
+        self.faults: Iterator[Fault] = iter(())
+        self.tamper: Callable[[list[dict[str, Any]]], object] = lambda choices: None
+        self.asked: list[dict[str, Any]] = []
+        """The bodies of all requests for completions, those that were not answered included."""
+        self.closed = threading.Event()
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": self}))
+        self._http.daemon_threads = True  # a client keeps its connection, and with it a thread, open
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+
+    def __enter__(self) -> FakeServer:
+        threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closed.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+    def refusal(self, body: dict[str, Any]) -> tuple[int, str] | None:
+        """The status and the words for a request this server does not take."""
+        if body["model"] not in self.names:
+            return 404, f"no model {body['model']} here"
+        if self.strict:
+            for form in ("prompt_logprobs", "echo"):
+                if form in body and form not in self.forms:
+                    return 400, f"unknown field {form}"
+        for field, what in (("prompt_logprobs", "prompt"), ("logprobs", "sample")):
+            if body.get(field, 0) > self.max_logprobs:
+                return 400, f"{what} logprobs of {body[field]}, which is greater than max allowed: {self.max_logprobs}."
+        return None
+
+    def complete(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"index": index, "text": "", **self.scores(ids, body)} for index, ids in enumerate(body["prompt"])]
+
+    @torch.no_grad()
+    def scores(self, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:
+        logp_nv = self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        if "prompt_logprobs" in body and "prompt_logprobs" in self.forms:
+            k = body["prompt_logprobs"]
+            return {
+                "prompt_logprobs": [None, *(_mapping(row, own, k) for row, own in zip(logp_nv, ids[1:], strict=False))]
+            }
+        if "echo" not in body or "echo" not in self.forms:
+            return {"logprobs": None}
+        written = _as_id if self.names_ids and body.get("return_tokens_as_token_ids") else _as_text
+        shown = [*ids, int(logp_nv[-1].argmax())] if self.generates and body["max_tokens"] else ids
+        top = [_mapping(row, own, body["logprobs"]) for row, own in zip(logp_nv, shown[1:], strict=False)]
+        return {
+            "logprobs": {
+                "tokens": [written(token) for token in shown],
+                "token_logprobs": [None, *(row[str(own)]["logprob"] for row, own in zip(top, shown[1:], strict=True))],
+                "top_logprobs": [
+                    None,
+                    *({written(int(key)): entry["logprob"] for key, entry in row.items()} for row in top),
+                ],
+            }
+        }
+
+
+def _mapping(logp_v: torch.Tensor, own: int, k: int) -> dict[str, dict[str, Any]]:
+    """The own token, then the k likeliest: k or k + 1 entries."""
+    tokens = [own, *(int(token) for token in logp_v.topk(k).indices)]
+    return {
+        str(token): {
+            "logprob": float(logp_v[token]),
+            "rank": int((logp_v >= logp_v[token]).sum()),
+            "decoded_token": _as_text(token),
+        }
+        for token in tokens
+    }
+
+
+def _as_id(token: int) -> str:
+    return f"token_id:{token}"
+
+
+def _as_text(token: int) -> str:
+    return tiny.tokenizer().decode([token])
+
+
+class _Handler(BaseHTTPRequestHandler):
+    fake: FakeServer
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        if self.refused_key():
+            return
+        if self.path != "/v1/models":
+            return self.send(404, {"detail": "Not Found"})
+        self.send(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.fake.names]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path != "/v1/completions":
+            return self.send(404, {"detail": "Not Found"})
+        self.fake.asked.append(body)
+        if self.refused_key():
+            return
+        fault = next(self.fake.faults, None)
+        if fault is not None:
+            return fault(self)
+        refusal = self.fake.refusal(body)
+        if refusal is not None:
+            return self.send(refusal[0], {"error": {"message": refusal[1], "code": refusal[0]}})
+        choices = self.fake.complete(body)
+        self.fake.tamper(choices)
+        self.send(200, {"object": "text_completion", "model": body["model"], "choices": choices})
+
+    def refused_key(self) -> bool:
+        sent = self.headers.get("Authorization")
+        if self.fake.key is None or sent == f"Bearer {self.fake.key}":
+            return False
+        self.send(401, {"error": {"message": f"wrong key: {sent}"}})
+        return True
+
+    def send(self, status: int, answer: Any, **headers: str) -> None:
+        content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on the terminal."""
+
+
+def status(code: int, said: str = "not now", **headers: str) -> Fault:
+    """Answers with a status, as in ``status(429, Retry_After="1")``."""
+    return lambda handler: handler.send(code, {"error": {"message": said}}, **headers)
+
+
+def answer(content: bytes) -> Fault:
+    """Answers with 200 and these bytes."""
+    return lambda handler: handler.send(200, content)
+
+
+def hang(handler: _Handler) -> None:
+    """Gives no answer until the server is closed."""
+    handler.fake.closed.wait()
+    handler.close_connection = True
+
+
+def reset(handler: _Handler) -> None:
+    """Breaks the connection off without an answer."""
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+    handler.close_connection = True
+
+
+def cut(handler: _Handler) -> None:
+    """Promises more bytes than it sends."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [')
+    handler.close_connection = True
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
