@@ -390,7 +390,9 @@ def show_error(found: dict) -> None:
                 print("        THE BOUND DOES NOT HOLD")
     for line in found["needed"]:
         percentiles = ", ".join(f"{percent} %: {k}" for percent, k in line["needed_k"].items())
-        print(f"  --coverage {line['coverage']:g} takes k = {line['k']}; tokens that need so many or fewer: {percentiles}")
+        print(
+            f"  --coverage {line['coverage']:g} takes k = {line['k']}; tokens that need so many or fewer: {percentiles}"
+        )
 
 
 # -- shared ------------------------------------------------------------------------------------------------------
@@ -453,15 +455,16 @@ def _cost_table(record: dict) -> Iterator[str]:
 def _error_table(record: dict) -> Iterator[str]:
     """Each figure as: tail in the student's shape / even tail."""
     found = record["error"]
-    yield "| k | mass kept | target | error of Q: student / even | its bound (student) | logits' gradient | hidden states' |"
+    yield "| k | mass kept | target | error of Q | its bound | gradient on logits | gradient on hidden states |"
     yield "|---|---|---|---|---|---|---|"
+    figures = "q_mean", "logit_gradient", "hidden_gradient"
     for report in found["reports"]:
         by_target: dict[str, dict[str, dict]] = {}
         for line in report["targets"]:
             by_target.setdefault(line["target"], {})[line["tail"]] = line
         for target, tail in by_target.items():
             student, even = tail["student"], tail["even"]
-            pairs = [f"{student[name]:.4f} / {even[name]:.4f}" for name in ("q_mean", "logit_gradient", "hidden_gradient")]
+            pairs = [f"{student[name]:.4f} / {even[name]:.4f}" for name in figures]
             yield (
                 f"| {report['k']} | {report['kept_mass']:.4f} | {target} | {pairs[0]} | {student['bound_mean']:.4f} | "
                 f"{pairs[1]} | {pairs[2]} |"

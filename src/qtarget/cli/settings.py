@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -142,6 +143,13 @@ def _is_union(annotation: Any) -> bool:
     return typing.get_origin(annotation) in (typing.Union, types.UnionType)
 
 
+def _yaml(text: str, key: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key} is {text!r}, which is not YAML: {getattr(error, 'problem', error)}") from None
+
+
 def _as(hint: tuple[type, ...], value: Any, key: str) -> Any:
     """A value in its field's type. YAML reads 1e-5 as text and no as false; flags are all text."""
     text = isinstance(value, str)
@@ -150,15 +158,15 @@ def _as(hint: tuple[type, ...], value: Any, key: str) -> Any:
     if value is None:
         return None
     if not hint:  # any type: a target
-        return yaml.safe_load(value) if text else value
+        return _yaml(value, key) if text else value
     if list in hint and isinstance(value, list):
         return value
     if list in hint and text and value.startswith("["):
-        return yaml.safe_load(value)
+        return _yaml(value, key)
     if list in hint and str not in hint and text:
         return [value]
-    if dict in hint and (isinstance(value, dict) or (text and value.lstrip().startswith("{"))):
-        return yaml.safe_load(value) if text else value
+    if dict in hint and (isinstance(value, dict) or (text and re.match(r"\s*\{(?![{%])", value))):  # no template
+        return _yaml(value, key) if text else value
     if bool in hint and not (text and str in hint):
         word = str(value).lower()
         if word in ("true", "false", "yes", "no", "on", "off", "1", "0"):

@@ -93,7 +93,7 @@ def weight(gap: float, temperature: float) -> float:
     >>> weight(0.0, 1.0), weight(1e4, 1.0)
     (1.0, 16.0)
     """
-    return math.exp(min(temperature * gap, math.log(_LARGEST)))
+    return min(math.exp(min(temperature * gap, _LARGEST)), _LARGEST)  # the inner one, so that exp does not overflow
 
 
 def _mean(logps: Tensor, labels: list[int]) -> float:

@@ -178,6 +178,11 @@ class Agreement:
                 f"misaligned: it explains the labels worse than the student ({self._nlls()}), {kl}, {match}; it pulls "
                 "away from the demonstrations"
             )
+            if self.teacher.p > self.student.p:  # a few labels it denies outweigh many that it gives more
+                said += (
+                    f", although its mean p of the label is higher ({self.teacher.p:.3f} against {self.student.p:.3f}): "
+                    "it may only be too sharp"
+                )
         elif self.judgement == "helps" and self.nll_gap < 0 and not self._undecided:
             said = f"likely to help: it explains the labels better than the student ({self._nlls()}), {kl}, {match}"
         elif self.judgement == "helps":
@@ -250,14 +255,10 @@ class Agreement:
                 (f"mass lost outside the cache's {self.cached_k}", "", f"{self.lost_mass:.3%}"),
                 (f"labels outside the cache's {self.cached_k}", "", f"{self.labels_outside_k:.1%}"),
             ]
-        sides = (
-            "" if self.sides_with_teacher is None else f", the student sides with it on {self.sides_with_teacher:.0%}"
-        )
-        return [
-            *lines,
-            (f"teacher gives another token than the label {CONFIDENT} or more", "", f"{self.conflicts:.1%}{sides}"),
-            (f"teacher gives the label less than {DENIED}", "", f"{self.denied:.1%}"),
-        ]
+        lines.append((f"teacher gives another token than the label {CONFIDENT} or more", "", f"{self.conflicts:.1%}"))
+        if self.sides_with_teacher is not None:
+            lines.append(("of these the student sides with the teacher", "", f"{self.sides_with_teacher:.0%}"))
+        return [*lines, (f"teacher gives the label less than {DENIED}", "", f"{self.denied:.1%}")]
 
     def notes(self) -> list[str]:
         """Sentences on what was left out or is not the teacher's own."""

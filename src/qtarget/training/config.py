@@ -83,7 +83,6 @@ class QTargetConfig(SFTConfig):
         "reference_model_init_kwargs",
         "targets",
         "teachers",
-        "teacher_context",
     ]
 
     target: Any = field(

@@ -24,27 +24,24 @@ from qtarget.teachers import cache
 from qtarget.teachers.frozen import evaluation_mode
 from qtarget.teachers.same_vocabulary import real_vocabulary_size
 from qtarget.teachers.uids import CachedUids, ContextUids
-from qtarget.training import checks, denominator, identity, model_card
+from qtarget.training import checks, denominator, identity
 from qtarget.training.config import QTargetConfig
+from qtarget.training.figures import FiguresTrainer
 from qtarget.training.forward import LossCall, accepted, add_target_forward, check_head_transform
 from qtarget.training.history import History
-from qtarget.training.metrics import TokenSums, update_against_sft
+from qtarget.training.metrics import TokenSums
 from qtarget.training.objective import Objective
 from qtarget.training.other_models import OtherModels
 from qtarget.training.teacher_setup import (
     open_uids,
-    teacher_named_by,
     told_of_end_tokens,
     with_label_alone,
 )
 
 logger = logging.getLogger(__name__)
 
-# Log lines that carry the learning rate at which plain SFT's step would be matched.
-_LINES_WITH_MATCHING_RATE = 5
 
-
-class QTargetTrainer(SFTTrainer):
+class QTargetTrainer(FiguresTrainer):
     """Fine-tune toward a designed target; otherwise TRL's ``SFTTrainer``, with the same arguments.
 
     The loss is computed inside the model's own forward from its last hidden states; logits are never held.
@@ -96,7 +93,6 @@ class QTargetTrainer(SFTTrainer):
         kwargs.pop("compute_loss_func", None)
         with _as_plain_nll(args):
             super().__init__(model, args, **kwargs)  # type: ignore[arg-type]
-        self.args: QTargetConfig
         # The trainer divides by the accumulation steps itself only where each micro-batch brings its own mean.
         self.loss_is_scaled_for_ga = args.denominator != "micro_batch"  # type: ignore[assignment]
         checks.raise_together(checks.prepared(self))
@@ -211,15 +207,6 @@ class QTargetTrainer(SFTTrainer):
 
     # -- the loss ------------------------------------------------------------------------------------------------
 
-    @property
-    def _step(self) -> int:
-        """Optimiser steps finished so far, on which schedules depend."""
-        return self.state.global_step
-
-    @property
-    def _total_steps(self) -> int:
-        return max(self.state.max_steps, 0)
-
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """The denominator over all micro-batches and processes; None where each micro-batch has its own."""
         if self.args.denominator == "micro_batch" or not batch_samples:
@@ -312,19 +299,6 @@ class QTargetTrainer(SFTTrainer):
             self._metrics[mode]["aux_loss"].append(mean.item())
         return loss
 
-    def _record(self, output: Any, loss: Tensor, labels: Tensor, columns: dict[str, Tensor], training: bool) -> None:
-        stats = output.figures.stats
-        source = columns.get(SOURCE_ID)
-        source = None if source is None else source[:, 1:]
-        if training:
-            self._sums["train"].add(stats, source)
-            if self._history is not None and self._history.wants(self._step + 1):
-                self._history.add(stats)
-        else:
-            tokens = (labels[:, 1:] != -100).sum().clamp(min=1)
-            self._sums["eval"].add(stats, source, loss_sum=loss.detach() * tokens)
-            self._metrics["eval"]["num_tokens"] = [self._total_train_tokens]
-
     def _check_transform(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Once: logits rebuilt from hidden states are the model's own, for the student and every other model."""
         mixed = self.accelerator.mixed_precision != "no"
@@ -333,31 +307,7 @@ class QTargetTrainer(SFTTrainer):
         self._others.check_head_transforms(inputs)
         self._transform_checked = True
 
-    def _logs_this_step(self) -> bool:
-        step, interval = self.state.global_step + 1, self.state.logging_steps
-        return (self.args.logging_first_step and step == 1) or (bool(interval) and step % interval == 0)
-
-    def _count_tokens(self, inputs: dict[str, Any]) -> None:
-        """TRL's num_tokens: all tokens forwarded so far, padding left out."""
-        if "attention_mask" in inputs:
-            count = inputs["attention_mask"].sum()
-        else:
-            count = torch.tensor(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
-        self._total_train_tokens += int(self.accelerator.gather_for_metrics(count).sum()) // self._tp_size
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-
-    # -- what is logged ------------------------------------------------------------------------------------------
-
-    def describe(self) -> str:
-        """One line: the targets, their formulas, the denominator and where the other models come from."""
-        return identity.describe(self.args, self._objective, self._identity())
-
-    def _identity(self) -> dict[str, Any]:
-        """What decides what is trained; see ``identity``."""
-        others = self._others
-        teacher = others.teacher_name or teacher_named_by(self.args, self._uids)
-        own = {"teacher": teacher, "reference": others.reference_name or "the adapters off"}
-        return identity.identity(self.args, self._objective, own)
+    # -- the run -------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         folder = checks.checkpoint_folder(resume_from_checkpoint, self.args.output_dir)
@@ -381,50 +331,6 @@ class QTargetTrainer(SFTTrainer):
             kept.save(folder)
         if self.is_world_process_zero():
             identity.write(folder, self._identity())
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        super().create_model_card(*args, **kwargs)
-        card = Path(str(self.args.output_dir)) / "README.md"
-        if not self.is_world_process_zero() or not card.is_file():
-            return
-        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        rows = {
-            name: f"{len(data)} rows" if hasattr(data, "__len__") else "a stream"
-            for name, data in {"train": self.train_dataset, **evaluated}.items()
-            if data is not None
-        }
-        part = model_card.section(self._objective, self._identity(), rows, self.state.log_history)
-        card.write_text(model_card.insert(card.read_text(encoding="utf-8"), part), encoding="utf-8")
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        assert self.model is not None
-        if self.model.training and "eval_loss" not in logs:
-            means = self._sums["train"].read(self.accelerator)
-            if means:  # else it is the summary at the end of training
-                logs.update(_with_trl_names(means))
-                logs.update(self._objective.values(max(self._step - 1, 0), self._total_steps))  # of the step just done
-                self._tell_matching_rate(logs)
-        super().log(logs, start_time)
-
-    def _tell_matching_rate(self, logs: dict[str, float]) -> None:
-        """In the first lines: how much smaller the update is than plain SFT's, and the rate that would match it."""
-        share, rate = logs.get("update_vs_sft"), logs.get("learning_rate")
-        if not share or not rate or self._lines_logged >= _LINES_WITH_MATCHING_RATE:
-            return
-        logs["lr_to_match_sft"] = rate / share
-        if not self._lines_logged and abs(share - 1) > 1e-3:
-            self.accelerator.print(update_against_sft(share, rate))
-        self._lines_logged += 1
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any):
-        """As Transformers', with the loss and every statistic weighted by tokens instead of by batches."""
-        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        self._sums["eval"] = TokenSums(self._columns.sources)
-        output = super().evaluation_loop(*args, **kwargs)
-        means = _with_trl_names(self._sums["eval"].read(self.accelerator))
-        assert output.metrics is not None
-        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
-        return output
 
     @contextlib.contextmanager
     def evaluating(self, target: Target | str | dict):
@@ -453,10 +359,6 @@ class QTargetTrainer(SFTTrainer):
         }
         missing = [f"a {name}" for name, there in loaded.items() if name in requires and not there]
         return missing + [f"column {name!r}" for name in columns_for(requires) if name not in self._columns.names]
-
-
-def _with_trl_names(means: dict[str, float]) -> dict[str, float]:
-    return {**means, "mean_token_accuracy": means["accuracy"]} if "accuracy" in means else means
 
 
 @contextlib.contextmanager
