@@ -18,15 +18,16 @@ import torch
 from datasets import Dataset, load_dataset
 from safetensors.torch import load_file, save_file
 
+import caches
 import qtarget as qt
 import tiny
+from caches import VOCAB, build, contents, data, refused, teacher, write_rows
 from qtarget.cli.__main__ import main
 from qtarget.teachers import shards
 from qtarget.teachers.cache import CachedTeacher
 from qtarget.teachers.rows import supervised_positions
 from runs import logits_of, moved, rows, trainer, weights
 
-VOCAB = len(tiny.tokenizer())
 K = 16
 # Two documents fill a sequence, and no row is cut.
 LAYOUTS = {
@@ -38,51 +39,9 @@ LAYOUTS = {
 }
 
 
-def teacher(dtype: torch.dtype = torch.float32):
-    return tiny.taught(seed=7, width=48, tied=False).to(dtype).eval()
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """Student, teacher, rows and a config on disk."""
-    root = tmp_path_factory.mktemp("cache")
-    for name, model in (("model", tiny.taught()), ("teacher", teacher()), ("other", tiny.taught(seed=9, width=48))):
-        model.save_pretrained(root / name)
-        tiny.tokenizer().save_pretrained(root / name)
-    write_rows(root / "data", data())
-    (root / "config.yaml").write_text(
-        f"model_name_or_path: {root}/model\nteacher_model_name_or_path: {root}/teacher\ndataset_name: {root}/data\n"
-        f"target: target-sft\noutput_dir: {root}/run\nmax_length: 120\nreport_to: none\nuse_cpu: true\n"
-    )
-    return root
-
-
-def data(count: int = 24) -> list[dict]:
-    """Rows with a hint for a teacher; three of 24 are the same as another."""
-    return [{**row, "hint": f"hint {i}"} for i, row in enumerate(tiny.conversations(count).to_list())]
-
-
-def write_rows(folder: Path, made: list[dict], evaluated: int = 2) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", made), ("test", made[:evaluated])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    return folder
-
-
-def build(world: Path, folder: Path, *more: object) -> Path:
-    words = ["cache", "build", "--config", world / "config.yaml", "-o", folder, *more]
-    assert main([str(word) for word in words]) == 0
-    return folder
-
-
-def refused(capsys, *words: object) -> str:
-    """What a refused command says."""
-    capsys.readouterr()
-    assert main([str(word) for word in words]) == 2
-    said = capsys.readouterr().err
-    lines = [line for line in said.splitlines() if line.startswith("qtarget ")]
-    assert lines and "Traceback" not in said, said
-    return "\n".join(lines)
+    return caches.world(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -421,10 +380,6 @@ def test_damaged(fault, world, some, tmp_path, capsys):
         build(world, folder, "--k", K, "--shard_tokens", 100)
         assert (folder / "shard-00001.safetensors").stat().st_mtime_ns == before
         assert contents(folder) == contents(some)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_the_disk_fills_up(world, some, tmp_path, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 
 import pytest
 import torch
@@ -238,7 +239,8 @@ def test_every_shape_of_rows(shape, tmp_path, request):
     if shape == "messages":
         request.getfixturevalue("marked")
     data, settings, made = case_of(shape)
-    own = by_hand("target-sft", made, other=lambda row: logits_of(teacher(), row))
+    same = teacher()
+    own = by_hand("target-sft", made, other=lambda row: logits_of(same, row))
     assert distance(own, wanted("target-sft", shape))[0] > 1e-2, "the context changes nothing"
     for layout, accumulation in (("padded", 1), ("padding_free", 2), ("bfd", 2)):
         got = by_trainer("target-sft", data, layout, accumulation, tmp_path, **settings)
@@ -278,17 +280,15 @@ def test_a_plain_prompt_cut_anywhere(split, tmp_path):
     assert_same_change(got, by_hand("target-sft", made))
 
 
-# BUG in src: TRL has appended the end token to the row's text by the time the template reads it.
-def test_the_answer_as_the_dataset_holds_it(tmp_path):
-    """A template over the row's own answer reads no end token that the dataset does not hold."""
-    data = solved(whole_words())
-    tokenizer = tiny.tokenizer()
+# BUG in src (data/preparation.py): TRL has appended the end token to the row's text by the time the template reads it.
+def test_a_text_as_the_dataset_holds_it(tmp_path):
+    """A template over the row's own text reads no end token that the dataset does not hold."""
+    data = tiny.texts(4)
     made = [
-        {**row, "before": tokenizer(f"A: {line['completion']}. Q: {line['prompt']}")["input_ids"]}
-        for row, line in zip(prompts_by_hand(data), data, strict=True)
+        {**row, "before": tiny.tokenizer()(f"A: {row['text']} B:")["input_ids"] + row["input_ids"][:1]}
+        for row in rows(data)
     ]
-    template = "A: {{ completion }}. Q: {{ prompt }}"
-    got = by_trainer("target-sft", data, "padded", 1, tmp_path, teacher_context=template)
+    got = by_trainer("target-sft", data, "padded", 1, tmp_path, teacher_context="A: {{ text }} B:")
     assert_same_change(got, by_hand("target-sft", made))
 
 
@@ -318,13 +318,6 @@ def test_columns_of_a_conversation(tmp_path):
     assert_same_change(got, by_hand("target-sft", made))
 
 
-def test_from_and_value(tmp_path, marked):
-    data = solved(tiny.from_value(4))
-    settings = {"teacher_context": ASKED, "assistant_only_loss": True}
-    got = by_trainer("target-sft", data, "padded", 2, tmp_path, **settings)
-    assert_same_change(got, by_hand("target-sft", messages_by_hand(solved(tiny.turns(4)))))
-
-
 TOOLS = [{"name": "add"}, {"name": "count"}]
 WITH_TOOLS = "{% if tools %}{% for tool in tools %}{{ tool['name'] }} {% endfor %}{% endif %}" + tiny.TEMPLATE
 
@@ -333,8 +326,6 @@ WITH_TOOLS = "{% if tools %}{% for tool in tools %}{{ tool['name'] }} {% endfor 
 @pytest.mark.parametrize("written", ["list", "JSON"])
 def test_tools(written, tmp_path, monkeypatch):
     """The teacher's prompt names the same tools, however the dataset writes them."""
-    import json
-
     tokenizer = copy.deepcopy(tiny.tokenizer())
     tokenizer.chat_template = WITH_TOOLS
     monkeypatch.setattr(tiny, "tokenizer", lambda extra="": tokenizer)
@@ -356,6 +347,8 @@ def test_tools(written, tmp_path, monkeypatch):
 # -- cutting, repeating, steps ---------------------------------------------------------------------
 
 
+# BUG in src (training/forward.py, check_head_transform): packed documents shorter than 16 tokens see each other in the
+# model's own logits, where a cache turns the mask of packed rows off, and the architecture is refused.
 @pytest.mark.parametrize("layout", ["padded", "bfd"])
 @pytest.mark.parametrize("shape", ["prompt and completion", "messages", "text"])
 def test_rows_that_are_cut(shape, layout, tmp_path, request):
@@ -370,6 +363,7 @@ def test_rows_that_are_cut(shape, layout, tmp_path, request):
     assert_same_change(got, by_hand("target-sft", cut))
 
 
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated")
 def test_rows_whose_beginning_is_cut(tmp_path):
     """The teacher still reads its whole prompt."""
     data, settings, made = case_of("prompt and completion")
@@ -436,9 +430,7 @@ STEPS = {"max_steps": 2, "num_train_epochs": 9, "learning_rate": LR}
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_student_with_the_solution_in_view(layout, tmp_path):
     data, settings, made = case_of("several turns")
-    got = by_trainer(
-        "target-sft", data, layout, 2, tmp_path, other=False, teacher_ema_decay=0, **settings, **STEPS
-    )
+    got = by_trainer("target-sft", data, layout, 2, tmp_path, other=False, teacher_ema_decay=0, **settings, **STEPS)
     assert_same_change(got, steps_by_hand(made, 2))
 
 
@@ -549,7 +541,9 @@ def test_a_column_that_is_not_there(tmp_path):
 
 
 def test_prompts_that_are_trained(tmp_path):
-    told = r"^row 0 of the train dataset: teacher_context replaces the prompt, but tokens of the prompt are supervised; "
+    told = (
+        r"^row 0 of the train dataset: teacher_context replaces the prompt, but tokens of the prompt are supervised; "
+    )
     for data in (solved(tiny.conversations(4)), solved(whole_words())):
         refused(
             told + "set completion_only_loss or assistant_only_loss$",
@@ -644,7 +638,9 @@ def test_a_template_that_cannot_be_read(template, told, tmp_path):
     ids=str,
 )
 def test_a_template_that_looks_behind_the_row(template, tmp_path):
-    fault = refused(r"^row 0 of the train dataset: teacher_context\.prompt.*", lambda: attempt(tmp_path, None, template))
+    fault = refused(
+        r"^row 0 of the train dataset: teacher_context\.prompt.*", lambda: attempt(tmp_path, None, template)
+    )
     assert "<class" not in fault
 
 

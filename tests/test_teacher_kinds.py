@@ -155,9 +155,7 @@ def test_one_step_of_a_pool_packed(members, tmp_path):
 @pytest.mark.parametrize("make", [tiny.cohere, tiny.granite], ids=lambda make: make.__name__)
 def test_a_member_that_scales_its_logits(make, members, tmp_path):
     name = saved(make(), tmp_path / "scaled")
-    got = change(
-        tiny.taught().double(), tmp_path / "out", target="kd", teachers=listed((name, 0.6), (members[1], 0.4))
-    )
+    got = change(tiny.taught().double(), tmp_path / "out", target="kd", teachers=listed((name, 0.6), (members[1], 0.4)))
     pool = Pool((0.6, make()), (0.4, tied()))
     assert_same_change(got, expected(tiny.taught().double(), rows(tiny.conversations(4)), loss_of("kd"), teacher=pool))
 
@@ -201,7 +199,10 @@ def test_revision_and_init_kwargs_arrive(members, tmp_path, monkeypatch):
         ({"a": "half", "b": 0.5}, r"^teachers: the weight of a is 'half'; use a number above 0$"),
         ({"a": True}, r"^teachers: the weight of a is True; use a number above 0$"),
         ({"a": float("nan"), "b": 1.0}, r"^teachers: the weight of a is nan; use a number above 0$"),
-        ([{"model_name_or_path": "a", "weight": 1.0, "dtype": "x"}], r"^teachers holds \{.*'dtype'.*\}; write model_na"),
+        (
+            [{"model_name_or_path": "a", "weight": 1.0, "dtype": "x"}],
+            r"^teachers holds \{.*'dtype'.*\}; write model_na",
+        ),
         ([{"model_name_or_path": "a"}], r"^teachers holds \{'model_name_or_path': 'a'\}; write model_name_or_path and"),
         (["a", "b"], r"^teachers holds 'a'; write model_name_or_path and weight"),
         ({}, r"^teachers is (\{\}|\[\]); write a weight for each, as in \{org/large: 0\.7, org/maths: 0\.3\}$"),
@@ -460,7 +461,10 @@ def test_another_decay_than_the_checkpoints(tmp_path):
     settings = {"target": "target-sft", "save_strategy": "steps", "save_steps": 1}
     trained(tiny.taught(), tmp_path, teacher_ema_decay=0.6, **settings)
     other = trainer(tiny.taught(), tmp_path, teacher_ema_decay=0.7, **settings)
-    refused(r"decay 0\.7[\"'], but the checkpoint .*decay 0\.6[\"']; resume", lambda: other.train(resume_from_checkpoint=True))
+    refused(
+        r"decay 0\.7[\"'], but the checkpoint .*decay 0\.6[\"']; resume",
+        lambda: other.train(resume_from_checkpoint=True),
+    )
 
 
 @pytest.mark.parametrize("decay", [1, 1.0, -0.1, 2, "much", True, float("nan")], ids=str)
