@@ -17,11 +17,11 @@ WORKERS    ?= -n 2 --dist loadfile
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo lens-demo test test-full browser check format bench clean clean-all
+.PHONY: help env demo lens-demo teachers-demo test test-full browser check format bench clean clean-all
 
 help: ## this list
 	@printf 'qtarget: supervised fine-tuning toward a target you choose\n\n'
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
 	@printf '\nDEMO_ARGS, TEST_ARGS and BENCH_ARGS pass flags on: make demo DEMO_ARGS="--max_steps 2"\n'
 
 env: $(VENV)/.ready ## build .venv (other targets do it by themselves)
@@ -51,6 +51,13 @@ lens-demo: $(VENV)/.ready ## capture what targets teach a real model, and write 
 	$(BIN)/qtarget lens advise $(LENS)/capture && \
 	printf '\nlens-demo: %s s after the environment was ready; open %s in a browser\n' \
 	    "$$(($$(date +%s) - start))" "$(LENS)/lens.html"
+
+# A cache of the whole vocabulary trains as the live teacher does; one of 64 tokens within its bound.
+teachers-demo: $(VENV)/.ready ## ask a teacher once, check the cache, train from it, compare with the live teacher
+	@start=$$(date +%s) && \
+	$(BIN)/python recipes/prepare_quickstart.py --out $(DEMO) && \
+	$(BIN)/python recipes/teachers_demo.py --demo $(DEMO) --out build/teachers $(DEMO_ARGS) && \
+	printf '\nteachers-demo: %s s after the environment was ready\n' "$$(($$(date +%s) - start))"
 
 # The page is tested in a real browser: where there is none and none can be installed, those tests are left out, and said.
 test: $(VENV)/.ready ## check, then the fast tests

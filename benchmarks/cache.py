@@ -124,6 +124,7 @@ def show_engine(found: dict) -> None:
     for target, ratio in found["ratio"].items():
         print(f"  {target:<34} {ratio:5.2f}{against_limit(ratio, LIMITS.get(target))}")
     warn_of_neighbours(found["own_cpu_share"])
+    sys.stdout.flush()
 
 
 # -- rows, teacher and caches ------------------------------------------------------------------------------------
@@ -362,17 +363,16 @@ def show_disk(found: list[dict]) -> None:
 
 def measure_error(bench: Bench, rows: int, ks: tuple[int, ...], sample_rows: int) -> dict:
     """What a cache of each k does to targets, and the k that a share of the mass asks for."""
-    caches = {k: bench.cache(k) for k in ks}
+    caches = [CachedTeacher(bench.cache(k)) for k in ks]
     needed = []
     for coverage in COVERAGES:
         k, found = cache_build.needed_for(bench.asked.trainer, bench.asked.plan, coverage, sample_rows)
         needed.append({"k": k, **found})
     trainer = setup.build(bench.read())
     reports = []
-    for k, folder in caches.items():
-        report = cache_doctor.examine(trainer, CachedTeacher(folder), rows).to_dict()
+    for cache in caches:
+        report = cache_doctor.examine(trainer, cache, rows).to_dict()
         reports.append({**report, "dtype": "float16", "kept_mass": 1 - report["lost_mass"]["mean"]})
-        print(f"  error: k = {k} done", flush=True)
     return {"rows": rows, "teacher_steps": TEACHER_STEPS, "reports": reports, "needed": needed}
 
 
@@ -484,7 +484,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of the engine's timing")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--rows", type=int, default=4, help="the demo's rows in a batch of the step")
-    parser.add_argument("--error_rows", type=int, default=24, help="rows on which errors are measured")
+    parser.add_argument("--error_rows", type=int, default=12, help="rows on which errors are measured")
     parser.add_argument("--quick", action="store_true", help="few repeats and rows, to see that it works")
     parser.add_argument("--table", action="store_true", help="print the tables of docs/teachers.md from --out and stop")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "quickstart", help="the demo's model and data")
@@ -496,7 +496,7 @@ def main() -> None:
         return
     error_ks = ERROR_KS
     if args.quick:
-        args.widths, args.tokens, args.repeats, args.rows, args.error_rows = [576], 1024, 2, 2, 2
+        args.widths, args.tokens, args.repeats, args.rows, args.error_rows = [576], 512, 2, 1, 1
         error_ks = (4, 64)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
@@ -515,15 +515,16 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=SCRATCH) as work:
             rows = max(args.rows * (args.repeats + 2), args.error_rows)
             bench = Bench(args.folder, rows, Path(work))
-            if "step" in args.parts:
-                record["step"] = measure_step(bench, args.rows, args.repeats)
-                show_step(record["step"])
-            if "disk" in args.parts:
-                record["disk"] = measure_disk(bench)
-                show_disk(record["disk"])
-            if "error" in args.parts:
-                record["error"] = measure_error(bench, args.error_rows, error_ks, min(24, args.error_rows))
-                show_error(record["error"])
+            measures: dict[str, Callable[[], Any]] = {
+                "step": lambda: measure_step(bench, args.rows, args.repeats),
+                "disk": lambda: measure_disk(bench),
+                "error": lambda: measure_error(bench, args.error_rows, error_ks, min(24, args.error_rows)),
+            }
+            shows: dict[str, Callable[[Any], None]] = {"step": show_step, "disk": show_disk, "error": show_error}
+            for part in [part for part in measures if part in args.parts]:
+                record[part] = measures[part]()
+                shows[part](record[part])
+                print(f"  {time.perf_counter() - begin:.0f} s so far", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"\nraw results: {out}; {time.perf_counter() - begin:.0f} s")

@@ -43,6 +43,7 @@ def quick(folder: Path, **settings: Any) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
+        "teacher_check_rows": 0,
     } | settings
 
 

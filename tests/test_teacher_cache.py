@@ -417,7 +417,13 @@ def test_another_build_in_the_folder(world, some, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
     assert "holds other files" in refused(capsys, *start, tmp_path / "mine", "--k", 5)
-    hold = "import sys, filelock\nlock = filelock.FileLock(sys.argv[1])\nlock.acquire()\nprint('held', flush=True)\nsys.stdin.read()\n"
+    hold = (
+        "import sys, filelock\n"
+        "lock = filelock.FileLock(sys.argv[1])\n"
+        "lock.acquire()\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
     (tmp_path / "c").mkdir()
     command = [sys.executable, "-c", hold, str(tmp_path / "c" / ".building")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:

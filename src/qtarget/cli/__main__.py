@@ -15,7 +15,7 @@ usage: qtarget VERB [options]
 
   train      fine-tune a model toward a target:      qtarget train --config recipes/quickstart.yaml
   targets    the objectives, their formulas:         qtarget targets    |  qtarget targets show target-sft
-  cache      a teacher asked once, kept on disk:      qtarget cache build --config FILE -o DIR
+  cache      a teacher asked once, kept on disk:     qtarget cache build --config FILE -o DIR
   teacher    does a teacher suit rows and student:   qtarget teacher check --config FILE
   data       the signals some targets train on:      qtarget data weights|oldlogps|critical --config FILE -o DIR
   lens       what a target teaches, token by token:  qtarget lens capture --config FILE -o DIR

@@ -197,6 +197,8 @@ class Agreement:
                 f"; too sure of other tokens: confident of another token than the label on {self.conflicts:.0%} of the "
                 f"tokens, more than {CONFLICTS_OFTEN:.0%}"
             )
+            if self.sides_with_teacher is not None:
+                said += f" (the student sides with it on {self.sides_with_teacher:.0%} of these)"
         return said
 
     @property

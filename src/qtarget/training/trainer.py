@@ -316,7 +316,21 @@ class QTargetTrainer(FiguresTrainer):
             for kept in self._others.kept_weights:
                 kept.load(folder)
         self.accelerator.print(self.describe())
+        self._tell_agreement()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _tell_agreement(self) -> None:
+        """A line on how far student and teacher agree, before anything is trained."""
+        from qtarget.training import agreement  # it needs this trainer's parts
+
+        if not self.args.teacher_check_rows or not self.reads_teacher:
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # the student is not in pieces yet, and may not fit whole
+            self.accelerator.print(
+                "student and teacher are not compared here: run qtarget teacher check on one process"
+            )
+            return
+        self.accelerator.print(agreement.measure(self, self.args.teacher_check_rows).short())
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         objectives = self._objective, self._eval_objective
