@@ -26,9 +26,9 @@ from torch.distributed.tensor import DTensor
 
 import layouts
 import tiny
-from qtarget.training import forward, history
+from qtarget.training import cache_build, forward, history
 from qtarget.training import trainer as trainer_module
-from runs import Weights, distance
+from runs import Weights, distance, moved, trainer, weights
 from test_trainer_old_policy import LR, by_hand
 
 FOLDER = Path(tempfile.mkdtemp())
@@ -49,12 +49,53 @@ def in_float32() -> nn.Module:
 
 def ddp() -> Iterator[tuple[str, Weights, Weights]]:
     yield "map of both", *map_of_both()
+    yield from from_a_cache()
     for layout in layouts.LAYOUTS:
         for name in layouts.OBJECTIVES:
             wanted = layouts.by_autograd(name, layout)
             for accumulation in (1, 2, 4):
                 got = layouts.by_trainer(name, layout, accumulation, FOLDER, processes=2)
                 yield f"{name}, {layout}, accumulation {accumulation}", got, wanted
+
+
+def from_a_cache() -> Iterator[tuple[str, Weights, Weights]]:
+    """The teacher read by uid in both processes, from a cache of the whole vocabulary in float32."""
+    folder = Path(os.environ["QTARGET_TEST_CACHE"])
+    saved = folder / "teacher"
+    if not int(os.environ["RANK"]):
+        layouts.teacher().save_pretrained(saved)
+        tiny.tokenizer().save_pretrained(saved)
+    dist.barrier()
+    named = {"teacher_model_name_or_path": str(saved), "teacher_model_init_kwargs": {"dtype": "float64"}}
+    for layout in ("padded", "bfd", "wrapped", "padding_free"):
+        length = layouts.LAYOUTS[layout].get("max_length", 1024) if layout in ("padded", "bfd") else None
+        rows = layouts.data().remove_columns(["old_logps"])
+        made = trainer(
+            layouts.student(), FOLDER, rows, kind=cache_build.RowsTrainer, target="kd", max_length=length, **named
+        )
+        plan = cache_build.plan(made, 100)
+        if not int(os.environ["RANK"]):
+            settings = {"dtype": "float32", "about": cache_build.about(made)}
+            cache_build.build(made, folder / layout, plan, made._vocab_size, **settings)
+        dist.barrier()
+        wanted = layouts.by_autograd("target-sft", layout) if layout != "wrapped" else None
+        for accumulation in (1, 2):
+            made = trainer(
+                layouts.student(),
+                FOLDER,
+                rows,
+                target={"preset": "target-sft", **layouts.CASE["target-sft"].hyperparameters},
+                teacher_cache=str(folder / layout),
+                **layouts.LAYOUTS[layout],
+            )
+            layouts.in_one_step(made, accumulation, processes=2)
+            before = weights(made.model)
+            made.train()
+            got = moved(before, made.model)
+            # Where rows go on in the next sequence the live teacher has not read their beginning: no oracle, one split
+            # against the other.
+            wanted = got if wanted is None else wanted
+            yield f"cached, {layout}, accumulation {accumulation}", got, wanted
 
 
 def map_of_both() -> tuple[Weights, Weights]:

@@ -292,8 +292,6 @@ def test_a_text_as_the_dataset_holds_it(tmp_path):
     assert_same_change(got, by_hand("target-sft", made))
 
 
-# BUG in src (training/config.py): Transformers reads text that begins with "{" as JSON, as teacher_context is in
-# _VALID_DICT_FIELDS.
 def test_a_template_that_begins_with_a_column(tmp_path):
     data = tiny.conversations(4)
     got = by_trainer("target-sft", data, "padded", 2, tmp_path, teacher_context="{{ prompt }} Think.")
@@ -301,14 +299,18 @@ def test_a_template_that_begins_with_a_column(tmp_path):
     assert_same_change(got, by_hand("target-sft", made))
 
 
-@pytest.mark.parametrize("template", [ASKED, {"prompt": ASKED}, '{"prompt": "Q: {{ prompt }} Say: {{ solution }}"}'])
+# BUG in src (teachers/context.py, read_template): a mapping as JSON text, as a command line writes it, is taken for the
+# template itself.
+@pytest.mark.parametrize("template", [ASKED, {"prompt": ASKED}, json.dumps({"prompt": ASKED})], ids=str)
 def test_text_a_mapping_or_json(template, tmp_path):
-    assert config(tmp_path, target="sft", teacher_context=template).teacher_context in (ASKED, {"prompt": ASKED})
+    data, _, made = case_of("prompt and completion")
+    got = by_trainer("target-sft", data, "padded", 2, tmp_path, teacher_context=template)
+    assert_same_change(got, by_hand("target-sft", made))
 
 
 def test_columns_of_a_conversation(tmp_path):
     """Messages of the answer, a loop and a condition."""
-    template = "A: {% for m in completion %}{% if m.role == 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %} {{ prompt }}"
+    template = "A: {% for m in completion if m.role == 'assistant' %}{{ m['content'] }}{% endfor %} {{ prompt }}"
     data = tiny.conversations(4)
     made = []
     for row in rows(data):
@@ -347,8 +349,8 @@ def test_tools(written, tmp_path, monkeypatch):
 # -- cutting, repeating, steps ---------------------------------------------------------------------
 
 
-# BUG in src (training/forward.py, check_head_transform): packed documents shorter than 16 tokens see each other in the
-# model's own logits, where a cache turns the mask of packed rows off, and the architecture is refused.
+# BUG in src (training/forward.py, check_head_transform): a packed row whose first document has fewer than 16 tokens is
+# compared with a teacher's own logits under use_cache, where documents see each other, and the teacher is refused.
 @pytest.mark.parametrize("layout", ["padded", "bfd"])
 @pytest.mark.parametrize("shape", ["prompt and completion", "messages", "text"])
 def test_rows_that_are_cut(shape, layout, tmp_path, request):

@@ -9,11 +9,12 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from transformers import PhiConfig, PhiForCausalLM, TrainerCallback
 
 import layouts
 import tiny
 from layouts import CASE, loss_of
-from published import kd, label_log_p
+from published import kd, label_log_p, target_sft
 from qtarget import ConfigError
 from runs import (
     assert_same_change,
@@ -158,6 +159,24 @@ def test_a_member_that_scales_its_logits(make, members, tmp_path):
     got = change(tiny.taught().double(), tmp_path / "out", target="kd", teachers=listed((name, 0.6), (members[1], 0.4)))
     pool = Pool((0.6, make()), (0.4, tied()))
     assert_same_change(got, expected(tiny.taught().double(), rows(tiny.conversations(4)), loss_of("kd"), teacher=pool))
+
+
+def phi():
+    """Its head has a bias."""
+    torch.manual_seed(4)
+    small = {name: value for name, value in tiny.SMALL.items() if name != "num_key_value_heads"}
+    model = PhiForCausalLM(PhiConfig(vocab_size=REAL + 3, **small))
+    torch.nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+def test_a_member_whose_head_has_a_bias(members, tmp_path):
+    name = saved(phi(), tmp_path / "biased")
+    data = rows(tiny.conversations(4))
+    for pair in (((name, 0.6), (members[0], 0.4)), ((members[0], 0.4), (name, 0.6))):
+        got = change(tiny.taught().double(), tmp_path / "out", target="kd", teachers=listed(*pair))
+        pool = Pool((0.6, phi()), (0.4, wide()))
+        assert_same_change(got, expected(tiny.taught().double(), data, loss_of("kd"), teacher=pool))
 
 
 def test_a_pool_of_one_is_that_teacher(members, tmp_path):
@@ -467,6 +486,27 @@ def test_another_decay_than_the_checkpoints(tmp_path):
     )
 
 
+# BUG in src (training/trainer.py, _add_computed_columns): the average moves only in steps that ask the teacher.
+def test_steps_that_do_not_ask_the_teacher(tmp_path):
+    """The average is over all steps, also where a schedule has not come to the teacher yet."""
+    model = tiny.taught().double().eval()
+    kept, before = copy.deepcopy(model), weights(model)
+    for eta in (0.0, 0.4, 0.8):
+        with torch.no_grad():
+            for old, new in zip(kept.parameters(), model.parameters(), strict=True):
+                old.copy_(0.6 * old + 0.4 * new)
+        loss = functools.partial(target_sft, eta=eta, teacher_temperature=1.0)
+        expected(model, rows(tiny.conversations(4)), loss, lr=LR, teacher=kept)
+    got = change(
+        tiny.taught().double(),
+        tmp_path,
+        target={"preset": "target-sft", "eta": {"schedule": "linear", "from": 0.0, "to": 0.8, "steps": 2}},
+        teacher_ema_decay=0.6,
+        **STEPS,
+    )
+    assert_same_change(got, moved(before, model))
+
+
 @pytest.mark.parametrize("decay", [1, 1.0, -0.1, 2, "much", True, float("nan")], ids=str)
 def test_a_decay_out_of_range(decay, tmp_path):
     told = r"^teacher_ema_decay is .*; use a number( from 0 below 1)?$"
@@ -498,14 +538,25 @@ def test_modes_are_given_back(decay, tmp_path):
     assert not torch.equal(*alive), "without dropout this would show nothing"
 
 
+# BUG in src (training/kept_weights.py, _take): lerp_ of float32 copies toward weights of another type raises.
 def test_weights_in_half_precision(tmp_path):
     """The average is kept in float32, so that small steps toward the weights are not rounded away."""
-    made = trained(tiny.taught().bfloat16(), tmp_path, target="target-sft", teacher_ema_decay=0.999, **STEPS)
-    kept, now = kept_of(made), weights(made.model)
-    assert all(value.dtype == torch.float32 for value in kept.values())
-    assert all(value.dtype == torch.bfloat16 for value in now.values())
-    start = weights(tiny.taught().bfloat16())
-    assert all(0 < float((kept[n] - start[n]).norm()) < 0.01 * float((now[n] - start[n]).norm()) for n in kept)
+    seen = []
+
+    class Seen(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            seen.append({name: value.float() for name, value in weights(model).items()})
+
+    made = trained(
+        tiny.taught().bfloat16(), tmp_path, target="target-sft", teacher_ema_decay=0.99, callbacks=[Seen()], **STEPS
+    )
+    wanted, rounded = dict(seen[0]), dict(seen[0])
+    for now in seen[1:]:
+        wanted = {name: 0.99 * value + 0.01 * now[name] for name, value in wanted.items()}
+        rounded = {name: (0.99 * value + 0.01 * now[name]).bfloat16().float() for name, value in rounded.items()}
+    assert len(seen) == 3 and all(value.dtype == torch.float32 for value in kept_of(made).values())
+    assert distance(kept_of(made), wanted)[0] < 1e-6 < 1e-4 < distance(rounded, wanted)[0]
+    assert {value.dtype for value in weights(made.model).values()} == {torch.bfloat16}
 
 
 # -- iw-sft's reference as a column ----------------------------------------------------------------
@@ -583,6 +634,7 @@ def test_a_column_beside_conversations(tmp_path):
     assert_same_change(got, online_by_hand(documents, means(documents)), 1e-6)
 
 
+# BUG in src (training/identity.py): "reference the adapters off" of a model without adapters and without a reference.
 def test_who_the_reference_is_said_to_be(tmp_path):
     data = tiny.conversations(4).add_column("reference_logp", [-1.0] * 4)
     told = trainer(tiny.taught(), tmp_path, data, **ONLINE).describe()
@@ -598,6 +650,7 @@ def test_both_a_column_and_a_model(reference_folder, tmp_path):
     )
 
 
+# BUG in src (training/checks.py, reference_column): reference_model= beside the column is dropped without a word.
 def test_both_a_column_and_a_model_handed_over(tmp_path):
     data = tiny.conversations(4).add_column("reference_logp", [-1.0] * 4)
     refused(

@@ -246,7 +246,9 @@ def test_the_same_end_is_left_alone(student, name, folders, tmp_path, caplog, mo
         for setting in ("keep", "label", "map")
     ]
     assert all(torch.equal(got[0][weight], other[weight]) for other in got[1:] for weight in got[0])
-    assert_same_change(got[0], expected(tiny.taught().double(), rows(tiny.texts(4)), loss_of("target-sft"), teacher=model))
+    assert_same_change(
+        got[0], expected(tiny.taught().double(), rows(tiny.texts(4)), loss_of("target-sft"), teacher=model)
+    )
     assert not [record for record in caplog.records if "teacher_end_token" in record.getMessage()]
 
 
@@ -308,9 +310,7 @@ def test_members_that_end_differently(base, folders, tmp_path):
     def both(input_ids):
         return SimpleNamespace(logits=(one(input_ids=input_ids).logits + other(input_ids=input_ids).logits) / 2)
 
-    assert_same_change(
-        got, expected(tiny.taught().double(), ended(tiny.texts(4)), label_alone("kd"), teacher=both)
-    )
+    assert_same_change(got, expected(tiny.taught().double(), ended(tiny.texts(4)), label_alone("kd"), teacher=both))
 
 
 def test_members_that_end_alike(base, folders, tmp_path):
@@ -383,7 +383,10 @@ def test_heads_padded_otherwise(name, student, other, tmp_path):
 def test_a_teacher_over_its_padded_rows_is_noticed():
     """Mutant: mass on rows that are no token."""
     model = tiny.llama(seed=3, width=48, vocab=REAL + 13).double().eval()
-    losses = loss_of("kd"), lambda logits, labels, **given: loss_of("kd")(logits, labels, **{**given, "vocab_size": None})
+    losses = (
+        loss_of("kd"),
+        lambda logits, labels, **given: loss_of("kd")(logits, labels, **{**given, "vocab_size": None}),
+    )
     changes = [
         expected(tiny.llama(vocab=REAL + 13).double(), rows(tiny.conversations(4)), loss, teacher=model)
         for loss in losses
@@ -401,12 +404,11 @@ def differing(other):
 def with_other_special_token():
     text = CHAT.backend_tokenizer.to_str()
     assert "<|im_start|>" in text
-    made = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(text.replace("<|im_start|>", "<|begin|>")),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
     )
-    return made
 
 
 def with_one_more():
@@ -464,12 +466,11 @@ def test_a_student_with_a_token_more(tmp_path):
     )
 
 
-def test_a_cut_vocabulary_of_the_teachers(tmp_path):
-    """Ids in another order are another vocabulary, though every token is there."""
+def test_ids_in_another_order(tmp_path):
+    """Every token is there, two of them exchanged."""
     state = json.loads(CHAT.backend_tokenizer.to_str())
     vocabulary = state["model"]["vocab"]
-    one, other = "Ġa", "Ġ1"
-    one, other = (token if token in vocabulary else list(vocabulary)[k] for token, k in ((one, -1), (other, -2)))
+    one, other = list(vocabulary)[-2:]
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
     swapped = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>", pad_token="<|endoftext|>"
@@ -510,14 +511,17 @@ class Narrow:
 def test_a_narrow_head_is_right(name, named, tmp_path):
     model = tiny.llama(seed=3, width=48, vocab=NARROW)
     folder = saved(model, tmp_path / "teacher", CHAT)
-    other = {"teacher_model_name_or_path": folder, **DOUBLE} if named else {"teacher_model": copy.deepcopy(model.double())}
+    other = (
+        {"teacher_model_name_or_path": folder, **DOUBLE} if named else {"teacher_model": copy.deepcopy(model.double())}
+    )
     got = change(tiny.taught().double(), tmp_path / "out", few_ids(), target=target_of(name), **other)
     teacher = Narrow(model.double().eval())
     wanted = expected(tiny.taught().double(), [dict(row) for row in few_ids()], loss_of(name), teacher=teacher)
     assert_same_change(got, wanted)
 
 
-# BUG in src: ids that the narrow teacher has no embedding for end in an IndexError of torch, on CUDA in a device assert.
+# BUG in src (training/other_models.py): ids that a narrow teacher has no embedding for end in an IndexError of torch, on
+# CUDA in a device assert.
 def test_ids_that_a_narrow_teacher_does_not_know(tmp_path):
     data = tiny.texts(4)
     assert any(i >= NARROW for row in rows(data) for i in row["input_ids"])
@@ -534,10 +538,16 @@ def test_a_narrow_member_of_a_pool(tmp_path):
     """Where one member knows no token, neither does the pool."""
     narrow, full = tiny.llama(seed=3, width=48, vocab=NARROW), tiny.taught(seed=7, width=64)
     teachers = [
-        {"model_name_or_path": saved(model, tmp_path / name, CHAT), "weight": share, "init_kwargs": {"dtype": "float64"}}
+        {
+            "model_name_or_path": saved(model, tmp_path / name, CHAT),
+            "weight": share,
+            "init_kwargs": {"dtype": "float64"},
+        }
         for name, model, share in (("narrow", narrow, 0.4), ("full", full, 0.6))
     ]
-    got = change(tiny.taught().double(), tmp_path / "out", few_ids(), target="kd:2" and target_of("kd:temperature=2.0"), teachers=teachers)
+    got = change(
+        tiny.taught().double(), tmp_path / "out", few_ids(), target=target_of("kd:temperature=2.0"), teachers=teachers
+    )
     one, other = Narrow(narrow.double().eval()), full.double().eval()
 
     def pool(input_ids):
@@ -548,8 +558,9 @@ def test_a_narrow_member_of_a_pool(tmp_path):
     assert_same_change(got, expected(tiny.taught().double(), data, loss_of("kd:temperature=2.0"), teacher=pool))
 
 
+# BUG in src (teachers/pool.py, with_exchanged_rows): an IndexError where the teacher's head has no such row.
 def test_a_narrow_head_that_has_no_row_for_an_end_token(base, tmp_path):
-    """Exchanging a row that is not there is refused or right, and never an index error."""
+    """Exchanging a row that is not there is refused in a sentence."""
     far = copy.deepcopy(CHAT)
     last = {i: token for token, i in far.get_vocab().items()}[REAL - 1]
     far.eos_token = last

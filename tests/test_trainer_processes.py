@@ -17,7 +17,12 @@ def errors(kind: str, folder: Path) -> dict[str, tuple[float, str]]:
         [*command, str(HERE / "processes.py"), kind, str(out)],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(HERE),
+            "QTARGET_TEST_CACHE": str(folder / "caches"),
+        },
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-4000:]
@@ -38,6 +43,8 @@ def test_ddp(tmp_path):
     """Eight objectives in five layouts, one, two and four micro-batches a process."""
     found = errors("ddp", tmp_path)
     map_of_both = {"map of both": found.pop("map of both")}
+    cached = {case: found.pop(case) for case in [*found] if case.startswith("cached")}
+    check(cached, 1e-6, cases=4 * 2)  # a cache keeps float32
     check(found, 1e-10, cases=5 * 8 * 3)
     check(map_of_both, 1e-6, cases=1)  # the map keeps float32
 
