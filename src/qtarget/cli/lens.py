@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qtarget.cli import options
 from qtarget.errors import ConfigError, unknown
 
 _HELP = """\
@@ -40,43 +41,17 @@ def run(arguments: Sequence[str]) -> int:
     return verbs[words[0]](words[1:])
 
 
-def _options(words: list[str], known: dict[str, str], folders: int = 1) -> tuple[list[str], dict[str, Any]]:
-    """Positional words and ``--name value`` options; ``-o`` is --output. ``known``: name → "flag" or "value"."""
-    given: dict[str, Any] = {}
-    positional = []
-    rest = iter(words)
-    for word in rest:
-        if word == "-o":
-            word = "--output"
-        if not word.startswith("--"):
-            positional.append(word)
-            continue
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if name not in known:
-            raise unknown("option of lens", f"--{name}", [f"--{n}" for n in known])
-        if known[name] == "flag":
-            given[name] = True
-            continue
-        given[name] = value if equals else next(rest, None)
-        if given[name] is None:
-            raise ConfigError(f"--{name} stands without its value; write --{name} VALUE")
+def _options(words: list[str], values: Sequence[str], flags: Sequence[str] = (), folders: int = 1) -> Any:
+    """(positional words, {option: value} of those that were given)."""
+    given, positional = options.take(words, dict.fromkeys(values), flags)
+    if unknown_option := next((word for word in positional if word.startswith("-")), None):
+        raise unknown("option of lens", unknown_option, [f"--{name}" for name in (*values, *flags)])
     if len(positional) != folders:
         raise ConfigError(
             f"{' '.join(positional) or 'nothing'} was named where one folder of a capture is asked for, as in: "
             "qtarget lens show my_capture"
         )
-    return positional, given
-
-
-def _whole(name: str, value: Any, low: int) -> int:
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name} is {value!r}; use a whole number from {low}") from None
-    if number < low:
-        raise ConfigError(f"{name} is {number}; use a whole number from {low}")
-    return number
+    return positional, {name: value for name, value in given.items() if value not in (None, False)}
 
 
 def _console() -> Any:
@@ -98,19 +73,10 @@ def _target(value: str | None) -> Any:
 
 
 def _capture(words: list[str]) -> int:
-    own: dict[str, Any] = {"rows": 64, "top_k": 20, "output": None}
-    rest = []
-    pending = iter(words)
-    for word in pending:
-        name, equals, value = word.removeprefix("--").partition("=")
-        name = "output" if word == "-o" else name
-        if (word.startswith("--") or word == "-o") and name in own:
-            own[name] = value if equals else next(pending, None)
-        else:
-            rest.append(word)
+    own, rest = options.take(words, {"rows": 64, "top_k": 20, "output": None})
     if own["output"] is None:
         raise ConfigError("output is not set; name the folder of the capture, as in: -o my_capture")
-    rows, top_k = _whole("rows", own["rows"], 1), _whole("top_k", own["top_k"], 1)
+    rows, top_k = options.whole("rows", own["rows"], 1), options.whole("top_k", own["top_k"], 1)
     folder = Path(own["output"])
     if (folder / "manifest.json").exists():
         raise ConfigError(f"output is {str(folder)!r}, which holds a capture; name another folder, or delete that one")
@@ -145,7 +111,7 @@ def _capture(words: list[str]) -> int:
 
 
 def _report(words: list[str]) -> int:
-    (folder,), given = _options(words, {"output": "value", "run": "value", "config": "value", "rows": "value"})
+    (folder,), given = _options(words, ("output", "run", "config", "rows"))
     from qtarget.lens import page, record
 
     read = record.read(folder)
@@ -159,7 +125,7 @@ def _report(words: list[str]) -> int:
             )
         read.manifest["history"] = history.frames(given["run"])
     out = Path(given.get("output", "lens.html"))
-    page.write(read, out, max_rows=_whole("rows", given.get("rows", 300), 1))
+    page.write(read, out, max_rows=options.whole("rows", given.get("rows", 300), 1))
     print(f"page       {out}  ({out.stat().st_size / 2**20:.1f} MB; open it in a browser)")
     return 0
 
@@ -182,7 +148,7 @@ def _check_config(read: Any, config: str | None) -> None:
 
 
 def _show(words: list[str]) -> int:
-    (folder,), given = _options(words, {"row": "value", "target": "value", "all": "flag"})
+    (folder,), given = _options(words, ("row", "target"), ("all",))
     from qtarget.lens import record, terminal
     from qtarget.targets import Target
 
@@ -196,13 +162,13 @@ def _show(words: list[str]) -> int:
             target = Target.from_config(read.manifest.get("target") or "sft")
         except ConfigError:  # on a schedule or by source
             target = Target.from_config("sft")
-    row = None if "row" not in given else _whole("row", given["row"], 0)
+    row = None if "row" not in given else options.whole("row", given["row"], 0)
     terminal.show(read, target, row, console)
     return 0
 
 
 def _advise(words: list[str]) -> int:
-    (folder,), given = _options(words, {"target": "value"})
+    (folder,), given = _options(words, ("target",))
     from qtarget.lens import record
     from qtarget.lens.advise import advise
 
@@ -216,7 +182,7 @@ def _advise(words: list[str]) -> int:
 
 
 def _loss(words: list[str]) -> int:
-    _, given = _options(words, {"loss": "value", "reduction": "value"}, folders=0)
+    _, given = _options(words, ("loss", "reduction"), folders=0)
     import torch
     from rich.table import Table
 

@@ -22,6 +22,7 @@ from qtarget.losses.log_probs import log_probs
 from qtarget.teachers.fingerprints import template_hash, tokenizer_hash
 from qtarget.teachers.frozen import evaluation_mode
 from qtarget.training.other_models import OtherModels
+from qtarget.training.teacher_setup import teacher_named_by
 
 # Supervised tokens whose logits are formed at a time; [256, vocabulary] float32 is 50 MB at 49,152.
 _CHUNK = 256
@@ -140,8 +141,9 @@ def _is_adapters_off(others: OtherModels, name: str) -> bool:
 
 
 def _named(trainer: Any, role: str) -> str:
+    own = teacher_named_by(trainer.args, trainer._uids) if role == "teacher" else None
     name = getattr(trainer.args, f"{role}_model_name_or_path") or f"the {role} of the run"
-    return f"{name} (revision {getattr(trainer.args, f'{role}_model_revision') or 'default'})"
+    return own or f"{name} (revision {getattr(trainer.args, f'{role}_model_revision') or 'default'})"
 
 
 def _rows(trainer: Any, rows: int) -> Iterator[dict[str, Any]]:
