@@ -635,10 +635,16 @@ def test_a_column_beside_conversations(tmp_path):
 
 
 # BUG in src (training/identity.py): "reference the adapters off" of a model without adapters and without a reference.
-def test_who_the_reference_is_said_to_be(tmp_path):
-    data = tiny.conversations(4).add_column("reference_logp", [-1.0] * 4)
-    told = trainer(tiny.taught(), tmp_path, data, **ONLINE).describe()
-    assert "reference_logp" in told and "adapters" not in told, told
+@pytest.mark.parametrize("lora", [False, True], ids=["weights", "adapters"])
+def test_who_the_reference_is_said_to_be(lora, tmp_path):
+    """Else a resume from the column to the adapters off would not be noticed."""
+    peft = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if lora else None
+    data = tiny.conversations(4)
+    column = data.add_column("reference_logp", [-1.0] * 4)
+    told, by_model = (
+        trainer(tiny.taught(), tmp_path, d, peft_config=peft, **ONLINE).describe() for d in (column, data)
+    )
+    assert "reference_logp" in told and "adapters" not in told and told != by_model, told
 
 
 def test_both_a_column_and_a_model(reference_folder, tmp_path):
@@ -685,6 +691,13 @@ def test_numbers_that_are_none(tmp_path):
         r"^row 2 of the train dataset: column reference_logp holds nan at a supervised token; every number must be",
         lambda: trainer(tiny.taught(), tmp_path, data, **ONLINE),
     )
+
+
+# BUG in src (training/checks.py): the mean of a whole row is compared with the student's mean over each piece of it.
+def test_a_column_for_rows_in_pieces(tmp_path):
+    data = tiny.conversations(4).add_column("reference_logp", [-1.0] * 4)
+    settings = {"packing": True, "packing_strategy": "bfd_split", "max_length": 20}
+    refused(r"bfd_split", lambda: trainer(tiny.taught(), tmp_path, data, **ONLINE, **settings))
 
 
 def test_a_column_nobody_asked_for(tmp_path):

@@ -154,19 +154,20 @@ def needed_for(trainer: Any, plan: Plan, coverage: float, sample_rows: int = 64)
         (k, {"percentiles of needed k": {p: k}, "kept mass": {k: mean}, "tokens": n}).
     """
     every = max(1, len(plan.rows) // sample_rows)
-    masses = []
+    total, needed = torch.zeros(trainer._vocab_size, dtype=torch.float64), []
     for row in range(0, len(plan.rows), every):
         for log_p, _ in _log_probs(trainer, [_row(trainer, plan.rows[row])]):
-            masses.append(log_p.exp().sort(-1, descending=True).values.double().cumsum(-1).float().cpu())
-    cumulated = torch.cat(masses)
-    needed = (cumulated < coverage).sum(-1) + 1
-    mean = cumulated.double().mean(0)
+            mass = log_p.exp().sort(-1, descending=True).values.cumsum(-1)
+            needed.append(((mass < coverage).sum(-1) + 1).clamp(max=mass.shape[1]).cpu())
+            total += mass.sum(0, dtype=torch.float64).cpu()
+    counts = torch.cat(needed)
+    mean = total / len(counts)
     enough = (mean >= coverage).nonzero()
-    k = int(enough[0]) + 1 if len(enough) else cumulated.shape[1]
-    percentiles = {str(p): int(needed.double().quantile(p / 100, interpolation="higher")) for p in (50, 90, 99, 100)}
-    shown = sorted({1, 4, 16, 64, 256, k} & set(range(1, cumulated.shape[1] + 1)))
+    k = int(enough[0]) + 1 if len(enough) else len(mean)
+    percentiles = {str(p): int(counts.double().quantile(p / 100, interpolation="higher")) for p in (50, 90, 99, 100)}
+    shown = sorted({1, 4, 16, 64, 256, k} & set(range(1, len(mean) + 1)))
     kept = {str(n): round(float(mean[n - 1]), 5) for n in shown}
-    return k, {"coverage": coverage, "sampled_tokens": len(cumulated), "needed_k": percentiles, "kept_mass": kept}
+    return k, {"coverage": coverage, "sampled_tokens": len(counts), "needed_k": percentiles, "kept_mass": kept}
 
 
 def build(

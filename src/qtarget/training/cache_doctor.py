@@ -3,8 +3,9 @@
 Outside the k kept tokens a cached teacher has the mass τ in the student's shape, t_v ∝ p_v. With R and R_c the residual
 of the live and of the cached teacher, both are the same up to a factor on the kept tokens, so half their L1 distance is
 at most the larger of their masses outside. By Hölder's inequality p^(1−η) t^η summed outside is largest where t ∝ p, so
-that is R_c's, and the error of Q is at most b times it: a bound that needs no live teacher. (With an even tail it is not
-one.) What rounding to float16 adds is bounded by the size of the log-probabilities.
+that is R_c's, and the error of Q is at most b times it: a bound that needs no live teacher. It holds where a residual's
+coefficients sum to 1 (no teacher temperature) and is given for this tail only. What rounding to float16 adds is bounded
+by the size of the log-probabilities.
 """
 
 from __future__ import annotations
@@ -23,8 +24,13 @@ from qtarget.targets import Target, presets
 from qtarget.teachers.cache import IDS, LOGPROBS, TAIL, CachedTeacher
 from qtarget.teachers.frozen import evaluation_mode
 
-# Supervised tokens looked at together: a few [64, vocabulary] float64 are held at once.
+# Supervised tokens looked at together: a few [64, vocabulary] float32 are held at once.
 _CHUNK = 64
+# Tokens looked at in all, evenly over the rows: each costs some twenty passes over the vocabulary and a target.
+_MOST_TOKENS = 1024
+# What float32 adds to sums over a vocabulary.
+_SLACK = 2e-5
+TAILS = ("student", "even")
 # A live teacher further than this from what was kept, in nats at the 99th percentile, is not the one that was asked.
 _SAME_TEACHER = 0.05
 
@@ -125,7 +131,7 @@ def examine(trainer: Any, cache: CachedTeacher, rows: int, asked: Any = None) ->
     count = min(rows, len(data))
     chosen = sorted({round(i * (len(data) - 1) / max(1, count - 1)) for i in range(count)})
     targets = targets_for(asked)
-    sums = {(name, tail): _Sums() for name in targets for tail in ("student", "even")}
+    sums = {(name, tail): _Sums() for name in targets for tail in TAILS}
     tails, gaps, row_count = [], [], 0
     size = trainer.args.per_device_eval_batch_size
     with evaluation_mode(trainer.model):
@@ -142,6 +148,8 @@ def examine(trainer: Any, cache: CachedTeacher, rows: int, asked: Any = None) ->
                 line[: len(own)] = torch.tensor(own)
             gathered = {name: value.to(labels.device) for name, value in cache.gather(padded).items()}
             row, place = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+            every = max(1, -(-len(row) * len(chosen) // (len(batch) * _MOST_TOKENS)))
+            row, place = row[::every], place[::every]
             for start in range(0, len(row), _CHUNK):
                 at = row[start : start + _CHUNK], place[start : start + _CHUNK]
                 kept = {name: value[:, 1:][at] for name, value in gathered.items()}
@@ -191,33 +199,39 @@ def _chunk(
     """Add a few tokens to the sums. Returns the largest gap of each between kept and live log-probabilities."""
     vocab = trainer._vocab_size
     y = labels[:, 1:][at]
-    log_p32 = log_probs(student, at, vocab)
-    log_p, log_t = log_p32.double(), log_probs(live, at, vocab).double()
-    ids, logprobs = kept[IDS].long(), kept[LOGPROBS].double()
-    weight = student.weight[:vocab].double()
+    log_p, log_t = log_probs(student, at, vocab), log_probs(live, at, vocab)
+    ids, logprobs = kept[IDS].long(), kept[LOGPROBS].float()
+    weight = student.weight[:vocab].float()
     one = (torch.arange(len(y), device=y.device),)
     rounding = 2.0**-11 if cache.manifest["dtype"] == "float16" else 2.0**-23
+    log_c = {
+        tail: log_probs(TopK(kept[IDS], kept[LOGPROBS], kept[TAIL], tail=tail), one, vocab, log_p) for tail in TAILS
+    }
     for name, target in targets.items():
         live_q, live_loss, _ = _taught(log_p, y, target, log_t)
-        for tail in ("student", "even"):
-            top = TopK(kept[IDS], kept[LOGPROBS], kept[TAIL], tail=tail)
-            log_c = log_probs(top, one, vocab, log_p32).double()
-            q, loss, trust = _taught(log_p, y, target, log_c)
-            outside = q.scatter(1, ids, 0.0)
-            off = outside.sum(-1) - torch.where((ids == y[:, None]).any(-1), 0.0, trust)
-            size = (q.gather(1, ids) * logprobs.abs().clamp(max=100)).sum(-1)
+        pull = log_p.exp() - live_q
+        of_live = _square(pull), _square(pull @ weight)
+        bounded = all(pool.keeps_student_shape for _, pool in target.residual_terms)
+        for tail in TAILS:
+            q, loss, trust = _taught(log_p, y, target, log_c[tail])
+            off = q - live_q
+            bound = None
+            if bounded and tail == "student":
+                outside = q.scatter(1, ids, 0.0).sum(-1) - torch.where((ids == y[:, None]).any(-1), 0.0, trust)
+                bound = outside + rounding * (q.gather(1, ids) * logprobs.abs().clamp(max=100)).sum(-1) + _SLACK
             sums[name, tail].add(
-                q=(q - live_q).abs().sum(-1) / 2,
-                # the student's own rounding to float32 besides
-                bound=off + rounding * size + 1e-6 if tail == "student" else None,
-                difference=q - live_q,
-                live=log_p.exp() - live_q,
+                q=off.abs().sum(-1) / 2,
+                bound=bound,
+                squares=(_square(off), of_live[0], _square(off @ weight), of_live[1]),
                 loss=(loss - live_loss).abs(),
                 rows=at[0] + first_row,
-                weight=weight,
             )
     there = logprobs > -1e3
     return torch.where(there, (log_t.gather(1, ids) - logprobs).abs(), 0.0).amax(-1).cpu()
+
+
+def _square(x: Tensor) -> float:
+    return float(x.square().sum(dtype=torch.float64))
 
 
 def _taught(log_p: Tensor, y: Tensor, target: Target, log_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,23 +251,13 @@ class _Sums:
         self.rows: list[Tensor] = []
         self.squares = [0.0, 0.0, 0.0, 0.0]
 
-    def add(
-        self,
-        q: Tensor,
-        bound: Tensor | None,
-        difference: Tensor,
-        live: Tensor,
-        loss: Tensor,
-        rows: Tensor,
-        weight: Tensor,
-    ) -> None:
-        self.q.append(q.cpu())
-        self.loss.append(loss.cpu())
+    def add(self, q: Tensor, bound: Tensor | None, squares: tuple[float, ...], loss: Tensor, rows: Tensor) -> None:
+        self.q.append(q.double().cpu())
+        self.loss.append(loss.double().cpu())
         self.rows.append(rows.cpu())
         if bound is not None:
-            self.bound.append(bound.cpu())
-        for i, part in enumerate((difference, live, difference @ weight, live @ weight)):
-            self.squares[i] += float(part.square().sum())
+            self.bound.append(bound.double().cpu())
+        self.squares = [have + more for have, more in zip(self.squares, squares, strict=True)]
 
     def result(self, name: str, tail: str) -> TargetError:
         q, loss, rows = torch.cat(self.q), torch.cat(self.loss), torch.cat(self.rows)

@@ -228,7 +228,8 @@ class QTargetConfig(SFTConfig):
             except ConfigError as error:
                 faults += error.faults
         named = self.teacher_settings
-        if len(named) > 1 and named != ["teacher_model_name_or_path", "teacher_cache"]:  # that one is checked
+        by_name = [name for name in named if name != "teacher_cache"]  # a cache is held against the teacher named
+        if len(by_name) > 1 or (len(named) > 1 and "teacher_ema_decay" in named):
             faults.append(f"{' and '.join(named)} are set; a run has one teacher: keep one of them")
         decay = self.teacher_ema_decay
         if decay is not None:

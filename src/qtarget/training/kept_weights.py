@@ -147,7 +147,7 @@ class Average(KeptWeights):
 
     def update(self, step: int) -> None:
         """Take the weights before optimiser step ``step`` into the average, once."""
-        if self.taken_at != step:
+        if self.taken_at != step and self.decay > 0:
             self._take(step, 1.0 if self.taken_at is None else 1 - self.decay)
 
     def _first(self, weights: Tensor) -> Tensor:

@@ -82,7 +82,8 @@ class OtherModels:
     @property
     def kept_weights(self) -> list[KeptWeights]:
         """Copies of the student's weights that a resumed run needs."""
-        return [kept for kept in (self.old_policy, self.average) if kept is not None]
+        average = None if self.average is None or self.average.decay == 0 else self.average
+        return [kept for kept in (self.old_policy, average) if kept is not None]
 
     def _teacher(self, given: nn.Module | None, uids: CachedUids | ContextUids | None) -> Teacher:
         args, models, average = self._args, [], None

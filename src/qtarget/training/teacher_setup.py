@@ -127,10 +127,13 @@ def cache_faults(args: Any, tokenizer: Any) -> list[str]:
         return error.faults
     # With chat_template_path the tokenizer is not yet what it will be: it is compared when rows are prepared.
     wanted: dict[str, Any] = {} if args.chat_template_path else {"tokenizer": tokenizer_hash(tokenizer)}
-    if args.teacher_model_name_or_path is not None:
+    if named_models(args):
         named, had = named_teacher(args), cache.manifest["teacher"]
-        # The same weights may lie in another folder now.
-        if named["weights"] is None or had.get("weights") != named["weights"]:
+        if "pool" in named or "pool" in had:
+            wanted["teacher"] = named
+        elif had.get("weights") is None:  # a server does not say
+            wanted["teacher"] = {"name": named["name"]}
+        elif had["weights"] != named["weights"]:  # the same weights may lie in another folder now
             wanted["teacher"] = named
     difference = manifests.first_difference(cache.manifest, wanted)
     return [] if difference is None else [f"teacher_cache is {args.teacher_cache!r}: {difference}"]
