@@ -220,8 +220,11 @@ def test_a_pool(world, tmp_path):
     folder = build(world, tmp_path / "c", *words, "--k", VOCAB, "--cache_dtype", "float32")
     made, settings = Dataset.from_list(data()), {"max_steps": 2, "learning_rate": 0.1}
     live = one_step(tmp_path / "live", made, teachers=pool, **settings)
-    cached = one_step(tmp_path / "cached", made, teacher_cache=str(folder), **settings)
+    cached = one_step(tmp_path / "cached", made, teacher_cache=str(folder), teachers=pool, **settings)
     assert distance(cached, live) < 2e-5
+    other = {str(world / "teacher"): 0.6, str(world / "other"): 0.4}
+    with pytest.raises(qt.ConfigError, match="the cache was built with teacher's pool"):
+        one_step(tmp_path / "other", made, teacher_cache=str(folder), teachers=other, **settings)
 
 
 def test_an_even_tail_is_another_target(some, tmp_path):

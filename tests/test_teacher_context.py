@@ -237,7 +237,6 @@ def wanted(name, shape):
     return by_hand(name, case_of(shape)[2])
 
 
-# BUG in src ("plain prompt and completion"): see test_a_plain_prompt_cut_anywhere.
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_of_rows(shape, tmp_path, request):
     if shape == "messages":
@@ -266,7 +265,6 @@ def test_a_position_too_early_is_noticed():
     assert distance(late, wanted("kd", "several turns"))[0] > 1e-2
 
 
-# BUG in src (teachers/context.py, _begin after own[:-1]): the last token of a plain prompt is read twice by the teacher.
 @pytest.mark.parametrize("split", [6, 9, 12])
 def test_a_plain_prompt_cut_anywhere(split, tmp_path):
     """Where a token goes on over the cut, TRL ends the prompt before it; else the answer begins after the prompt."""
@@ -284,7 +282,6 @@ def test_a_plain_prompt_cut_anywhere(split, tmp_path):
     assert_same_change(got, by_hand("target-sft", made))
 
 
-# BUG in src (data/preparation.py): TRL has appended the end token to the row's text by the time the template reads it.
 def test_a_text_as_the_dataset_holds_it(tmp_path):
     """A template over the row's own text reads no end token that the dataset does not hold."""
     data = tiny.texts(4)
@@ -303,8 +300,6 @@ def test_a_template_that_begins_with_a_column(tmp_path):
     assert_same_change(got, by_hand("target-sft", made))
 
 
-# BUG in src (teachers/context.py, read_template): a mapping as JSON text, as a command line writes it, is taken for the
-# template itself.
 @pytest.mark.parametrize("template", [ASKED, {"prompt": ASKED}, json.dumps({"prompt": ASKED})], ids=str)
 def test_text_a_mapping_or_json(template, tmp_path):
     data, _, made = case_of("prompt and completion")
@@ -328,7 +323,6 @@ TOOLS = [{"name": "add"}, {"name": "count"}]
 WITH_TOOLS = "{% if tools %}{% for tool in tools %}{{ tool['name'] }} {% endfor %}{% endif %}" + tiny.TEMPLATE
 
 
-# BUG in src (teachers/context.py, _ids): tools written as JSON, which TRL reads, reach the chat template as text.
 @pytest.mark.parametrize("written", ["list", "JSON"])
 def test_tools(written, tmp_path, monkeypatch):
     """The teacher's prompt names the same tools, however the dataset writes them."""
@@ -353,8 +347,6 @@ def test_tools(written, tmp_path, monkeypatch):
 # -- cutting, repeating, steps ---------------------------------------------------------------------
 
 
-# BUG in src (training/forward.py, check_head_transform): a packed row whose first document has fewer than 16 tokens is
-# compared with a teacher's own logits under use_cache, where documents see each other, and the teacher is refused.
 @pytest.mark.parametrize("layout", ["padded", "bfd"])
 @pytest.mark.parametrize("shape", ["prompt and completion", "messages", "text"])
 def test_rows_that_are_cut(shape, layout, tmp_path, request):
@@ -606,7 +598,6 @@ def test_a_stream(tmp_path):
     )
 
 
-# BUG in src: with skip_prepare_dataset TRL never calls _prepare_dataset, and the teacher reads the student's own prompt.
 def test_rows_that_are_not_prepared(tmp_path):
     refused(
         r"^dataset_kwargs\.skip_prepare_dataset is on, but teacher_cache and teacher_context find the teacher of a row "
@@ -656,7 +647,6 @@ def test_a_template_that_cannot_be_read(template, told, tmp_path):
         "{{ '{0.__class__.__mro__}'.format(prompt) }}",
         "{{ completion.append(1) }}",
         "{{ cycler.__init__.__globals__ }}",
-        # BUG in src: these two are stopped by a bare TypeError; see test_a_template_that_fails_on_a_row.
         "{% include '/etc/hostname' %}",
         "{% import 'os' as os %}{{ os }}",
     ],
@@ -669,7 +659,6 @@ def test_a_template_that_looks_behind_the_row(template, tmp_path):
     assert "<class" not in fault
 
 
-# BUG in src (teachers/context.py, _render): only Jinja's own errors become a sentence.
 @pytest.mark.parametrize("template", ["{{ prompt + 3 }}", "{{ 1 // 0 }}", "{{ prompt | batch }}", "{{ range(10**9) }}"])
 def test_a_template_that_fails_on_a_row(template, tmp_path):
     refused(

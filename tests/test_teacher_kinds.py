@@ -285,7 +285,6 @@ def test_a_member_that_is_not_there(members, tmp_path):
             {"teachers": {"a": 1.0}, "teacher_cache": "c", "teacher_ema_decay": 0.9},
             r"^teachers and teacher_cache and teacher_ema_decay are set; a run has one teacher",
         ),
-        ({"teachers": {"a": 1.0}, "teacher_cache": "c"}, r"^teachers and teacher_cache are set"),
         ({"teacher_model_name_or_path": "b", "teacher_ema_decay": 0}, r"and teacher_ema_decay are set; a run has one"),
     ],
     ids=str,
@@ -486,7 +485,6 @@ def test_another_decay_than_the_checkpoints(tmp_path):
     )
 
 
-# BUG in src (training/trainer.py, _add_computed_columns): the average moves only in steps that ask the teacher.
 def test_steps_that_do_not_ask_the_teacher(tmp_path):
     """The average is over all steps, also where a schedule has not come to the teacher yet."""
     model = tiny.taught().double().eval()
@@ -538,7 +536,6 @@ def test_modes_are_given_back(decay, tmp_path):
     assert not torch.equal(*alive), "without dropout this would show nothing"
 
 
-# BUG in src (training/kept_weights.py, _take): lerp_ of float32 copies toward weights of another type raises.
 def test_weights_in_half_precision(tmp_path):
     """The average is kept in float32, so that small steps toward the weights are not rounded away."""
     seen = []
@@ -634,7 +631,6 @@ def test_a_column_beside_conversations(tmp_path):
     assert_same_change(got, online_by_hand(documents, means(documents)), 1e-6)
 
 
-# BUG in src (training/identity.py): "reference the adapters off" of a model without adapters and without a reference.
 @pytest.mark.parametrize("lora", [False, True], ids=["weights", "adapters"])
 def test_who_the_reference_is_said_to_be(lora, tmp_path):
     """Else a resume from the column to the adapters off would not be noticed."""
@@ -656,7 +652,6 @@ def test_both_a_column_and_a_model(reference_folder, tmp_path):
     )
 
 
-# BUG in src (training/checks.py, reference_column): reference_model= beside the column is dropped without a word.
 def test_both_a_column_and_a_model_handed_over(tmp_path):
     data = tiny.conversations(4).add_column("reference_logp", [-1.0] * 4)
     refused(
@@ -693,7 +688,6 @@ def test_numbers_that_are_none(tmp_path):
     )
 
 
-# BUG in src (training/checks.py): the mean of a whole row is compared with the student's mean over each piece of it.
 def test_a_column_for_rows_in_pieces(tmp_path):
     data = tiny.conversations(4).add_column("reference_logp", [-1.0] * 4)
     settings = {"packing": True, "packing_strategy": "bfd_split", "max_length": 20}

@@ -520,8 +520,6 @@ def test_a_narrow_head_is_right(name, named, tmp_path):
     assert_same_change(got, wanted)
 
 
-# BUG in src (training/other_models.py): ids that a narrow teacher has no embedding for end in an IndexError of torch, on
-# CUDA in a device assert.
 def test_ids_that_a_narrow_teacher_does_not_know(tmp_path):
     data = tiny.texts(4)
     assert any(i >= NARROW for row in rows(data) for i in row["input_ids"])
@@ -558,7 +556,6 @@ def test_a_narrow_member_of_a_pool(tmp_path):
     assert_same_change(got, expected(tiny.taught().double(), data, loss_of("kd:temperature=2.0"), teacher=pool))
 
 
-# BUG in src (teachers/pool.py, with_exchanged_rows): an IndexError where the teacher's head has no such row.
 def test_a_narrow_head_that_has_no_row_for_an_end_token(base, tmp_path):
     """Exchanging a row that is not there is refused in a sentence."""
     far = copy.deepcopy(CHAT)

@@ -6,6 +6,8 @@ token ids from the first supervised one on, so that teacher and student are join
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,9 @@ def read_template(value: Any) -> dict[str, str] | None:
     """
     if value is None:
         return None
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        with contextlib.suppress(json.JSONDecodeError):  # a mapping as JSON text; no template is one
+            value = json.loads(value)
     templates = {"prompt": value} if isinstance(value, str) else value
     if not isinstance(templates, Mapping) or not templates:
         raise ConfigError(f"teacher_context is {value!r}; write text, or {{system: text, prompt: text}}")
@@ -83,23 +88,22 @@ class Context:
         ids = list(self.tokenizer(self._render("prompt", row, {}))["input_ids"])
         if prompt is None:  # text or token ids: the context comes before all of it
             return [*ids, *input_ids[:first]], first
-        own = self.tokenizer(prompt)["input_ids"]
-        return ids, self._begin(own[:-1], input_ids, first)  # its last token may merge with the answer's first
+        return ids, self._begin(self.tokenizer(prompt)["input_ids"], input_ids, first)
 
     def _begin(self, own: list[int], input_ids: Sequence[int], first: int) -> int:
         """Where the student's ids go on behind the teacher's prompt: after the row's own prompt."""
-        if list(input_ids[: len(own)]) != own:  # the template renders a prompt alone differently
-            return first
-        if first < len(own):
+        same = next((i for i, (a, b) in enumerate(zip(own, input_ids, strict=False)) if a != b), len(own))
+        if first < same:
             raise ConfigError(
                 "teacher_context replaces the prompt, but tokens of the prompt are supervised; set completion_only_loss "
                 "or assistant_only_loss"
             )
-        return len(own)
+        # A template may render a prompt alone differently, and a prompt's last token merge with the answer's first.
+        return same if same == len(own) else first
 
     def _of_turns(self, row: Mapping[str, Any], turns: list[dict[str, Any]]) -> list[int]:
         asked = [i for i, message in enumerate(turns) if message["role"] == "user"]
-        content = turns[asked[-1]]["content"] if asked else ""
+        content = _text_of(turns[asked[-1]]["content"]) if asked else ""
         if "prompt" in self.templates:
             if not asked:
                 raise ConfigError("teacher_context.prompt is set, but a row has no user message before its answer")
@@ -107,32 +111,44 @@ class Context:
         if "system" in self.templates:
             said = self._render("system", row, {"prompt": content})
             if turns and turns[0]["role"] == "system":
-                turns[0]["content"] = f"{turns[0]['content']}\n\n{said}"
+                turns[0]["content"] = f"{_text_of(turns[0]['content'])}\n\n{said}"
             else:
                 turns.insert(0, {"role": "system", "content": said})
         return self._ids(row, turns)
 
     def _ids(self, row: Mapping[str, Any], turns: list[dict[str, Any]]) -> list[int]:
+        tools = row.get("tools")
         ids = self.tokenizer.apply_chat_template(
             turns,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             chat_template=self.chat_template,
-            tools=row.get("tools"),
+            tools=json.loads(tools) if isinstance(tools, str) else tools,
             **(row.get("chat_template_kwargs") or {}),
         )
         return list(ids["input_ids"])
 
     def _render(self, place: str, row: Mapping[str, Any], more: Mapping[str, Any]) -> str:
-        from jinja2 import TemplateError, UndefinedError
+        from jinja2 import UndefinedError
 
+        # Preparation has put the end token behind plain text by now; the dataset has not.
+        end = self.tokenizer.eos_token or ""
+        texts = {name: value.removesuffix(end) if isinstance(value, str) else value for name, value in row.items()}
         try:
-            return _compiled(place, self.templates[place]).render({**row, **more})
+            return _compiled(place, self.templates[place]).render({**texts, **more})
         except UndefinedError as error:
             raise ConfigError(f"teacher_context.{place}: {error}; the rows have {', '.join({**row, **more})}") from None
-        except TemplateError as error:
-            raise ConfigError(f"teacher_context.{place} cannot be filled in: {error}") from None
+        except Exception as error:  # a template may do anything: add a number to a text, divide by zero
+            reason = str(error) or type(error).__name__
+            raise ConfigError(f"teacher_context.{place} cannot be filled in: {reason}; mend the template") from None
+
+
+def _text_of(content: Any) -> str:
+    """A message's text; of content in parts, the text of its parts."""
+    if isinstance(content, str) or content is None:
+        return content or ""
+    return "".join(str(part.get("text") or "") for part in content)
 
 
 def _before_the_answer(messages: Sequence[Mapping[str, Any]], is_prompt: bool) -> list[dict[str, Any]]:

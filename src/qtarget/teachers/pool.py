@@ -88,6 +88,11 @@ def pooled_head(heads: Sequence[tuple[float, Head]], weight: Tensor | None = Non
 
 def with_exchanged_rows(head: Head, a: int, b: int, weight: Tensor | None = None) -> Head:
     """The head with two ids exchanged; ``weight``: that of an earlier call with the same head."""
+    if max(a, b) >= head.weight.shape[0]:
+        raise ConfigError(
+            f"teacher_end_token is 'map', but the teacher has no row for token {max(a, b)} (its head has "
+            f"{head.weight.shape[0]}); use 'label'"
+        )
     order = torch.arange(head.weight.shape[0], device=head.weight.device)
     order[a], order[b] = b, a
     if weight is None:

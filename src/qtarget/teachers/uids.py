@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,15 +28,27 @@ _POSITION = (1 << _ROW) - 1
 _IDS, _BEGIN = "qtarget_context_ids", "qtarget_context_begin"
 
 
+@dataclass(frozen=True)
+class RowsThatAsk:
+    """The rows of some data sources: the others have a target without a teacher."""
+
+    column: str
+    sources: frozenset[str]
+
+    def __contains__(self, row: Mapping[str, Any]) -> bool:
+        return self.column not in row or str(row[self.column]) in self.sources
+
+
 class CachedUids:
     """Marks tokens with their place in a cache.
 
     Args:
-        cache: an opened cache. context: what its teacher read before each row, or None.
+        cache: an opened cache. context: what its teacher read before each row, or None. asking: rows that are looked up;
+            None for all.
     """
 
-    def __init__(self, cache: CachedTeacher, context: Context | None):
-        self.cache, self.context = cache, context
+    def __init__(self, cache: CachedTeacher, context: Context | None, asking: RowsThatAsk | None = None):
+        self.cache, self.context, self.asking = cache, context, asking
         self.column = PREFIX + cache.manifest["index"]["checksum"][:12]
 
     def mark(self, dataset: Any, name: str, cut: slice, **map_settings: Any) -> Any:
@@ -48,9 +61,11 @@ class CachedUids:
 
     def _marked(self, row: Mapping[str, Any], number: int, name: str, cut: slice) -> dict[str, list[int]]:
         ids, labels = row["input_ids"][cut], row["labels"][cut]
-        if all(label == -100 for label in labels[1:]):
+        if all(label == -100 for label in labels[1:]) or (self.asking is not None and row not in self.asking):
             return {self.column: [-1] * len(row["input_ids"])}
-        before = [] if self.context is None else _in_row(number, name, self.context.of, row, ids, labels)[0]
+        before: list[int] = []
+        if self.context is not None:
+            before = _in_row(number, name, _before, self.context, row, ids, labels)[0]
         places = self.cache.places(ids, labels, before)
         if places is None:
             raise ConfigError(
@@ -69,11 +84,12 @@ class ContextUids:
     """Marks tokens with their dataset, row and position, and keeps what the teacher reads before each row.
 
     Args:
-        context: the template, with the student's tokenizer. pad_token_id: fills the teacher's batches.
+        context: the template, with the student's tokenizer. pad_token_id: fills the teacher's batches. asking: rows whose
+            teacher is asked; None for all.
     """
 
-    def __init__(self, context: Context, pad_token_id: int):
-        self.context, self.pad_token_id = context, pad_token_id
+    def __init__(self, context: Context, pad_token_id: int, asking: RowsThatAsk | None = None):
+        self.context, self.pad_token_id, self.asking = context, pad_token_id, asking
         self.column = PREFIX + uuid.uuid4().hex[:12]
         self._tables: list[Dataset] = []
 
@@ -93,7 +109,10 @@ class ContextUids:
 
     def _marked(self, row: Mapping[str, Any], number: int, name: str, cut: slice, number_of_set: int) -> dict[str, Any]:
         ids, labels = row["input_ids"][cut], row["labels"][cut]
-        before, begin = _in_row(number, name, self.context.of, row, ids, labels)
+        if self.asking is not None and row not in self.asking:
+            nobody = [-1] * len(row["input_ids"])
+            return {self.column: nobody, _IDS: np.zeros(0, np.int64), _BEGIN: 0}
+        before, begin = _in_row(number, name, _before, self.context, row, ids, labels)
         first = (number_of_set << _SET) | (number << _ROW)
         uids = _within([first | position for position in range(len(ids))], len(row["input_ids"]), cut)
         return {self.column: uids, _IDS: np.asarray(before, dtype=np.int64), _BEGIN: begin}
@@ -152,6 +171,15 @@ def _documents(uid: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         (t,) = np.nonzero(line >= 0)
         ends = np.flatnonzero(np.diff(line[t]) != 1) + 1
         yield from ((b, part) for part in np.split(t, ends) if len(part))
+
+
+def _before(context: Context, row: Mapping[str, Any], ids: list[int], labels: list[int]) -> tuple[list[int], int]:
+    if "messages" in row and list(row["input_ids"][: len(ids)]) != list(ids):
+        raise ConfigError(
+            "truncation_mode is 'keep_end' and cuts this row of messages, where teacher_context would replace a question "
+            "that is no longer there; use keep_start, or a larger max_length"
+        )
+    return context.of(row, ids, labels)
 
 
 def _in_row(number: int, name: str, function: Any, *arguments: Any) -> Any:

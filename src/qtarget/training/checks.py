@@ -98,19 +98,27 @@ def missing_columns(
     return faults
 
 
-def reference_column(args: Any, sets: Iterable[tuple[str, Iterable[str] | None, Objective]]) -> tuple[bool, list[str]]:
+def reference_column(
+    args: Any, sets: Iterable[tuple[str, Iterable[str] | None, Objective]], reference_given: bool
+) -> tuple[bool, list[str]]:
     """Whether iw-sft's reference is read from a column in place of a model, and faults.
 
     Args:
-        sets: (name, columns, objective) of each dataset, the one that is trained first.
+        sets: (name, columns, objective) of each dataset, the one that is trained first. reference_given: as a model.
     """
     read = [(name, [*columns], objective) for name, columns, objective in sets if columns is not None]
     if args.weights != "online" or not read or REFERENCE not in read[0][1]:
         return False, []
-    if args.reference_model_name_or_path is not None:
+    other = "reference_model is given" if reference_given else "reference_model_name_or_path is set"
+    if reference_given or args.reference_model_name_or_path is not None:
         return False, [
-            f"reference_model_name_or_path is set, and the {read[0][0]} dataset has a column {REFERENCE!r}; the "
+            f"{other}, and the {read[0][0]} dataset has a column {REFERENCE!r}; the "
             "reference is read from one of them: leave one out"
+        ]
+    if args.packing and args.packing_strategy == "bfd_split":
+        return False, [
+            f"packing_strategy is 'bfd_split', which parts a row, and column {REFERENCE!r} is the mean over a whole one; "
+            "use packing_strategy: bfd"
         ]
     return True, [
         f"weights are taken against column {REFERENCE!r}, which the {name} dataset has not; add it there, or report "
@@ -237,6 +245,7 @@ def before_loading(
     eval_objective: Objective,
     kwargs: Mapping[str, Any],
     teacher_given: bool,
+    reference_given: bool,
 ) -> list[str]:
     """Every fault of a trainer's arguments that can be seen without weights."""
     objectives = [objective, eval_objective]
@@ -244,7 +253,9 @@ def before_loading(
     faults += missing_teacher(args, objectives, teacher_given) + two_teachers(args, teacher_given)
     faults += columns_cannot_follow(args, objectives)
     faults += adapter_on_head(getattr(kwargs.get("peft_config"), "target_modules", None))
-    faults += reference_column(args, column_sets(objective, eval_objective, kwargs))[1]
+    faults += reference_column(args, column_sets(objective, eval_objective, kwargs), reference_given)[1]
+    if any("teacher" in o.requires for o in objectives):
+        faults += teacher_setup.settings_faults(args)
     for name, dataset, trained in _sets(kwargs.get("train_dataset"), kwargs.get("eval_dataset")):
         columns = getattr(dataset, "column_names", None)
         if dataset is None or isinstance(columns, dict):

@@ -32,6 +32,7 @@ class FiguresTrainer(SFTTrainer):
     _sums: dict[str, TokenSums]
     _history: History | None
     _lines_logged: int
+    _reads_reference_column: bool
 
     @property
     def _step(self) -> int:
@@ -68,6 +69,11 @@ class FiguresTrainer(SFTTrainer):
         self._total_train_tokens += int(self.accelerator.gather_for_metrics(count).sum()) // self._tp_size
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
+    def _reference_named(self) -> str:
+        if self._reads_reference_column:
+            return "the column reference_logp"
+        return self._others.reference_name or "the adapters off"
+
     def describe(self) -> str:
         """One line: the targets, their formulas, the denominator and where the other models come from."""
         return identity.describe(self.args, self._objective, self._identity())
@@ -76,7 +82,7 @@ class FiguresTrainer(SFTTrainer):
         """What decides what is trained; see ``identity``."""
         others = self._others
         teacher = others.teacher_name or teacher_named_by(self.args, self._uids)
-        own = {"teacher": teacher, "reference": others.reference_name or "the adapters off"}
+        own = {"teacher": teacher, "reference": self._reference_named()}
         return identity.identity(self.args, self._objective, own)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

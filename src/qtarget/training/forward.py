@@ -227,14 +227,17 @@ def check_head_transform(
     """Compare logits rebuilt from hidden states with the model's own on a few tokens of the first row.
 
     ``mixed_precision``: the call computes in half precision and returns float32, so that dtypes do not tell.
-    NaN is left to the loss, which names step and row.
+    NaN is left to the loss, which names step and row. Of a row with several documents the first is looked at: a model
+    that is called without this trainer's settings may let them see each other.
 
     Raises:
         ConfigError: they differ; the architecture does something to its logits that is not known here.
     """
     few = {"input_ids": inputs["input_ids"][:1, :tokens]}
     if "position_ids" in inputs:
-        few["position_ids"] = inputs["position_ids"][:1, :tokens]
+        starts = (inputs["position_ids"][0, 1:tokens] == 0).nonzero()
+        tokens = int(starts[0]) + 1 if len(starts) else tokens
+        few = {name: inputs[name][:1, :tokens] for name in ("input_ids", "position_ids")}
     own = call(**few).logits.float()
     states = call(**few, qtarget=StatesCall())
     transform = HeadTransform.of(base.config)

@@ -55,7 +55,7 @@ class KeptWeights:
             elif share == 1:
                 self._kept[name].copy_(_local(parameter))
             else:
-                self._kept[name].lerp_(_local(parameter), share)
+                self._kept[name].lerp_(_local(parameter).to(self._kept[name].dtype), share)
         self.taken_at = step
 
     def _first(self, weights: Tensor) -> Tensor:
@@ -80,6 +80,10 @@ class KeptWeights:
             now = here.clone()  # one parameter at a time: a second full copy is never held
             here.copy_(kept)
             kept.copy_(now)
+
+    def forget(self) -> None:
+        """Start anew with the next optimiser step 0."""
+        self.taken_at = None
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

@@ -111,7 +111,7 @@ class OtherModels:
             return uids.cache.manifest["end_token"]
         if given is None and self._args.teacher_ema_decay is not None:
             return None
-        ends = sorted(end for end in end_tokens(self._args, given) if end < self._vocab_size)
+        ends = sorted(end for end in end_tokens(self._args, given, self._end) if end < self._vocab_size)
         if len(ends) > 1 and self._args.teacher_end_token == "map":
             raise ConfigError(
                 f"teacher_end_token is 'map', but the teachers end with different tokens ({ends}); use 'label'"
@@ -225,8 +225,9 @@ class OtherModels:
         return heads
 
     def _head(self, model: Any, inputs: dict[str, Any]) -> Head:
-        states = model(**inputs, qtarget=StatesCall())
         base = self.base(model)
+        self._check_ids(base, inputs["input_ids"])
+        states = model(**inputs, qtarget=StatesCall())
         weight, bias = states.weight, states.bias
         # A sharded model may have freed the gathered head when its forward ended: what it holds now is valid.
         now = head_parameters(base)[0]
@@ -243,6 +244,15 @@ class OtherModels:
             logit_softcap=transform.softcap,
             vocab_size=min(weight.shape[0], self._vocab_size),
         )
+
+    def _check_ids(self, base: Any, ids: Tensor) -> None:
+        """A model with fewer embeddings than the tokenizer has tokens cannot read them all."""
+        rows = base.get_input_embeddings().num_embeddings
+        if rows < self._vocab_size and int(ids.max()) >= rows:
+            raise ConfigError(
+                f"a teacher or reference has embeddings for {rows} tokens, fewer than the tokenizer's "
+                f"{self._vocab_size}, and the batch holds token {int(ids.max())}; use one with the same tokenizer"
+            )
 
     @torch.no_grad()
     def old_logps(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:

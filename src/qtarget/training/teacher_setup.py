@@ -17,7 +17,7 @@ from qtarget.teachers.cache import CachedTeacher
 from qtarget.teachers.context import Context, read_template
 from qtarget.teachers.fingerprints import template_hash, tokenizer_hash, weights_hash
 from qtarget.teachers.same_vocabulary import real_vocabulary_size, vocabulary_difference
-from qtarget.teachers.uids import CachedUids, ContextUids
+from qtarget.teachers.uids import CachedUids, ContextUids, RowsThatAsk
 
 logger = logging.getLogger(__name__)
 
@@ -26,34 +26,28 @@ logger = logging.getLogger(__name__)
 
 
 def open_uids(
-    args: Any, tokenizer: Any, chat_template: str | None, completion_only_loss: bool
+    args: Any,
+    tokenizer: Any,
+    chat_template: str | None,
+    completion_only_loss: bool,
+    asking: RowsThatAsk | None = None,
 ) -> CachedUids | ContextUids | None:
     """How the tokens of a run are joined to its teacher; None where it reads the student's own batch.
 
     Args:
         args: QTargetConfig. tokenizer: the student's. chat_template: in place of the tokenizer's own.
-        completion_only_loss: as the trainer resolved it.
+        completion_only_loss: as the trainer resolved it. asking: the rows whose target asks a teacher; None for all.
 
     Raises:
         ConfigError: a cache built for something else, with the first difference.
     """
     if args.teacher_cache is None and args.teacher_context is None:
         return None
-    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-        raise ConfigError(
-            "dataset_kwargs.skip_prepare_dataset is on, but teacher_cache and teacher_context find the teacher of a row "
-            "while rows are prepared; leave it out"
-        )
     if args.teacher_cache is None:
         templates = read_template(args.teacher_context)
         assert templates is not None
-        if args.packing and args.packing_strategy != "bfd":
-            raise ConfigError(
-                f"packing_strategy is {args.packing_strategy!r}, which goes on with a row in the next sequence, where "
-                "its teacher_context is no longer before it; use bfd, or build a teacher cache with this context"
-            )
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        return ContextUids(Context(templates, tokenizer, chat_template), pad)
+        return ContextUids(Context(templates, tokenizer, chat_template), pad, asking)
     cache = CachedTeacher(args.teacher_cache, args.teacher_tail)
     wanted = what_decides_rows(args, tokenizer, completion_only_loss)
     if args.teacher_context is None:  # the cache's own
@@ -61,7 +55,25 @@ def open_uids(
     if difference := manifests.first_difference(cache.manifest, wanted):
         raise ConfigError(f"teacher_cache is {args.teacher_cache!r}: {difference}")
     templates = cache.manifest["teacher_context"]
-    return CachedUids(cache, None if templates is None else Context(templates, tokenizer, chat_template))
+    return CachedUids(cache, None if templates is None else Context(templates, tokenizer, chat_template), asking)
+
+
+def settings_faults(args: Any) -> list[str]:
+    """Settings under which rows do not find their teacher."""
+    faults = []
+    if args.teacher_cache is None and args.teacher_context is None:
+        return []
+    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        faults.append(
+            "dataset_kwargs.skip_prepare_dataset is on, but teacher_cache and teacher_context find the teacher of a row "
+            "while rows are prepared; leave it out"
+        )
+    if args.teacher_cache is None and args.packing and args.packing_strategy != "bfd":
+        faults.append(
+            f"packing_strategy is {args.packing_strategy!r}, which goes on with a row in the next sequence, where "
+            "its teacher_context is no longer before it; use bfd, or build a teacher cache with this context"
+        )
+    return faults
 
 
 def what_decides_rows(args: Any, tokenizer: Any, completion_only_loss: bool) -> dict[str, Any]:
@@ -166,10 +178,11 @@ def named_models(args: Any) -> list[tuple[str, str | None, dict[str, Any]]]:
     return [(args.teacher_model_name_or_path, args.teacher_model_revision, args.teacher_model_init_kwargs or {})]
 
 
-def end_tokens(args: Any, given: Any = None) -> set[int]:
+def end_tokens(args: Any, given: Any = None, own: int | None = None) -> set[int]:
     """The tokens that the named teachers, or a model that was handed over, end a text with.
 
-    Of a named teacher it is its tokenizer's: a generation configuration may list several, the usual one not first.
+    Of a named teacher it is its tokenizer's. A model handed over may list several in its settings, and which it uses is
+    not known: where the student's ``own`` is among them, the two are taken to agree.
     """
     if given is None:
         ends = {teacher_tokenizer(*named).eos_token_id for named in named_models(args)}
@@ -177,7 +190,8 @@ def end_tokens(args: Any, given: Any = None) -> set[int]:
     for settings in (getattr(given, "generation_config", None), getattr(given, "config", None)):
         ids = getattr(settings, "eos_token_id", None)
         if ids is not None:
-            return {int(ids[0]) if isinstance(ids, list | tuple) else int(ids)}
+            several = [*map(int, ids)] if isinstance(ids, list | tuple) else [int(ids)]
+            return {own if own in several else several[0]}
     return set()
 
 

@@ -23,7 +23,7 @@ from qtarget.targets import Target
 from qtarget.teachers import cache
 from qtarget.teachers.frozen import evaluation_mode
 from qtarget.teachers.same_vocabulary import real_vocabulary_size
-from qtarget.teachers.uids import CachedUids, ContextUids
+from qtarget.teachers.uids import CachedUids, ContextUids, RowsThatAsk
 from qtarget.training import checks, denominator, identity
 from qtarget.training.config import QTargetConfig
 from qtarget.training.figures import FiguresTrainer
@@ -82,12 +82,13 @@ class QTargetTrainer(FiguresTrainer):
         self._objective = args.resolve_objective()
         self._eval_objective = args.resolve_eval_objective()
         sets = checks.column_sets(self._objective, self._eval_objective, kwargs)
-        self._reads_reference_column = checks.reference_column(args, sets)[0]
+        self._reads_reference_column = checks.reference_column(args, sets, reference_model is not None)[0]
         self._columns = self._columns_to_carry(args)
         self.rows_without_labels: dict[str, int] = {}
         self._uids: CachedUids | ContextUids | None = None
         objectives = self._objective, self._eval_objective
-        checks.raise_together(checks.before_loading(model, args, *objectives, kwargs, teacher_model is not None))
+        given = teacher_model is not None, reference_model is not None
+        checks.raise_together(checks.before_loading(model, args, *objectives, kwargs, *given))
         for warning in checks.unused_teacher(args, objectives, teacher_model is not None):
             logger.warning(warning)
         kwargs.pop("compute_loss_func", None)
@@ -165,9 +166,18 @@ class QTargetTrainer(FiguresTrainer):
         requires = self._objective.requires | self._eval_objective.requires
         if self._uids is None and ("teacher" in requires or self._always_opens_teacher):
             tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-            self._uids = open_uids(args, tokenizer, self.chat_template, self.completion_only_loss)
+            self._uids = open_uids(
+                args, tokenizer, self.chat_template, self.completion_only_loss, self._asking_rows(args)
+            )
         if self._uids is not None:
             self._columns = replace(self._columns, made=(self._uids.column,))
+
+    def _asking_rows(self, args: QTargetConfig) -> RowsThatAsk | None:
+        """The data sources whose target asks a teacher; None where every row may."""
+        if not self._objective.sources or args.eval_target is not None or self._always_opens_teacher:
+            return None
+        named = self._objective.targets.items()
+        return RowsThatAsk(args.source_column, frozenset(str(name) for name, t in named if "teacher" in t.requires))
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -274,7 +284,7 @@ class QTargetTrainer(FiguresTrainer):
         """psft's old policy and iw-sft's online weights: passes without gradient before the student's. The teacher's
         average moves before it is asked."""
         average = self._others.average
-        if average is not None and training and "teacher" in requires:
+        if average is not None and training:
             average.update(self._step)
         if self._others.old_policy is not None and "old_policy" in requires:
             if training:
@@ -311,6 +321,8 @@ class QTargetTrainer(FiguresTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         folder = checks.checkpoint_folder(resume_from_checkpoint, self.args.output_dir)
+        for kept in self._others.kept_weights:
+            kept.forget()
         if folder is not None:
             identity.check(folder, self._identity())
             for kept in self._others.kept_weights:
