@@ -196,6 +196,7 @@ class OtherModels:
         teachers = [] if self.teacher_source is None else [model for _, model in self.teacher_source.models]
         for other in (*teachers, self.reference):
             if other is not None:
+                self._check_ids(self.base(other), inputs["input_ids"])
                 check_head_transform(other, self.base(other), inputs)
 
     @torch.no_grad()
