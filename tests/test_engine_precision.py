@@ -217,3 +217,25 @@ def test_autocast_does_not_reach_the_engine():
     with torch.autocast("cpu", torch.bfloat16):
         got = engine(batch, target)
     assert max(errors(got, oracle(exact, target)).values()) <= BOUND
+
+
+@pytest.mark.parametrize("name", ["kd", "target-sft"])
+def test_a_large_vocabulary_and_logits_far_from_zero(name):
+    """A float32 softmax of 49,152 entries sums to 1 within 1e-5, which counts times logits of 40: the loss must not see it."""
+    torch.manual_seed(0)
+    vocab, tokens, width = 49152, 48, 64
+    weight, hidden = torch.randn(vocab, width), 1.2 * torch.randn(tokens, width)
+    teacher_weight, teacher_hidden = (
+        weight + 0.05 * torch.randn(vocab, width),
+        hidden + 0.05 * torch.randn(tokens, width),
+    )
+    z, z_teacher = hidden.double() @ weight.double().T, teacher_hidden.double() @ teacher_weight.double().T
+    labels = z.softmax(-1).multinomial(1).squeeze(1)
+    target = qt.preset(name)
+    truth = qt.target_loss(z, labels, target, teacher_logits=z_teacher, reduction="none").loss
+    ids = torch.arange(vocab, dtype=torch.int32).expand(tokens, vocab)
+    whole = qt.TopK(ids, z_teacher.log_softmax(-1).float(), torch.full((tokens,), -6e4))
+    for teacher in (qt.Head(teacher_hidden, teacher_weight), whole):
+        got = qt.linear_target_loss(hidden, weight, labels, target, teacher=teacher, reduction="none").loss
+        assert abs(float((got - truth).mean())) < 1.5e-6, type(teacher).__name__
+        assert float((got - truth).abs().max()) < 3e-5

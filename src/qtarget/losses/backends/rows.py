@@ -224,8 +224,10 @@ class RowMath:
             self._pooled(pool, rows, student, R)
         torch.softmax(R, -1, out=R)
         lse_shift = self._lse_shift(R, shift, factor, rows, student)
-        ce = student.lse - self.scratch.dot(R, z_covered)
-        kl = factor * self.scratch.dot(R, shift) - lse_shift.squeeze(1)
+        # A float32 softmax over 49,152 entries sums to 1 within some 1e-5, which counts times the size of the logits.
+        total = R.sum(-1)
+        ce = total * student.lse - self.scratch.dot(R, z_covered)
+        kl = factor * self.scratch.dot(R, shift) - total * lse_shift.squeeze(1)
         torch.add(-0.5 * lse_shift, shift, alpha=0.5 * factor, out=shift)  # d/2
         if bool(torch.isnan(kl).any()):  # an entry the pool rules out: 0 · (−inf)
             kl = 2 * torch.where(R > 0, R * shift, torch.zeros_like(R)).sum(-1)
