@@ -79,3 +79,4 @@ class Term:
     ce: Tensor  # CE(R, p)
     kl: Tensor  # KL(R ‖ p)
     lse_shift: Tensor  # log-normaliser of the pooled logits minus the student's
+    size: Tensor | None = None  # Σ |g| without the label, where it is known without another pass

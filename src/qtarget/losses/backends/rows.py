@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qtarget.errors import ConfigError
-from qtarget.losses.backends.kept_rows import add_kept, outside_kept
-from qtarget.losses.backends.parts import Rows, Scratch, Student, Term
+from qtarget.losses.backends.kept_rows import Outside, add_kept, kept_for, sums
+from qtarget.losses.backends.parts import KeptRows, Rows, Scratch, Student, Term
 from qtarget.losses.output import simplex_tolerance
 from qtarget.targets import Target, TokenStats
 from qtarget.targets.residual import Pool
@@ -53,7 +53,8 @@ class RowMath:
         if self.softcap is not None and self.gradient:
             capped = self.scratch.get("capped", *z.shape)
             torch.mul(z, 1 / self.softcap, out=capped).square_().neg_().add_(1)
-        student = self._student(z, labels)
+        kept = kept_for([pool for _, pool in self.target.residual_terms], rows)
+        student, outside = self._student(z, labels, kept)
         masses = [self._offset_mass(pool, rows, student) for _, pool in self.target.residual_terms[:1]]
         a, b, label_loss = self._weights(rows, student, masses)
         statistics = self._label_statistics(student, a, b)
@@ -61,7 +62,7 @@ class RowMath:
             loss = label_loss
             self._student_gradient(z, labels, student, a, statistics)
         else:
-            terms = self._pull(rows, student, a, b, statistics)
+            terms = self._pull(rows, student, outside, a, b, statistics)
             loss = label_loss + self._residual_value(student, terms, b)
             statistics["ce_q"] = self._ce_q(student, terms, a, b)
         if self.everything:
@@ -75,15 +76,13 @@ class RowMath:
 
     # -- the student ---------------------------------------------------------------------------------------------
 
-    def _student(self, z: Tensor, labels: Tensor) -> Student:
+    def _student(self, z: Tensor, labels: Tensor, kept: KeptRows | None) -> tuple[Student, Outside | None]:
         y = labels[:, None]
         p = torch.softmax(z, -1, out=self.scratch.get("p", *z.shape))
         top = p.amax(-1, keepdim=True)
         p_y = p.gather(1, y)
-        p.scatter_(1, y, 0.0)  # summed without the label, so that 1 − p_y keeps its digits where p_y is near 1
-        rest = p.sum(-1, keepdim=True)
-        p.scatter_(1, y, p_y)
-        total = rest + p_y
+        found = sums(p, z, y, p_y, kept, self.real, self.scratch)
+        total = found.rest + p_y
         z_y = z.gather(1, y)
         log_p_y = (p_y / total).log()
         lse = z_y - log_p_y
@@ -91,11 +90,11 @@ class RowMath:
         if bool(hopeless.any()):
             lse = torch.where(hopeless, z.amax(-1, keepdim=True) - (top / total).log(), lse)
             log_p_y = torch.where(hopeless, z_y - lse, log_p_y)
-        rest_mass = rest / total
+        rest_mass = found.rest / total
         log_p_y = torch.where(rest_mass < 0.5, torch.log1p(-rest_mass.clamp(max=0.5)), log_p_y)
         inv = 1 / total
-        entropy = lse.squeeze(1) - inv.squeeze(1) * self.scratch.dot(p, z)
-        return Student(
+        entropy = (lse - inv * found.dot).squeeze(1)
+        student = Student(
             scaled=p,
             inv=inv.squeeze(1),
             lse=lse.squeeze(1),
@@ -105,6 +104,7 @@ class RowMath:
             entropy=entropy,
             is_top1=(p_y >= top).squeeze(1),
         )
+        return student, found.outside
 
     def _weights(self, rows: Rows, student: Student, masses: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
         needs = self.target.needs
@@ -158,7 +158,13 @@ class RowMath:
     # -- gradient with residuals of their own --------------------------------------------------------------------
 
     def _pull(
-        self, rows: Rows, student: Student, a: Tensor, b: list[Tensor], statistics: dict[str, Tensor]
+        self,
+        rows: Rows,
+        student: Student,
+        outside: Outside | None,
+        a: Tensor,
+        b: list[Tensor],
+        statistics: dict[str, Tensor],
     ) -> list[Term]:
         """Write g = a (p − δ) + Σ b (p − R) over the logits, term by term."""
         z, y = rows.z, rows.labels[:, None]
@@ -168,8 +174,7 @@ class RowMath:
         terms = []
         for j, (pool, weight) in enumerate(zip(pools, b, strict=True)):
             start = (a * student.inv)[:, None] if j == 0 else None
-            outside = outside_kept(pool, rows, student, self.real, self.scratch)
-            if outside is None:
+            if outside is None or outside.kept is not kept_for([pool], rows):
                 term, label_pull = self._add_dense(j, pool, rows, student, weight, g, start)
             else:
                 term, label_pull = add_kept(outside, pool, rows, student, weight, g, start, self.real)
@@ -178,14 +183,22 @@ class RowMath:
         if g is not z:
             z.copy_(g)
         z.scatter_(1, y, at_label[:, None])
-        self._gradient_statistics(z, student, a, b, statistics)
+        size = terms[0].size if len(terms) == 1 else None
+        self._gradient_statistics(z, student, a, b, None if size is None else size + at_label.abs(), statistics)
         return terms
 
     def _gradient_statistics(
-        self, g: Tensor, student: Student, a: Tensor, b: list[Tensor], statistics: dict[str, Tensor]
+        self,
+        g: Tensor,
+        student: Student,
+        a: Tensor,
+        b: list[Tensor],
+        size: Tensor | None,
+        statistics: dict[str, Tensor],
     ) -> None:
+        """``size``: Σ |g|, where it is known."""
         work = self.scratch.get("work", *g.shape)
-        statistics["update"] = torch.abs(g, out=work).sum(-1) / 2
+        statistics["update"] = (torch.abs(g, out=work).sum(-1) if size is None else size) / 2
         # Non-negative weights that leave p a non-negative share give a non-negative Q: no need to look.
         mass = sum(b[1:], b[0])
         double = g.dtype == torch.float64
