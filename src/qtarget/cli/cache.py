@@ -76,7 +76,7 @@ def _build(words: list[str]) -> int:
     from rich.progress import Progress
 
     from qtarget.cli import setup
-    from qtarget.training import cache_build, teacher_setup
+    from qtarget.training import cache_build, cache_scorers, teacher_setup
 
     server = given["server"] is not None
     run = setup.read(rest, fixed_settings(rest, **({"target": "sft"} if server else {})), trains=False)
@@ -94,7 +94,7 @@ def _build(words: list[str]) -> int:
     plan = cache_build.plan(trainer, settings["shard_tokens"])
     scorer, about = None, cache_build.about(trainer)
     if server:
-        scorer, served = cache_build.server_scorer(trainer, given["server"], given["server_model"], settings["k"])
+        scorer, served = cache_scorers.server_scorer(trainer, given["server"], given["server_model"], settings["k"])
         about["teacher"] |= {"weights": None, "served_as": served}
     k = settings["k"]
     if settings["coverage"] is not None:

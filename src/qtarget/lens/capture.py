@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qtarget import __version__
+from qtarget.data.text import text_of
 from qtarget.errors import ConfigError
 from qtarget.lens.record import OTHERS, SIGNALS, Writer
 from qtarget.losses import Head, TopK
@@ -252,11 +253,3 @@ def _end_tokens(trainer: Any) -> list[int]:
     own = getattr(generation, "eos_token_id", None)
     ids.update(own if isinstance(own, list) else [own])
     return sorted(index for index in ids if index is not None)
-
-
-def text_of(tokenizer: Any, index: int) -> str:
-    """What a token reads as; one that is part of a character as the tokenizer's own symbol; no lone surrogates."""
-    text = tokenizer.decode([index], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if "\ufffd" in text or not text:
-        text = tokenizer.convert_ids_to_tokens(index) or f"<{index}>"
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")

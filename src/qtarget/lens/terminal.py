@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qtarget.data.text import visible
 from qtarget.errors import ConfigError
 from qtarget.lens.record import Record, rows_of
 from qtarget.lens.replay import Figures, Replay
@@ -17,12 +18,6 @@ from qtarget.targets import Target, presets
 # From little to much, told apart by lightness alone: colour-blind readers and grey printers see the same order.
 _RAMP = ("grey35", "grey50", "steel_blue", "deep_sky_blue1", "khaki1")
 _LEVELS = " .:+#"  # the same in plain text
-
-
-def visible(text: str) -> str:
-    """A token's text with spaces, breaks and control characters to be seen, and nothing a terminal would obey."""
-    shown = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else f"\\u{{{ord(c):x}}}" for c in shown)
 
 
 def show(record: Record, target: Target, row: int | None, console: Console) -> None:

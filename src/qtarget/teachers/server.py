@@ -22,17 +22,14 @@ import math
 import os
 import re
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 import requests
 
 from qtarget.errors import ConfigError
+from qtarget.teachers.server_answers import FORMS, NotSpoken, Reader, Scored, is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -40,32 +37,11 @@ logger = logging.getLogger(__name__)
 _RETRIED = frozenset({429, 500, 502, 503, 504})
 _LONGEST_BACKOFF = 60.0  # seconds
 _LONGEST_RETRY_AFTER = 600.0  # seconds; a server that asks for more is reported instead of waited for
-# A log-probability is computed in the server's precision, so that 0 and a sum of 1 may be passed by a little.
-_MOST_LOGPROB, _MOST_MASS = 1e-3, 1.01
-_LEAST_LOGPROB = -3e38  # below it float32 is infinite; vLLM writes -9999 for a token that cannot be
 # Any vocabulary of two has these ids; two lengths, to see that the server takes several prompts in a request.
 _PROBE = [[0, 1], [1, 0, 1]]
-_TOKEN_ID = re.compile(r"token_id:(-?[0-9]{1,18})", re.ASCII)
-_BARE_ID = re.compile(r"(-?[0-9]{1,18})", re.ASCII)
 _LIMIT = re.compile(
     r"logprobs?\b.*(greater than|less than|more than|at most|max[ _]?(imum|allowed|logprobs)|exceed|<=)", re.I
 )
-_SAME_MODEL = "serve a model with the student's tokenizer"
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What a server thinks of one sequence: entry i is about token i + 1, given the tokens before it.
-
-    Nothing precedes token 0, so n = len(sequence) - 1.
-    """
-
-    ids: np.ndarray
-    """[n, k] int32: the k likeliest tokens of each position, most likely first."""
-    logprobs: np.ndarray
-    """[n, k] float32: theirs."""
-    label_logprobs: np.ndarray
-    """[n] float32: of the sequence's own token, whether or not it is among the k."""
 
 
 class _Refused(Exception):
@@ -77,10 +53,6 @@ class _Refused(Exception):
 
     def __str__(self) -> str:
         return f'{self.status}, "{self.said}"' if self.said else str(self.status)
-
-
-class _NotSpoken(Exception):
-    """The answer does not have the form that was asked for; the text says what it has."""
 
 
 class TeacherServer:
@@ -118,13 +90,13 @@ class TeacherServer:
     ):
         key = (os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key).strip()
         faults = _url_faults(url)
-        if not _whole(vocab_size) or vocab_size < 2:
+        if not is_whole(vocab_size) or vocab_size < 2:
             faults.append(f"vocab_size is {vocab_size!r}; use the number of tokens that student and teacher share")
-        elif not _whole(k) or not 1 <= k <= vocab_size:
+        elif not is_whole(k) or not 1 <= k <= vocab_size:
             faults.append(f"k is {k!r}; use a whole number from 1 to the vocabulary's {vocab_size}")
         if not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
             faults.append(f"timeout is {timeout!r}; use a number of seconds above 0")
-        if not _whole(retries) or retries < 0:
+        if not is_whole(retries) or retries < 0:
             faults.append(f"retries is {retries!r}; use a whole number from 0")
         if not all("!" <= letter <= "~" for letter in key):
             # the value stays out of the message: most of it may be a key
@@ -137,7 +109,7 @@ class TeacherServer:
         self._timeout, self._retries = timeout, retries
         self._key = key
         self._served: str | None = None
-        self._form: type[_Reader] | None = None
+        self._form: type[Reader] | None = None
         self._session = requests.Session()
         # As a callable and not a header: requests would replace a header by what ~/.netrc has for the host.
         self._session.auth = self._sign
@@ -190,7 +162,7 @@ class TeacherServer:
             return self._ask(self._form, self._served, sequences)
         except _Refused as refusal:
             raise self._refusal(refusal) from None
-        except _NotSpoken as lacking:
+        except NotSpoken as lacking:
             raise ConfigError(
                 f"{self._form.name} was answered by {self._url} before and now {lacking}; "
                 "let no other server answer at that address"
@@ -216,14 +188,14 @@ class TeacherServer:
             )
         return self._model
 
-    def _negotiate(self, served: str) -> type[_Reader]:
+    def _negotiate(self, served: str) -> type[Reader]:
         """The first form whose answer to a tiny request passes every check."""
         why = []
-        for form in _FORMS:
+        for form in FORMS:
             try:
                 self._ask(form, served, _PROBE)
                 return form
-            except _NotSpoken as lacking:
+            except NotSpoken as lacking:
                 why.append(f"{form.name}: {lacking}")
             except _Refused as refusal:
                 # A strict server refuses a field it does not know; a limit on k would not be wider in another form.
@@ -235,7 +207,7 @@ class TeacherServer:
             "serve the teacher with vLLM"
         )
 
-    def _ask(self, form: type[_Reader], served: str, sequences: list[list[int]]) -> list[Scored]:
+    def _ask(self, form: type[Reader], served: str, sequences: list[list[int]]) -> list[Scored]:
         prompt = [[int(token) for token in ids] for ids in sequences]
         body = {"model": served, "prompt": prompt, "max_tokens": 1, "temperature": 0, **form.fields(self._k)}
         choices = self._in_order(self._request("/completions", body), len(prompt))
@@ -253,7 +225,7 @@ class TeacherServer:
                 "address of a vLLM or OpenAI-compatible server"
             )
         indices = [choice.get("index") for choice in choices]
-        order = {index: choice for index, choice in zip(indices, choices, strict=True) if _whole(index)}
+        order = {index: choice for index, choice in zip(indices, choices, strict=True) if is_whole(index)}
         if len(choices) != sent or order.keys() != set(range(sent)):
             raise ConfigError(
                 f"choices has index {indices} in the answer of {self._url} where {sent} prompts were sent; use a server "
@@ -380,182 +352,6 @@ class TeacherServer:
         return request
 
 
-class _Reader(ABC):
-    """Turns a choice of the answer into a ``Scored``, and refuses what does not fit the tokens that were sent."""
-
-    name: str
-
-    @staticmethod
-    @abstractmethod
-    def fields(k: int) -> dict[str, Any]:
-        """Of the request."""
-
-    @abstractmethod
-    def read(self, choice: dict[str, Any], ids: list[int], sequence: int) -> Scored:
-        """The checked answer to the prompt ``ids``, which has the number ``sequence`` in the request."""
-
-    def __init__(self, url: str, k: int, vocab_size: int):
-        self.url, self.k, self.vocab_size = url, k, vocab_size
-
-    def count(self, got: int, wanted: int, sequence: int, field: str) -> None:
-        if got != wanted:
-            raise ConfigError(
-                f"{field} of sequence {sequence} has {got} positions where {wanted} tokens were sent; start {self.url} "
-                "so that it neither truncates prompts nor adds special tokens"
-            )
-
-    def other_token(self, got: str, wanted: int, sequence: int, position: int) -> ConfigError:
-        return ConfigError(
-            f"{self.name} of sequence {sequence} {got} at position {position} where token {wanted} was sent, so "
-            f"{self.url} answers with other tokens; {_SAME_MODEL}, and let it add no special tokens"
-        )
-
-    def token(self, matched: re.Match[str], sequence: int, position: int) -> int:
-        token = int(matched[1])
-        if not 0 <= token < self.vocab_size:
-            raise ConfigError(
-                f"{self.name} of sequence {sequence} names token {token} at position {position}, outside the vocabulary "
-                f"of {self.vocab_size}; {_SAME_MODEL}"
-            )
-        return token
-
-    def logprob(self, value: Any, token: int, sequence: int, position: int) -> float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not _LEAST_LOGPROB <= value <= _MOST_LOGPROB:  # false for NaN
-            raise ConfigError(
-                f"{self.name} of sequence {sequence} gives token {token} the log-probability {value!r} at position "
-                f"{position}, which is no finite number of at most 0; look into the served weights and their dtype, and "
-                "start vLLM with --logprobs-mode raw_logprobs"
-            )
-        return float(value)
-
-    def scored(self, found: list[dict[int, tuple[float, int]]], own: list[int], sequence: int) -> Scored:
-        """From log-probability and rank of each token at positions 1, 2, ...; the own tokens are among them."""
-        n, k = len(found), self.k
-        ids = np.empty((n, k), np.int32)
-        logprobs = np.empty((n, k), np.float32)
-        labels = np.empty(n, np.float32)
-        for i, (entries, label) in enumerate(zip(found, own, strict=True)):
-            best = sorted(entries, key=lambda token: (-entries[token][0], entries[token][1], token))[:k]
-            ids[i] = best
-            logprobs[i] = [entries[token][0] for token in best]
-            labels[i] = entries[label][0]
-        masses = np.exp(logprobs.astype(np.float64)).sum(1)
-        for i in np.flatnonzero(masses > _MOST_MASS)[:1]:
-            raise ConfigError(
-                f"{self.name} of sequence {sequence} gives the {k} likeliest tokens at position {i + 1} a probability of "
-                f"{masses[i]:.4g} together, more than 1; start vLLM with --logprobs-mode raw_logprobs"
-            )
-        return Scored(ids, logprobs, labels)
-
-    def enough(self, entries: Mapping[Any, Any], sequence: int, position: int) -> None:
-        if len(entries) < self.k:
-            raise ConfigError(
-                f"{self.name} of sequence {sequence} has {len(entries)} entries at position {position} where k is "
-                f"{self.k}; use a server that gives so many (vLLM: --max-logprobs {self.k}), or ask for a smaller k"
-            )
-
-
-class _PromptLogprobs(_Reader):
-    name = "prompt_logprobs"
-
-    @staticmethod
-    def fields(k: int) -> dict[str, Any]:
-        return {"prompt_logprobs": k, "add_special_tokens": False}
-
-    def read(self, choice: dict[str, Any], ids: list[int], sequence: int) -> Scored:
-        positions = choice.get("prompt_logprobs")
-        if not isinstance(positions, list):
-            raise _NotSpoken("the answer has no such list")
-        self.count(len(positions), len(ids), sequence, self.name)
-        if positions[0]:
-            raise ConfigError(
-                f"{self.name} of sequence {sequence} has entries at position 0, which nothing precedes, so {self.url} "
-                f"answers with other tokens; {_SAME_MODEL}, and let it add no special tokens"
-            )
-        found = []
-        for position in range(1, len(ids)):
-            entries = positions[position]
-            if not isinstance(entries, dict):
-                raise _NotSpoken(f"position {position} has no mapping")
-            self.enough(entries, sequence, position)
-            found.append(self._position(entries, sequence, position))
-            if ids[position] not in found[-1]:
-                raise self.other_token("has no such entry", ids[position], sequence, position)
-        return self.scored(found, ids[1:], sequence)
-
-    def _position(self, entries: dict[str, Any], sequence: int, position: int) -> dict[int, tuple[float, int]]:
-        """Log-probability and rank of each token."""
-        found = {}
-        for key, entry in entries.items():
-            matched = _BARE_ID.fullmatch(key)
-            if matched is None:
-                raise _NotSpoken(f"position {position} has {key!r}, which is text and no token id")
-            token = self.token(matched, sequence, position)
-            given = entry if isinstance(entry, dict) else {}
-            rank = given["rank"] if _whole(given.get("rank")) else self.vocab_size
-            found[token] = (
-                self.logprob(given.get("logprob"), token, sequence, position),
-                rank,
-            )
-        return found
-
-
-class _Echo(_Reader):
-    name = "echo"
-
-    @staticmethod
-    def fields(k: int) -> dict[str, Any]:
-        return {"echo": True, "logprobs": k, "return_tokens_as_token_ids": True, "add_special_tokens": False}
-
-    def read(self, choice: dict[str, Any], ids: list[int], sequence: int) -> Scored:
-        given = choice.get("logprobs")
-        if not isinstance(given, dict):
-            raise _NotSpoken("the answer has no logprobs")
-        lists = {field: given.get(field) for field in ("tokens", "token_logprobs", "top_logprobs")}
-        for field, values in lists.items():
-            if not isinstance(values, list):
-                raise _NotSpoken(f"logprobs has no list of {field}")
-            # One more is the token generated after the prompt; a server may leave it out.
-            wanted = len(ids) + (len(values) == len(ids) + 1)
-            self.count(len(values), wanted, sequence, f"{field} of {self.name}")
-        tokens, own, top = lists.values()
-        assert tokens is not None and own is not None and top is not None
-        for position, wanted in enumerate(ids):
-            token = self.token(_as_id(tokens[position]), sequence, position)
-            if token != wanted:
-                raise self.other_token(f"has token {token}", wanted, sequence, position)
-        found = []
-        for position in range(1, len(ids)):
-            if not isinstance(top[position], dict):
-                raise _NotSpoken(f"top_logprobs has no mapping at position {position}")
-            self.enough(top[position], sequence, position)
-            entries = {}
-            for key, value in top[position].items():
-                token = self.token(_as_id(key), sequence, position)
-                entries[token] = (self.logprob(value, token, sequence, position), 0)
-            label = ids[position]
-            mine = self.logprob(own[position], label, sequence, position)
-            if abs(entries.setdefault(label, (mine, 0))[0] - mine) > 1e-3:
-                raise ConfigError(
-                    f"{self.name} of sequence {sequence} gives token {label} the log-probabilities {mine:.6g} and "
-                    f"{entries[label][0]:.6g} at position {position}; use a server whose two lists agree, such as vLLM"
-                )
-            found.append(entries)
-        return self.scored(found, ids[1:], sequence)
-
-
-_FORMS: tuple[type[_Reader], ...] = (_PromptLogprobs, _Echo)
-
-
-def _as_id(token: Any) -> re.Match[str]:
-    """A token written as token_id:123. A bare number may be the text of a digit."""
-    matched = _TOKEN_ID.fullmatch(token) if isinstance(token, str) else None
-    if matched is None:
-        raise _NotSpoken(f"tokens are text and no token ids, as {token!r}")
-    return matched
-
-
 def _url_faults(url: Any) -> list[str]:
     mend = "write it as http://localhost:8000"
     if not isinstance(url, str):
@@ -570,10 +366,6 @@ def _url_faults(url: Any) -> list[str]:
             # not shown: what follows is often a secret
             return ["url holds a user name or a query; give the address alone, and a key as api_key"]
     return [] if usable else [f"url is {url!r}; {mend}"]
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _root(error: BaseException) -> str:
