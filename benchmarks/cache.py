@@ -48,7 +48,7 @@ from qtarget import QTargetConfig, QTargetTrainer
 from qtarget.cli import cache as cache_verb
 from qtarget.cli import setup
 from qtarget.teachers.cache import INDEX, CachedTeacher
-from qtarget.training import cache_build, cache_doctor
+from qtarget.training import cache_build, cache_doctor, cache_scorers
 
 PARTS = ("engine", "step", "disk", "error")
 ENGINE_K = 64
@@ -185,7 +185,7 @@ class AskedOnce:
     def __init__(self, trainer: Any, k: int):
         self.trainer, self.k = trainer, k
         self.plan = cache_build.plan(trainer)
-        self._score = cache_build.LiveScorer(trainer, k)
+        self._score = cache_scorers.LiveScorer(trainer, k)
         self._kept: dict[tuple[int, ...], Kept] = {}
 
     def cut_to(self, k: int) -> cache_build.Scorer:
