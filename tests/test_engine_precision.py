@@ -221,7 +221,7 @@ def test_autocast_does_not_reach_the_engine():
 
 @pytest.mark.parametrize("name", ["kd", "target-sft"])
 def test_a_large_vocabulary_and_logits_far_from_zero(name):
-    """A float32 softmax of 49,152 entries sums to 1 within 1e-5, which counts times logits of 40: the loss must not see it."""
+    """A float32 softmax of 49,152 entries sums to 1 within 1e-5, which counts times logits of 40."""
     torch.manual_seed(0)
     vocab, tokens, width = 49152, 48, 64
     weight, hidden = torch.randn(vocab, width), 1.2 * torch.randn(tokens, width)
