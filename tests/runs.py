@@ -43,12 +43,11 @@ def quick(folder: Path, **settings: Any) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
-        "teacher_check_rows": 0,
     } | settings
 
 
 def config(folder: Path, **settings: Any) -> QTargetConfig:
-    return QTargetConfig(**quick(folder, **settings))
+    return QTargetConfig(**({"teacher_check_rows": 0} | quick(folder, **settings)))
 
 
 def trainer(
