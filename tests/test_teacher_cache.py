@@ -309,6 +309,18 @@ def test_rows_changed_since(world, some, tmp_path, capsys):
     assert main([str(w) for w in [*start, "--dataset_name", tmp_path / "turned", "--max_steps", 1]]) == 0
 
 
+def test_evaluation_rows_that_ask_no_teacher(world, some, tmp_path):
+    """They need not be in the cache where another target is reported for them."""
+    rows_ = data()
+    folder = write_rows(tmp_path / "data", rows_)
+    strange = json.dumps({**rows_[0], "completion": [{"role": "assistant", "content": "Not in the cache."}]})
+    (folder / "test.jsonl").write_text(strange + "\n")
+    start = ["train", "--config", world / "config.yaml", "--teacher_cache", some, "--dataset_name", folder]
+    start += ["--max_steps", 1, "--output_dir", tmp_path / "run"]
+    assert main([str(word) for word in [*start, "--eval_target", "sft"]]) == 0
+    assert "eval_nll" in (tmp_path / "run" / "trainer_state.json").read_text()
+
+
 def test_packed_before(some, tmp_path):
     packed = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], "seq_lengths": [2, 2]}] * 4)
     settings = {"packing": True, "target": "kd", "teacher_cache": str(some), "max_length": 120}

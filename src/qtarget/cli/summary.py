@@ -24,7 +24,7 @@ _DRIFT_ROWS = 64  # how far student and teacher are apart is read off that many 
 def evaluate(trainer: Any) -> dict[str, float]:
     """Held-out figures without their prefix; with a teacher also how far the student is from it."""
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-    if trainer.reads_teacher:
+    if trainer.evaluates_teacher:
         rows = trainer.eval_dataset
         few = rows.select(range(min(len(rows), _DRIFT_ROWS))) if hasattr(rows, "select") else rows
         with trainer.evaluating("kd"):
@@ -41,7 +41,7 @@ def show(trainer: Any, before: dict[str, float], after: dict[str, float], folder
         _table(before, after)
     else:
         print("no held-out rows: the dataset has no test split, so there is nothing to compare before and after")
-    if trainer.reads_teacher and before:
+    if trainer.evaluates_teacher and before:
         print(_about_drift(trainer, before, after))
     picture = folder / "curves.png"
     if curves.draw(trainer.state.log_history, str(trainer.args.resolve_objective()), picture):

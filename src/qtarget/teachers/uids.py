@@ -76,8 +76,8 @@ class CachedUids:
         return {self.column: _within(places, len(row["input_ids"]), cut)}
 
     def gather(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Further columns of a batch that has the column of uids."""
-        return self.cache.gather(batch[self.column])
+        """Further columns of a batch; none for rows that were not marked."""
+        return self.cache.gather(batch[self.column]) if self.column in batch else {}
 
 
 class ContextUids:

@@ -148,6 +148,7 @@ class QTargetTrainer(FiguresTrainer):
             dataset, processing_class, tokenise_only, False, formatting_func, dataset_name
         )
         self._open_teacher(args, processing_class)
+        asks = "teacher" in objective.requires or self._always_opens_teacher
         prepare = Preparation(
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
@@ -157,7 +158,7 @@ class QTargetTrainer(FiguresTrainer):
             seed=args.seed,
             num_proc=args.dataset_num_proc,
             columns=self._columns,
-            uids=self._uids,
+            uids=self._uids if asks else None,
         )
         return prepare(dataset, dataset_name, self.rows_without_labels)
 
@@ -207,6 +208,11 @@ class QTargetTrainer(FiguresTrainer):
     def reads_teacher(self) -> bool:
         """Whether there is a teacher to ask."""
         return self._others.teacher_source is not None
+
+    @property
+    def evaluates_teacher(self) -> bool:
+        """Whether the rows of evaluation find the teacher: by position always, by uid where their target asks one."""
+        return self.reads_teacher and (self._uids is None or "teacher" in self.args.resolve_eval_objective().requires)
 
     def _end_tokens_taught_by_label(self) -> int | None:
         """The student's end token, where the teacher ends with another and its word on that position is not taken."""
@@ -380,7 +386,7 @@ class QTargetTrainer(FiguresTrainer):
     def _not_loaded(self, requires: frozenset[str]) -> list[str]:
         others = self._others
         loaded = {
-            "teacher": self.reads_teacher,
+            "teacher": self.evaluates_teacher,
             "reference": others.reference is not None or others.has_adapters,
         }
         missing = [f"a {name}" for name, there in loaded.items() if name in requires and not there]
