@@ -81,9 +81,10 @@ def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, l
             for name, revision, kwargs in teacher_setup.named_models(config)
         ]
         faults += teacher_setup.settings_faults(config)
-        known = [_tokens_of(shape) for _, _, shape, _ in others]
+        known_shapes = [shape for _, _, shape, _ in others]
+        known = [_tokens_of(shape) for shape in known_shapes]
         if all(Path(name).is_dir() for name in [model.model_name_or_path, *(other[0] for other in others)]):
-            faults += _tokenizer_faults(asked)
+            faults += _tokenizer_faults(asked) if student is not None and None not in known_shapes else []
         elif student is not None and student.tokenizer and all(known):
             faults += [
                 f"{field} is {name!r}, which has the tokens of {shape.tokenizer} and the model those of "
@@ -173,7 +174,8 @@ def _model_line(name: str, revision: str | None, shape: shapes.Shape | None) -> 
 def _batch_line(config: Any, gpus: int, batch: int) -> str:
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     tokens = f"at most {batch * config.max_length:,} tokens" if config.max_length else "of any length"
-    return f"{gpus} GPU{'s' if gpus > 1 else ''} x {micro} rows x {accumulation} accumulations = {batch} rows a step, {tokens}"
+    split = f"{gpus} GPU{'s' if gpus > 1 else ''} x {micro} rows x {accumulation} accumulations"
+    return f"{split} = {batch} rows a step, {tokens}"
 
 
 def _steps_line(config: Any, steps: arithmetic.Steps | None) -> str:
