@@ -162,7 +162,7 @@ REFUSED: dict[str, tuple[Path, dict[str, Any], list[str], str]] = {
         MATH,
         {"max_steps": 265},
         [],
-        "max_steps is 265, but 1 epochs of 67600 rows are 264 whole steps of 256",
+        "max_steps is 265, but 1 epoch of 67600 rows are 264 whole steps of 256",
     ),
     "other rows": (MATH, {"expected_rows": 60000}, [], "are 234 whole steps of 256; set max_steps: 234"),
     "hardly any rows": (MATH, {"expected_rows": 20}, [], "fewer than a step's 256"),
@@ -193,6 +193,8 @@ REFUSED: dict[str, tuple[Path, dict[str, Any], list[str], str]] = {
         "to_pin names 'teacher_model_revision'",
     ),
     "to pin what is pinned": (MATH, {"model_revision": "a" * 40}, [], f"which is pinned to {'a' * 40}; take it out"),
+    "to pin a list": (MATH, {"to_pin": [["model_revision"]]}, [], "to_pin holds ['model_revision']; write text there"),
+    "a number as origin": (MATH, {"provenance": {"seed": 1}}, [], "provenance holds 1; write text there"),
     "an unknown field": (MATH, {"learning_rat": 1}, [], "'learning_rat'; did you mean learning_rate?"),
     "a note as a flag": (MATH, {}, ["--expected_rows", "5"], "unknown flag: --expected_rows"),
     "no teacher": (TAUGHT, {"teacher_model_name_or_path": None}, [], "needs a teacher and got none"),
@@ -388,7 +390,7 @@ def test_rows_and_shapes_are_read_from_what_is_there(at_hand):
     [
         (["--teacher_model_name_or_path", "ROOT/stranger"], "which has another tokenizer: id "),
         (["--target", "iw-sft"], "needs weights, but the train dataset has no column 'weight'"),
-        (["--max_steps", "5"], "max_steps is 5, but 1 epochs of 8 rows are 4 whole steps of 2"),
+        (["--max_steps", "5"], "max_steps is 5, but 1 epoch of 8 rows are 4 whole steps of 2"),
         (["--model_name_or_path", "ROOT/data"], "whose config cannot be read"),
         (["--dataset_name", "ROOT/nowhere"], "which is no folder here"),
     ],
@@ -579,3 +581,28 @@ def test_a_begin_token_that_the_tokenizer_adds_is_taken_off():
             return {"input_ids": [1, 7]}
 
     assert prepare._renderer(Begins(), "as_is")("<s><s>1 + 1?") == "1 + 1?"
+
+
+# -- the page ------------------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+
+
+def table(name: str) -> list[list[str]]:
+    found = re.search(rf"<!-- {name}: .*?-->\n(.*?)\n<!-- end of {name}", PAGE, re.S)
+    assert found is not None
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in found[1].splitlines()[2:]]
+
+
+def test_the_page_has_a_number_for_every_recipe():
+    assert {(row[0], row[1]) for row in table("numbers")} == {tuple(file.stem.split("_")[:2]) for file in FILES}
+    assert {len(row) for row in table("numbers")} == {7}
+
+
+def test_the_page_lists_the_notes_as_they_are():
+    assert {row[0].strip("`"): row[1] for row in table("notes")} == {k: told for k, (_, told) in recipe.NOTES.items()}
+
+
+def test_the_page_has_the_flags_of_the_recipes():
+    for data in (generate.NUMINA, generate.M23K):
+        assert " ".join(generate.relatives(data)) in PAGE

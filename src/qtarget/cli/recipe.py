@@ -57,6 +57,13 @@ def faults(notes: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
         for name in notes
         if not _is(notes[name], NOTES[name][0])
     ]
+    found += [
+        f"{name} holds {entry!r}; write text there"
+        for name in notes
+        if not found and NOTES[name][0] in (list, dict)
+        for entry in _entries(notes[name])
+        if not isinstance(entry, str)
+    ]
     if found:
         return found
     found += [f"{name} is {notes[name]}; use a number from 1" for name in notes if _is_below_one(notes[name])]
@@ -112,6 +119,10 @@ def _holds(fields: Mapping[str, Any], name: str) -> bool:
 def _near(name: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), [name for name in valid if name not in ABOUT], n=1)
     return f", or did you mean {near[0]!r}?" if near else ""
+
+
+def _entries(value: Any) -> list[Any]:
+    return [*value, *(value.values() if isinstance(value, Mapping) else [])]
 
 
 def _is(value: Any, kind: type) -> bool:

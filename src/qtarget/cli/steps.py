@@ -71,8 +71,9 @@ def faults(steps: Steps | None, batch: int, gpus: int, config: Any, expected: in
         return [f"the data have {steps.rows} rows, fewer than a step's {batch}; with dataloader_drop_last none is left"]
     wanted = math.floor(config.num_train_epochs * steps.whole)
     if config.max_steps > 0 and epochs and config.max_steps != wanted:
+        epoch = "1 epoch" if config.num_train_epochs == 1 else f"{config.num_train_epochs:g} epochs"
         found.append(
-            f"max_steps is {config.max_steps}, but {config.num_train_epochs:g} epochs of {steps.rows} rows are {wanted} "
+            f"max_steps is {config.max_steps}, but {epoch} of {steps.rows} rows are {wanted} "
             f"whole steps of {batch}; set max_steps: {wanted}, or leave out one of max_steps and num_train_epochs"
         )
     return found
