@@ -25,6 +25,7 @@ class Settings:
         values: settings of each group of fields ("training", "model", "script"), only those that were given.
         spelled: peers' keys for an objective.
         origin: field → "file" or "flag".
+        notes: what the file says of itself (``cli/recipe.py``).
         faults: what is wrong with them so far.
         unreadable: the config file could not be read.
     """
@@ -32,8 +33,14 @@ class Settings:
     values: dict[str, dict[str, Any]] = field(default_factory=lambda: {"training": {}, "model": {}, "script": {}})
     spelled: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     unreadable: bool = False
+
+    def given_by(self, origin: str) -> dict[str, Any]:
+        """The settings that came from "file" or "flag"."""
+        values = {name: value for group in self.values.values() for name, value in group.items()} | self.spelled
+        return {name: values[name] for name, place in self.origin.items() if place == origin and name in values}
 
 
 def groups() -> dict[str, type]:
@@ -47,6 +54,7 @@ def groups() -> dict[str, type]:
 
 def read(arguments: Sequence[str]) -> Settings:
     """Collect settings from ``--config FILE`` and ``--field value`` flags; faults are kept, not raised."""
+    from qtarget.cli import recipe
     from qtarget.targets import spellings
 
     settings = Settings()
@@ -56,6 +64,8 @@ def read(arguments: Sequence[str]) -> Settings:
     if config_file is not None:
         from_file = _read_file(str(config_file), settings.faults)
         settings.unreadable = from_file is None
+        settings.notes = {key: value for key, value in (from_file or {}).items() if key in recipe.NOTES}
+        settings.faults += recipe.faults(settings.notes, from_file or {})
         given += [("file", key, value) for key, value in (from_file or {}).items()]
     given += [("flag", key, value) for key, value in flags.items()]
     where = {
@@ -65,6 +75,8 @@ def read(arguments: Sequence[str]) -> Settings:
         if f.init
     }
     for origin, key, value in given:
+        if origin == "file" and key in recipe.NOTES:
+            continue
         if key in where:
             group, hint = where[key]
             try:

@@ -42,11 +42,23 @@ def read(
     Raises:
         ConfigError: every fault found, together.
     """
-    # TRL's own default trips a deprecation warning of Transformers on every start.
-    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
-    from qtarget.cli import settings as reading
     from qtarget.signals import manifest
 
+    run = check(arguments, fixed, trains)
+    settings, config, script = run.settings, run.config, run.script
+    raise_together(manifest.check(script.dataset_name, config, run.model))
+    run.datasets = load_datasets(script, settings.faults)
+    settings.faults += column_faults(config, run.datasets) if trainable else []
+    raise_together(settings.faults)
+    return run
+
+
+def check(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains: bool = True) -> Run:
+    """``read`` without the datasets: what the settings alone tell."""
+    from qtarget.cli import settings as reading
+
+    # TRL's own default trips a deprecation warning of Transformers on every start.
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
     settings = reading.read(arguments)
     if settings.unreadable:  # what else is missing may stand in that file
         raise ConfigError(settings.faults)
@@ -62,11 +74,7 @@ def read(
         settings.faults += _adapter_faults(model)
     raise_together(settings.faults)
     assert config is not None
-    raise_together(manifest.check(script.dataset_name, config, model))
-    datasets = _load_datasets(script, settings.faults)
-    settings.faults += _column_faults(config, datasets) if trainable else []
-    raise_together(settings.faults)
-    return Run(settings, config, model, script, datasets, notes)
+    return Run(settings, config, model, script, {}, notes)
 
 
 def raise_together(faults: list[str]) -> None:
@@ -140,7 +148,7 @@ def _adapter_faults(model: Any) -> list[str]:
     return checks.adapter_on_head(model.lora_target_modules) if model.use_peft else []
 
 
-def _column_faults(config: Any, datasets: dict[str, Any]) -> list[str]:
+def column_faults(config: Any, datasets: dict[str, Any]) -> list[str]:
     from qtarget.training import checks
 
     objective, eval_objective = config.resolve_objective(), config.resolve_eval_objective()
@@ -155,12 +163,17 @@ def _column_faults(config: Any, datasets: dict[str, Any]) -> list[str]:
     return faults
 
 
-def _load_datasets(script: Any, faults: list[str]) -> dict[str, Any]:
-    """{"train": ..., "test": ...}; a missing test split is left out, a missing train split is a fault."""
+def load_datasets(script: Any, faults: list[str], **how: Any) -> dict[str, Any]:
+    """{"train": ..., "test": ...}; a missing test split is left out, a missing train split is a fault.
+
+    ``how``: further arguments of ``datasets.load_dataset``.
+    """
     from datasets import load_dataset
 
     try:
-        splits = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+        splits = load_dataset(
+            script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming, **how
+        )
     except Exception as error:  # datasets raises many kinds, all of them about what was asked for
         faults.append(f"dataset_name is {script.dataset_name!r}, which cannot be loaded: {one_line(error)}")
         return {}

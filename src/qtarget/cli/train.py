@@ -15,6 +15,7 @@ from qtarget.errors import ConfigError
 
 _USAGE = """\
 usage: qtarget train --config FILE [--any_field value ...]
+       qtarget train --config FILE --dry_run [--gpus 8]   check a recipe without weights; nothing is written
        accelerate launch -m qtarget train --config FILE   (or torchrun --nproc_per_node N -m qtarget train ...)
 
 Fine-tune a model toward a target. Keys of the file and flags are TRL's names and those below; flags win. Peers'
@@ -29,14 +30,24 @@ def run(arguments: Sequence[str]) -> int:
     if "--help_all" in arguments or "--help-all" in arguments:
         _print_help_all()
         return 0
-    from qtarget.cli import setup
+    from qtarget.cli import options, setup
 
+    own, arguments = options.take(arguments, {"gpus": None}, flags=("dry_run",))
+    if own["dry_run"]:
+        from qtarget.cli import dry_run
+
+        return dry_run.run(arguments, options.whole("gpus", own["gpus"] or dry_run.GPUS, 1))
+    if own["gpus"] is not None:
+        raise ConfigError(
+            f"gpus is {own['gpus']!r} without --dry_run; a run takes its number of processes from accelerate launch "
+            "--num_processes, or torchrun --nproc_per_node"
+        )
     asked = setup.read(arguments)
     if _is_main():
         _print_settings(asked)
     trainer = setup.build(asked)
     try:
-        return _train(trainer, asked.config, asked.script)
+        return _train(trainer, asked)
     except ConfigError:
         print(file=sys.stderr)  # leave the progress bar's line
         raise
@@ -45,9 +56,10 @@ def run(arguments: Sequence[str]) -> int:
 # -- the run -----------------------------------------------------------------------------------------------------
 
 
-def _train(trainer: Any, config: Any, script: Any) -> int:
-    from qtarget.cli import setup, summary
+def _train(trainer: Any, asked: Any) -> int:
+    from qtarget.cli import recipe, setup, summary
 
+    config, script = asked.config, asked.script
     evaluated = trainer.eval_dataset is not None
     before = summary.evaluate(trainer) if evaluated else {}
     result = trainer.train(resume_from_checkpoint=setup.resume(config.resume_from_checkpoint))
@@ -58,6 +70,8 @@ def _train(trainer: Any, config: Any, script: Any) -> int:
     if trainer.accelerator.is_main_process:
         folder = Path(config.output_dir)
         (folder / "target.json").write_text(json.dumps(trainer.args.resolve_objective().to_config(), indent=2) + "\n")
+        if asked.settings.notes:
+            recipe.write(folder, asked.settings.notes, asked.settings.given_by("flag"))
         if evaluated:
             (folder / "before_after.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
         # After the last evaluation, whose figures it shows. A folder is no data set of the hub to link to.

@@ -1,0 +1,243 @@
+"""``qtarget train --dry_run``: everything of a recipe that can be checked without weights. Nothing is written."""
+
+from __future__ import annotations
+
+import tempfile
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qtarget.cli import memory, recipe, setup, shapes
+from qtarget.cli import steps as arithmetic
+from qtarget.cli.steps import GPUS
+from qtarget.errors import ConfigError
+
+__all__ = ["GPUS", "run"]
+
+_GIB = 2**30
+
+
+def run(arguments: Sequence[str], gpus: int) -> int:
+    """Check and tell. Returns 0; raises ConfigError with every contradiction found."""
+    asked = setup.check(arguments)
+    faults: list[str] = []
+    student, others, untold = _models(asked, faults)
+    rows, where = _rows(asked, faults)
+    notes, config = asked.settings.notes, asked.config
+    batch = gpus * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    unpacked = rows is not None and not config.packing
+    steps = arithmetic.of(rows, gpus, config) if rows is not None and unpacked else None
+    given_epochs = "num_train_epochs" in asked.settings.origin
+    faults += arithmetic.faults(steps, batch, gpus, config, notes.get("expected_batch"), given_epochs)
+    setup.raise_together(faults)
+
+    print(f"dry run on {gpus} GPU{'s' if gpus > 1 else ''}: no weights are loaded, nothing is written")
+    if "name" in notes:
+        _tell("recipe", notes["name"])
+    _tell("settings", f"{len(asked.settings.origin)} given, all valid; {config.resolve_objective().describe()}")
+    for note in asked.notes:
+        _tell("", note)
+    _tell("model", _model_line(asked.model.model_name_or_path, asked.model.model_revision, student))
+    for name, revision, shape, _ in others:
+        _tell("teacher", _model_line(name, revision, shape))
+    _tell("data", f"{asked.script.dataset_name}: {where}")
+    _tell("batch", _batch_line(config, gpus, batch))
+    _tell("steps", _steps_line(config, steps))
+    _tell("clipping", _clipping_line(config))
+    _show_memory(asked, gpus, student, others)
+    _show_notes(notes, untold)
+    print("nothing contradicts itself")
+    return 0
+
+
+# -- what is looked at -------------------------------------------------------------------------------------------
+
+Model = tuple[str, str | None, shapes.Shape | None, int]
+
+
+def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, list[Model], list[str]]:
+    """(the student's shape, (name, revision, shape, bytes of a number) of each frozen model, what could not be told)."""
+    from qtarget.training import teacher_setup
+
+    config, model = asked.config, asked.model
+    requires = config.resolve_objective().requires | config.resolve_eval_objective().requires
+    models, untold = config.models_for(requires), []
+
+    def find(field: str, name: str, revision: str | None) -> shapes.Shape | None:
+        try:
+            return shapes.find(field, name, revision, config.trust_remote_code)
+        except ConfigError as error:
+            faults.extend(error.faults)
+            return None
+
+    student = find("model_name_or_path", model.model_name_or_path, model.model_revision)
+    others: list[Model] = []
+    if "teacher" in models and config.teacher_cache is None and config.teacher_ema_decay is None:
+        field = "teachers" if config.teachers is not None else "teacher_model_name_or_path"
+        others += [
+            (name, revision, find(field, name, revision), _bytes_of(kwargs.get("dtype")))
+            for name, revision, kwargs in teacher_setup.named_models(config)
+        ]
+        faults += teacher_setup.settings_faults(config)
+        known_shapes = [shape for _, _, shape, _ in others]
+        known = [_tokens_of(shape) for shape in known_shapes]
+        if all(Path(name).is_dir() for name in [model.model_name_or_path, *(other[0] for other in others)]):
+            faults += _tokenizer_faults(asked) if student is not None and None not in known_shapes else []
+        elif student is not None and student.tokenizer and all(known):
+            faults += [
+                f"{field} is {name!r}, which has the tokens of {shape.tokenizer} and the model those of "
+                f"{student.tokenizer}; use a teacher of the same family"
+                for name, _, shape, _ in others
+                if shape is not None and shape.tokenizer != student.tokenizer
+            ]
+        else:
+            untold.append("whether student and teacher have the same tokens: their tokenizers are not here")
+    if "reference" in models and config.reference_model_name_or_path is not None:
+        name, revision = config.reference_model_name_or_path, config.reference_model_revision
+        others.append((name, revision, find("reference_model_name_or_path", name, revision), 4))
+    for name, shape in [(model.model_name_or_path, student), *((other[0], other[2]) for other in others)]:
+        if shape is None:
+            untold.append(f"the memory of {name}: it has no config here, and its shape is not in qtarget's table")
+    return student, others, untold
+
+
+def _tokens_of(shape: shapes.Shape | None) -> str | None:
+    return None if shape is None else shape.tokenizer
+
+
+def _bytes_of(dtype: Any) -> int:
+    return {"bfloat16": 2, "float16": 2, "auto": 2}.get(str(getattr(dtype, "value", dtype)), 4)
+
+
+def _tokenizer_faults(asked: setup.Run) -> list[str]:
+    from transformers import AutoTokenizer
+
+    from qtarget.training import teacher_setup
+
+    name = asked.model.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        return [f"model_name_or_path is {name!r}, whose tokenizer cannot be loaded: {setup.one_line(error)}"]
+    return teacher_setup.tokenizer_faults(asked.config, tokenizer)
+
+
+def _rows(asked: setup.Run, faults: list[str]) -> tuple[int | None, str]:
+    """(rows of the training data, where that number is from)."""
+    import datasets as hub
+
+    from qtarget.signals import manifest
+
+    hub.disable_progress_bars()
+    name, notes = asked.script.dataset_name, asked.settings.notes
+    expected = notes.get("expected_rows")
+    if Path(name).exists():
+        faults += manifest.check(name, asked.config, asked.model)
+        with tempfile.TemporaryDirectory() as cache:  # what datasets makes of the files goes with it
+            datasets = setup.load_datasets(asked.script, faults, cache_dir=cache)
+            faults += setup.column_faults(asked.config, datasets)
+            rows = len(datasets["train"]) if "train" in datasets and not asked.script.dataset_streaming else None
+            columns = ", ".join(datasets["train"].column_names or []) if "train" in datasets else "none"
+        if rows is None:
+            return expected, f"columns {columns}; its rows are not counted"
+        told = "" if expected in (None, rows) else f"; the recipe expects {expected:,}"
+        return rows, f"{rows:,} rows with {columns}{told}"
+    source = notes.get("dataset_source")
+    if source is None and shapes.is_path(name):
+        faults.append(f"dataset_name is {name!r}, which is no folder here; make it, or name a hub id")
+        return expected, ""
+    said = "not known here" if expected is None else f"{expected:,} as the recipe says"
+    if source is None:
+        return expected, f"taken as a hub id and not asked; rows: {said}"
+    return expected, f"not prepared yet, from {source}; rows: {said}"
+
+
+# -- what is told ------------------------------------------------------------------------------------------------
+
+
+def _tell(what: str, text: str) -> None:
+    first, *more = textwrap.wrap(text, 104, break_long_words=False, break_on_hyphens=False) or [""]
+    print(f"  {what:<10}{first}")
+    for line in more:
+        print(f"  {'':<10}{line}")
+
+
+def _model_line(name: str, revision: str | None, shape: shapes.Shape | None) -> str:
+    told = f"{name}, revision {'default' if revision is None else revision}"
+    if shape is None:
+        return f"{told}; its shape is not known here"
+    return f"{told}; {shape.parameters / 1e9:.2f} billion parameters, head of {shape.vocab:,} rows ({shape.source})"
+
+
+def _batch_line(config: Any, gpus: int, batch: int) -> str:
+    micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    tokens = f"at most {batch * config.max_length:,} tokens" if config.max_length else "of any length"
+    split = f"{gpus} GPU{'s' if gpus > 1 else ''} x {micro} rows x {accumulation} accumulations"
+    return f"{split} = {batch} rows a step, {tokens}"
+
+
+def _steps_line(config: Any, steps: arithmetic.Steps | None) -> str:
+    if steps is None:
+        why = "packing puts several rows into one" if config.packing else "the number of rows is not known here"
+        return f"{config.max_steps}" if config.max_steps > 0 else f"not known: {why}"
+    total, warm = steps.total, config.get_warmup_steps(steps.total)
+    told = f"{total}, {warm} of them warm-up; an epoch of {steps.rows:,} rows has {steps.whole} whole steps"
+    over = steps.rows - steps.whole * steps.batch
+    if not over:
+        return told
+    if not steps.short:
+        return f"{told}; {over} rows are left over"
+    if total == steps.whole:
+        return f"{told}; max_steps stops before the {over} rows left over"
+    return f"{told} and one of {steps.short} rows"
+
+
+def _clipping_line(config: Any) -> str:
+    limit = f"gradient norm {config.max_grad_norm:g}" if config.max_grad_norm else "none"
+    return f"{limit}, of a gradient whose denominator is {config.denominator}"
+
+
+def _show_memory(asked: setup.Run, gpus: int, student: shapes.Shape | None, others: list[Model]) -> None:
+    config, model = asked.config, asked.model
+    if student is None or any(shape is None for _, _, shape, _ in others) or not config.max_length:
+        return
+    requires = config.resolve_objective().requires
+    needed = config.models_for(requires)
+    copies = int("old_policy" in needed) + int(config.teacher_ema_decay is not None)
+    copies += int("reference" in needed and config.reference_model_name_or_path is None and not model.use_peft)
+    work = memory.Workload(
+        student,
+        gpus,
+        config.per_device_train_batch_size * config.max_length,
+        _bytes_of(model.dtype),
+        [(shape, width) for _, _, shape, width in others if shape is not None],
+        copies,
+        bool(config.gradient_checkpointing),
+        not model.use_peft,
+    )
+    kinds = ("ddp", "zero2", "fsdp2") if gpus > 1 else ("ddp",)
+    _tell("memory", "GiB on each GPU by arithmetic, allocator, NCCL and CUDA not counted (docs/reproduce.md)")
+    names = {"ddp": "DDP" if gpus > 1 else "one GPU", "zero2": "ZeRO-2", "fsdp2": "FSDP2"}
+    print(f"  {'':<10}{'':<8}{'all':>8}{''.join(f'{part:>13}' for part in memory.PARTS)}")
+    for kind in kinds:
+        parts = memory.estimate(work, kind)
+        cells = "".join(f"{parts[part] / _GIB:>13.1f}" for part in memory.PARTS)
+        print(f"  {'':<10}{names[kind]:<8}{sum(parts.values()) / _GIB:>8.1f}{cells}")
+    if model.use_peft:
+        _tell("", "gradients and AdamW of the adapters are not counted")
+
+
+def _show_notes(notes: dict[str, Any], untold: list[str]) -> None:
+    entries = {name: recipe.origin(text) for name, text in notes.get("provenance", {}).items()}
+    known = {name: found for name, found in entries.items() if found is not None}
+    if known:
+        counts = Counter(found[0] for found in known.values())
+        _tell("values", ", ".join(f"{number} {origin}" for origin, number in sorted(counts.items())))
+        ours = [name for name, found in known.items() if found[0] == "ours"]
+        _tell("ours", ", ".join(ours) or "none")
+    if notes.get("to_pin"):
+        _tell("to pin", ", ".join(notes["to_pin"]) + ": they name branches, which move")
+    for what in [*notes.get("unknown", []), *untold]:
+        _tell("unknown", what)
