@@ -21,7 +21,7 @@ from datasets import Dataset, Features, List, Value
 from qtarget.errors import ConfigError
 from qtarget.signals.decoding import Greedy
 from qtarget.signals.progress import Progress
-from qtarget.signals.verifiers import Judge
+from qtarget.evaluation.verifiers import Judge
 
 COLUMN = "critical"
 # An alternative to decode: (problem, position in the answer, which of the alternatives). The smallest comes first, so
