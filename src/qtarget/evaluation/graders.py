@@ -17,10 +17,10 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, unknown
 from qtarget.evaluation import equality, extraction, verifiers
 
-LOADER = "qtarget.evaluation.graders:load"
+LOADER = "qtarget.evaluation.graders:load_in_child"
 # A judgement that takes more memory than this fails instead of taking the machine with it; qtarget's own graders only,
 # since a user's may map a model.
 MEMORY_BYTES = 4 << 30
@@ -28,10 +28,12 @@ MEMORY_BYTES = 4 << 30
 Grader = Callable[[str, Mapping[str, Any]], dict[str, Any]]
 
 
-def check(name: str, field: str = "verifier") -> None:
+def check(name: str) -> None:
     """Raise ConfigError where a name is no grader or what it needs is not installed."""
     if name == "choice":
         return
+    if name != "math" and ":" not in name:
+        raise unknown("verifier", name, ("math", "choice", "reasoning_gym:TASK", "my_pkg.my_module:function"))
     verifiers.check("math_verify" if name == "math" else name)
 
 
@@ -52,16 +54,21 @@ def version(name: str) -> str:
     return f"sha256-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
 
 
+def load_in_child(name: str) -> Grader:
+    """``load``, and a limit on the memory of this process."""
+    if ":" not in name or name.startswith("reasoning_gym:"):
+        _limit_memory()
+    return load(name)
+
+
 def load(name: str) -> Grader:
     """The grader of a checked name, with what it imports at its first call imported."""
     if name == "choice":
         return _choice
     if name == "math":
-        _limit_memory()
         equality.same(r"\frac{\sqrt{1}}{2}", r"\frac{\sqrt{4}}{4}")
         return _math
     if name.startswith("reasoning_gym:"):
-        _limit_memory()
         return _reasoning_gym(name)
     own = verifiers.load(name)
     return lambda text, row: _verdict(name, own(text, row))
@@ -138,12 +145,16 @@ def _verdict(name: str, said: Any) -> dict[str, Any]:
     if not isinstance(said, dict):
         return {"parsed": None, "lenient_parsed": None, "strict": bool(said), "lenient": bool(said), "unparsed": True}
     if "strict" not in said:
-        raise ConfigError(f"verifier is {name!r}, which returned {json.dumps(said, default=str)[:100]} without 'strict'")
+        raise ConfigError(
+            f"verifier is {name!r}, which returned {json.dumps(said, default=str)[:100]} without 'strict'"
+        )
     parsed = None if said.get("parsed") is None else str(said["parsed"])
+    lenient = said.get("lenient_parsed", parsed)
+    lenient = None if lenient is None else str(lenient)
     strict = bool(said["strict"])
     return {
         "parsed": parsed,
-        "lenient_parsed": None if said.get("lenient_parsed", parsed) is None else str(said.get("lenient_parsed", parsed)),
+        "lenient_parsed": lenient,
         "strict": strict,
         "lenient": bool(said.get("lenient", strict)),
         **({} if "parsed" in said else {"unparsed": True}),

@@ -142,7 +142,10 @@ def finish(folder: Path, scores: dict[str, Any]) -> None:
 
 def problems(folder: Path, task: str) -> list[Problem]:
     """Those of a finished or begun folder."""
-    return [Problem(record["id"], record["prompt"], record["row"]) for record in _lines(folder / "problems" / f"{task}.jsonl")]
+    return [
+        Problem(record["id"], record["prompt"], record["row"])
+        for record in _lines(folder / "problems" / f"{task}.jsonl")
+    ]
 
 
 # -- samples -------------------------------------------------------------------------------------------------------
@@ -170,7 +173,9 @@ def _lines(file: Path, half_allowed: bool = False) -> list[dict[str, Any]]:
             if not isinstance(record, dict):
                 raise ValueError
         except ValueError:
-            raise ConfigError(f"{file} is damaged in line {number}; delete that line and run qtarget eval again") from None
+            raise ConfigError(
+                f"{file} is damaged in line {number}; delete that line and run qtarget eval again"
+            ) from None
         records.append(record)
     return records
 
@@ -206,7 +211,9 @@ class Samples:
         for file in [self.final, *parts] if self.final.is_file() else parts:
             for number, record in enumerate(_lines(file, half_allowed=True), start=1):
                 if not {"problem", "sample", "text", "finish", "strict"} <= record.keys():
-                    raise ConfigError(f"{file} is damaged in line {number}; delete that line and run qtarget eval again")
+                    raise ConfigError(
+                        f"{file} is damaged in line {number}; delete that line and run qtarget eval again"
+                    )
                 self.done.setdefault(key(record), record)
 
     def _glob(self) -> str:

@@ -54,7 +54,7 @@ class Judges:
 
     def __call__(self, items: Sequence[tuple[dict[str, Any], dict[str, Any]]], version: str) -> list[dict[str, Any]]:
         """(sample, problem's row) → the samples with their verdicts."""
-        return list(self._threads.map(lambda item: self._one(*item, version), items))
+        return list(self._threads.map(lambda item: self._one(item[0], item[1], version), items))
 
     def _one(self, sample: dict[str, Any], row: dict[str, Any], version: str) -> dict[str, Any]:
         said: dict[str, Any] = {"parsed": None, "lenient_parsed": None, "strict": False, "lenient": False}
@@ -259,7 +259,9 @@ def rescore(
         with Judges(about["verifier"], timeout, processes) as judges:
             for start in range(0, len(held), 64):
                 batch = held[start : start + 64]
-                fresh = [({k: v for k, v in record.items() if k != "unparsed"}, rows[record["problem"]]) for record in batch]
+                fresh = [
+                    ({k: v for k, v in record.items() if k != "unparsed"}, rows[record["problem"]]) for record in batch
+                ]
                 judged += judges(fresh, version)
                 done += len(batch)
                 step(done)
@@ -279,7 +281,9 @@ def finished(folder: Path) -> dict[str, Any]:
     """The manifest of a finished folder, or ConfigError."""
     manifest = records.read_manifest(folder)
     if manifest is None:
-        raise ConfigError(f"{str(folder)!r} holds no results (no {records.FILE}); name a folder that qtarget eval wrote")
+        raise ConfigError(
+            f"{str(folder)!r} holds no results (no {records.FILE}); name a folder that qtarget eval wrote"
+        )
     if not manifest["finished"]:
         raise ConfigError(
             f"{str(folder)!r} is unfinished; run the same qtarget eval command again, it goes on where it stopped"

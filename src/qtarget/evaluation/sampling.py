@@ -141,7 +141,7 @@ class Sampler:
         top_p: float,
         device: torch.device | None = None,
     ):
-        self.tokenizer = load_tokenizer(name, revision)
+        self.tokenizer: Any = load_tokenizer(name, revision)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.model: Any = load_frozen(name, revision, {"dtype": dtype} if dtype else None, self.device)
@@ -152,8 +152,8 @@ class Sampler:
         self.ends = end_tokens(self.tokenizer, self.model.generation_config)
         pad = self.tokenizer.pad_token_id
         self._pad = min(self.ends) if pad is None else pad
-        width = self.model.get_output_embeddings().weight.shape[0]
-        self._vocab = min(len(self.tokenizer), width)  # the rest of a padded head is no token
+        head: Any = self.model.get_output_embeddings()
+        self._vocab = min(len(self.tokenizer), head.weight.shape[0])  # the rest of a padded head is no token
         self._settings = GenerationConfig(
             do_sample=False,
             num_beams=1,

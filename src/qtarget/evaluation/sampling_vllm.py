@@ -17,7 +17,9 @@ from qtarget.evaluation.sampling import Completion, Request, end_tokens, load_to
 def check() -> None:
     """Raise ConfigError where vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
-        raise ConfigError("backend is 'vllm', but vllm is not installed; pip install 'qtarget[vllm]', or use transformers")
+        raise ConfigError(
+            "backend is 'vllm', but vllm is not installed; pip install 'qtarget[vllm]', or use transformers"
+        )
 
 
 class VllmSampler:
@@ -44,7 +46,7 @@ class VllmSampler:
             why = " ".join(str(error).split())
             raise ConfigError(f"model is {name!r}, which vLLM cannot load: {why}") from error
         try:
-            own = GenerationConfig.from_pretrained(name, revision=revision)
+            own = GenerationConfig.from_pretrained(name, revision=revision or "main")
         except OSError:  # it has none
             own = None
         self.ends = end_tokens(self.tokenizer, own)

@@ -95,8 +95,8 @@ def rows(name: str) -> list[dict[str, Any]]:
     if None in found:
         at = found.index(None)
         raise ConfigError(
-            f"task is {name!r}, but row {at} of {benchmark.hub} has columns {', '.join(kept[at])} that are not understood; "
-            f"{_own_file(benchmark)}"
+            f"task is {name!r}, but row {at} of {benchmark.hub} has columns {', '.join(kept[at])} that are not understood"
+            f"; {_own_file(benchmark)}"
         )
     return [row for row in found if row is not None]
 
@@ -122,7 +122,9 @@ def _loaded(name: str, benchmark: Benchmark) -> Any:
         return next(iter(splits.values()))
     if "test" in splits:
         return splits["test"]
-    raise ConfigError(f"task is {name!r}, but {benchmark.hub} has the splits {', '.join(splits)}; {_own_file(benchmark)}")
+    raise ConfigError(
+        f"task is {name!r}, but {benchmark.hub} has the splits {', '.join(splits)}; {_own_file(benchmark)}"
+    )
 
 
 def _math_row(row: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -139,7 +141,9 @@ def choice_row(row: Mapping[str, Any]) -> dict[str, Any] | None:
     question, options = _first(row, ("question", "prompt", "Question")), options_of(row)
     if "final_decision" in row:  # PubMedQA: the abstract is read, the answer a word
         context = row.get("context")
-        abstract = "\n".join((context or {}).get("contexts", [])) if isinstance(context, Mapping) else str(context or "")
+        abstract = (
+            "\n".join((context or {}).get("contexts", [])) if isinstance(context, Mapping) else str(context or "")
+        )
         question, options = f"{abstract}\n{question}", ["yes", "no", "maybe"]
     if question is None or not options:
         return None

@@ -142,15 +142,17 @@ def _file_rows(file: Path, verifier: str) -> list[dict[str, Any]]:
         needed = ("prompt", "options", "answer") if verifier == "choice" else ("prompt", "answer")
         missing = [key for key in needed if not isinstance(row, dict) or key not in row]
         if missing:
-            raise ConfigError(f"{file}, line {number}, has no {missing[0]!r}; each line is an object with {', '.join(needed)}")
+            raise ConfigError(
+                f"{file}, line {number}, has no {missing[0]!r}; each line is an object with {', '.join(needed)}"
+            )
         if not row["prompt"] or not isinstance(row["prompt"], (str, list)):
             raise ConfigError(f"{file}, line {number}, has the prompt {row['prompt']!r}; write a text or chat messages")
         if verifier == "choice":
             read = suites.choice_row({**row, "question": str(row["prompt"])})
             if read is None:
                 raise ConfigError(
-                    f"{file}, line {number}, has the answer {row['answer']!r} and options {row['options']!r}; write a list "
-                    "of texts, and the letter of one"
+                    f"{file}, line {number}, has the answer {row['answer']!r} and options {row['options']!r}; write a "
+                    "list of texts, and the letter of one"
                 )
             row |= {"options": read["options"], "answer": read["answer"]}
         rows.append(row)
@@ -164,7 +166,9 @@ def _problems(rows: list[dict[str, Any]]) -> list[Problem]:
         row = json.loads(json.dumps(raw, default=str))  # what a file of problems will hold
         prompt = row.get("prompt", row.get("question"))
         if isinstance(row.get("options"), list) and isinstance(prompt, str):
-            prompt += "".join(f"\n{letter}. {text}" for letter, text in zip(suites.LETTERS, row["options"], strict=False))
+            prompt += "".join(
+                f"\n{letter}. {text}" for letter, text in zip(suites.LETTERS, row["options"], strict=False)
+            )
         if "id" in row:
             name = str(row["id"])
         else:
