@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from eval_cases import EQUAL, LETTERS, NORMAL, PARSED
 
+from eval_cases import EQUAL, LETTERS, NORMAL, PARSED
 from qtarget.evaluation import equality, extraction, graders
 
 
@@ -71,7 +71,9 @@ def test_an_output_of_100_kb_is_read_in_linear_time(name):
 
 def test_math_keeps_strict_and_lenient_apart():
     grade = graders._math
-    assert [grade(text, {"answer": "50"})[key] for text in ["so 50", r"\boxed{50\%}"] for key in ("strict", "lenient")] == [
+    assert [
+        grade(text, {"answer": "50"})[key] for text in ["so 50", r"\boxed{50\%}"] for key in ("strict", "lenient")
+    ] == [
         False,
         True,
         False,

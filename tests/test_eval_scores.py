@@ -20,7 +20,9 @@ def test_pass_at_1_is_avg_at_n_and_pass_at_n_is_any_right():
     assert curve == sorted(curve)
 
 
-@pytest.mark.parametrize(("n", "c", "k"), [(n, c, k) for n in (1, 2, 5, 7) for c in range(n + 1) for k in range(1, n + 1)])
+@pytest.mark.parametrize(
+    ("n", "c", "k"), [(n, c, k) for n in (1, 2, 5, 7) for c in range(n + 1) for k in range(1, n + 1)]
+)
 def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_sample(n, c, k):
     drawn = [any(i < c for i in subset) for subset in combinations(range(n), k)]
     assert scores.pass_at(n, np.array([c]), k)[0] == pytest.approx(sum(drawn) / comb(n, k), abs=1e-14)
@@ -71,7 +73,9 @@ def record(problem, sample, right, parsed="x", **more):
 
 def made() -> list[dict]:
     rows = [
-        record(f"p{p}", s, RIGHT[p, s], parsed=None if s == 3 and not RIGHT[p, s] else f"a{RIGHT[p, s] or s % 2}{s == 2}")
+        record(
+            f"p{p}", s, RIGHT[p, s], parsed=None if s == 3 and not RIGHT[p, s] else f"a{RIGHT[p, s] or s % 2}{s == 2}"
+        )
         for p, s in product(range(5), range(4))
     ]
     return rows + [record(f"p{p}", "greedy", p % 2) for p in range(5)]

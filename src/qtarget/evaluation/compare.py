@@ -104,7 +104,9 @@ def read(words: Sequence[str]) -> tuple[list[Arm], dict[str, Any]]:
         name, equals, rest = word.partition("=")
         if not equals or Path(word).is_dir():
             name, rest = Path(word.partition(",")[0]).name, word
-        named.append((name, [Path(rest)] if Path(rest).is_dir() else [Path(part) for part in rest.split(",") if part]))
+        named.append(
+            (name, [Path(rest)] if rest and Path(rest).is_dir() else [Path(part) for part in rest.split(",") if part])
+        )
     for name, folders in named:
         if not folders:
             raise ConfigError(f"arm {name!r} names no folder; write {name}=DIR")
