@@ -19,6 +19,8 @@ usage: qtarget VERB [options]
   teacher    does a teacher suit rows and student:   qtarget teacher check --config FILE
   data       the signals some targets train on:      qtarget data weights|oldlogps|critical --config FILE -o DIR
   lens       what a target teaches, token by token:  qtarget lens capture --config FILE -o DIR
+  eval       sample answers to tasks and score them:  qtarget eval --model PATH --tasks gsm_symbolic -o DIR
+  compare    paired differences between results:      qtarget compare DIR_A DIR_B
   env        versions and devices, for bug reports:  qtarget env
 
 qtarget VERB --help tells more; --debug shows the traceback of an error; --version prints the version.
@@ -73,12 +75,16 @@ def _verb(name: str):
         from qtarget.cli.teacher import run
     elif name == "data":
         from qtarget.cli.data import run
+    elif name == "eval":
+        from qtarget.cli.eval import run
+    elif name == "compare":
+        from qtarget.cli.compare import run
     elif name == "env":
         from qtarget.cli.env import run
     else:
         from qtarget.errors import unknown
 
-        raise unknown("verb", name, ("train", "targets", "cache", "teacher", "data", "lens", "env"))
+        raise unknown("verb", name, ("train", "targets", "cache", "teacher", "data", "lens", "eval", "compare", "env"))
     return run
 
 

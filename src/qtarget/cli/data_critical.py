@@ -31,7 +31,8 @@ def run(words: list[str]) -> int:
     timeout = options.number("verifier_timeout", own["verifier_timeout"])
     check_range("verifier_timeout", timeout, 0, open_low=True)
     from qtarget.cli import setup
-    from qtarget.signals import critical, manifest, verifiers
+    from qtarget.evaluation import verifiers
+    from qtarget.signals import critical, manifest
     from qtarget.signals.decoding import Greedy
     from qtarget.signals.progress import Progress
 

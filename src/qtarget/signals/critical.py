@@ -19,9 +19,9 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 
 from qtarget.errors import ConfigError
+from qtarget.evaluation.verifiers import Judge
 from qtarget.signals.decoding import Greedy
 from qtarget.signals.progress import Progress
-from qtarget.signals.verifiers import Judge
 
 COLUMN = "critical"
 # An alternative to decode: (problem, position in the answer, which of the alternatives). The smallest comes first, so

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from qtarget.errors import ConfigError
-from qtarget.signals import verifiers
-from qtarget.signals.verifiers import Judge, final_answer
+from qtarget.evaluation import verifiers
+from qtarget.evaluation.extraction import final_answer
+from qtarget.evaluation.verifiers import Judge
 
 MOODY = "signal_verifiers:moody"
 
@@ -59,7 +60,7 @@ def test_a_call_that_hangs_raises_or_ends_the_process_is_wrong_and_counted():
 
 def test_a_call_that_hangs_ends_with_a_parent_that_was_killed():
     script = (
-        f"from qtarget.signals.verifiers import Judge\njudge = Judge({MOODY!r}, timeout=600)\njudge('right', {{}})\n"
+        f"from qtarget.evaluation.verifiers import Judge\njudge = Judge({MOODY!r}, timeout=600)\njudge('right', {{}})\n"
         "print(judge._process.pid, flush=True)\njudge('hang', {})"
     )
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])

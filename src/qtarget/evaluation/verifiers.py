@@ -19,14 +19,15 @@ import json
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from qtarget.errors import ConfigError, unknown
+from qtarget.evaluation.extraction import final_answer
 
 # How long a verifier may take to be imported; some import torch on a busy machine.
 _START_SECONDS = 120.0
@@ -93,33 +94,6 @@ def load(name: str) -> Verifier:
 # -- the verifiers -----------------------------------------------------------------------------------------------
 
 
-def final_answer(text: str) -> str:
-    """What a text marks as its final answer, or the text itself; see the module's docstring.
-
-    >>> final_answer("so 3 + 4 = 7. #### 7")
-    '7'
-    """
-    if tagged := re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL):
-        return tagged[-1].strip()
-    if (boxed := _last_boxed(text)) is not None:
-        return boxed.strip()
-    if "####" in text:
-        lines = text.rpartition("####")[2].strip().splitlines()
-        return lines[0].strip() if lines else ""
-    return text.strip()
-
-
-def _last_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...} whose braces close."""
-    for match in reversed([*re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for end in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if not depth:
-                return text[match.end() : end]
-    return None
-
-
 def _reasoning_gym(task: str) -> Verifier:
     from reasoning_gym import get_score_answer_fn
 
@@ -153,11 +127,24 @@ def _parsed(parse: Callable, text: str) -> list:
 # -- the process -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a call came to.
+
+    Attributes:
+        value: what the function returned; None where it gave nothing. fault: None, "timeout" or "error".
+    """
+
+    value: Any
+    fault: str | None = None
+
+
 class Judge:
     """A verifier in a child process. A call that hangs, raises or ends the process counts as wrong, and is counted.
 
     Args:
         name: as on the command line. timeout: seconds for one call.
+        loader: module:function that turns the name into the function the child calls.
 
     Attributes:
         timeouts, errors: how many calls took too long, and how many raised or ended the process.
@@ -167,10 +154,11 @@ class Judge:
         ConfigError: when called, if the verifier cannot be started.
     """
 
-    def __init__(self, name: str, timeout: float):
+    def __init__(self, name: str, timeout: float, loader: str = "qtarget.evaluation.verifiers:load"):
         self.name, self.timeout = name, timeout
         self.timeouts = self.errors = 0
         self.last_error: str | None = None
+        self._loader = loader
         self._process: Any = None
         self._pipe: Any = None
 
@@ -181,33 +169,36 @@ class Judge:
         self._end()
 
     def __call__(self, text: str, row: Mapping[str, Any]) -> bool:
+        return bool(self.ask(text, row).value)
+
+    def ask(self, text: str, row: Mapping[str, Any]) -> Answer:
+        """What the function says of a text; its value travels as JSON."""
         self._start()
         try:
             self._pipe.send((text, dict(row)))
             if not self._pipe.poll(self.timeout):
                 self.timeouts += 1
                 self._end()
-                return False
+                return Answer(None, "timeout")
             answer = json.loads(self._pipe.recv_bytes())
         except (EOFError, OSError):
             self._end()
-            self._failed("the verifier ended its process")
-            return False
+            return self._failed("the verifier ended its process")
         if "error" in answer:
-            self._failed(answer["error"])
-            return False
-        return answer["right"]
+            return self._failed(answer["error"])
+        return Answer(answer["value"])
 
-    def _failed(self, why: str) -> None:
+    def _failed(self, why: str) -> Answer:
         self.errors += 1
         self.last_error = why
+        return Answer(None, "error")
 
     def _start(self) -> None:
         if self._process is not None:
             return
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.name), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, self.name, self._loader), daemon=True)
         self._process.start()
         theirs.close()  # else its end would not be seen here
         why = f"it did not start in {_START_SECONDS:g} seconds"
@@ -228,12 +219,13 @@ class Judge:
             self._process = None
 
 
-def _serve(pipe: Any, name: str) -> None:
+def _serve(pipe: Any, name: str, loader: str) -> None:
     """The child: load the verifier, say so, then answer until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
-        verify = load(name)
+        module, _, function = loader.partition(":")
+        verify = getattr(importlib.import_module(module), function)(name)
     except BaseException as error:
         pipe.send_bytes(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
         return
@@ -244,10 +236,12 @@ def _serve(pipe: Any, name: str) -> None:
         except (EOFError, OSError):
             return
         try:
-            answer: dict[str, Any] = {"right": bool(verify(text, row))}
+            value = verify(text, row)
+            answer: dict[str, Any] = {"value": value if isinstance(value, dict) else bool(value)}
+            sent = json.dumps(answer)
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        pipe.send_bytes(json.dumps(answer).encode())
+            sent = json.dumps({"error": f"{type(error).__name__}: {error}"[:2000]})
+        pipe.send_bytes(sent.encode())
 
 
 def _end_with(parent: int) -> None:

@@ -1,0 +1,140 @@
+"""Whether two mathematical answers are the same: as text, as exact numbers, member by member, else by math-verify."""
+
+from __future__ import annotations
+
+import logging
+import re
+from fractions import Fraction
+
+from qtarget.evaluation.extraction import normal
+
+_PLAIN = re.compile(r"([-+]?)(\d+(?:\.\d*)?|\.\d+)(?:/(\d+))?(%?)")
+_FRAC = re.compile(r"([-+]?)\\frac\{(-?\d+)\}\{(\d+)\}")
+_FRAC_SHORT = re.compile(r"([-+]?)\\frac(\d)(\d)")
+# What is no expression: a letter of a choice, or words. As LaTeX a bare B would be the symbol b.
+_WORDS = re.compile(r"\(?([A-Za-z])\)?|[A-Za-z]{2,}(?:[ '-][A-Za-z]+)*")
+
+
+def same(gold: str, answer: str, percent: bool = False) -> bool:
+    """Whether an answer equals the gold one; both are normalised here.
+
+    Args:
+        percent: also accept the answer times or over 100, as the published scorers do.
+
+    Raises:
+        Exception: what math-verify raises on text it cannot read; the caller runs this in a process that can be killed.
+    """
+    gold, answer = normal(gold), normal(answer)
+    if not gold or not answer:
+        return False
+    if _equal(gold, answer):
+        return True
+    if percent:
+        wanted, given = number(gold.rstrip("% ")), number(answer.rstrip("% "))
+        if wanted is not None and given is not None:
+            return given in (wanted, wanted * 100, wanted / 100)
+    return False
+
+
+def _equal(gold: str, answer: str) -> bool:
+    if _bare(gold) == _bare(answer):
+        return True
+    wanted, given = number(gold), number(answer)
+    if wanted is not None and given is not None:
+        return wanted == given
+    if words := _WORDS.fullmatch(gold):
+        return words[0].strip("()").lower() == answer.strip("() ").lower()
+    golds, answers = members(gold), members(answer)
+    if len(golds) != len(answers):
+        return False
+    if len(golds) > 1:
+        return _unordered(golds, answers)
+    ordered = _tuple(gold), _tuple(answer)
+    if ordered[0] and ordered[1]:
+        return len(ordered[0]) == len(ordered[1]) and all(map(_equal, ordered[0], ordered[1]))
+    return _math_verify(gold, answer)
+
+
+def number(text: str) -> Fraction | None:
+    """The exact value of an integer, a decimal, a simple fraction, or one of these in percent; else None."""
+    compact = text.replace(" ", "")
+    if len(compact) > 400:
+        return None
+    if found := _PLAIN.fullmatch(compact):
+        sign, value, below, percent = found.groups()
+        if below is not None and not int(below):
+            return None
+        result = Fraction(value.rstrip(".") or "0") / int(below or 1) / (100 if percent else 1)
+    elif found := _FRAC.fullmatch(compact) or _FRAC_SHORT.fullmatch(compact):
+        sign, value, below = found.groups()
+        if not int(below):
+            return None
+        result = Fraction(int(value), int(below))
+    else:
+        return None
+    return -result if sign == "-" else result
+
+
+def members(text: str) -> list[str]:
+    r"""The answers of a list without brackets, or in set braces: split at commas outside of every bracket.
+
+    >>> members(r"(1,2), \frac{1}{2} and 3")
+    ['(1,2)', '\\frac{1}{2}', '3']
+    """
+    text = text.strip()
+    if text.startswith("\\{") and text.endswith("\\}"):
+        text = text[2:-2]
+    return _split(re.sub(r"\s(?:and|or)\s", ",", text).replace(",,", ","))
+
+
+def _tuple(text: str) -> list[str] | None:
+    """The entries of a tuple or interval with its brackets as entries of their own; None for anything else."""
+    if len(text) < 2 or text[0] not in "([" or text[-1] not in ")]":
+        return None
+    parts = _split(text[1:-1])
+    return [f"open{text[0]}", *parts, f"close{text[-1]}"] if len(parts) > 1 else None
+
+
+def _split(text: str) -> list[str]:
+    parts, depth, start = [], 0, 0
+    for place, letter in enumerate(text):
+        if letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        elif letter == "," and depth == 0:
+            parts.append(text[start:place])
+            start = place + 1
+    return [part for part in (word.strip() for word in [*parts, text[start:]]) if part]
+
+
+def _unordered(golds: list[str], answers: list[str]) -> bool:
+    """Each gold answer with an answer of its own; equality is taken as transitive, so that greed is enough."""
+    left = list(answers)
+    for gold in golds:
+        match = next((i for i, answer in enumerate(left) if _equal(gold, answer)), None)
+        if match is None:
+            return False
+        left.pop(match)
+    return True
+
+
+def _bare(text: str) -> str:
+    """Spaces never count, and \\{ \\} do not where they only group a set."""
+    return text.replace(" ", "")
+
+
+def _math_verify(gold: str, answer: str) -> bool:
+    from math_verify import parse, verify
+
+    # It warns that its own alarms are off; they are, for a call that takes too long is killed.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+    def parsed(text: str) -> list:
+        """Dollars first: without them a fraction may be read as its last number."""
+        return parse(f"${text}$", parsing_timeout=None) or parse(text, parsing_timeout=None)
+
+    wanted = parsed(gold)
+    if not wanted:
+        raise ValueError(f"the gold answer {gold[:80]!r} cannot be read")
+    return bool(verify(wanted, parsed(answer), timeout_seconds=None))

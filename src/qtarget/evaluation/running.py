@@ -1,0 +1,291 @@
+"""From tasks and a sampler to a finished folder: plan, sample, judge, write; and judge again without a model."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qtarget.errors import ConfigError
+from qtarget.evaluation import graders, records, scores
+from qtarget.evaluation.tasks import Problem, Task
+from qtarget.evaluation.verifiers import Judge
+
+GREEDY = "greedy"
+
+Key = tuple[str, int | str]
+
+
+def plan(problems: Sequence[Problem], n: int) -> list[Key]:
+    """(problem, sample) in the order of the file: each problem's greedy answer, then its n samples."""
+    return [(problem.id, sample) for problem in problems for sample in (GREEDY, *range(n))]
+
+
+class Judges:
+    """Several killable processes of one grader, asked about a batch at once.
+
+    Attributes:
+        timeouts, errors, last_error: as in ``Judge``, over all of them.
+    """
+
+    def __init__(self, grader: str, timeout: float, processes: int = 1):
+        self._judges = [Judge(grader, timeout, graders.LOADER) for _ in range(processes)]
+        self._free: queue.SimpleQueue[Judge] = queue.SimpleQueue()
+        for judge in self._judges:
+            self._free.put(judge)
+        self._threads = ThreadPoolExecutor(processes)
+
+    def __enter__(self) -> Judges:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._threads.shutdown()
+        for judge in self._judges:
+            judge.__exit__()
+
+    @property
+    def last_error(self) -> str | None:
+        return next((judge.last_error for judge in self._judges if judge.last_error), None)
+
+    def __call__(self, items: Sequence[tuple[dict[str, Any], dict[str, Any]]], version: str) -> list[dict[str, Any]]:
+        """(sample, problem's row) → the samples with their verdicts."""
+        return list(self._threads.map(lambda item: self._one(item[0], item[1], version), items))
+
+    def _one(self, sample: dict[str, Any], row: dict[str, Any], version: str) -> dict[str, Any]:
+        said: dict[str, Any] = {"parsed": None, "lenient_parsed": None, "strict": False, "lenient": False}
+        fault = None
+        if sample["text"].strip():
+            judge = self._free.get()
+            try:
+                answer = judge.ask(sample["text"], row)
+            finally:
+                self._free.put(judge)
+            said, fault = answer.value or said, answer.fault
+        # A text that was cut off is wrong, whatever it had said by then.
+        ended = sample["finish"] == "stop"
+        verdict = {
+            "parsed": said["parsed"],
+            "lenient_parsed": said["lenient_parsed"],
+            "strict": bool(said["strict"]) and ended,
+            "lenient": bool(said["lenient"]) and ended,
+            "fault": fault,
+            "verifier_version": version,
+        }
+        return {**sample, **verdict, **({"unparsed": True} if said.get("unparsed") else {})}
+
+
+# -- sampling ------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One run's samples, of this process's share of the batches.
+
+    Args:
+        tasks, folder: begun with ``records.begin``. n, seed: see the command's help.
+        prompts: of ``tasks.prompts``.
+        batch_size: completions at once. timeout, processes: of the verifiers. rank, world: this process among all.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        folder: Path,
+        *,
+        n: int,
+        seed: int,
+        prompts: dict[tuple[str, str], list[int]],
+        batch_size: int,
+        timeout: float,
+        processes: int = 1,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.tasks, self.folder, self.n, self.seed = tasks, folder, n, seed
+        self._prompts, self._batch_size = prompts, batch_size
+        self._timeout, self._processes = timeout, processes
+        self.rank, self.world = rank, world
+        self.held = {task.name: records.Samples(folder, task.name, rank) for task in tasks}
+        self.last_error: str | None = None
+
+    def missing(self) -> int:
+        """How many samples no process has made."""
+        return sum(one not in self.held[t.name].done for t in self.tasks for one in plan(t.problems, self.n))
+
+    def batches(self) -> list[tuple[Task, list[Key]]]:
+        """Those of this process that lack a sample. They are cut from the plan: the same however often it was killed."""
+        cut = [
+            (task, order[start : start + self._batch_size])
+            for task in self.tasks
+            for order in [plan(task.problems, self.n)]
+            for start in range(0, len(order), self._batch_size)
+        ]
+        return [
+            (task, batch)
+            for task, batch in cut[self.rank :: self.world]
+            if any(one not in self.held[task.name].done for one in batch)
+        ]
+
+    def sample(self, sampler: Any, step: Callable[[int], None] = lambda done: None) -> None:
+        """Make, judge and write what is missing of this process's share.
+
+        Args:
+            sampler: see ``sampling.Sampler``. step: told how many samples of the share are done.
+        """
+        judges: Judges | None = None
+        done = 0
+        judged: str | None = None
+        try:
+            for task, batch in self.batches():
+                if judges is None or judged != task.name:
+                    self._close(judges)
+                    judges, judged = Judges(task.grader, self._timeout, self._processes), task.name
+                self._batch(sampler, judges, task, batch)
+                done += len(batch)
+                step(done)
+        finally:
+            self._close(judges)
+
+    def _close(self, judges: Judges | None) -> None:
+        if judges is not None:
+            self.last_error = judges.last_error or self.last_error
+            judges.__exit__()
+
+    def _batch(self, sampler: Any, judges: Judges, task: Task, batch: list[Key]) -> None:
+        from qtarget.evaluation.sampling import Request, seed_of
+
+        seeds = [
+            None if isinstance(sample, str) else seed_of(self.seed, task.name, problem, sample)
+            for problem, sample in batch
+        ]
+        requests = [
+            Request(tuple(self._prompts[task.name, problem]), seed)
+            for (problem, _), seed in zip(batch, seeds, strict=True)
+        ]
+        rows = {problem.id: problem.row for problem in task.problems}
+        made = [
+            (
+                {
+                    "task": task.name,
+                    "problem": problem,
+                    "sample": sample,
+                    "seed": seed,
+                    "text": completion.text,
+                    "finish": completion.finish,
+                    "tokens": completion.tokens,
+                    "entropy": completion.entropy,
+                },
+                rows[problem],
+            )
+            for (problem, sample), seed, completion in zip(batch, seeds, sampler(requests), strict=True)
+            if (problem, sample) not in self.held[task.name].done
+        ]
+        self.held[task.name].add(judges(made, task.version))
+
+    def wait(self) -> None:
+        """Until the other processes have written their shares."""
+        while self.missing():
+            time.sleep(0.5)
+            for samples in self.held.values():
+                samples.look()
+
+    def finish(self) -> dict[str, Any]:
+        """Merge the processes' files, and score. Only in the first process, after ``wait``."""
+        for task in self.tasks:
+            self.held[task.name].merge(plan(task.problems, self.n))
+        made = score(self.folder, {task.name: task.suite for task in self.tasks}, self.n)
+        records.finish(self.folder, made)
+        return made
+
+
+# -- scores --------------------------------------------------------------------------------------------------------
+
+
+def score(folder: Path, tasks: dict[str, str | None], n: int) -> dict[str, Any]:
+    """{"tasks": {name: summary}, "suites": {name: averages}} of a folder's samples.
+
+    Args:
+        tasks: name → suite. n: samples a problem.
+    """
+    held = {name: records.samples(folder, name) for name in tasks}
+    made: dict[str, Any] = {name: scores.summary(samples, n) for name, samples in held.items()}
+    suites: dict[str, Any] = {}
+    for suite in dict.fromkeys(suite for suite in tasks.values() if suite is not None):
+        members = [name for name, own in tasks.items() if own == suite]
+        suites[suite] = {"tasks": members, **{r: _suite(r, members, made, held, n) for r in ("strict", "lenient")}}
+    return {"tasks": made, "suites": suites}
+
+
+def _suite(reading: str, members: list[str], made: dict[str, Any], held: dict[str, list], n: int) -> dict[str, Any]:
+    """The macro average and its interval: problems are drawn inside each benchmark, then averaged."""
+    greedy = scores.macro([made[name][reading]["greedy"] for name in members])
+    if not n:
+        return {"greedy": greedy}
+    draws = [
+        scores.two_level(verdicts(scores.grouped(held[name]), reading), seed=number)
+        for number, name in enumerate(members)
+    ]
+    average = scores.macro([made[name][reading]["avg"] for name in members])
+    return {"avg": average, "interval": list(scores.interval(np.mean(draws, axis=0))), "greedy": greedy}
+
+
+def verdicts(groups: dict[str, list[dict[str, Any]]], reading: str) -> np.ndarray:
+    """[problems, n] of 0 and 1."""
+    return np.array(
+        [[int(record[reading]) for record in group if record["sample"] != GREEDY] for group in groups.values()]
+    )
+
+
+def rescore(
+    folder: Path, timeout: float, processes: int = 1, step: Callable[[int], None] = lambda done: None
+) -> tuple[dict[str, Any], int]:
+    """Judge a finished folder's texts again with the verifiers as they are now. Returns (scores, verdicts that changed).
+
+    Raises:
+        ConfigError: the folder is unfinished or no folder of results.
+    """
+    manifest = finished(folder)
+    changed = done = 0
+    for name, about in manifest["tasks"].items():
+        graders.check(about["verifier"])
+        version = graders.version(about["verifier"])
+        rows = {problem.id: problem.row for problem in records.problems(folder, name)}
+        held = records.samples(folder, name)
+        judged: list[dict[str, Any]] = []
+        with Judges(about["verifier"], timeout, processes) as judges:
+            for start in range(0, len(held), 64):
+                batch = held[start : start + 64]
+                fresh = [
+                    ({k: v for k, v in record.items() if k != "unparsed"}, rows[record["problem"]]) for record in batch
+                ]
+                judged += judges(fresh, version)
+                done += len(batch)
+                step(done)
+        changed += sum(
+            (old["strict"], old["lenient"]) != (new["strict"], new["lenient"])
+            for old, new in zip(held, judged, strict=True)
+        )
+        records.write(folder / "samples" / f"{name}.jsonl", "".join(map(records.line, judged)))
+        about["verifier_version"] = version
+    made = score(folder, {name: about["suite"] for name, about in manifest["tasks"].items()}, manifest["n"])
+    records.write_manifest(folder, manifest)
+    records.finish(folder, made)
+    return made, changed
+
+
+def finished(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished folder, or ConfigError."""
+    manifest = records.read_manifest(folder)
+    if manifest is None:
+        raise ConfigError(
+            f"{str(folder)!r} holds no results (no {records.FILE}); name a folder that qtarget eval wrote"
+        )
+    if not manifest["finished"]:
+        raise ConfigError(
+            f"{str(folder)!r} is unfinished; run the same qtarget eval command again, it goes on where it stopped"
+        )
+    return manifest

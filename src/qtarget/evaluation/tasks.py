@@ -1,0 +1,250 @@
+"""Tasks: problems with prompts and golds, and the grader that judges them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qtarget.errors import ConfigError, unknown
+from qtarget.evaluation import graders, suites
+
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+_INSTRUCTIONS = {
+    "math": BOXED,
+    "choice": "Please reason step by step, and put the letter of your final answer within \\boxed{}.",
+    "reasoning_gym": "Think step by step, and give your final answer between <answer> and </answer>.",
+}
+_GENERATED = 100  # problems of a generated task, where no number is asked for
+_SUFFIXES = (".jsonl", ".json")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """id: of what is asked, so that it does not move with the rows' order. prompt: text or chat messages. row: what the
+    grader reads; all of it JSON."""
+
+    id: str
+    prompt: str | list[dict[str, Any]]
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """grader, version: see ``graders``. instruction: put after each question. suite: math5, med10 or None."""
+
+    name: str
+    grader: str
+    version: str
+    problems: list[Problem]
+    instruction: str = ""
+    suite: str | None = None
+    digest: str = field(init=False)
+
+    def __post_init__(self):
+        said = json.dumps([[p.id, p.prompt, p.row] for p in self.problems], sort_keys=True)
+        object.__setattr__(self, "digest", hashlib.sha256(said.encode()).hexdigest()[:16])
+
+
+def load(
+    names: str | Sequence[str],
+    *,
+    problems: int | None = None,
+    task_seed: int = 0,
+    verifier: str | None = None,
+    instruction: str | None = None,
+) -> list[Task]:
+    """The tasks of ``--tasks``: reasoning-gym tasks, benchmarks, suites, or files of JSON lines, by commas.
+
+    Args:
+        problems: how many of each; of generated ones 100 without it, of others all. task_seed: of generated ones.
+        verifier: the grader of files. instruction: in place of each task's own.
+
+    Raises:
+        ConfigError: unknown, empty, twice, or a file that cannot be read.
+    """
+    words = [word.strip() for word in (names.split(",") if isinstance(names, str) else names) if word.strip()]
+    if not words:
+        raise ConfigError("tasks is not set; name a reasoning-gym task, math5, med10, hle, or a file of JSON lines")
+    asked: list[tuple[str, str | None]] = []
+    for word in words:
+        asked += [(name, word) for name in suites.SUITES[word]] if word in suites.SUITES else [(word, None)]
+    known = [*suites.SUITES, *suites.BENCHMARKS, *_generated()]
+    for name, _ in asked:  # before anything is downloaded
+        if not name.endswith(_SUFFIXES) and name not in known:
+            raise unknown("task", name, known)
+    made = [_task(name, suite, problems, task_seed, verifier, instruction) for name, suite in asked]
+    for i, task in enumerate(made):
+        if task.name in [other.name for other in made[:i]]:
+            raise ConfigError(f"tasks names {task.name!r} twice; name it once, or give the file another name")
+    return made
+
+
+def _generated() -> list[str]:
+    if importlib.util.find_spec("reasoning_gym") is None:
+        return []
+    from reasoning_gym.factory import DATASETS
+
+    return [*DATASETS]
+
+
+def _task(
+    name: str, suite: str | None, count: int | None, task_seed: int, verifier: str | None, instruction: str | None
+) -> Task:
+    if name.endswith(_SUFFIXES):
+        if verifier is None:
+            raise ConfigError(
+                f"verifier is not set, and {name} needs one; use math, choice, reasoning_gym:TASK or "
+                "my_pkg.my_module:function"
+            )
+        grader, rows, label = verifier, _file_rows(Path(name), verifier), Path(name).stem
+        kind = ""
+    elif name in suites.BENCHMARKS:
+        grader, rows, label = suites.BENCHMARKS[name].grader, suites.rows(name), name
+        kind = grader
+    else:
+        grader, rows, label = f"reasoning_gym:{name}", _generated_rows(name, count or _GENERATED, task_seed), name
+        kind = "reasoning_gym"
+    graders.check(grader)
+    rows = rows[:count]
+    if not rows:
+        raise ConfigError(f"task is {name!r}, which has no problem; give it one row or more")
+    own = _INSTRUCTIONS.get(kind, "") if instruction is None else instruction
+    return Task(label, grader, graders.version(grader), _problems(rows), own, suite)
+
+
+def _generated_rows(name: str, count: int, seed: int) -> list[dict[str, Any]]:
+    import reasoning_gym
+
+    try:
+        made = reasoning_gym.create_dataset(name, size=count, seed=seed)
+        return [{key: made[i].get(key) for key in ("question", "answer", "metadata")} for i in range(count)]
+    except Exception as error:  # some tasks need a package or data of their own
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"task is {name!r}, which reasoning-gym cannot make: {why}; name another one") from error
+
+
+def _file_rows(file: Path, verifier: str) -> list[dict[str, Any]]:
+    if not file.is_file():
+        raise ConfigError(f"task is {str(file)!r}, which is no file; name a file of JSON lines with prompt and answer")
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{file}, line {number}, is no JSON ({error}); mend or delete that line") from None
+        needed = ("prompt", "options", "answer") if verifier == "choice" else ("prompt", "answer")
+        missing = [key for key in needed if not isinstance(row, dict) or key not in row]
+        if missing:
+            raise ConfigError(
+                f"{file}, line {number}, has no {missing[0]!r}; each line is an object with {', '.join(needed)}"
+            )
+        if not row["prompt"] or not isinstance(row["prompt"], (str, list)):
+            raise ConfigError(f"{file}, line {number}, has the prompt {row['prompt']!r}; write a text or chat messages")
+        if verifier == "choice":
+            read = suites.choice_row({**row, "question": str(row["prompt"])})
+            if read is None:
+                raise ConfigError(
+                    f"{file}, line {number}, has the answer {row['answer']!r} and options {row['options']!r}; write a "
+                    "list of texts, and the letter of one"
+                )
+            row |= {"options": read["options"], "answer": read["answer"]}
+        rows.append(row)
+    return rows
+
+
+def _problems(rows: list[dict[str, Any]]) -> list[Problem]:
+    made: list[Problem] = []
+    seen: dict[str, int] = {}
+    for raw in rows:
+        row = json.loads(json.dumps(raw, default=str))  # what a file of problems will hold
+        prompt = row.get("prompt", row.get("question"))
+        if isinstance(row.get("options"), list) and isinstance(prompt, str):
+            prompt += "".join(
+                f"\n{letter}. {text}" for letter, text in zip(suites.LETTERS, row["options"], strict=False)
+            )
+        if "id" in row:
+            name = str(row["id"])
+        else:
+            name = hashlib.sha256(json.dumps([prompt, row.get("answer")], sort_keys=True).encode()).hexdigest()[:12]
+        seen[name] = seen.get(name, 0) + 1
+        if seen[name] > 1:
+            if "id" in row:
+                raise ConfigError(f"id {name!r} stands twice among the problems; give each its own")
+            name += f"#{seen[name]}"
+        made.append(Problem(name, prompt, row))
+    return made
+
+
+# -- prompts -------------------------------------------------------------------------------------------------------
+
+PROMPTS = ("auto", "chat", "plain", "qwen-boxed")
+# BLL's literal prompt, whatever the tokenizer's own template is.
+_QWEN = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{question}\n"
+    + BOXED
+    + "<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+def prompt_ids(tokenizer: Any, style: str, problem: Problem, instruction: str) -> list[int]:
+    """Token ids of what the model reads.
+
+    Args:
+        style: chat, the tokenizer's template; plain, the question and a newline; qwen-boxed, a fixed ChatML text with
+            its own instruction; auto, chat where there is a template and plain elsewhere.
+
+    Raises:
+        ConfigError: a chat is asked for and cannot be made.
+    """
+    prompt = problem.prompt
+    if style == "auto":
+        style = "chat" if tokenizer.chat_template else "plain"
+    if style == "chat":
+        if not tokenizer.chat_template:
+            raise ConfigError("prompt is 'chat', but the tokenizer has no chat template; use --prompt plain")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+        if instruction:
+            messages[-1]["content"] = f"{messages[-1]['content']}\n{instruction}"
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    elif not isinstance(prompt, str):
+        raise ConfigError(f"prompt is {style!r}, but problem {problem.id} has chat messages; use --prompt chat")
+    elif style == "plain":
+        ids = tokenizer(f"{prompt}\n{instruction}\n" if instruction else prompt)["input_ids"]
+    else:
+        ids = tokenizer(_QWEN.replace("{question}", prompt), add_special_tokens=False)["input_ids"]
+    return list(ids)
+
+
+def prompts(
+    tasks: Sequence[Task], tokenizer: Any, style: str, positions: int | None, max_new_tokens: int
+) -> dict[tuple[str, str], list[int]]:
+    """(task, problem) → token ids of its prompt.
+
+    Args:
+        positions: how many the model has; None where that is unlimited.
+
+    Raises:
+        ConfigError: a prompt is empty or leaves no room for the answer.
+    """
+    made = {}
+    for task in tasks:
+        for problem in task.problems:
+            ids = prompt_ids(tokenizer, style, problem, task.instruction)
+            if not ids:
+                raise ConfigError(f"problem {problem.id} of task {task.name} has an empty prompt; take it out")
+            if positions and len(ids) + max_new_tokens > positions:
+                room = positions - len(ids)
+                mend = f"use {room} or less" if room > 0 else "take the problem out"
+                raise ConfigError(
+                    f"max_new_tokens is {max_new_tokens}: the prompt of problem {problem.id} of task {task.name} has "
+                    f"{len(ids)} tokens, and the model has {positions} positions; {mend}"
+                )
+            made[task.name, problem.id] = ids
+    return made

@@ -1,0 +1,116 @@
+"""Extraction: what a text answers, on hand-made cases; and in linear time."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from eval_cases import EQUAL, LETTERS, NORMAL, PARSED
+from qtarget.evaluation import equality, extraction, graders
+
+
+@pytest.mark.parametrize(("text", "strict", "lenient"), PARSED)
+def test_parsed(text, strict, lenient):
+    assert extraction.strict(text) == strict
+    assert extraction.lenient(text) == lenient
+
+
+@pytest.mark.parametrize(("answer", "normal"), NORMAL)
+def test_normal(answer, normal):
+    assert extraction.normal(answer) == normal
+
+
+@pytest.mark.parametrize(("gold", "answer", "same", "published"), EQUAL)
+def test_equal(gold, answer, same, published):
+    assert equality.same(gold, answer) is same
+    assert equality.same(gold, answer, percent=True) is published
+
+
+@pytest.mark.parametrize(("text", "options", "strict", "lenient"), LETTERS)
+def test_letters(text, options, strict, lenient):
+    assert extraction.letter_strict(text, options) == strict
+    assert extraction.letter_lenient(text, options) == lenient
+
+
+def test_there_are_enough_cases():
+    assert len(PARSED) + len(NORMAL) + len(EQUAL) + len(LETTERS) >= 150
+
+
+LONG = {
+    "boxes": "\\boxed{" * 14_000,
+    "boxes half closed": "\\boxed{1" * 12_000 + "}" * 6_000,
+    "tags": "<answer>" * 12_500,
+    "closing tags": "</answer>" * 11_000,
+    "braces": "{" * 100_000,
+    "wrappers": "\\text{" * 16_000,
+    "digits": "7" * 100_000,
+    "groups": "1,000" * 20_000,
+    "commas": "1," * 50_000,
+    "phrases": "answer is " * 10_000,
+    "letters": "A " * 50_000,
+    "spaces": " " * 100_000 + "x",
+    "units": "1 m" * 33_000,
+    "dollars": "$" * 100_000,
+    "marks": "####" * 25_000,
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_an_output_of_100_kb_is_read_in_linear_time(name):
+    text = LONG[name]
+    started = time.process_time()
+    extraction.strict(text), extraction.lenient(text), extraction.normal(text)
+    extraction.letter_lenient(text, ["x", "y"])
+    extraction.strict(f"\\boxed{{{text}}}")
+    assert time.process_time() - started < 2  # 0.1 s where it is linear, minutes where it is quadratic
+
+
+# -- graders -------------------------------------------------------------------------------------------------------
+
+
+def test_math_keeps_strict_and_lenient_apart():
+    grade = graders._math
+    assert [
+        grade(text, {"answer": "50"})[key] for text in ["so 50", r"\boxed{50\%}"] for key in ("strict", "lenient")
+    ] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert grade(r"\boxed{1, 2}", {"answer": ["2", "1"]})["strict"]
+    assert grade("", {"answer": "1"}) == {"parsed": None, "lenient_parsed": None, "strict": False, "lenient": False}
+
+
+def test_choice_accepts_letters_that_exist_and_abstains():
+    row = {"options": ["x", "y"], "answer": "B"}
+    assert graders._choice(r"\boxed{B}", row)["strict"]
+    assert graders._choice("gibberish", row) == {
+        "parsed": None,
+        "lenient_parsed": None,
+        "strict": False,
+        "lenient": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "lenient"),
+    [
+        ("<answer>7</answer>", True, True),
+        ("It is 7", False, True),
+        ("7 or 8", False, False),
+        (r"\boxed{7}", True, True),
+        ("<answer>8</answer> 7", False, False),
+    ],
+)
+def test_reasoning_gym(text, strict, lenient):
+    grade = graders.load("reasoning_gym:chain_sum")
+    said = grade(text, {"question": "3 + 4", "answer": "7", "metadata": {}})
+    assert (said["strict"], said["lenient"]) == (strict, lenient)
+
+
+def test_answers_of_several_lines():
+    assert graders.unmarked("Here:\n1 2\n3 4\n", "5 6\n7 8") == "1 2\n3 4"
+    assert graders.unmarked("the word\ncat", "dog") == "cat"
+    assert graders.unmarked("  ", "dog") is None
