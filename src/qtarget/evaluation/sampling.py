@@ -144,10 +144,11 @@ class Sampler:
         self.tokenizer: Any = load_tokenizer(name, revision)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            self.model: Any = load_frozen(name, revision, {"dtype": dtype} if dtype else None, self.device)
+            model: Any = load_frozen(name, revision, {"dtype": dtype} if dtype else None, self.device)
         except (OSError, ValueError, RuntimeError) as error:
             why = " ".join(str(error).split())
             raise ConfigError(f"model is {name!r}, which cannot be loaded: {why}") from error
+        self.model = model
         self.temperature, self.top_p, self.max_new_tokens = temperature, top_p, max_new_tokens
         self.ends = end_tokens(self.tokenizer, self.model.generation_config)
         pad = self.tokenizer.pad_token_id
