@@ -135,8 +135,8 @@ def two_level(values: np.ndarray, draws: int = 10_000, seed: int = 0) -> np.ndar
 
     Of n samples drawn from n, plus and minus counts are multinomial; so counts are drawn instead of samples. The spread
     of the problems' means holds the samples' noise already, and drawing samples would add it again: twice too much
-    variance where problems hardly differ, as paired differences do. So the means are first drawn together, by the factor that
-    leaves the sum right (Davison and Hinkley 1997, section 3.8): Σ c (m_p − m) + noise, c² = 1 − noise/spread.
+    variance where problems hardly differ, as paired differences do. So the means are first drawn together, by the factor
+    that leaves the sum right (Davison and Hinkley 1997, section 3.8): Σ c (m_p − m) + noise, c² = 1 − noise/spread.
     """
     values = np.asarray(values)
     values = values[None] if values.ndim == 2 else values
