@@ -30,7 +30,8 @@ def _arm(name: str, preset: str, rate_of: str | None = None, **parameters: Any) 
 
 # All presets at their defaults, but for two: beyond-log's default has dft's gradient, and profit's threshold is BLL's.
 PRESETS = [
-    _arm(name, name, **{"beyond-log": {"alpha": 0.5}, "profit": {"tau": 0.2}}.get(name, {})) for name in qt.presets.names()
+    _arm(name, name, **{"beyond-log": {"alpha": 0.5}, "profit": {"tau": 0.2}}.get(name, {}))
+    for name in qt.presets.names()
 ]
 # Dials around the centre, at the rate of the arm they belong to.
 DIALS = [
@@ -70,7 +71,9 @@ CELLS = {
     for cell in [
         CENTRE,
         *(
-            replace(CENTRE, name=f"noise-{round(100 * rho)}", says=f"{round(100 * rho)} % wrong steps", noise=rho, arms=FEW)
+            replace(
+                CENTRE, name=f"noise-{round(100 * rho)}", says=f"{round(100 * rho)} % wrong steps", noise=rho, arms=FEW
+            )
             for rho in (0.0, 0.05, 0.3, 0.5)
         ),
         replace(CENTRE, name="isolated", says="a wrong step does not carry over", kind="isolated", arms=FEW),
@@ -118,7 +121,11 @@ def dev_runs(seeds: Iterable[int], rates: Iterable[float]) -> list[Run]:
     """The centre at every rate, of every arm that has a rate of its own."""
     rates = list(rates)
     return [
-        Run(seed, "centre", arm.name, rate) for seed in seeds for arm in PRESETS if arm.rate_of is None for rate in rates
+        Run(seed, "centre", arm.name, rate)
+        for seed in seeds
+        for arm in PRESETS
+        if arm.rate_of is None
+        for rate in rates
     ]
 
 
@@ -148,6 +155,8 @@ def test_runs(seeds: Iterable[int], rates: Mapping[str, float]) -> list[Run]:
     ]
 
 
-def demonstrations(cell: Cell, seed: int, count: int, lengths: tuple[int, ...]) -> list[tuple[chains.Problem, chains.Solution]]:
+def demonstrations(
+    cell: Cell, seed: int, count: int, lengths: tuple[int, ...]
+) -> list[tuple[chains.Problem, chains.Solution]]:
     """The same problems in all cells of a seed."""
     return chains.demonstrations(f"demonstrations {seed}", count, lengths, cell.style, cell.noise, cell.kind)

@@ -65,9 +65,7 @@ def _work(task: tuple[Settings, Run | int, Path, Path]) -> str:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     content = (
-        training.models_of(settings, what, build)
-        if isinstance(what, int)
-        else training.finished(settings, what, build)
+        training.models_of(settings, what, build) if isinstance(what, int) else training.finished(settings, what, build)
     )
     machine = {"processor": _processor(), "torch": torch.__version__}
     write(path, content | {"machine": machine})
