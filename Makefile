@@ -17,7 +17,7 @@ WORKERS    ?= -n 2 --dist loadfile
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo lens-demo teachers-demo test test-full browser check format bench clean clean-all
+.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all
 
 help: ## this list
 	@printf 'qtarget: supervised fine-tuning toward a target you choose\n\n'
@@ -91,6 +91,19 @@ bench: $(VENV)/.ready ## run benchmarks/*.py
 	@set -e; for script in benchmarks/*.py; do \
 	    printf '== %s\n' "$$script"; $(BIN)/python "$$script" $(BENCH_ARGS); \
 	done
+
+# Less than two hours on two cores in all; interrupted, it goes on where it was.
+study: $(VENV)/.ready ## the controlled study of docs/study.md: what is not on record yet, then the page
+	$(BIN)/python benchmarks/study/run.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/study/report.py
+
+study-report: $(VENV)/.ready ## docs/study.md and its pictures from the results on record
+	$(BIN)/python benchmarks/study/report.py
+
+study-quick: $(VENV)/.ready ## a small form of the study, under a minute, that shows that it works
+	rm -rf build/study-quick
+	$(BIN)/python benchmarks/study/run.py --quick
+	$(BIN)/python benchmarks/study/report.py --quick
 
 clean: ## delete what runs and tools wrote (.venv stays)
 	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache

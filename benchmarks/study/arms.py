@@ -14,7 +14,7 @@ import qtarget as qt
 
 @dataclass(frozen=True)
 class Arm:
-    """name: in tables. target: as a recipe holds it. rate_of: the arm whose learning rate it takes; its own where None."""
+    """target: as a recipe holds it. rate_of: the arm whose learning rate it takes; its own where None."""
 
     name: str
     target: dict[str, Any]

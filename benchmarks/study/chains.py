@@ -1,9 +1,9 @@
 """The task: chains of arithmetic modulo 10, with solutions whose every token is known to be unique, free or wrong.
 
-A problem is a start digit and K operations: ``7+3*4-2>`` asks for ((7+3)*4−2) mod 10, from left to right. A solution has a
-line per step and then the answer: a connective (free to choose among four), the step in one of three layouts, a stop.
+A problem is a start digit and K operations: ``7+3*4-2>`` asks for ((7+3)*4−2) mod 10, from left to right. A solution
+has a line per step and then the answer: a connective (w, x, y or z), the step in one of three layouts, a stop.
 
-    A   so 7+3=0;      B   so 0=7+3;      C   so +73:0;       and at the end   #8
+    A   w7+3=0;      B   w0=7+3;      C   w+73:0;       and at the end   #8
 
 At each position the set of right tokens is known: all connectives at the start of a line; after it, what any layout of
 the world would write; elsewhere one token. A noisy step has a wrong result digit, and the chain goes on from it

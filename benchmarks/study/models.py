@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,8 +130,6 @@ def verdicts(model: Model, asked: list[Problem], n: int, temperature: float, see
 
 
 def hash_of(text: str) -> int:
-    import hashlib
-
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
 
 

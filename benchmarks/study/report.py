@@ -11,7 +11,7 @@ from arms import ARMS, CELLS, DIALS, FEW, PRESETS
 from chains import KINDS
 from expectations import EXPECTED
 from results import Contrast, Results
-from run import RESULTS, ROOT
+from run import QUICK_BUILD, RESULTS, ROOT
 from settings import FULL, QUICK, Settings
 
 HERE = Path(__file__).parent
@@ -261,11 +261,11 @@ def identity(results: Results) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="of the quick form, into build/study-quick")
+    parser.add_argument("--build", type=Path, default=QUICK_BUILD, help="folder of the quick form")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the page goes; default docs")
     args = parser.parse_args()
     settings = QUICK if args.quick else FULL
-    folder, docs = (
-        (ROOT / "build/study-quick/results", ROOT / "build/study-quick") if args.quick else (RESULTS, ROOT / "docs")
-    )
+    folder, docs = (args.build / "results", args.build) if args.quick else (RESULTS, args.docs)
     results = Results(settings, folder)
     if not results.seeds:
         raise SystemExit("no seed is finished yet; make study goes on")

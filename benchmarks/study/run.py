@@ -29,7 +29,7 @@ from arms import Run
 from settings import FULL, QUICK, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS, BUILD = ROOT / "benchmarks/results/study", ROOT / "build/study"
+RESULTS, BUILD, QUICK_BUILD = ROOT / "benchmarks/results/study", ROOT / "build/study", ROOT / "build/study-quick"
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -127,10 +127,10 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="side by side, one thread each (default 2)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after the run that is under way then")
     parser.add_argument("--status", action="store_true", help="say how much is done, and do nothing")
+    parser.add_argument("--build", type=Path, default=QUICK_BUILD, help="folder of the quick form")
     args = parser.parse_args()
     settings = QUICK if args.quick else FULL
-    results = ROOT / "build/study-quick/results" if args.quick else RESULTS
-    build = ROOT / "build/study-quick/models" if args.quick else BUILD
+    results, build = (args.build / "results", args.build / "models") if args.quick else (RESULTS, BUILD)
     if args.status:
         dev = arms.dev_runs(settings.dev_seeds, settings.rates)
         done = sum((results / "dev" / run.file).exists() for run in dev)
