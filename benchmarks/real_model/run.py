@@ -81,6 +81,7 @@ def main() -> None:
     else:
         settings, cells, results = Settings(), plan(), options.results or RESULTS
     run(cells, settings, results, scratch)
+    check_teacher(settings, results, scratch)
 
 
 def run(cells: list[Cell], settings: Settings, results: Path, scratch: Path, model: Path = MODEL) -> int:
@@ -172,6 +173,25 @@ def eval_words(settings: Settings, model: Path, tasks: Path, out: Path) -> list[
     words += ["--n", settings.n, "--temperature", 1, "--max_new_tokens", settings.max_new_tokens]
     words += ["--seed", settings.eval_seed, "--batch_size", 50, "--verifier_processes", 1, "-o", out]
     return words
+
+
+def check_teacher(settings: Settings, results: Path, scratch: Path, model: Path = MODEL) -> None:
+    """``qtarget teacher check`` of the first seed's demonstrations, a file a condition."""
+    from qtarget.evaluation import records
+
+    for condition in CONDITIONS:
+        file = results / f"teacher_{condition}.json"
+        if file.is_file():
+            check_same(file, settings)
+            continue
+        cell, work = Cell(1, condition, KD), scratch / "work" / f"teacher_{condition}"
+        shutil.rmtree(work, ignore_errors=True)
+        write_data(cell, settings, work / "data")
+        _, *words = train_words(cell, settings, work, model)
+        qtarget("teacher", "check", *words, "--rows", settings.rows, "--json", work / "check.json")
+        made = {"settings": shared_settings(settings), "check": json.loads((work / "check.json").read_text())}
+        records.write(file, json.dumps({**made, "machine": machine()}, indent=1, ensure_ascii=False) + "\n")
+        shutil.rmtree(work)
 
 
 def qtarget(*words: object) -> None:
