@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from real_model import results
+from real_model import reading, results
 from real_model.expectations import EXPECTATIONS, SCORES, Expectation
 from real_model.results import Cells
 from real_model.run import BASE, CLEAN, CONDITIONS, DFT, KD, NOISY, RESULTS, ROOT, SFT, TARGET, Cell
 
 PAGE = ROOT / "docs" / "real-model.md"
-READING = Path(__file__).parent / "reading.md"  # by hand, after the results
 
 
 def main() -> None:
@@ -40,15 +40,20 @@ def page(folder: Path) -> str:
         "## What came out",
         scores_table(cells),
         "## Differences",
-        f"Scores in per cent. Paired by problem and training seed; intervals are 95 %, of {results.DRAWS:,} bootstrap "
-        "draws of training seeds, problems and samples, by `qtarget compare`. Where an interval holds zero, no "
-        "difference is shown.",
+        prose(
+            f"Scores in per cent. Paired by problem and training seed; intervals are 95 %, of {results.DRAWS:,} "
+            "bootstrap draws of training seeds, problems and samples, by `qtarget compare`. Where an interval holds zero, "
+            "no difference is shown."
+        ),
         *(differences_table(differences, condition) for condition in CONDITIONS if results.seeds(cells, condition)),
         noise_table(differences),
         "## What was expected",
         expectations_table(cells, differences),
         teacher_text(folder),
-        READING.read_text(encoding="utf-8").strip() if READING.is_file() else "",
+        "## What it means for you",
+        bullets(reading.sentences(cells, differences)),
+        "## Limits",
+        bullets(reading.LIMITS),
         again(cells),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -81,17 +86,29 @@ def asked(cells: Cells) -> str:
         ["strict (avg, greedy, pass)", "the answer is the result, alone or behind the repeated sum, and nothing else"],
         ["lenient", "the last number of the answer is the result"],
     ]
+    about = prose(
+        f"SmolLM2-135M-Instruct learns sums of two numbers from {settings['rows']} demonstrations, `59 + 63 = ?` "
+        "answered by `59 + 63 = 122`, under four targets. Two questions: does any of them beat plain SFT when the labels are "
+        f"right (clean), and when the result is wrong in {settings['noise']:.0%} of the demonstrations (noisy)? kd and "
+        "target-sft have a teacher who knows more: the same model with the right answer in its prompt, also where the "
+        "demonstration is wrong."
+    )
     return f"""\
 # A real model: does the target matter?
 
 <!-- written by benchmarks/real_model/report.py from benchmarks/results/real_model; change those, not this page -->
 
-SmolLM2-135M-Instruct learns sums of two numbers from {settings["rows"]} demonstrations, `59 + 63 = ?` answered by
-`59 + 63 = 122`, under four targets. Two questions: does any of them beat plain SFT when the labels are right (clean),
-and when the result is wrong in {settings["noise"]:.0%} of the demonstrations (noisy)? kd and target-sft have a teacher
-who knows more: the same model with the right answer in its prompt, also where the demonstration is wrong.
+{about}
 
-{table(["", ""], rows)}"""
+{table(["what", "how"], rows)}"""
+
+
+def prose(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def bullets(sentences: Sequence[str]) -> str:
+    return "\n".join(prose(f"- {said}").replace("\n", "\n  ") for said in sentences)
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
@@ -117,14 +134,12 @@ def scores_table(cells: Cells) -> str:
             seconds = mean([cell["train_seconds"] for cell in found])
             rows.append([condition, arm, *score_cells(found), f"{nll:.3f}", f"{seconds:.0f}"])
     held_out = base["settings"]["held_out"]
-    return (
-        table(heads, rows)
-        + f"""
-
-Means over training seeds, in per cent; *by seed* is avg of each. Entropy: of the sampled answers, nats a token. nll: of
-{held_out} clean test answers, nats a token. Seconds: of a training run with its loading, on a machine that had other work
-to do: they compare nothing."""
+    about = prose(
+        "Means over training seeds, in per cent; *by seed* is avg of each. Entropy: of the sampled answers, nats a "
+        f"token. nll: of {held_out} clean test answers, nats a token. Seconds: of a training run with its loading, on a "
+        "machine that had other work to do: they compare nothing."
     )
+    return f"{table(heads, rows)}\n\n{about}"
 
 
 def score_cells(found: list[dict[str, Any]]) -> list[str]:
@@ -176,12 +191,12 @@ def expectations_table(cells: Cells, differences: dict[tuple[str, str, str], Any
             measure = {"strict": "avg", "lenient": "lenient avg"}.get(expected.measure, expected.measure)
             rows.append([what, measure, expected.wanted, expected.why, came, "met" if met else "**not met**"])
     met = sum(row[-1] == "met" for row in rows)
-    intro = (
+    intro = prose(
         f"Written and committed before the first result "
         f"([expectations.py](../benchmarks/real_model/expectations.py)). {met} of {len(rows)} were met. An expected "
         "difference is met where its interval lies on that side of zero; entropy and nll, where every training seed does."
     )
-    return intro + "\n\n" + table(["", "score", "expected", "because", "came out", ""], rows)
+    return intro + "\n\n" + table(["arm", "score", "expected", "because", "came out", "verdict"], rows)
 
 
 def name(arm: str) -> str:
@@ -224,11 +239,11 @@ def teacher_text(folder: Path) -> str:
     for condition, file in zip(CONDITIONS, files, strict=True):
         found = json.loads(file.read_text(encoding="utf-8"))["check"]
         rows.append([condition, *teacher_cells(found)])
-    return (
-        "## The teacher\n\n`qtarget teacher check` of the demonstrations of training seed 1, before training. In its "
-        "prompt the teacher reads the question and the right answer, with the request to write just that.\n\n"
-        + table(TEACHER, rows)
+    about = prose(
+        "`qtarget teacher check` of the demonstrations of training seed 1, before training. In its "
+        "prompt the teacher reads the question and the right answer, with the request to write just that."
     )
+    return f"## The teacher\n\n{about}\n\n{table(TEACHER, rows)}"
 
 
 TEACHER = ("labels", "nll, student", "nll, teacher", "same top token", "teacher sure of another token", "verdict")
@@ -247,17 +262,20 @@ def teacher_cells(found: dict[str, Any]) -> list[str]:
 def again(cells: Cells) -> str:
     machines = sorted({describe(cell["machine"]) for cell in cells.values()})
     hours = sum(cell["seconds"] for cell in cells.values()) / 3600
+    about = prose(
+        f"The {len(cells)} cells took {hours:.1f} hours on {'; '.join(machines)}, beside other work. Each is one file in "
+        "[benchmarks/results/real_model](../benchmarks/results/real_model) with its seed, settings, every answer and "
+        "verdict; this page is written from them by `python -m real_model.report`. The rows' rules are in "
+        "[problems.py](../benchmarks/real_model/problems.py), the shared settings in "
+        "[train.yaml](../benchmarks/real_model/train.yaml)."
+    )
     return f"""\
 ## Again
 
     make real-model          # goes on where it stopped; a finished cell is not run again
     make real-model-quick    # two steps and four problems, to see that it works
 
-The {len(cells)} cells took {hours:.1f} hours on {"; ".join(machines)}, beside other work. Each is
-one file in [benchmarks/results/real_model](../benchmarks/results/real_model) with its seed, settings, every answer and
-verdict; this page is written from them by `python -m real_model.report`. The rows' rules are in
-[problems.py](../benchmarks/real_model/problems.py), the shared settings in
-[train.yaml](../benchmarks/real_model/train.yaml)."""
+{about}"""
 
 
 def describe(machine: dict[str, Any]) -> str:
