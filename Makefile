@@ -17,11 +17,11 @@ WORKERS    ?= -n 2 --dist loadfile
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all
+.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick
 
 help: ## this list
 	@printf 'qtarget: supervised fine-tuning toward a target you choose\n\n'
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-17s %s\n", $$1, $$2 }'
 	@printf '\nDEMO_ARGS, TEST_ARGS and BENCH_ARGS pass flags on: make demo DEMO_ARGS="--max_steps 2"\n'
 
 env: $(VENV)/.ready ## build .venv (other targets do it by themselves)
@@ -58,6 +58,17 @@ teachers-demo: $(VENV)/.ready ## ask a teacher once, check the cache, train from
 	$(BIN)/python recipes/prepare_quickstart.py --out $(DEMO) && \
 	$(BIN)/python recipes/teachers_demo.py --demo $(DEMO) --out build/teachers $(DEMO_ARGS) && \
 	printf '\nteachers-demo: %s s after the environment was ready\n' "$$(($$(date +%s) - start))"
+
+# One thread: what a training run gives depends on it in the last digits, and the cells on record were made so.
+REAL_MODEL = OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -m real_model
+
+real-model: $(VENV)/.ready ## four targets on a real model, clean and noisy labels, 3 seeds: about 2 hours, resumable
+	@$(BIN)/python recipes/prepare_quickstart.py --out $(DEMO) && \
+	$(REAL_MODEL).run && $(REAL_MODEL).report
+
+real-model-quick: $(VENV)/.ready ## the same with two steps and four problems, to see that it works
+	@$(BIN)/python recipes/prepare_quickstart.py --out $(DEMO) && \
+	$(REAL_MODEL).run --quick
 
 # The page is tested in a real browser: where there is none and none can be installed, those tests are left out, and said.
 test: $(VENV)/.ready ## check, then the fast tests
