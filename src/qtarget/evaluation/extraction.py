@@ -152,15 +152,14 @@ def lenient(text: str) -> str | None:
 # -- normal form ---------------------------------------------------------------------------------------------------
 
 _FRACTION = re.compile(r"[-+]?\\frac\{-?\d+\}\{\d+\}")
-_UNITS = frozenset(
-    (
-        "degree degrees deg cm mm km dm meter meters metre metres centimeter centimeters kilometer kilometers mile miles "
-        "feet foot ft inch inches in yard yards second seconds sec secs minute minutes min mins hour hours hr hrs day "
-        "days week weeks month months year years dollar dollars cent cents euro euros pound pounds gram grams kg kilogram "
-        "kilograms mg liter liters litre litres ml mph square cubic sq unit units point points percent people student "
-        "students way ways apple apples hz ev erg au pc pa mol rad radian radians solar mass masses"
-    ).split()
+_UNIT_WORDS = (
+    "degree degrees deg cm mm km dm meter meters metre metres centimeter centimeters kilometer kilometers mile miles feet "
+    "foot ft inch inches in yard yards second seconds sec secs minute minutes min mins hour hours hr hrs day days week "
+    "weeks month months year years dollar dollars cent cents euro euros pound pounds gram grams kg kilogram kilograms mg "
+    "liter liters litre litres ml mph square cubic sq unit units point points percent people student students way ways "
+    "apple apples hz ev erg au pc pa mol rad radian radians solar mass masses"
 )
+_UNITS = frozenset(_UNIT_WORDS.split())
 # Units that may as well be variables: only in \text, or apart from a number.
 _UNIT_LETTERS = frozenset("mshglJNWKVATC")
 _BARE_UNIT = re.compile(r"(.*[\d)}])(\s*)([A-Za-z][A-Za-z\s/*^{}\d·-]*)", re.DOTALL)
@@ -201,7 +200,7 @@ def normal(answer: str) -> str:
         .replace("€", "")
         .replace("±", "\\pm ")
     )
-    text = re.sub(r"\\[dtc]frac", r"\\frac", text)
+    text = re.sub(r"\\[dtc]frac", r"\\frac", text).replace("±", "\\pm ")
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree|°", "", text)
     text = _unwrap(_without_wrapped_units(text.strip().rstrip(_TRAILING))).strip().strip("$").strip()
     text = _ASSIGNED.sub("", text)
