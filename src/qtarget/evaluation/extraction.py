@@ -153,11 +153,11 @@ def lenient(text: str) -> str | None:
 
 _FRACTION = re.compile(r"[-+]?\\frac\{-?\d+\}\{\d+\}")
 _UNIT_WORDS = (
-    "degree degrees deg cm mm km dm meter meters metre metres centimeter centimeters kilometer kilometers mile miles feet "
-    "foot ft inch inches in yard yards second seconds sec secs minute minutes min mins hour hours hr hrs day days week "
-    "weeks month months year years dollar dollars cent cents euro euros pound pounds gram grams kg kilogram kilograms mg "
-    "liter liters litre litres ml mph square cubic sq unit units point points percent people student students way ways "
-    "apple apples hz ev erg au pc pa mol rad radian radians solar mass masses"
+    "degree degrees deg cm mm km dm meter meters metre metres centimeter centimeters kilometer kilometers mile "
+    "miles feet foot ft inch inches in yard yards second seconds sec secs minute minutes min mins hour hours hr "
+    "hrs day days week weeks month months year years dollar dollars cent cents euro euros pound pounds gram grams "
+    "kg kilogram kilograms mg liter liters litre litres ml mph square cubic sq unit units point points percent "
+    "people student students way ways apple apples hz ev erg au pc pa mol rad radian radians solar mass masses"
 )
 _UNITS = frozenset(_UNIT_WORDS.split())
 # Units that may as well be variables: only in \text, or apart from a number.
