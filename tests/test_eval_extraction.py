@@ -53,6 +53,13 @@ LONG = {
     "units": "1 m" * 33_000,
     "dollars": "$" * 100_000,
     "marks": "####" * 25_000,
+    "an answer and spaces": "answer" + " " * 100_000,
+    "an answer is and spaces": "answer is" + "\n" * 50_000 + ":" + " " * 50_000,
+    "answers": "answer is: " * 9_000,
+    "unit letters": "1" + "m" * 60 + "x",
+    "unit words": "1 " + "mm m " * 30 + "x",
+    "wrapped units": "1" + r"\text{ m}" * 20,
+    "long wrapped units": "1" + r"\text{ m}" * 10_000,
 }
 
 

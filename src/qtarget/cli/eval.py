@@ -122,7 +122,8 @@ def _evaluate(own: dict[str, Any], asked: dict[str, Any]) -> int:
     positions = sampling.positions(own["model"], own["revision"])
     prompts = tasks.prompts(made, tokenizer, own["prompt"], positions, asked["max_new_tokens"])
     folder = Path(own["output"])
-    manifest = records.describe(_settings(own, asked), made)
+    settings = _settings(own, asked) | {"prompt_style": tasks.resolved(own["prompt"], tokenizer)}
+    manifest = records.describe(settings, made)
     if records.begin(folder, manifest, made, writes=rank == 0):
         if rank == 0:
             print(f"{folder} is finished; its scores again:")

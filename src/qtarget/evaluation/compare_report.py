@@ -36,7 +36,7 @@ def cells(difference: Difference) -> list[str]:
     return [
         difference.arm,
         {"strict": "avg@n", "lenient": "lenient avg@n"}.get(difference.measure, difference.measure),
-        "mean of tasks" if difference.task == "mean" else difference.task,
+        difference.task,
         shown(difference.first),
         shown(difference.other),
         shown(difference.value, sign=True),
@@ -230,7 +230,7 @@ def _intervals(differences: Sequence[Difference], measure: str) -> str:
     arms = list(dict.fromkeys(d.arm for d in differences))
     for number, difference in enumerate(differences):
         y = 18 + row * number
-        label = f"{difference.arm}, {'mean of tasks' if difference.task == 'mean' else difference.task}"
+        label = f"{difference.arm}, {difference.task}"
         short = label if len(label) <= 34 else label[:33] + "…"
         arm = arms.index(difference.arm) + 1
         body += f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(short)}</text>'

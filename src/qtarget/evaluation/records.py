@@ -25,7 +25,7 @@ from qtarget.evaluation.tasks import Problem, Task
 FILE = "eval.json"
 # What runs that are compared, or one that goes on, may differ in.
 UNCOMPARED = ("model", "ends", "batch_size", "program", "finished")
-_UNRESUMED = ("program", "finished")
+_UNRESUMED = ("program", "finished", "prompt_style")
 
 
 def line(record: dict[str, Any]) -> str:

@@ -193,6 +193,11 @@ _QWEN = (
 )
 
 
+def resolved(style: str, tokenizer: Any) -> str:
+    """What auto stands for."""
+    return style if style != "auto" else "chat" if tokenizer.chat_template else "plain"
+
+
 def prompt_ids(tokenizer: Any, style: str, problem: Problem, instruction: str) -> list[int]:
     """Token ids of what the model reads.
 
@@ -203,9 +208,7 @@ def prompt_ids(tokenizer: Any, style: str, problem: Problem, instruction: str) -
     Raises:
         ConfigError: a chat is asked for and cannot be made.
     """
-    prompt = problem.prompt
-    if style == "auto":
-        style = "chat" if tokenizer.chat_template else "plain"
+    prompt, style = problem.prompt, resolved(style, tokenizer)
     if style == "chat":
         if not tokenizer.chat_template:
             raise ConfigError("prompt is 'chat', but the tokenizer has no chat template; use --prompt plain")
