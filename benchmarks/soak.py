@@ -3,10 +3,10 @@
     python benchmarks/soak.py                  # an hour, writes benchmarks/results/soak.json
     python benchmarks/soak.py --minutes 0.5    # the same in short; its memory has no time to settle and is not judged
 
-A small Llama of random weights with SmolLM2's tokenizer learns the demo's problems by target-sft through `qtarget train`'s
-own code, from a second such model as the live teacher, with lens_every, evaluation and checkpoints on. It runs in a process
-of its own, as a user would start it with its output sent to a file; this one only looks: every few seconds at the process
-and at what is in the run's folder.
+A small Llama of random weights with SmolLM2's tokenizer learns the demo's problems by target-sft through the code of
+`qtarget train`, from a second such model as the live teacher, with lens_every, evaluation and checkpoints on. It runs in a
+process of its own, as a user would start it with its output sent to a file; this one only looks: every few seconds at the
+process and at what is in the run's folder.
 
 Memory's slope is a straight line through the means of 20 equal stretches after the first sixth, for single samples follow
 one another too closely to be counted as independent; the interval is of 95 %.
@@ -173,7 +173,7 @@ def watch(folder: Path, minutes: float, every: float) -> tuple[list[dict[str, fl
 
 
 def slope(samples: list[dict[str, float]], name: str) -> dict[str, float | None]:
-    """{mean, per_hour, low, high} of a figure over its stretches; the interval is None where there are too few samples."""
+    """{mean, per_hour, low, high} of a figure over its stretches; no interval where there are too few samples."""
     size = len(samples) / STRETCHES
     parts = [samples[round(i * size) : round((i + 1) * size)] for i in range(STRETCHES)]
     parts = [part for part in parts if part]

@@ -23,7 +23,8 @@ import runs
 import tiny
 from qtarget import QTargetTrainer
 from qtarget.cli import __main__ as cli
-from qtarget.cli import memory, recipe, shapes, steps
+from qtarget.cli import recipe
+from qtarget.planning import memory, shapes, steps
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "recipes" / "paper"

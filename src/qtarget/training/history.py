@@ -5,9 +5,9 @@ line per cell that holds a token:
 
     step, p_bin, entropy_bin, count, trust, update        trust and update are means over the cell's tokens
 
-p_bin counts twentieths of p_y, entropy_bin twentieths of log(vocabulary). At most ``MAPS`` maps are kept: a run that would
-make more keeps every second one, then every fourth and so on, so that neither the file nor the time to write it grows with
-the run. Which maps are kept depends on the step alone, so a resumed run keeps the same ones.
+p_bin counts twentieths of p_y, entropy_bin twentieths of log(vocabulary). At most ``MAPS`` maps are kept: a run that
+would make more keeps every second one, then every fourth and so on, so that neither the file nor the time to write it
+grows with the run. Which maps are kept depends on the step alone, so a resumed run keeps the same ones.
 """
 
 from __future__ import annotations
