@@ -4,9 +4,9 @@
     python benchmarks/soak.py --minutes 0.5    # the same in short; its memory has no time to settle and is not judged
 
 A small Llama of random weights with SmolLM2's tokenizer learns the demo's problems by target-sft through the code of
-`qtarget train`, from a second such model as the live teacher, with lens_every, evaluation and checkpoints on. It runs in a
-process of its own, as a user would start it with its output sent to a file; this one only looks: every few seconds at the
-process and at what is in the run's folder.
+`qtarget train`, from a second such model as the live teacher, with lens_every, evaluation and checkpoints on. It runs in
+a process of its own, as a user would start it with its output sent to a file; this one only looks: every few seconds at
+the process and at what is in the run's folder.
 
 Memory's slope is a straight line through the means of 20 equal stretches after the first sixth, for single samples follow
 one another too closely to be counted as independent; the interval is of 95 %.

@@ -87,9 +87,8 @@ def _verb(name: str):
     else:
         from qtarget.errors import unknown
 
-        raise unknown(
-            "verb", name, ("train", "plan", "targets", "cache", "teacher", "data", "lens", "eval", "compare", "env")
-        )
+        verbs = ("train", "plan", "targets", "cache", "teacher", "data", "lens", "eval", "compare", "env")
+        raise unknown("verb", name, verbs)
     return run
 
 

@@ -237,10 +237,7 @@ def show_memory(found: Found) -> None:
     work = workload_of(found)
     if work is None:
         return
-    tell(
-        "memory",
-        "GiB on each GPU by arithmetic, allocator, NCCL and CUDA not counted (docs/plan.md); most: at one time",
-    )
+    tell("memory", "GiB on each GPU by arithmetic, without allocator, NCCL and CUDA (docs/plan.md); most: at one time")
     parts = {kind: memory.estimate(work, kind) for kind in layouts(found.gpus)}
     shown = [name for name in memory.PARTS if any(part[name] for part in parts.values())]
     print(f"  {'':<10}{'':<8}{'most':>8}{''.join(f'{name:>13}' for name in shown)}")
@@ -251,12 +248,9 @@ def show_memory(found: Found) -> None:
 
 def workload_of(found: Found) -> memory.Workload | None:
     """What each GPU holds; None where a shape or max_length is not known."""
-    config = found.asked.config
-    known = found.student is not None and all(other.shape is not None for other in found.others)
-    if not known or not config.max_length:
+    asked, config = found.asked, found.asked.config
+    if found.student is None or any(other.shape is None for other in found.others) or not config.max_length:
         return None
-    asked = found.asked
-    assert found.student is not None
     return workload.of_memory(config, asked.model, asked.settings.origin, found.student, found.others, found.gpus)
 
 

@@ -157,6 +157,7 @@ def _figures(found: Any, asked: Options, rows: Any) -> dict[str, Any]:
 
     config, model = found.asked.config, found.asked.model
     work = dry_run.workload_of(found)
+    assert work is not None  # run() has looked
     room = _ROOM * asked.gpu_memory * 2**30
     kinds = dry_run.layouts(found.gpus)
     held = {
@@ -193,7 +194,7 @@ def _figures(found: Any, asked: Options, rows: Any) -> dict[str, Any]:
         "steps": total,
         "memory": held,
         "teacher_share": flops.teacher_share(step),
-        "cache": _cache(found, asked, rows, step, batch, total),
+        "cache": _cache(found, work, asked.k, rows, step, batch, total),
         "not_counted": workload.notes(config, model, found.student),
     }
     if total is not None:
@@ -215,7 +216,7 @@ def _steps(found: Any, batch: float) -> int | None:
 
 
 def _cache(
-    found: Any, asked: Options, rows: Any, step: dict[str, float], batch: float, total: int | None
+    found: Any, work: Any, k: int, rows: Any, step: dict[str, float], batch: float, total: int | None
 ) -> dict[str, Any] | None:
     """What a cache in place of the teacher's models would change; None where there are none to replace."""
     from dataclasses import replace
@@ -225,11 +226,10 @@ def _cache(
 
     if not any(other.role == "teacher" for other in found.others):
         return None
-    each = asked.k * (4 + 2) + 4  # an int32 id and a float16 log-probability for each of k, a float32 tail
-    work = dry_run.workload_of(found)
+    each = k * (4 + 2) + 4  # an int32 id and a float16 log-probability for each of k, a float32 tail
     asking = (step["teacher"] + step["teacher head"]) / batch  # of a row
     made: dict[str, Any] = {
-        "k": asked.k,
+        "k": k,
         "bytes_per_token": each,
         "bytes": None,
         "build_flops": None,
@@ -267,9 +267,8 @@ def _show(found: Any, asked: Options, figures: dict[str, Any]) -> None:
         "rows", f"{row['tokens']:,.0f} tokens, {row['with_padding']:,.0f} with padding, {row['supervised']:,.0f} labels"
     )
     tell("", row["source"])
-    tell(
-        "a step", f"{step['tokens']:,.0f} tokens, {step['supervised']:,.0f} labels, {_amount(step['flops'])} operations"
-    )
+    whole = sum(step["flops"].values())
+    tell("a step", f"{step['tokens']:,.0f} tokens, {step['supervised']:,.0f} labels, {_operations(whole)} operations")
     steps = figures["steps"]
     if config.packing:
         tell("steps", "not known: the number of rows is not known here" if steps is None else f"about {steps}, packed")
@@ -279,68 +278,55 @@ def _show(found: Any, asked: Options, figures: dict[str, Any]) -> None:
         hours = f"; {figures['gpu_hours']:,.1f} GPU hours at {asked.tflops:g}e12 a second" if asked.tflops else ""
         tell("run", f"{_operations(figures['flops'])} operations{hours}")
     print("\noperations of a step")
-    whole = sum(step["flops"].values())
     for name, value in step["flops"].items():
         if value:
             print(f"  {name:<24}{_operations(value):>10}{value / whole:>8.1%}")
     print()
     dry_run.show_memory(found)
     kinds = dry_run.layouts(found.gpus)
-    for kind, held in figures["memory"].items():
-        room = _ROOM * asked.gpu_memory
-        most = held["most"] / GIB
-        told = (
-            f"fits, {room - most:.1f} GiB to spare" if held["fits"] else f"does not fit, {most - room:.1f} GiB too much"
-        )
-        tell("" if kind != "ddp" else "fits", f"{kinds[kind]}: {told} of the {room:g} that a run may use")
-    _show_cache(found, figures, kinds)
+    room = _ROOM * asked.gpu_memory
+    for number, (kind, held) in enumerate(figures["memory"].items()):
+        left = room - held["most"] / GIB
+        told = f"fits, {left:.1f} GiB to spare" if held["fits"] else f"does not fit, {-left:.1f} GiB too much"
+        tell("" if number else "fits", f"{kinds[kind]}: {told} of the {room:g} that a run may use")
+    _show_cache(figures, kinds)
     for line in [*figures["not_counted"], *found.untold]:
         tell("unknown", line)
 
 
-def _show_cache(found: Any, figures: dict[str, Any], kinds: dict[str, str]) -> None:
+def _show_cache(figures: dict[str, Any], kinds: dict[str, str]) -> None:
     from qtarget.cli.dry_run import GIB, tell
 
-    cache = figures["cache"]
+    cache, share = figures["cache"], figures["teacher_share"]
     if cache is None:
-        if figures["teacher_share"]:
-            tell(
-                "teacher",
-                f"its share of the operations is {figures['teacher_share']:.1%}; it moves: no cache can keep it",
-            )
+        if share:
+            tell("teacher", f"{share:.1%} of the operations; it is the student's average, which no cache can keep")
         return
-    tell(
-        "teacher",
-        f"{figures['teacher_share']:.1%} of the operations: a step from a cache would take so much less time, were all "
-        "operations equally fast",
-    )
+    tell("teacher", f"{share:.1%} of the operations: what a cache takes off a step, were all operations equally fast")
     freed = ", ".join(
-        f"{kinds[kind]} {cache['most'][kind] / GIB:.1f} (saves {(held['most'] - cache['most'][kind]) / GIB:.1f})"
+        f"{kinds[kind]} {cache['most'][kind] / GIB:.1f} ({(cache['most'][kind] - held['most']) / GIB:+.1f})"
         for kind, held in figures["memory"].items()
     )
-    tell("cache", f"most memory without the teacher, GiB: {freed}")
+    tell("cache", f"most memory with one in the teacher's place, GiB: {freed}")
+    size = f"{cache['bytes_per_token']} bytes a label at k = {cache['k']}"
     if cache["bytes"] is None:
-        tell(
-            "", f"on disk {cache['bytes_per_token']} bytes a label at k = {cache['k']}; the number of rows is not known"
-        )
+        tell("", f"on disk {size}; the number of rows is not known here")
         return
+    built = f"built once for {_operations(cache['build_flops'])} operations"
+    tell("", f"on disk {_size(cache['bytes'])}, {size}; {built}")
     passes = cache["passes"]
-    pays = ""
-    if passes is not None:
-        run_share = passes * cache["build_flops"]
-        saved = max(0.0, run_share - cache["build_flops"]) / figures["flops"]
-        pays = (
-            f"; this run asks {passes:.2f} times, so a cache saves it {saved:.1%}, and each further run the share above"
-        )
-    tell(
-        "",
-        f"on disk {cache['bytes'] / 1e9:.2f} GB, {cache['bytes_per_token']} bytes a label at k = {cache['k']}; "
-        f"built once for {_operations(cache['build_flops'])} operations{pays}",
-    )
+    if passes is None:
+        return
+    if passes <= 1:
+        told = f"this run asks about each row {passes:.2f} times: a cache pays from the second run on"
+    else:
+        saved = (passes - 1) * cache["build_flops"] / figures["flops"]
+        told = f"this run asks about each row {passes:.2f} times: built for it alone, a cache saves {saved:.1%} of it"
+    tell("", told)
 
 
-def _amount(parts: dict[str, float]) -> str:
-    return _operations(sum(parts.values()))
+def _size(value: float) -> str:
+    return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.1f} MB"
 
 
 def _operations(value: float) -> str:

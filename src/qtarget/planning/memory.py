@@ -1,8 +1,8 @@
 """How much memory a run takes on each GPU, by arithmetic. The formulas are written out in docs/plan.md, and
 benchmarks/plan.py holds them against measured memory.
 
-One place for every estimate: `qtarget plan`, `qtarget train --dry_run` and whoever wants to hold a measured step against
-it ask ``estimate`` for the parts, ``peak`` for the most at one time and ``stages`` for what a process can measure of itself.
+One place for every estimate: `qtarget plan`, `qtarget train --dry_run` and whoever holds a measured step against it ask
+``estimate`` for the parts, ``peak`` for the most at one time and ``stages`` for what a process can measure of itself.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def estimate(work: Workload, kind: str) -> dict[str, int]:
         parts["weights"], parts["gradients"] = own * size // gpus, width * trained // gpus
         parts["optimiser"] = int(work.states * width * trained) // gpus
         # embedding and head with their gradient, two layers with the gradient of one
-        parts["gathered"] = 2 * _HALF * student.root_parameters + 3 * _HALF * student.layer_parameters
+        parts["gathered"] = _computes(work) * (2 * student.root_parameters + 3 * student.layer_parameters)
     if not all_trained:
         parts["weights"] += _SINGLE * trained // (gpus if kind == "fsdp2" else 1)
     parts["weights"] += work.copies * own * (size if all_trained else trained) // (gpus if kind == "fsdp2" else 1)
@@ -115,10 +115,9 @@ def stages(work: Workload, kind: str = "ddp") -> dict[str, int]:
         a step after the first}.
     """
     parts = estimate(work, kind)
-    loaded = parts["teacher"] + parts["reference"]
-    loaded += (
-        (work.bytes if kind != "zero2" else _HALF) * work.student.parameters // (work.gpus if kind == "fsdp2" else 1)
-    )
+    width = _HALF if kind == "zero2" else work.bytes
+    loaded = width * work.student.parameters // (work.gpus if kind == "fsdp2" else 1)
+    loaded += parts["teacher"] + parts["reference"]
     kept = _buffers(work) if work.device == "cpu" else 0  # a CPU keeps the engine's buffers from call to call
     resident = parts["optimiser"] + parts["teacher"] + parts["reference"]
     between = parts["weights"] + resident + kept
@@ -234,7 +233,7 @@ def adapter_parameters(shape: Shape, rank: int, modules: list[str] | str | None)
 
 
 def optimiser_states(name: str, width: int) -> float | None:
-    """Numbers of ``width`` bytes that one of Transformers' optimisers keeps for a parameter; None where it is not known."""
+    """Numbers of ``width`` bytes that an optimiser of Transformers keeps for a parameter; None where it is not known."""
     if "8bit" in name:
         return (1 if "lion" in name else 2) / width
     if name.startswith("adamw_torch") or name in ("adamw_apex_fused", "paged_adamw", "paged_adamw_32bit", "adamw_bnb"):
