@@ -4,6 +4,8 @@ import math
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from accelerate import Accelerator
 
 import tiny
 from qtarget import ConfigError
@@ -75,3 +77,28 @@ def test_off_by_default_and_refused_below_one(tmp_path):
     assert not (tmp_path / history.FILE).exists()
     with pytest.raises(ConfigError, match="lens_every is 0; use a number of optimiser steps from 1, or leave it out"):
         config(tmp_path, lens_every=0)
+
+
+def test_a_long_run_keeps_so_many_maps_and_no_more(tmp_path):
+    """Every second one is left out when there would be too many, whether the run was stopped in between or not."""
+
+    def run(folder, stops=()):
+        made = None
+        for step in range(1, 3001):
+            if made is None or step in stops:  # a resumed run makes its own
+                made = history.History(folder, 100, 1, Accelerator(cpu=True))
+            if made.wants(step):
+                one = torch.ones(1, 1)
+                made.add({"nll": one, "entropy": one, "trust": one, "update": one * step})
+            made.flush(step)
+            if step in (257, 258, 3000):
+                seen[step] = sorted(set(pq.read_table(folder / history.FILE)["step"].to_pylist()))
+        return pq.read_table(folder / history.FILE)
+
+    seen = {}
+    table = run(tmp_path / "whole")
+    assert seen[257] == list(range(1, 257))
+    assert seen[258] == list(range(2, 259, 2)), "from here on every second step"
+    assert seen[3000] == list(range(16, 3001, 16)) and len(seen[3000]) <= history.MAPS
+    assert table["update"].to_pylist() == table["step"].to_pylist()
+    assert run(tmp_path / "stopped", stops=(100, 300, 1025, 2999)) == table

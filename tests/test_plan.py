@@ -19,7 +19,8 @@ from qtarget.planning.shapes import Shape
 
 ROOT = Path(__file__).parent.parent
 PAPER = ROOT / "recipes" / "paper"
-CACHED = json.loads((ROOT / "benchmarks" / "results" / "cache.json").read_text())
+DISK = json.loads((ROOT / "benchmarks" / "results" / "cache.json").read_text())["disk"]
+MEASURED = next(line["bytes_per_token"] for line in DISK if (line["k"], line["dtype"]) == (64, "float16"))
 SMALL = Shape(4, 64, 128, 4, 2, 16, 1000, True)
 
 
@@ -78,7 +79,8 @@ def test_the_engines_products_are_those_torch_counts(teacher):
     labels = torch.randint(0, 1000, (40,))
     labels[:8] = -100
     other = {"teacher": qt.Head(torch.randn(40, 64), torch.randn(1000, 64))} if teacher else {}
-    with FlopCounterMode(display=False) as counted:
+    in_place = {torch.ops.aten.addmm_: lambda into, a, b, **kwargs: 2 * a[0] * a[1] * b[1]}  # which torch leaves out
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counted:
         target = qt.preset("target-sft" if teacher else "sft")
         qt.linear_target_loss(hidden, weight, labels, target, **other).loss.backward()
     parts = flops.of_step(flops.Work(SMALL, 40, 40, 32, [SMALL] if teacher else []))
@@ -112,7 +114,7 @@ def test_the_recorded_measurements_are_within_the_limit_of_todays_formulas(bench
             assert now[figure] == pytest.approx(measured, rel=benchmark.LIMIT), (entry["case"], figure)
 
 
-@pytest.mark.parametrize("name", ["17M sft", "17M target-sft, checkpointing"])
+@pytest.mark.parametrize("name", ["17M sft", pytest.param("17M target-sft, checkpointing", marks=pytest.mark.full)])
 def test_a_measured_run_is_within_the_limit(name, benchmark, tmp_path, monkeypatch):
     """In a process of its own, with a vocabulary of 320: nearly all of it activations."""
     folder = tmp_path / benchmark.MODEL
@@ -223,8 +225,8 @@ def test_rows_at_hand_are_measured_as_training_prepares_them(at_hand, capsys, tm
     assert 0 < figures["row"]["supervised"] < figures["row"]["tokens"]
     assert figures["steps"] == 6 and figures["step"]["rows"] == 4
     cache = figures["cache"]
-    each = CACHED["training"]["bytes_per_token"] if "bytes_per_token" in CACHED.get("training", {}) else 388
-    assert cache["bytes_per_token"] == each
+    each = cache["bytes_per_token"]
+    assert each == pytest.approx(MEASURED, rel=1e-3), "what a cache of 64 tokens was measured to take"
     assert cache["bytes"] == pytest.approx(8 * figures["row"]["supervised"] * each)
     assert cache["passes"] == pytest.approx(3)
     assert cache["most"]["ddp"] < figures["memory"]["ddp"]["most"]
@@ -254,7 +256,7 @@ def test_other_targets_need_other_forwards(at_hand, capsys, tmp_path):
         figures = json.loads(file.read_text())
         return figures, figures["step"]["flops"], said
 
-    figures, step, said = parts("--target", "sft")
+    figures, step, _ = parts("--target", "sft")
     assert step["teacher"] == 0 and figures["cache"] is None
     _, asft, _ = parts("--target", "asft")
     assert asft["reference and copies"] == pytest.approx(step["student forward"] + step["student head"] / 3)
@@ -286,8 +288,8 @@ def test_other_targets_need_other_forwards(at_hand, capsys, tmp_path):
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_bad_input_gets_one_sentence(words, sentence, at_hand, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    status, said, errors = plan(capsys, "--config", at_hand / "config.yaml", *words)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    status, _, errors = plan(capsys, "--config", at_hand / "config.yaml", *words)
     assert status == 2
     assert len(errors.splitlines()) == 1 and sentence in errors, errors
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,13 +139,15 @@ def _sample(rest: Sequence[str]) -> list[tuple[int, int]]:
 
     hub.disable_progress_bars()
     others = dict.fromkeys(("teacher_model_name_or_path", "teachers", "teacher_context", "teacher_ema_decay"))
-    run = setup.read(rest, cache.fixed_settings(rest, target="sft", **others), trains=False)
-    train = run.datasets["train"]
-    if run.script.dataset_streaming:
-        return []
-    run.datasets = {"train": train.select(range(min(_SAMPLE, len(train))))}
-    trainer = setup.build(run, weights=False)
-    return [(len(row["input_ids"]), sum(label != -100 for label in row["labels"][1:])) for row in trainer.train_dataset]
+    with tempfile.TemporaryDirectory() as scratch:  # a trainer makes its output folder
+        fixed = cache.fixed_settings(rest, target="sft", output_dir=scratch, **others)
+        run = setup.read(rest, fixed, trains=False)
+        if run.script.dataset_streaming:
+            return []
+        train = run.datasets["train"]
+        run.datasets = {"train": train.select(range(min(_SAMPLE, len(train))))}
+        rows = setup.build(run, weights=False).train_dataset
+        return [(len(row["input_ids"]), sum(label != -100 for label in row["labels"][1:])) for row in rows]
 
 
 # -- figures -------------------------------------------------------------------------------------------------------
@@ -223,10 +226,11 @@ def _cache(
 
     from qtarget.cli import dry_run
     from qtarget.planning import memory
+    from qtarget.training import cache_build
 
     if not any(other.role == "teacher" for other in found.others):
         return None
-    each = k * (4 + 2) + 4  # an int32 id and a float16 log-probability for each of k, a float32 tail
+    each = cache_build.bytes_per_token(k)
     asking = (step["teacher"] + step["teacher head"]) / batch  # of a row
     made: dict[str, Any] = {
         "k": k,
