@@ -29,7 +29,7 @@ def soak():
 
 
 def test_a_short_soak_trains_and_is_told(soak, tmp_path):
-    """Seven seconds of real training with a teacher, evaluations, checkpoints and the lens, in a process of its own."""
+    """Five seconds of real training with a teacher, evaluations, checkpoints and the lens, in a process of its own."""
     model = tmp_path / "demo" / soak.MODEL
     tiny.llama().save_pretrained(model)
     tiny.tokenizer().save_pretrained(model)
@@ -37,7 +37,7 @@ def test_a_short_soak_trains_and_is_told(soak, tmp_path):
     for split, rows in (("train", 32), ("test", 4)):
         lines = [json.dumps(row) + "\n" for row in tiny.conversations(rows).to_list()]
         (tmp_path / "demo" / "data" / f"{split}.jsonl").write_text("".join(lines))
-    words = ["--minutes", "0.12", "--sample", "0.2", "--every", "20", "--width", "32"]
+    words = ["--minutes", "0.08", "--sample", "0.2", "--every", "20", "--width", "32"]
     places = ["--demo", tmp_path / "demo", "--folder", tmp_path / "soak", "--out", tmp_path / "soak.json"]
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "soak.py", *words, *map(str, places)],
