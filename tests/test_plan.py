@@ -114,6 +114,18 @@ def test_the_recorded_measurements_are_within_the_limit_of_todays_formulas(bench
             assert now[figure] == pytest.approx(measured, rel=benchmark.LIMIT), (entry["case"], figure)
 
 
+def test_the_documentation_shows_the_recorded_measurements(benchmark):
+    lines = ["| run | figure | planned, MB | measured, MB | off by |", "|---|---|---|---|---|"]
+    for entry in json.loads(benchmark.RESULTS.read_text())["cases"]:
+        for figure, measured in entry["measured"].items():
+            planned, off = entry["planned"][figure], entry["off"][figure]
+            lines.append(f"| {entry['case']} | {figure} | {planned / 1e6:.0f} | {measured / 1e6:.0f} | {off:+.1%} |")
+    table = "\n".join(lines)
+    text = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    shown = text.split("results/plan.json -->\n")[1].split("\n<!-- end of measured")[0]
+    assert shown == table, f"write this into docs/plan.md:\n{table}"
+
+
 @pytest.mark.parametrize("name", ["17M sft", pytest.param("17M target-sft, checkpointing", marks=pytest.mark.full)])
 def test_a_measured_run_is_within_the_limit(name, benchmark, tmp_path, monkeypatch):
     """In a process of its own, with a vocabulary of 320: nearly all of it activations."""
@@ -167,7 +179,7 @@ def at_hand(tmp_path_factory) -> Path:
     tiny.llama().save_pretrained(root / "model")
     tiny.tokenizer().save_pretrained(root / "model")
     (root / "data").mkdir()
-    rows = tiny.conversations(8).to_list()
+    rows = [{**row, "weight": 0.5} for row in tiny.conversations(8).to_list()]
     (root / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
         "model_name_or_path": str(root / "model"),
@@ -260,6 +272,8 @@ def test_other_targets_need_other_forwards(at_hand, capsys, tmp_path):
     assert step["teacher"] == 0 and figures["cache"] is None
     _, asft, _ = parts("--target", "asft")
     assert asft["reference and copies"] == pytest.approx(step["student forward"] + step["student head"] / 3)
+    weighted = parts("--target", "iw-sft", "--denominator", "kept", "--weights", "column")[1]
+    assert weighted == step, "a weight changes no product"
     words = ["--teacher_ema_decay", "0.99", "--target", "kd", "--teacher_model_name_or_path", "none"]
     figures, average, said = parts(*words)
     assert average["teacher"] == step["student forward"] and figures["cache"] is None

@@ -67,6 +67,9 @@ def of_memory(config: Any, model: Any, given: Any, student: Shape, others: list[
 
     Args:
         config: QTargetConfig, with a max_length. model: TRL's ModelConfig. given: names of the settings given.
+
+    It is that of the machine planned for. To hold a measured step against it, replace what is otherwise there:
+    ``memory.stages(dataclasses.replace(work, device="cpu", mixed=False, tokens=positions))``.
     """
     copies = int("old_policy" in _needed(config)) + int(config.teacher_ema_decay is not None)
     copies += int(_starts_as_reference(config) and not model.use_peft)
