@@ -166,7 +166,17 @@ def test_adapters_are_counted_as_peft_makes_them():
 
 def test_states_of_optimisers():
     asked = ("adamw_torch_fused", "adamw_bnb_8bit", "sgd", "lion_32bit", "galore_adamw")
-    assert [memory.optimiser_states(name, 4) for name in asked] == [2, 0.5, 0, 1, None]
+    assert [memory.optimiser_states(name) for name in asked] == [(2, None), (2, 1), (0, None), (1, None), None]
+    work = memory.Workload(SMALL, 1, 64, bytes=2)
+    assert memory.estimate(work, "ddp")["optimiser"] == 4 * SMALL.parameters
+    # Accelerate's FSDP2 makes float32 of trained weights; an 8-bit state is a byte wherever it is.
+    assert memory.estimate(work, "fsdp2")["optimiser"] == 8 * SMALL.parameters
+    eight = memory.Workload(SMALL, 1, 64, bytes=2, state_bytes=1)
+    assert (
+        memory.estimate(eight, "fsdp2")["optimiser"]
+        == memory.estimate(eight, "ddp")["optimiser"]
+        == 2 * SMALL.parameters
+    )
 
 
 # -- the verb ------------------------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ class Workload:
         supervised: of the positions; None: all.
         checkpointing: whether a layer's activations are computed again in the backward pass.
         trained: parameters of adapters, in float32, where only they are trained; None: all weights are.
-        states: numbers the optimiser keeps for a parameter, each of ``bytes`` (AdamW two).
+        states: numbers the optimiser keeps for a trained parameter (AdamW two); state_bytes: of each, None: as many as
+            of the parameter.
         mixed: whether float32 weights compute in half precision (bf16 or fp16 in the settings).
         accumulates: whether a step has several micro-batches, so that gradients are there from its first on.
         repeats_heads: whether attention lays out key and value once for each query head: sdpa does, for padded rows.
@@ -51,7 +52,8 @@ class Workload:
     supervised: int | None = None
     checkpointing: bool = True
     trained: int | None = None
-    states: float = 2
+    states: int = 2
+    state_bytes: int | None = None
     mixed: bool = True
     accumulates: bool = True
     repeats_heads: bool = True
@@ -69,24 +71,25 @@ def estimate(work: Workload, kind: str) -> dict[str, int]:
         kind: "ddp", "zero2" or "fsdp2", as the files of recipes/scale are called; "ddp" on one GPU is no sharding.
     """
     student, gpus = work.student, work.gpus
-    size, own = student.parameters, work.bytes
+    size, own = student.parameters, _own(work, kind)
     all_trained = work.trained is None
     trained = size if work.trained is None else work.trained
     width = own if all_trained else _SINGLE  # of a trained number
+    state = work.states * (work.state_bytes or (_SINGLE if kind == "zero2" else width))
     parts = dict.fromkeys(PARTS, 0)
     if kind == "ddp":
         # autocast keeps half-precision copies of float32 weights; the reducer's buckets are a second gradient
         parts["weights"] = (own + (_HALF if work.mixed and own > _HALF else 0)) * size
         parts["gradients"] = width * trained * (1 if gpus == 1 else 2)
-        parts["optimiser"] = int(work.states * width * trained)
+        parts["optimiser"] = state * trained
     elif kind == "zero2":
         # weights in bf16 whole; the float32 weights, gradients and the optimiser's states in pieces
         parts["weights"] = _HALF * size + _SINGLE * trained // gpus
         parts["gradients"] = _SINGLE * trained // gpus + 2 * _HALF * min(_BUCKET, trained)
-        parts["optimiser"] = int(work.states * _SINGLE * trained) // gpus
+        parts["optimiser"] = state * trained // gpus
     else:
         parts["weights"], parts["gradients"] = own * size // gpus, width * trained // gpus
-        parts["optimiser"] = int(work.states * width * trained) // gpus
+        parts["optimiser"] = state * trained // gpus
         # embedding and head with their gradient, two layers with the gradient of one
         parts["gathered"] = _computes(work) * (2 * student.root_parameters + 3 * student.layer_parameters)
     if not all_trained:
@@ -115,7 +118,7 @@ def stages(work: Workload, kind: str = "ddp") -> dict[str, int]:
         a step after the first}.
     """
     parts = estimate(work, kind)
-    width = _HALF if kind == "zero2" else work.bytes
+    width = _HALF if kind == "zero2" else _own(work, kind)
     loaded = width * work.student.parameters // (work.gpus if kind == "fsdp2" else 1)
     loaded += parts["teacher"] + parts["reference"]
     kept = _buffers(work) if work.device == "cpu" else 0  # a CPU keeps the engine's buffers from call to call
@@ -128,6 +131,11 @@ def stages(work: Workload, kind: str = "ddp") -> dict[str, int]:
     embedding = _SINGLE * work.student.vocab * work.student.width if work.student.tied and work.trained is None else 0
     ends = formed + max(_layer(work, kind) + _passing(work, kind), embedding)
     return {"loaded": loaded, "between": between, "peak": between + parts["gathered"] + max(begins, ends)}
+
+
+def _own(work: Workload, kind: str) -> int:
+    """Bytes of a number of the weights: Accelerate's FSDP2 keeps trained ones in float32 under mixed precision."""
+    return _SINGLE if kind == "fsdp2" and work.mixed and work.trained is None else work.bytes
 
 
 def _always(work: Workload, kind: str, gradients: int) -> int:
@@ -232,12 +240,13 @@ def adapter_parameters(shape: Shape, rank: int, modules: list[str] | str | None)
     return shape.layers * rank * sum(sides[name] for name in names)
 
 
-def optimiser_states(name: str, width: int) -> float | None:
-    """Numbers of ``width`` bytes that an optimiser of Transformers keeps for a parameter; None where it is not known."""
-    if "8bit" in name:
-        return (1 if "lion" in name else 2) / width
-    if name.startswith("adamw_torch") or name in ("adamw_apex_fused", "paged_adamw", "paged_adamw_32bit", "adamw_bnb"):
-        return 2
+def optimiser_states(name: str) -> tuple[int, int | None] | None:
+    """What an optimiser of Transformers keeps for a parameter: (numbers, bytes of each, None: as many as of the
+    parameter); None where it is not known."""
+    width = 1 if "8bit" in name else None
     if "lion" in name:
-        return 1
-    return {"sgd": 0, "adafactor": 0, "adagrad": 1, "rmsprop": 1}.get(name)
+        return 1, width
+    if width or name.startswith(("adamw_torch", "paged_adamw")) or name in ("adamw_apex_fused", "adamw_bnb"):
+        return 2, width
+    others = {"sgd": 0, "adafactor": 0, "adagrad": 1, "rmsprop": 1}
+    return (others[name], None) if name in others else None

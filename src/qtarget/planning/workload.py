@@ -54,6 +54,10 @@ def computes_in_half(config: Any, given: Any) -> bool:
     return bool(config.bf16 or config.fp16 or not {"bf16", "fp16"} & set(given))
 
 
+def _optimiser(config: Any) -> str:
+    return str(getattr(config.optim, "value", config.optim))
+
+
 def _needed(config: Any) -> frozenset[str]:
     return config.models_for(config.resolve_objective().requires)
 
@@ -78,7 +82,7 @@ def of_memory(config: Any, model: Any, given: Any, student: Shape, others: list[
     trained = None
     if model.use_peft:
         trained = memory.adapter_parameters(student, model.lora_r, model.lora_target_modules) or 0
-    states = memory.optimiser_states(str(getattr(config.optim, "value", config.optim)), width)
+    states, state_bytes = memory.optimiser_states(_optimiser(config)) or (2, None)
     return memory.Workload(
         student,
         gpus,
@@ -89,7 +93,8 @@ def of_memory(config: Any, model: Any, given: Any, student: Shape, others: list[
         copies,
         checkpointing=bool(config.gradient_checkpointing),
         trained=trained,
-        states=2 if states is None else states,
+        states=states,
+        state_bytes=state_bytes,
         mixed=computes_in_half(config, given),
         accumulates=config.gradient_accumulation_steps > 1,
         repeats_heads=not flash,
@@ -120,9 +125,8 @@ def of_flops(config: Any, model: Any, student: Shape, others: list[Frozen], batc
 def notes(config: Any, model: Any, student: Shape) -> list[str]:
     """What the formulas do not know about a run."""
     said = []
-    optim = str(getattr(config.optim, "value", config.optim))
-    if memory.optimiser_states(optim, bytes_of(model.dtype)) is None:
-        said.append(f"the states of optim {optim}: two for a weight are counted, as AdamW keeps")
+    if memory.optimiser_states(_optimiser(config)) is None:
+        said.append(f"the states of optim {_optimiser(config)}: two for a weight are counted, as AdamW keeps")
     if model.use_peft and memory.adapter_parameters(student, model.lora_r, model.lora_target_modules) is None:
         said.append(f"the size of adapters on {model.lora_target_modules}: none is counted")
     if getattr(model, "load_in_4bit", False) or getattr(model, "load_in_8bit", False):
