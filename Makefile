@@ -15,9 +15,10 @@ TEST_ARGS  ?=
 # a test file at a time on each of two cores; one after the other:  make test WORKERS=
 WORKERS    ?= -n 2 --dist loadfile
 BENCH_ARGS ?=
+SOAK_ARGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick
+.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick soak
 
 help: ## this list
 	@printf 'qtarget: supervised fine-tuning toward a target you choose\n\n'
@@ -99,7 +100,7 @@ format: $(VENV)/.ready ## let ruff mend what it can
 
 bench: $(VENV)/.ready ## run benchmarks/*.py
 	@ls benchmarks/*.py >/dev/null 2>&1 || { echo "there is no benchmarks/*.py"; exit 1; }
-	@set -e; for script in benchmarks/*.py; do \
+	@set -e; for script in $(filter-out benchmarks/soak.py,$(wildcard benchmarks/*.py)); do \
 	    printf '== %s\n' "$$script"; $(BIN)/python "$$script" $(BENCH_ARGS); \
 	done
 
@@ -115,6 +116,9 @@ study-quick: $(VENV)/.ready ## a small form of the study, under a minute, that s
 	rm -rf build/study-quick
 	$(BIN)/python benchmarks/study/run.py --quick
 	$(BIN)/python benchmarks/study/report.py --quick
+
+soak: $(VENV)/.ready ## an hour of training: are memory, files and logs bounded?  SOAK_ARGS="--minutes 5"
+	@$(BIN)/python benchmarks/soak.py $(SOAK_ARGS)
 
 clean: ## delete what runs and tools wrote (.venv stays)
 	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache

@@ -23,7 +23,8 @@ import runs
 import tiny
 from qtarget import QTargetTrainer
 from qtarget.cli import __main__ as cli
-from qtarget.cli import memory, recipe, shapes, steps
+from qtarget.cli import recipe
+from qtarget.planning import memory, shapes, steps
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "recipes" / "paper"
@@ -338,12 +339,15 @@ def test_a_hand_worked_estimate():
     assert (shape.layer_parameters, shape.root_parameters, shape.parameters) == (152, 44, 348)
     work = memory.Workload(shape, 2, 6)
     ddp, fsdp2 = memory.estimate(work, "ddp"), memory.estimate(work, "fsdp2")
-    assert [ddp[part] for part in ("weights", "gradients", "AdamW")] == [6 * 348, 8 * 348, 8 * 348]
-    assert [fsdp2[part] for part in ("weights", "gradients", "AdamW")] == [2 * 348, 2 * 348, 4 * 348]
+    assert [ddp[part] for part in ("weights", "gradients", "optimiser")] == [6 * 348, 8 * 348, 8 * 348]
+    assert [fsdp2[part] for part in ("weights", "gradients", "optimiser")] == [2 * 348, 2 * 348, 4 * 348]
     assert fsdp2["gathered"] == 4 * 44 + 6 * 152
-    layer = 4 * 4 + 2 * 3 * 2 + 4 * 8
-    assert fsdp2["activations"] == 2 * 6 * (2 * 4 + 2 * layer)
-    assert ddp["activations"] == 2 * fsdp2["activations"]
+    attention, ffn = 2 * (2 + 2) * 2, 4 * 8  # sdpa lays out keys for each of two heads
+    layer = 6 * (16 * 4 + 2 * (attention + ffn))  # bf16: norms keep float32, bf16, bf16
+    passing, last = 3 * 6 * 2 * 8, 3 * 6 * 2 * 4
+    assert fsdp2["activations"] == 6 * 2 * 2 * 4 + layer + last + passing
+    autocast = 6 * (26 * 4 + 2 * (attention + ffn))  # float32 norms, a bf16 copy for each of five products
+    assert ddp["activations"] == 6 * 4 * 2 * 4 + autocast + 2 * last + passing
 
 
 # -- with a model and rows at hand ---------------------------------------------------------------------------------

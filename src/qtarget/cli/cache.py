@@ -41,6 +41,8 @@ _FIXED: dict[str, Any] = {
     "padding_free": False,
     "shuffle_dataset": False,
     "gradient_checkpointing": False,
+    "denominator": "all_labels",  # others ask for a target with columns
+    "push_to_hub": False,
 }
 
 

@@ -61,8 +61,13 @@ class Plan:
         return sum(row.tokens for row in self.rows)
 
     def megabytes(self, k: int, dtype: str) -> float:
-        """Size on disk: an int32 id and a log-probability for each of k, and a float32 tail."""
-        return self.tokens * (k * (4 + np.dtype(dtype).itemsize) + 4) / 2**20
+        """Size on disk."""
+        return self.tokens * bytes_per_token(k, dtype) / 2**20
+
+
+def bytes_per_token(k: int, dtype: str = "float16") -> int:
+    """On disk: an int32 id and a log-probability for each of k, and a float32 tail."""
+    return k * (4 + np.dtype(dtype).itemsize) + 4
 
 
 class RowsTrainer(QTargetTrainer):

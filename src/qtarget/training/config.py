@@ -176,7 +176,9 @@ class QTargetConfig(SFTConfig):
     )
     lens_every: int | None = field(
         default=None,
-        metadata={"help": "Steps between two maps of (p_y, entropy) in lens_history.parquet; unset: none."},
+        metadata={
+            "help": "Steps between two maps of (p_y, entropy) in lens_history.parquet, 256 at most; unset: none."
+        },
     )
     loss_type: str | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "TRL's name of the loss: nll is target sft, dft is target dft."}

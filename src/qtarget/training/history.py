@@ -5,7 +5,9 @@ line per cell that holds a token:
 
     step, p_bin, entropy_bin, count, trust, update        trust and update are means over the cell's tokens
 
-p_bin counts twentieths of p_y, entropy_bin twentieths of log(vocabulary).
+p_bin counts twentieths of p_y, entropy_bin twentieths of log(vocabulary). At most ``MAPS`` maps are kept: a run that
+would make more keeps every second one, then every fourth and so on, so that neither the file nor the time to write it
+grows with the run. Which maps are kept depends on the step alone, so a resumed run keeps the same ones.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 BINS = 20
+MAPS = 256
 FILE = "lens_history.parquet"
 SCHEMA = pa.schema(
     [
@@ -41,7 +44,7 @@ class History(TrainerCallback):
 
     Args:
         folder: the run's. vocab_size: real tokens, whose logarithm is the largest entropy. every: optimiser steps between
-            two maps. accelerator: the run's.
+            two maps, while there are at most ``MAPS``. accelerator: the run's.
     """
 
     def __init__(self, folder: str | Path, vocab_size: int, every: int, accelerator: Any):
@@ -51,7 +54,14 @@ class History(TrainerCallback):
 
     def wants(self, step: int) -> bool:
         """Whether a map is due for optimiser step ``step`` (1 is the first)."""
-        return step % self._every == 0
+        return step % self.stride(step) == 0
+
+    def stride(self, step: int) -> int:
+        """Steps between the maps kept of a run up to ``step``: every, doubled until there are at most ``MAPS``."""
+        stride = self._every
+        while step // stride > MAPS:
+            stride *= 2
+        return stride
 
     def add(self, stats: dict[str, Tensor]) -> None:
         """Add a micro-batch: nll, entropy, trust and update of the labels' shape, NaN where nothing is trained."""
@@ -94,11 +104,12 @@ class History(TrainerCallback):
         os.replace(partial, self._file)
 
     def _before(self, step: int) -> pa.Table | None:
-        """Maps of earlier steps: a resumed run goes on, and what it does again is written anew."""
+        """Maps of earlier steps that stay: a resumed run goes on, and what it does again is written anew."""
         if not self._file.is_file():
             return None
         table = pq.read_table(self._file)
-        return table.filter(pc.less(table["step"], step))
+        kept = [known for known in pc.unique(table["step"]).to_pylist() if known % self.stride(step) == 0]
+        return table.filter(pc.and_(pc.less(table["step"], step), pc.is_in(table["step"], pa.array(kept, pa.int32()))))
 
 
 def frames(folder: str | Path) -> list[dict[str, Any]]:

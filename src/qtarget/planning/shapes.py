@@ -114,10 +114,10 @@ def find(field: str, name: str, revision: str | None = None, trust_remote_code: 
             told = " ".join(str(error).split())
             raise ConfigError(f"{field} is {name!r}, whose config cannot be read: {told}") from error
         return None
-    return _of(config.get_text_config(), "its config.json", trust_remote_code)
+    return of_config(config.get_text_config(), "its config.json", trust_remote_code)
 
 
-def _of(config: Any, source: str, trust_remote_code: bool) -> Shape:
+def of_config(config: Any, source: str = "its config", trust_remote_code: bool = False) -> Shape:
     """From a config of Transformers, the parameters counted on a model that has a shape and no numbers."""
     import torch
     from transformers import AutoModelForCausalLM
