@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 import tiny
 from qtarget import ConfigError
-from qtarget.training import identity
+from qtarget.training import checkpoints, identity
 from runs import history, trained, trainer, weights
 
 ETA = {"schedule": "linear", "from": 0.0, "to": 0.8, "steps": 5}
@@ -106,6 +106,7 @@ def test_a_resume_that_would_train_something_else(before, after, told, start, tm
 def test_an_old_policy_that_is_not_there(start, tmp_path):
     made(tmp_path, start, target="psft", psft_refresh=4).train()
     (tmp_path / "checkpoint-6" / "psft_old_policy_0.pt").unlink()
+    (tmp_path / "checkpoint-6" / checkpoints.FILES).unlink()  # as a run without psft_refresh leaves it
     with pytest.raises(ConfigError, match=r"holds no old policy \(psft_old_policy_0.pt\)"):
         made(tmp_path, start, target="psft", psft_refresh=4).train(resume_from_checkpoint=True)
 
@@ -113,7 +114,8 @@ def test_an_old_policy_that_is_not_there(start, tmp_path):
 def test_a_checkpoint_of_another_program_is_taken(start, tmp_path):
     """TRL's own, say: nothing is known of what it trained."""
     made(tmp_path, start).train()
-    (tmp_path / "checkpoint-6" / identity.FILE).unlink()
+    for own in (identity.FILE, checkpoints.FILES):
+        (tmp_path / "checkpoint-6" / own).unlink()
     made(tmp_path, start, target="dft", max_steps=7).train(resume_from_checkpoint=True)
 
 
