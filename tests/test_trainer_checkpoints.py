@@ -220,9 +220,11 @@ def test_a_folder_that_turns_read_only_under_way(config, tmp_path):
     """In a process of its own, between two checkpoints."""
     with mounted(tmp_path / "disk", "size=16m"):
         run = tmp_path / "disk" / "run"
+        words = (
+            f"--output_dir {run} --max_steps 100000 --save_steps 20 --save_total_limit 1 --lens_every 100000".split()
+        )
         process = subprocess.Popen(
-            [sys.executable, "-m", "qtarget", "train", "--config", str(config), "--output_dir", str(run)]
-            + ["--max_steps", "100000", "--save_steps", "20", "--save_total_limit", "1", "--lens_every", "100000"],
+            [sys.executable, "-m", "qtarget", "train", "--config", str(config), *words],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -233,7 +235,7 @@ def test_a_folder_that_turns_read_only_under_way(config, tmp_path):
         while process.poll() is None:  # busy while a file is open for writing
             subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], capture_output=True)
             signal.sigtimedwait([], 0.05)
-        said = one_sentence(process.stderr.read())
+        said = one_sentence(process.communicate()[1])
         assert process.returncode == 2
         assert "Read-only file system" in said and "--resume_from_checkpoint true" in said
         assert checkpoints.last(run) is not None

@@ -87,8 +87,7 @@ def put(written: Path, finished: Path) -> None:
     """Give a written checkpoint its name; one of an earlier run that has it goes first."""
     remove(finished)
     os.rename(written, finished)
-    with contextlib.suppress(OSError):
-        written.parent.rmdir()
+    _rmdir(written.parent)
 
 
 def remove(folder: Path) -> None:
@@ -100,6 +99,17 @@ def remove(folder: Path) -> None:
             bin_.parent.mkdir(exist_ok=True)
             os.rename(folder, bin_)
             shutil.rmtree(bin_, ignore_errors=True)
+            _rmdir(bin_.parent)
+
+
+def clear(run: str | Path) -> None:
+    """Delete what a killed run has left unfinished."""
+    shutil.rmtree(Path(run) / UNFINISHED, ignore_errors=True)
+
+
+def _rmdir(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not empty
+        folder.rmdir()
 
 
 def rotate(run: Path, limit: int | None, best: str | None) -> None:
@@ -138,7 +148,7 @@ def told(what: str, run: str | Path) -> Iterator[None]:
         reason = _refusal(error, Path(run).absolute())
         if reason is None:
             raise
-        shutil.rmtree(Path(run) / UNFINISHED, ignore_errors=True)
+        clear(run)
         whole = last(run)
         mend = "there is no checkpoint yet, so start anew"
         if whole is not None:
@@ -187,7 +197,7 @@ class CheckpointsTrainer(SFTTrainer):
         written = run / UNFINISHED / finished.name
         with told(f"step {self.state.global_step}: the checkpoint", run):
             if self._is_first_here():
-                shutil.rmtree(written.parent, ignore_errors=True)  # what a killed run has left
+                clear(run)
             self.accelerator.wait_for_everyone()
             self._is_writing = True
             try:

@@ -329,6 +329,7 @@ class QTargetTrainer(FiguresTrainer, CheckpointsTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         if self.args.should_save:
             checks.raise_together(checkpoints.unwritable(str(self.args.output_dir)))
+            checkpoints.clear(str(self.args.output_dir))
         folder = checks.checkpoint_folder(resume_from_checkpoint, self.args.output_dir)
         if resume_from_checkpoint is True and self.is_world_process_zero():
             for said in checkpoints.passed_over(str(self.args.output_dir)):
@@ -341,6 +342,7 @@ class QTargetTrainer(FiguresTrainer, CheckpointsTrainer):
             identity.check(folder, self._identity())
             for kept in self._others.kept_weights:
                 kept.load(folder)
+            self._read_counts(Path(folder))
         self.accelerator.print(self.describe())
         self._tell_agreement()
         with checkpoints.told("what the run leaves", str(self.args.output_dir)):
@@ -370,6 +372,7 @@ class QTargetTrainer(FiguresTrainer, CheckpointsTrainer):
             kept.save(folder)
         if self.is_world_process_zero():
             identity.write(folder, self._identity())
+            self._write_counts(folder)
 
     @contextlib.contextmanager
     def evaluating(self, target: Target | str | dict):
