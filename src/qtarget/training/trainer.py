@@ -25,6 +25,7 @@ from qtarget.teachers.frozen import evaluation_mode
 from qtarget.teachers.same_vocabulary import real_vocabulary_size
 from qtarget.teachers.uids import CachedUids, ContextUids, RowsThatAsk
 from qtarget.training import checkpoints, checks, denominator, identity
+from qtarget.training.batches import BatchesTrainer
 from qtarget.training.checkpoints import CheckpointsTrainer
 from qtarget.training.config import QTargetConfig
 from qtarget.training.figures import FiguresTrainer
@@ -42,7 +43,7 @@ from qtarget.training.teacher_setup import (
 logger = logging.getLogger(__name__)
 
 
-class QTargetTrainer(FiguresTrainer, CheckpointsTrainer):
+class QTargetTrainer(FiguresTrainer, BatchesTrainer, CheckpointsTrainer):
     """Fine-tune toward a designed target; otherwise TRL's ``SFTTrainer``, with the same arguments.
 
     The loss is computed inside the model's own forward from its last hidden states; logits are never held.
