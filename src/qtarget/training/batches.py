@@ -1,15 +1,16 @@
 """Which micro-batches make an optimiser step, after a resume and on a stream too.
 
 Three things go wrong there in Transformers 5.23. A finished run that is resumed trains one step more. On a stream, whose
-length is not known, a pass that does not end with a full step adds its last micro-batches to the gradient of the next pass's
-first step with a denominator of their own, so that step is up to twice as long; one shorter than a step never ends. And a
-stream that is resumed in its second pass or later skips all batches so far in the first pass, which ends meanwhile: the
-run goes on with the beginning of the second, whatever it had trained of it.
+length is not known, a pass that does not end with a full step adds its last micro-batches to the gradient of the next
+pass's first step with a denominator of their own, so that step is up to twice as long; a pass shorter than a step never
+ends. And a stream that is resumed in its second pass or later skips all batches so far in the first pass, which ends
+meanwhile: the run goes on with the beginning of the second, whatever it had trained of it.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -18,18 +19,19 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import has_length
-from transformers.utils import logging
 from trl import SFTTrainer
 
 from qtarget.errors import ConfigError
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class BatchesTrainer(SFTTrainer):
     """TRL's trainer with the right micro-batches in every optimiser step."""
 
     _pass: Iterator | None = None
+    _begins_within = False  # a resumed run's first pass
+    _told = False
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The micro-batches of a step and their denominator.
@@ -46,17 +48,19 @@ class BatchesTrainer(SFTTrainer):
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = [*itertools.islice(epoch_iterator, num_batches)]
         if batches and len(batches) < num_batches:
-            if self._pass is not epoch_iterator:
+            if self._pass is not epoch_iterator and not self._begins_within:
                 raise ConfigError(
                     f"gradient_accumulation_steps is {num_batches}, but a pass over the streamed dataset holds "
                     f"{len(batches)} micro-batches; lower it, or read the dataset whole: dataset_streaming: false"
                 )
-            logger.warning_once(
-                f"the last {len(batches)} micro-batches of each pass over the stream are left out: they do not fill an "
-                f"optimiser step of {num_batches}"
-            )
+            if not self._told:
+                self._told = True
+                logger.warning(
+                    f"the last {len(batches)} micro-batches of each pass over the stream are left out: they do not fill an "
+                    f"optimiser step of {num_batches}"
+                )
             batches = []
-        self._pass = epoch_iterator
+        self._pass, self._begins_within = epoch_iterator, False
         return batches, self._get_num_items_in_batch(batches, device) if batches else None
 
     def _init_training_state(
@@ -77,4 +81,5 @@ class BatchesTrainer(SFTTrainer):
         saved = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
         epoch = saved.epoch or 0.0
         steps = round((epoch - int(epoch)) * saved.max_steps)
+        self._begins_within = steps > 0
         return int(epoch), steps * self.args.gradient_accumulation_steps
