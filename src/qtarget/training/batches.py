@@ -56,8 +56,8 @@ class BatchesTrainer(SFTTrainer):
             if not self._told:
                 self._told = True
                 logger.warning(
-                    f"the last {len(batches)} micro-batches of each pass over the stream are left out: they do not fill an "
-                    f"optimiser step of {num_batches}"
+                    f"the last {len(batches)} micro-batches of each pass over the stream are left out: they do not fill "
+                    f"an optimiser step of {num_batches}"
                 )
             batches = []
         self._pass, self._begins_within = epoch_iterator, False
