@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,6 +109,8 @@ def _training_config(settings: Any):
 
 
 def _output_faults(config: Any) -> list[str]:
+    from qtarget.training import checkpoints
+
     folder = Path(config.output_dir)
     held = [*folder.glob("checkpoint-*"), *folder.glob("*.safetensors"), *folder.glob("train_results.json")]
     if held and not config.resume_from_checkpoint:
@@ -117,10 +118,7 @@ def _output_faults(config: Any) -> list[str]:
             f"output_dir is {str(folder)!r}, which holds another run ({held[0].name}); choose another folder, or go on "
             "with that run by --resume_from_checkpoint true"
         ]
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        return [f"output_dir is {str(folder)!r}, which cannot be written; choose a folder you own"]
-    return []
+    return checkpoints.unwritable(folder)
 
 
 def _need_faults(config: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from qtarget.training.teacher_setup import teacher_named_by
 
 # Log lines that carry the learning rate at which plain SFT's step would be matched.
 _LINES_WITH_MATCHING_RATE = 5
+# In a checkpoint: what is counted over a whole run and is in none of Transformers' files.
+COUNTS = "qtarget_counts.json"
 
 
 class FiguresTrainer(SFTTrainer):
@@ -68,6 +71,15 @@ class FiguresTrainer(SFTTrainer):
             count = torch.tensor(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
         self._total_train_tokens += int(self.accelerator.gather_for_metrics(count).sum()) // self._tp_size
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
+    def _write_counts(self, folder: Path) -> None:
+        counts = {"num_tokens": self._total_train_tokens, "lines_logged": self._lines_logged}
+        (folder / COUNTS).write_text(json.dumps(counts) + "\n", encoding="utf-8")
+
+    def _read_counts(self, folder: Path) -> None:
+        if (folder / COUNTS).is_file():  # else another program's checkpoint
+            counts = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
+            self._total_train_tokens, self._lines_logged = counts["num_tokens"], counts["lines_logged"]
 
     def _reference_named(self) -> str:
         if self._reads_reference_column:

@@ -31,7 +31,7 @@ def identity(args: Any, objective: Objective, own: Mapping[str, str | None]) -> 
         named = f"{name} (revision {revision})" if name else own.get(role)
         settings[role] = named if role in models else None
     if "teacher" in models and args.teacher_cache is not None:
-        settings["teacher"] = own["teacher"]
+        settings["teacher"] = own.get("teacher")
     if "teacher" in models:
         settings |= {
             name: getattr(args, name)

@@ -228,11 +228,12 @@ class OtherModels:
     def _head(self, model: Any, inputs: dict[str, Any]) -> Head:
         base = self.base(model)
         self._check_ids(base, inputs["input_ids"])
-        states = model(**inputs, qtarget=StatesCall())
+        call = StatesCall()
+        states = model(**inputs, qtarget=call)
         weight, bias = states.weight, states.bias
-        # A sharded model may have freed the gathered head when its forward ended: what it holds now is valid.
+        # FSDP2 may have freed a head that it gathered itself when the forward ended: it is gathered again.
         now = head_parameters(base)[0]
-        if hasattr(now, "full_tensor"):
+        if hasattr(now, "full_tensor") and not call.gathered:
             weight, bias = (None if p is None else whole(p, states.hidden) for p in head_parameters(base))
         transform = HeadTransform.of(base.config)
         # Virtual tokens of prompt tuning come first: the last positions are the labels'.
