@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
+
+# Names that an error lists.
+_LISTED = 30
 
 
 class ConfigError(ValueError):
@@ -19,11 +23,15 @@ class ConfigError(ValueError):
 
 
 def unknown(field: str, got: object, valid: Iterable[str]) -> ConfigError:
-    """The error for a name that is not on a list: offers the nearest one and the whole list."""
+    """The error for a name that is not on a list: offers the nearest one and the list, of a long one the nearest."""
     valid = sorted(valid)
     near = difflib.get_close_matches(str(got), valid, n=1, cutoff=0.5)
     mend = f"did you mean {near[0]!r}? " if near else ""
-    return ConfigError(f"{field} is {got!r}; {mend}valid: {', '.join(valid)}")
+    shown, more = valid, ""
+    if len(valid) > _LISTED:
+        shown = difflib.get_close_matches(str(got), valid, n=_LISTED // 2, cutoff=0.0)
+        more = f" and {len(valid) - len(shown)} more"
+    return ConfigError(f"{field} is {got!r}; {mend}valid: {', '.join(shown)}{more}")
 
 
 def check_range(
@@ -38,6 +46,8 @@ def check_range(
     """Return ``value`` as a float, or raise with the range it must lie in."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise ConfigError(f"{field} is {value!r}; use a number")
+    if math.isinf(value):
+        raise ConfigError(f"{field} is {value!r}; use a finite number")
     too_low = low is not None and (value <= low if open_low else value < low)
     too_high = high is not None and (value >= high if open_high else value > high)
     if too_low or too_high:

@@ -62,11 +62,10 @@ def _console() -> Any:
 
 
 def _target(value: str | None) -> Any:
-    import yaml
-
+    from qtarget.cli import yaml_text
     from qtarget.targets import Target
 
-    return None if value is None else Target.from_config(yaml.safe_load(value))
+    return None if value is None else Target.from_config(yaml_text.load(value, f"target is {value!r}"))
 
 
 # -- verbs -------------------------------------------------------------------------------------------------------

@@ -104,13 +104,32 @@ def _training_config(settings: Any):
         return QTargetConfig(**values), notes
     except ConfigError as error:
         settings.faults += error.faults
-    except (ValueError, TypeError, OSError) as error:
-        settings.faults.append(one_line(error))
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        settings.faults.append(_of_transformers(error, values))
     return None, notes
+
+
+def _of_transformers(error: Exception, values: dict[str, Any]) -> str:
+    """A refusal of TRL or Transformers, which may not say which setting it is about."""
+    text = one_line(error)
+    said = [name for name, value in values.items() if name in text or any(one in text for one in _words(value))]
+    if isinstance(error, ImportError) and values.get("deepspeed"):
+        said = ["deepspeed"]
+    if not said or any(name in text for name in said):
+        return text
+    return f"{said[0]} is {values[said[0]]!r}: {text}"
+
+
+def _words(value: Any) -> list[str]:
+    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str) and one]
 
 
 def _output_faults(config: Any) -> list[str]:
     folder = Path(config.output_dir)
+    try:
+        folder.exists()
+    except OSError as error:  # a name longer than the file system takes
+        return [f"output_dir is {str(folder)[:100]!r}..., which cannot be a folder ({error.strerror}); choose another"]
     held = [*folder.glob("checkpoint-*"), *folder.glob("*.safetensors"), *folder.glob("train_results.json")]
     if held and not config.resume_from_checkpoint:
         return [
