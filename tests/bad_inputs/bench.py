@@ -252,7 +252,10 @@ def check(case: Case, bench: Bench) -> None:
         assert len(answer.sentences) <= 3, f"{len(answer.sentences)} sentences:\n{said}"
         assert all(len(sentence) < 700 for sentence in answer.sentences), f"a sentence of a page:\n{said[:2000]}"
         assert case.reads or not seen, f"{len(seen)} forward passes before:\n{said}"
-        new = [name for name in after if name not in before and not (case.reads and "run" in Path(name).parts)]
+        own = str(bench.folder / "run")  # Transformers makes the empty folder of a run before its rows are read
+        new = [
+            name for name in after if name not in before and name != own and not (case.reads and name.startswith(own))
+        ]
         assert not new, f"{new} was written before:\n{said}"
     else:
         assert answer.status in (None, 0), f"status {answer.status}: {answer.err[-3000:]}"

@@ -238,6 +238,8 @@ def build(run: Run, kind: Any = None, weights: bool = True) -> Any:
         return (kind or QTargetTrainer)(student, config, **settings)
     except ConfigError:
         raise
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"dataset_name is {run.script.dataset_name!r}, which is not UTF-8 ({error}); save it as that")
     except OSError as error:
         raise ConfigError(
             f"model_name_or_path is {model.model_name_or_path!r}, which cannot be loaded: {one_line(error)}"

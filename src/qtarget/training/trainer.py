@@ -18,6 +18,7 @@ from trl.data_utils import get_dataset_column_names
 
 from qtarget.data.columns import REFERENCE, SOURCE_ID, UID, TokenColumnCollator, TokenColumns, columns_for, columns_of
 from qtarget.data.preparation import Preparation
+from qtarget.data.rows import checked_texts, checked_tokens
 from qtarget.errors import ConfigError
 from qtarget.targets import Target
 from qtarget.teachers import cache
@@ -142,11 +143,15 @@ class QTargetTrainer(FiguresTrainer):
                 dataset_name, get_dataset_column_names(dataset), objective, args, dataset_name != "train"
             )
         )
+        if formatting_func is None and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            dataset = checked_texts(dataset, dataset_name, args.dataset_text_field)
         tokenise_only = copy.copy(args)
         tokenise_only.max_length, tokenise_only.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(
             dataset, processing_class, tokenise_only, False, formatting_func, dataset_name
         )
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        dataset = checked_tokens(dataset, dataset_name, real_vocabulary_size(tokenizer))
         self._open_teacher(args, processing_class)
         asks = "teacher" in objective.requires or self._always_opens_teacher
         prepare = Preparation(
