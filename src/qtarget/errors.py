@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
 
 # Names that an error lists.
 _LISTED = 30
+# Letters of a library's own words in a sentence.
+_LONGEST = 400
 
 
 class ConfigError(ValueError):
@@ -55,6 +59,33 @@ def check_range(
         right = "" if high is None else f" {'below' if open_high else 'to'} {high:g}"
         raise ConfigError(f"{field} is {value!r}; use a number {left}{right}".replace("number any number", "number"))
     return float(value)
+
+
+@contextlib.contextmanager
+def loading(field: str, name: object, what: str = "") -> Iterator[None]:
+    """Whatever a library raises for a folder or hub id that it cannot read becomes one sentence.
+
+    Args:
+        field: the setting. name: its value. what: the part that is loaded, such as ``tokenizer``; none: all of it.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # a missing file, broken JSON, half a file, another shape: many kinds
+        part = f"whose {what}" if what else "which"
+        raise ConfigError(f"{field} is {name!r}, {part} cannot be loaded: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What an error of a library says, on one line and not over a page."""
+    text = " ".join(str(error).split())
+    if isinstance(error, pickle.UnpicklingError):
+        text = "it is a pickle that asks for more than tensors; use weights in safetensors"
+    elif not isinstance(error, (OSError, ValueError, ImportError)):
+        text = f"{type(error).__name__}: {text}"
+    text = text or type(error).__name__
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
 class NonFiniteLogits(ConfigError):

@@ -12,7 +12,7 @@ from typing import Any
 from qtarget.cli import memory, recipe, setup, shapes
 from qtarget.cli import steps as arithmetic
 from qtarget.cli.steps import GPUS
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, loading
 
 __all__ = ["GPUS", "run"]
 
@@ -118,9 +118,10 @@ def _tokenizer_faults(asked: setup.Run) -> list[str]:
 
     name = asked.model.model_name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        return [f"model_name_or_path is {name!r}, whose tokenizer cannot be loaded: {setup.one_line(error)}"]
+        with loading("model_name_or_path", name, "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    except ConfigError as error:
+        return error.faults
     return teacher_setup.tokenizer_faults(asked.config, tokenizer)
 
 

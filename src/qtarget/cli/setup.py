@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtarget.errors import ConfigError
+from qtarget.cli.shapes import is_path
+from qtarget.errors import ConfigError, loading, reason
 
 
 @dataclass
@@ -218,6 +220,7 @@ def build(run: Run, kind: Any = None, weights: bool = True) -> Any:
     from qtarget.training import QTargetTrainer
 
     config, model = run.config, run.model
+    _check_files(model, config)
     init = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -239,13 +242,43 @@ def build(run: Run, kind: Any = None, weights: bool = True) -> Any:
     except ConfigError:
         raise
     except UnicodeDecodeError as error:
-        raise ConfigError(f"dataset_name is {run.script.dataset_name!r}, which is not UTF-8 ({error}); save it as that")
+        name = run.script.dataset_name
+        raise ConfigError(f"dataset_name is {name!r}, which is not UTF-8 ({error}); save it as that") from error
     except OSError as error:
         raise ConfigError(
             f"model_name_or_path is {model.model_name_or_path!r}, which cannot be loaded: {one_line(error)}"
         ) from error
     except (ValueError, ImportError) as error:  # TRL's and Transformers' own refusals
         raise ConfigError(one_line(error)) from error
+    except Exception as error:
+        if not _comes_of_loading(error):
+            raise
+        raise ConfigError(
+            f"model_name_or_path is {model.model_name_or_path!r}, which cannot be loaded: {reason(error)}"
+        ) from error
+
+
+def _check_files(model: Any, config: Any) -> None:
+    """The small files of a model, so that what is wrong with them is said by name."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    name = model.model_name_or_path
+    how = {"revision": model.model_revision, "trust_remote_code": config.trust_remote_code}
+    with loading("model_name_or_path", name):
+        AutoConfig.from_pretrained(name, **how)
+    with loading("model_name_or_path", name, "tokenizer"):
+        AutoTokenizer.from_pretrained(name, **how)
+    path = config.chat_template_path
+    if path is not None and is_path(path) and not Path(path).exists():
+        raise ConfigError(
+            f"chat_template_path is {path!r}, which is not there; name a Jinja file, a folder or a hub id"
+        )
+
+
+def _comes_of_loading(error: Exception) -> bool:
+    """Whether it was raised while Transformers read a model's weights."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.name == "from_pretrained" and "transformers" in frame.filename for frame in frames)
 
 
 def _without_weights(model: Any, config: Any) -> tuple[Any, Any]:
@@ -267,5 +300,4 @@ def resume(value: Any) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
+    return reason(error)

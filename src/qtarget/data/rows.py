@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 
 from qtarget.errors import ConfigError
 
+_MASKS = ("completion_mask", "assistant_masks")
 _BATCH = 10_000  # rows looked at at once
 _INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "thinking")
 
@@ -48,8 +49,16 @@ def checked_texts(dataset: Any, name: str, text_field: str) -> Any:
             look(row, number)
         return dataset
     if isinstance(dataset, IterableDataset):
-        return dataset.map(lambda row, number: look(row, number) or row, with_indices=True)
+        return _looked_at_as_it_comes(dataset, look)
     return dataset
+
+
+def _looked_at_as_it_comes(dataset: IterableDataset, look: Callable[[Mapping[str, Any], int], None]) -> IterableDataset:
+    def through(row: dict[str, Any], number: int) -> dict[str, Any]:
+        look(row, number)
+        return row
+
+    return dataset.map(through, with_indices=True)
 
 
 def _text_fault(column: str, value: Any) -> str | None:
@@ -57,8 +66,9 @@ def _text_fault(column: str, value: Any) -> str | None:
         return None
     told = f"{column} is {_shown(value)}"
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        what = "messages" if column in ("messages", "conversations") else "text, or messages"
-        return f"{told}; write {what}" + (", as in [{role: user, content: text}]" if "messages" in what else "")
+        if column in ("messages", "conversations"):
+            return f"{told}; write messages, as in [{{role: user, content: text}}]"
+        return f"{told}; write text, or messages as in [{{role: user, content: text}}]"
     for message in value:
         if not isinstance(message, Mapping):
             return f"{told}; write messages, as in [{{role: user, content: text}}]"
@@ -77,69 +87,88 @@ def checked_tokens(dataset: Any, name: str, vocab_size: int) -> Any:
     """The dataset, its token ids and labels looked at: at once, or of a stream as they come.
 
     Args:
-        dataset: with input_ids and perhaps labels. vocab_size: real tokens of the vocabulary.
+        dataset: with input_ids and perhaps labels, masks and seq_lengths; without input_ids it is left alone. vocab_size: real tokens of the vocabulary.
 
     Raises:
         ConfigError: the first row with an id outside the vocabulary, or as many labels as it has no ids.
     """
-    columns = [column for column in ("input_ids", "labels") if column in (getattr(dataset, "column_names", None) or ())]
-    if not columns:
+    have = getattr(dataset, "column_names", None) or ()
+    columns = [column for column in ("input_ids", "labels", *_MASKS, "seq_lengths") if column in have]
+    if "input_ids" not in columns:
         return dataset
 
     def look(row: Mapping[str, Any], number: int) -> None:
-        if fault := _token_fault([(column, row[column]) for column in columns], vocab_size):
+        if fault := _token_fault({column: row[column] for column in columns}, vocab_size):
             raise ConfigError(f"row {number} of the {name} dataset: {fault}")
 
     if isinstance(dataset, Dataset):
         begin = 0
         for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH):
-            if not _all_right([table[column].combine_chunks() for column in columns], vocab_size):
+            if not _all_right({column: table[column].combine_chunks() for column in columns}, vocab_size):
                 for number in range(len(table)):
                     look({column: table[column][number].as_py() for column in columns}, begin + number)
             begin += len(table)
         return dataset
     if isinstance(dataset, IterableDataset):
-        return dataset.map(lambda row, number: look(row, number) or row, with_indices=True)
+        return _looked_at_as_it_comes(dataset, look)
     return dataset
 
 
-def _all_right(columns: list[Any], vocab_size: int) -> bool:
+def _all_right(columns: dict[str, Any], vocab_size: int) -> bool:
     """Whether a batch has nothing that ``_token_fault`` would name, without making Python numbers of it."""
-    for place, column in enumerate(columns):
+    lengths = None
+    for name, column in columns.items():
         kind = column.type
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(kind.value_type):
             return False
         numbers = column.flatten()
         if column.null_count or numbers.null_count:
             return False
-        if place:  # ignored labels are no ids
+        if name == "labels":  # ignored labels are no ids
             numbers = numbers.filter(pc.not_equal(numbers, -100))
-        ends = pc.min_max(numbers).as_py()
-        if ends["min"] is not None and (ends["min"] < 0 or ends["max"] >= vocab_size):
+        ends, most = pc.min_max(numbers).as_py(), _most(name, vocab_size)
+        if ends["min"] is not None and (ends["min"] < 0 or (most is not None and ends["max"] > most)):
             return False
-    lengths = [pc.list_value_length(column) for column in columns]
-    return len(lengths) < 2 or bool(pc.all(pc.equal(*lengths)).as_py() in (True, None))
+        if name == "seq_lengths":
+            return False  # few rows have them, and their sums are no length
+        own = pc.list_value_length(column)
+        if lengths is not None and not pc.all(pc.equal(lengths, own)).as_py():
+            return False
+        lengths = own
+    return True
 
 
-def _token_fault(columns: Iterable[tuple[str, Any]], vocab_size: int) -> str | None:
+def _most(column: str, vocab_size: int) -> int | None:
+    return 1 if column in _MASKS else None if column == "seq_lengths" else vocab_size - 1
+
+
+def _token_fault(row: Mapping[str, Any], vocab_size: int) -> str | None:
     length = None
-    for column, value in columns:
-        labels = column == "labels"
+    for column, value in row.items():
         if not isinstance(value, Iterable) or isinstance(value, str):
-            return f"{column} is {_shown(value)}; write a list of token ids"
+            return f"{column} is {_shown(value)}; write a list of whole numbers, one for each token"
         value = list(value)
+        most = _most(column, vocab_size)
         for number in value:
-            if isinstance(number, bool) or not isinstance(number, int):
-                return f"{column} holds {_shown(number)}; write token ids, whole numbers"
-            if not 0 <= number < vocab_size and not (labels and number == -100):
-                ignored = ", or -100 for positions that are not trained" if labels else ""
+            if not isinstance(number, int) or (isinstance(number, bool) and column not in _MASKS):
+                what = "0 and 1" if column in _MASKS else "token ids, whole numbers"
+                return f"{column} holds {_shown(number)}; write {what}"
+            if number >= 0 and (most is None or number <= most):
+                continue
+            if column in _MASKS:
+                return f"{column} holds {number}; write 0 and 1"
+            if column != "labels" or number != -100:
+                ignored = ", or -100 for positions that are not trained" if column == "labels" else ""
                 return (
                     f"{column} holds {number}, outside the vocabulary of {vocab_size}; use ids from 0 to "
                     f"{vocab_size - 1}{ignored}"
                 )
-        if length is not None and len(value) != length:
-            return f"labels has {len(value)} entries for {length} input_ids; give one for each, -100 where nothing is trained"
-        length = len(value)
+        if column == "seq_lengths":
+            if sum(value) != length:
+                return f"seq_lengths sum to {sum(value)} for {length} input_ids; give the length of each document"
+        elif length is not None and len(value) != length:
+            return f"{column} has {len(value)} entries for {length} input_ids; give one for each"
+        length = len(value) if length is None else length
     return None
 
 

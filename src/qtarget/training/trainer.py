@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from trl import SFTTrainer
@@ -143,15 +144,21 @@ class QTargetTrainer(FiguresTrainer):
                 dataset_name, get_dataset_column_names(dataset), objective, args, dataset_name != "train"
             )
         )
+        vocab_size = real_vocabulary_size(getattr(processing_class, "tokenizer", processing_class))
         if formatting_func is None and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             dataset = checked_texts(dataset, dataset_name, args.dataset_text_field)
+            dataset = checked_tokens(dataset, dataset_name, vocab_size)
         tokenise_only = copy.copy(args)
         tokenise_only.max_length, tokenise_only.shuffle_dataset = None, False
-        dataset = super()._prepare_dataset(
-            dataset, processing_class, tokenise_only, False, formatting_func, dataset_name
-        )
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        dataset = checked_tokens(dataset, dataset_name, real_vocabulary_size(tokenizer))
+        try:
+            dataset = super()._prepare_dataset(
+                dataset, processing_class, tokenise_only, False, formatting_func, dataset_name
+            )
+        except TemplateError as error:
+            raise ConfigError(
+                f"the chat template cannot be applied to a row of the {dataset_name} dataset: {error}; mend that row or "
+                "the template (chat_template_path)"
+            ) from error
         self._open_teacher(args, processing_class)
         asks = "teacher" in objective.requires or self._always_opens_teacher
         prepare = Preparation(
