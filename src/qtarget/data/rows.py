@@ -87,7 +87,8 @@ def checked_tokens(dataset: Any, name: str, vocab_size: int) -> Any:
     """The dataset, its token ids and labels looked at: at once, or of a stream as they come.
 
     Args:
-        dataset: with input_ids and perhaps labels, masks and seq_lengths; without input_ids it is left alone. vocab_size: real tokens of the vocabulary.
+        dataset: with input_ids and perhaps labels, masks and seq_lengths; without input_ids it is left alone.
+        name: what errors call it. vocab_size: real tokens of the vocabulary.
 
     Raises:
         ConfigError: the first row with an id outside the vocabulary, or as many labels as it has no ids.
