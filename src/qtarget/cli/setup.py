@@ -153,11 +153,18 @@ def _need_faults(config: Any) -> list[str]:
 
 def _resume_faults(config: Any) -> list[str]:
     """What can be seen of a checkpoint without models; the trainer looks again with them."""
-    from qtarget.training import checks, identity
+    from qtarget.training import checkpoint_files, checks, identity
 
     folder = checks.checkpoint_folder(resume(config.resume_from_checkpoint), config.output_dir)
+    if folder is None and str(config.resume_from_checkpoint).lower() == "true":
+        return [
+            f"resume_from_checkpoint is true, but output_dir {config.output_dir!r} holds no checkpoint; leave it out to "
+            "start anew"
+        ]
     if folder is None:
         return []
+    if broken := checkpoint_files.faults(folder):
+        return broken
     settings = identity.identity(config, config.resolve_objective(), {})
     known = {name: value for name, value in settings.items() if name not in ("teacher", "reference")}
     return identity.differences(folder, known, partly=True)

@@ -77,6 +77,15 @@ def target_to_config(target: Target) -> str | dict:
     return config
 
 
+def names_code(config: object) -> bool:
+    """Whether reading this configuration would import a module."""
+    if isinstance(config, Mapping):
+        return any(names_code(part) for pair in config.items() for part in pair)
+    if isinstance(config, (list, tuple)):
+        return any(map(names_code, config))
+    return isinstance(config, str) and ":" in config
+
+
 def load_object(path: str, field: str) -> Any:
     """What ``my_pkg.my_module:name`` points to. Importing runs the module: only for a path that the user wrote.
 

@@ -26,7 +26,7 @@ from qtarget.teachers import cache
 from qtarget.teachers.frozen import evaluation_mode
 from qtarget.teachers.same_vocabulary import real_vocabulary_size
 from qtarget.teachers.uids import CachedUids, ContextUids, RowsThatAsk
-from qtarget.training import checks, denominator, identity
+from qtarget.training import checkpoint_files, checks, denominator, identity
 from qtarget.training.config import QTargetConfig
 from qtarget.training.figures import FiguresTrainer
 from qtarget.training.forward import LossCall, accepted, add_target_forward, check_head_transform
@@ -339,6 +339,7 @@ class QTargetTrainer(FiguresTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         folder = checks.checkpoint_folder(resume_from_checkpoint, self.args.output_dir)
+        checks.raise_together([] if folder is None else checkpoint_files.faults(folder))
         for kept in self._others.kept_weights:
             kept.forget()
         if folder is not None:
