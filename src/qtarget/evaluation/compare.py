@@ -134,7 +134,7 @@ def _groups(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
     for task in manifest["tasks"]:
         groups = scores.grouped(records.samples(folder, task))
         wanted = [problem.id for problem in records.problems(folder, task)]
-        whole = {id: len(groups.get(id, ())) for id in wanted}
+        whole = {id: len({record["sample"] for record in groups.get(id, ())}) for id in wanted}
         lacking = next((id for id, count in whole.items() if count != manifest["n"] + 1), None)
         if lacking is not None or len(groups) != len(wanted):
             raise ConfigError(
