@@ -99,6 +99,7 @@ def _build(words: list[str]) -> int:
         scorer, served = cache_scorers.server_scorer(trainer, given["server"], given["server_model"], settings["k"])
         about["teacher"] |= {"weights": None, "served_as": served}
     k = settings["k"]
+    cache_build.check_folder(folder, plan, k, given["cache_dtype"], about)
     if settings["coverage"] is not None:
         k, about["coverage"] = cache_build.needed_for(trainer, plan, settings["coverage"])
         _tell_coverage(k, about["coverage"])

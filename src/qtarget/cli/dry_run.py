@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.cli import recipe, setup
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, loading
 from qtarget.planning import memory, shapes, workload
 from qtarget.planning import steps as arithmetic
 from qtarget.planning.steps import GPUS
@@ -146,9 +146,10 @@ def _tokenizer_faults(asked: setup.Run) -> list[str]:
 
     name = asked.model.model_name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        return [f"model_name_or_path is {name!r}, whose tokenizer cannot be loaded: {setup.one_line(error)}"]
+        with loading("model_name_or_path", name, "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    except ConfigError as error:
+        return error.faults
     return teacher_setup.tokenizer_faults(asked.config, tokenizer)
 
 

@@ -28,6 +28,7 @@ REFERENCE = "reference_logp"
 _WHOLE = {SOURCE_ID, UID}  # columns of whole numbers; float32 would round a large uid
 # Uids made here, for a teacher joined by token; what makes them completes the name.
 _MADE_UID = "qtarget_uid_"
+_LOG_PROBABILITIES = {"old_logps", REFERENCE}
 _PER_TOKEN_ONLY = {"old_logps", UID}
 
 
@@ -113,6 +114,8 @@ def _spread(name: str, value: Any, labels: Sequence[int]) -> list:
         if name in _PER_TOKEN_ONLY:
             raise ConfigError(f"column {name} holds {value!r} for a whole row; it needs one number per token")
         value = [value] * len(labels)
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise ConfigError(f"column {name} holds {value!r}; give one number per input_id, or one number per row")
     value = list(value)
     if len(value) != len(labels):
         raise ConfigError(
@@ -132,6 +135,8 @@ def _checked(name: str, number: Any, trained: bool) -> float:
         raise ConfigError(f"column {name} holds {number!r} at a supervised token; every number must be finite")
     if name == "weight" and number < 0:
         raise ConfigError(f"column weight holds {number:g}; weights must be 0 or more")
+    if name in _LOG_PROBABILITIES and number > 1e-3:  # a little more than rounding makes of 0
+        raise ConfigError(f"column {name} holds {number:g}; a log-probability is 0 or less")
     if name == "critical" and number not in (0, 1):
         raise ConfigError(f"column critical holds {number!r}; it is a mask of tokens, use 0 and 1")
     return float(number)

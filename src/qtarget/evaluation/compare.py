@@ -144,7 +144,7 @@ def _groups(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
             )
         groups = scores.grouped(held)
         wanted = [problem.id for problem in records.problems(folder, task)]
-        whole = {id: len(groups.get(id, ())) for id in wanted}
+        whole = {id: len({record["sample"] for record in groups.get(id, ())}) for id in wanted}
         lacking = next((id for id, count in whole.items() if count != manifest["n"] + 1), None)
         if lacking is not None or len(groups) != len(wanted):
             raise ConfigError(

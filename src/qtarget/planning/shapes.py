@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, loading
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def find(field: str, name: str, revision: str | None = None, trust_remote_code: 
             told = " ".join(str(error).split())
             raise ConfigError(f"{field} is {name!r}, whose config cannot be read: {told}") from error
         return None
-    return of_config(config.get_text_config(), "its config.json", trust_remote_code)
+    with loading(field, name, "config"):
+        return of_config(config.get_text_config(), "its config.json", trust_remote_code)
 
 
 def of_config(config: Any, source: str = "its config", trust_remote_code: bool = False) -> Shape:

@@ -77,15 +77,35 @@ def target_to_config(target: Target) -> str | dict:
     return config
 
 
+def names_code(config: object) -> bool:
+    """Whether reading this configuration would import a module."""
+    if isinstance(config, Mapping):
+        return any(names_code(part) for pair in config.items() for part in pair)
+    if isinstance(config, (list, tuple)):
+        return any(map(names_code, config))
+    return isinstance(config, str) and ":" in config
+
+
 def load_object(path: str, field: str) -> Any:
-    """What ``my_pkg.my_module:name`` points to."""
+    """What ``my_pkg.my_module:name`` points to. Importing runs the module: only for a path that the user wrote.
+
+    Raises:
+        ConfigError: it is no such path, or the module cannot be imported, whatever it raises.
+    """
     module_name, _, attribute = path.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+        raise ConfigError(f"{field} is {path!r}; write the path of an object, my_pkg.my_module:name")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"{field} is {path!r}, but importing {module_name} failed: {error}") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # what a module does when it is imported is its own: it may even exit
+        why = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"{field} is {path!r}, but importing {module_name} failed: {why}; mend that, or check the path"
+        ) from error
     if not hasattr(module, attribute):
-        raise ConfigError(f"{field} is {path!r}, but {module_name} has no {attribute!r}")
+        raise ConfigError(f"{field} is {path!r}, but {module_name} has no {attribute!r}; name something it has")
     return getattr(module, attribute)
 
 
@@ -113,7 +133,14 @@ def _call(build: Callable, parameters: Mapping, field: str) -> Any:
         for parameter in parameters:
             if parameter not in known:
                 raise unknown(f"parameter of {field}", parameter, known)
-    return build(**parameters)
+    try:
+        return build(**parameters)
+    except ConfigError:
+        raise
+    except Exception as error:  # a function of the user's own, or parameters of a kind it cannot take
+        raise ConfigError(
+            f"{field} failed with {type(error).__name__}: {error}; mend it or its parameters (--debug shows where)"
+        ) from error
 
 
 def _part(value: object, table: Mapping[str, Callable], convert: Callable, field: str) -> Any:

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from qtarget.errors import ConfigError, reason
+
 BINS = 20
 MAPS = 256
 FILE = "lens_history.parquet"
@@ -114,9 +116,22 @@ class History(TrainerCallback):
 
 def frames(folder: str | Path) -> list[dict[str, Any]]:
     """The maps of a run as the page plays them: [{step, count, trust, update}], 20 × 20 lists each, rows are p_y."""
-    table = pq.read_table(Path(folder) / FILE).to_pylist()
+    file = Path(folder) / FILE
+    try:
+        read = pq.read_table(file)
+        table = pa.Table.from_arrays([read[name].cast(SCHEMA.field(name).type) for name in SCHEMA.names], SCHEMA.names)
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise ConfigError(f"{file} cannot be read ({reason(error)}); train again with lens_every") from None
+    lines = table.to_pylist()
     made: dict[int, dict[str, Any]] = {}
-    for line in table:
+    for line in lines:
+        if any(line[name] is None for name in SCHEMA.names) or not all(
+            0 <= line[n] < BINS for n in ("p_bin", "entropy_bin")
+        ):
+            raise ConfigError(
+                f"{file} has a cell at p_bin {line['p_bin']}, entropy_bin {line['entropy_bin']}, which the map of {BINS} "
+                "by as many has not; train again with lens_every"
+            )
         frame = made.setdefault(
             line["step"],
             {

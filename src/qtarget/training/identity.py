@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qtarget import json_text
 from qtarget.errors import ConfigError
 from qtarget.training.objective import Objective
 
@@ -78,7 +79,14 @@ def differences(folder: str | Path, settings: dict[str, Any], partly: bool = Fal
     file = Path(folder) / FILE
     if not file.is_file():
         return []
-    saved = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        saved = json_text.loads(file.read_bytes())
+        if not isinstance(saved, dict):
+            raise ValueError("it holds no mapping")
+    except (OSError, ValueError) as error:
+        return [
+            f"{file} cannot be read ({error}), so that nobody knows what it trained; resume from another checkpoint"
+        ]
     return [
         f"{name} is {_shown(settings.get(name))}, but the checkpoint {str(folder)!r} was trained with "
         f"{_shown(saved.get(name))}; resume with that, or start anew from the model with another output_dir"

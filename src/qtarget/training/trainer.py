@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from trl import SFTTrainer
@@ -18,13 +19,14 @@ from trl.data_utils import get_dataset_column_names
 
 from qtarget.data.columns import REFERENCE, SOURCE_ID, UID, TokenColumnCollator, TokenColumns, columns_for, columns_of
 from qtarget.data.preparation import Preparation
+from qtarget.data.rows import checked_texts, checked_tokens
 from qtarget.errors import ConfigError
 from qtarget.targets import Target
 from qtarget.teachers import cache
 from qtarget.teachers.frozen import evaluation_mode
 from qtarget.teachers.same_vocabulary import real_vocabulary_size
 from qtarget.teachers.uids import CachedUids, ContextUids, RowsThatAsk
-from qtarget.training import checkpoints, checks, denominator, identity
+from qtarget.training import checkpoint_files, checkpoints, checks, denominator, identity
 from qtarget.training.batches import BatchesTrainer
 from qtarget.training.checkpoints import CheckpointsTrainer
 from qtarget.training.config import QTargetConfig
@@ -144,11 +146,21 @@ class QTargetTrainer(FiguresTrainer, BatchesTrainer, CheckpointsTrainer):
                 dataset_name, get_dataset_column_names(dataset), objective, args, dataset_name != "train"
             )
         )
+        vocab_size = real_vocabulary_size(getattr(processing_class, "tokenizer", processing_class))
+        if formatting_func is None and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            dataset = checked_texts(dataset, dataset_name, args.dataset_text_field)
+            dataset = checked_tokens(dataset, dataset_name, vocab_size)
         tokenise_only = copy.copy(args)
         tokenise_only.max_length, tokenise_only.shuffle_dataset = None, False
-        dataset = super()._prepare_dataset(
-            dataset, processing_class, tokenise_only, False, formatting_func, dataset_name
-        )
+        try:
+            dataset = super()._prepare_dataset(
+                dataset, processing_class, tokenise_only, False, formatting_func, dataset_name
+            )
+        except TemplateError as error:
+            raise ConfigError(
+                f"the chat template cannot be applied to a row of the {dataset_name} dataset: {error}; mend that row or "
+                "the template (chat_template_path)"
+            ) from error
         self._open_teacher(args, processing_class)
         asks = "teacher" in objective.requires or self._always_opens_teacher
         prepare = Preparation(
@@ -337,6 +349,7 @@ class QTargetTrainer(FiguresTrainer, BatchesTrainer, CheckpointsTrainer):
                 logger.warning(said)
             if folder is None:
                 logger.warning(f"{self.args.output_dir} holds no checkpoint to resume from: the run starts at step 0")
+        checks.raise_together([] if folder is None else checkpoint_files.faults(folder))
         for kept in self._others.kept_weights:
             kept.forget()
         if folder is not None:
