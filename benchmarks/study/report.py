@@ -1,8 +1,9 @@
-"""docs/study.md and its pictures, from the results on record: ``make study-report``; a second time changes nothing."""
+"""docs/study.md with its pictures, and docs/choosing.md, from the results on record: ``make study-report``."""
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -243,7 +244,24 @@ def page(results: Results, settings: Settings) -> str:
     }
     for name, value in values.items():
         text = text.replace("{{" + name + "}}", value)
-    return text
+    return filled(text, results)
+
+
+def filled(text: str, results: Results) -> str:
+    """``{{mean SIDE MEASURE}}`` and ``{{LEFT vs RIGHT MEASURE}}`` in a sentence, so that no figure is written by hand."""
+
+    def mean(found: re.Match[str]) -> str:
+        value = results.mean(found[1], found[2])
+        return f"{value:.2f}" if "entropy" in found[2] else percent(value)
+
+    def contrast(found: re.Match[str]) -> str:
+        made = results.contrast(found[1], found[2], found[3])
+        if "entropy" in found[3]:
+            return f"{made.value:+.2f} [{made.low:+.2f}, {made.high:+.2f}]"
+        return signed(made).removesuffix(" *")
+
+    text = re.sub(r"\{\{mean (\S+) ([\w@]+)\}\}", mean, text)
+    return re.sub(r"\{\{(\S+) vs (\S+) ([\w@]+)\}\}", contrast, text)
 
 
 def identity(results: Results) -> str:
@@ -271,6 +289,7 @@ def main() -> None:
         raise SystemExit("no seed is finished yet; make study goes on")
     pictures.draw(results, docs / "assets")
     (docs / "study.md").write_text(page(results, settings))
+    (docs / "choosing.md").write_text(filled((HERE / "choosing.md.in").read_text(), results))
     print(f"{docs / 'study.md'}: {len(results.seeds)} seeds")
 
 
