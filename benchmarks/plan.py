@@ -43,13 +43,6 @@ LIMIT = 0.15
 # width, layers, feed-forward width, heads, key-value heads, rows, their length, and what differs from plain sft
 CASES: dict[str, dict[str, Any]] = {
     "17M sft": {"size": (256, 6, 768, 4, 2), "rows": 4, "length": 256},
-    "17M target-sft, checkpointing": {
-        "size": (256, 6, 768, 4, 2),
-        "rows": 4,
-        "length": 512,
-        "target": "target-sft",
-        "checkpointing": True,
-    },
     "52M target-sft": {"size": (512, 8, 1536, 8, 4), "rows": 2, "length": 512, "target": "target-sft"},
     "134M sft": {"size": (576, 30, 1536, 9, 3), "rows": 2, "length": 256},
     "134M sft, checkpointing": {"size": (576, 30, 1536, 9, 3), "rows": 4, "length": 512, "checkpointing": True},
