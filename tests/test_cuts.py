@@ -10,6 +10,7 @@ import pytest
 
 import cuts
 
+pytestmark = pytest.mark.distributed
 HERE = Path(__file__).parent
 # ‖difference of ten steps‖ / ‖ten steps‖ of any weight, in float32: what the order of sums leaves. One wrong factor in
 # one step shows at 1e-2.
