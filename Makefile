@@ -18,7 +18,7 @@ BENCH_ARGS ?=
 SOAK_ARGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick soak
+.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick soak test-distributed
 
 help: ## this list
 	@printf 'qtarget: supervised fine-tuning toward a target you choose\n\n'
@@ -85,6 +85,10 @@ test-full: $(VENV)/.ready ## check, then every test, those that take minutes too
 	$(MAKE) --no-print-directory check browser && \
 	$(BIN)/python -m pytest $(WORKERS) --durations=15 -m "full or not full" $(TEST_ARGS) && \
 	printf 'make test-full: %s s\n' "$$(($$(date +%s) - start))"
+
+# part of make test, too
+test-distributed: $(VENV)/.ready ## the tests that start several processes: DDP, FSDP2, the head in pieces
+	@$(BIN)/python -m pytest --durations=5 -m distributed $(TEST_ARGS)
 
 browser: ## install a chromium for the page's tests, where there is none (Debian and Ubuntu, as root)
 	@command -v $(CHROMIUM) >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }

@@ -86,6 +86,7 @@ def prepare(folder: Path) -> None:
     """Teacher and cache on disk, and where one process ends: FOLDER/wanted.pt."""
     teacher().save_pretrained(folder / "teacher")
     tiny.tokenizer().save_pretrained(folder / "teacher")
+    tiny.llama(tied=False).save_pretrained(folder / "plain")
     named = {"teacher_model_name_or_path": str(folder / "teacher"), "target": "kd"}
     asking = trainer(tiny.taught(), folder / "asking", data(), kind=cache_build.RowsTrainer, **named)
     plan = cache_build.plan(asking, 1000)
@@ -202,7 +203,7 @@ def loss_and_gradients(model: nn.Module, target: Target) -> Weights:
     return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in named.items()}
 
 
-def vocabulary_parallel(mutant: bool = False) -> tuple[Weights, Weights]:
+def vocabulary_parallel() -> tuple[Weights, Weights]:
     """A head in pieces of the vocabulary over a mesh of two, each process with the same batch."""
     plain, split = tiny.llama(tied=False), tiny.llama(tied=False)
     for model in (plain, split):
@@ -211,23 +212,15 @@ def vocabulary_parallel(mutant: bool = False) -> tuple[Weights, Weights]:
     parallelize_module(split, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
     weight: Any = split.lm_head.weight
     assert isinstance(weight, DTensor) and weight.placements[0].is_shard(0)
-    ids = {"input_ids": torch.tensor([rows(tiny.conversations(1))[0]["input_ids"]])}
-    check_head_transform(split, split, ids)
-    real = forward.whole
-    if mutant:
-        forward.whole = lambda parameter, like: parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    try:
-        return loss_and_gradients(split, presets.build("dft")), loss_and_gradients(plain, presets.build("dft"))
-    finally:
-        forward.whole = real
+    check_head_transform(split, split, {"input_ids": torch.tensor([rows(tiny.conversations(1))[0]["input_ids"]])})
+    return loss_and_gradients(split, presets.build("dft")), loss_and_gradients(plain, presets.build("dft"))
 
 
 def by_a_tp_plan(folder: Path) -> dict[str, str]:
     """A model split by Transformers' own tensor parallelism: trained right, or refused in a sentence."""
-    tiny.llama(tied=False).save_pretrained(folder / f"plain-{os.environ['RANK']}")
-    plain = AutoModelForCausalLM.from_pretrained(folder / f"plain-{os.environ['RANK']}").train()
+    plain = AutoModelForCausalLM.from_pretrained(folder / "plain").train()
     try:
-        split = AutoModelForCausalLM.from_pretrained(folder / f"plain-{os.environ['RANK']}", tp_plan="auto").train()
+        split = AutoModelForCausalLM.from_pretrained(folder / "plain", tp_plan="auto").train()
     except Exception as error:
         return {"not loaded": " ".join(str(error).split())}
     for model in (plain, split):

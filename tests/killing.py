@@ -165,7 +165,7 @@ def moments(kind: str, chance: random.Random) -> Moment:
     if kind == "checkpoint":
         return Moment("save", chance.randint(1, STEPS // SAVED_EVERY), chance.choice(PARTS), chance.random() * 0.002)
     if kind == "evaluation":
-        return Moment("evaluate", chance.randint(1, 15), None, chance.random() * 0.01)
+        return Moment("evaluate", chance.randint(1, 20), None, chance.random() * 0.01)
     if kind == "end":
         return Moment("last", 1, None, chance.random() * 0.02)
     return Moment("", 1, None, chance.random() * 2.0)

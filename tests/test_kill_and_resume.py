@@ -122,8 +122,8 @@ def killed_and_resumed(world, uninterrupted, name: str, kind: str, seed: int, fo
 
 @pytest.mark.parametrize("name, kind", [("psft, packed, lens", "checkpoint"), ("streamed, cache", "evaluation")])
 def test_killed_and_resumed(name, kind, world, uninterrupted, tmp_path):
-    done = killed_and_resumed(world, uninterrupted, name, kind, SEED, tmp_path / "run")
-    assert done["killed"], done
+    done = killed_and_resumed(world, uninterrupted, name, kind, 12, tmp_path / "run")  # late enough for a checkpoint
+    assert done["killed"] and done["resumed_from"] > 0, done
 
 
 @pytest.mark.full

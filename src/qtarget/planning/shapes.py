@@ -74,6 +74,8 @@ _L70 = _shapes((80, 8192, 28672, 64), False, "config.json; arXiv:2407.21783", **
 KNOWN: dict[str, Shape] = {
     "Qwen/Qwen3-1.7B-Base": _shapes((28, 2048, 6144, 16), True, "config.json; arXiv:2505.09388", **_QWEN3),
     "Qwen/Qwen3-8B": _shapes((36, 4096, 12288, 32), False, "config.json; arXiv:2505.09388", **_QWEN3),
+    "Qwen/Qwen3-8B-Base": _shapes((36, 4096, 12288, 32), False, "config.json; arXiv:2505.09388", **_QWEN3),
+    "Qwen/Qwen3-32B": _shapes((64, 5120, 25600, 64), False, "config.json; arXiv:2505.09388", **_QWEN3),
     "Qwen/Qwen2.5-1.5B": _Q15,
     "Qwen/Qwen2.5-Math-1.5B": _Q15,
     "Qwen/Qwen2.5-7B": _Q7,

@@ -207,11 +207,13 @@ class CheckpointsTrainer(SFTTrainer):
             self._name_best(run, finished, written)
             self.write_into_checkpoint(written)
             self.accelerator.wait_for_everyone()
-            # Nodes may share the folder: then the first to come finishes it.
-            if self._is_first_here() and written.exists():
-                with contextlib.suppress(FileNotFoundError) if self.args.world_size > 1 else contextlib.nullcontext():
-                    list_files(written)
-                    put(written, finished)
+            if self.is_world_process_zero():
+                list_files(written)
+                put(written, finished)
+            self.accelerator.wait_for_everyone()
+            if self._is_first_here() and not finished.exists():  # a node whose folder is its own
+                list_files(written)
+                put(written, finished)
             self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(finished))
