@@ -76,10 +76,9 @@ def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, l
     others: list[Model] = []
     if "teacher" in models and config.teacher_cache is None and config.teacher_ema_decay is None:
         field = "teachers" if config.teachers is not None else "teacher_model_name_or_path"
-        others += [
-            (name, revision, find(field, name, revision), _bytes_of(kwargs.get("dtype")))
-            for name, revision, kwargs in teacher_setup.named_models(config)
-        ]
+        for name, revision, kwargs in teacher_setup.named_models(config):
+            shape = find(field, name, revision)
+            others.append((name, revision, shape, shapes.frozen_bytes(kwargs, shape, config.use_cpu)))
         faults += teacher_setup.settings_faults(config)
         known_shapes = [shape for _, _, shape, _ in others]
         known = [_tokens_of(shape) for shape in known_shapes]
@@ -96,7 +95,9 @@ def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, l
             untold.append("whether student and teacher have the same tokens: their tokenizers are not here")
     if "reference" in models and config.reference_model_name_or_path is not None:
         name, revision = config.reference_model_name_or_path, config.reference_model_revision
-        others.append((name, revision, find("reference_model_name_or_path", name, revision), 4))
+        shape = find("reference_model_name_or_path", name, revision)
+        width = shapes.frozen_bytes(config.reference_model_init_kwargs, shape, config.use_cpu)
+        others.append((name, revision, shape, width))
     for name, shape in [(model.model_name_or_path, student), *((other[0], other[2]) for other in others)]:
         if shape is None:
             untold.append(f"the memory of {name}: it has no config here, and its shape is not in qtarget's table")
@@ -105,10 +106,6 @@ def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, l
 
 def _tokens_of(shape: shapes.Shape | None) -> str | None:
     return None if shape is None else shape.tokenizer
-
-
-def _bytes_of(dtype: Any) -> int:
-    return {"bfloat16": 2, "float16": 2, "auto": 2}.get(str(getattr(dtype, "value", dtype)), 4)
 
 
 def _tokenizer_faults(asked: setup.Run) -> list[str]:
@@ -211,7 +208,7 @@ def _show_memory(asked: setup.Run, gpus: int, student: shapes.Shape | None, othe
         student,
         gpus,
         config.per_device_train_batch_size * config.max_length,
-        _bytes_of(model.dtype),
+        shapes.bytes_of(model.dtype),
         [(shape, width) for _, _, shape, width in others if shape is not None],
         copies,
         bool(config.gradient_checkpointing),
