@@ -216,6 +216,10 @@ def test_terminal_markdown_and_page(tmp_path, capsys):
     assert "higher" in said and "avg@n" in said and "<b>|x" in said
     text = (out / "compare.md").read_text()
     assert "&lt;b>\\|x" in text and "| 95 % |" in text
+    numbers = json.loads((out / "compare.json").read_text())
+    assert numbers["arms"] == {"a": [str(tmp_path / "a")], "<b>|x": [str(tmp_path / "b")]}
+    strict = next(d for d in numbers["differences"] if d["measure"] == "strict")
+    assert strict["difference"] == pytest.approx(strict["other"] - strict["first"]) and strict["reading"] == "higher"
     page = (out / "compare.html").read_text()
     assert "<b>|x" not in page and "&lt;b&gt;|x" in page
     assert "<script" not in page and not re.search(r"""(src|href)=|url\(|@import|https?://""", page)

@@ -6,7 +6,9 @@ Names of arms, tasks and folders are a stranger's text: escaped wherever they st
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
+import json
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -75,6 +77,21 @@ def facts(comparison: Comparison) -> list[str]:
         "intervals are percentiles of a bootstrap of training seeds, problems and samples.",
         *comparison.notes,
     ]
+
+
+def as_json(comparison: Comparison) -> str:
+    """All numbers, unrounded, for other programs."""
+    made = {
+        "arms": {arm.name: [*map(str, arm.folders)] for arm in comparison.arms},
+        "settings": comparison.settings,
+        "n": comparison.n,
+        "differences": [
+            {**dataclasses.asdict(d), "difference": d.value, "reading": d.sentence()} for d in comparison.differences
+        ],
+        "scores": comparison.scores,
+        "notes": comparison.notes,
+    }
+    return json.dumps(made, indent=2, ensure_ascii=False) + "\n"
 
 
 def markdown(comparison: Comparison) -> str:
