@@ -101,11 +101,11 @@ def markdown(comparison: Comparison) -> str:
         return "\n".join([lines[0], f"|{'---|' * len(names)}", *lines[1:]])
 
     parts = [
-        f"# Differences to {comparison.arms[0].name}",
+        f"# Differences to {_cell(comparison.arms[0].name)}",
         table(heads(comparison), [cells(difference) for difference in comparison.differences]),
         "## Scores",
         table(*score_rows(comparison)),
-        "\n".join(f"- {fact}" for fact in facts(comparison)),
+        "\n".join(f"- {_cell(fact)}" for fact in facts(comparison)),
     ]
     return "\n\n".join(parts) + "\n"
 
