@@ -5,6 +5,7 @@ PYTHON ?=
 BIN    := $(VENV)/bin
 DEMO   := build/quickstart
 LENS   := build/lens
+EVAL   := build/eval
 # the browser of the page's tests; another one:  make test CHROMIUM=google-chrome
 export CHROMIUM ?= chromium
 
@@ -18,7 +19,7 @@ BENCH_ARGS ?=
 SOAK_ARGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick soak test-distributed
+.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick soak test-distributed eval-demo
 
 help: ## this list
 	@printf 'qtarget: supervised fine-tuning toward a target you choose\n\n'
@@ -70,6 +71,20 @@ real-model: $(VENV)/.ready ## four targets on a real model, clean and noisy labe
 real-model-quick: $(VENV)/.ready ## the same with two steps and four problems, to see that it works
 	@$(BIN)/python recipes/prepare_quickstart.py --out $(DEMO) && \
 	$(REAL_MODEL).run --quick
+
+# Strict wants the mark that was asked for, lenient takes the last number: which of them moved is the point.
+eval-demo: $(VENV)/.ready ## after `make demo`: did it help? ask the model before and after, and compare
+	@start=$$(date +%s) && \
+	{ test -f $(DEMO)/run/model.safetensors || { echo "$(DEMO)/run holds no model: make demo"; exit 2; }; } && \
+	rm -rf $(EVAL) && \
+	$(BIN)/python recipes/eval_demo.py --out $(EVAL)/sums.jsonl && \
+	for arm in before:$(DEMO)/SmolLM2-135M-Instruct after:$(DEMO)/run; do \
+	    $(BIN)/qtarget eval --model $${arm#*:} --tasks $(EVAL)/sums.jsonl --verifier math --n 4 --max_new_tokens 40 \
+	        --batch_size 50 --instruction "End with #### and the number." -o $(EVAL)/$${arm%%:*} || exit; \
+	done && \
+	$(BIN)/qtarget compare before=$(EVAL)/before after=$(EVAL)/after -o $(EVAL)/report && \
+	printf '\neval-demo: %s s after the environment was ready; open %s in a browser\n' \
+	    "$$(($$(date +%s) - start))" "$(EVAL)/report/compare.html"
 
 # The page is tested in a real browser: where there is none and none can be installed, those tests are left out, and said.
 test: $(VENV)/.ready ## check, then the fast tests

@@ -163,7 +163,10 @@ def test_several_tasks_have_their_mean(tmp_path):
         records.begin(folder, records.describe(SETTINGS, parts), parts, writes=True)
         for part, share in zip(parts, shares, strict=True):
             single = results(
-                tmp_path / f"{arm}-{part.name}", verdicts(len(part.problems), share, len(part.problems)), part.name
+                tmp_path / f"{arm}-{part.name}",
+                verdicts(len(part.problems), share, len(part.problems)),
+                part.name,
+                version="v",
             )
             (folder / "samples" / f"{part.name}.jsonl").write_bytes(
                 (single / "samples" / f"{part.name}.jsonl").read_bytes()
@@ -216,6 +219,10 @@ def test_terminal_markdown_and_page(tmp_path, capsys):
     assert "higher" in said and "avg@n" in said and "<b>|x" in said
     text = (out / "compare.md").read_text()
     assert "&lt;b>\\|x" in text and "| 95 % |" in text
+    numbers = json.loads((out / "compare.json").read_text())
+    assert numbers["arms"] == {"a": [str(tmp_path / "a")], "<b>|x": [str(tmp_path / "b")]}
+    strict = next(d for d in numbers["differences"] if d["measure"] == "strict")
+    assert strict["difference"] == pytest.approx(strict["other"] - strict["first"]) and strict["reading"] == "higher"
     page = (out / "compare.html").read_text()
     assert "<b>|x" not in page and "&lt;b&gt;|x" in page
     assert "<script" not in page and not re.search(r"""(src|href)=|url\(|@import|https?://""", page)
@@ -242,7 +249,8 @@ def test_names_of_a_stranger_are_inert(tmp_path):
     task = "<svg onload=alert(3)>\"'"
     for name in ("a", "b"):
         results(tmp_path / name, verdicts(ord(name), 0.5), task=task, model={"name": hostile}, prompt=hostile)
-    made = compare.compare([str(tmp_path / "a"), f"{hostile}={tmp_path / 'b'}"])
+    arm = "<script>alert(1)</script><img onerror>\"'"  # an = would end the name
+    made = compare.compare([str(tmp_path / "a"), f"{arm}={tmp_path / 'b'}"])
     page = compare_report.html(made)
     tags = Tags(page).found
     assert page.count("alert(1)") >= 3 and "alert(3)" in page  # there as text

@@ -87,6 +87,8 @@ def test_math_keeps_strict_and_lenient_apart():
         True,
     ]
     assert grade(r"\boxed{1, 2}", {"answer": ["2", "1"]})["strict"]
+    assert grade(r"\boxed{5, 1234}", {"answer": ["1,234", "5 \\text{ cm}"]})["strict"]
+    assert not grade(r"\boxed{5, 1, 234}", {"answer": ["1,234", "5"]})["strict"]
     assert grade("", {"answer": "1"}) == {"parsed": None, "lenient_parsed": None, "strict": False, "lenient": False}
 
 

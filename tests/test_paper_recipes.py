@@ -143,6 +143,7 @@ def test_a_revision_that_was_looked_up_is_no_longer_to_pin(monkeypatch):
 
 # -- what is refused ---------------------------------------------------------------------------------------------
 
+KD = FOLDER / "numina-67k_qwen2.5-math-1.5b_kd.yaml"
 MATH, TAUGHT = FOLDER / "numina-67k_qwen2.5-math-1.5b_sft.yaml", FOLDER / "m23k_llama-3.2-3b_target-sft.yaml"
 REFUSED: dict[str, tuple[Path, dict[str, Any], list[str], str]] = {
     "another number of GPUs": (
@@ -332,6 +333,39 @@ def test_parameters_of_the_table_are_those_of_the_model(name):
 )
 def test_parameters_are_those_of_the_model_cards(name, billions):
     assert shapes.KNOWN[name].parameters / 1e9 == pytest.approx(billions, rel=6e-3)
+
+
+def test_frozen_models_are_counted_as_they_are_loaded():
+    half, unknown = shapes.KNOWN["Qwen/Qwen3-8B"], shapes.Shape(2, 4, 8, 2, 1, 2, 10, True)
+    whole = shapes.Shape(2, 4, 8, 2, 1, 2, 10, True, dtype="float32")
+    for kwargs, shape, cpu, size in [
+        (None, half, False, 2),
+        ({}, whole, False, 4),
+        (None, half, True, 4),
+        ({"dtype": "auto"}, whole, True, 4),
+        ({"dtype": "bfloat16"}, whole, True, 2),
+        ({"dtype": torch.float32}, half, False, 4),
+        ({"dtype": torch.float16}, whole, False, 2),
+        (None, unknown, False, 2),
+        (None, None, False, 2),
+    ]:
+        assert shapes.frozen_bytes(kwargs, shape, cpu) == size, (kwargs, shape, cpu)
+
+
+@pytest.mark.parametrize("role", ["teacher", "reference"])
+def test_a_teacher_or_reference_without_dtype_takes_what_its_checkpoint_takes(role, tmp_path):
+    """On accelerators; recipes leave use_cpu out."""
+
+    def memory_of(**fields):
+        told = dry_run(changed(tmp_path, KD if role == "teacher" else MATH, **fields))[1]
+        return re.findall(r"(?:DDP|ZeRO-2|FSDP2) [\d. ]+", told)
+
+    named = {} if role == "teacher" else {"target": "sft-kl", "reference_model_name_or_path": "Qwen/Qwen2.5-7B"}
+    kwargs = f"{role}_model_init_kwargs"
+    without, half, whole = (
+        memory_of(**named, **{kwargs: given}) for given in (None, {"dtype": "bfloat16"}, {"dtype": "float32"})
+    )
+    assert len(without) == 3 and without == half != whole
 
 
 def test_a_hand_worked_estimate():

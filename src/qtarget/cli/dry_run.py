@@ -15,7 +15,7 @@ from qtarget.errors import ConfigError, loading
 from qtarget.planning import memory, shapes, workload
 from qtarget.planning import steps as arithmetic
 from qtarget.planning.steps import GPUS
-from qtarget.planning.workload import Frozen, bytes_of
+from qtarget.planning.workload import Frozen
 
 __all__ = ["GPUS", "run"]
 
@@ -106,10 +106,9 @@ def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, l
     others: list[Frozen] = []
     if "teacher" in models and config.teacher_cache is None and config.teacher_ema_decay is None:
         field = "teachers" if config.teachers is not None else "teacher_model_name_or_path"
-        others += [
-            Frozen("teacher", name, revision, find(field, name, revision), bytes_of(kwargs.get("dtype")))
-            for name, revision, kwargs in teacher_setup.named_models(config)
-        ]
+        for name, revision, kwargs in teacher_setup.named_models(config):
+            shape = find(field, name, revision)
+            others.append(Frozen("teacher", name, revision, shape, shapes.frozen_bytes(kwargs, shape, config.use_cpu)))
         faults += teacher_setup.settings_faults(config)
         known_shapes = [other.shape for other in others]
         known = [_tokens_of(shape) for shape in known_shapes]
@@ -127,8 +126,8 @@ def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, l
     if "reference" in models and config.reference_model_name_or_path is not None:
         name, revision = config.reference_model_name_or_path, config.reference_model_revision
         shape = find("reference_model_name_or_path", name, revision)
-        kwargs = config.reference_model_init_kwargs or {}
-        others.append(Frozen("reference", name, revision, shape, bytes_of(kwargs.get("dtype"))))
+        width = shapes.frozen_bytes(config.reference_model_init_kwargs, shape, config.use_cpu)
+        others.append(Frozen("reference", name, revision, shape, width))
     for name, shape in [(model.model_name_or_path, student), *((other.name, other.shape) for other in others)]:
         if shape is None:
             untold.append(f"the memory of {name}: it has no config here, and its shape is not in qtarget's table")

@@ -104,7 +104,9 @@ def _limit_memory() -> None:
 def _math(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
     strict, lenient = extraction.strict(text), extraction.lenient(text)
     golds = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    gold = ", ".join(extraction.final_answer(str(one)) for one in golds)
+    golds = [extraction.final_answer(str(one)) for one in golds]
+    # Of several each is normalised before a comma parts them: 1,234 is one of them.
+    gold = golds[0] if len(golds) == 1 else ", ".join(map(extraction.normal, golds))
     right = strict is not None and equality.same(gold, strict)
     return {
         "parsed": strict,

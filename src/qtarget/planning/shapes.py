@@ -19,6 +19,7 @@ class Shape:
         tied: whether the head is the embedding. qkv_bias, qk_norm: whether attention has them.
         tokenizer: models that share a name here share their tokens; None where it is not known.
         source: where the numbers are from. counted: the number of parameters, where it was counted.
+        dtype: of the checkpoint's numbers; None where it is not known.
     """
 
     layers: int
@@ -34,6 +35,7 @@ class Shape:
     tokenizer: str | None = None
     source: str = ""
     counted: int | None = None
+    dtype: str | None = None
 
     @property
     def layer_parameters(self) -> int:
@@ -59,20 +61,23 @@ _QWEN3 = {"kv_heads": 8, "head_dim": 128, "vocab": 151936, "qk_norm": True, "tok
 
 def _shapes(numbers: tuple[int, int, int, int], tied: bool, source: str, **more: Any) -> Shape:
     layers, width, ffn, heads = numbers
-    return Shape(layers=layers, width=width, ffn=ffn, heads=heads, tied=tied, source=source, **more)
+    return Shape(layers=layers, width=width, ffn=ffn, heads=heads, tied=tied, source=source, dtype="bfloat16", **more)
 
 
-# The values of each model's config.json on the hub; the papers' tables have layers, heads and tying.
+# Where each is from: its config.json; numbers that other public code states for it; or what is generally known of it and
+# was not looked up. The papers' tables have layers, heads and tying; the tests compare counts with the model cards'. That
+# all these checkpoints are in bfloat16 is general knowledge.
+_CODE, _GENERAL = "other public code, not its config.json", "general knowledge, not looked up"
 # A Qwen2.5-Math model has the shape of the Qwen2.5 model it was trained from, as its model card says.
-_Q15 = _shapes((28, 1536, 8960, 12), True, "config.json; arXiv:2412.15115", kv_heads=2, vocab=151936, **_QWEN25)
+_Q15 = _shapes((28, 1536, 8960, 12), True, f"{_CODE}; arXiv:2412.15115", kv_heads=2, vocab=151936, **_QWEN25)
 _Q7 = _shapes((28, 3584, 18944, 28), False, "config.json; arXiv:2412.15115", kv_heads=4, vocab=152064, **_QWEN25)
 _Q14 = _shapes((48, 5120, 13824, 40), False, "config.json; arXiv:2412.15115", kv_heads=8, vocab=152064, **_QWEN25)
-_Q72 = _shapes((80, 8192, 29568, 64), False, "config.json; arXiv:2412.15115", kv_heads=8, vocab=152064, **_QWEN25)
+_Q72 = _shapes((80, 8192, 29568, 64), False, f"{_GENERAL}; arXiv:2412.15115", kv_heads=8, vocab=152064, **_QWEN25)
 _L3 = _shapes((28, 3072, 8192, 24), True, "config.json", **_LLAMA)
 _L8 = _shapes((32, 4096, 14336, 32), False, "config.json; arXiv:2407.21783", **_LLAMA)
-_L70 = _shapes((80, 8192, 28672, 64), False, "config.json; arXiv:2407.21783", **_LLAMA)
+_L70 = _shapes((80, 8192, 28672, 64), False, f"{_GENERAL}; arXiv:2407.21783", **_LLAMA)
 KNOWN: dict[str, Shape] = {
-    "Qwen/Qwen3-1.7B-Base": _shapes((28, 2048, 6144, 16), True, "config.json; arXiv:2505.09388", **_QWEN3),
+    "Qwen/Qwen3-1.7B-Base": _shapes((28, 2048, 6144, 16), True, f"{_CODE}; arXiv:2505.09388", **_QWEN3),
     "Qwen/Qwen3-8B": _shapes((36, 4096, 12288, 32), False, "config.json; arXiv:2505.09388", **_QWEN3),
     "Qwen/Qwen3-8B-Base": _shapes((36, 4096, 12288, 32), False, "config.json; arXiv:2505.09388", **_QWEN3),
     "Qwen/Qwen3-32B": _shapes((64, 5120, 25600, 64), False, "config.json; arXiv:2505.09388", **_QWEN3),
@@ -89,6 +94,23 @@ KNOWN: dict[str, Shape] = {
     "meta-llama/Llama-3.1-8B-Instruct": _L8,
     "meta-llama/Llama-3.1-70B-Instruct": _L70,
 }
+
+
+def bytes_of(dtype: Any) -> int:
+    """Bytes of a number of a dtype as settings name it; None is float32."""
+    return {"bfloat16": 2, "float16": 2, "auto": 2}.get(str(getattr(dtype, "value", dtype)).removeprefix("torch."), 4)
+
+
+def frozen_bytes(init_kwargs: dict[str, Any] | None, shape: Shape | None, cpu: bool) -> int:
+    """Bytes of a number of a teacher or reference, as ``teachers.frozen.load_frozen`` loads it.
+
+    Without a dtype that is the checkpoint's own on an accelerator and float32 on a CPU. A checkpoint whose dtype is not
+    known is taken to be in half precision, as most are.
+    """
+    dtype = (init_kwargs or {}).get("dtype", "float32" if cpu else "auto")
+    if getattr(dtype, "value", dtype) == "auto" and shape is not None and shape.dtype is not None:
+        dtype = shape.dtype
+    return bytes_of(dtype)
 
 
 def is_path(name: str) -> bool:
@@ -139,4 +161,5 @@ def of_config(config: Any, source: str = "its config", trust_remote_code: bool =
         tied=bool(config.tie_word_embeddings),
         source=source,
         counted=sum(parameter.numel() for parameter in model.parameters()),
+        dtype=None if config.dtype is None else str(config.dtype).removeprefix("torch."),
     )

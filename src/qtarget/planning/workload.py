@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtarget.planning import flops, memory
-from qtarget.planning.shapes import Shape
+from qtarget.planning.shapes import Shape, bytes_of
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,6 @@ class Rows:
 
 def shapes_of(others: list[Frozen], role: str) -> list[tuple[Shape, int]]:
     return [(other.shape, other.bytes) for other in others if other.role == role and other.shape is not None]
-
-
-def bytes_of(dtype: Any) -> int:
-    """Bytes of a number of a dtype as settings name it; None is float32."""
-    return {"bfloat16": 2, "float16": 2, "auto": 2}.get(str(getattr(dtype, "value", dtype)).removeprefix("torch."), 4)
 
 
 def computes_in_half(config: Any, given: Any) -> bool:
