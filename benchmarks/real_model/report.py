@@ -43,7 +43,7 @@ def page(folder: Path) -> str:
         prose(
             f"Scores in per cent. Paired by problem and training seed; intervals are 95 %, of {results.DRAWS:,} "
             "bootstrap draws of training seeds, problems and samples, by `qtarget compare`. Where an interval holds "
-            "zero, no difference is shown."
+            "zero, no difference is shown." + one_run(cells)
         ),
         *(differences_table(differences, condition) for condition in CONDITIONS if results.seeds(cells, condition)),
         noise_table(differences),
@@ -57,6 +57,12 @@ def page(folder: Path) -> str:
         again(cells),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def one_run(cells: Cells) -> str:
+    if min(len(results.seeds(cells, condition)) for condition in CONDITIONS) > 1:
+        return ""
+    return " With one training seed they are for these models, and say nothing of training again."
 
 
 def asked(cells: Cells) -> str:
