@@ -42,8 +42,8 @@ def page(folder: Path) -> str:
         "## Differences",
         prose(
             f"Scores in per cent. Paired by problem and training seed; intervals are 95 %, of {results.DRAWS:,} "
-            "bootstrap draws of training seeds, problems and samples, by `qtarget compare`. Where an interval holds zero, "
-            "no difference is shown."
+            "bootstrap draws of training seeds, problems and samples, by `qtarget compare`. Where an interval holds "
+            "zero, no difference is shown." + one_run(cells)
         ),
         *(differences_table(differences, condition) for condition in CONDITIONS if results.seeds(cells, condition)),
         noise_table(differences),
@@ -57,6 +57,12 @@ def page(folder: Path) -> str:
         again(cells),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def one_run(cells: Cells) -> str:
+    if min(len(results.seeds(cells, condition)) for condition in CONDITIONS) > 1:
+        return ""
+    return " With one training seed they are for these models, and say nothing of training again."
 
 
 def asked(cells: Cells) -> str:
@@ -88,10 +94,10 @@ def asked(cells: Cells) -> str:
     ]
     about = prose(
         f"SmolLM2-135M-Instruct learns sums of two numbers from {settings['rows']} demonstrations, `59 + 63 = ?` "
-        "answered by `59 + 63 = 122`, under four targets. Two questions: does any of them beat plain SFT when the labels are "
-        f"right (clean), and when the result is wrong in {settings['noise']:.0%} of the demonstrations (noisy)? kd and "
-        "target-sft have a teacher who knows more: the same model with the right answer in its prompt, also where the "
-        "demonstration is wrong."
+        "answered by `59 + 63 = 122`, under four targets. Two questions: does any of them beat plain SFT when the labels "
+        f"are right (clean), and when the result is wrong in {settings['noise']:.0%} of the demonstrations (noisy)? kd "
+        "and target-sft have a teacher who knows more: the same model with the right answer in its prompt, also where "
+        "the demonstration is wrong."
     )
     return f"""\
 # A real model: does the target matter?
