@@ -203,7 +203,13 @@ CASES = [
         "line 1, has the answer 'Z' and options",
         verifier="choice",
     ),
-    task("a-name-with-a-star", "a name that is a pattern: evaluated", row(options=["2", "3"], answer="A"), verifier="choice", name="t[*].jsonl"),
+    task(
+        "a-name-with-a-star",
+        "a name that is a pattern: evaluated",
+        row(options=["2", "3"], answer="A"),
+        verifier="choice",
+        name="t[*].jsonl",
+    ),
     # folders of results
     arms("one-arm", "one folder", [A], "compare has 1 result folders; name two or more"),
     arms("no-such-arm", "no such folder", [A, "b=nowhere"], "'nowhere' holds no results"),
