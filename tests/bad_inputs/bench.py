@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -247,6 +248,8 @@ def check(case: Case, bench: Bench) -> None:
     changed = [name for name, value in kept.items() if after.get(name) != value]
     assert not changed, f"{changed} changed"
     assert world == digest(bench.world), "the world changed"
+    assert not any(Path(name).name.endswith("ran") for name in after), "code of a file was run"
+    assert "this" not in sys.modules, "a module that a file names was imported"
     if case.says:
         assert answer.status == 2, f"status {answer.status}: {answer.out[-1500:]}{answer.err[-1500:]}"
         said = "\n".join(answer.sentences)

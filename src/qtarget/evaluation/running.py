@@ -302,8 +302,8 @@ def _check_rescored(folder: Path, task: str, grader: str, verifier: str | None) 
     for record in records.samples(folder, task):
         if record["problem"] not in rows:
             raise ConfigError(
-                f"{str(folder)!r} has answers to problem {record['problem']!r} of task {task}, which it does not ask; run "
-                "qtarget eval into another folder"
+                f"{str(folder)!r} has answers to problem {record['problem']!r} of task {task}, which it does not ask; "
+                "run qtarget eval into another folder"
             )
 
 

@@ -108,7 +108,8 @@ class FiguresTrainer(SFTTrainer):
             for name, data in {"train": self.train_dataset, **evaluated}.items()
             if data is not None
         }
-        part = model_card.section(self._objective, self._identity(), rows, self.state.log_history)
+        trusted = identity.trusted_code(self.args)
+        part = model_card.section(self._objective, self._identity(), rows, self.state.log_history, trusted)
         card.write_text(model_card.insert(card.read_text(encoding="utf-8"), part), encoding="utf-8")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -64,7 +64,24 @@ def describe(args: Any, objective: Objective, settings: dict[str, Any]) -> str:
         parts.append("old policy from column old_logps, which is not the paper's schedule: it is never refreshed")
     elif "psft_refresh" in settings:
         parts.append(f"old policy copied every {args.psft_refresh} steps")
+    if trusted := trusted_code(args):
+        parts.append(f"trust_remote_code is on: code that came with {' and '.join(trusted)} is run")
     return "; ".join(parts)
+
+
+def trusted_code(args: Any) -> list[str]:
+    """The models whose own code a run may run, because the user said so."""
+    asked = {
+        "the model": args.trust_remote_code or _trusts(args.model_init_kwargs),
+        "the teacher": _trusts(args.teacher_model_init_kwargs)
+        or any(_trusts(t.init_kwargs) for t in args.pooled_teachers()),
+        "the reference": _trusts(args.reference_model_init_kwargs),
+    }
+    return [who for who, on in asked.items() if on]
+
+
+def _trusts(init_kwargs: Any) -> bool:
+    return isinstance(init_kwargs, Mapping) and bool(init_kwargs.get("trust_remote_code"))
 
 
 def write(folder: str | Path, settings: dict[str, Any]) -> None:

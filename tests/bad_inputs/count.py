@@ -1,0 +1,35 @@
+"""The table of docs/reliability.md: cases by kind. Run from the repository's root:
+
+PYTHONPATH=src:tests:tests/bad_inputs python tests/bad_inputs/count.py
+"""
+
+import re
+from pathlib import Path
+
+from test_corpus import ALL, CORPUS
+
+PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+
+
+def table() -> str:
+    lines = ["| kind | cases | refused | handled | what |", "|---|---|---|---|---|"]
+    for kind, cases in CORPUS.items():
+        refused = sum(bool(case.says) for case in cases)
+        lines.append(f"| {kind} | {len(cases)} | {refused} | {len(cases) - refused} | {about(kind)} |")
+    refused = sum(bool(case.says) for _, case in ALL)
+    lines.append(f"| all | {len(ALL)} | {refused} | {len(ALL) - refused} | |")
+    return "\n".join(lines)
+
+
+def about(kind: str) -> str:
+    """The first line of the kind's file."""
+    return Path(__file__).with_name(f"bad_{kind}.py").read_text(encoding="utf-8").split('"""')[1].strip().rstrip(".")
+
+
+if __name__ == "__main__":
+    page = PAGE.read_text(encoding="utf-8")
+    begin, end = "<!-- counts: tests/bad_inputs/count.py -->\n", "\n<!-- end of counts -->"
+    PAGE.write_text(
+        re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: begin + table() + end, page, flags=re.DOTALL),
+        encoding="utf-8",
+    )
