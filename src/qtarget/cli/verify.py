@@ -17,9 +17,10 @@ usage: qtarget verify --config FILE [--rows 8] [--json FILE] [--keep_dtype] [--a
        torchrun --nproc_per_node 2 -m qtarget verify --config FILE     several processes against one as well
 
 Hold the trainer's promises against your own model, data, target and config, before a run is trusted with them: the
-gradient is p - Q and autograd's; micro-batches, padding, packing, chunks and processes leave it unchanged; the masks train
-the answer and its end and nothing of the prompt; the teacher sees the same ids; the target becomes its neighbours where it
-must; what bf16 costs; the memory of a step against the estimate. Nothing is trained and nothing is written but the JSON.
+gradient is p - Q and autograd's; micro-batches, padding, packing, chunks and processes leave it unchanged; the masks
+train the answer and its end and nothing of the prompt; the teacher sees the same ids; the target becomes its neighbours
+where it must; what bf16 costs; the memory of a step against the estimate. Nothing is trained and nothing is written but
+the JSON.
 
   --rows 8        rows looked at, evenly spread over the training set (the first of a stream)
   --json FILE     every figure; - writes it to the screen in place of the table
@@ -128,8 +129,8 @@ def _engine_faults(config: Any) -> list[str]:
     used = [engine for name, engine in _ENGINES.items() if os.environ.get(name, "").lower() == "true"]
     used += [name for name in ("fsdp", "deepspeed") if getattr(config, name, None)]
     return [
-        f"{used[0]} is on, and verify compares whole gradients; start it with torchrun or alone, without a sharding engine "
-        "(what holds under FSDP2 is tested by make test-distributed)"
+        f"{used[0]} is on, and verify compares whole gradients; start it with torchrun or alone, without a sharding "
+        "engine"
         for _ in used[:1]
     ]
 
@@ -171,7 +172,9 @@ def _estimate(asked: Any, trainer: Any) -> Callable[[int, int], int | None]:
 
     def of_step(positions: int, supervised: int) -> int | None:
         student = shape_of(trainer._base_model())
-        others = [shape_of(model) for model in (trainer._others.teacher, trainer._others.reference) if model is not None]
+        others = [
+            shape_of(model) for model in (trainer._others.teacher, trainer._others.reference) if model is not None
+        ]
         if student is None or None in others or asked.model.use_peft:
             return None
         work = memory.Workload(student, 1, positions, 4, [(shape, 4) for shape in others], checkpointing=False)

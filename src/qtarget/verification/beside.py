@@ -116,7 +116,7 @@ CHECKS = [
     Check(
         "teacher sees the same ids",
         "the teacher reads the ids the student reads, and the loss is given what it says of them",
-        "the teacher is asked about other tokens: check its tokenizer, teacher_context, truncation, or build the cache anew",
+        "the teacher is asked about other tokens: check its tokenizer and teacher_context, or build its cache anew",
         teacher,
     ),
     Check(

@@ -24,7 +24,9 @@ _CHUNKS = (7, 16)
 def micro_batches(subject: Subject) -> Finding:
     rows = subject.rows
     if subject.trainer.args.denominator == "micro_batch":
-        return not_applicable("denominator is micro_batch: each micro-batch counts the same, however many labels it has")
+        return not_applicable(
+            "denominator is micro_batch: each micro-batch counts the same, however many labels it has"
+        )
     if len(rows) < 2:
         return not_applicable("one row cannot be cut into micro-batches")
     uneven = -(-2 * len(rows) // 3)  # two rows to one: halves of equal size would hide a mean of means
@@ -208,8 +210,8 @@ CHECKS = [
     Check(
         "padding-free",
         f"rows in one line without padding: {_SAME}",
-        "documents of a line see each other, or positions do not start again: this model or its attn_implementation cannot "
-        "take position_ids apart; leave padding_free and packing off",
+        "documents of a line see each other, or positions do not start again: this model or its attn_implementation "
+        "cannot tell them apart by position_ids; leave padding_free and packing off",
         padding_free,
     ),
     Check(
@@ -232,4 +234,3 @@ CHECKS = [
         world_size,
     ),
 ]
-

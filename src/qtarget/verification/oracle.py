@@ -279,5 +279,3 @@ def label_log_p(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else {})}
-
-

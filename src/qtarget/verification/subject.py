@@ -322,5 +322,7 @@ def distance(got: Gradient, wanted: Gradient) -> tuple[float, str]:
         return math.inf, "no weight"
     total = sum(squares.values())
     # ``max`` would pass over a NaN.
-    worst = next((name for name, square in squares.items() if math.isnan(square)), max(squares, key=lambda n: squares[n]))
+    worst = next(
+        (name for name, square in squares.items() if math.isnan(square)), max(squares, key=lambda n: squares[n])
+    )
     return math.sqrt(total / size) if size else math.sqrt(total), worst
