@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
+from torch import nn
 
 from qtarget.cli.__main__ import main
 from qtarget.training import QTargetTrainer, denominator
@@ -27,7 +28,12 @@ def own_labels_only(patch: pytest.MonkeyPatch) -> None:
 def not_together(patch: pytest.MonkeyPatch) -> None:
     """Gradients that are never averaged over the processes."""
     patch.setattr(QTargetTrainer, "_wrap_model", lambda self, model, *_: model)
-    patch.setattr(Accelerator, "prepare", lambda self, model: model)
+    real = Accelerator.prepare
+
+    def prepare(self, *objects, **how):
+        return objects[0] if isinstance(objects[0], nn.Module) else real(self, *objects, **how)
+
+    patch.setattr(Accelerator, "prepare", prepare)
 
 
 def run(folder: Path, words: list[str]) -> None:

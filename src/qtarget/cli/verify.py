@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,9 @@ def run(arguments: Sequence[str]) -> int:
         options.writable("json", out)
     from qtarget.verification import verify
 
-    subject = _subject(rest, rows, own["keep_dtype"])
-    made = _verified(verify, subject)
+    with tempfile.TemporaryDirectory() as folder:  # a trainer makes its output_dir when it is made
+        subject = _subject(rest, {**_FIXED, "output_dir": folder}, rows, own["keep_dtype"])
+        made = _verified(verify, subject)
     if _is_main():
         if out is not None:
             out.write_text(_json(made), encoding="utf-8")
@@ -107,12 +109,12 @@ def _is_main() -> bool:
 # -- what is verified --------------------------------------------------------------------------------------------
 
 
-def _subject(rest: list[str], rows: int, keep_dtype: bool) -> Any:
+def _subject(rest: list[str], fixed: dict[str, Any], rows: int, keep_dtype: bool) -> Any:
     """The subject of a config: its trainer on some rows, built as training builds it."""
     from qtarget.cli import setup
     from qtarget.verification import Subject
 
-    asked = setup.read(rest, _FIXED, trains=False)
+    asked = setup.read(rest, fixed, trains=False)
     setup.raise_together(_engine_faults(asked.config))
     if not keep_dtype:
         asked.model.dtype = "float32"

@@ -161,13 +161,17 @@ def world_size(subject: Subject) -> Finding:
         return not_applicable("one process; start it with torchrun --nproc_per_node 2 -m qtarget verify ...")
     if trainer.args.denominator == "micro_batch":
         return not_applicable("denominator is micro_batch: each process's batch counts the same, whatever it holds")
+    if len(subject.rows) < world:
+        return not_applicable(f"{len(subject.rows)} rows cannot be shared by {world} processes; look at more")
     steps = 2 if len(subject.rows) >= 2 * world else 1
     size = len(subject.rows) // (world * steps)
+    used = size * world * steps  # a last batch would be filled up with rows from the front
+    trainer.train_dataset = trainer.train_dataset.select(range(used))
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = size
     wrapped = trainer.accelerator.prepare(trainer._wrap_model(subject.model))
     batches = list(trainer.get_train_dataloader())
     got: Gradient = subject.gradient(batches, wrapped)
-    error, worst = distance(got, Oracle(subject).gradient)
+    error, worst = distance(got, Oracle(subject).gradient(subject.rows[:used]))
     error = float(trainer.accelerator.gather(torch.tensor([error], device=subject.device)).max())
     told = f"{world} processes, {len(batches)} micro-batches of {size} rows each: relative error {error:.1e}"
     return within(error, subject.rounding, told, processes=world, worst=worst)

@@ -1,8 +1,8 @@
 """The fifteen objectives as their papers print them, plain PyTorch on full logits: the gradient is left to autograd.
 
 Nothing here uses qtarget's weights, residuals or engine. logits [n, V] float64, labels [n] → loss [n]; ``detach`` is a
-stop gradient of the objective itself. ``given``: teacher and reference [n, V'] logits, weight, critical, old_logps [n], and
-vocab, the real tokens: what comes from elsewhere than the student is a softmax over these and 0 beyond.
+stop gradient of the objective itself. ``given``: teacher and reference [n, V'] logits; weight, critical, old_logps [n];
+and vocab, the real tokens: what comes from elsewhere than the student is a softmax over these and 0 beyond.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def published(subject: Subject) -> Finding:
 
 def step(subject: Subject) -> Finding:
     """The weights' gradient of a step, against autograd through the model's own logits."""
-    error, worst = distance(subject.step.gradient, Oracle(subject).gradient)
+    error, worst = distance(subject.step.gradient, Oracle(subject).gradient(subject.rows))
     weights = sum(value.numel() for value in subject.step.gradient.values())
     told = f"{weights:,} weights, relative error {error:.1e}"
     if not error <= subject.rounding:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -162,9 +162,13 @@ class Oracle:
 
     @functools.cached_property
     def denominator(self) -> int:
-        """Supervised labels of all rows; with "kept" those that no column puts at 0."""
+        """Of a step over all rows."""
+        return self._denominator(self.subject.rows)
+
+    def _denominator(self, rows: Sequence[Row]) -> int:
+        """Supervised labels; with "kept" those that no column puts at 0."""
         total = 0
-        for row in self.subject.rows:
+        for row in rows:
             for place in range(1, len(row["labels"])):
                 if row["labels"][place] == -100:
                     continue
@@ -174,14 +178,13 @@ class Oracle:
                     total += 1
         return max(1, total)
 
-    @functools.cached_property
-    def gradient(self) -> Gradient:
-        """Of a step over all rows: autograd through each document alone, the loss in float64."""
-        subject = self.subject
+    def gradient(self, rows: Sequence[Row]) -> Gradient:
+        """Of a step over some rows: autograd through each document alone, the loss in float64."""
+        subject, count = self.subject, self._denominator(rows)
         subject.model.zero_grad(set_to_none=True)
         with subject.without_dropout(), torch.enable_grad():
-            for row in subject.rows:
-                self._loss(row).div(self.denominator).backward()
+            for row in rows:
+                self._loss(row).div(count).backward()
         return subject._taken(subject.model)
 
     def _loss(self, row: Row) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from qtarget.errors import ConfigError
 from qtarget.verification import beside, cuts, gradient, masks, neighbours, resources
 from qtarget.verification.check import FAIL, NOT_APPLICABLE, PASS, Check, Finding
 from qtarget.verification.subject import Subject
+
+logger = logging.getLogger(__name__)
 
 CHECKS: list[Check] = [
     *gradient.CHECKS,
@@ -88,8 +91,9 @@ def _run(check: Check, subject: Subject) -> Finding:
     except ConfigError as error:
         return Finding(FAIL, " ".join(error.faults), hint="the trainer itself refuses: it says why")
     except Exception as error:  # whatever breaks here would break the run: it is what was looked for
+        logger.exception("check %s could not be carried out", check.name)
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        return Finding(FAIL, f"stopped by {text}", {"error": text}, "it could not be carried out: see --debug")
+        return Finding(FAIL, f"stopped by {text}", {"stopped_by": text}, "the traceback is in the log above")
 
 
 def about(subject: Subject) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from qtarget.verification.check import Check, Finding, expect, not_applicable, w
 from qtarget.verification.oracle import Oracle, at
 from qtarget.verification.subject import Subject, relative
 
-# Two roundings of bfloat16's 8 bits: what leaves the engine in it, and what it multiplies by.
-_BF16 = 2**-7
+# Twice what rounding a result to bfloat16's 8 bits does: on a GPU what the last product reads is rounded too.
+_BF16 = 2**-8
 # How far a step may be from its estimate, and below which a process's own noise is larger.
 _OVER, _UNDER, _LEAST = 1.25, 0.5, 256 << 20
 

@@ -168,7 +168,6 @@ class Subject:
         trainer = self.trainer
         self.model.zero_grad(set_to_none=True)
         trainer.current_gradient_accumulation_steps = len(batches)
-        trainer.accelerator.gradient_state._set_sync_gradients(True)
         count = trainer._get_num_items_in_batch(list(batches), trainer.args.device)
         loss = 0.0
         with self.without_dropout(model):
