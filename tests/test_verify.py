@@ -281,10 +281,12 @@ def relabelled(patch: pytest.MonkeyPatch, change: Callable[[list[int], list[int]
 
 
 def prompt_in_the_loss(patch: pytest.MonkeyPatch) -> None:
+    """Every token of a row is a label."""
     relabelled(patch, lambda ids, labels: ids)
 
 
 def end_token_lost(patch: pytest.MonkeyPatch) -> None:
+    """The end of turn has no label."""
     end = tiny.tokenizer().eos_token_id
     relabelled(patch, lambda ids, labels: [-100 if label == end else label for label in labels])
 
@@ -312,7 +314,6 @@ def labels_moved_by_the_collator(patch: pytest.MonkeyPatch) -> None:
 
 
 def other_ids(patch: pytest.MonkeyPatch, role: str) -> None:
-    """A teacher or reference that reads the ids of the next position."""
     real = other_models_module.OtherModels.heads
 
     def heads_of(self, model, inputs, requires, labels, columns):
@@ -324,10 +325,12 @@ def other_ids(patch: pytest.MonkeyPatch, role: str) -> None:
 
 
 def a_teacher_that_reads_on(patch: pytest.MonkeyPatch) -> None:
+    """A teacher that reads the ids of the next position."""
     other_ids(patch, "teacher")
 
 
 def a_reference_that_reads_on(patch: pytest.MonkeyPatch) -> None:
+    """A reference that reads the ids of the next position."""
     other_ids(patch, "reference")
 
 
@@ -514,6 +517,17 @@ def test_bad_input_gets_one_sentence(words, sentence, world, capsys):
     assert main(["verify", "--config", str(world / "config.yaml"), *words]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qtarget verify: ")]
     assert sentence in line
+
+
+def test_the_documentation_lists_the_faults():
+    lines = ["| fault | caught by |", "|---|---|"]
+    for mutant, _, caught_by in MUTANTS:
+        what = " ".join((mutant.__doc__ or "").rstrip(".").split())
+        lines.append(f"| {what} | {', '.join(name for name in NAMES if name in caught_by)} |")
+    text = (HERE.parent / "docs" / "verify.md").read_text()
+    shown = text.split("<!-- mutants: checked by tests/test_verify.py -->\n")[1].split("<!-- end of mutants -->")[0]
+    assert shown.splitlines() == lines
+    assert all(f"| {name} |" in text for name in NAMES)
 
 
 def test_help(capsys):
