@@ -14,17 +14,19 @@ import pytest
 import torch
 import yaml
 
+import runs
 import tiny
 from qtarget.cli.__main__ import main
 from qtarget.data import preparation
 from qtarget.data.columns import TokenColumnCollator
 from qtarget.losses import heads
 from qtarget.losses.backends import torch_chunked
+from qtarget.losses.backends.parts import Scratch
 from qtarget.targets import presets
 from qtarget.training import QTargetTrainer, denominator, forward
 from qtarget.training import other_models as other_models_module
 from qtarget.training import trainer as trainer_module
-from qtarget.verification import formulas, report
+from qtarget.verification import Subject, formulas, peak, report, resources
 
 HERE = Path(__file__).parent
 NAMES = [check.name for check in report.CHECKS]
@@ -447,6 +449,45 @@ def test_a_deliberate_fault_is_caught(mutant, settings, caught_by, world, capsys
     assert status == 1
     assert failed(made) == caught_by
     assert all(check["hint"] for check in made["checks"] if check["status"] == "fail")
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+def wide(folder: Path) -> Subject:
+    """A step whose largest part is its logits: 20,000 of them a token."""
+    data = tiny.conversations(8)
+    made = runs.trainer(tiny.llama(vocab=20_000), folder, data, target="dft")
+    return Subject(made, data.to_list())
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="a process tells its high-water mark on Linux only"
+)
+def test_memory_is_measured_and_held_against_the_estimate(tmp_path, monkeypatch):
+    """What is there is measured to the tenth; a loss that keeps whole logits is over the estimate of one that does not."""
+    with peak.watched(torch.device("cpu")) as allocated:
+        block = torch.ones(50 << 20)
+        del block
+    assert allocated.bytes == pytest.approx(200 << 20, rel=0.1)
+
+    monkeypatch.setattr(torch_chunked, "_workspace", Scratch)  # or earlier tests would have made the buffers
+    monkeypatch.setattr(resources, "_LEAST", 0)
+    subject = wide(tmp_path)
+    measured = subject.step.bytes
+    for estimate, status in (
+        (lambda *_: measured, "pass"),
+        (lambda *_: measured // 3, "fail"),
+        (lambda *_: measured * 3, "fail"),
+        (lambda *_: None, "not applicable"),
+        (None, "not applicable"),
+    ):
+        subject.estimate = estimate
+        assert resources.memory(subject).status == status
+    wrong_detach(monkeypatch)  # it forms whole logits too
+    mutant = wide(tmp_path)
+    mutant.estimate = lambda *_: measured
+    assert resources.memory(mutant).status == "fail"
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
