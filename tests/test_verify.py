@@ -465,7 +465,7 @@ def wide(folder: Path) -> Subject:
     not Path("/proc/self/clear_refs").exists(), reason="a process tells its high-water mark on Linux only"
 )
 def test_memory_is_measured_and_held_against_the_estimate(tmp_path, monkeypatch):
-    """What is there is measured to the tenth; a loss that keeps whole logits is over the estimate of one that does not."""
+    """Measured to the tenth; a loss that keeps whole logits is over the estimate of one that does not."""
     with peak.watched(torch.device("cpu")) as allocated:
         block = torch.ones(50 << 20)
         del block
