@@ -22,6 +22,7 @@ usage: qtarget VERB [options]
   lens       what a target teaches, token by token:  qtarget lens capture --config FILE -o DIR
   eval       sample answers to tasks and score them:  qtarget eval --model PATH --tasks gsm_symbolic -o DIR
   compare    paired differences between results:      qtarget compare DIR_A DIR_B
+  verify     is it right on your model and data:     qtarget verify --config FILE
   env        versions and devices, for bug reports:  qtarget env
 
 qtarget VERB --help tells more; --debug shows the traceback of an error; --version prints the version.
@@ -29,7 +30,7 @@ qtarget VERB --help tells more; --debug shows the traceback of an error; --versi
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb. Returns the exit status: 0 done, 2 a fault in what was asked for, 130 interrupted."""
+    """Run a verb. Returns the exit status: 0 done, 1 a check failed, 2 a fault in what was asked for, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
@@ -82,12 +83,14 @@ def _verb(name: str):
         from qtarget.cli.eval import run
     elif name == "compare":
         from qtarget.cli.compare import run
+    elif name == "verify":
+        from qtarget.cli.verify import run
     elif name == "env":
         from qtarget.cli.env import run
     else:
         from qtarget.errors import unknown
 
-        verbs = ("train", "plan", "targets", "cache", "teacher", "data", "lens", "eval", "compare", "env")
+        verbs = ("train", "plan", "targets", "cache", "teacher", "data", "lens", "eval", "compare", "verify", "env")
         raise unknown("verb", name, verbs)
     return run
 

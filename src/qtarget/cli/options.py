@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from qtarget.errors import ConfigError
@@ -52,3 +54,9 @@ def number(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise ConfigError(f"{name} is {value!r}; use a number") from None
+
+
+def writable(name: str, out: Path) -> None:
+    """Raise ConfigError now, where a file cannot be written after the work."""
+    if out.is_dir() or not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
+        raise ConfigError(f"{name} is {str(out)!r}, which cannot be written; name a file in a folder you own")

@@ -60,7 +60,7 @@ def _check(words: list[str]) -> int:
     own, rest = options.take(words, {"rows": 200, "json": None})
     rows, out = options.whole("rows", own["rows"], 1), None if own["json"] is None else Path(own["json"])
     if out is not None:
-        _check_writable(out)
+        options.writable("json", out)
     from qtarget.cli import setup
     from qtarget.training import agreement
 
@@ -82,12 +82,6 @@ def _check(words: list[str]) -> int:
     if out is not None:
         print(f"figures    {out}")
     return 0
-
-
-def _check_writable(out: Path) -> None:
-    """Raise ConfigError now instead of after the work."""
-    if out.is_dir() or not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
-        raise ConfigError(f"json is {str(out)!r}, which cannot be written; name a file in a folder you own")
 
 
 def _ask_a_teacher(config: Any) -> None:

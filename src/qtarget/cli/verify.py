@@ -1,0 +1,239 @@
+"""``qtarget verify``: what the trainer promises, held against the user's own model, rows, target and config."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qtarget.cli import options
+from qtarget.errors import ConfigError
+
+_HELP = """\
+usage: qtarget verify --config FILE [--rows 8] [--json FILE] [--keep_dtype] [--any_field value ...]
+       torchrun --nproc_per_node 2 -m qtarget verify --config FILE     several processes against one as well
+
+Hold the trainer's promises against your own model, data, target and config, before a run is trusted with them: the
+gradient is p - Q and autograd's; micro-batches, padding, packing, chunks and processes leave it unchanged; the masks
+train the answer and its end and nothing of the prompt; the teacher sees the same ids; the target becomes its neighbours
+where it must; what bf16 costs; the memory of a step against the estimate. Nothing is trained and nothing is written but
+the JSON.
+
+  --rows 8        rows looked at, evenly spread over the training set (the first of a stream)
+  --json FILE     every figure; - writes it to the screen in place of the table
+  --keep_dtype    leave models in the dtype they are configured with; else all are compared in float32, where rounding
+                  hides nothing (twice the memory of bf16)
+
+Exit status: 0 no check failed, 1 some did, 2 something is wrong with what was asked for.
+"""
+# What the verb decides whatever the config says: nothing is trained, evaluated, written or pushed; rows stay whole and in
+# their order; no rounding but that of float32.
+_FIXED: dict[str, Any] = {
+    "packing": False,
+    "padding_free": False,
+    "shuffle_dataset": False,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "fp16": False,
+    "eval_strategy": "no",
+    "load_best_model_at_end": False,
+    "resume_from_checkpoint": None,
+    "lens_every": None,
+    "push_to_hub": False,
+    "teacher_check_rows": 0,
+    "torch_compile": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+_ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+_MARKS = {"pass": "green", "fail": "bold red", "not applicable": "dim"}
+
+
+def run(arguments: Sequence[str]) -> int:
+    words = list(arguments)
+    if not words or "-h" in words or "--help" in words:
+        print(_HELP, end="")
+        return 0
+    own, rest = options.take(words, {"rows": 8, "json": None}, flags=("keep_dtype",))
+    rows = options.whole("rows", own["rows"], 1)
+    out = None if own["json"] in (None, "-") else Path(own["json"])
+    if out is not None:
+        options.writable("json", out)
+    from qtarget.verification import verify
+
+    with tempfile.TemporaryDirectory() as folder:  # a trainer makes its output_dir when it is made
+        subject = _subject(rest, {**_FIXED, "output_dir": folder}, rows, own["keep_dtype"])
+        made = _verified(verify, subject)
+    if _is_main():
+        if out is not None:
+            out.write_text(_json(made), encoding="utf-8")
+        if own["json"] == "-":
+            print(_json(made), end="")
+        else:
+            _show(made)
+            if out is not None:
+                print(f"figures    {out}")
+    accelerator = subject.trainer.accelerator
+    if accelerator.num_processes > 1:  # one status for all: a launcher tells of the first that differs
+        import torch
+
+        failed = accelerator.gather(torch.tensor([len(made.failed)], device=subject.device)).sum()
+        accelerator.end_training()
+        return int(bool(failed))
+    return int(bool(made.failed))
+
+
+def _json(made: Any) -> str:
+    return json.dumps(_finite(made.to_dict()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity; what failed may have either."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    if isinstance(value, float) and not -float("inf") < value < float("inf"):
+        return str(value)
+    return value
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+# -- what is verified --------------------------------------------------------------------------------------------
+
+
+def _subject(rest: list[str], fixed: dict[str, Any], rows: int, keep_dtype: bool) -> Any:
+    """The subject of a config: its trainer on some rows, built as training builds it."""
+    from qtarget.cli import setup
+    from qtarget.verification import Subject
+
+    asked = setup.read(rest, fixed, trains=False)
+    setup.raise_together(_engine_faults(asked.config))
+    if not keep_dtype:
+        asked.model.dtype = "float32"
+        asked.config.model_init_kwargs = {**(asked.config.model_init_kwargs or {}), "dtype": "float32"}
+    asked.datasets.pop("test", None)
+    asked.datasets["train"], raw = _some(asked.datasets["train"], rows)
+    trainer = setup.build(asked)
+    if not keep_dtype:
+        _in_float32(trainer)
+    return Subject(trainer, raw, _estimate(asked, trainer), asked.config.packing_strategy)
+
+
+def _engine_faults(config: Any) -> list[str]:
+    used = [engine for name, engine in _ENGINES.items() if os.environ.get(name, "").lower() == "true"]
+    used += [name for name in ("fsdp", "deepspeed") if getattr(config, name, None)]
+    return [
+        f"{used[0]} is on, and verify compares whole gradients; start it with torchrun or alone, without a sharding "
+        "engine"
+        for _ in used[:1]
+    ]
+
+
+def _some(train: Any, rows: int) -> tuple[Any, list[dict[str, Any]]]:
+    """(a dataset of so many rows, the same rows)."""
+    from datasets import Dataset
+
+    from qtarget.training.agreement import spread
+
+    if hasattr(train, "select"):
+        some = train.select(spread(len(train), rows))
+    else:
+        some = Dataset.from_list(list(train.take(rows)))
+    if not len(some):
+        raise ConfigError("dataset_name: the training set has no rows")
+    return some, [dict(row) for row in some]
+
+
+def _in_float32(trainer: Any) -> None:
+    """Every model that is no quantised one; what is loaded in half precision keeps its values."""
+    others = trainer._others
+    teachers = [] if others.teacher_source is None else [model for _, model in others.teacher_source.models]
+    for model in (trainer.model, others.reference, *teachers):
+        if model is not None and not getattr(model, "is_quantized", False):
+            model.float()
+
+
+def _estimate(asked: Any, trainer: Any) -> Callable[[int, int], int | None]:
+    """(positions, supervised tokens) → bytes a step takes beyond models and optimiser. The one place that knows how."""
+    from qtarget.planning import memory, shapes
+
+    def shape_of(model: Any) -> Any:
+        """Of a model by its name; None where it cannot be looked up."""
+        try:
+            return shapes.find("model", str(model.config._name_or_path))
+        except (ConfigError, AttributeError):
+            return None
+
+    def of_step(positions: int, supervised: int) -> int | None:
+        student = shape_of(trainer._base_model())
+        teachers, references = (
+            [shape_of(model)] if model is not None else []
+            for model in (trainer._others.teacher, trainer._others.reference)
+        )
+        if student is None or None in [*teachers, *references] or asked.model.use_peft:
+            return None
+        work = memory.Workload(
+            student,
+            gpus=1,
+            tokens=positions,
+            teachers=[(shape, 4) for shape in teachers],
+            references=[(shape, 4) for shape in references],
+            supervised=supervised,
+            checkpointing=False,
+            mixed=False,
+            accumulates=False,
+            device=trainer.args.device.type,
+        )
+        stages = memory.stages(work)
+        return stages["peak"] - stages["between"]
+
+    return of_step
+
+
+# -- what is told ------------------------------------------------------------------------------------------------
+
+
+def _verified(verify: Callable[..., Any], subject: Any) -> Any:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    shown = _is_main() and sys.stderr.isatty()
+    with Progress(console=Console(stderr=True), transient=True, disable=not shown) as bar:
+        task = bar.add_task("verifying", total=None)
+        return verify(subject, progress=lambda name: bar.update(task, description=name))
+
+
+def _show(made: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else 122, highlight=False)
+    about = made.about
+    console.print(
+        Text(
+            f"{about['model']}, target {about['target']}: {about['rows']} rows, {about['supervised_tokens']} of "
+            f"{about['tokens']} tokens trained; {about['dtype']} on {about['device']}, {about['processes']} process"
+            + ("es" if about["processes"] > 1 else "")
+        )
+    )
+    table = Table(box=None, pad_edge=False)
+    for heading in ("check", "", "figures"):
+        table.add_column(heading, no_wrap=heading != "figures")
+    for check, finding in made.found:
+        status = Text("n/a" if finding.status == "not applicable" else finding.status, style=_MARKS[finding.status])
+        table.add_row(Text(check.name), status, Text(finding.told))
+    console.print(table)
+    for check, finding in made.found:
+        if finding.status == "fail":
+            console.print(Text(f"{check.name}: it should hold that {check.promise}", style="bold"))
+            console.print(Text(f"  {finding.hint or check.hint}"))
+    console.print(Text(made.verdict, style="bold"))

@@ -1,0 +1,56 @@
+"""What a check is and what it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qtarget.verification.subject import Subject
+
+PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not applicable"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        status: PASS, FAIL or NOT_APPLICABLE. told: the figures in words, or why it does not apply.
+        figures: the same as numbers, by name. hint: in place of the check's own.
+    """
+
+    status: str
+    told: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    hint: str | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise, held against the user's own model, rows and target.
+
+    Attributes:
+        name: as tables and JSON call it. promise: what must hold, a sentence without its stop. hint: what to look at
+            where it does not. run: looks.
+    """
+
+    name: str
+    promise: str
+    hint: str
+    run: Callable[[Subject], Finding]
+
+
+def not_applicable(why: str, **figures: Any) -> Finding:
+    return Finding(NOT_APPLICABLE, why, figures)
+
+
+def within(error: float, allowed: float, told: str, **figures: Any) -> Finding:
+    """A pass where ``error`` is at most ``allowed``; NaN is none."""
+    status = PASS if error <= allowed else FAIL
+    return Finding(status, told, {"error": error, "allowed": allowed, **figures})
+
+
+def expect(holds: bool, told: str, **figures: Any) -> Finding:
+    return Finding(PASS if holds else FAIL, told, figures)

@@ -1,0 +1,198 @@
+"""Do the masks train what they should: the answer and the token that ends it, nothing of the prompt.
+
+Rows are looked at as text: the prepared ids are decoded and their tokens' places in the text taken from the tokenizer;
+where the row's own messages stand in that text says what each token is of. Nothing of how the mask was made takes part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qtarget.verification.check import Check, Finding, expect, not_applicable
+from qtarget.verification.cuts import labels_in_place
+from qtarget.verification.subject import Row, Subject
+
+# An end of turn stands this many tokens after the answer's text at most: a template may put a space or a line first.
+_NEAR = 3
+
+
+@dataclass
+class Reading:
+    """Places of a prepared row's tokens, by what they are of.
+
+    Attributes:
+        row: the prepared row. prompt, answer: places inside a message that is asked, or answered. ends: of the token that
+            ends each answer; None where it was cut off, −1 where there is none.
+    """
+
+    row: Row
+    prompt: list[int] = field(default_factory=list)
+    answer: list[int] = field(default_factory=list)
+    ends: list[int | None] = field(default_factory=list)
+
+    def trained(self, places: list[int]) -> list[int]:
+        return [place for place in places if self.row["labels"][place] != -100]
+
+
+def prompt(subject: Subject) -> Finding:
+    if _everything_is_trained(subject):
+        return not_applicable(_WHY_ALL)
+    return _of_places(subject, "prompt", False)
+
+
+def answer(subject: Subject) -> Finding:
+    return _of_places(subject, "answer", True)
+
+
+def end(subject: Subject) -> Finding:
+    readings = list(_readings(subject))
+    ends = [(reading, place) for reading in readings for place in reading.ends]
+    cut = sum(place is None for _, place in ends)
+    there = [(reading, place) for reading, place in ends if place is not None]
+    if not there:
+        return not_applicable(
+            "every answer that was found is cut off by max_length before its end" if cut else _WHY_NOT_FOUND, cut=cut
+        )
+    without = sum(place < 0 for _, place in there)
+    lost = sum(place >= 0 and not reading.trained([place]) for reading, place in there)
+    tokens = {reading.row["input_ids"][place] for reading, place in there if place >= 0}
+    told = f"{len(there) - without - lost} of {len(there)} answers end with a trained token"
+    told += "".join(f", {subject.text_of([token])}" for token in sorted(tokens)[:3])
+    told += f"; {cut} more are cut off by max_length" if cut else ""
+    told += f"; {without} end with no token of its own" if without else ""
+    return expect(not lost and not without, told, answers=len(there), untrained=lost, without_end=without, cut=cut)
+
+
+def _of_places(subject: Subject, what: str, trained: bool) -> Finding:
+    count, odd, example = 0, [], None
+    for reading in _readings(subject):
+        places = getattr(reading, what)
+        wrong = [place for place in places if (place in set(reading.trained(places))) != trained]
+        count += len(places)
+        odd += wrong
+        if wrong and example is None:
+            example = subject.text_of([reading.row["input_ids"][place] for place in wrong[:8]])
+    if not count:
+        return not_applicable(_WHY_NOT_FOUND)
+    told = f"{count} tokens of {what}s, {len(odd)} of them {'not trained' if trained else 'trained'}"
+    told += f", as {example}" if example else ""
+    return expect(not odd, told, tokens=count, wrong=len(odd))
+
+
+# -- reading rows ------------------------------------------------------------------------------------------------
+
+_WHY_ALL = "the run trains every token: its rows have no prompt apart, or completion_only_loss is false"
+_WHY_NOT_FOUND = "what is asked and what is answered could not be found in the prepared rows"
+
+
+def _everything_is_trained(subject: Subject) -> bool:
+    args, row = subject.trainer.args, subject.raw[0]
+    if "prompt" in row and "completion" in row:
+        return args.completion_only_loss is False
+    return not args.assistant_only_loss or not ("messages" in row or "conversations" in row)
+
+
+def _readings(subject: Subject) -> Iterator[Reading]:
+    """A reading of each prepared row whose own row is found by the texts in it; rows may have been dropped."""
+    left = list(subject.raw)
+    for row in subject.rows:
+        for number, raw in enumerate(left):
+            reading = _read(subject, row, raw)
+            if reading is not None:
+                del left[: number + 1]
+                yield reading
+                break
+
+
+def _read(subject: Subject, row: Row, raw: Mapping[str, Any]) -> Reading | None:
+    tokenizer, ids = subject.trainer._tokenizer, list(row["input_ids"])
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    if again["input_ids"] != ids:
+        return None
+    spans = [tuple(span) for span in again["offset_mapping"]]
+    parts = _parts(raw, subject.trainer.args.dataset_text_field)
+    reading, cursor, last_asked = Reading(row), 0, 0
+    for number, (asked, content) in enumerate(parts):
+        begin = text.find(content, cursor)
+        if begin < 0:
+            # What max_length cut off is a beginning of the content, and the row's last.
+            begin = next((at for at in range(cursor, len(text)) if content.startswith(text[at:])), -1)
+            if begin < 0:
+                return None if not number else reading
+        cursor = min(begin + len(content), len(text))
+        inside = [place for place, (a, b) in enumerate(spans) if begin <= a < b <= cursor]
+        if asked:
+            reading.prompt += inside
+            last_asked = cursor
+            continue
+        reading.answer += inside
+        if "completion" in raw and "prompt" in raw:  # what leads to the answer is the prompt's too
+            reading.prompt += [place for place, (a, b) in enumerate(spans) if last_asked <= a < b <= begin]
+        reading.ends.append(_end(tokenizer, ids, spans, cursor, begin + len(content) > len(text)))
+    return reading
+
+
+def _end(tokenizer: Any, ids: list[int], spans: list[tuple[int, ...]], cursor: int, cut: bool) -> int | None:
+    """The place of the token that ends the answer whose text ends at ``cursor``."""
+    after = [place for place, (a, b) in enumerate(spans) if a >= cursor and b > a]
+    if cut or not after:
+        return None
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
+    return next((place for place in after[:_NEAR] if ids[place] in special), -1)
+
+
+def _parts(raw: Mapping[str, Any], text_field: str) -> list[tuple[bool, str]]:
+    """(whether it is asked, its text) of each message of a row, in order."""
+    if "prompt" in raw and "completion" in raw:
+        return [*_said(raw["prompt"], True), *_said(raw["completion"], False)]
+    if "messages" in raw:
+        return _said(raw["messages"], None)
+    if "conversations" in raw:
+        return _said([{"role": m.get("from"), "content": m.get("value")} for m in raw["conversations"]], None)
+    return _said(raw[text_field], False) if text_field in raw else []
+
+
+def _said(value: Any, asked: bool | None) -> list[tuple[bool, str]]:
+    """``asked``: of every message alike, or None to tell by its role."""
+    messages = [{"content": value, "role": None}] if isinstance(value, str) else value
+    made = []
+    for message in messages:
+        content, role = message.get("content"), message.get("role")
+        if isinstance(content, str) and content.strip():
+            answers = role in ("assistant", "gpt", "model") if asked is None else not asked
+            made.append((not answers, content.strip()))
+    return made
+
+
+CHECKS = [
+    Check(
+        "labels in place",
+        "a label is the id at its own place, in every layout of a batch",
+        "labels were shifted or moved before the collator: give rows whose labels stand beside their input_ids",
+        labels_in_place,
+    ),
+    Check(
+        "prompt is not trained",
+        "nothing of the prompt has a label",
+        "check completion_only_loss and assistant_only_loss, and the {% generation %} markers of the chat template",
+        prompt,
+    ),
+    Check(
+        "answer is trained",
+        "every token of the answers has a label",
+        "check assistant_only_loss, the {% generation %} markers of the chat template, and labels in the rows themselves",
+        answer,
+    ),
+    Check(
+        "end of turn is trained",
+        "the token that ends an answer has a label, so that the model learns to stop",
+        "the chat template puts the end of turn outside {% generation %}, or the tokenizer's eos_token is another: set "
+        "eos_token or chat_template_path; without it the model will not stop",
+        end,
+    ),
+]

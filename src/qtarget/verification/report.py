@@ -1,0 +1,109 @@
+"""Every check over a subject, and what they found as lines, a table or JSON."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qtarget.errors import ConfigError
+from qtarget.verification import beside, cuts, gradient, masks, neighbours, resources
+from qtarget.verification.check import FAIL, NOT_APPLICABLE, PASS, Check, Finding
+from qtarget.verification.subject import Subject
+
+logger = logging.getLogger(__name__)
+
+CHECKS: list[Check] = [
+    *gradient.CHECKS,
+    *cuts.CHECKS,
+    *masks.CHECKS,
+    *beside.CHECKS,
+    *neighbours.CHECKS,
+    *resources.CHECKS,
+]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the checks found, in their order.
+
+    Attributes:
+        about: what was verified: target, model, rows, tokens, device, dtype, processes.
+    """
+
+    found: list[tuple[Check, Finding]]
+    about: dict[str, Any]
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the checks that failed."""
+        return [check.name for check, finding in self.found if finding.status == FAIL]
+
+    @property
+    def verdict(self) -> str:
+        counts = Counter(finding.status for _, finding in self.found)
+        return ", ".join(f"{counts[status]} {status}" for status in (PASS, FAIL, NOT_APPLICABLE))
+
+    def to_dict(self) -> dict[str, Any]:
+        checks = [
+            {
+                "name": check.name,
+                "promise": check.promise,
+                "status": finding.status,
+                "told": finding.told,
+                "figures": finding.figures,
+                "hint": _hint(check, finding),
+            }
+            for check, finding in self.found
+        ]
+        return {"passed": not self.failed, "about": self.about, "checks": checks}
+
+
+def _hint(check: Check, finding: Finding) -> str | None:
+    return (finding.hint or check.hint) if finding.status == FAIL else None
+
+
+def verify(
+    subject: Subject, checks: Sequence[Check] | None = None, progress: Callable[[str], None] = lambda name: None
+) -> Report:
+    """Run the checks, each whatever became of the others. ``progress`` gets the name of each before it runs.
+
+    Raises:
+        ConfigError: no row has a supervised token.
+    """
+    if not any(label != -100 for row in subject.rows for label in row["labels"][1:]):
+        raise ConfigError(
+            "rows: none of those looked at has a supervised token; look at more rows, or check completion_only_loss, "
+            "assistant_only_loss and max_length"
+        )
+    found = []
+    for check in CHECKS if checks is None else checks:
+        progress(check.name)
+        found.append((check, _run(check, subject)))
+    return Report(found, about(subject))
+
+
+def _run(check: Check, subject: Subject) -> Finding:
+    try:
+        return check.run(subject)
+    except ConfigError as error:
+        return Finding(FAIL, " ".join(error.faults), hint="the trainer itself refuses: it says why")
+    except Exception as error:  # whatever breaks here would break the run: it is what was looked for
+        logger.exception("check %s could not be carried out", check.name)
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return Finding(FAIL, f"stopped by {text}", {"stopped_by": text}, "the traceback is in the log above")
+
+
+def about(subject: Subject) -> dict[str, Any]:
+    return {
+        "target": "; ".join(map(str, subject.targets)),
+        "model": str(getattr(subject.base.config, "_name_or_path", "")) or type(subject.base).__name__,
+        "rows": len(subject.rows),
+        "tokens": sum(len(row["input_ids"]) for row in subject.rows),
+        "supervised_tokens": sum(label != -100 for row in subject.rows for label in row["labels"][1:]),
+        "device": str(subject.device),
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "processes": subject.processes,
+    }
