@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtarget.cli.shapes import is_path
 from qtarget.errors import ConfigError, loading, reason
+from qtarget.planning.shapes import is_path
 
 
 @dataclass
