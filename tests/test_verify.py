@@ -549,7 +549,6 @@ def test_two_processes(world, tmp_path):
         (["--target", "dtf"], "'dtf'"),
         (["--target", "kd"], "needs a teacher and got none"),
         (["--model_name_or_path", "/nowhere"], "model_name_or_path is '/nowhere'"),
-        (["--fsdp", "full_shard"], "fsdp is on, and verify compares whole gradients"),
         (["--rowz", "3"], "rowz"),
     ],
 )
@@ -558,6 +557,12 @@ def test_bad_input_gets_one_sentence(words, sentence, world, capsys):
     assert main(["verify", "--config", str(world / "config.yaml"), *words]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qtarget verify: ")]
     assert sentence in line
+
+
+def test_a_sharding_engine_is_refused(world, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert main(["verify", "--config", str(world / "config.yaml")]) == 2
+    assert "FSDP is on, and verify compares whole gradients" in capsys.readouterr().err
 
 
 def test_the_documentation_lists_the_faults():

@@ -114,8 +114,9 @@ def _subject(rest: list[str], fixed: dict[str, Any], rows: int, keep_dtype: bool
     from qtarget.cli import setup
     from qtarget.verification import Subject
 
+    _refuse([engine for name, engine in _ENGINES.items() if os.environ.get(name, "").lower() == "true"])
     asked = setup.read(rest, fixed, trains=False)
-    setup.raise_together(_engine_faults(asked.config))
+    _refuse([name for name in ("fsdp", "deepspeed") if getattr(asked.config, name, None)])
     if not keep_dtype:
         asked.model.dtype = "float32"
         asked.config.model_init_kwargs = {**(asked.config.model_init_kwargs or {}), "dtype": "float32"}
@@ -127,14 +128,13 @@ def _subject(rest: list[str], fixed: dict[str, Any], rows: int, keep_dtype: bool
     return Subject(trainer, raw, _estimate(asked, trainer), asked.config.packing_strategy)
 
 
-def _engine_faults(config: Any) -> list[str]:
-    used = [engine for name, engine in _ENGINES.items() if os.environ.get(name, "").lower() == "true"]
-    used += [name for name in ("fsdp", "deepspeed") if getattr(config, name, None)]
-    return [
-        f"{used[0]} is on, and verify compares whole gradients; start it with torchrun or alone, without a sharding "
-        "engine"
-        for _ in used[:1]
-    ]
+def _refuse(engines: list[str]) -> None:
+    """Raise where the student would be held in pieces."""
+    if engines:
+        raise ConfigError(
+            f"{engines[0]} is on, and verify compares whole gradients; start it with torchrun or alone, without a "
+            "sharding engine"
+        )
 
 
 def _some(train: Any, rows: int) -> tuple[Any, list[dict[str, Any]]]:

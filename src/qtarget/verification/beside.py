@@ -56,7 +56,7 @@ def _asked(subject: Subject, name: str, models: list[Any], source: Any) -> Findi
     wrong = [_differences(subject, ids, labels, source if context else None, columns) for ids in seen]
     error, count = _of_labels(subject, name)
     allowed = _CLOSE if subject.dtype in (torch.float32, torch.float64) else _CLOSE_IN_HALF
-    read = len(seen) >= len(models) and not any(wrong)
+    read = len(seen) >= len(models) and not any(wrong) and count > 0
     what = "its own prompt, then the student's ids" if context else "the student's ids"
     told = f"{what}: {sum(wrong)} differ" if seen else "nothing was read"
     told += f"; log p of {count} labels off by {error:.1e} at most"
@@ -83,13 +83,19 @@ def _differences(subject: Subject, ids: Tensor, labels: Tensor, source: Any, col
 
 def _of_labels(subject: Subject, name: str) -> tuple[float, int]:
     """(the largest difference of log p_y between what the loss was given and the model's own logits, labels)."""
-    oracle, labels = Oracle(subject), subject.sample.labels.to(subject.device)
-    own, head = oracle.sampled[0].get(name), subject.heads_at(torch.arange(len(labels))).get(name)
-    if own is None or head is None:
-        return 0.0, 0
-    given = oracle.dense(head, oracle.sampled_logits)
-    width = min(given.shape[1], own.shape[1])
-    return float((label_log_p(given[:, :width], labels) - label_log_p(own[:, :width], labels)).abs().max()), len(labels)
+    oracle, worst, count = Oracle(subject), 0.0, 0
+    own = oracle.sampled[0].get(name)
+    for chosen, target in oracle.of_target():
+        head = subject.heads_at(chosen).get(name)
+        if name not in target.requires or own is None or head is None:
+            continue
+        on = chosen.to(subject.device)
+        labels = subject.sample.labels[chosen].to(subject.device)
+        given = oracle.dense(head, oracle.sampled_logits[on])
+        width = min(given.shape[1], own.shape[1])
+        gap = label_log_p(given[:, :width], labels) - label_log_p(own[on][:, :width], labels)
+        worst, count = max(worst, float(gap.abs().max())), count + len(labels)
+    return worst, count
 
 
 def _cached(subject: Subject, source: Any) -> Finding:
