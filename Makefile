@@ -17,7 +17,7 @@ WORKERS    ?= -n 2 --dist loadfile
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo lens-demo teachers-demo test test-full browser check format bench clean clean-all
+.PHONY: audit help env demo lens-demo teachers-demo test test-full browser check format bench clean clean-all
 
 help: ## this list
 	@printf 'qtarget: supervised fine-tuning toward a target you choose\n\n'
@@ -81,6 +81,10 @@ check: $(VENV)/.ready ## lint, format, types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+# pip-audit lives in an environment of its own, and asks an advisory service about the names and versions of the lock.
+audit: ## known vulnerabilities of the locked dependencies (asks pypi.org and its advisory service)
+	@sh scripts/audit.sh
 
 format: $(VENV)/.ready ## let ruff mend what it can
 	@$(BIN)/ruff check --fix .
