@@ -19,7 +19,7 @@ BENCH_ARGS ?=
 SOAK_ARGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick soak test-distributed eval-demo
+.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick soak test-distributed eval-demo audit
 
 help: ## this list
 	@printf 'qtarget: supervised fine-tuning toward a target you choose\n\n'
@@ -112,6 +112,10 @@ check: $(VENV)/.ready ## lint, format, types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+# pip-audit lives in an environment of its own, and asks an advisory service about the names and versions of the lock.
+audit: ## known vulnerabilities of the locked dependencies (asks pypi.org and its advisory service)
+	@sh scripts/audit.sh
 
 format: $(VENV)/.ready ## let ruff mend what it can
 	@$(BIN)/ruff check --fix .
