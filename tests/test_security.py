@@ -152,7 +152,7 @@ def test_remote_code_of_a_teacher_is_told():
         "{{ self.__init__.__globals__ }}",
         "{% for i in range(10 ** 9) %}{% endfor %}",
         "{{ 'x' * 10 ** 9 }}",
-        "{{ 9 ** 9 ** 9 }}",
+        "{{ 9 ** (9 ** 9) }}",
         "{{ [1] * 10 ** 10 }}",
     ],
 )
@@ -174,6 +174,7 @@ HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</sty
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_comparison_with_hostile_names_is_inert(text, tmp_path):
+    text = text.replace("=", " ")  # at the first = an arm's name ends
     a = results(tmp_path / "a", verdicts(0, 0.3, problems=5))
     b = results(tmp_path / "b", verdicts(1, 0.7, problems=5))
     made = compare.compare([f"{text}={a}", f"b={b}"], 200)

@@ -12,16 +12,23 @@ import torch
 from bad_models import Boom, cut, without, write
 from bench import Bench, Case
 
+from qtarget.training import checkpoints
+
 CHECKPOINT = "checkpoint-1"
 
 
-def resumed(id: str, wrong: str, damage: Any, *says: str, reads: bool = False, **settings: Any) -> Case:
-    """The world's stopped run, damaged, gone on with."""
+def resumed(
+    id: str, wrong: str, damage: Any, *says: str, reads: bool = False, listed: bool = True, **settings: Any
+) -> Case:
+    """The world's stopped run, damaged, gone on with. ``listed``: the list of files is made to agree with the damage, as
+    whoever damages a checkpoint on purpose would; otherwise it tells by itself that the checkpoint is not whole."""
 
     def do(bench: Bench) -> list[object]:
         run = bench.copy("stopped")
         run.rename(bench.folder / "run")
         damage(bench.folder / "run" / CHECKPOINT)
+        if listed:
+            checkpoints.list_files(bench.folder / "run" / CHECKPOINT)
         own = {"target": "psft", "max_length": 120, "dataset_name": bench.world / "few", "max_steps": 2, **settings}
         return bench.train(resume_from_checkpoint="true", **own)
 
@@ -175,6 +182,22 @@ CASES = [
         cut("psft_old_policy_0.pt"),
         "psft_old_policy_0.pt",
         "cannot be loaded",
+    ),
+    resumed(
+        "a-file-cut-short",
+        "a copy of a checkpoint that was cut short",
+        cut("model.safetensors"),
+        "holds no checkpoint that is whole",
+        "model.safetensors has",
+        listed=False,
+    ),
+    resumed(
+        "a-file-left-out",
+        "a copy of a checkpoint without a file",
+        without("optimizer.pt"),
+        "holds no checkpoint that is whole",
+        "optimizer.pt is missing",
+        listed=False,
     ),
     resumed("an-old-policy-of-another-shape", "a list for weights", old_policy(weights=[1]), "psft_old_policy_0.pt"),
 ]

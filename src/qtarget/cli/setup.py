@@ -151,13 +151,15 @@ def _need_faults(config: Any) -> list[str]:
 
 def _resume_faults(config: Any) -> list[str]:
     """What can be seen of a checkpoint without models; the trainer looks again with them."""
-    from qtarget.training import checkpoint_files, checks, identity
+    from qtarget.training import checkpoint_files, checkpoints, checks, identity
 
     folder = checks.checkpoint_folder(resume(config.resume_from_checkpoint), config.output_dir)
     if folder is None and str(config.resume_from_checkpoint).lower() == "true":
+        passed_over = checkpoints.passed_over(config.output_dir)
         return [
-            f"resume_from_checkpoint is true, but output_dir {config.output_dir!r} holds no checkpoint; leave it out to "
-            "start anew"
+            f"resume_from_checkpoint is true, but output_dir {config.output_dir!r} holds no checkpoint"
+            + (f" that is whole: {'; '.join(passed_over)}" if passed_over else "")
+            + "; leave it out to start anew"
         ]
     if folder is None:
         return []
