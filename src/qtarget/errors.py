@@ -50,7 +50,11 @@ def check_range(
     """Return ``value`` as a float, or raise with the range it must lie in."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise ConfigError(f"{field} is {value!r}; use a number")
-    if math.isinf(value):
+    try:
+        infinite = math.isinf(value)
+    except OverflowError:  # a whole number beyond what a float holds
+        infinite = True
+    if infinite:
         raise ConfigError(f"{field} is {value!r}; use a finite number")
     too_low = low is not None and (value <= low if open_low else value < low)
     too_high = high is not None and (value >= high if open_high else value > high)

@@ -37,8 +37,12 @@ def load(text: str, what: str) -> Any:
         line = "" if mark is None else f" at line {mark.line + 1}"
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"{what}, which is not YAML{line}: {' '.join(problem.split())}") from None
-    except (ValueError, OverflowError) as error:  # a date in month 13, a number of ten thousand digits
-        raise ConfigError(f"{what}, which holds a value that cannot be read: {error}; put it in quotes") from None
+    except ConfigError:
+        raise
+    except Exception as error:  # a date in month 13, a number of ten thousand digits, a tag its value does not fit
+        raise ConfigError(
+            f"{what}, which holds a value that cannot be read ({type(error).__name__}: {error}); put it in quotes"
+        ) from None
     finally:
         loader.dispose()
 

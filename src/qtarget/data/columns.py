@@ -123,12 +123,21 @@ def _spread(name: str, value: Any, labels: Sequence[int]) -> list:
             "rows), or one number per row"
         )
     if _is_whole(name):
-        return [int(number) for number in value]
+        if odd := [number for number in value if isinstance(number, bool) or not isinstance(number, int)]:
+            raise ConfigError(f"column {name} holds {odd[0]!r}; it names tokens, use whole numbers")
+        return value
     return [_checked(name, number, label != -100) for number, label in zip(value, labels, strict=True)]
 
 
+def _is_finite(number: Any) -> bool:
+    try:
+        return isinstance(number, Number) and math.isfinite(float(number))  # type: ignore[arg-type]
+    except OverflowError:  # a whole number beyond what a float holds
+        return False
+
+
 def _checked(name: str, number: Any, trained: bool) -> float:
-    finite = isinstance(number, (Number, bool)) and math.isfinite(float(number))  # type: ignore[arg-type]
+    finite = _is_finite(number)
     if not trained:
         return float(number) if finite else 0.0
     if not finite:

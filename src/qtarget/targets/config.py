@@ -27,6 +27,8 @@ def target_from_config(config: object) -> Target:
     if not isinstance(config, Mapping):
         raise ConfigError(f"target is {config!r}; use a name such as 'dft', a mapping, or my_pkg.my_module:my_target")
     config = dict(config)
+    if strange := [key for key in config if not isinstance(key, str)]:
+        raise ConfigError(f"target has the key {strange[0]!r}; keys are names")
     if _SHARE in config:
         share = config.pop(_SHARE)
         return target_from_config(config).with_share(share)
@@ -153,7 +155,7 @@ def _part(value: object, table: Mapping[str, Callable], convert: Callable, field
             )
         [(value, parameters)] = value.items()
         parameters = parameters or {}
-        if not isinstance(parameters, Mapping):
+        if not isinstance(parameters, Mapping) or not all(isinstance(key, str) for key in parameters):
             raise ConfigError(f"{field}.{value} is {parameters!r}; write its parameters as name: value")
     if not isinstance(value, str):
         return convert(value)
@@ -179,6 +181,8 @@ def _residual(value: object) -> Any:
         return _part(value, POOLS, as_pool, "residual")
     terms = []
     for entry in value:
+        if not isinstance(entry, (Mapping, str, Pool)):
+            raise ConfigError(f"residual holds {entry!r}; write a name, or a name with its parameters")
         entry = dict(entry) if isinstance(entry, Mapping) else {entry: {}}
         factor = check_range("weight of a residual", entry.pop("weight", 1.0))
         terms.append((factor, _part(entry, POOLS, as_pool, "residual")))

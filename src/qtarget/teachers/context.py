@@ -29,7 +29,7 @@ def read_template(value: Any) -> dict[str, str] | None:
     if value is None:
         return None
     if isinstance(value, str) and value.lstrip().startswith("{"):
-        with contextlib.suppress(json.JSONDecodeError):  # a mapping as JSON text; no template is one
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):  # a mapping as JSON text; no template is one
             value = json.loads(value)
     templates = {"prompt": value} if isinstance(value, str) else value
     if not isinstance(templates, Mapping) or not templates:

@@ -72,9 +72,9 @@ def _numbers(config: Any):
         value = getattr(config, name, None)
         if value is not None and (problem := _out_of_range(name, value, low, above)):
             yield problem
-    if (config.max_steps or -1) <= 0 and (
-        problem := _out_of_range("num_train_epochs", config.num_train_epochs, 0, True)
-    ):
+    if isinstance(config.max_steps, bool) or not isinstance(config.max_steps, int):
+        yield ConfigError(f"max_steps is {config.max_steps!r}; use a whole number, or -1 for num_train_epochs")
+    elif config.max_steps <= 0 and (problem := _out_of_range("num_train_epochs", config.num_train_epochs, 0, True)):
         yield problem
 
 
