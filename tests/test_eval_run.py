@@ -223,7 +223,7 @@ def test_rescoring_needs_no_model(finished, tmp_path, capsys):
     rows = lines(folder)
     rows[1] |= {"text": "so 0", "finish": "stop", "strict": False}
     (folder / "samples" / "sums.jsonl").write_text("".join(map(records.line, rows)))
-    assert main(["eval", "--rescore", str(folder)]) == 0
+    assert main(["eval", "--rescore", str(folder), "--verifier", "signal_verifiers:last_number"]) == 0
     assert "verdicts   1 changed of 20" in capsys.readouterr().out
     assert lines(folder)[1]["strict"] is True
     assert json.loads((folder / "scores.json").read_text())["tasks"]["sums"]["strict"]["avg"] >= 1 / 15
@@ -259,7 +259,8 @@ def test_faults_of_verifiers_are_counted_and_shown(model, file, tmp_path, capsys
         row |= {"text": text, "finish": "stop"}
     (folder / "samples" / "sums.jsonl").write_text("".join(map(records.line, rows)))
     capsys.readouterr()
-    assert main(["eval", "--rescore", str(folder), "--verifier_timeout", "2"]) == 0
+    again = ["eval", "--rescore", str(folder), "--verifier", "signal_verifiers:moody", "--verifier_timeout", "2"]
+    assert main(again) == 0
     out = capsys.readouterr().out
     assert "sums: the verifier took too long 1 times, failed 2 times" in out
     assert "verdicts   1 changed of 10" in out
@@ -281,7 +282,8 @@ def test_a_model_that_never_stops_is_wrong_and_counted(file, tmp_path, capsys):
     assert main(given) == 0
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())["tasks"]["sums"]
     rows = [row for row in lines(tmp_path / "run") if row["sample"] != "greedy"]
-    assert scores["truncated"] == pytest.approx(sum(row["finish"] == "length" for row in rows) / len(rows)) > 0.5
+    assert scores["truncated"] > 0.5
+    assert scores["truncated"] == pytest.approx(sum(row["finish"] == "length" for row in rows) / len(rows))
     assert all(row["tokens"] == 9 and not row["strict"] for row in rows if row["finish"] == "length")
     right = [row["finish"] == "stop" and bool(row["text"].strip()) for row in rows]
     assert scores["strict"]["avg"] == pytest.approx(sum(right) / len(rows))
