@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -234,17 +235,24 @@ def by_a_tp_plan(folder: Path) -> dict[str, str]:
     return {"trained": repr(distance(got, wanted)[0]), "head": type(split.lm_head.weight).__name__}
 
 
+def cases(folder: Path, wanted: dict[str, Weights]) -> Iterator[tuple[str, Weights, Weights]]:
+    for case, (tied, _, _) in CASES.items():
+        yield f"ddp, {case}", by_ddp(case, folder), wanted[case]
+        for head in ("root",) if tied else ("root", "own"):
+            yield f"fsdp2, head {head}, {case}", by_fsdp2(case, folder, head), wanted[case]
+    yield "mutant: own denominator", a_denominator_of_ones_own(folder), wanted["untied, online teacher"]
+    yield "vocabulary-parallel head", *vocabulary_parallel()
+
+
 def main(folder: Path, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     wanted = torch.load(folder / "wanted.pt", weights_only=True)
     found: dict[str, Any] = {}
-    for case, (tied, _, _) in CASES.items():
-        found[f"ddp, {case}"] = distance(by_ddp(case, folder), wanted[case])
-        for head in ("root",) if tied else ("root", "own"):
-            found[f"fsdp2, head {head}, {case}"] = distance(by_fsdp2(case, folder, head), wanted[case])
-    found["mutant: own denominator"] = distance(a_denominator_of_ones_own(folder), wanted["untied, online teacher"])
-    found["vocabulary-parallel head"] = distance(*vocabulary_parallel())
+    for name, got, right in cases(folder, wanted):
+        found[name] = distance(got, right)
+        if int(os.environ["RANK"]) == 0:
+            print(name, found[name], flush=True)
     about: dict[str, Any] = {f"gathers, head {head}": gathers(folder, head) for head in ("root", "own")}
     about["tp_plan"] = by_a_tp_plan(folder)
     if int(os.environ["RANK"]) == 0:
