@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -45,12 +46,26 @@ def checked_texts(dataset: Any, name: str, text_field: str) -> Any:
             )
 
     if isinstance(dataset, Dataset):
-        for number, row in enumerate(dataset.select_columns(looked_at)):
-            look(row, number)
+        with _readable(name):
+            for number, row in enumerate(dataset.select_columns(looked_at)):
+                look(row, number)
         return dataset
     if isinstance(dataset, IterableDataset):
         return _looked_at_as_it_comes(dataset, look)
     return dataset
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Arrow cuts field names at a NUL, and then has two of one name, which it cannot give back."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, ConfigError) or "duplicate field names" not in str(error):
+            raise
+        raise ConfigError(
+            f"a row of the {name} dataset holds a mapping with two fields of one name; write texts, messages or token ids"
+        ) from error
 
 
 def _looked_at_as_it_comes(dataset: IterableDataset, look: Callable[[Mapping[str, Any], int], None]) -> IterableDataset:
@@ -106,8 +121,9 @@ def checked_tokens(dataset: Any, name: str, vocab_size: int) -> Any:
         begin = 0
         for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH):
             if not _all_right({column: table[column].combine_chunks() for column in columns}, vocab_size):
-                for number in range(len(table)):
-                    look({column: table[column][number].as_py() for column in columns}, begin + number)
+                with _readable(name):
+                    for number in range(len(table)):
+                        look({column: table[column][number].as_py() for column in columns}, begin + number)
             begin += len(table)
         return dataset
     if isinstance(dataset, IterableDataset):

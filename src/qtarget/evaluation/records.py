@@ -193,6 +193,7 @@ _SAMPLE: dict[str, tuple[type, ...]] = {
     "entropy": (int, float, type(None)),
     "strict": (bool,),
     "lenient": (bool,),
+    "verifier_version": (str,),
 }
 
 
