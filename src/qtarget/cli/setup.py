@@ -154,12 +154,11 @@ def _resume_faults(config: Any) -> list[str]:
     from qtarget.training import checkpoint_files, checkpoints, checks, identity
 
     folder = checks.checkpoint_folder(resume(config.resume_from_checkpoint), config.output_dir)
-    if folder is None and str(config.resume_from_checkpoint).lower() == "true":
-        passed_over = checkpoints.passed_over(config.output_dir)
+    passed_over = checkpoints.passed_over(config.output_dir)
+    if folder is None and str(config.resume_from_checkpoint).lower() == "true" and passed_over:
         return [
-            f"resume_from_checkpoint is true, but output_dir {config.output_dir!r} holds no checkpoint"
-            + (f" that is whole: {'; '.join(passed_over)}" if passed_over else "")
-            + "; leave it out to start anew"
+            f"resume_from_checkpoint is true, but output_dir {config.output_dir!r} holds no checkpoint that is whole: "
+            f"{'; '.join(passed_over)}; leave it out to start anew"
         ]
     if folder is None:
         return []
