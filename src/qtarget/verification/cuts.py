@@ -183,7 +183,8 @@ def labels_in_place(subject: Subject) -> Finding:
     if _no_positions(subject) is None:
         batches["padding-free"] = [_joined(subject, subject.rows)]
         batches["packed"] = [_joined(subject, [row]) for row in pack(subject)]
-    wrong, count = {}, 0
+    wrong: dict[str, int] = {}
+    count = 0
     for name, made in batches.items():
         for batch in made:
             trained = batch["labels"] != -100

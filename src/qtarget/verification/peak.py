@@ -32,10 +32,10 @@ def watched(device: torch.device) -> Iterator[Peak]:
         torch.cuda.synchronize(device)
         peak.bytes = torch.cuda.max_memory_allocated(device) - before
         return
-    before = _of_process()
+    there = _of_process()
     yield peak
-    if before is not None:
-        peak.bytes = max(0, _read("VmHWM") - before)
+    if there is not None:
+        peak.bytes = max(0, _read("VmHWM") - there)
 
 
 def _of_process() -> int | None:
