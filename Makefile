@@ -5,6 +5,7 @@ PYTHON ?=
 BIN    := $(VENV)/bin
 DEMO   := build/quickstart
 LENS   := build/lens
+EVAL   := build/eval
 # the browser of the page's tests; another one:  make test CHROMIUM=google-chrome
 export CHROMIUM ?= chromium
 
@@ -15,13 +16,14 @@ TEST_ARGS  ?=
 # a test file at a time on each of two cores; one after the other:  make test WORKERS=
 WORKERS    ?= -n 2 --dist loadfile
 BENCH_ARGS ?=
+SOAK_ARGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo lens-demo teachers-demo test test-full browser check format bench clean clean-all
+.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick soak test-distributed eval-demo audit
 
 help: ## this list
 	@printf 'qtarget: supervised fine-tuning toward a target you choose\n\n'
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-17s %s\n", $$1, $$2 }'
 	@printf '\nDEMO_ARGS, TEST_ARGS and BENCH_ARGS pass flags on: make demo DEMO_ARGS="--max_steps 2"\n'
 
 env: $(VENV)/.ready ## build .venv (other targets do it by themselves)
@@ -59,6 +61,31 @@ teachers-demo: $(VENV)/.ready ## ask a teacher once, check the cache, train from
 	$(BIN)/python recipes/teachers_demo.py --demo $(DEMO) --out build/teachers $(DEMO_ARGS) && \
 	printf '\nteachers-demo: %s s after the environment was ready\n' "$$(($$(date +%s) - start))"
 
+# One thread: what a training run gives depends on it in the last digits, and the cells on record were made so.
+REAL_MODEL = OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -m real_model
+
+real-model: $(VENV)/.ready ## four targets on a real model, clean and noisy labels, 3 seeds: about 2 hours, resumable
+	@$(BIN)/python recipes/prepare_quickstart.py --out $(DEMO) && \
+	$(REAL_MODEL).run && $(REAL_MODEL).report
+
+real-model-quick: $(VENV)/.ready ## the same with two steps and four problems, to see that it works
+	@$(BIN)/python recipes/prepare_quickstart.py --out $(DEMO) && \
+	$(REAL_MODEL).run --quick
+
+# Strict wants the mark that was asked for, lenient takes the last number: which of them moved is the point.
+eval-demo: $(VENV)/.ready ## after `make demo`: did it help? ask the model before and after, and compare
+	@start=$$(date +%s) && \
+	{ test -f $(DEMO)/run/model.safetensors || { echo "$(DEMO)/run holds no model: make demo"; exit 2; }; } && \
+	rm -rf $(EVAL) && \
+	$(BIN)/python recipes/eval_demo.py --out $(EVAL)/sums.jsonl && \
+	for arm in before:$(DEMO)/SmolLM2-135M-Instruct after:$(DEMO)/run; do \
+	    $(BIN)/qtarget eval --model $${arm#*:} --tasks $(EVAL)/sums.jsonl --verifier math --n 4 --max_new_tokens 40 \
+	        --batch_size 50 --instruction "End with #### and the number." -o $(EVAL)/$${arm%%:*} || exit; \
+	done && \
+	$(BIN)/qtarget compare before=$(EVAL)/before after=$(EVAL)/after -o $(EVAL)/report && \
+	printf '\neval-demo: %s s after the environment was ready; open %s in a browser\n' \
+	    "$$(($$(date +%s) - start))" "$(EVAL)/report/compare.html"
+
 # The page is tested in a real browser: where there is none and none can be installed, those tests are left out, and said.
 test: $(VENV)/.ready ## check, then the fast tests
 	@start=$$(date +%s) && \
@@ -74,6 +101,10 @@ test-full: $(VENV)/.ready ## check, then every test, those that take minutes too
 	$(BIN)/python -m pytest $(WORKERS) --durations=15 -m "full or not full" $(TEST_ARGS) && \
 	printf 'make test-full: %s s\n' "$$(($$(date +%s) - start))"
 
+# part of make test, too
+test-distributed: $(VENV)/.ready ## the tests that start several processes: DDP, FSDP2, the head in pieces
+	@$(BIN)/python -m pytest --durations=5 -m distributed $(TEST_ARGS)
+
 browser: ## install a chromium for the page's tests, where there is none (Debian and Ubuntu, as root)
 	@command -v $(CHROMIUM) >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }
 
@@ -82,15 +113,35 @@ check: $(VENV)/.ready ## lint, format, types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+# pip-audit lives in an environment of its own, and asks an advisory service about the names and versions of the lock.
+audit: ## known vulnerabilities of the locked dependencies (asks pypi.org and its advisory service)
+	@sh scripts/audit.sh
+
 format: $(VENV)/.ready ## let ruff mend what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
 bench: $(VENV)/.ready ## run benchmarks/*.py
 	@ls benchmarks/*.py >/dev/null 2>&1 || { echo "there is no benchmarks/*.py"; exit 1; }
-	@set -e; for script in benchmarks/*.py; do \
+	@set -e; for script in $(filter-out benchmarks/soak.py,$(wildcard benchmarks/*.py)); do \
 	    printf '== %s\n' "$$script"; $(BIN)/python "$$script" $(BENCH_ARGS); \
 	done
+
+# Less than two hours on two cores in all; interrupted, it goes on where it was.
+study: $(VENV)/.ready ## the controlled study of docs/study.md: what is not on record yet, then the page
+	$(BIN)/python benchmarks/study/run.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/study/report.py
+
+study-report: $(VENV)/.ready ## docs/study.md and its pictures from the results on record
+	$(BIN)/python benchmarks/study/report.py
+
+study-quick: $(VENV)/.ready ## a small form of the study, under a minute, that shows that it works
+	rm -rf build/study-quick
+	$(BIN)/python benchmarks/study/run.py --quick
+	$(BIN)/python benchmarks/study/report.py --quick
+
+soak: $(VENV)/.ready ## an hour of training: are memory, files and logs bounded?  SOAK_ARGS="--minutes 5"
+	@$(BIN)/python benchmarks/soak.py $(SOAK_ARGS)
 
 clean: ## delete what runs and tools wrote (.venv stays)
 	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache

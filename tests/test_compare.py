@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
 from itertools import product
 
 import numpy as np
@@ -23,6 +24,7 @@ SETTINGS = {
     "max_new_tokens": 64,
     "seed": 0,
     "prompt": "auto",
+    "prompt_style": "chat",
     "batch_size": 8,
 }
 
@@ -161,16 +163,48 @@ def test_several_tasks_have_their_mean(tmp_path):
         records.begin(folder, records.describe(SETTINGS, parts), parts, writes=True)
         for part, share in zip(parts, shares, strict=True):
             single = results(
-                tmp_path / f"{arm}-{part.name}", verdicts(len(part.problems), share, len(part.problems)), part.name
+                tmp_path / f"{arm}-{part.name}",
+                verdicts(len(part.problems), share, len(part.problems)),
+                part.name,
+                version="v",
             )
             (folder / "samples" / f"{part.name}.jsonl").write_bytes(
                 (single / "samples" / f"{part.name}.jsonl").read_bytes()
             )
         records.finish(folder, {})
     made = compare.compare([str(tmp_path / "a"), str(tmp_path / "b")])
-    mean = found(made, task="mean")
+    mean = found(made, task="mean of tasks")
     assert mean.value == pytest.approx((found(made, task="short").value + found(made, task="long").value) / 2)
     assert mean.problems == 100
+
+
+def of_tasks(folder, shares, suite):
+    """A finished folder of several tasks; ``suite``: that of each."""
+    parts = [
+        Task(name, "math", "v", [Problem(f"p{i}", "?", {"answer": "1"}) for i in range(30)], suite=suite.get(name))
+        for name in shares
+    ]
+    records.begin(folder, records.describe(SETTINGS, parts), parts, writes=True)
+    for part in parts:
+        single = results(
+            folder.with_name(f"{folder.name}-{part.name}"), verdicts(3, shares[part.name], 30), part.name, version="v"
+        )
+        (folder / "samples" / f"{part.name}.jsonl").write_bytes(
+            (single / "samples" / f"{part.name}.jsonl").read_bytes()
+        )
+    records.finish(folder, {})
+    return str(folder)
+
+
+def test_hle_never_enters_the_mean_of_med10(tmp_path):
+    suite = {"medqa": "med10", "nejm": "med10"}
+    a = of_tasks(tmp_path / "a", {"medqa": 0.2, "nejm": 0.3, "hle": 0.1}, suite)
+    b = of_tasks(tmp_path / "b", {"medqa": 0.4, "nejm": 0.7, "hle": 0.9}, suite)
+    made = compare.compare([a, b])
+    assert {d.task for d in made.differences} == {"medqa", "nejm", "hle", "mean of med10"}
+    mean = found(made, task="mean of med10")
+    assert mean.other == pytest.approx((found(made, task="medqa").other + found(made, task="nejm").other) / 2)
+    assert mean.problems == 60
 
 
 # -- output --------------------------------------------------------------------------------------------------------
@@ -185,6 +219,10 @@ def test_terminal_markdown_and_page(tmp_path, capsys):
     assert "higher" in said and "avg@n" in said and "<b>|x" in said
     text = (out / "compare.md").read_text()
     assert "&lt;b>\\|x" in text and "| 95 % |" in text
+    numbers = json.loads((out / "compare.json").read_text())
+    assert numbers["arms"] == {"a": [str(tmp_path / "a")], "<b>|x": [str(tmp_path / "b")]}
+    strict = next(d for d in numbers["differences"] if d["measure"] == "strict")
+    assert strict["difference"] == pytest.approx(strict["other"] - strict["first"]) and strict["reading"] == "higher"
     page = (out / "compare.html").read_text()
     assert "<b>|x" not in page and "&lt;b&gt;|x" in page
     assert "<script" not in page and not re.search(r"""(src|href)=|url\(|@import|https?://""", page)
@@ -192,6 +230,36 @@ def test_terminal_markdown_and_page(tmp_path, capsys):
     for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
         ElementTree.fromstring(svg)
         assert "nan" not in svg and "inf" not in svg
+
+
+class Tags(HTMLParser):
+    """Every element of a page with its attributes."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+
+def test_names_of_a_stranger_are_inert(tmp_path):
+    hostile = "<script>alert(1)</script>\"' onload=x <img src=x onerror=alert(2)>"
+    task = "<svg onload=alert(3)>\"'"
+    for name in ("a", "b"):
+        results(tmp_path / name, verdicts(ord(name), 0.5), task=task, model={"name": hostile}, prompt=hostile)
+    arm = "<script>alert(1)</script><img onerror>\"'"  # an = would end the name
+    made = compare.compare([str(tmp_path / "a"), f"{arm}={tmp_path / 'b'}"])
+    page = compare_report.html(made)
+    tags = Tags(page).found
+    assert page.count("alert(1)") >= 3 and "alert(3)" in page  # there as text
+    assert not {"script", "img", "iframe", "object", "link", "a", "base", "form"} & {tag for tag, _ in tags}
+    names = {name for _, attributes in tags for name in attributes}
+    assert not [name for name in names if name.startswith("on") or name in ("src", "href", "style", "xlink:href")]
+    policy = next(attributes for tag, attributes in tags if "http-equiv" in attributes)
+    assert policy["content"].startswith("default-src 'none'; style-src 'sha256-")
+    assert "<script" not in compare_report.markdown(made)
 
 
 def test_the_page_of_greedy_answers_alone(tmp_path):
@@ -217,6 +285,7 @@ def test_the_page_of_greedy_answers_alone(tmp_path):
         ({"seed": 1}, "seed is 1 in"),
         ({"max_new_tokens": 32, "seed": 1}, "max_new_tokens is 32 in"),
         ({"first": 1}, "tasks.sums.digest is"),
+        ({"prompt_style": "plain"}, "prompt_style is 'plain' in"),
         ({"version": "v2"}, "tasks.sums.verifier_version is 'v2'"),
         ({"grader": "choice"}, "tasks.sums.verifier is 'choice'"),
         ({"task": "other"}, "tasks.sums is None"),
@@ -246,6 +315,24 @@ def test_more_refusals(tmp_path):
     ]:
         with pytest.raises(ConfigError, match=re.escape(sentence)):
             compare.compare(words)
+
+
+def test_a_broken_off_rescoring_is_refused(tmp_path):
+    """Samples are judged anew, the manifest not yet."""
+    folders = [str(results(tmp_path / name, verdicts(0, 0.5))) for name in ("a", "b")]
+    file = tmp_path / "b" / "samples" / "sums.jsonl"
+    file.write_text(file.read_text().replace('"verifier_version": "v1"', '"verifier_version": "v2"', 3))
+    with pytest.raises(ConfigError, match="has verdicts of verifier version 'v2' beside 'v1' in task sums"):
+        compare.compare(folders)
+
+
+def test_folders_that_do_not_tell_their_prompt_style_are_compared(tmp_path):
+    folders = [str(results(tmp_path / name, verdicts(0, 0.5))) for name in ("a", "b")]
+    manifest = json.loads((tmp_path / "b" / records.FILE).read_text())
+    del manifest["prompt_style"]
+    (tmp_path / "b" / records.FILE).write_text(json.dumps(manifest))
+    compare.compare(folders)
+    compare.compare(folders[::-1])
 
 
 def test_unfinished_or_changed_folders_are_refused(tmp_path):

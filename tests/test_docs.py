@@ -122,3 +122,26 @@ def test_trls_own_script_with_two_lines_changed(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "target dft: L = −sg(p_y) log p_y" in done.stdout
     assert (tmp_path / "model-QTarget" / "checkpoint-3" / "qtarget.json").exists()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md", "docs/reproduce.md"])
+def test_flags_of_eval_and_compare_are_those_of_the_commands(page):
+    from qtarget.cli import compare, eval
+
+    known = {"eval": eval, "compare": compare}
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^ {4}(?:.*&& )?qtarget (eval|compare) (.*)$", text, re.M)
+    assert {verb for verb, _ in commands} == {"eval", "compare"}
+    for verb, words in commands:
+        assert set(re.findall(r"--(\w+)", words)) <= set(known[verb]._OPTIONS), words
+
+
+def test_the_evaluation_page_has_the_items_of_the_suites():
+    from qtarget.evaluation import suites
+
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for suite, names in suites.SUITES.items():
+        row = re.search(rf"^\| {suite} \| (.*?) \|$", page, re.M)
+        assert row is not None
+        items = {name: f"{' or '.join(map(str, suites.BENCHMARKS[name].counts))}" for name in names}
+        assert row[1] == ", ".join(f"{name} {count}" for name, count in items.items())

@@ -53,6 +53,13 @@ LONG = {
     "units": "1 m" * 33_000,
     "dollars": "$" * 100_000,
     "marks": "####" * 25_000,
+    "an answer and spaces": "answer" + " " * 100_000,
+    "an answer is and spaces": "answer is" + "\n" * 50_000 + ":" + " " * 50_000,
+    "answers": "answer is: " * 9_000,
+    "unit letters": "1" + "m" * 60 + "x",
+    "unit words": "1 " + "mm m " * 30 + "x",
+    "wrapped units": "1" + r"\text{ m}" * 20,
+    "long wrapped units": "1" + r"\text{ m}" * 10_000,
 }
 
 
@@ -80,6 +87,8 @@ def test_math_keeps_strict_and_lenient_apart():
         True,
     ]
     assert grade(r"\boxed{1, 2}", {"answer": ["2", "1"]})["strict"]
+    assert grade(r"\boxed{5, 1234}", {"answer": ["1,234", "5 \\text{ cm}"]})["strict"]
+    assert not grade(r"\boxed{5, 1, 234}", {"answer": ["1,234", "5"]})["strict"]
     assert grade("", {"answer": "1"}) == {"parsed": None, "lenient_parsed": None, "strict": False, "lenient": False}
 
 

@@ -15,6 +15,7 @@ import pytest
 from reasoning_gym.factory import DATASETS
 
 import tiny
+from qtarget.cli import eval as cli_eval
 from qtarget.cli.__main__ import main
 from qtarget.errors import ConfigError
 from qtarget.evaluation import graders, records, running, sampling, suites, tasks
@@ -154,19 +155,26 @@ def start(arguments, **environment):
 
 
 @pytest.mark.full
-def test_a_run_that_was_killed_goes_on(finished, model, file, tmp_path):
-    """SIGKILL while samples are being written: the slow verifier leaves time for it."""
+def test_a_run_that_was_killed_goes_on(model, file, tmp_path, monkeypatch):
+    """SIGKILL while samples are being written, twice: a slow verifier leaves time for it."""
+    monkeypatch.setenv("SIGNAL_CALLS", str(tmp_path / "calls"))
+    settings = {"verifier": "signal_verifiers:logged", "batch_size": 2}
+    assert main(words(model, file, tmp_path / "whole", **settings)) == 0
     folder = tmp_path / "run"
-    arguments = words(model, file, folder, batch_size=1)
-    with start(arguments) as process:
-        part = folder / "samples" / "sums.0.part"
-        until = time.monotonic() + 120
-        while not (part.is_file() and part.read_bytes().count(b"\n") >= 2) and time.monotonic() < until:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    assert 2 <= part.read_bytes().count(b"\n") < 20
+    arguments = words(model, file, folder, **settings)
+    part = folder / "samples" / "sums.0.part"
+    for written in (2, 8):
+        with start(arguments) as process:
+            until = time.monotonic() + 240
+            while not (part.is_file() and part.read_bytes().count(b"\n") >= written) and time.monotonic() < until:
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+        assert written <= part.read_bytes().count(b"\n") < 20
+    with part.open("ab") as stream:  # a write that was cut
+        stream.write(b'{"task": "sums", "pro')
     assert main(arguments) == 0
-    assert [row["text"] for row in lines(folder)] == [row["text"] for row in lines(finished)]
+    for name in ("samples/sums.jsonl", "problems/sums.jsonl", "scores.json", records.FILE):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_shares_of_two_processes_make_the_file_of_one(finished, model, file, tmp_path):
@@ -215,7 +223,7 @@ def test_rescoring_needs_no_model(finished, tmp_path, capsys):
     rows = lines(folder)
     rows[1] |= {"text": "so 0", "finish": "stop", "strict": False}
     (folder / "samples" / "sums.jsonl").write_text("".join(map(records.line, rows)))
-    assert main(["eval", "--rescore", str(folder)]) == 0
+    assert main(["eval", "--rescore", str(folder), "--verifier", "signal_verifiers:last_number"]) == 0
     assert "verdicts   1 changed of 20" in capsys.readouterr().out
     assert lines(folder)[1]["strict"] is True
     assert json.loads((folder / "scores.json").read_text())["tasks"]["sums"]["strict"]["avg"] >= 1 / 15
@@ -240,6 +248,46 @@ def test_a_verifier_that_hangs_raises_or_dies_is_counted():
     assert [one["strict"] for one in said] == [True, False, False, False, True, False]
     assert [one["fault"] for one in said] == [None, "timeout", "error", "error", None, None]
     assert judges.last_error
+
+
+def test_faults_of_verifiers_are_counted_and_shown(model, file, tmp_path, capsys):
+    """Of a run's texts, changed to what the verifier hangs at, raises at and dies of."""
+    folder = tmp_path / "run"
+    assert main(words(model, file, folder, verifier="signal_verifiers:moody", n=1)) == 0
+    rows = lines(folder)
+    for row, text in zip(rows, ["hang", "raise", "die", "right"], strict=False):
+        row |= {"text": text, "finish": "stop"}
+    (folder / "samples" / "sums.jsonl").write_text("".join(map(records.line, rows)))
+    capsys.readouterr()
+    again = ["eval", "--rescore", str(folder), "--verifier", "signal_verifiers:moody", "--verifier_timeout", "2"]
+    assert main(again) == 0
+    out = capsys.readouterr().out
+    assert "sums: the verifier took too long 1 times, failed 2 times" in out
+    assert "verdicts   1 changed of 10" in out
+    scores = json.loads((folder / "scores.json").read_text())["tasks"]["sums"]
+    assert (scores["timeouts"], scores["errors"]) == (1, 2)
+    assert [row["fault"] for row in lines(folder)[:4]] == ["timeout", "error", "error", None]
+    assert [row["strict"] for row in lines(folder)[:4]] == [False, False, False, True]
+
+
+def test_a_model_that_never_stops_is_wrong_and_counted(file, tmp_path, capsys):
+    import torch
+
+    endless = tiny.llama(tied=False)
+    with torch.no_grad():
+        endless.lm_head.weight.zero_()  # every token alike: an end token is rare, and 9 tokens are soon over
+    endless.save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    given = words(tmp_path / "model", file, tmp_path / "run", verifier="signal_verifiers:always", max_new_tokens=9)
+    assert main(given) == 0
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())["tasks"]["sums"]
+    rows = [row for row in lines(tmp_path / "run") if row["sample"] != "greedy"]
+    assert scores["truncated"] > 0.5
+    assert scores["truncated"] == pytest.approx(sum(row["finish"] == "length" for row in rows) / len(rows))
+    assert all(row["tokens"] == 9 and not row["strict"] for row in rows if row["finish"] == "length")
+    right = [row["finish"] == "stop" and bool(row["text"].strip()) for row in rows]
+    assert scores["strict"]["avg"] == pytest.approx(sum(right) / len(rows))
+    assert f"{scores['truncated']:.1%} cut off" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -284,6 +332,18 @@ def test_a_verifier_may_say_what_it_read():
     assert said == {"parsed": "7", "lenient_parsed": "7", "strict": True, "lenient": True}
     with pytest.raises(ConfigError, match="without 'strict'"):
         graders._verdict("m:f", {"right": True})
+
+
+def test_the_time_left_is_told(capsys, monkeypatch):
+    """On a terminal by the bar; elsewhere once, after the first batch."""
+    clock = iter([0.0, 30.0])
+    monkeypatch.setattr(cli_eval.time, "monotonic", lambda: next(clock, 99.0))
+    step = cli_eval._telling(40)
+    step(10)
+    step(20)
+    told = capsys.readouterr().out
+    assert told.count("answers, by the first 10") == 1 and "for the other 30 answers" in told
+    assert told.startswith("about 1 min 30 s for"), told
 
 
 # -- tasks ---------------------------------------------------------------------------------------------------------

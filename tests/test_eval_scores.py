@@ -121,6 +121,9 @@ def test_without_samples_there_is_the_greedy_answer():
 def test_a_verifier_that_tells_no_answer_has_no_majority():
     summary = scores.summary([{**r, "unparsed": True} for r in made()], 4)
     assert summary["strict"]["majority"] is None and summary["strict"]["no_answer"] is None
+    rows = [{**r, "unparsed": True} for r in made()]
+    del rows[0]["unparsed"]  # its call hung
+    assert scores.summary(rows, 4)["lenient"]["no_answer"] is None
 
 
 # DFT, arXiv:2508.05629, table 1: MATH-500, Minerva, Olympiad, AIME24, AMC23, and the average they print.

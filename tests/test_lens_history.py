@@ -4,6 +4,8 @@ import math
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from accelerate import Accelerator
 
 import tiny
 from qtarget import ConfigError
@@ -75,3 +77,28 @@ def test_off_by_default_and_refused_below_one(tmp_path):
     assert not (tmp_path / history.FILE).exists()
     with pytest.raises(ConfigError, match="lens_every is 0; use a number of optimiser steps from 1, or leave it out"):
         config(tmp_path, lens_every=0)
+
+
+def test_a_long_run_keeps_so_many_maps_and_no_more(tmp_path, monkeypatch):
+    """Every second one is left out when there would be too many, whether the run was stopped in between or not."""
+    monkeypatch.setattr(history, "MAPS", 16)
+    seen = {}
+
+    def run(folder, stops=()):
+        made = None
+        for step in range(1, 201):
+            if made is None or step in stops:  # a resumed run makes its own
+                made = history.History(folder, 100, 1, Accelerator(cpu=True))
+            if made.wants(step):
+                one = torch.ones(1, 1)
+                made.add({"nll": one, "entropy": one, "trust": one, "update": one * step})
+            made.flush(step)
+            seen[step] = sorted(set(pq.read_table(folder / history.FILE)["step"].to_pylist()))
+        return pq.read_table(folder / history.FILE)
+
+    table = run(tmp_path / "whole")
+    assert seen[17] == list(range(1, 17))
+    assert seen[18] == list(range(2, 19, 2)), "from here on every second step"
+    assert seen[200] == list(range(16, 201, 16)) and max(map(len, seen.values())) == 16
+    assert table["update"].to_pylist() == table["step"].to_pylist()
+    assert run(tmp_path / "stopped", stops=(10, 18, 70, 199)) == table

@@ -23,7 +23,8 @@ import runs
 import tiny
 from qtarget import QTargetTrainer
 from qtarget.cli import __main__ as cli
-from qtarget.cli import memory, recipe, shapes, steps
+from qtarget.cli import recipe
+from qtarget.planning import memory, shapes, steps
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "recipes" / "paper"
@@ -142,6 +143,7 @@ def test_a_revision_that_was_looked_up_is_no_longer_to_pin(monkeypatch):
 
 # -- what is refused ---------------------------------------------------------------------------------------------
 
+KD = FOLDER / "numina-67k_qwen2.5-math-1.5b_kd.yaml"
 MATH, TAUGHT = FOLDER / "numina-67k_qwen2.5-math-1.5b_sft.yaml", FOLDER / "m23k_llama-3.2-3b_target-sft.yaml"
 REFUSED: dict[str, tuple[Path, dict[str, Any], list[str], str]] = {
     "another number of GPUs": (
@@ -333,17 +335,53 @@ def test_parameters_are_those_of_the_model_cards(name, billions):
     assert shapes.KNOWN[name].parameters / 1e9 == pytest.approx(billions, rel=6e-3)
 
 
+def test_frozen_models_are_counted_as_they_are_loaded():
+    half, unknown = shapes.KNOWN["Qwen/Qwen3-8B"], shapes.Shape(2, 4, 8, 2, 1, 2, 10, True)
+    whole = shapes.Shape(2, 4, 8, 2, 1, 2, 10, True, dtype="float32")
+    for kwargs, shape, cpu, size in [
+        (None, half, False, 2),
+        ({}, whole, False, 4),
+        (None, half, True, 4),
+        ({"dtype": "auto"}, whole, True, 4),
+        ({"dtype": "bfloat16"}, whole, True, 2),
+        ({"dtype": torch.float32}, half, False, 4),
+        ({"dtype": torch.float16}, whole, False, 2),
+        (None, unknown, False, 2),
+        (None, None, False, 2),
+    ]:
+        assert shapes.frozen_bytes(kwargs, shape, cpu) == size, (kwargs, shape, cpu)
+
+
+@pytest.mark.parametrize("role", ["teacher", "reference"])
+def test_a_teacher_or_reference_without_dtype_takes_what_its_checkpoint_takes(role, tmp_path):
+    """On accelerators; recipes leave use_cpu out."""
+
+    def memory_of(**fields):
+        told = dry_run(changed(tmp_path, KD if role == "teacher" else MATH, **fields))[1]
+        return re.findall(r"(?:DDP|ZeRO-2|FSDP2) [\d. ]+", told)
+
+    named = {} if role == "teacher" else {"target": "sft-kl", "reference_model_name_or_path": "Qwen/Qwen2.5-7B"}
+    kwargs = f"{role}_model_init_kwargs"
+    without, half, whole = (
+        memory_of(**named, **{kwargs: given}) for given in (None, {"dtype": "bfloat16"}, {"dtype": "float32"})
+    )
+    assert len(without) == 3 and without == half != whole
+
+
 def test_a_hand_worked_estimate():
     shape = shapes.Shape(2, 4, 8, 2, 1, 2, 10, True)  # layer: 4·2·(4 + 2) + 3·4·8 + 8 = 152; root: 40 + 4
     assert (shape.layer_parameters, shape.root_parameters, shape.parameters) == (152, 44, 348)
     work = memory.Workload(shape, 2, 6)
     ddp, fsdp2 = memory.estimate(work, "ddp"), memory.estimate(work, "fsdp2")
-    assert [ddp[part] for part in ("weights", "gradients", "AdamW")] == [6 * 348, 8 * 348, 8 * 348]
-    assert [fsdp2[part] for part in ("weights", "gradients", "AdamW")] == [2 * 348, 2 * 348, 4 * 348]
+    assert [ddp[part] for part in ("weights", "gradients", "optimiser")] == [6 * 348, 8 * 348, 8 * 348]
+    assert [fsdp2[part] for part in ("weights", "gradients", "optimiser")] == [2 * 348, 2 * 348, 4 * 348]
     assert fsdp2["gathered"] == 4 * 44 + 6 * 152
-    layer = 4 * 4 + 2 * 3 * 2 + 4 * 8
-    assert fsdp2["activations"] == 2 * 6 * (2 * 4 + 2 * layer)
-    assert ddp["activations"] == 2 * fsdp2["activations"]
+    attention, ffn = 2 * (2 + 2) * 2, 4 * 8  # sdpa lays out keys for each of two heads
+    layer = 6 * (16 * 4 + 2 * (attention + ffn))  # bf16: norms keep float32, bf16, bf16
+    passing, last = 3 * 6 * 2 * 8, 3 * 6 * 2 * 4
+    assert fsdp2["activations"] == 6 * 2 * 2 * 4 + layer + last + passing
+    autocast = 6 * (26 * 4 + 2 * (attention + ffn))  # float32 norms, a bf16 copy for each of five products
+    assert ddp["activations"] == 6 * 4 * 2 * 4 + autocast + 2 * last + passing
 
 
 # -- with a model and rows at hand ---------------------------------------------------------------------------------

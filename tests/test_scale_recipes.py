@@ -14,8 +14,11 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
+import tiny
+from qtarget.cli.__main__ import main
+
 FOLDER = Path(__file__).parent.parent / "recipes" / "scale"
-FILES = sorted(FOLDER.glob("*.yaml"))
+FILES = sorted(FOLDER.glob("*x8.yaml"))
 TYPES = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
@@ -113,7 +116,7 @@ def test_deepspeed_plugin_of_a_process(name, monkeypatch):
 
 def test_the_readme_names_every_file():
     text = (FOLDER / "README.md").read_text()
-    assert {file.name for file in FILES} == set(re.findall(r"`(\w+\.yaml)`", text))
+    assert {file.name for file in FOLDER.glob("*.yaml")} == set(re.findall(r"`(\w+\.yaml)`", text))
 
 
 def test_torchrun_lines_set_what_the_launcher_sets():
@@ -124,3 +127,15 @@ def test_torchrun_lines_set_what_the_launcher_sets():
         told = dict(re.findall(r"([A-Z_0-9]+)=(\S+)", line))
         _, environment = launch(FOLDER / f"{name}.yaml")
         assert told.items() <= environment.items()
+
+
+@pytest.mark.parametrize("gpus, accumulation", [(8, 8), (32, 2)])
+def test_the_recipe_of_an_8b_student_and_a_32b_teacher(gpus, accumulation, tmp_path, capsys):
+    """Checked by the dry run, on rows of our own; its figures are of the models' shapes."""
+    tiny.conversations(300).to_json(tmp_path / "train.jsonl")
+    words = f"--dataset_name {tmp_path} --dry_run --gpus {gpus} --gradient_accumulation_steps {accumulation}"
+    status = main(["train", "--config", str(FOLDER / "8b_from_32b.yaml"), *words.split()])
+    said = " ".join(capsys.readouterr().out.split())
+    assert status == 0, said
+    assert f"{gpus} GPUs x 1 rows x {accumulation} accumulations = 64 rows a step" in said
+    assert "its shape is not known" not in said

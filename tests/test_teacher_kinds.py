@@ -16,6 +16,7 @@ import tiny
 from layouts import CASE, loss_of
 from published import kd, label_log_p, target_sft
 from qtarget import ConfigError
+from qtarget.training import checkpoints
 from runs import (
     assert_same_change,
     change,
@@ -468,6 +469,7 @@ def test_resumed_to_the_last_digit(lora, tmp_path):
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert any(not torch.equal(ends[0][name], value) for name, value in kept_of(whole).items())
     (tmp_path / "checkpoint-4" / "teacher_average_0.pt").unlink()
+    (tmp_path / "checkpoint-4" / checkpoints.FILES).unlink()  # as a run without the average leaves it
     refused(
         r"^resume_from_checkpoint is '.*checkpoint-4', which holds no average of the student "
         r"\(teacher_average_0\.pt\); resume from a checkpoint that a run with this teacher_ema_decay wrote",

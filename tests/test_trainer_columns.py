@@ -10,12 +10,14 @@ from runs import assert_same_change, change, expected, rows, tokenised, trained,
 
 # TRL's own notice about a setting that one layout tests
 pytestmark = pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+SIGN = {"old_logps": -1.0}
 CASE = {case.id: case for case in CASES}
 
 
 def numbered(name="weight", number_of_rows=9):
-    """A column that says which token it belongs to."""
-    return tokenised(tiny.conversations(number_of_rows), **{name: lambda number, row: [*map(float, row["input_ids"])]})
+    """A column that says which token it belongs to; a log-probability is below 0."""
+    sign = SIGN.get(name, 1.0)
+    return tokenised(tiny.conversations(number_of_rows), **{name: lambda _, row: [sign * i for i in row["input_ids"]]})
 
 
 def batches(made):
@@ -45,7 +47,7 @@ def check_numbers_lie_on_their_tokens(made, name):
         ids = batch["input_ids"]
         real = batch["attention_mask"] == 1 if "attention_mask" in batch else ids != made._tokenizer.pad_token_id
         assert batch[name].shape == ids.shape and batch[name].dtype == torch.float32
-        assert torch.equal(batch[name], torch.where(real, ids, 0).float())
+        assert torch.equal(batch[name], SIGN.get(name, 1.0) * torch.where(real, ids, 0).float())
         seen += int(real.sum())
     lists = [ids for data in (made.train_dataset, made.eval_dataset) for ids in data["input_ids"]]
     assert seen == sum(map(len, lists)) > 0

@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 import tiny
 from qtarget import ConfigError
-from qtarget.training import identity
+from qtarget.training import checkpoints, identity
 from runs import history, trained, trainer, weights
 
 ETA = {"schedule": "linear", "from": 0.0, "to": 0.8, "steps": 5}
@@ -106,6 +106,7 @@ def test_a_resume_that_would_train_something_else(before, after, told, start, tm
 def test_an_old_policy_that_is_not_there(start, tmp_path):
     made(tmp_path, start, target="psft", psft_refresh=4).train()
     (tmp_path / "checkpoint-6" / "psft_old_policy_0.pt").unlink()
+    (tmp_path / "checkpoint-6" / checkpoints.FILES).unlink()  # as a run without psft_refresh leaves it
     with pytest.raises(ConfigError, match=r"holds no old policy \(psft_old_policy_0.pt\)"):
         made(tmp_path, start, target="psft", psft_refresh=4).train(resume_from_checkpoint=True)
 
@@ -113,7 +114,8 @@ def test_an_old_policy_that_is_not_there(start, tmp_path):
 def test_a_checkpoint_of_another_program_is_taken(start, tmp_path):
     """TRL's own, say: nothing is known of what it trained."""
     made(tmp_path, start).train()
-    (tmp_path / "checkpoint-6" / identity.FILE).unlink()
+    for own in (identity.FILE, checkpoints.FILES):
+        (tmp_path / "checkpoint-6" / own).unlink()
     made(tmp_path, start, target="dft", max_steps=7).train(resume_from_checkpoint=True)
 
 
@@ -175,3 +177,57 @@ def test_the_card_names_every_source(start, tmp_path):
     run.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert "- target for rows of `math`: `dft`" in card and "- target for rows of `chat`: `sft`" in card
+
+
+# -- streams, and a run that has ended ---------------------------------------------------------------
+
+
+def streamed(folder, rows=14, **settings):
+    """Fourteen rows: seven micro-batches a pass, three steps and one micro-batch too many."""
+    data = tiny.conversations(rows).to_iterable_dataset()
+    return trainer(tiny.taught(), folder, data, target="dft", **{"save_strategy": "steps", "save_steps": 1, **settings})
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_stream_that_is_resumed_in_its_third_pass(accumulation, tmp_path):
+    """Wherever it stopped: the batches of the rest are those of a run that went through."""
+    stops = (7, 9, 16) if accumulation == 1 else (3, 4, 7)
+    settings = {"max_steps": stops[-1] + 1, "gradient_accumulation_steps": accumulation}
+    whole = streamed(tmp_path, **settings)
+    whole.train()
+    for step in stops:
+        again = streamed(tmp_path / f"from-{step}", **settings)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert history(again, "num_tokens") == history(whole, "num_tokens")
+        assert history(again, "nll") == history(whole, "nll")
+        ends = weights(whole.model), weights(again.model)
+        assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_the_end_of_a_pass_is_in_no_other_step(tmp_path, caplog):
+    """The fourth step is the first again: a micro-batch that is left over would make it longer."""
+    run = streamed(tmp_path, max_steps=4, learning_rate=0.0, save_strategy="no")
+    run.train()
+    norms = history(run, "grad_norm")
+    assert norms[3] == norms[0] and history(run, "supervised_tokens")[3] == history(run, "supervised_tokens")[0]
+    assert "the last 1 micro-batches of each pass over the stream are left out" in caplog.text
+
+
+def test_a_stream_of_less_than_a_step(tmp_path):
+    """Transformers would pass over it for ever."""
+    with pytest.raises(ConfigError, match=r"gradient_accumulation_steps is 2, but a pass over the .* holds 1 micro"):
+        streamed(tmp_path, rows=2, max_steps=2, save_strategy="no").train()
+
+
+@pytest.mark.parametrize("rows", [4, 14], ids=["at the end of a pass", "within a pass"])
+def test_a_finished_run_trains_no_step_more(rows, tmp_path):
+    for make in (streamed, lambda folder, rows: made(folder, None, save_steps=1)):
+        run = make(tmp_path / make.__name__[:3], rows=rows)
+        run.args.max_steps = 2
+        run.train()
+        again = make(tmp_path / make.__name__[:3], rows=rows)
+        again.args.max_steps = 2
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == 2
+        ends = weights(run.model), weights(again.model)
+        assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

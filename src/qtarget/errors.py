@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Sequence
+import math
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
+
+# Names that an error lists.
+_LISTED = 30
+# Letters of a library's own words in a sentence.
+_LONGEST = 400
 
 
 class ConfigError(ValueError):
@@ -19,11 +27,15 @@ class ConfigError(ValueError):
 
 
 def unknown(field: str, got: object, valid: Iterable[str]) -> ConfigError:
-    """The error for a name that is not on a list: offers the nearest one and the whole list."""
+    """The error for a name that is not on a list: offers the nearest one and the list, of a long one the nearest."""
     valid = sorted(valid)
     near = difflib.get_close_matches(str(got), valid, n=1, cutoff=0.5)
     mend = f"did you mean {near[0]!r}? " if near else ""
-    return ConfigError(f"{field} is {got!r}; {mend}valid: {', '.join(valid)}")
+    shown, more = valid, ""
+    if len(valid) > _LISTED:
+        shown = difflib.get_close_matches(str(got), valid, n=_LISTED // 2, cutoff=0.0)
+        more = f" and {len(valid) - len(shown)} more"
+    return ConfigError(f"{field} is {got!r}; {mend}valid: {', '.join(shown)}{more}")
 
 
 def check_range(
@@ -38,6 +50,12 @@ def check_range(
     """Return ``value`` as a float, or raise with the range it must lie in."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise ConfigError(f"{field} is {value!r}; use a number")
+    try:
+        infinite = math.isinf(value)
+    except OverflowError:  # a whole number beyond what a float holds
+        infinite = True
+    if infinite:
+        raise ConfigError(f"{field} is {value!r}; use a finite number")
     too_low = low is not None and (value <= low if open_low else value < low)
     too_high = high is not None and (value >= high if open_high else value > high)
     if too_low or too_high:
@@ -45,6 +63,37 @@ def check_range(
         right = "" if high is None else f" {'below' if open_high else 'to'} {high:g}"
         raise ConfigError(f"{field} is {value!r}; use a number {left}{right}".replace("number any number", "number"))
     return float(value)
+
+
+@contextlib.contextmanager
+def loading(field: str, name: object, what: str = "") -> Iterator[None]:
+    """Whatever a library raises for a folder or hub id that it cannot read becomes one sentence.
+
+    Args:
+        field: the setting. name: its value. what: the part that is loaded, such as ``tokenizer``; none: all of it.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # a missing file, broken JSON, half a file, another shape: many kinds
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{field} is {name!r}, which brings code of its own; read it, then say trust_remote_code true to run it"
+            ) from error
+        part = f"whose {what}" if what else "which"
+        raise ConfigError(f"{field} is {name!r}, {part} cannot be loaded: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What an error of a library says, on one line and not over a page."""
+    text = " ".join(str(error).split())
+    if isinstance(error, pickle.UnpicklingError):
+        text = "it is a pickle that asks for more than tensors; use weights in safetensors"
+    elif not isinstance(error, (OSError, ValueError, ImportError)):
+        text = f"{type(error).__name__}: {text}"
+    text = text or type(error).__name__
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
 class NonFiniteLogits(ConfigError):

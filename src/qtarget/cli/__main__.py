@@ -14,6 +14,7 @@ qtarget: choose what each token is taught, see it, and train toward it.
 usage: qtarget VERB [options]
 
   train      fine-tune a model toward a target:      qtarget train --config recipes/quickstart.yaml
+  plan       memory, steps, operations beforehand:   qtarget plan --config FILE --gpus 8 --gpu_memory 80
   targets    the objectives, their formulas:         qtarget targets    |  qtarget targets show target-sft
   cache      a teacher asked once, kept on disk:     qtarget cache build --config FILE -o DIR
   teacher    does a teacher suit rows and student:   qtarget teacher check --config FILE
@@ -66,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _verb(name: str):
     if name == "train":
         from qtarget.cli.train import run
+    elif name == "plan":
+        from qtarget.cli.plan import run
     elif name == "targets":
         from qtarget.cli.targets import run
     elif name == "lens":
@@ -87,7 +90,7 @@ def _verb(name: str):
     else:
         from qtarget.errors import unknown
 
-        verbs = ("train", "targets", "cache", "teacher", "data", "lens", "eval", "compare", "verify", "env")
+        verbs = ("train", "plan", "targets", "cache", "teacher", "data", "lens", "eval", "compare", "verify", "env")
         raise unknown("verb", name, verbs)
     return run
 

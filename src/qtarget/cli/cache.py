@@ -41,6 +41,8 @@ _FIXED: dict[str, Any] = {
     "padding_free": False,
     "shuffle_dataset": False,
     "gradient_checkpointing": False,
+    "denominator": "all_labels",  # others ask for a target with columns
+    "push_to_hub": False,
 }
 
 
@@ -97,6 +99,7 @@ def _build(words: list[str]) -> int:
         scorer, served = cache_scorers.server_scorer(trainer, given["server"], given["server_model"], settings["k"])
         about["teacher"] |= {"weights": None, "served_as": served}
     k = settings["k"]
+    cache_build.check_folder(folder, plan, k, given["cache_dtype"], about)
     if settings["coverage"] is not None:
         k, about["coverage"] = cache_build.needed_for(trainer, plan, settings["coverage"])
         _tell_coverage(k, about["coverage"])

@@ -16,7 +16,7 @@ usage: qtarget compare ARM ARM ... [-o DIR]
 Compare folders that qtarget eval wrote, of the same problems and settings, with the first one. An ARM is DIR, NAME=DIR,
 or NAME=DIR,DIR,... with one folder for each training seed, in the same order for every arm.
 
-  -o DIR               also write compare.md and compare.html, one file without a network
+  -o DIR               also write compare.md, compare.html (one file without a network) and compare.json
   --bootstrap 10000    draws; --seed 0 of them
 """
 _OPTIONS: dict[str, Any] = {"output": None, "bootstrap": 10_000, "seed": 0}
@@ -42,6 +42,7 @@ def run(arguments: Sequence[str]) -> int:
         try:
             records.write(folder / "compare.md", compare_report.markdown(made))
             records.write(folder / "compare.html", compare_report.html(made))
+            records.write(folder / "compare.json", compare_report.as_json(made))
         except OSError as error:
             raise ConfigError(f"output is {str(folder)!r}, which cannot be written ({error.strerror})") from error
         print(f"page       {folder / 'compare.html'}")

@@ -6,21 +6,45 @@ import tempfile
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtarget.cli import memory, recipe, setup, shapes
-from qtarget.cli import steps as arithmetic
-from qtarget.cli.steps import GPUS
-from qtarget.errors import ConfigError
+from qtarget.cli import recipe, setup
+from qtarget.errors import ConfigError, loading
+from qtarget.planning import memory, shapes, workload
+from qtarget.planning import steps as arithmetic
+from qtarget.planning.steps import GPUS
+from qtarget.planning.workload import Frozen
 
 __all__ = ["GPUS", "run"]
 
-_GIB = 2**30
+GIB = 2**30
 
 
-def run(arguments: Sequence[str], gpus: int) -> int:
-    """Check and tell. Returns 0; raises ConfigError with every contradiction found."""
+@dataclass
+class Found:
+    """What a recipe's settings, folders and known shapes tell, without weights.
+
+    Attributes:
+        asked: the settings. gpus: processes. student: its shape, None where it is not known. others: frozen models.
+        rows: of the training data, None where that is not known; where: what is known of them. batch: rows of an
+            optimiser step. steps: None where they are not known. untold: sentences on what could not be looked at.
+    """
+
+    asked: setup.Run
+    gpus: int
+    student: shapes.Shape | None
+    others: list[Frozen]
+    rows: int | None
+    where: str
+    batch: int
+    steps: arithmetic.Steps | None
+    untold: list[str]
+
+
+def look(arguments: Sequence[str], gpus: int) -> Found:
+    """Read and check. Raises ConfigError with every contradiction found."""
     asked = setup.check(arguments)
     faults: list[str] = []
     student, others, untold = _models(asked, faults)
@@ -32,33 +56,39 @@ def run(arguments: Sequence[str], gpus: int) -> int:
     given_epochs = "num_train_epochs" in asked.settings.origin
     faults += arithmetic.faults(steps, batch, gpus, config, notes.get("expected_batch"), given_epochs)
     setup.raise_together(faults)
+    return Found(asked, gpus, student, others, rows, where, batch, steps, untold)
+
+
+def run(arguments: Sequence[str], gpus: int) -> int:
+    """Check and tell. Returns 0; raises ConfigError with every contradiction found."""
+    found = look(arguments, gpus)
+    asked, student, others, steps = found.asked, found.student, found.others, found.steps
+    notes, config = asked.settings.notes, asked.config
 
     print(f"dry run on {gpus} GPU{'s' if gpus > 1 else ''}: no weights are loaded, nothing is written")
     if "name" in notes:
-        _tell("recipe", notes["name"])
-    _tell("settings", f"{len(asked.settings.origin)} given, all valid; {config.resolve_objective().describe()}")
+        tell("recipe", notes["name"])
+    tell("settings", f"{len(asked.settings.origin)} given, all valid; {config.resolve_objective().describe()}")
     for note in asked.notes:
-        _tell("", note)
-    _tell("model", _model_line(asked.model.model_name_or_path, asked.model.model_revision, student))
-    for name, revision, shape, _ in others:
-        _tell("teacher", _model_line(name, revision, shape))
-    _tell("data", f"{asked.script.dataset_name}: {where}")
-    _tell("batch", _batch_line(config, gpus, batch))
-    _tell("steps", _steps_line(config, steps))
-    _tell("clipping", _clipping_line(config))
-    _show_memory(asked, gpus, student, others)
-    _show_notes(notes, untold)
+        tell("", note)
+    tell("model", model_line(asked.model.model_name_or_path, asked.model.model_revision, student))
+    for other in others:
+        tell(other.role, model_line(other.name, other.revision, other.shape))
+    tell("data", f"{asked.script.dataset_name}: {found.where}")
+    tell("batch", batch_line(config, gpus, found.batch))
+    tell("steps", steps_line(config, steps))
+    tell("clipping", _clipping_line(config))
+    show_memory(found)
+    _show_notes(notes, found.untold)
     print("nothing contradicts itself")
     return 0
 
 
 # -- what is looked at -------------------------------------------------------------------------------------------
 
-Model = tuple[str, str | None, shapes.Shape | None, int]
 
-
-def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, list[Model], list[str]]:
-    """(the student's shape, (name, revision, shape, bytes of a number) of each frozen model, what could not be told)."""
+def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, list[Frozen], list[str]]:
+    """(the student's shape, each frozen model, what could not be told)."""
     from qtarget.training import teacher_setup
 
     config, model = asked.config, asked.model
@@ -73,31 +103,32 @@ def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, l
             return None
 
     student = find("model_name_or_path", model.model_name_or_path, model.model_revision)
-    others: list[Model] = []
+    others: list[Frozen] = []
     if "teacher" in models and config.teacher_cache is None and config.teacher_ema_decay is None:
         field = "teachers" if config.teachers is not None else "teacher_model_name_or_path"
-        others += [
-            (name, revision, find(field, name, revision), _bytes_of(kwargs.get("dtype")))
-            for name, revision, kwargs in teacher_setup.named_models(config)
-        ]
+        for name, revision, kwargs in teacher_setup.named_models(config):
+            shape = find(field, name, revision)
+            others.append(Frozen("teacher", name, revision, shape, shapes.frozen_bytes(kwargs, shape, config.use_cpu)))
         faults += teacher_setup.settings_faults(config)
-        known_shapes = [shape for _, _, shape, _ in others]
+        known_shapes = [other.shape for other in others]
         known = [_tokens_of(shape) for shape in known_shapes]
-        if all(Path(name).is_dir() for name in [model.model_name_or_path, *(other[0] for other in others)]):
+        if all(Path(name).is_dir() for name in [model.model_name_or_path, *(other.name for other in others)]):
             faults += _tokenizer_faults(asked) if student is not None and None not in known_shapes else []
         elif student is not None and student.tokenizer and all(known):
             faults += [
-                f"{field} is {name!r}, which has the tokens of {shape.tokenizer} and the model those of "
+                f"{field} is {other.name!r}, which has the tokens of {other.shape.tokenizer} and the model those of "
                 f"{student.tokenizer}; use a teacher of the same family"
-                for name, _, shape, _ in others
-                if shape is not None and shape.tokenizer != student.tokenizer
+                for other in others
+                if other.shape is not None and other.shape.tokenizer != student.tokenizer
             ]
         else:
             untold.append("whether student and teacher have the same tokens: their tokenizers are not here")
     if "reference" in models and config.reference_model_name_or_path is not None:
         name, revision = config.reference_model_name_or_path, config.reference_model_revision
-        others.append((name, revision, find("reference_model_name_or_path", name, revision), 4))
-    for name, shape in [(model.model_name_or_path, student), *((other[0], other[2]) for other in others)]:
+        shape = find("reference_model_name_or_path", name, revision)
+        width = shapes.frozen_bytes(config.reference_model_init_kwargs, shape, config.use_cpu)
+        others.append(Frozen("reference", name, revision, shape, width))
+    for name, shape in [(model.model_name_or_path, student), *((other.name, other.shape) for other in others)]:
         if shape is None:
             untold.append(f"the memory of {name}: it has no config here, and its shape is not in qtarget's table")
     return student, others, untold
@@ -107,10 +138,6 @@ def _tokens_of(shape: shapes.Shape | None) -> str | None:
     return None if shape is None else shape.tokenizer
 
 
-def _bytes_of(dtype: Any) -> int:
-    return {"bfloat16": 2, "float16": 2, "auto": 2}.get(str(getattr(dtype, "value", dtype)), 4)
-
-
 def _tokenizer_faults(asked: setup.Run) -> list[str]:
     from transformers import AutoTokenizer
 
@@ -118,9 +145,10 @@ def _tokenizer_faults(asked: setup.Run) -> list[str]:
 
     name = asked.model.model_name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        return [f"model_name_or_path is {name!r}, whose tokenizer cannot be loaded: {setup.one_line(error)}"]
+        with loading("model_name_or_path", name, "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    except ConfigError as error:
+        return error.faults
     return teacher_setup.tokenizer_faults(asked.config, tokenizer)
 
 
@@ -157,28 +185,28 @@ def _rows(asked: setup.Run, faults: list[str]) -> tuple[int | None, str]:
 # -- what is told ------------------------------------------------------------------------------------------------
 
 
-def _tell(what: str, text: str) -> None:
+def tell(what: str, text: str) -> None:
     first, *more = textwrap.wrap(text, 104, break_long_words=False, break_on_hyphens=False) or [""]
     print(f"  {what:<10}{first}")
     for line in more:
         print(f"  {'':<10}{line}")
 
 
-def _model_line(name: str, revision: str | None, shape: shapes.Shape | None) -> str:
+def model_line(name: str, revision: str | None, shape: shapes.Shape | None) -> str:
     told = f"{name}, revision {'default' if revision is None else revision}"
     if shape is None:
         return f"{told}; its shape is not known here"
     return f"{told}; {shape.parameters / 1e9:.2f} billion parameters, head of {shape.vocab:,} rows ({shape.source})"
 
 
-def _batch_line(config: Any, gpus: int, batch: int) -> str:
+def batch_line(config: Any, gpus: int, batch: int) -> str:
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     tokens = f"at most {batch * config.max_length:,} tokens" if config.max_length else "of any length"
     split = f"{gpus} GPU{'s' if gpus > 1 else ''} x {micro} rows x {accumulation} accumulations"
     return f"{split} = {batch} rows a step, {tokens}"
 
 
-def _steps_line(config: Any, steps: arithmetic.Steps | None) -> str:
+def steps_line(config: Any, steps: arithmetic.Steps | None) -> str:
     if steps is None:
         why = "packing puts several rows into one" if config.packing else "the number of rows is not known here"
         return f"{config.max_steps}" if config.max_steps > 0 else f"not known: {why}"
@@ -199,34 +227,31 @@ def _clipping_line(config: Any) -> str:
     return f"{limit}, of a gradient whose denominator is {config.denominator}"
 
 
-def _show_memory(asked: setup.Run, gpus: int, student: shapes.Shape | None, others: list[Model]) -> None:
-    config, model = asked.config, asked.model
-    if student is None or any(shape is None for _, _, shape, _ in others) or not config.max_length:
+def layouts(gpus: int) -> dict[str, str]:
+    """Ways of spreading a run over GPUs, and what they are called."""
+    return memory.KINDS if gpus > 1 else {"ddp": "one GPU"}
+
+
+def show_memory(found: Found) -> None:
+    """A table of the parts for each layout, and the most at one time."""
+    work = workload_of(found)
+    if work is None:
         return
-    requires = config.resolve_objective().requires
-    needed = config.models_for(requires)
-    copies = int("old_policy" in needed) + int(config.teacher_ema_decay is not None)
-    copies += int("reference" in needed and config.reference_model_name_or_path is None and not model.use_peft)
-    work = memory.Workload(
-        student,
-        gpus,
-        config.per_device_train_batch_size * config.max_length,
-        _bytes_of(model.dtype),
-        [(shape, width) for _, _, shape, width in others if shape is not None],
-        copies,
-        bool(config.gradient_checkpointing),
-        not model.use_peft,
-    )
-    kinds = ("ddp", "zero2", "fsdp2") if gpus > 1 else ("ddp",)
-    _tell("memory", "GiB on each GPU by arithmetic, allocator, NCCL and CUDA not counted (docs/reproduce.md)")
-    names = {"ddp": "DDP" if gpus > 1 else "one GPU", "zero2": "ZeRO-2", "fsdp2": "FSDP2"}
-    print(f"  {'':<10}{'':<8}{'all':>8}{''.join(f'{part:>13}' for part in memory.PARTS)}")
-    for kind in kinds:
-        parts = memory.estimate(work, kind)
-        cells = "".join(f"{parts[part] / _GIB:>13.1f}" for part in memory.PARTS)
-        print(f"  {'':<10}{names[kind]:<8}{sum(parts.values()) / _GIB:>8.1f}{cells}")
-    if model.use_peft:
-        _tell("", "gradients and AdamW of the adapters are not counted")
+    tell("memory", "GiB on each GPU by arithmetic, without allocator, NCCL and CUDA (docs/plan.md); most: at one time")
+    parts = {kind: memory.estimate(work, kind) for kind in layouts(found.gpus)}
+    shown = [name for name in memory.PARTS if any(part[name] for part in parts.values())]
+    print(f"  {'':<10}{'':<8}{'most':>8}{''.join(f'{name:>13}' for name in shown)}")
+    for kind, called in layouts(found.gpus).items():
+        cells = "".join(f"{parts[kind][name] / GIB:>13.1f}" for name in shown)
+        print(f"  {'':<10}{called:<8}{memory.peak(work, kind) / GIB:>8.1f}{cells}")
+
+
+def workload_of(found: Found) -> memory.Workload | None:
+    """What each GPU holds; None where a shape or max_length is not known."""
+    asked, config = found.asked, found.asked.config
+    if found.student is None or any(other.shape is None for other in found.others) or not config.max_length:
+        return None
+    return workload.of_memory(config, asked.model, asked.settings.origin, found.student, found.others, found.gpus)
 
 
 def _show_notes(notes: dict[str, Any], untold: list[str]) -> None:
@@ -234,10 +259,10 @@ def _show_notes(notes: dict[str, Any], untold: list[str]) -> None:
     known = {name: found for name, found in entries.items() if found is not None}
     if known:
         counts = Counter(found[0] for found in known.values())
-        _tell("values", ", ".join(f"{number} {origin}" for origin, number in sorted(counts.items())))
+        tell("values", ", ".join(f"{number} {origin}" for origin, number in sorted(counts.items())))
         ours = [name for name, found in known.items() if found[0] == "ours"]
-        _tell("ours", ", ".join(ours) or "none")
+        tell("ours", ", ".join(ours) or "none")
     if notes.get("to_pin"):
-        _tell("to pin", ", ".join(notes["to_pin"]) + ": they name branches, which move")
+        tell("to pin", ", ".join(notes["to_pin"]) + ": they name branches, which move")
     for what in [*notes.get("unknown", []), *untold]:
-        _tell("unknown", what)
+        tell("unknown", what)

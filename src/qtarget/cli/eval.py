@@ -33,7 +33,8 @@ the batches among processes.
   --batch_size 16           answers at once
   --dtype float32           of the weights; --revision REV, --backend transformers|vllm
   --verifier_timeout 10     seconds; a call that takes longer counts as wrong, and is counted. --verifier_processes 2
-  --rescore DIR             judge the texts of a finished folder again; needs no model
+  --rescore DIR             judge the texts of a finished folder again; needs no model. A function of your own that the
+                            folder names is run only with --verifier too
 """
 _OPTIONS: dict[str, Any] = {
     "model": None,
@@ -72,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
         raise unknown("option", rest[0].removeprefix("--").partition("=")[0], [*_OPTIONS])
     asked = _checked(own)
     if own["rescore"] is not None:
-        return _rescore(Path(own["rescore"]), asked)
+        return _rescore(Path(own["rescore"]), asked, own["verifier"])
     for name in ("model", "tasks", "output"):
         if not own[name]:
             flag = "-o DIR" if name == "output" else f"--{name} ..."
@@ -122,7 +123,8 @@ def _evaluate(own: dict[str, Any], asked: dict[str, Any]) -> int:
     positions = sampling.positions(own["model"], own["revision"])
     prompts = tasks.prompts(made, tokenizer, own["prompt"], positions, asked["max_new_tokens"])
     folder = Path(own["output"])
-    manifest = records.describe(_settings(own, asked), made)
+    settings = _settings(own, asked) | {"prompt_style": tasks.resolved(own["prompt"], tokenizer)}
+    manifest = records.describe(settings, made)
     if records.begin(folder, manifest, made, writes=rank == 0):
         if rank == 0:
             print(f"{folder} is finished; its scores again:")
@@ -181,12 +183,13 @@ def _device() -> Any:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else None
 
 
-def _rescore(folder: Path, asked: dict[str, Any]) -> int:
+def _rescore(folder: Path, asked: dict[str, Any], verifier: str | None) -> int:
     from qtarget.evaluation import running
 
     manifest = running.finished(folder)
     total = sum(about["problems"] for about in manifest["tasks"].values()) * (manifest["n"] + 1)
-    made, changed = running.rescore(folder, asked["verifier_timeout"], asked["verifier_processes"], _telling(total))
+    timeout, processes = asked["verifier_timeout"], asked["verifier_processes"]
+    made, changed = running.rescore(folder, timeout, processes, _telling(total), verifier)
     _tell(made, None)
     print(f"verdicts   {changed} changed of {total}")
     return 0

@@ -62,11 +62,10 @@ def _console() -> Any:
 
 
 def _target(value: str | None) -> Any:
-    import yaml
-
+    from qtarget.cli import yaml_text
     from qtarget.targets import Target
 
-    return None if value is None else Target.from_config(yaml.safe_load(value))
+    return None if value is None else Target.from_config(yaml_text.load(value, f"target is {value!r}"))
 
 
 # -- verbs -------------------------------------------------------------------------------------------------------
@@ -78,13 +77,13 @@ def _capture(words: list[str]) -> int:
         raise ConfigError("output is not set; name the folder of the capture, as in: -o my_capture")
     rows, top_k = options.whole("rows", own["rows"], 1), options.whole("top_k", own["top_k"], 1)
     folder = Path(own["output"])
-    if (folder / "manifest.json").exists():
-        raise ConfigError(f"output is {str(folder)!r}, which holds a capture; name another folder, or delete that one")
-
     from rich.progress import track
 
     from qtarget.cli import setup
     from qtarget.lens import capture
+
+    if faults := capture.folder_faults(folder):
+        raise ConfigError(faults)
 
     run = setup.read(rest, {"packing": False, "padding_free": False, "gradient_checkpointing": False}, trains=False)
     run.datasets.pop("test", None)
@@ -125,7 +124,12 @@ def _report(words: list[str]) -> int:
             )
         read.manifest["history"] = history.frames(given["run"])
     out = Path(given.get("output", "lens.html"))
-    page.write(read, out, max_rows=options.whole("rows", given.get("rows", 300), 1))
+    try:
+        page.write(read, out, max_rows=options.whole("rows", given.get("rows", 300), 1))
+    except OSError as error:
+        raise ConfigError(
+            f"output is {str(out)!r}, which cannot be written ({error.strerror}); name a file in a folder you own"
+        ) from error
     print(f"page       {out}  ({out.stat().st_size / 2**20:.1f} MB; open it in a browser)")
     return 0
 
@@ -151,6 +155,7 @@ def _show(words: list[str]) -> int:
     (folder,), given = _options(words, ("row", "target"), ("all",))
     from qtarget.lens import record, terminal
     from qtarget.targets import Target
+    from qtarget.targets.config import names_code
 
     read, target = record.read(folder), _target(given.get("target"))
     console = _console()
@@ -158,8 +163,12 @@ def _show(words: list[str]) -> int:
         console.print(terminal.comparison(read, target))
         return 0
     if target is None:
+        asked = read.manifest.get("target") or "sft"
         try:
-            target = Target.from_config(read.manifest.get("target") or "sft")
+            if names_code(asked):  # a capture may be somebody else's: what it names is not imported
+                console.print(f"note: the capture's target {asked} is code and is not run; name it with --target")
+                asked = "sft"
+            target = Target.from_config(asked)
         except ConfigError:  # on a schedule or by source
             target = Target.from_config("sft")
     row = None if "row" not in given else options.whole("row", given["row"], 0)
@@ -197,9 +206,17 @@ def _loss(words: list[str]) -> int:
     probabilities = torch.tensor([0.001, 0.01, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999], dtype=torch.float64)
     rest = torch.linspace(2, -4, 30, dtype=torch.float64).softmax(0)
     p = torch.cat([probabilities[:, None], (1 - probabilities)[:, None] * rest], 1)
-    made = induced_target(
-        loss, p.log(), torch.zeros(len(p), dtype=torch.int64), reduction=given.get("reduction", "sum")
-    )
+    try:
+        made = induced_target(
+            loss, p.log(), torch.zeros(len(p), dtype=torch.int64), reduction=given.get("reduction", "sum")
+        )
+    except ConfigError:
+        raise
+    except Exception as error:  # the user's own function
+        raise ConfigError(
+            f"loss is {given['loss']!r}, which failed with {type(error).__name__}: {error}; name a function of (logits, "
+            "labels) that returns a number"
+        ) from error
     table = Table(title=f"what {given['loss']} teaches", title_justify="left", box=None, pad_edge=False)
     for heading in ("p_y", "trust γ", "residual", "Q of the label", "update ½‖p − Q‖", "on the simplex"):
         table.add_column(heading, justify="right")

@@ -41,7 +41,7 @@ def whole(name: str, value: Any, low: int) -> int:
     """A whole number from ``low``, or ConfigError."""
     try:
         number = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{name} is {value!r}; use a whole number from {low}") from None
     if number < low:
         raise ConfigError(f"{name} is {number}; use a whole number from {low}")
@@ -52,7 +52,7 @@ def number(name: str, value: Any) -> float:
     """A number, or ConfigError."""
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{name} is {value!r}; use a number") from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -12,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from qtarget.cli import yaml_text
 from qtarget.errors import ConfigError
 
 
@@ -61,6 +61,8 @@ def read(arguments: Sequence[str]) -> Settings:
     flags = _flags(arguments, settings.faults)
     config_file = flags.pop("config", None)
     given: list[tuple[str, str, Any]] = []
+    if config_file is True or isinstance(config_file, list):
+        raise ConfigError("--config stands without its value or with several; write --config FILE")
     if config_file is not None:
         from_file = _read_file(str(config_file), settings.faults)
         settings.unreadable = from_file is None
@@ -85,7 +87,11 @@ def read(arguments: Sequence[str]) -> Settings:
                 settings.faults += error.faults
                 continue
         elif key in spellings.KEYS:
-            settings.spelled[key] = yaml.safe_load(value) if isinstance(value, str) else value
+            try:
+                settings.spelled[key] = _yaml(value, key) if isinstance(value, str) else value
+            except ConfigError as error:
+                settings.faults += error.faults
+                continue
         else:
             place = f"key in {config_file}" if origin == "file" else "flag"
             settings.faults.append(_unknown_key(place, key, origin, where))
@@ -126,14 +132,16 @@ def _flags(arguments: Sequence[str], faults: list[str]) -> dict[str, Any]:
 
 def _read_file(path: str, faults: list[str]) -> dict[str, Any] | None:
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        faults.append(f"config is {path!r}, which cannot be read: {error.strerror}")
+        loaded = yaml_text.load(Path(path).read_text(encoding="utf-8-sig"), f"config is {path!r}")
+    except UnicodeDecodeError as error:
+        faults.append(f"config is {path!r}, which is not UTF-8 at byte {error.start}; save it as UTF-8 text")
         return None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = "" if mark is None else f" at line {mark.line + 1}"
-        faults.append(f"config is {path!r}, which is not YAML{line}: {getattr(error, 'problem', error)}")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if isinstance(error, ConfigError):
+            faults += error.faults
+        else:
+            reason = getattr(error, "strerror", None) or error
+            faults.append(f"config is {path!r}, which cannot be read: {reason}; name a YAML file")
         return None
     if loaded is None:
         return {}
@@ -156,15 +164,14 @@ def _is_union(annotation: Any) -> bool:
 
 
 def _yaml(text: str, key: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key} is {text!r}, which is not YAML: {getattr(error, 'problem', error)}") from None
+    return yaml_text.load(text, f"{key} is {text if len(text) < 200 else text[:200] + '...'!r}")
 
 
 def _as(hint: tuple[type, ...], value: Any, key: str) -> Any:
     """A value in its field's type. YAML reads 1e-5 as text and no as false; flags are all text."""
     text = isinstance(value, str)
+    if text and "\0" in value:
+        raise ConfigError(f"{key} is {value!r}, which holds a NUL character; take it out")
     if text and value.lower() in ("none", "null", "~") and key != "report_to":  # whose "none" is a name
         return None
     if value is None:
@@ -190,6 +197,8 @@ def _as(hint: tuple[type, ...], value: Any, key: str) -> Any:
             return "no"  # eval_strategy: no
         if value is True and key == "resume_from_checkpoint":
             return True
+        if isinstance(value, tuple({list, dict} - set(hint))):
+            raise ConfigError(f"{key} is {value!r}; use text")
         return value if isinstance(value, (dict, list)) else str(value)
     for number in (int, float):
         if number in hint and not isinstance(value, (bool, list, dict)):
@@ -199,7 +208,7 @@ def _as(hint: tuple[type, ...], value: Any, key: str) -> Any:
                 break
             if number is float:
                 return as_float
-            if as_float == int(as_float):
+            if math.isfinite(as_float) and as_float == int(as_float):
                 return int(as_float)
     if int in hint or float in hint:
         what = "a number" if float in hint else "a whole number"

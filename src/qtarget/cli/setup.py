@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, loading, reason
+from qtarget.planning.shapes import is_path
 
 
 @dataclass
@@ -104,23 +105,41 @@ def _training_config(settings: Any):
         return QTargetConfig(**values), notes
     except ConfigError as error:
         settings.faults += error.faults
-    except (ValueError, TypeError, OSError) as error:
-        settings.faults.append(one_line(error))
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        settings.faults.append(_of_transformers(error, values))
     return None, notes
 
 
+def _of_transformers(error: Exception, values: dict[str, Any]) -> str:
+    """A refusal of TRL or Transformers, which may not say which setting it is about."""
+    text = one_line(error)
+    said = [name for name, value in values.items() if name in text or any(one in text for one in _words(value))]
+    if isinstance(error, ImportError) and values.get("deepspeed"):
+        said = ["deepspeed"]
+    if not said or any(name in text for name in said):
+        return text
+    return f"{said[0]} is {values[said[0]]!r}: {text}"
+
+
+def _words(value: Any) -> list[str]:
+    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str) and one]
+
+
 def _output_faults(config: Any) -> list[str]:
+    from qtarget.training import checkpoints
+
     folder = Path(config.output_dir)
+    try:
+        folder.exists()
+    except OSError as error:  # a name longer than the file system takes
+        return [f"output_dir is {str(folder)[:100]!r}..., which cannot be a folder ({error.strerror}); choose another"]
     held = [*folder.glob("checkpoint-*"), *folder.glob("*.safetensors"), *folder.glob("train_results.json")]
     if held and not config.resume_from_checkpoint:
         return [
             f"output_dir is {str(folder)!r}, which holds another run ({held[0].name}); choose another folder, or go on "
             "with that run by --resume_from_checkpoint true"
         ]
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        return [f"output_dir is {str(folder)!r}, which cannot be written; choose a folder you own"]
-    return []
+    return checkpoints.unwritable(folder)
 
 
 def _need_faults(config: Any) -> list[str]:
@@ -132,11 +151,19 @@ def _need_faults(config: Any) -> list[str]:
 
 def _resume_faults(config: Any) -> list[str]:
     """What can be seen of a checkpoint without models; the trainer looks again with them."""
-    from qtarget.training import checks, identity
+    from qtarget.training import checkpoint_files, checkpoints, checks, identity
 
     folder = checks.checkpoint_folder(resume(config.resume_from_checkpoint), config.output_dir)
+    passed_over = checkpoints.passed_over(config.output_dir)
+    if folder is None and str(config.resume_from_checkpoint).lower() == "true" and passed_over:
+        return [
+            f"resume_from_checkpoint is true, but output_dir {config.output_dir!r} holds no checkpoint that is whole: "
+            f"{'; '.join(passed_over)}; leave it out to start anew"
+        ]
     if folder is None:
         return []
+    if broken := checkpoint_files.faults(folder):
+        return broken
     settings = identity.identity(config, config.resolve_objective(), {})
     known = {name: value for name, value in settings.items() if name not in ("teacher", "reference")}
     return identity.differences(folder, known, partly=True)
@@ -199,6 +226,7 @@ def build(run: Run, kind: Any = None, weights: bool = True) -> Any:
     from qtarget.training import QTargetTrainer
 
     config, model = run.config, run.model
+    _check_files(model, config)
     init = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -219,12 +247,44 @@ def build(run: Run, kind: Any = None, weights: bool = True) -> Any:
         return (kind or QTargetTrainer)(student, config, **settings)
     except ConfigError:
         raise
+    except UnicodeDecodeError as error:
+        name = run.script.dataset_name
+        raise ConfigError(f"dataset_name is {name!r}, which is not UTF-8 ({error}); save it as that") from error
     except OSError as error:
         raise ConfigError(
             f"model_name_or_path is {model.model_name_or_path!r}, which cannot be loaded: {one_line(error)}"
         ) from error
     except (ValueError, ImportError) as error:  # TRL's and Transformers' own refusals
         raise ConfigError(one_line(error)) from error
+    except Exception as error:
+        if not _comes_of_loading(error):
+            raise
+        raise ConfigError(
+            f"model_name_or_path is {model.model_name_or_path!r}, which cannot be loaded: {reason(error)}"
+        ) from error
+
+
+def _check_files(model: Any, config: Any) -> None:
+    """The small files of a model, so that what is wrong with them is said by name."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    name = model.model_name_or_path
+    how = {"revision": model.model_revision, "trust_remote_code": config.trust_remote_code}
+    with loading("model_name_or_path", name):
+        AutoConfig.from_pretrained(name, **how)
+    with loading("model_name_or_path", name, "tokenizer"):
+        AutoTokenizer.from_pretrained(name, **how)
+    path = config.chat_template_path
+    if path is not None and is_path(path) and not Path(path).exists():
+        raise ConfigError(
+            f"chat_template_path is {path!r}, which is not there; name a Jinja file, a folder or a hub id"
+        )
+
+
+def _comes_of_loading(error: Exception) -> bool:
+    """Whether it was raised while Transformers read a model's weights."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.name == "from_pretrained" and "transformers" in frame.filename for frame in frames)
 
 
 def _without_weights(model: Any, config: Any) -> tuple[Any, Any]:
@@ -246,5 +306,4 @@ def resume(value: Any) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
+    return reason(error)

@@ -46,8 +46,11 @@ def run(arguments: Sequence[str]) -> int:
     if _is_main():
         _print_settings(asked)
     trainer = setup.build(asked)
+    from qtarget.training import checkpoints
+
     try:
-        return _train(trainer, asked)
+        with checkpoints.told("what the run leaves", asked.config.output_dir):
+            return _train(trainer, asked)
     except ConfigError:
         print(file=sys.stderr)  # leave the progress bar's line
         raise

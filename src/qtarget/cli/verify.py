@@ -163,7 +163,7 @@ def _in_float32(trainer: Any) -> None:
 
 def _estimate(asked: Any, trainer: Any) -> Callable[[int, int], int | None]:
     """(positions, supervised tokens) → bytes a step takes beyond models and optimiser. The one place that knows how."""
-    from qtarget.cli import memory, shapes
+    from qtarget.planning import memory, shapes
 
     def shape_of(model: Any) -> Any:
         """Of a model by its name; None where it cannot be looked up."""
@@ -174,14 +174,26 @@ def _estimate(asked: Any, trainer: Any) -> Callable[[int, int], int | None]:
 
     def of_step(positions: int, supervised: int) -> int | None:
         student = shape_of(trainer._base_model())
-        others = [
-            shape_of(model) for model in (trainer._others.teacher, trainer._others.reference) if model is not None
-        ]
-        if student is None or None in others or asked.model.use_peft:
+        teachers, references = (
+            [shape_of(model)] if model is not None else []
+            for model in (trainer._others.teacher, trainer._others.reference)
+        )
+        if student is None or None in [*teachers, *references] or asked.model.use_peft:
             return None
-        work = memory.Workload(student, 1, positions, 4, [(shape, 4) for shape in others], checkpointing=False)
-        parts = memory.estimate(work, "ddp")
-        return parts["gradients"] + parts["engine"] + parts["activations"]
+        work = memory.Workload(
+            student,
+            gpus=1,
+            tokens=positions,
+            teachers=[(shape, 4) for shape in teachers],
+            references=[(shape, 4) for shape in references],
+            supervised=supervised,
+            checkpointing=False,
+            mixed=False,
+            accumulates=False,
+            device=trainer.args.device.type,
+        )
+        stages = memory.stages(work)
+        return stages["peak"] - stages["between"]
 
     return of_step
 

@@ -28,6 +28,7 @@ REFERENCE = "reference_logp"
 _WHOLE = {SOURCE_ID, UID}  # columns of whole numbers; float32 would round a large uid
 # Uids made here, for a teacher joined by token; what makes them completes the name.
 _MADE_UID = "qtarget_uid_"
+_LOG_PROBABILITIES = {"old_logps", REFERENCE}
 _PER_TOKEN_ONLY = {"old_logps", UID}
 
 
@@ -113,6 +114,8 @@ def _spread(name: str, value: Any, labels: Sequence[int]) -> list:
         if name in _PER_TOKEN_ONLY:
             raise ConfigError(f"column {name} holds {value!r} for a whole row; it needs one number per token")
         value = [value] * len(labels)
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise ConfigError(f"column {name} holds {value!r}; give one number per input_id, or one number per row")
     value = list(value)
     if len(value) != len(labels):
         raise ConfigError(
@@ -120,18 +123,29 @@ def _spread(name: str, value: Any, labels: Sequence[int]) -> list:
             "rows), or one number per row"
         )
     if _is_whole(name):
-        return [int(number) for number in value]
+        if odd := [number for number in value if isinstance(number, bool) or not isinstance(number, int)]:
+            raise ConfigError(f"column {name} holds {odd[0]!r}; it names tokens, use whole numbers")
+        return value
     return [_checked(name, number, label != -100) for number, label in zip(value, labels, strict=True)]
 
 
+def _is_finite(number: Any) -> bool:
+    try:
+        return isinstance(number, Number) and math.isfinite(float(number))  # type: ignore[arg-type]
+    except OverflowError:  # a whole number beyond what a float holds
+        return False
+
+
 def _checked(name: str, number: Any, trained: bool) -> float:
-    finite = isinstance(number, (Number, bool)) and math.isfinite(float(number))  # type: ignore[arg-type]
+    finite = _is_finite(number)
     if not trained:
         return float(number) if finite else 0.0
     if not finite:
         raise ConfigError(f"column {name} holds {number!r} at a supervised token; every number must be finite")
     if name == "weight" and number < 0:
         raise ConfigError(f"column weight holds {number:g}; weights must be 0 or more")
+    if name in _LOG_PROBABILITIES and number > 1e-3:  # a little more than rounding makes of 0
+        raise ConfigError(f"column {name} holds {number:g}; a log-probability is 0 or less")
     if name == "critical" and number not in (0, 1):
         raise ConfigError(f"column critical holds {number!r}; it is a mask of tokens, use 0 and 1")
     return float(number)

@@ -20,7 +20,7 @@ from qtarget.evaluation import records, running, scores
 # To be told apart in four of five repetitions at 95 %: (1.96 + 0.84)² standard errors squared.
 _NEEDED = (1.959964 + 0.841621) ** 2
 _FEW = 20
-MEAN = "mean"
+MEAN = "mean of tasks"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Difference:
     """An arm's score minus the first arm's.
 
     Attributes:
-        task: its name, or "mean": of all. measure: strict, lenient, greedy, pass@n or tokens.
+        task: its name, or which mean: see ``_means``. measure: strict, lenient, greedy, pass@n or tokens.
         first, other: the two scores. low, high: the 95 % interval of the difference. problems: how many.
         needed: how many problems would show a difference of this size in four of five repetitions; None where the
             interval excludes zero, or where the difference is 0 and no number would do.
@@ -118,7 +118,10 @@ def read(words: Sequence[str]) -> tuple[list[Arm], dict[str, Any]]:
         if len(folders) != len(named[0][1]):
             raise ConfigError("the arms have different numbers of training seeds; name as many folders for each")
         for folder in folders:
-            found = records.difference(first, running.finished(folder), records.UNCOMPARED)
+            there = running.finished(folder)
+            told = "prompt_style" in first and "prompt_style" in there  # older folders do not say
+            ignored = records.UNCOMPARED if told else (*records.UNCOMPARED, "prompt_style")
+            found = records.difference(first, there, ignored)
             if found is not None:
                 setting, was, now = found
                 raise ConfigError(
@@ -132,9 +135,16 @@ def _groups(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
     manifest = running.finished(folder)
     made = {}
     for task in manifest["tasks"]:
-        groups = scores.grouped(records.samples(folder, task))
+        held = records.samples(folder, task)
+        version = manifest["tasks"][task]["verifier_version"]
+        if other := next((r for r in held if r["verifier_version"] != version), None):
+            raise ConfigError(
+                f"{str(folder)!r} has verdicts of verifier version {other['verifier_version']!r} beside {version!r} in "
+                f"task {task}: a re-scoring was broken off; run qtarget eval --rescore {folder} again"
+            )
+        groups = scores.grouped(held)
         wanted = [problem.id for problem in records.problems(folder, task)]
-        whole = {id: len(groups.get(id, ())) for id in wanted}
+        whole = {id: len({record["sample"] for record in groups.get(id, ())}) for id in wanted}
         lacking = next((id for id, count in whole.items() if count != manifest["n"] + 1), None)
         if lacking is not None or len(groups) != len(wanted):
             raise ConfigError(
@@ -157,7 +167,7 @@ def compare(words: Sequence[str], draws: int = 10_000, seed: int = 0) -> Compari
     for arm in arms[1:]:
         for measure in ("strict", "lenient", "greedy", f"pass@{n}", "tokens"):
             if n or measure in ("greedy", "tokens"):
-                differences += _measure(arms[0], arm, measure, tasks, n, draws, seed)
+                differences += _measure(arms[0], arm, measure, tasks, _means(manifest), n, draws, seed)
     notes = [
         f"Task {task} has {count} problems: too few for an interval to be trusted."
         for task in tasks
@@ -177,8 +187,31 @@ def compare(words: Sequence[str], draws: int = 10_000, seed: int = 0) -> Compari
     return Comparison(arms, tasks, n, settings, made, differences, notes)
 
 
-def _measure(first: Arm, other: Arm, measure: str, tasks: list[str], n: int, draws: int, seed: int) -> list[Difference]:
-    """One measure of every task, and the mean of the tasks where there are several."""
+def _means(manifest: dict[str, Any]) -> dict[str, list[str]]:
+    """{what a mean is called: its tasks}: each suite's, and of all tasks where none belongs to a suite.
+
+    So hle beside med10 never enters med10's mean, as it does in a published one.
+    """
+    suites: dict[str, list[str]] = {}
+    for task, about in manifest["tasks"].items():
+        if about["suite"] is not None:
+            suites.setdefault(about["suite"], []).append(task)
+    if suites:
+        return {f"mean of {suite}": members for suite, members in suites.items()}
+    return {MEAN: [*manifest["tasks"]]} if len(manifest["tasks"]) > 1 else {}
+
+
+def _measure(
+    first: Arm,
+    other: Arm,
+    measure: str,
+    tasks: list[str],
+    means_of: dict[str, list[str]],
+    n: int,
+    draws: int,
+    seed: int,
+) -> list[Difference]:
+    """One measure of every task, and of the means."""
     made, drawn, both = [], [], []
     for number, task in enumerate(tasks):
         if measure in ("strict", "lenient"):
@@ -190,10 +223,11 @@ def _measure(first: Arm, other: Arm, measure: str, tasks: list[str], n: int, dra
         drawn.append(means)
         both.append((float(a.mean()), float(b.mean())))
         made.append(_difference(task, other.name, measure, both[-1], means, a.shape[1]))
-    if len(tasks) > 1:
-        pair = (float(np.mean([a for a, _ in both])), float(np.mean([b for _, b in both])))
-        problems = sum(difference.problems for difference in made)
-        made.append(_difference(MEAN, other.name, measure, pair, np.mean(drawn, axis=0), problems))
+    for name, members in means_of.items():
+        own = [tasks.index(task) for task in members]
+        pair = (scores.macro([both[i][0] for i in own]), scores.macro([both[i][1] for i in own]))
+        problems = sum(made[i].problems for i in own)
+        made.append(_difference(name, other.name, measure, pair, np.mean([drawn[i] for i in own], axis=0), problems))
     return made
 
 

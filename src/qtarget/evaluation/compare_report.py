@@ -6,7 +6,9 @@ Names of arms, tasks and folders are a stranger's text: escaped wherever they st
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
+import json
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -36,7 +38,7 @@ def cells(difference: Difference) -> list[str]:
     return [
         difference.arm,
         {"strict": "avg@n", "lenient": "lenient avg@n"}.get(difference.measure, difference.measure),
-        "mean of tasks" if difference.task == "mean" else difference.task,
+        difference.task,
         shown(difference.first),
         shown(difference.other),
         shown(difference.value, sign=True),
@@ -77,6 +79,21 @@ def facts(comparison: Comparison) -> list[str]:
     ]
 
 
+def as_json(comparison: Comparison) -> str:
+    """All numbers, unrounded, for other programs."""
+    made = {
+        "arms": {arm.name: [*map(str, arm.folders)] for arm in comparison.arms},
+        "settings": comparison.settings,
+        "n": comparison.n,
+        "differences": [
+            {**dataclasses.asdict(d), "difference": d.value, "reading": d.sentence()} for d in comparison.differences
+        ],
+        "scores": comparison.scores,
+        "notes": comparison.notes,
+    }
+    return json.dumps(made, indent=2, ensure_ascii=False) + "\n"
+
+
 def markdown(comparison: Comparison) -> str:
     def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         safe = [[_cell(text) for text in row] for row in (names, *rows)]
@@ -84,11 +101,11 @@ def markdown(comparison: Comparison) -> str:
         return "\n".join([lines[0], f"|{'---|' * len(names)}", *lines[1:]])
 
     parts = [
-        f"# Differences to {comparison.arms[0].name}",
+        f"# Differences to {_cell(comparison.arms[0].name)}",
         table(heads(comparison), [cells(difference) for difference in comparison.differences]),
         "## Scores",
         table(*score_rows(comparison)),
-        "\n".join(f"- {fact}" for fact in facts(comparison)),
+        "\n".join(f"- {_cell(fact)}" for fact in facts(comparison)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -230,7 +247,7 @@ def _intervals(differences: Sequence[Difference], measure: str) -> str:
     arms = list(dict.fromkeys(d.arm for d in differences))
     for number, difference in enumerate(differences):
         y = 18 + row * number
-        label = f"{difference.arm}, {'mean of tasks' if difference.task == 'mean' else difference.task}"
+        label = f"{difference.arm}, {difference.task}"
         short = label if len(label) <= 34 else label[:33] + "…"
         arm = arms.index(difference.arm) + 1
         body += f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(short)}</text>'

@@ -6,10 +6,11 @@ import logging
 import re
 from fractions import Fraction
 
-from qtarget.evaluation.extraction import normal
+from qtarget.evaluation.extraction import normal, value_without_letter
 
-_PLAIN = re.compile(r"([-+]?)(\d+(?:\.\d*)?|\.\d+)(?:/(\d+))?(%?)")
+_PLAIN = re.compile(r"([-+]?)(\d+(?:\.\d*)?|\.\d+)(?:[eE]([-+]?\d{1,3}))?(?:/(\d+))?(%?)")
 _FRAC = re.compile(r"([-+]?)\\frac\{(-?\d+)\}\{(\d+)\}")
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?%?")
 _FRAC_SHORT = re.compile(r"([-+]?)\\frac(\d)(\d)")
 # What is no expression: a letter of a choice, or words. As LaTeX a bare B would be the symbol b.
 _WORDS = re.compile(r"\(?([A-Za-z])\)?|[A-Za-z]{2,}(?:[ '-][A-Za-z]+)*")
@@ -27,6 +28,8 @@ def same(gold: str, answer: str, percent: bool = False) -> bool:
     gold, answer = normal(gold), normal(answer)
     if not gold or not answer:
         return False
+    if number(gold) is not None:
+        answer = value_without_letter(answer)
     if _equal(gold, answer):
         return True
     if percent:
@@ -42,8 +45,10 @@ def _equal(gold: str, answer: str) -> bool:
     wanted, given = number(gold), number(answer)
     if wanted is not None and given is not None:
         return wanted == given
+    if given is not None and value_without_letter(gold) != gold:
+        return False  # math-verify would take the variable of 2m for a unit
     if words := _WORDS.fullmatch(gold):
-        return words[0].strip("()").lower() == answer.strip("() ").lower()
+        return words[0].strip("()").lower() == answer.strip("()! ").lower()
     golds, answers = members(gold), members(answer)
     if len(golds) != len(answers):
         return False
@@ -58,13 +63,13 @@ def _equal(gold: str, answer: str) -> bool:
 def number(text: str) -> Fraction | None:
     """The exact value of an integer, a decimal, a simple fraction, or one of these in percent; else None."""
     compact = text.replace(" ", "")
-    if len(compact) > 400:
+    if len(compact) > 400 or (re.search(r"\d \d", text) and not _THOUSANDS.fullmatch(text)):
         return None
     if found := _PLAIN.fullmatch(compact):
-        sign, value, below, percent = found.groups()
+        sign, value, power, below, percent = found.groups()
         if below is not None and not int(below):
             return None
-        result = Fraction(value.rstrip(".") or "0") / int(below or 1) / (100 if percent else 1)
+        result = Fraction(f"{value}e{power or 0}") / int(below or 1) / (100 if percent else 1)
     elif found := _FRAC.fullmatch(compact) or _FRAC_SHORT.fullmatch(compact):
         sign, value, below = found.groups()
         if not int(below):
@@ -84,7 +89,16 @@ def members(text: str) -> list[str]:
     text = text.strip()
     if text.startswith("\\{") and text.endswith("\\}"):
         text = text[2:-2]
-    return _split(re.sub(r"\s(?:and|or)\s", ",", text).replace(",,", ","))
+    parts = _split(re.sub(r"\s(?:and|or)\s", ",", text).replace(",,", ","))
+    return [one for part in parts for one in _signs(part)]
+
+
+def _signs(part: str) -> list[str]:
+    r"""Both values of a \pm; what has more than one stays, for their signs may belong together."""
+    if part.count("\\pm") != 1 or _tuple(part) is not None:
+        return [part]
+    before, after = (side.strip() for side in part.split("\\pm"))
+    return [f"{before}{'+' if before else ''}{after}", f"{before}-{after}"]
 
 
 def _tuple(text: str) -> list[str] | None:
@@ -120,8 +134,8 @@ def _unordered(golds: list[str], answers: list[str]) -> bool:
 
 
 def _bare(text: str) -> str:
-    """Spaces never count, and \\{ \\} do not where they only group a set."""
-    return text.replace(" ", "")
+    """Without spaces, but for those that part two numbers."""
+    return re.sub(r"(?<!\d) | (?!\d)", "", text)
 
 
 def _math_verify(gold: str, answer: str) -> bool:

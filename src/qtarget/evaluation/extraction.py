@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Sequence
 
 # Changes when a text would give another answer; part of the verifier version in every sample.
-VERSION = 1
+VERSION = 2
 
 _BOX = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
 _NUMBER = re.compile(
@@ -21,18 +21,29 @@ _NUMBER = re.compile(
     r"|(?<=[\w.)])\d+(?:\.\d+)?|(?<![\w.])[-+]?\.\d+"
 )
 _PHRASE = re.compile(r"(?:final\s+answer|answer)\s*(?:is|:|=)\s*:?\s*", re.IGNORECASE)
-# A letter of an option by itself: not part of a word, and not "A" or "I" as words of a sentence.
+# A letter of an option where it is said to be the answer, in whatever brackets or marks.
 _LETTER_PHRASE = re.compile(
-    r"answer\s*(?:is|:|=)?\s*:?\s*(?:option|choice)?\s*[*_$]*(?:\\text\{)?\(?([A-Za-z])\b(?![''’])", re.IGNORECASE
+    r"answer\b\s*+(?:(?:is|:|=)\s*+)?(?::\s*+)?(?:(?:option|choice)\b\s*+(?::\s*+)?)?(?:[*_$\"“]|\\[(\[])*+(?:\\text\{)?"
+    r"[(\[]?([A-Za-z])\b(?!['’]\w)",
+    re.IGNORECASE,
 )
-_LETTER_END = re.compile(r"(?:^|[\s(*])\(?([A-Z])\)?[.)*]*\s*$")
+# "A" and "I" before another word are words of a sentence, unless that word goes on from a letter: A because ...
+_WORD = re.compile(r"\s+(?!(?:and|or|but|not|because|since|as|for|due|while|which|with|from|is|was|by|given)\b)[a-z]")
+# At the end: in brackets, alone on its line, or after a word that chooses; not hepatitis B, nor vitamin A.
+_LETTER_END = re.compile(
+    r"(?:^|[\n:*$=-]|\b(?i:is|be|choose|chose|select|pick|option|choice|answer|so|thus|therefore|hence|clearly|"
+    r"likely|probably|definitely)(?=\s))\s*\*{0,2}([A-Z])[.*$]*\s*$|[(\[]([A-Z])[)\]][.*$]*\s*$"
+)
 _LETTER_ALONE = re.compile(r"(?<![A-Za-z])([A-Z])(?![A-Za-z''’])")
 _WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox|operatorname)\s*\{")
-_TRAILING = " \t\r\n.,;:!。．，；"
+# Neither holds "!", for 5! is 120; a point in front belongs to .5.
+_TRAILING = " \t\r\n.,;:。．，；"
+_LEADING = " \t\r\n,;:。，；"
+_FULL_WIDTH = {0xFF21 + i: ord("A") + i for i in range(26)}
 
 
 def ascii_digits(text: str) -> str:
-    """Decimal digits of any script as ASCII, and the minus signs of typographers; superscripts stay as they are.
+    """Decimal digits and separators of any script as ASCII, and typographers' minus signs; superscripts stay.
 
     >>> ascii_digits("−４٢")
     '-42'
@@ -43,7 +54,9 @@ def ascii_digits(text: str) -> str:
     for letter in text:
         value = unicodedata.decimal(letter, None)
         kept.append(letter if value is None else str(value))
-    return "".join(kept).translate({0x2212: "-", 0xFF0D: "-", 0xFE63: "-", 0xFF0E: ".", 0xFF0F: "/"})
+    return "".join(kept).translate(
+        {0x2212: "-", 0xFF0D: "-", 0xFE63: "-", 0xFF0E: ".", 0xFF0F: "/", 0x066B: ".", 0x066C: ","}
+    )
 
 
 # -- marks ---------------------------------------------------------------------------------------------------------
@@ -71,11 +84,16 @@ def boxed(text: str) -> str | None:
 
 
 def marked(text: str) -> str | None:
-    """The last answer the text marks, its kinds in this order: <answer> tags, a box, ####; None without one."""
+    """The last answer the text marks, its kinds in this order: <answer> tags, a box, ####; None without one.
+
+    A box inside of tags is the answer in them.
+    """
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
     if start >= 0:
-        return text[start + len("<answer>") : end].strip()
+        inner = text[start + len("<answer>") : end]
+        box = boxed(inner)
+        return (inner if box is None else box).strip()
     if (box := boxed(text)) is not None:
         return box.strip()
     if "####" in text:
@@ -124,6 +142,8 @@ def lenient(text: str) -> str | None:
         sentence = re.split(r"(?<=[^\d])\.(?:\s|$)|\.\s|\.$|\n", text[said.end() : said.end() + 400], maxsplit=1)[0]
         if "$" in sentence and (inner := re.findall(r"\$([^$]+)\$", sentence)):
             return normal(inner[0]) or None
+        if _FRACTION.fullmatch(whole := normal(sentence)):
+            return whole
         if (number := last_number(sentence)) is not None:
             return number
     return last_number(text)
@@ -131,16 +151,28 @@ def lenient(text: str) -> str | None:
 
 # -- normal form ---------------------------------------------------------------------------------------------------
 
-_UNITS = (
-    "degrees?|deg|cm|mm|km|dm|m|meters?|metres?|centimeters?|kilometers?|miles?|feet|foot|ft|inch(?:es)?|in|yards?|"
-    "seconds?|secs?|s|minutes?|mins?|hours?|hrs?|h|days?|weeks?|months?|years?|dollars?|cents?|euros?|pounds?|grams?|"
-    "kg|kilograms?|mg|g|liters?|litres?|ml|l|mph|km/h|m/s|square|cubic|sq|units?|points?|percent|people|students?|"
-    "ways|apples?|J|N|W|K|Hz|eV|erg|AU|pc|Pa|V|A|T|C|mol|rad|radians?|solar|masses?"
+_FRACTION = re.compile(r"[-+]?\\frac\{-?\d+\}\{\d+\}")
+_UNIT_WORDS = (
+    "degree degrees deg cm mm km dm meter meters metre metres centimeter centimeters kilometer kilometers mile "
+    "miles feet foot ft inch inches in yard yards second seconds sec secs minute minutes min mins hour hours hr "
+    "hrs day days week weeks month months year years dollar dollars cent cents euro euros pound pounds gram grams "
+    "kg kilogram kilograms mg liter liters litre litres ml mph square cubic sq unit units point points percent "
+    "people student students way ways apple apples hz ev erg au pc pa mol rad radian radians solar mass masses"
 )
-_UNIT = re.compile(rf"(?<=[\d)}}\s])\s*(?:(?:{_UNITS})(?:\s*\^?\s*\{{?-?\d\}}?)?(?:\s+|/|$|\\cdot|\*)*)+$")
+_UNITS = frozenset(_UNIT_WORDS.split())
+# Units that may as well be variables: only in \text, or apart from a number.
+_UNIT_LETTERS = frozenset("mshglJNWKVATC")
+_BARE_UNIT = re.compile(r"(.*[\d)}])(\s*)([A-Za-z][A-Za-z\s/*^{}\d·-]*)", re.DOTALL)
+_WRAPPED_UNIT = re.compile(
+    r"(.*?)\s*\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox|operatorname)\s*\{([^{}]*)\}"
+    r"(?:\s*\^\s*\{?-?\d\}?)?\s*",
+    re.DOTALL,
+)
 _GROUPED = re.compile(r"(?<![\d.])(\d{1,3})((?:(?:,|\{,\}|\\,|\\!,|,\\!)\d{3})+)(?![\d])")
+# Longer answers have no unit; the patterns that look for one are quadratic.
+_LONG = 200
 _SPACES = re.compile(r"\\[,;:!> ]|~|\\quad|\\qquad|\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\limits")
-_ASSIGNED = re.compile(r"^\s*[A-Za-z](?:_\{?\w+\}?)?(?:\([A-Za-z]\))?\s*=\s*(?=[^=]+$)")
+_ASSIGNED = re.compile(r"^\s*[A-Za-z](?:_\{?\w+\}?)?(?:\([A-Za-z]\))?\s*(?:=|\\in(?![a-z]))\s*(?=[^=]+$)")
 
 
 def normal(answer: str) -> str:
@@ -151,21 +183,28 @@ def normal(answer: str) -> str:
     >>> normal(r"$x = \text{ } 1{,}234\,\text{cm}^2$.")
     '1234'
     """
-    text = ascii_digits(answer).strip().strip(_TRAILING).strip()
+    text = ascii_digits(answer).lstrip(_LEADING).rstrip(_TRAILING)
     while len(text) > 1 and (
         (text[0] == text[-1] == "$") or (text[:2], text[-2:]) in ((r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
     ):
         text = text.strip("$").strip() if text[0] == "$" else text[2:-2].strip()
-        text = text.strip(_TRAILING)
+        text = text.lstrip(_LEADING).rstrip(_TRAILING)
         if not text:
             return ""
     text = _GROUPED.sub(lambda found: found[1] + re.sub(r"\D", "", found[2]), text) if _is_one_number(text) else text
-    text = _SPACES.sub(" ", text).replace(r"\$", "").replace("\\%", "%").replace("£", "").replace("€", "")
-    text = re.sub(r"\\[dtc]frac", r"\\frac", text)
+    text = (
+        _SPACES.sub(" ", text)
+        .replace(r"\$", "")
+        .replace("\\%", "%")
+        .replace("£", "")
+        .replace("€", "")
+        .replace("±", "\\pm ")
+    )
+    text = re.sub(r"\\[dtc]frac", r"\\frac", text).replace("±", "\\pm ")
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree|°", "", text)
-    text = _unwrap(text).strip().strip("$").strip()
+    text = _unwrap(_without_wrapped_units(text.strip().rstrip(_TRAILING))).strip().strip("$").strip()
     text = _ASSIGNED.sub("", text)
-    text = _strip_units(text).strip().strip(_TRAILING)
+    text = _without_bare_units(text).strip().rstrip(_TRAILING)
     return re.sub(r"\s+", " ", text)
 
 
@@ -193,12 +232,34 @@ def _unwrap(text: str) -> str:
     return "".join(kept) + text[place:]
 
 
-def _strip_units(text: str) -> str:
-    """A unit goes only where a number stands before it."""
-    if len(text) > 200 or not re.search(r"\d", text):
+def _without_wrapped_units(text: str) -> str:
+    r"""5 \text{ m}^2 → 5, where what goes before is a value."""
+    while len(text) <= _LONG and (found := _WRAPPED_UNIT.fullmatch(text)):
+        if not re.search(r"\d|\\pi", found[1]) or not _is_unit(found[2], letters=True):
+            break
+        text = found[1]
+    return text
+
+
+def _without_bare_units(text: str) -> str:
+    """5 cm → 5 and 5 m → 5, but not 2m, nor 3 + 2 N: there a letter is a variable."""
+    found = _BARE_UNIT.fullmatch(text) if len(text) <= _LONG else None
+    if found is None:
         return text
-    short = _UNIT.sub("", text.strip())
-    return short if re.search(r"\d", short) else text
+    head, gap, unit = found.groups()
+    of_value = not re.search(r"[A-Za-z]|.[-+]", re.sub(r"\\[A-Za-z]+", "", head))
+    return head if _is_unit(unit, letters=bool(gap) and of_value) else text
+
+
+def _is_unit(text: str, letters: bool) -> bool:
+    words = [word for word in re.split(r"[\s/*·^{}]+|\\cdot|-?\d+", text) if word]
+    known = [word.lower() in _UNITS or (letters and word in _UNIT_LETTERS) for word in words]
+    return bool(words) and all(known)
+
+
+def value_without_letter(answer: str) -> str:
+    """3m → 3: of a normal form, where the other answer is a number, so that the letter can only be a unit."""
+    return answer[:-1] if len(answer) > 1 and answer[-1] in _UNIT_LETTERS and answer[-2].isdigit() else answer
 
 
 # -- letters -------------------------------------------------------------------------------------------------------
@@ -210,23 +271,30 @@ def letter_strict(text: str, options: Sequence[str]) -> str | None:
     Args:
         options: texts of A, B, C, ... Only letters that exist count; options may hold commas and are never split.
     """
+    text = text.translate(_FULL_WIDTH)
     found = marked(text)
     if found is not None:
         return _as_letter(found, options)
     valid = _letters(options)
     said = None
     for match in _LETTER_PHRASE.finditer(text):
-        upper = match[1].upper()
-        # "the answer is a disease": a lower-case letter followed by a word is an article.
-        if upper in valid and not (match[1] in "aAI" and re.match(r"\s+[a-z]", text[match.end() : match.end() + 20])):
-            said = upper
+        word = match[1] in "aAiI" and _WORD.match(text, match.end())
+        if match[1].upper() in valid and not word:
+            said = match[1].upper()
     if said is not None:
         return said
+    phrase = None
+    for phrase in _PHRASE.finditer(text):  # noqa: B007
+        pass
+    if phrase is not None:
+        line = text[phrase.end() : phrase.end() + 2000].partition("\n")[0]
+        for words in (line, line.partition(". ")[0]):
+            if (by_text := _option_text(words, options)) is not None:
+                return by_text
     tail = text.rstrip()[-80:]
-    if (end := _LETTER_END.search(tail)) and end[1] in valid:
-        return end[1]
-    last_line = text.strip().rpartition("\n")[2]
-    return _option_text(last_line, options)
+    if (end := _LETTER_END.search(tail)) and (letter := end[1] or end[2]) in valid:
+        return letter
+    return _option_text(text.strip().rpartition("\n")[2], options)
 
 
 def letter_lenient(text: str, options: Sequence[str]) -> str | None:
@@ -236,7 +304,7 @@ def letter_lenient(text: str, options: Sequence[str]) -> str | None:
     """
     if (found := letter_strict(text, options)) is not None:
         return found
-    valid = _letters(options)
+    text, valid = text.translate(_FULL_WIDTH), _letters(options)
     alone = [
         match[1]
         for match in _LETTER_ALONE.finditer(text)
@@ -259,14 +327,22 @@ def _as_letter(answer: str, options: Sequence[str]) -> str | None:
     valid = _letters(options)
     if (by_text := _option_text(answer, options)) is not None:
         return by_text
-    plain = _unwrap(answer).strip(" $*_\n\t")
-    found = re.match(r"(?:option|choice|answer)?\s*\(?([A-Za-z])(?:[).:,]|\s*$|\s*-\s)", plain, re.IGNORECASE)
-    return found[1].upper() if found and found[1].upper() in valid else None
+    plain = re.sub(r"\\[()\[\]]", " ", _unwrap(answer)).strip(" $*_\n\t")
+    found = re.match(
+        r"(?:option|choice|answer)?\s*(?::\s*)?[(\[]?([A-Za-z])(?:[)\].:,]|\s*$|\s*-\s|\s+(?:because|since)\b)",
+        plain,
+        re.I,
+    )
+    if found is None or found[1].upper() not in valid:
+        return None
+    # "A, B" chooses two; "B, since A ..." one.
+    several = found[0].endswith(",") and re.match(r"\s*(?:and|or)?\s*[(\[]?[A-Z](?:[)\],.]|\s|$)", plain[found.end() :])
+    return None if several else found[1].upper()
 
 
 def _option_text(text: str, options: Sequence[str]) -> str | None:
     def plain(words: str) -> str:
-        return re.sub(r"\s+", " ", _unwrap(words)).strip(_TRAILING + "$*").lower()
+        return re.sub(r"\s+", " ", _unwrap(words)).strip(_TRAILING + "$*!").lower()
 
     wanted = plain(text)
     same = [letter for letter, option in zip(_letters(options), options, strict=True) if plain(option) == wanted]

@@ -37,6 +37,20 @@ def check(name: str) -> None:
     verifiers.check("math_verify" if name == "math" else name)
 
 
+def reads(name: str) -> tuple[str, ...]:
+    """The columns of a row that qtarget's own graders read."""
+    return ("options", "answer") if name == "choice" else ("answer",) if name == "math" or _is_gym(name) else ()
+
+
+def is_code(name: str) -> bool:
+    """Whether a name stands for a user's own function, which is imported to judge."""
+    return ":" in name and not _is_gym(name)
+
+
+def _is_gym(name: str) -> bool:
+    return name.startswith("reasoning_gym:")
+
+
 def version(name: str) -> str:
     """What a verdict depends on beside the text: of packages their version, of a user's function its file."""
     own = f"qtarget-{extraction.VERSION}"
@@ -90,7 +104,9 @@ def _limit_memory() -> None:
 def _math(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
     strict, lenient = extraction.strict(text), extraction.lenient(text)
     golds = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    gold = ", ".join(extraction.final_answer(str(one)) for one in golds)
+    golds = [extraction.final_answer(str(one)) for one in golds]
+    # Of several each is normalised before a comma parts them: 1,234 is one of them.
+    gold = golds[0] if len(golds) == 1 else ", ".join(map(extraction.normal, golds))
     right = strict is not None and equality.same(gold, strict)
     return {
         "parsed": strict,

@@ -12,20 +12,21 @@ So the finished file has the same bytes however often the run was killed.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qtarget import __version__
+from qtarget import __version__, json_text
 from qtarget.errors import ConfigError
 from qtarget.evaluation.tasks import Problem, Task
 
 FILE = "eval.json"
 # What runs that are compared, or one that goes on, may differ in.
 UNCOMPARED = ("model", "ends", "batch_size", "program", "finished")
-_UNRESUMED = ("program", "finished")
+_UNRESUMED = ("program", "finished", "prompt_style")
 
 
 def line(record: dict[str, Any]) -> str:
@@ -71,12 +72,34 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(manifest.get("tasks"), dict):
-            raise ValueError("it names no tasks")
-    except (OSError, ValueError, AttributeError) as error:
+        manifest = json_text.loads(file.read_bytes())
+        _check_manifest(manifest)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read ({error}); delete the folder and run qtarget eval again") from error
     return manifest
+
+
+def _check_manifest(manifest: Any) -> None:
+    """Raise ValueError where it is not as ``describe`` makes it: a folder may be somebody else's."""
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("tasks"), dict):
+        raise ValueError("it names no tasks")
+    if not isinstance(manifest.get("finished"), bool):
+        raise ValueError(f"finished is {manifest.get('finished')!r}")
+    if type(manifest.get("n")) is not int or manifest["n"] < 0:
+        raise ValueError(f"n is {manifest.get('n')!r}")
+    for name, about in manifest["tasks"].items():
+        if not is_plain(name):
+            raise ValueError(f"the task {name!r} has a name that is no file's")
+        for part in ("digest", "verifier", "verifier_version"):
+            if not isinstance(about, dict) or not isinstance(about.get(part), str):
+                raise ValueError(f"task {name} has no {part}")
+        if type(about.get("problems")) is not int or not isinstance(about.get("suite"), (str, type(None))):
+            raise ValueError(f"task {name} has problems {about.get('problems')!r}, suite {about.get('suite')!r}")
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name is that of a file in a folder, and leads nowhere else."""
+    return name not in ("", ".", "..") and not set("/\\\0") & set(name)
 
 
 def difference(there: dict[str, Any], wanted: dict[str, Any], ignored: Iterable[str], prefix: str = ""):
@@ -142,10 +165,14 @@ def finish(folder: Path, scores: dict[str, Any]) -> None:
 
 def problems(folder: Path, task: str) -> list[Problem]:
     """Those of a finished or begun folder."""
-    return [
-        Problem(record["id"], record["prompt"], record["row"])
-        for record in _lines(folder / "problems" / f"{task}.jsonl")
-    ]
+    file = folder / "problems" / f"{task}.jsonl"
+    kinds: dict[str, tuple[type, ...]] = {"id": (str,), "prompt": (str, list), "row": (dict,)}
+    made = []
+    for number, record in enumerate(_lines(file), start=1):
+        if fault := _kind_fault(record, kinds):
+            raise _damaged(file, number, fault)
+        made.append(Problem(record["id"], record["prompt"], record["row"]))
+    return made
 
 
 # -- samples -------------------------------------------------------------------------------------------------------
@@ -153,7 +180,47 @@ def problems(folder: Path, task: str) -> list[Problem]:
 
 def samples(folder: Path, task: str) -> list[dict[str, Any]]:
     """The finished samples of a task."""
-    return _lines(folder / "samples" / f"{task}.jsonl")
+    file = folder / "samples" / f"{task}.jsonl"
+    return _checked_samples(file, _lines(file))
+
+
+_SAMPLE: dict[str, tuple[type, ...]] = {
+    "problem": (str,),
+    "sample": (int, str),
+    "text": (str,),
+    "finish": (str,),
+    "tokens": (int,),
+    "entropy": (int, float, type(None)),
+    "strict": (bool,),
+    "lenient": (bool,),
+    "verifier_version": (str,),
+}
+
+
+def _checked_samples(file: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for number, record in enumerate(records, start=1):
+        fault = _kind_fault(record, _SAMPLE)
+        if fault is None and record["entropy"] is not None and not math.isfinite(record["entropy"]):
+            fault = f"entropy is {record['entropy']!r}"
+        if fault is None and isinstance(record["sample"], str) and record["sample"] != "greedy":
+            fault = f"sample is {record['sample']!r}"
+        if fault is not None:
+            raise _damaged(file, number, fault)
+    return records
+
+
+def _kind_fault(record: dict[str, Any], kinds: dict[str, tuple[type, ...]]) -> str | None:
+    for name, kind in kinds.items():
+        if name not in record:
+            return f"it has no {name}"
+        value = record[name]
+        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind):
+            return f"{name} is {value!r}"
+    return None
+
+
+def _damaged(file: Path, number: int, what: str) -> ConfigError:
+    return ConfigError(f"{file} is damaged in line {number}; delete that line and run qtarget eval again ({what})")
 
 
 def _lines(file: Path, half_allowed: bool = False) -> list[dict[str, Any]]:
@@ -169,13 +236,11 @@ def _lines(file: Path, half_allowed: bool = False) -> list[dict[str, Any]]:
         lines.append(half)
     for number, text in enumerate(lines, start=1):
         try:
-            record = json.loads(text)
+            record = json_text.loads(text)
             if not isinstance(record, dict):
-                raise ValueError
-        except ValueError:
-            raise ConfigError(
-                f"{file} is damaged in line {number}; delete that line and run qtarget eval again"
-            ) from None
+                raise ValueError("it is no object")
+        except ValueError as error:
+            raise _damaged(file, number, str(error)) from None
         records.append(record)
     return records
 
@@ -209,11 +274,7 @@ class Samples:
         """Read what is there, also of other processes, whose last line may still be half."""
         parts = sorted(self._folder.glob(f"{self._glob()}.*.part"))
         for file in [self.final, *parts] if self.final.is_file() else parts:
-            for number, record in enumerate(_lines(file, half_allowed=True), start=1):
-                if not {"problem", "sample", "text", "finish", "strict"} <= record.keys():
-                    raise ConfigError(
-                        f"{file} is damaged in line {number}; delete that line and run qtarget eval again"
-                    )
+            for record in _checked_samples(file, _lines(file, half_allowed=True)):
                 self.done.setdefault(key(record), record)
 
     def _glob(self) -> str:

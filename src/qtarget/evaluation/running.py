@@ -241,17 +241,25 @@ def verdicts(groups: dict[str, list[dict[str, Any]]], reading: str) -> np.ndarra
 
 
 def rescore(
-    folder: Path, timeout: float, processes: int = 1, step: Callable[[int], None] = lambda done: None
+    folder: Path,
+    timeout: float,
+    processes: int = 1,
+    step: Callable[[int], None] = lambda done: None,
+    verifier: str | None = None,
 ) -> tuple[dict[str, Any], int]:
     """Judge a finished folder's texts again with the verifiers as they are now. Returns (scores, verdicts that changed).
 
+    Args:
+        verifier: the one function of the user's own that may be imported; what a folder names is not run for that alone.
+
     Raises:
-        ConfigError: the folder is unfinished or no folder of results.
+        ConfigError: the folder is unfinished, damaged or no folder of results, or it names code that the user does not.
     """
     manifest = finished(folder)
     changed = done = 0
     for name, about in manifest["tasks"].items():
-        graders.check(about["verifier"])
+        _check_rescored(folder, name, about["verifier"], verifier)
+    for name, about in manifest["tasks"].items():
         version = graders.version(about["verifier"])
         rows = {problem.id: problem.row for problem in records.problems(folder, name)}
         held = records.samples(folder, name)
@@ -275,6 +283,28 @@ def rescore(
     records.write_manifest(folder, manifest)
     records.finish(folder, made)
     return made, changed
+
+
+def _check_rescored(folder: Path, task: str, grader: str, verifier: str | None) -> None:
+    if graders.is_code(grader) and grader != verifier:
+        raise ConfigError(
+            f"verifier is {grader!r} in {str(folder)!r}; code that a folder names is not run: write "
+            f"--verifier {grader} if you know it"
+        )
+    graders.check(grader)
+    rows = {problem.id: problem.row for problem in records.problems(folder, task)}
+    for number, row in enumerate(rows.values(), start=1):
+        if missing := [column for column in graders.reads(grader) if column not in row]:
+            file = folder / "problems" / f"{task}.jsonl"
+            raise ConfigError(
+                f"{file} is damaged in line {number}; its row has no {missing[0]}: run qtarget eval again"
+            )
+    for record in records.samples(folder, task):
+        if record["problem"] not in rows:
+            raise ConfigError(
+                f"{str(folder)!r} has answers to problem {record['problem']!r} of task {task}, which it does not ask; "
+                "run qtarget eval into another folder"
+            )
 
 
 def finished(folder: Path) -> dict[str, Any]:

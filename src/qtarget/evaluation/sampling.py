@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, loading
 from qtarget.teachers.frozen import load_frozen
 
 GREEDY = "greedy"
@@ -143,11 +143,8 @@ class Sampler:
     ):
         self.tokenizer: Any = load_tokenizer(name, revision)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
+        with loading("model", name):
             model: Any = load_frozen(name, revision, {"dtype": dtype} if dtype else None, self.device)
-        except (OSError, ValueError, RuntimeError) as error:
-            why = " ".join(str(error).split())
-            raise ConfigError(f"model is {name!r}, which cannot be loaded: {why}") from error
         self.model = model
         self.temperature, self.top_p, self.max_new_tokens = temperature, top_p, max_new_tokens
         self.ends = end_tokens(self.tokenizer, self.model.generation_config)
@@ -202,22 +199,16 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """The tokenizer of a model, or ConfigError."""
     from transformers import AutoTokenizer
 
-    try:
+    with loading("model", name, "tokenizer"):
         return AutoTokenizer.from_pretrained(name, revision=revision or "main")
-    except (OSError, ValueError) as error:
-        why = " ".join(str(error).split())
-        raise ConfigError(f"model is {name!r}, whose tokenizer cannot be loaded: {why}") from error
 
 
 def positions(name: str, revision: str | None = None) -> int | None:
     """How many positions a model has, told without its weights; None where that is unlimited. Raises ConfigError."""
     from transformers import AutoConfig
 
-    try:
+    with loading("model", name):
         config = AutoConfig.from_pretrained(name, revision=revision or "main")
-    except (OSError, ValueError) as error:
-        why = " ".join(str(error).split())
-        raise ConfigError(f"model is {name!r}, which cannot be loaded: {why}") from error
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 

@@ -76,6 +76,8 @@ def summary(records: Sequence[dict[str, Any]], n: int, seed: int = 0) -> dict[st
     samples = [[record for record in group if record["sample"] != "greedy"] for group in by_problem.values()]
     greedy = [record for group in by_problem.values() for record in group if record["sample"] == "greedy"]
     flat = [record for group in samples for record in group] or greedy
+    # What a call that hung or raised had read is unknown too, where the verifier never tells.
+    untold = any(record.get("unparsed") for record in flat)
     result: dict[str, Any] = {"problems": len(by_problem), "n": n}
     for reading in ("strict", "lenient"):
         parsed = "parsed" if reading == "strict" else "lenient_parsed"
@@ -87,13 +89,13 @@ def summary(records: Sequence[dict[str, Any]], n: int, seed: int = 0) -> dict[st
             part["pass"] = pass_curve(right)
             part["majority"] = (
                 None
-                if any(record.get("unparsed") for record in flat)
+                if untold
                 else float(
                     np.mean([majority([r[parsed] for r in group], [r[reading] for r in group]) for group in samples])
                 )
             )
         part["greedy"] = share([record[reading] for record in greedy])
-        part["no_answer"] = share([record[parsed] is None for record in flat if not record.get("unparsed")])
+        part["no_answer"] = None if untold else share([record[parsed] is None for record in flat])
         result[reading] = part
     entropies = [(record["entropy"], record["tokens"]) for record in flat if record["entropy"] is not None]
     tokens = sum(count for _, count in entropies)

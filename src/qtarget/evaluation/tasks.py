@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qtarget import json_text
 from qtarget.errors import ConfigError, unknown
 from qtarget.evaluation import graders, suites
 
@@ -132,11 +133,15 @@ def _file_rows(file: Path, verifier: str) -> list[dict[str, Any]]:
     if not file.is_file():
         raise ConfigError(f"task is {str(file)!r}, which is no file; name a file of JSON lines with prompt and answer")
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"task is {str(file)!r}, which cannot be read ({error}); save it as UTF-8 text") from None
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json_text.loads(line)
         except ValueError as error:
             raise ConfigError(f"{file}, line {number}, is no JSON ({error}); mend or delete that line") from None
         needed = ("prompt", "options", "answer") if verifier == "choice" else ("prompt", "answer")
@@ -145,8 +150,10 @@ def _file_rows(file: Path, verifier: str) -> list[dict[str, Any]]:
             raise ConfigError(
                 f"{file}, line {number}, has no {missing[0]!r}; each line is an object with {', '.join(needed)}"
             )
-        if not row["prompt"] or not isinstance(row["prompt"], (str, list)):
+        if not _is_prompt(row["prompt"]):
             raise ConfigError(f"{file}, line {number}, has the prompt {row['prompt']!r}; write a text or chat messages")
+        if row["answer"] is None:
+            raise ConfigError(f"{file}, line {number}, has the answer None; write what is right, or take the line out")
         if verifier == "choice":
             read = suites.choice_row({**row, "question": str(row["prompt"])})
             if read is None:
@@ -157,6 +164,14 @@ def _file_rows(file: Path, verifier: str) -> list[dict[str, Any]]:
             row |= {"options": read["options"], "answer": read["answer"]}
         rows.append(row)
     return rows
+
+
+def _is_prompt(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and m.get("content") for m in value
+        )
+    return isinstance(value, str) and bool(value)
 
 
 def _problems(rows: list[dict[str, Any]]) -> list[Problem]:
@@ -193,6 +208,11 @@ _QWEN = (
 )
 
 
+def resolved(style: str, tokenizer: Any) -> str:
+    """What auto stands for."""
+    return style if style != "auto" else "chat" if tokenizer.chat_template else "plain"
+
+
 def prompt_ids(tokenizer: Any, style: str, problem: Problem, instruction: str) -> list[int]:
     """Token ids of what the model reads.
 
@@ -203,9 +223,7 @@ def prompt_ids(tokenizer: Any, style: str, problem: Problem, instruction: str) -
     Raises:
         ConfigError: a chat is asked for and cannot be made.
     """
-    prompt = problem.prompt
-    if style == "auto":
-        style = "chat" if tokenizer.chat_template else "plain"
+    prompt, style = problem.prompt, resolved(style, tokenizer)
     if style == "chat":
         if not tokenizer.chat_template:
             raise ConfigError("prompt is 'chat', but the tokenizer has no chat template; use --prompt plain")

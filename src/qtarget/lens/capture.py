@@ -17,7 +17,7 @@ from torch import Tensor
 from qtarget import __version__
 from qtarget.data.text import text_of
 from qtarget.errors import ConfigError
-from qtarget.lens.record import OTHERS, SIGNALS, Writer
+from qtarget.lens.record import FILES, OTHERS, SIGNALS, Writer
 from qtarget.losses import Head, TopK
 from qtarget.losses.log_probs import log_probs
 from qtarget.teachers.fingerprints import template_hash, tokenizer_hash
@@ -37,8 +37,7 @@ def check(trainer: Any, rows: int, top_k: int, folder: str | Path) -> None:
         faults.append(f"rows is {rows}; capture one row or more")
     if not 1 <= top_k <= vocab:
         faults.append(f"top_k is {top_k}; use a number from 1 to the vocabulary's {vocab} tokens")
-    if (Path(folder) / "manifest.json").exists():
-        faults.append(f"output is {str(folder)!r}, which holds a capture; name another folder, or delete that one")
+    faults += folder_faults(Path(folder))
     longest = getattr(trainer._base_model().config.get_text_config(), "max_position_embeddings", None)
     for number, row in enumerate(_rows(trainer, rows) if not faults else ()):
         if longest and len(row["input_ids"]) > longest:
@@ -48,6 +47,25 @@ def check(trainer: Any, rows: int, top_k: int, folder: str | Path) -> None:
             )
     if faults:
         raise ConfigError(faults)
+
+
+def folder_faults(folder: Path) -> list[str]:
+    """Why a capture may not have a folder: nothing of anybody else's is overwritten or deleted."""
+    if (folder / "manifest.json").exists():
+        return [f"output is {str(folder)!r}, which holds a capture; name another folder, or delete that one"]
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        return [f"output is {str(folder)!r}, which is not an empty folder; name another one"]
+    partial = _partial(folder)
+    own = {*FILES, "manifest.json"}
+    if partial.exists() and (not partial.is_dir() or any(file.name not in own for file in partial.iterdir())):
+        return [
+            f"output is {str(folder)!r}, and {str(partial)!r}, where it is made, holds other files; name another one"
+        ]
+    return []
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".partial")
 
 
 def estimate(trainer: Any, rows: int, top_k: int) -> tuple[int, int, float]:
@@ -85,7 +103,7 @@ def capture(
     have = set(trainer._columns.carried) & set(trainer.train_dataset.column_names)
     present = [name for name in SIGNALS if name in have]
     folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")  # a capture that was interrupted is no record
+    partial = _partial(folder)  # a capture that was interrupted is no record
     shutil.rmtree(partial, ignore_errors=True)
     writer = Writer(partial, names, present)
     size = trainer.args.per_device_eval_batch_size

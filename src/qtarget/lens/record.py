@@ -21,12 +21,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from qtarget import json_text
 from qtarget.errors import ConfigError
+from qtarget.lens import record_values
 
 FORMAT = 1
 OTHERS = ("teacher", "reference")
 SIGNALS = ("weight", "critical", "old_logps")
-_FILES = ("rows.parquet", "tokens.parquet", "vocab.parquet")
+FILES = ("rows.parquet", "tokens.parquet", "vocab.parquet")
 
 ROW_SCHEMA = pa.schema([("row", pa.int32()), ("input_ids", pa.list_(pa.int32())), ("supervised", pa.list_(pa.bool_()))])
 VOCAB_SCHEMA = pa.schema([("id", pa.int32()), ("text", pa.string()), ("special", pa.bool_())])
@@ -149,7 +151,7 @@ def read(folder: str | Path) -> Record:
     folder = Path(folder)
     manifest = _manifest(folder)
     tables = {}
-    for name in _FILES:
+    for name in FILES:
         try:
             tables[name] = pq.read_table(folder / name)
         except (OSError, pa.ArrowException) as error:
@@ -158,6 +160,7 @@ def read(folder: str | Path) -> Record:
                 f"{folder / name} cannot be read ({reason}); capture again: qtarget lens capture"
             ) from None
     _check_columns(folder, tables)
+    tables = {name: _typed(folder / name, table) for name, table in tables.items()}
     record = Record(
         manifest,
         tables["rows.parquet"].to_pylist(),
@@ -172,7 +175,30 @@ def read(folder: str | Path) -> Record:
         raise ConfigError(f"{folder} holds {counted} where its manifest says {said}; it was cut short: capture again")
     if not len(record):
         raise ConfigError(f"{folder} holds no supervised token; capture rows that have some")
+    if fault := record_values.fault(record):
+        file, what = fault
+        raise ConfigError(f"{folder / file}: {what}; it is no capture of this program, or was changed: capture again")
     return record
+
+
+def _typed(file: Path, table: pa.Table) -> pa.Table:
+    """The table with the types it was written with."""
+    have = set(table.column_names)
+    tokens = token_schema([o for o in OTHERS if o in have], [s for s in SIGNALS if s in have])
+    schema = {"rows.parquet": ROW_SCHEMA, "vocab.parquet": VOCAB_SCHEMA}.get(file.name, tokens)
+    columns = []
+    for field_ in schema:
+        try:
+            column = table[field_.name].combine_chunks().cast(field_.type)
+        except pa.ArrowException as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"{file}: column {field_.name} holds no {field_.type} ({reason}); it is no capture of this program"
+            ) from None
+        if column.null_count or (pa.types.is_list(field_.type) and column.flatten().null_count):
+            raise ConfigError(f"{file}: column {field_.name} holds null; it is no capture of this program")
+        columns.append(column)
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -180,12 +206,16 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"{str(folder)!r} is no capture: it has no manifest.json; make one with qtarget lens capture")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        manifest = json_text.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read ({error}); capture again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         got = manifest.get("format") if isinstance(manifest, dict) else manifest
         raise ConfigError(f"{file} has format {got!r}, and this version reads {FORMAT}; capture again")
+    for name in ("vocab_size", "top_k", "rows", "tokens"):
+        value = manifest.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < (name in ("vocab_size", "top_k")):
+            raise ConfigError(f"{file}: {name} is {value!r}, which is no count; capture again")
     return manifest
 
 

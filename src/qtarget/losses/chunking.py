@@ -12,6 +12,8 @@ logger = logging.getLogger(__name__)
 _ENOUGH_ROWS = {"cpu": 768, "gpu": 2048}
 _FEWEST_ROWS = {"cpu": 128, "gpu": 512}
 _BUDGET_BYTES = {"cpu": 512 << 20, "gpu": 2 << 30}
+# Kernels count the elements of a chunk in 32 bits.
+_MOST_ELEMENTS = 2**31
 # Scratch for the row-wise mathematics: on a CPU what stays in cache, on a GPU what fills the device.
 _SCRATCH_BYTES = {"cpu": 6 << 20, "gpu": 128 << 20}
 
@@ -31,7 +33,7 @@ def chunk_rows(tokens: int, vocab: int, buffers: int, itemsize: int, device: tor
         logger.warning(
             "a vocabulary of %d needs %.0f MB of logits buffers even at %d rows a chunk", vocab, needed, rows
         )
-    rows = max(1, min(rows, tokens))
+    rows = max(1, min(rows, tokens, (_MOST_ELEMENTS - 1) // vocab))
     chunks = -(-tokens // rows) if tokens else 1
     return max(1, -(-tokens // chunks))
 

@@ -262,7 +262,7 @@ def _tokens_and_tilt(
 
 def _check_finite(z: Tensor, what: str, tokens: Tokens, allow_minus_infinity: bool = False) -> None:
     bad = ~torch.isfinite(z)
-    if allow_minus_infinity:
-        bad &= z != float("-inf")
+    if allow_minus_infinity:  # a probability of 0, which not every token can have
+        bad &= (z != -float("inf")) | (z == -float("inf")).all(-1, keepdim=True)
     if bad.any():
         raise NonFiniteLogits(what, int(bad.any(-1).nonzero()[0]), tokens)

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qtarget import __version__
+from qtarget import __version__, json_text
 from qtarget.errors import ConfigError
 from qtarget.signals.origin import named, other_model, reference_of, tokenizer_of
 from qtarget.teachers.fingerprints import template_hash, tokenizer_hash
@@ -155,12 +155,26 @@ def read(folder: str | Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json_text.loads(file.read_bytes())
         if not isinstance(manifest, dict) or manifest.get("kind") not in VERBS:
             raise ValueError("it is no manifest of signals")
+        _check(manifest)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read ({error}); make the folder again with qtarget data") from error
     return manifest
+
+
+def _check(manifest: dict[str, Any]) -> None:
+    """Raise ValueError where a part is missing or of another kind: a folder may be somebody else's."""
+    kinds: dict[str, type] = {"columns": list, "tokenizer": str, "model": dict, "preprocessing": dict}
+    for name, kind in (kinds | ({"files": dict} if manifest.get("finished") else {})).items():
+        if not isinstance(manifest.get(name), kind):
+            raise ValueError(f"{name} is {manifest.get(name)!r}")
+    if not manifest["columns"] or not isinstance(manifest["model"].get("name"), str):
+        raise ValueError(f"columns is {manifest['columns']!r}, model {manifest['model']!r}")
+    for name in manifest.get("files", {}):
+        if not name or Path(name).name != name or "\\" in name or "\0" in name:
+            raise ValueError(f"it names the file {name!r}, which is no name of a file in the folder")
 
 
 def check(folder: str | Path, config: Any, model: Any) -> list[str]:

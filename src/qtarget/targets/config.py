@@ -27,6 +27,8 @@ def target_from_config(config: object) -> Target:
     if not isinstance(config, Mapping):
         raise ConfigError(f"target is {config!r}; use a name such as 'dft', a mapping, or my_pkg.my_module:my_target")
     config = dict(config)
+    if strange := [key for key in config if not isinstance(key, str)]:
+        raise ConfigError(f"target has the key {strange[0]!r}; keys are names")
     if _SHARE in config:
         share = config.pop(_SHARE)
         return target_from_config(config).with_share(share)
@@ -77,15 +79,35 @@ def target_to_config(target: Target) -> str | dict:
     return config
 
 
+def names_code(config: object) -> bool:
+    """Whether reading this configuration would import a module."""
+    if isinstance(config, Mapping):
+        return any(names_code(part) for pair in config.items() for part in pair)
+    if isinstance(config, (list, tuple)):
+        return any(map(names_code, config))
+    return isinstance(config, str) and ":" in config
+
+
 def load_object(path: str, field: str) -> Any:
-    """What ``my_pkg.my_module:name`` points to."""
+    """What ``my_pkg.my_module:name`` points to. Importing runs the module: only for a path that the user wrote.
+
+    Raises:
+        ConfigError: it is no such path, or the module cannot be imported, whatever it raises.
+    """
     module_name, _, attribute = path.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+        raise ConfigError(f"{field} is {path!r}; write the path of an object, my_pkg.my_module:name")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"{field} is {path!r}, but importing {module_name} failed: {error}") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # what a module does when it is imported is its own: it may even exit
+        why = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"{field} is {path!r}, but importing {module_name} failed: {why}; mend that, or check the path"
+        ) from error
     if not hasattr(module, attribute):
-        raise ConfigError(f"{field} is {path!r}, but {module_name} has no {attribute!r}")
+        raise ConfigError(f"{field} is {path!r}, but {module_name} has no {attribute!r}; name something it has")
     return getattr(module, attribute)
 
 
@@ -113,7 +135,14 @@ def _call(build: Callable, parameters: Mapping, field: str) -> Any:
         for parameter in parameters:
             if parameter not in known:
                 raise unknown(f"parameter of {field}", parameter, known)
-    return build(**parameters)
+    try:
+        return build(**parameters)
+    except ConfigError:
+        raise
+    except Exception as error:  # a function of the user's own, or parameters of a kind it cannot take
+        raise ConfigError(
+            f"{field} failed with {type(error).__name__}: {error}; mend it or its parameters (--debug shows where)"
+        ) from error
 
 
 def _part(value: object, table: Mapping[str, Callable], convert: Callable, field: str) -> Any:
@@ -126,7 +155,7 @@ def _part(value: object, table: Mapping[str, Callable], convert: Callable, field
             )
         [(value, parameters)] = value.items()
         parameters = parameters or {}
-        if not isinstance(parameters, Mapping):
+        if not isinstance(parameters, Mapping) or not all(isinstance(key, str) for key in parameters):
             raise ConfigError(f"{field}.{value} is {parameters!r}; write its parameters as name: value")
     if not isinstance(value, str):
         return convert(value)
@@ -152,6 +181,8 @@ def _residual(value: object) -> Any:
         return _part(value, POOLS, as_pool, "residual")
     terms = []
     for entry in value:
+        if not isinstance(entry, (Mapping, str, Pool)):
+            raise ConfigError(f"residual holds {entry!r}; write a name, or a name with its parameters")
         entry = dict(entry) if isinstance(entry, Mapping) else {entry: {}}
         factor = check_range("weight of a residual", entry.pop("weight", 1.0))
         terms.append((factor, _part(entry, POOLS, as_pool, "residual")))

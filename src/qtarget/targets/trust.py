@@ -337,7 +337,7 @@ def as_rule(value: object, field: str = "trust") -> Rule:
     if isinstance(value, type) and issubclass(value, Rule):
         return value()
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return Constant(float(value))
+        return Constant(check_range(field, value))
     if callable(value):
         return FunctionRule(value)
     raise ConfigError(f"{field} is {value!r}; use one of {', '.join(sorted(RULES))}, a number or a function")

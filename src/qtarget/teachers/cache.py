@@ -20,8 +20,8 @@ from torch import Tensor
 
 from qtarget.errors import ConfigError
 from qtarget.losses.heads import TopK
+from qtarget.teachers import cache_contents, shards
 from qtarget.teachers import manifest as manifests
-from qtarget.teachers import shards
 from qtarget.teachers.rows import RowIndex, row_key
 
 INDEX = "index.safetensors"
@@ -74,6 +74,10 @@ class CachedTeacher:
         for number, line in enumerate([self.manifest["index"], *self.manifest["shards"]]):
             if sentence := shards.fault(self.folder, line, every or number == 0):
                 raise ConfigError(f"teacher_cache: {sentence}")
+            if number == 0:
+                cache_contents.check_index(self.folder / line["file"], self.manifest)
+            else:
+                cache_contents.check_shard(self.folder / line["file"], line, self.manifest, values=every)
 
     @property
     def index(self) -> RowIndex:
@@ -120,6 +124,8 @@ class CachedTeacher:
             line = self.manifest["shards"][number]
             if self._check_lazily and (sentence := shards.fault(self.folder, line)):
                 raise ConfigError(f"teacher_cache: {sentence}")
+            if self._check_lazily:
+                cache_contents.check_shard(self.folder / line["file"], line, self.manifest, values=True)
             self._mapped[number] = shards.map_arrays(self.folder / line["file"])
         return self._mapped[number]
 

@@ -7,6 +7,7 @@ token ids from the first supervised one on, so that teacher and student are join
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 from qtarget.errors import ConfigError, unknown
 from qtarget.teachers.rows import supervised_positions
 
+_LONGEST, _LARGEST_POWER = 1_000_000, 1000
 _PLACES = ("prompt", "system")
 
 
@@ -27,7 +29,7 @@ def read_template(value: Any) -> dict[str, str] | None:
     if value is None:
         return None
     if isinstance(value, str) and value.lstrip().startswith("{"):
-        with contextlib.suppress(json.JSONDecodeError):  # a mapping as JSON text; no template is one
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):  # a mapping as JSON text; no template is one
             value = json.loads(value)
     templates = {"prompt": value} if isinstance(value, str) else value
     if not isinstance(templates, Mapping) or not templates:
@@ -43,13 +45,33 @@ def read_template(value: Any) -> dict[str, str] | None:
 
 def _compiled(place: str, text: str) -> Any:
     from jinja2 import StrictUndefined, TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     try:
-        # sandboxed: a template may come with a config somebody else wrote
-        return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(text)
+        return _environment()(undefined=StrictUndefined, keep_trailing_newline=True).from_string(text)
     except TemplateError as error:
         raise ConfigError(f"teacher_context.{place} is not a template: {error}; the syntax is Jinja's") from None
+
+
+@functools.cache
+def _environment() -> Any:
+    """Jinja's sandbox: a template may come with a config somebody else wrote. It bounds ranges; multiplied texts and
+    powers, of which a few letters fill the memory, are bounded here."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Bounded(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset({"*", "**"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            size = max((len(side) for side in (left, right) if isinstance(side, (str, list, tuple))), default=None)
+            if operator == "*" and size is not None:
+                count = next((side for side in (left, right) if isinstance(side, int)), 0)
+                if size * count > _LONGEST:
+                    raise ValueError(f"a text or list of {size * count} parts; {_LONGEST} are the most")
+            if operator == "**" and isinstance(left, int) and isinstance(right, int) and abs(right) > _LARGEST_POWER:
+                raise ValueError(f"a power of {right}; {_LARGEST_POWER} is the most")
+            return super().call_binop(context, operator, left, right)
+
+    return Bounded
 
 
 @dataclass(frozen=True)

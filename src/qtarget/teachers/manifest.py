@@ -7,11 +7,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qtarget import json_text
 from qtarget.errors import ConfigError
 from qtarget.teachers.shards import write_whole
 
 FILE = "manifest.json"
 FORMAT = 1
+_NONE = type(None)
+# What a manifest must hold: part → its kinds.
+_PARTS: dict[str, tuple[type, ...]] = {
+    "program": (str,),
+    "state": (str,),
+    "tokenizer": (str,),
+    "chat_template": (str, _NONE),
+    "vocab_size": (int,),
+    "teacher_context": (dict, _NONE),
+    "preparation": (dict,),
+    "end_token": (int, _NONE),
+    "teacher": (dict,),
+    "k": (int,),
+    "dtype": (str,),
+    "rows": (int,),
+    "tokens": (int,),
+    "planned_shards": (int,),
+    "index": (dict,),
+    "shards": (list,),
+}
+_FILE: dict[str, tuple[type, ...]] = {"file": (str,), "bytes": (int,), "checksum": (str,)}
+_TEACHER: dict[str, tuple[type, ...]] = {"name": (str,), "revision": (str, _NONE), "weights": (str, _NONE)}
 # How a difference is mended, by the part of the manifest it is in.
 _MENDS = {
     "tokenizer": "train with the tokenizer the cache was built for, or build a cache for this one",
@@ -33,17 +56,47 @@ def read(folder: str | Path) -> dict[str, Any]:
             f"teacher_cache is {str(folder)!r}, which holds no {FILE}; name a folder that qtarget cache build made"
         )
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        known = isinstance(manifest, dict) and manifest["format"] == FORMAT
-        if known and not {"index", "shards", "k", "rows", "tokens", "state"} <= manifest.keys():
-            raise ValueError("parts of it are missing")
-    except (OSError, ValueError, KeyError) as error:
+        manifest = json_text.loads(file.read_bytes())
+        if not isinstance(manifest, dict):
+            raise ValueError(f"it holds a {type(manifest).__name__}")
+        known = manifest.get("format") == FORMAT
+        if known:
+            _check(manifest)
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"{file} cannot be read ({error}); copy the cache again or build it anew in another folder"
         ) from error
     if not known:
-        raise ConfigError(f"{file} has format {manifest['format']!r}, and this version reads {FORMAT}; build it anew")
+        format = manifest.get("format")
+        raise ConfigError(f"{file} has format {format!r}, and this version reads {FORMAT}; build it anew")
     return manifest
+
+
+def _check(manifest: Mapping[str, Any]) -> None:
+    """Raise ValueError where a part is missing or of another kind: a cache may be somebody else's."""
+    _check_parts(manifest, _PARTS, "it")
+    _check_parts(manifest["index"], _FILE, "index")
+    for number, line in enumerate(manifest["shards"]):
+        if not isinstance(line, Mapping):
+            raise ValueError(f"shards holds {line!r}")
+        _check_parts(line, _FILE | {"tokens": (int,)}, f"shard {number}")
+    teacher = manifest["teacher"]
+    for one in teacher["pool"] if isinstance(teacher.get("pool"), list) else [teacher]:
+        if not isinstance(one, Mapping):
+            raise ValueError(f"teacher is {teacher!r}")
+        _check_parts(one, _TEACHER | ({"weight": (float, int)} if "pool" in teacher else {}), "teacher")
+    told = sum(line["tokens"] for line in manifest["shards"])
+    if manifest["state"] == "complete" and told != manifest["tokens"]:
+        raise ValueError(f"its shards hold {told} tokens, and tokens is {manifest['tokens']}")
+
+
+def _check_parts(held: Mapping[str, Any], parts: Mapping[str, tuple[type, ...]], what: str) -> None:
+    for name, kinds in parts.items():
+        if name not in held:
+            raise ValueError(f"{what} has no {name}")
+        value = held[name]
+        if not isinstance(value, kinds) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+            raise ValueError(f"{name} is {value!r}")
 
 
 def write(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -49,11 +49,17 @@ def read_pool(value: Any) -> list[PooledTeacher]:
             )
             continue
         weight = entry["weight"]
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < 1e9:
             faults.append(f"teachers: the weight of {entry['model_name_or_path']} is {weight!r}; use a number above 0")
             continue
-        kwargs = dict(entry.get("init_kwargs") or {})
-        pool.append(PooledTeacher(str(entry["model_name_or_path"]), float(weight), entry.get("revision"), kwargs))
+        kwargs = entry.get("init_kwargs") or {}
+        if not isinstance(kwargs, Mapping):
+            faults.append(
+                f"teachers: init_kwargs of {entry['model_name_or_path']} is {kwargs!r}; write a mapping, as in "
+                "{dtype: bfloat16}"
+            )
+            continue
+        pool.append(PooledTeacher(str(entry["model_name_or_path"]), float(weight), entry.get("revision"), dict(kwargs)))
     total = sum(teacher.weight for teacher in pool)
     if not faults and abs(total - 1) > 1e-6:
         faults.append(

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 # What may be different a moment later; every other status but 2xx is an answer, and asking again would not change it.
 _RETRIED = frozenset({429, 500, 502, 503, 504})
+_FIRST_RETRIES = 2  # of a server that has not answered yet: most often its address is wrong
 _LONGEST_BACKOFF = 60.0  # seconds
 _LONGEST_RETRY_AFTER = 600.0  # seconds; a server that asks for more is reported instead of waited for
 # Any vocabulary of two has these ids; two lengths, to see that the server takes several prompts in a request.
@@ -126,7 +127,7 @@ class TeacherServer:
         """
         self._served = self._form = None
         try:
-            self._served = self._choose(self._request("/models"))
+            self._served = self._choose(self._request("/models", retries=min(self._retries, _FIRST_RETRIES)))
             self._form = self._negotiate(self._served)
         except _Refused as refusal:
             raise self._refusal(refusal) from None
@@ -233,15 +234,16 @@ class TeacherServer:
             )
         return [order[index] for index in range(sent)]
 
-    def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON of an answer; a GET without ``body``.
+    def _request(self, path: str, body: dict[str, Any] | None = None, retries: int | None = None) -> Any:
+        """The JSON of an answer; a GET without ``body``. ``retries``: in place of the client's own number.
 
         Raises:
             _Refused: the server has answered, and would answer the same again.
             ConfigError: every try failed.
         """
         happened = mend = ""
-        for attempt in range(1, self._retries + 2):
+        retries = self._retries if retries is None else retries
+        for attempt in range(1, retries + 2):
             asked = 0.0
             try:
                 response = self._session.request(
@@ -288,13 +290,13 @@ class TeacherServer:
                         mend = "give the address of the server itself and not of a page in front of it"
             if asked > _LONGEST_RETRY_AFTER:
                 raise ConfigError(f"url is {self._url!r}, which {happened} and asks to wait {asked:.0f} s; start later")
-            if attempt <= self._retries:
+            if attempt <= retries:
                 wait = max(asked, min(self._backoff * 2 ** (attempt - 1), _LONGEST_BACKOFF))
                 logger.warning(
-                    "%s %s; asking again in %.1f s (retry %d of %d)", self._url, happened, wait, attempt, self._retries
+                    "%s %s; asking again in %.1f s (retry %d of %d)", self._url, happened, wait, attempt, retries
                 )
                 time.sleep(wait)
-        tries = "1 try" if not self._retries else f"{self._retries + 1} tries"
+        tries = "1 try" if not retries else f"{retries + 1} tries"
         raise ConfigError(f"url is {self._url!r}, which {happened} after {tries}; {mend}")
 
     def _refusal(self, refusal: _Refused) -> ConfigError:

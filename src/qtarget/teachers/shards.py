@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
+import math
 import os
 import struct
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 from safetensors.numpy import save
 
+from qtarget import json_text
 from qtarget.errors import ConfigError
 
 _DTYPES = {"I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "U8": "u1"}
@@ -59,9 +60,13 @@ def fault(folder: Path, line: Mapping[str, Any], checksum: bool = True) -> str |
 
     ``checksum``: read all of it; else only its size is looked at.
     """
-    path = folder / str(line["file"])
+    if Path(line["file"]).name != line["file"] or "\\" in line["file"] or "\0" in line["file"]:
+        return (
+            f"the manifest names the shard {line['file']!r}; only a name without folders is read: build the cache anew"
+        )
+    path = folder / line["file"]
     mend = "copy the cache again, or delete that file and run the same qtarget cache build, which makes it anew"
-    if path.name != line["file"] or not path.is_file():
+    if not path.is_file():
         return f"{path} is missing; {mend}"
     size = path.stat().st_size
     if size != line["bytes"]:
@@ -90,19 +95,21 @@ def map_arrays(path: Path) -> dict[str, np.ndarray]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > path.stat().st_size:
                 raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
+            header = json_text.loads(stream.read(length))
         arrays = {}
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
             begin, end = entry["data_offsets"]
             dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
-            if end - begin != dtype.itemsize * int(np.prod(shape)) or 8 + length + end > path.stat().st_size:
+            fits = all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape))
+            fits = fits and end - begin == dtype.itemsize * math.prod(shape)
+            if not fits or 8 + length + end > path.stat().st_size:
                 raise ValueError(f"{name} does not fit")
             if end == begin:
                 arrays[name] = np.empty(shape, dtype)
             else:
                 arrays[name] = np.memmap(path, dtype=dtype, mode="r", offset=8 + length + begin, shape=shape)
         return arrays
-    except (OSError, ValueError, KeyError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ConfigError(f"{path} is not a file of a teacher cache: {error}; copy or build the cache anew") from error

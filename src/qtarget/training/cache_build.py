@@ -61,8 +61,13 @@ class Plan:
         return sum(row.tokens for row in self.rows)
 
     def megabytes(self, k: int, dtype: str) -> float:
-        """Size on disk: an int32 id and a log-probability for each of k, and a float32 tail."""
-        return self.tokens * (k * (4 + np.dtype(dtype).itemsize) + 4) / 2**20
+        """Size on disk."""
+        return self.tokens * bytes_per_token(k, dtype) / 2**20
+
+
+def bytes_per_token(k: int, dtype: str = "float16") -> int:
+    """On disk: an int32 id and a log-probability for each of k, and a float32 tail."""
+    return k * (4 + np.dtype(dtype).itemsize) + 4
 
 
 class RowsTrainer(QTargetTrainer):
@@ -183,6 +188,7 @@ def build(
             teacher gives NaN. Shards already written stay.
     """
     folder = Path(folder)
+    check_folder(folder, made, k, dtype, about)
     folder.mkdir(parents=True, exist_ok=True)
     score = scorer or LiveScorer(trainer, k)
     with _alone(folder):
@@ -227,7 +233,23 @@ def _begin(folder: Path, made: Plan, k: int, dtype: str, about: dict[str, Any]) 
     starts = np.zeros(len(counts), np.int64)
     order = np.array([row for group in made.shards for row in group])
     starts[order] = np.cumsum([0, *counts[order][:-1]])
-    fresh = {
+    fresh = _fresh(made, k, dtype, about)
+    if not (folder / manifests.FILE).exists():
+        index = shards.write_arrays(folder / INDEX, {"keys": made.keys, "counts": counts, "starts": starts})
+        manifest = {**fresh, "index": index, "shards": []}
+        manifests.write(folder, manifest)
+        return manifest
+    manifest = manifests.read(folder)
+    for number, line in enumerate(manifest["shards"]):
+        if shards.fault(folder, line) is not None:  # it and what follows is made anew
+            del manifest["shards"][number:]
+            manifest["state"] = "building"
+            break
+    return manifest
+
+
+def _fresh(made: Plan, k: int | None, dtype: str, about: dict[str, Any]) -> dict[str, Any]:
+    return {
         "format": manifests.FORMAT,
         "program": f"qtarget {__version__}",
         "state": "building",
@@ -238,17 +260,22 @@ def _begin(folder: Path, made: Plan, k: int, dtype: str, about: dict[str, Any]) 
         "tokens": made.tokens,
         "planned_shards": len(made.shards),
     }
+
+
+def check_folder(folder: Path, made: Plan, k: int | None, dtype: str, about: dict[str, Any]) -> None:
+    """Raise ConfigError where a build may not have a folder; ``k``: None where it is not known yet."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"output is {str(folder)!r}, which is a file; name a new folder")
     if not (folder / manifests.FILE).exists():
-        if any(file.name != ".building" and not file.name.endswith(".partial") for file in folder.iterdir()):
-            index_only = {file.name for file in folder.iterdir()} <= {INDEX, f"{INDEX}.partial", ".building"}
-            if not index_only:
-                raise ConfigError(f"output is {str(folder)!r}, which holds other files; name a new folder")
-        index = shards.write_arrays(folder / INDEX, {"keys": made.keys, "counts": counts, "starts": starts})
-        manifest = {**fresh, "index": index, "shards": []}
-        manifests.write(folder, manifest)
-        return manifest
+        begun = {INDEX, f"{INDEX}.partial", f"{manifests.FILE}.partial", ".building"}
+        if any(file.name not in begun for file in folder.iterdir()):
+            raise ConfigError(f"output is {str(folder)!r}, which holds other files; name a new folder")
+        return
     manifest = manifests.read(folder)
-    wanted = {name: value for name, value in fresh.items() if name not in ("state", "program")}
+    left_out = ("state", "program", *(("k",) if k is None else ()))
+    wanted = {name: value for name, value in _fresh(made, k, dtype, about).items() if name not in left_out}
     difference = manifests.first_difference(
         manifest, wanted, "name another folder, or build with what it was begun with"
     )
@@ -257,12 +284,6 @@ def _begin(folder: Path, made: Plan, k: int, dtype: str, about: dict[str, Any]) 
         difference = "the rows are not those it was begun with: text, order or context changed; name another folder"
     if difference is not None:
         raise ConfigError(f"output is {str(folder)!r}, which holds a teacher cache: {difference}")
-    for number, line in enumerate(manifest["shards"]):
-        if shards.fault(folder, line) is not None:  # it and what follows is made anew
-            del manifest["shards"][number:]
-            manifest["state"] = "building"
-            break
-    return manifest
 
 
 def _write_shard(

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from qtarget.data.columns import REFERENCE, SOURCE_ID
 from qtarget.errors import ConfigError
-from qtarget.training import teacher_setup
+from qtarget.training import checkpoints, teacher_setup
 from qtarget.training.objective import Objective
 
 _NAMES = {
@@ -322,10 +321,29 @@ def packed_batch(inputs: Mapping[str, Any]) -> None:
 
 
 def checkpoint_folder(resume_from_checkpoint: Any, output_dir: Any) -> str | None:
-    """The folder a run would resume from, or None."""
-    if isinstance(resume_from_checkpoint, str):
-        return resume_from_checkpoint
-    return get_last_checkpoint(output_dir) if resume_from_checkpoint and Path(output_dir).is_dir() else None
+    """The folder a run would resume from: the one that is named, for True the last whole one, or None.
+
+    Raises:
+        ConfigError: the one that is named is not whole.
+    """
+    if isinstance(resume_from_checkpoint, str | Path):
+        folder = Path(resume_from_checkpoint)
+        if not folder.is_dir():
+            raise ConfigError(f"resume_from_checkpoint is {str(folder)!r}, which is no folder; {_whole_one(folder)}")
+        if (fault := checkpoints.fault(folder)) is not None:
+            raise ConfigError(
+                f"resume_from_checkpoint is {str(folder)!r}, which is not whole: {fault}; {_whole_one(folder)}"
+            )
+        return str(folder)
+    if not resume_from_checkpoint or not Path(output_dir).is_dir():
+        return None
+    whole = checkpoints.last(output_dir)
+    return None if whole is None else str(whole)
+
+
+def _whole_one(folder: Path) -> str:
+    whole = checkpoints.last(folder.parent)
+    return "start anew in another output_dir" if whole is None else f"the last whole one is {str(whole)!r}"
 
 
 def _tokenizer_of(model: Any) -> Any:

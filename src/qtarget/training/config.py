@@ -20,6 +20,7 @@ from qtarget.targets import Target, presets
 from qtarget.targets.schedule import ScheduledTarget
 from qtarget.teachers import context
 from qtarget.teachers.pool import PooledTeacher, read_pool
+from qtarget.training import ranges
 from qtarget.training.objective import Objective
 
 logger = logging.getLogger(__name__)
@@ -176,13 +177,17 @@ class QTargetConfig(SFTConfig):
     )
     lens_every: int | None = field(
         default=None,
-        metadata={"help": "Steps between two maps of (p_y, entropy) in lens_history.parquet; unset: none."},
+        metadata={
+            "help": "Steps between two maps of (p_y, entropy) in lens_history.parquet, 256 at most; unset: none."
+        },
     )
     loss_type: str | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "TRL's name of the loss: nll is target sft, dft is target dft."}
     )
 
     def __post_init__(self):
+        if faults := ranges.faults(self):
+            raise ConfigError(faults)
         if self.bf16 is None and not self.fp16 and not _has_bf16_units(self.use_cpu):
             self.bf16 = False
         elif self.bf16 and not _has_bf16_units(self.use_cpu):
@@ -192,7 +197,11 @@ class QTargetConfig(SFTConfig):
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch warns on every start
         super().__post_init__()
-        faults = []
+        faults = [
+            f"{name} is {getattr(self, name)!r}; write a mapping, as in {{dtype: bfloat16}}"
+            for name in ("model_init_kwargs", "teacher_model_init_kwargs", "reference_model_init_kwargs")
+            if not isinstance(getattr(self, name) or {}, dict)
+        ]
         for name, valid in (
             ("denominator", DENOMINATORS),
             ("weights", WEIGHTS),

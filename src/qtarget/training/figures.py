@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from qtarget.training.teacher_setup import teacher_named_by
 
 # Log lines that carry the learning rate at which plain SFT's step would be matched.
 _LINES_WITH_MATCHING_RATE = 5
+# In a checkpoint: what is counted over a whole run and is in none of Transformers' files.
+COUNTS = "qtarget_counts.json"
 
 
 class FiguresTrainer(SFTTrainer):
@@ -69,6 +72,15 @@ class FiguresTrainer(SFTTrainer):
         self._total_train_tokens += int(self.accelerator.gather_for_metrics(count).sum()) // self._tp_size
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
+    def _write_counts(self, folder: Path) -> None:
+        counts = {"num_tokens": self._total_train_tokens, "lines_logged": self._lines_logged}
+        (folder / COUNTS).write_text(json.dumps(counts) + "\n", encoding="utf-8")
+
+    def _read_counts(self, folder: Path) -> None:
+        if (folder / COUNTS).is_file():  # else another program's checkpoint
+            counts = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
+            self._total_train_tokens, self._lines_logged = counts["num_tokens"], counts["lines_logged"]
+
     def _reference_named(self) -> str:
         if self._reads_reference_column:
             return "the column reference_logp"
@@ -96,7 +108,8 @@ class FiguresTrainer(SFTTrainer):
             for name, data in {"train": self.train_dataset, **evaluated}.items()
             if data is not None
         }
-        part = model_card.section(self._objective, self._identity(), rows, self.state.log_history)
+        trusted = identity.trusted_code(self.args)
+        part = model_card.section(self._objective, self._identity(), rows, self.state.log_history, trusted)
         card.write_text(model_card.insert(card.read_text(encoding="utf-8"), part), encoding="utf-8")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

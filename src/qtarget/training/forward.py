@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
@@ -119,6 +120,7 @@ class LossCall:
         self.num_items = num_items
         self.stats = stats
         self.aux_loss = aux_loss
+        self.gathered = False
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: HeadTransform) -> ModelOutput:
         labels = self.labels[:, 1:].to(hidden.device)
@@ -155,9 +157,13 @@ class LossCall:
 
 
 class StatesCall:
-    """Ask a patched model for its last hidden states and its head, for a teacher or reference."""
+    """Ask a patched model for its last hidden states and its head, for a teacher or reference.
+
+    ``gathered``: set by the model where its head was a shard, so that what is handed out is whole and stays valid.
+    """
 
     aux_loss = False
+    gathered = False
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: HeadTransform) -> ModelOutput:
         if is_deepspeed_zero3_enabled():  # the gathered head is partitioned again once the forward ends
@@ -184,6 +190,7 @@ def add_target_forward(model: nn.Module) -> None:
         states = self.base_model(*args, **kwargs)
         hidden = states.last_hidden_state
         weight, bias = head_parameters(self)
+        qtarget.gathered = isinstance(weight, DTensor)
         with maybe_gather_lm_head_ctx(weight, bias):  # type: ignore[arg-type]  # ZeRO-3
             weight, bias = whole(weight, hidden), None if bias is None else whole(bias, hidden)
             output = qtarget(hidden.to(weight.device), weight, bias, transform)
@@ -245,6 +252,12 @@ def check_head_transform(
     if states.bias is not None:
         rebuilt = rebuilt + states.bias.float()
     rebuilt = transform.apply(rebuilt)[:, -own.shape[1] :]
+    if rebuilt.shape != own.shape:
+        raise ConfigError(
+            f"{type(base).__name__}'s head has {rebuilt.shape[-1]} rows in this process and the model {own.shape[-1]} "
+            "tokens: it is split over processes in a form that cannot be gathered here; leave tensor parallelism out "
+            "(tp_plan), or shard with FSDP2"
+        )
     if own.isnan().any():
         return
     difference = (own - rebuilt).abs()

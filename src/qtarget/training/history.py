@@ -5,7 +5,9 @@ line per cell that holds a token:
 
     step, p_bin, entropy_bin, count, trust, update        trust and update are means over the cell's tokens
 
-p_bin counts twentieths of p_y, entropy_bin twentieths of log(vocabulary).
+p_bin counts twentieths of p_y, entropy_bin twentieths of log(vocabulary). At most ``MAPS`` maps are kept: a run that
+would make more keeps every second one, then every fourth and so on, so that neither the file nor the time to write it
+grows with the run. Which maps are kept depends on the step alone, so a resumed run keeps the same ones.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from qtarget.errors import ConfigError, reason
+
 BINS = 20
+MAPS = 256
 FILE = "lens_history.parquet"
 SCHEMA = pa.schema(
     [
@@ -41,7 +46,7 @@ class History(TrainerCallback):
 
     Args:
         folder: the run's. vocab_size: real tokens, whose logarithm is the largest entropy. every: optimiser steps between
-            two maps. accelerator: the run's.
+            two maps, while there are at most ``MAPS``. accelerator: the run's.
     """
 
     def __init__(self, folder: str | Path, vocab_size: int, every: int, accelerator: Any):
@@ -51,7 +56,14 @@ class History(TrainerCallback):
 
     def wants(self, step: int) -> bool:
         """Whether a map is due for optimiser step ``step`` (1 is the first)."""
-        return step % self._every == 0
+        return step % self.stride(step) == 0
+
+    def stride(self, step: int) -> int:
+        """Steps between the maps kept of a run up to ``step``: every, doubled until there are at most ``MAPS``."""
+        stride = self._every
+        while step // stride > MAPS:
+            stride *= 2
+        return stride
 
     def add(self, stats: dict[str, Tensor]) -> None:
         """Add a micro-batch: nll, entropy, trust and update of the labels' shape, NaN where nothing is trained."""
@@ -94,18 +106,32 @@ class History(TrainerCallback):
         os.replace(partial, self._file)
 
     def _before(self, step: int) -> pa.Table | None:
-        """Maps of earlier steps: a resumed run goes on, and what it does again is written anew."""
+        """Maps of earlier steps that stay: a resumed run goes on, and what it does again is written anew."""
         if not self._file.is_file():
             return None
         table = pq.read_table(self._file)
-        return table.filter(pc.less(table["step"], step))
+        kept = [known for known in pc.unique(table["step"]).to_pylist() if known % self.stride(step) == 0]
+        return table.filter(pc.and_(pc.less(table["step"], step), pc.is_in(table["step"], pa.array(kept, pa.int32()))))
 
 
 def frames(folder: str | Path) -> list[dict[str, Any]]:
     """The maps of a run as the page plays them: [{step, count, trust, update}], 20 × 20 lists each, rows are p_y."""
-    table = pq.read_table(Path(folder) / FILE).to_pylist()
+    file = Path(folder) / FILE
+    try:
+        read = pq.read_table(file)
+        table = pa.Table.from_arrays([read[name].cast(SCHEMA.field(name).type) for name in SCHEMA.names], SCHEMA.names)
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise ConfigError(f"{file} cannot be read ({reason(error)}); train again with lens_every") from None
+    lines = table.to_pylist()
     made: dict[int, dict[str, Any]] = {}
-    for line in table:
+    for line in lines:
+        if any(line[name] is None for name in SCHEMA.names) or not all(
+            0 <= line[n] < BINS for n in ("p_bin", "entropy_bin")
+        ):
+            raise ConfigError(
+                f"{file} has a cell at p_bin {line['p_bin']}, entropy_bin {line['entropy_bin']}, which the map of {BINS} "
+                "by as many has not; train again with lens_every"
+            )
         frame = made.setdefault(
             line["step"],
             {

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qtarget import json_text
 from qtarget.errors import ConfigError
 from qtarget.training.objective import Objective
 
@@ -31,7 +32,7 @@ def identity(args: Any, objective: Objective, own: Mapping[str, str | None]) -> 
         named = f"{name} (revision {revision})" if name else own.get(role)
         settings[role] = named if role in models else None
     if "teacher" in models and args.teacher_cache is not None:
-        settings["teacher"] = own["teacher"]
+        settings["teacher"] = own.get("teacher")
     if "teacher" in models:
         settings |= {
             name: getattr(args, name)
@@ -63,7 +64,24 @@ def describe(args: Any, objective: Objective, settings: dict[str, Any]) -> str:
         parts.append("old policy from column old_logps, which is not the paper's schedule: it is never refreshed")
     elif "psft_refresh" in settings:
         parts.append(f"old policy copied every {args.psft_refresh} steps")
+    if trusted := trusted_code(args):
+        parts.append(f"trust_remote_code is on: code that came with {' and '.join(trusted)} is run")
     return "; ".join(parts)
+
+
+def trusted_code(args: Any) -> list[str]:
+    """The models whose own code a run may run, because the user said so."""
+    asked = {
+        "the model": args.trust_remote_code or _trusts(args.model_init_kwargs),
+        "the teacher": _trusts(args.teacher_model_init_kwargs)
+        or any(_trusts(t.init_kwargs) for t in args.pooled_teachers()),
+        "the reference": _trusts(args.reference_model_init_kwargs),
+    }
+    return [who for who, on in asked.items() if on]
+
+
+def _trusts(init_kwargs: Any) -> bool:
+    return isinstance(init_kwargs, Mapping) and bool(init_kwargs.get("trust_remote_code"))
 
 
 def write(folder: str | Path, settings: dict[str, Any]) -> None:
@@ -78,7 +96,14 @@ def differences(folder: str | Path, settings: dict[str, Any], partly: bool = Fal
     file = Path(folder) / FILE
     if not file.is_file():
         return []
-    saved = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        saved = json_text.loads(file.read_bytes())
+        if not isinstance(saved, dict):
+            raise ValueError("it holds no mapping")
+    except (OSError, ValueError) as error:
+        return [
+            f"{file} cannot be read ({error}), so that nobody knows what it trained; resume from another checkpoint"
+        ]
     return [
         f"{name} is {_shown(settings.get(name))}, but the checkpoint {str(folder)!r} was trained with "
         f"{_shown(saved.get(name))}; resume with that, or start anew from the model with another output_dir"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, loading
 
 
 class KeptWeights:
@@ -99,7 +99,10 @@ class KeptWeights:
                 f"resume_from_checkpoint is {str(folder)!r}, which holds no {self.what} ({path.name}); resume from a "
                 f"checkpoint that a run with this {self.setting} wrote, on as many processes"
             )
-        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        with loading("resume_from_checkpoint", str(folder), path.name):
+            saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(saved["weights"], dict) or not isinstance(saved["taken_at"], int):
+                raise ValueError("it holds no weights with the step they were taken at")
         trainable = self._trainable()
         if saved["weights"].keys() != trainable.keys():
             raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -20,13 +21,14 @@ def section(
     settings: dict[str, Any],
     rows: dict[str, Any],
     log_history: list[dict[str, Any]],
+    trusted: Sequence[str] = (),
 ) -> str:
     """Markdown: the targets, what they needed, how the loss was scaled, and the last figures.
 
     Args:
         objective: what was trained. settings: ``identity.identity`` of the run.
         rows: data set → number of rows, or what is known of them.
-        log_history: ``trainer.state.log_history``.
+        log_history: ``trainer.state.log_history``. trusted: models whose own code was run.
     """
     lines = ["## Target", "", "What each token was taught, with qtarget.", ""]
     for source, target in objective.targets.items():
@@ -44,6 +46,8 @@ def section(
         if name not in ("target", "targets") and value is not None:
             lines.append(f"- {name}: {value}")
     lines += [f"- {name} data: {value}" for name, value in rows.items()]
+    if trusted:
+        lines.append(f"- trust_remote_code is on: code that came with {' and '.join(trusted)} was run")
     figures = _figures(log_history)
     if figures:
         lines += ["", "| figure | last training log | last evaluation |", "|---|---|---|"]

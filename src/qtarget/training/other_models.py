@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, loading
 from qtarget.losses import Head, TopK
 from qtarget.targets import presets
 from qtarget.teachers.frozen import adapters_off, evaluation_mode, freeze, frozen_copy, load_frozen
@@ -93,7 +93,8 @@ class OtherModels:
             average = Average(self._student, args.teacher_ema_decay)
         elif args.teachers is not None:
             for one in args.pooled_teachers():
-                loaded = load_frozen(one.name, one.revision, one.init_kwargs, args.device)
+                with loading("teachers", one.name):
+                    loaded = load_frozen(one.name, one.revision, one.init_kwargs, args.device)
                 models.append((one.weight, self._prepared("teacher", loaded)))
         elif not isinstance(uids, CachedUids):
             models = [(1.0, self._load("teacher", None))]
@@ -122,12 +123,10 @@ class OtherModels:
     def _load(self, role: str, given: nn.Module | None) -> nn.Module:
         args = self._args
         if given is None:
-            given = load_frozen(
-                getattr(args, f"{role}_model_name_or_path"),
-                getattr(args, f"{role}_model_revision"),
-                getattr(args, f"{role}_model_init_kwargs"),
-                args.device,
-            )
+            name = getattr(args, f"{role}_model_name_or_path")
+            revision, kwargs = (getattr(args, f"{role}_model_{what}") for what in ("revision", "init_kwargs"))
+            with loading(f"{role}_model_name_or_path", name):
+                given = load_frozen(name, revision, kwargs, args.device)
         return self._prepared(role, given)
 
     def _reference(self, given: nn.Module | None) -> nn.Module | None:
@@ -228,11 +227,12 @@ class OtherModels:
     def _head(self, model: Any, inputs: dict[str, Any]) -> Head:
         base = self.base(model)
         self._check_ids(base, inputs["input_ids"])
-        states = model(**inputs, qtarget=StatesCall())
+        call = StatesCall()
+        states = model(**inputs, qtarget=call)
         weight, bias = states.weight, states.bias
-        # A sharded model may have freed the gathered head when its forward ended: what it holds now is valid.
+        # FSDP2 may have freed a head that it gathered itself when the forward ended: it is gathered again.
         now = head_parameters(base)[0]
-        if hasattr(now, "full_tensor"):
+        if hasattr(now, "full_tensor") and not call.gathered:
             weight, bias = (None if p is None else whole(p, states.hidden) for p in head_parameters(base))
         transform = HeadTransform.of(base.config)
         # Virtual tokens of prompt tuning come first: the last positions are the labels'.

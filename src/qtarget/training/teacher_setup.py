@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, loading
 from qtarget.targets import Target, presets
 from qtarget.teachers import manifest as manifests
 from qtarget.teachers.cache import CachedTeacher
@@ -157,10 +157,10 @@ def tokenizer_faults(args: Any, tokenizer: Any) -> list[str]:
     faults = []
     for name, revision, kwargs in named_models(args):
         try:
-            teacher = teacher_tokenizer(name, revision, kwargs)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            faults.append(f"{setting} is {name!r}, whose tokenizer cannot be loaded: {reason}")
+            with loading(setting, name, "tokenizer"):
+                teacher = teacher_tokenizer(name, revision, kwargs)
+        except ConfigError as error:
+            faults += error.faults
             continue
         if (difference := vocabulary_difference(tokenizer, teacher)) is not None:
             faults.append(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from trl import SFTTrainer
@@ -18,13 +19,16 @@ from trl.data_utils import get_dataset_column_names
 
 from qtarget.data.columns import REFERENCE, SOURCE_ID, UID, TokenColumnCollator, TokenColumns, columns_for, columns_of
 from qtarget.data.preparation import Preparation
+from qtarget.data.rows import checked_texts, checked_tokens
 from qtarget.errors import ConfigError
 from qtarget.targets import Target
 from qtarget.teachers import cache
 from qtarget.teachers.frozen import evaluation_mode
 from qtarget.teachers.same_vocabulary import real_vocabulary_size
 from qtarget.teachers.uids import CachedUids, ContextUids, RowsThatAsk
-from qtarget.training import checks, denominator, identity
+from qtarget.training import checkpoint_files, checkpoints, checks, denominator, identity
+from qtarget.training.batches import BatchesTrainer
+from qtarget.training.checkpoints import CheckpointsTrainer
 from qtarget.training.config import QTargetConfig
 from qtarget.training.figures import FiguresTrainer
 from qtarget.training.forward import LossCall, accepted, add_target_forward, check_head_transform
@@ -41,7 +45,7 @@ from qtarget.training.teacher_setup import (
 logger = logging.getLogger(__name__)
 
 
-class QTargetTrainer(FiguresTrainer):
+class QTargetTrainer(FiguresTrainer, BatchesTrainer, CheckpointsTrainer):
     """Fine-tune toward a designed target; otherwise TRL's ``SFTTrainer``, with the same arguments.
 
     The loss is computed inside the model's own forward from its last hidden states; logits are never held.
@@ -142,11 +146,21 @@ class QTargetTrainer(FiguresTrainer):
                 dataset_name, get_dataset_column_names(dataset), objective, args, dataset_name != "train"
             )
         )
+        vocab_size = real_vocabulary_size(getattr(processing_class, "tokenizer", processing_class))
+        if formatting_func is None and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            dataset = checked_texts(dataset, dataset_name, args.dataset_text_field)
+            dataset = checked_tokens(dataset, dataset_name, vocab_size)
         tokenise_only = copy.copy(args)
         tokenise_only.max_length, tokenise_only.shuffle_dataset = None, False
-        dataset = super()._prepare_dataset(
-            dataset, processing_class, tokenise_only, False, formatting_func, dataset_name
-        )
+        try:
+            dataset = super()._prepare_dataset(
+                dataset, processing_class, tokenise_only, False, formatting_func, dataset_name
+            )
+        except TemplateError as error:
+            raise ConfigError(
+                f"the chat template cannot be applied to a row of the {dataset_name} dataset: {error}; mend that row or "
+                "the template (chat_template_path)"
+            ) from error
         self._open_teacher(args, processing_class)
         asks = "teacher" in objective.requires or self._always_opens_teacher
         prepare = Preparation(
@@ -326,16 +340,27 @@ class QTargetTrainer(FiguresTrainer):
     # -- the run -------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        if self.args.should_save:
+            checks.raise_together(checkpoints.unwritable(str(self.args.output_dir)))
+            checkpoints.clear(str(self.args.output_dir))
         folder = checks.checkpoint_folder(resume_from_checkpoint, self.args.output_dir)
+        if resume_from_checkpoint is True and self.is_world_process_zero():
+            for said in checkpoints.passed_over(str(self.args.output_dir)):
+                logger.warning(said)
+            if folder is None:
+                logger.warning(f"{self.args.output_dir} holds no checkpoint to resume from: the run starts at step 0")
+        checks.raise_together([] if folder is None else checkpoint_files.faults(folder))
         for kept in self._others.kept_weights:
             kept.forget()
         if folder is not None:
             identity.check(folder, self._identity())
             for kept in self._others.kept_weights:
                 kept.load(folder)
+            self._read_counts(Path(folder))
         self.accelerator.print(self.describe())
         self._tell_agreement()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with checkpoints.told("what the run leaves", str(self.args.output_dir)):
+            return super().train(folder, *args, **kwargs)
 
     def _tell_agreement(self) -> None:
         """A line on how far student and teacher agree, before anything is trained."""
@@ -356,13 +381,12 @@ class QTargetTrainer(FiguresTrainer):
         self._others.release(self._models_for(ahead))
         return super().training_step(*args, **kwargs)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self._step}"
+    def write_into_checkpoint(self, folder: Path) -> None:
         for kept in self._others.kept_weights:
             kept.save(folder)
         if self.is_world_process_zero():
             identity.write(folder, self._identity())
+            self._write_counts(folder)
 
     @contextlib.contextmanager
     def evaluating(self, target: Target | str | dict):

@@ -1,0 +1,110 @@
+"""From cell files to paired differences: ``qtarget eval``'s folders are rebuilt and given to ``qtarget compare``."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from real_model import judge, problems
+from real_model.run import ARMS, BASE, CLEAN, CONDITIONS, DFT, KD, NOISY, SFT, TARGET, TASK, Cell
+
+DRAWS = 4000  # of each bootstrap
+MEASURES = ("strict", "lenient", "greedy", "pass@n")
+TRAINED = tuple(arm for arm in ARMS if arm != BASE)
+
+Cells = dict[Cell, dict[str, Any]]
+
+
+def read(folder: Path) -> Cells:
+    """Every finished cell."""
+    made = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    return {Cell(cell["seed"], cell["condition"], cell["arm"]): cell for cell in made if "arm" in cell}
+
+
+def seeds(cells: Cells, condition: str) -> list[int]:
+    """Training seeds of which every arm is finished."""
+    there = sorted({cell.seed for cell in cells if cell.condition == condition and cell.arm != BASE})
+    return [seed for seed in there if all(Cell(seed, condition, arm) in cells for arm in TRAINED)]
+
+
+def of(cells: Cells, arm: str, wanted: list[int]) -> list[dict[str, Any]]:
+    """The cells of CONDITION/ARM, a training seed each; the base, which is not trained, stands for every seed."""
+    condition, _, name = arm.partition("/")
+    return [cells[Cell(0, CLEAN, BASE) if name == BASE else Cell(seed, condition, name)] for seed in wanted]
+
+
+def groups(cells: Cells) -> list[tuple[list[int], str, list[str]]]:
+    """(training seeds, first arm, others) of every comparison on the page."""
+    made: list[tuple[list[int], str, list[str]]] = []
+    for condition in CONDITIONS:
+        if own := seeds(cells, condition):
+            arms = {BASE: TRAINED, SFT: (DFT, KD, TARGET), DFT: (TARGET,), KD: (TARGET,)}
+            made += [(own, f"{condition}/{a}", [f"{condition}/{b}" for b in others]) for a, others in arms.items()]
+    if both := [seed for seed in seeds(cells, NOISY) if seed in seeds(cells, CLEAN)]:
+        made += [(both, f"{CLEAN}/{arm}", [f"{NOISY}/{arm}"]) for arm in TRAINED]
+    return made
+
+
+def differences(cells: Cells, draws: int = DRAWS) -> dict[tuple[str, str, str], Any]:
+    """{(first, other, measure): Difference} by ``qtarget compare``; pass@n under that name, whatever n."""
+    from qtarget.evaluation import compare
+
+    made = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {cell: unpack(found, Path(scratch) / cell.name) for cell, found in cells.items()}
+        for wanted, first, others in groups(cells):
+            words = [f"{arm}={','.join(str(folders[key(arm, seed)]) for seed in wanted)}" for arm in (first, *others)]
+            for difference in compare.compare(words, draws).differences:
+                measure = "pass@n" if difference.measure.startswith("pass@") else difference.measure
+                made[first, difference.arm, measure] = difference
+    return made
+
+
+def key(arm: str, seed: int) -> Cell:
+    condition, _, name = arm.partition("/")
+    return Cell(0, CLEAN, BASE) if name == BASE else Cell(seed, condition, name)
+
+
+def unpack(cell: dict[str, Any], folder: Path) -> Path:
+    """The result folder of ``qtarget eval`` again."""
+    from qtarget.evaluation import records, sampling
+
+    about = cell["eval"]["tasks"][TASK]
+    rows = [{"id": name, "prompt": problems.prompt(name), "answer": answer(name)} for name in cell["answers"]]
+    asked = [{"id": row["id"], "prompt": row["prompt"], "row": row} for row in rows]
+    samples = []
+    for row in rows:
+        for number, (text, tokens, ended, entropy, strict, lenient) in enumerate(cell["answers"][row["id"]], start=-1):
+            said = judge.result(text, row)
+            sample = "greedy" if number < 0 else number
+            samples.append(
+                {
+                    "task": TASK,
+                    "problem": row["id"],
+                    "sample": sample,
+                    "seed": None
+                    if sample == "greedy"
+                    else sampling.seed_of(cell["eval"]["seed"], TASK, row["id"], number),
+                    "text": text,
+                    "finish": "stop" if ended else "length",
+                    "tokens": tokens,
+                    "entropy": entropy,
+                    "parsed": said["parsed"],
+                    "lenient_parsed": said["lenient_parsed"],
+                    "strict": strict,
+                    "lenient": lenient,
+                    "fault": None,
+                    "verifier_version": about["verifier_version"],
+                }
+            )
+    records.write(folder / "problems" / f"{TASK}.jsonl", "".join(map(records.line, asked)))
+    records.write(folder / "samples" / f"{TASK}.jsonl", "".join(map(records.line, samples)))
+    records.write_manifest(folder, cell["eval"])
+    return folder
+
+
+def answer(expression: str) -> str:
+    first, operation, second = expression.split()
+    return str(int(first) + int(second) if operation == "+" else int(first) - int(second))

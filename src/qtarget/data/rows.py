@@ -1,0 +1,194 @@
+"""What a row must look like before it is tokenised, and after: TRL trains some of what it should refuse, silently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
+
+from qtarget.errors import ConfigError
+
+_MASKS = ("completion_mask", "assistant_masks")
+_BATCH = 10_000  # rows looked at at once
+_INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "thinking")
+
+
+def checked_texts(dataset: Any, name: str, text_field: str) -> Any:
+    """The dataset, its rows of text and messages looked at: at once, or of a stream as they come.
+
+    Args:
+        dataset: before TRL's preparation. name: what errors call it. text_field: the column of plain text.
+
+    Raises:
+        ConfigError: the first row whose text is no text, or whose messages are no messages.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if not columns or "input_ids" in columns or {"image", "images"} & set(columns):
+        return dataset
+    looked_at = [
+        column for column in ("messages", "conversations", "prompt", "completion", text_field) if column in columns
+    ]
+
+    def look(row: Mapping[str, Any], number: int) -> None:
+        for column in looked_at:
+            if fault := _text_fault(column, row[column]):
+                raise ConfigError(f"row {number} of the {name} dataset: {fault}")
+        if {"prompt", "completion"} <= set(looked_at) and isinstance(row["prompt"], str) != isinstance(
+            row["completion"], str
+        ):
+            raise ConfigError(
+                f"row {number} of the {name} dataset: prompt is {_shown(row['prompt'])} and completion "
+                f"{_shown(row['completion'])}; write text in both, or messages in both"
+            )
+
+    if isinstance(dataset, Dataset):
+        with _readable(name):
+            for number, row in enumerate(dataset.select_columns(looked_at)):
+                look(row, number)
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return _looked_at_as_it_comes(dataset, look)
+    return dataset
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Arrow cuts field names at a NUL, and then has two of one name, which it cannot give back."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, ConfigError) or "duplicate field names" not in str(error):
+            raise
+        raise ConfigError(
+            f"a row of the {name} dataset holds a mapping with two fields of one name; write texts, messages or token ids"
+        ) from error
+
+
+def _looked_at_as_it_comes(dataset: IterableDataset, look: Callable[[Mapping[str, Any], int], None]) -> IterableDataset:
+    def through(row: dict[str, Any], number: int) -> dict[str, Any]:
+        look(row, number)
+        return row
+
+    return dataset.map(through, with_indices=True)
+
+
+def _text_fault(column: str, value: Any) -> str | None:
+    if isinstance(value, str) and column not in ("messages", "conversations"):
+        return None
+    told = f"{column} is {_shown(value)}"
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        if column in ("messages", "conversations"):
+            return f"{told}; write messages, as in [{{role: user, content: text}}]"
+        return f"{told}; write text, or messages as in [{{role: user, content: text}}]"
+    for message in value:
+        if not isinstance(message, Mapping):
+            return f"{told}; write messages, as in [{{role: user, content: text}}]"
+        role, content = ("from", "value") if message.get("from") is not None else ("role", "content")
+        if not isinstance(message.get(role), str):
+            return f"{column} has a message whose role is {_shown(message.get(role))}; write user, assistant or system"
+        said = message.get(content)
+        if said is None and any(message.get(other) for other in _INSTEAD_OF_CONTENT):
+            continue
+        if not isinstance(said, (str, list)):
+            return f"{column} has a message whose content is {_shown(said)}; write text"
+    return None
+
+
+def checked_tokens(dataset: Any, name: str, vocab_size: int) -> Any:
+    """The dataset, its token ids and labels looked at: at once, or of a stream as they come.
+
+    Args:
+        dataset: with input_ids and perhaps labels, masks and seq_lengths; without input_ids it is left alone.
+        name: what errors call it. vocab_size: real tokens of the vocabulary.
+
+    Raises:
+        ConfigError: the first row with an id outside the vocabulary, or as many labels as it has no ids.
+    """
+    have = getattr(dataset, "column_names", None) or ()
+    columns = [column for column in ("input_ids", "labels", *_MASKS, "seq_lengths") if column in have]
+    if "input_ids" not in columns:
+        return dataset
+
+    def look(row: Mapping[str, Any], number: int) -> None:
+        if fault := _token_fault({column: row[column] for column in columns}, vocab_size):
+            raise ConfigError(f"row {number} of the {name} dataset: {fault}")
+
+    if isinstance(dataset, Dataset):
+        begin = 0
+        for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH):
+            if not _all_right({column: table[column].combine_chunks() for column in columns}, vocab_size):
+                with _readable(name):
+                    for number in range(len(table)):
+                        look({column: table[column][number].as_py() for column in columns}, begin + number)
+            begin += len(table)
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return _looked_at_as_it_comes(dataset, look)
+    return dataset
+
+
+def _all_right(columns: dict[str, Any], vocab_size: int) -> bool:
+    """Whether a batch has nothing that ``_token_fault`` would name, without making Python numbers of it."""
+    lengths = None
+    for name, column in columns.items():
+        kind = column.type
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(kind.value_type):
+            return False
+        numbers = column.flatten()
+        if column.null_count or numbers.null_count:
+            return False
+        if name == "labels":  # ignored labels are no ids
+            numbers = numbers.filter(pc.not_equal(numbers, -100))
+        ends, most = pc.min_max(numbers).as_py(), _most(name, vocab_size)
+        if ends["min"] is not None and (ends["min"] < 0 or (most is not None and ends["max"] > most)):
+            return False
+        if name == "seq_lengths":
+            return False  # few rows have them, and their sums are no length
+        own = pc.list_value_length(column)
+        if lengths is not None and not pc.all(pc.equal(lengths, own)).as_py():
+            return False
+        lengths = own
+    return True
+
+
+def _most(column: str, vocab_size: int) -> int | None:
+    return 1 if column in _MASKS else None if column == "seq_lengths" else vocab_size - 1
+
+
+def _token_fault(row: Mapping[str, Any], vocab_size: int) -> str | None:
+    length = None
+    for column, value in row.items():
+        if not isinstance(value, Iterable) or isinstance(value, str):
+            return f"{column} is {_shown(value)}; write a list of whole numbers, one for each token"
+        value = list(value)
+        most = _most(column, vocab_size)
+        for number in value:
+            if not isinstance(number, int) or (isinstance(number, bool) and column not in _MASKS):
+                what = "0 and 1" if column in _MASKS else "token ids, whole numbers"
+                return f"{column} holds {_shown(number)}; write {what}"
+            if number >= 0 and (most is None or number <= most):
+                continue
+            if column in _MASKS:
+                return f"{column} holds {number}; write 0 and 1"
+            if column != "labels" or number != -100:
+                ignored = ", or -100 for positions that are not trained" if column == "labels" else ""
+                return (
+                    f"{column} holds {number}, outside the vocabulary of {vocab_size}; use ids from 0 to "
+                    f"{vocab_size - 1}{ignored}"
+                )
+        if column == "seq_lengths":
+            if sum(value) != length:
+                return f"seq_lengths sum to {sum(value)} for {length} input_ids; give the length of each document"
+        elif length is not None and len(value) != length:
+            return f"{column} has {len(value)} entries for {length} input_ids; give one for each"
+        length = len(value) if length is None else length
+    return None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

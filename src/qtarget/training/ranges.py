@@ -1,0 +1,107 @@
+"""Settings of TRL and Transformers whose wrong values they let pass, or refuse without saying which setting it is."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
+
+from qtarget.errors import ConfigError, check_range, unknown
+
+# field → the lowest whole number; None is left as it is.
+_WHOLE = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_length": 2,  # the first token has nothing that predicts it
+    "seed": 0,
+    "data_seed": 0,
+    "save_total_limit": 1,
+    "dataset_num_proc": 1,
+    "dataloader_num_workers": 0,
+}
+# field → (lowest number, whether that itself is too low)
+_NUMBERS = {
+    "learning_rate": (0, False),
+    "weight_decay": (0, False),
+    "max_grad_norm": (0, False),
+    "warmup_steps": (0, False),
+    "adam_epsilon": (0, False),
+    "logging_steps": (0, True),
+    "save_steps": (0, True),
+    "eval_steps": (0, True),
+}
+_SEEDS = ("seed", "data_seed")
+_LARGEST_SEED = 2**32 - 1
+_NAMES: dict[str, type[Enum]] = {
+    "lr_scheduler_type": SchedulerType,
+    "optim": OptimizerNames,
+    "eval_strategy": IntervalStrategy,
+    "logging_strategy": IntervalStrategy,
+    "save_strategy": SaveStrategy,
+    "hub_strategy": HubStrategy,
+}
+
+
+def faults(config: Any) -> list[str]:
+    """Sentences on the numbers and names of a training config, before Transformers reads them."""
+    found: list[str] = []
+    for check in (_whole, _numbers, _names, _run_name):
+        for problem in check(config):
+            found += problem.faults
+    return found
+
+
+def _whole(config: Any):
+    for name, low in _WHOLE.items():
+        value = getattr(config, name, None)
+        if value is None:
+            continue
+        most = _LARGEST_SEED if name in _SEEDS else None
+        if isinstance(value, bool) or not isinstance(value, int) or value < low or (most is not None and value > most):
+            to = "" if most is None else f" to {most}"
+            yield ConfigError(f"{name} is {value!r}; use a whole number from {low}{to}")
+
+
+def _numbers(config: Any):
+    for name, (low, above) in _NUMBERS.items():
+        value = getattr(config, name, None)
+        if value is not None and (problem := _out_of_range(name, value, low, above)):
+            yield problem
+    if isinstance(config.max_steps, bool) or not isinstance(config.max_steps, int):
+        yield ConfigError(f"max_steps is {config.max_steps!r}; use a whole number, or -1 for num_train_epochs")
+    elif config.max_steps <= 0 and (problem := _out_of_range("num_train_epochs", config.num_train_epochs, 0, True)):
+        yield problem
+
+
+def _out_of_range(name: str, value: Any, low: float, above: bool) -> ConfigError | None:
+    try:
+        check_range(name, value, low, open_low=above)
+    except ConfigError as problem:
+        return problem
+    return None
+
+
+def _names(config: Any):
+    for name, kind in _NAMES.items():
+        value = getattr(config, name, None)
+        valid = [member.value for member in kind]
+        if value is not None and getattr(value, "value", value) not in valid:
+            yield unknown(name, value, valid)
+    asked = config.report_to if isinstance(config.report_to, list) else [config.report_to]
+    trackers = ("none", "all", *INTEGRATION_TO_CALLBACK)
+    yield from (unknown("report_to", one, trackers) for one in asked if one is not None and one not in trackers)
+
+
+def _run_name(config: Any):
+    """Trackers make folders of it."""
+    name = config.run_name
+    if name is None or name == config.output_dir:
+        return
+    paths = PurePosixPath(str(name)), PureWindowsPath(str(name))
+    if any(path.is_absolute() or ".." in path.parts for path in paths) or any(ord(letter) < 32 for letter in str(name)):
+        yield ConfigError(f"run_name is {name!r}; use a name without '..', a leading slash or control characters")

@@ -1,0 +1,237 @@
+"""Models and tokenizers on disk."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import Bench, Case
+
+
+class Boom:
+    """A pickle that runs code when it is loaded."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (open, (str(self.mark), "w"))
+
+
+def model(id: str, wrong: str, damage: Any, *says: str, reads: bool = False, **settings: Any) -> Case:
+    """The world's model, damaged."""
+
+    def do(bench: Bench) -> list[object]:
+        folder = bench.copy("model")
+        damage(folder)
+        return bench.train(model_name_or_path=folder, **settings)
+
+    return Case(id, wrong, do, says, reads)
+
+
+def write(name: str, content: str | bytes) -> Any:
+    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def change(name: str, **values: Any) -> Any:
+    def damage(folder: Path) -> None:
+        held = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(held | values))
+
+    return damage
+
+
+def without(*names: str) -> Any:
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def cut(name: str, to: float = 0.5) -> Any:
+    def damage(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(len(data) * to)])
+
+    return damage
+
+
+def pickled(folder: Path) -> None:
+    """Weights as a pickle that writes a file when it is loaded."""
+    (folder / "model.safetensors").unlink()
+    with (folder / "pytorch_model.bin").open("wb") as stream:
+        pickle.dump({"a": Boom(folder / "ran")}, stream)
+
+
+def custom_code(folder: Path) -> None:
+    change("config.json", auto_map={"AutoModelForCausalLM": "code.Mine", "AutoConfig": "code.C"}, model_type="mine")(
+        folder
+    )
+    (folder / "code.py").write_text("open(__file__ + '.ran', 'w')\n")
+
+
+def with_template(text: str) -> Any:
+    def damage(folder: Path) -> None:
+        (folder / "chat_template.jinja").write_text(text)
+
+    return damage
+
+
+def nan_weights(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    held = load_file(folder / "model.safetensors")
+    held["model.norm.weight"] = torch.full_like(held["model.norm.weight"], float("nan"))
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+CASES = [
+    Case(
+        "no-folder",
+        "no such model",
+        lambda b: b.train(model_name_or_path=b.folder / "no"),
+        ("model_name_or_path is", "cannot be loaded"),
+    ),
+    Case(
+        "an-empty-folder",
+        "nothing in it",
+        lambda b: b.train(model_name_or_path=b.file("m/.keep", "").parent),
+        ("model_name_or_path is", "cannot be loaded"),
+    ),
+    Case(
+        "a-hub-id-without-a-network",
+        "a model that is not here",
+        lambda b: b.train(model_name_or_path="nobody/nothing"),
+        ("model_name_or_path is 'nobody/nothing', which cannot be loaded",),
+    ),
+    Case(
+        "an-id-that-climbs",
+        "a path out of the folder",
+        lambda b: b.train(model_name_or_path="../../etc/passwd"),
+        ("model_name_or_path is '../../etc/passwd', which cannot be loaded",),
+    ),
+    model("a-broken-config", "half a config.json", cut("config.json"), "model_name_or_path is", "cannot be loaded"),
+    model(
+        "a-config-that-is-a-list", "a list", write("config.json", "[1]"), "model_name_or_path is", "cannot be loaded"
+    ),
+    model(
+        "an-unknown-architecture",
+        "a type nobody knows",
+        change("config.json", model_type="lama"),
+        "model_name_or_path is",
+        "lama",
+    ),
+    model(
+        "a-config-in-words",
+        "a word for a width",
+        change("config.json", hidden_size="wide"),
+        "model_name_or_path is",
+        "cannot be loaded",
+    ),
+    model("no-weights", "no weights", without("model.safetensors"), "model_name_or_path is", "cannot be loaded"),
+    model(
+        "half-the-weights", "a file cut in half", cut("model.safetensors"), "model_name_or_path is", "cannot be loaded"
+    ),
+    model(
+        "other-weights",
+        "a picture",
+        write("model.safetensors", b"\x89PNG" * 50),
+        "model_name_or_path is",
+        "cannot be loaded",
+    ),
+    model(
+        "weights-of-another-shape",
+        "a wider config",
+        change("config.json", intermediate_size=128),
+        "model_name_or_path is",
+        "cannot be loaded",
+    ),
+    model("a-pickle", "weights that would run code: not run", pickled, "model_name_or_path is", "cannot be loaded"),
+    model(
+        "code-of-its-own",
+        "code that came with the model: not run",
+        custom_code,
+        "model_name_or_path is",
+        "trust_remote_code",
+    ),
+    model("nan-weights", "NaN in the weights", nan_weights, "NaN or infinite at row 0, position", reads=True),
+    model(
+        "no-tokenizer",
+        "no tokenizer",
+        without("tokenizer.json", "tokenizer_config.json"),
+        "model_name_or_path is",
+        "cannot be loaded",
+    ),
+    model(
+        "half-a-tokenizer",
+        "a tokenizer cut in half",
+        cut("tokenizer.json"),
+        "model_name_or_path is",
+        "cannot be loaded",
+    ),
+    model(
+        "a-tokenizer-config-that-is-a-list",
+        "a list",
+        write("tokenizer_config.json", "[]"),
+        "model_name_or_path is",
+        "cannot be loaded",
+    ),
+    model(
+        "a-template-that-does-not-parse",
+        "a broken chat template",
+        with_template("{% for m in messages %}{{ m.role }"),
+        "chat template",
+    ),
+    model(
+        "a-template-that-raises",
+        "a template that refuses the row",
+        with_template("{{ raise_exception('no user turn') }}"),
+        "the chat template cannot be applied to a row of the train dataset: no user turn",
+    ),
+    model(
+        "a-template-that-climbs",
+        "a template that looks for Python's own objects",
+        with_template("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
+        "the chat template cannot be applied to a row of the train dataset",
+        "unsafe",
+    ),
+    model("a-template-of-nothing", "a template that says nothing", with_template(" "), "the train dataset"),
+    Case(
+        "no-template",
+        "a chat without a template",
+        lambda b: b.train(chat_template_path=b.folder / "no.jinja"),
+        ("chat_template_path",),
+    ),
+    model(
+        "a-smaller-head",
+        "fewer rows than tokens",
+        change("config.json", vocab_size=100),
+        "model_name_or_path is",
+        "cannot be loaded",
+    ),
+    Case(
+        "an-unknown-attention",
+        "no such attention",
+        lambda b: b.train(attn_implementation="flash9"),
+        ("attn_implementation", "flash9"),
+    ),
+    Case(
+        "a-quantisation-that-is-not-here",
+        "bitsandbytes without a GPU",
+        lambda b: b.train(load_in_4bit=True, use_peft=True),
+        ("bitsandbytes",),
+    ),
+    Case(
+        "an-adapter-of-no-module",
+        "modules the model has not",
+        lambda b: b.train(use_peft=True, lora_target_modules=["nowhere"]),
+        ("nowhere",),
+    ),
+    Case("an-adapter-of-rank-zero", "rank 0", lambda b: b.train(use_peft=True, lora_r=0), ("`r`", "0")),
+    Case(
+        "an-adapter-on-the-head",
+        "an adapter the loss would miss",
+        lambda b: b.train(use_peft=True, lora_target_modules=["q_proj", "lm_head"]),
+        ("lora_target_modules holds 'lm_head'",),
+    ),
+]
