@@ -193,7 +193,7 @@ def _estimate(asked: Any, trainer: Any) -> Callable[[int, int], int | None]:
             device=trainer.args.device.type,
         )
         stages = memory.stages(work)
-        return stages["peak"] - stages["between"]
+        return stages["peak"] - stages["between"] + memory.kept_buffers(work)  # it is the first step that is measured
 
     return of_step
 

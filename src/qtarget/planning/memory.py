@@ -121,7 +121,7 @@ def stages(work: Workload, kind: str = "ddp") -> dict[str, int]:
     width = _HALF if kind == "zero2" else _own(work, kind)
     loaded = width * work.student.parameters // (work.gpus if kind == "fsdp2" else 1)
     loaded += parts["teacher"] + parts["reference"]
-    kept = _buffers(work) if work.device == "cpu" else 0  # a CPU keeps the engine's buffers from call to call
+    kept = kept_buffers(work)
     resident = parts["optimiser"] + parts["teacher"] + parts["reference"]
     between = parts["weights"] + resident + kept
     formed = parts["gradients"]
@@ -131,6 +131,11 @@ def stages(work: Workload, kind: str = "ddp") -> dict[str, int]:
     embedding = _SINGLE * work.student.vocab * work.student.width if work.student.tied and work.trained is None else 0
     ends = formed + max(_layer(work, kind) + _passing(work, kind), embedding)
     return {"loaded": loaded, "between": between, "peak": between + parts["gathered"] + max(begins, ends)}
+
+
+def kept_buffers(work: Workload) -> int:
+    """Bytes of the engine's buffers that a CPU keeps from call to call: a process's first step makes them."""
+    return _buffers(work) if work.device == "cpu" else 0
 
 
 def _own(work: Workload, kind: str) -> int:
