@@ -117,7 +117,7 @@ LIMITS = (
     "One learning rate for all arms, tuned for none. Targets differ in the size of their gradients; Adam divides most of "
     "that out, and clipping at 1 acts on sft nearly always and on dft in part of the steps. Another rate may order them "
     "otherwise.",
-    "Three training seeds at most: intervals drawn from so few are too narrow. The untrained model is sampled once, and "
+    "Three training seeds: intervals drawn from so few are too narrow. The untrained model is sampled once, and "
     "stands for every seed. Many differences are shown, each at 95 %: some may stand out by chance.",
     "The teacher's wording was compared with four others after the first cell of kd, by the nll of 24 training rows: it "
     "had the lowest (0.38; the others 0.44 to 0.72), and was kept. A surer teacher would make another kd.",

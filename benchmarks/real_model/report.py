@@ -200,7 +200,8 @@ def expectations_table(cells: Cells, differences: dict[tuple[str, str, str], Any
     intro = prose(
         f"Written and committed before the first result "
         f"([expectations.py](../benchmarks/real_model/expectations.py)). {met} of {len(rows)} were met. An expected "
-        "difference is met where its interval lies on that side of zero; entropy and nll, where every training seed does."
+        "difference is met where its interval lies on that side of zero; entropy and nll, where every training seed "
+        "does. No difference shown is met where the interval holds zero: that is no proof that there is none."
     )
     return intro + "\n\n" + table(["arm", "score", "expected", "because", "came out", "verdict"], rows)
 
