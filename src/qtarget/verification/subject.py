@@ -110,11 +110,15 @@ class Subject:
     @property
     def dtype(self) -> torch.dtype:
         """The coarsest dtype that a trained weight or a model beside the student is in."""
-        models = [self.model, self.trainer._others.reference]
-        if self.trainer._others.teacher_source is not None:
-            models += [model for _, model in self.trainer._others.teacher_source.models]
-        kinds = {p.dtype for model in models if model is not None for p in model.parameters() if p.is_floating_point()}
+        kinds = {p.dtype for model in self._models for p in model.parameters() if p.is_floating_point()}
         return max(kinds, key=lambda kind: torch.finfo(kind).eps)
+
+    @property
+    def _models(self) -> list[Any]:
+        """The student and every model beside it."""
+        others = self.trainer._others
+        teachers = [] if others.teacher_source is None else [model for _, model in others.teacher_source.models]
+        return [model for model in (self.model, others.reference, *teachers) if model is not None]
 
     @property
     def rounding(self) -> float:
@@ -147,6 +151,9 @@ class Subject:
             self.base.base_model.register_forward_hook(on_states),
             self.model.register_forward_pre_hook(on_call, with_kwargs=True),
         ]
+        for model in self._models:  # weights that are mapped from a file are there once they are read
+            for parameter in model.parameters():
+                parameter.detach().sum()
         try:
             with peak.watched(self.device) as memory:
                 loss = self._run([batch], self.model)
