@@ -75,6 +75,7 @@ def world(tmp_path_factory) -> dict[str, Path]:
     share = {"schedule": "linear", "from": 0.0, "to": 1.0, "steps": 9}
     for name, target in (("stopped", "dft"), ("scheduled", {"preset": "dft", "share": share})):
         checkpoint = rows_file(root / name / "checkpoint-5", "state", [])
+        (checkpoint / "trainer_state.json").write_text("{}")
         (checkpoint / "qtarget.json").write_text(json.dumps({"target": target, "denominator": "all_labels"}))
     (root / "a_file").write_text("not a folder")
     rows_file(root / "other_run" / "checkpoint-5", "state", [])
@@ -129,7 +130,7 @@ REFUSALS: dict[str, tuple[list[str], list[str]]] = {
     "everything cut": (["--target", "sft", "--max_length", "4"], ["has no supervised token", "max_length"]),
     "label out of range": (
         ["--target", "sft", "--dataset_name", "ROOT/far"],
-        ["labels holds 9999, outside the vocabulary"],
+        ["row 0 of the train dataset: labels holds 9999, outside the vocabulary"],
     ),
     "not a number": (
         ["--target", "sft", "--model_name_or_path", "ROOT/broken"],
@@ -232,9 +233,8 @@ def test_bad_input_is_refused_in_a_sentence(name, refused):
     assert len(said) == (MORE_THAN_ONE.get(name, 1)), said
 
 
-@pytest.mark.parametrize("name", ["not a number", "label out of range"])
-def test_what_only_training_can_see_names_the_step(name, refused):
-    assert re.search(r"step 1: ", refused[name].stderr)
+def test_what_only_training_can_see_names_the_step(refused):
+    assert re.search(r"step 1: ", refused["not a number"].stderr)
 
 
 def test_a_refusal_is_the_exit_status_of_the_process(world):

@@ -215,7 +215,7 @@ def test_rescoring_needs_no_model(finished, tmp_path, capsys):
     rows = lines(folder)
     rows[1] |= {"text": "so 0", "finish": "stop", "strict": False}
     (folder / "samples" / "sums.jsonl").write_text("".join(map(records.line, rows)))
-    assert main(["eval", "--rescore", str(folder)]) == 0
+    assert main(["eval", "--rescore", str(folder), "--verifier", "signal_verifiers:last_number"]) == 0
     assert "verdicts   1 changed of 20" in capsys.readouterr().out
     assert lines(folder)[1]["strict"] is True
     assert json.loads((folder / "scores.json").read_text())["tasks"]["sums"]["strict"]["avg"] >= 1 / 15

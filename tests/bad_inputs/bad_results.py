@@ -245,7 +245,9 @@ CASES = [
         "is unfinished; run the same qtarget eval command again",
     ),
     compared("finished-is-not-said", "no finished", manifest(finished=...), "eval.json cannot be read", "finished"),
-    compared("samples-in-words", "a word for n", manifest(n="two"), "eval.json cannot be read", "n is 'two'"),
+    compared(
+        "a-number-of-samples-in-words", "a word for n", manifest(n="two"), "eval.json cannot be read", "n is 'two'"
+    ),
     compared(
         "other-settings",
         "another temperature",

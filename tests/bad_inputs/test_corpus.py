@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from bench import Bench, Case, check
 
+# TRL's own notice about settings that one case gives
+pytestmark = pytest.mark.filterwarnings("ignore:`pad_token` is deprecated:FutureWarning")
+
 KINDS = tuple(sorted(file.stem.removeprefix("bad_") for file in Path(__file__).parent.glob("bad_*.py")))
 CORPUS: dict[str, list[Case]] = {kind: importlib.import_module(f"bad_{kind}").CASES for kind in KINDS}
 ALL = [(kind, case) for kind, cases in CORPUS.items() for case in cases]

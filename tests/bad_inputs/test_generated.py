@@ -201,8 +201,9 @@ def dataset(rows: list[dict[str, Any]]) -> Any:
     from datasets import Dataset
 
     try:
-        return Dataset.from_list(rows)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeEncodeError):
+        made = Dataset.from_list(rows)
+        return made if len([*made]) else None
+    except (KeyError, pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeEncodeError):
         return None
 
 
