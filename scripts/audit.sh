@@ -22,7 +22,11 @@ set +e
     > "$folder/report" 2>&1
 status=$?
 set -e
+asked=$(grep -c '==' "$folder/pinned.txt")
+unknown=$(grep -c 'could not be audited' "$folder/report" || true)
+[ "$unknown" -lt "$asked" ] || offline "the advisory service knows none of the $asked packages"
 cat "$folder/report"
+[ "$unknown" -eq 0 ] || printf 'audit: %s of %s packages could not be looked up\n' "$unknown" "$asked" >&2
 [ "$status" -eq 0 ] && exit 0
 grep -q '^Name .*Version' "$folder/report" && exit 1
 offline "the advisory service did not answer"

@@ -130,7 +130,7 @@ REFUSALS: dict[str, tuple[list[str], list[str]]] = {
     "everything cut": (["--target", "sft", "--max_length", "4"], ["has no supervised token", "max_length"]),
     "label out of range": (
         ["--target", "sft", "--dataset_name", "ROOT/far"],
-        ["labels holds 9999, outside the vocabulary"],
+        ["row 0 of the train dataset: labels holds 9999, outside the vocabulary"],
     ),
     "not a number": (
         ["--target", "sft", "--model_name_or_path", "ROOT/broken"],

@@ -93,7 +93,8 @@ def reason(error: BaseException) -> str:
     elif not isinstance(error, (OSError, ValueError, ImportError)):
         text = f"{type(error).__name__}: {text}"
     text = text or type(error).__name__
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    # What it is about stands at the beginning, what to do at the end.
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
 class NonFiniteLogits(ConfigError):
