@@ -75,7 +75,7 @@ def test_frames_for_the_page(tmp_path):
 def test_off_by_default_and_refused_below_one(tmp_path):
     trained(tiny.llama(), tmp_path)
     assert not (tmp_path / history.FILE).exists()
-    with pytest.raises(ConfigError, match="lens_every is 0; use a number of optimiser steps from 1, or leave it out"):
+    with pytest.raises(ConfigError, match="lens_every is 0; use a whole number from 1"):
         config(tmp_path, lens_every=0)
 
 

@@ -60,7 +60,7 @@ CASES = [
     setting(
         "maps-every-zero",
         "a map every 0 steps",
-        "lens_every is 0; use a number of optimiser steps from 1",
+        "lens_every is 0; use a whole number from 1",
         lens_every=0,
     ),
     # words

@@ -145,7 +145,7 @@ CASES = [
     named(
         "rows-to-check-below-zero",
         "-1 rows",
-        "teacher_check_rows is -1; use a number of rows, or 0 for none",
+        "teacher_check_rows is -1; use a whole number from 0",
         teacher_check_rows=-1,
     ),
     named("an-unknown-end", "no such way", "teacher_end_token is 'drop'", teacher_end_token="drop"),

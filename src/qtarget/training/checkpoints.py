@@ -36,12 +36,16 @@ _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, 
 def fault(folder: str | Path) -> str | None:
     """Why a checkpoint is not whole, in a few words, or None. Files are told by their sizes, not read."""
     folder = Path(folder)
+    if not (folder / TRAINER_STATE_NAME).is_file():
+        return f"{TRAINER_STATE_NAME} is missing"
     try:
         listed: dict[str, int] = json.loads((folder / FILES).read_text(encoding="utf-8"))
     except FileNotFoundError:  # another program's, which writes its state last
-        return None if (folder / TRAINER_STATE_NAME).is_file() else f"{TRAINER_STATE_NAME} is missing"
+        return None
     except (ValueError, OSError) as error:
         return f"{FILES} cannot be read ({error})"
+    if not isinstance(listed, dict):
+        return f"{FILES} holds no mapping"
     for name, size in listed.items():
         file = folder / name
         if not file.is_file():

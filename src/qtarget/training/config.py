@@ -212,8 +212,6 @@ class QTargetConfig(SFTConfig):
                 faults += unknown(name, getattr(self, name), valid).faults
         faults += self._teacher_faults()
         faults += self._refresh_faults()
-        if self.lens_every is not None and (isinstance(self.lens_every, bool) or self.lens_every < 1):
-            faults.append(f"lens_every is {self.lens_every!r}; use a number of optimiser steps from 1, or leave it out")
         for resolve in (
             lambda: check_range("weights_temperature", self.weights_temperature, 0, open_low=True),
             self.resolve_objective,
@@ -246,9 +244,6 @@ class QTargetConfig(SFTConfig):
                 check_range("teacher_ema_decay", decay, 0, 1, open_high=True)
             except ConfigError as error:
                 faults += error.faults
-        rows = self.teacher_check_rows
-        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
-            faults.append(f"teacher_check_rows is {rows!r}; use a number of rows, or 0 for none")
         return faults
 
     @property

@@ -1,4 +1,4 @@
-"""Settings of TRL and Transformers whose wrong values they let pass, or refuse without saying which setting it is."""
+"""Numbers and names among the settings: TRL and Transformers let wrong ones pass, or do not say which setting it is."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ _WHOLE = {
     "save_total_limit": 1,
     "dataset_num_proc": 1,
     "dataloader_num_workers": 0,
+    "lens_every": 1,
+    "teacher_check_rows": 0,
 }
 # field → (lowest number, whether that itself is too low)
 _NUMBERS = {
