@@ -154,8 +154,9 @@ def _resume_faults(config: Any) -> list[str]:
     from qtarget.training import checkpoint_files, checkpoints, checks, identity
 
     folder = checks.checkpoint_folder(resume(config.resume_from_checkpoint), config.output_dir)
-    passed_over = checkpoints.passed_over(config.output_dir)
-    if folder is None and str(config.resume_from_checkpoint).lower() == "true" and passed_over:
+    if folder is None and str(config.resume_from_checkpoint).lower() == "true":
+        if not (passed_over := checkpoints.passed_over(config.output_dir)):
+            return []  # a run killed before its first checkpoint starts anew by the same command
         return [
             f"resume_from_checkpoint is true, but output_dir {config.output_dir!r} holds no checkpoint that is whole: "
             f"{'; '.join(passed_over)}; leave it out to start anew"
