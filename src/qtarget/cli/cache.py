@@ -134,7 +134,7 @@ def _build(words: list[str]) -> int:
 
 def _checked(given: dict[str, Any]) -> dict[str, Any]:
     """The options of a build in their types, before anything is loaded."""
-    from qtarget.training.cache_build import DTYPES
+    from qtarget.teachers.manifest import DTYPES
 
     if given["k"] is not None and given["coverage"] is not None:
         raise ConfigError("--k and --coverage are both given; keep one of them")

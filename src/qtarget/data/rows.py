@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
@@ -29,9 +30,7 @@ def checked_texts(dataset: Any, name: str, text_field: str) -> Any:
     columns = getattr(dataset, "column_names", None)
     if not columns or "input_ids" in columns or {"image", "images"} & set(columns):
         return dataset
-    looked_at = [
-        column for column in ("messages", "conversations", "prompt", "completion", text_field) if column in columns
-    ]
+    looked_at = _read_by_trl(columns, text_field)
 
     def look(row: Mapping[str, Any], number: int) -> None:
         for column in looked_at:
@@ -47,12 +46,21 @@ def checked_texts(dataset: Any, name: str, text_field: str) -> Any:
 
     if isinstance(dataset, Dataset):
         with _readable(name):
-            for number, row in enumerate(dataset.select_columns(looked_at)):
+            for number, row in enumerate(dataset.with_format(None).select_columns(looked_at)):
                 look(row, number)
         return dataset
     if isinstance(dataset, IterableDataset):
         return _looked_at_as_it_comes(dataset, look)
     return dataset
+
+
+def _read_by_trl(columns: Sequence[str], text_field: str) -> list[str]:
+    """The columns that TRL looks into, as it chooses them: a prompt first, then messages, then text."""
+    if "prompt" not in columns and {"messages", "conversations"} & set(columns):
+        wanted = ["messages", "conversations"]
+    else:
+        wanted = ["prompt", "completion", text_field]
+    return [column for column in wanted if column in columns]
 
 
 @contextmanager
@@ -146,9 +154,12 @@ def _all_right(columns: dict[str, Any], vocab_size: int) -> bool:
         ends, most = pc.min_max(numbers).as_py(), _most(name, vocab_size)
         if ends["min"] is not None and (ends["min"] < 0 or (most is not None and ends["max"] > most)):
             return False
-        if name == "seq_lengths":
-            return False  # few rows have them, and their sums are no length
-        own = pc.list_value_length(column)
+        if name == "seq_lengths":  # their sums are the length
+            sums = np.concatenate([[0], np.cumsum(numbers.to_numpy(zero_copy_only=False))])
+            ends_at = np.cumsum(pc.list_value_length(column).to_numpy(zero_copy_only=False))
+            own = pa.array(np.diff(sums[np.concatenate([[0], ends_at])]))
+        else:
+            own = pc.list_value_length(column)
         if lengths is not None and not pc.all(pc.equal(lengths, own)).as_py():
             return False
         lengths = own

@@ -71,7 +71,8 @@ class CachedTeacher:
         ``checksums``: read every file; None does so up to 64 GB, above which each is read when it is first used.
         """
         every = not self._check_lazily if checksums is None else checksums
-        for number, line in enumerate([self.manifest["index"], *self.manifest["shards"]]):
+        index = {**self.manifest["index"], "file": INDEX}  # the one that is read, whatever the manifest calls it
+        for number, line in enumerate([index, *self.manifest["shards"]]):
             if sentence := shards.fault(self.folder, line, every or number == 0):
                 raise ConfigError(f"teacher_cache: {sentence}")
             if number == 0:

@@ -33,6 +33,7 @@ _PARTS: dict[str, tuple[type, ...]] = {
     "index": (dict,),
     "shards": (list,),
 }
+DTYPES = ("float16", "float32")  # of the log-probabilities
 _FILE: dict[str, tuple[type, ...]] = {"file": (str,), "bytes": (int,), "checksum": (str,)}
 _TEACHER: dict[str, tuple[type, ...]] = {"name": (str,), "revision": (str, _NONE), "weights": (str, _NONE)}
 # How a difference is mended, by the part of the manifest it is in.
@@ -75,6 +76,8 @@ def read(folder: str | Path) -> dict[str, Any]:
 def _check(manifest: Mapping[str, Any]) -> None:
     """Raise ValueError where a part is missing or of another kind: a cache may be somebody else's."""
     _check_parts(manifest, _PARTS, "it")
+    if manifest["dtype"] not in DTYPES:
+        raise ValueError(f"dtype is {manifest['dtype']!r}")
     _check_parts(manifest["index"], _FILE, "index")
     for number, line in enumerate(manifest["shards"]):
         if not isinstance(line, Mapping):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -77,9 +78,11 @@ class BatchesTrainer(SFTTrainer):
         )
         if resume_from_checkpoint is None or has_length(self.train_dataset) or self.args.ignore_data_skip:
             return finished, trained
-        # On a stream the epoch counts passes, and its fraction the steps of this one over those of the whole run.
+        # On a stream the epoch is the passes finished, and the steps of this one over those of the whole run: never none
+        # of them, since a checkpoint comes after a step, and all of them where the run ended in its first pass.
         saved = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
         epoch = saved.epoch or 0.0
-        steps = round((epoch - int(epoch)) * saved.max_steps)
+        passes = max(math.ceil(epoch) - 1, 0)
+        steps = round((epoch - passes) * saved.max_steps)
         self._begins_within = steps > 0
-        return int(epoch), steps * self.args.gradient_accumulation_steps
+        return passes, steps * self.args.gradient_accumulation_steps

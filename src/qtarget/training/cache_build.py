@@ -27,7 +27,6 @@ from qtarget.training import teacher_setup
 from qtarget.training.cache_scorers import LiveScorer, Scorer, teacher_log_probs
 from qtarget.training.trainer import QTargetTrainer
 
-DTYPES = ("float16", "float32")
 # Tokens of a shard are between these, some 256 shards in all where that lies between.
 _FEWEST, _MOST = 1 << 14, 1 << 20
 
@@ -188,10 +187,11 @@ def build(
             teacher gives NaN. Shards already written stay.
     """
     folder = Path(folder)
-    check_folder(folder, made, k, dtype, about)
+    check_folder(folder, made, k, dtype, about)  # before anything is made there
     folder.mkdir(parents=True, exist_ok=True)
     score = scorer or LiveScorer(trainer, k)
     with _alone(folder):
+        check_folder(folder, made, k, dtype, about)  # another build may have been here since
         manifest = _begin(folder, made, k, dtype, about)
         for number, group in enumerate(made.shards):
             if number < len(manifest["shards"]):

@@ -1,10 +1,11 @@
-"""Whether the files of a whole checkpoint can be loaded, looked at before a model is: pickles only as far as tensors go.
+"""Whether the files of a whole checkpoint can be loaded, looked at before a model is; pickles as far as tensors go.
 
 Whether it is whole, ``checkpoints.fault`` tells.
 """
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import torch
@@ -14,8 +15,9 @@ from transformers.trainer import TRAINER_STATE_NAME, safe_globals
 from qtarget import json_text
 from qtarget.errors import reason
 
-# Written by Transformers for people to look at; nothing reads it again.
-_NEVER_READ = ("training_args.bin",)
+# What a run that goes on unpickles, up to tensors. Copies of weights that a target keeps are looked at as they are loaded;
+# training_args.bin and a callback's own files are never read.
+_PICKLED = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "pytorch_model*.bin", "adapter_model.bin")
 
 
 def faults(folder: str | Path) -> list[str]:
@@ -28,16 +30,15 @@ def faults(folder: str | Path) -> list[str]:
     except (OSError, ValueError) as error:
         return [f"{told}, whose {TRAINER_STATE_NAME} cannot be read ({error}); name another checkpoint"]
     found = []
-    for file in sorted(folder.iterdir()):
-        if file.name in _NEVER_READ or not file.is_file():
-            continue
+    pickled = {file for name in _PICKLED for file in folder.glob(name)}
+    for file in sorted(pickled | {*folder.glob("*.safetensors")}):
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt"):
                     pass
-            elif file.suffix in (".pt", ".pth", ".bin"):
+            else:
                 with safe_globals():
-                    torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                    torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
         except Exception as error:  # a pickle that is none may make anything of the unpickler
             found.append(f"{told}, whose {file.name} cannot be loaded: {reason(error)}; name another checkpoint")
     return found

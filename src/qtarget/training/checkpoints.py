@@ -21,6 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 from trl import SFTTrainer
 
+from qtarget import json_text
 from qtarget.errors import ConfigError
 
 # Where a checkpoint is written, and where it goes to be deleted. Transformers leaves _* out of uploads to the hub.
@@ -39,7 +40,7 @@ def fault(folder: str | Path) -> str | None:
     if not (folder / TRAINER_STATE_NAME).is_file():
         return f"{TRAINER_STATE_NAME} is missing"
     try:
-        listed: dict[str, int] = json.loads((folder / FILES).read_text(encoding="utf-8"))
+        listed: dict[str, int] = json_text.loads((folder / FILES).read_bytes())
     except FileNotFoundError:  # another program's, which writes its state last
         return None
     except (ValueError, OSError) as error:
@@ -213,10 +214,13 @@ class CheckpointsTrainer(SFTTrainer):
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 list_files(written)
-                put(written, finished)
             self.accelerator.wait_for_everyone()
-            if self._is_first_here() and not finished.exists():  # a node whose folder is its own
+            puts = self.is_world_process_zero()
+            if self._is_first_here() and not (written / FILES).exists():  # a node whose folder is its own
+                puts = True
                 list_files(written)
+            self.accelerator.wait_for_everyone()
+            if puts:
                 put(written, finished)
             self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:

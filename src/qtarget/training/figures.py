@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from trl import SFTTrainer
 
+from qtarget import json_text
 from qtarget.data.columns import SOURCE_ID
+from qtarget.errors import loading
 from qtarget.training import identity, model_card
 from qtarget.training.config import QTargetConfig
 from qtarget.training.history import History
@@ -78,8 +80,9 @@ class FiguresTrainer(SFTTrainer):
 
     def _read_counts(self, folder: Path) -> None:
         if (folder / COUNTS).is_file():  # else another program's checkpoint
-            counts = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
-            self._total_train_tokens, self._lines_logged = counts["num_tokens"], counts["lines_logged"]
+            with loading("resume_from_checkpoint", str(folder), COUNTS):
+                counts = json_text.loads((folder / COUNTS).read_bytes())
+                self._total_train_tokens, self._lines_logged = int(counts["num_tokens"]), int(counts["lines_logged"])
 
     def _reference_named(self) -> str:
         if self._reads_reference_column:

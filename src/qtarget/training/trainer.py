@@ -254,7 +254,6 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, BatchesTrainer, Checkpoints
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         if self.args.should_save:
             checks.raise_together(checkpoints.unwritable(str(self.args.output_dir)))
-            checkpoints.clear(str(self.args.output_dir))
         folder = checks.checkpoint_folder(resume_from_checkpoint, self.args.output_dir)
         if resume_from_checkpoint is True and self.is_world_process_zero():
             for said in checkpoints.passed_over(str(self.args.output_dir)):
@@ -262,6 +261,8 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, BatchesTrainer, Checkpoints
             if folder is None:
                 logger.warning(f"{self.args.output_dir} holds no checkpoint to resume from: the run starts at step 0")
         checks.raise_together([] if folder is None else checkpoint_files.faults(folder))
+        if self.args.should_save:
+            checkpoints.clear(str(self.args.output_dir))
         for kept in self._others.kept_weights:
             kept.forget()
         if folder is not None:
