@@ -14,12 +14,11 @@ import pytest
 import qtarget as qt
 import tiny
 from qtarget.errors import ConfigError
-from qtarget.evaluation import compare, compare_report, records
+from qtarget.evaluation import records
 from qtarget.lens import page
 from qtarget.targets.config import names_code
 from qtarget.teachers.context import Context
 from runs import tokenised, trainer
-from test_compare import results, verdicts
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
@@ -170,21 +169,6 @@ def test_a_context_template_may_still_do_arithmetic():
 # -- pages -----------------------------------------------------------------------------------------------------------
 
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</style><svg onload=alert(1)>", "&lt;b&gt;"]
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_a_comparison_with_hostile_names_is_inert(text, tmp_path):
-    text = text.replace("=", " ")  # at the first = an arm's name ends
-    a = results(tmp_path / "a", verdicts(0, 0.3, problems=5))
-    b = results(tmp_path / "b", verdicts(1, 0.7, problems=5))
-    made = compare.compare([f"{text}={a}", f"b={b}"], 200)
-    html = compare_report.html(made)
-    assert "default-src 'none'" in html
-    body = html.split("</head>")[1]
-    assert not re.search(r"<(script|img|iframe|object|embed|link)", body, re.IGNORECASE)
-    assert not re.search(r"<[^>]*\son\w+\s*=", body)
-    for part in re.findall(r"<[a-z][^>]*>", text):
-        assert part not in body
 
 
 @pytest.mark.parametrize("text", HOSTILE)

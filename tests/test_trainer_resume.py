@@ -204,6 +204,20 @@ def test_a_stream_that_is_resumed_in_its_third_pass(accumulation, tmp_path):
         assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+def test_a_stream_that_ended_in_its_first_pass_and_goes_on(tmp_path):
+    """Its epoch is a whole number, and yet no pass is over: a longer run goes on with the rows after those trained."""
+    settings = {"lr_scheduler_type": "constant"}
+    whole = streamed(tmp_path / "whole", max_steps=3, **settings)
+    whole.train()
+    streamed(tmp_path, max_steps=2, **settings).train()
+    longer = streamed(tmp_path, max_steps=3, **settings)
+    longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert history(longer, "num_tokens")[2] == history(whole, "num_tokens")[2]
+    assert history(longer, "nll")[2] == history(whole, "nll")[2]
+    ends = weights(whole.model), weights(longer.model)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
 def test_the_end_of_a_pass_is_in_no_other_step(tmp_path, caplog):
     """The fourth step is the first again: a micro-batch that is left over would make it longer."""
     run = streamed(tmp_path, max_steps=4, learning_rate=0.0, save_strategy="no")

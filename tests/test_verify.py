@@ -142,6 +142,31 @@ def test_what_is_right_passes(name, world, capsys):
     assert made["passed"] and not failed(made)
 
 
+def test_two_rows_are_enough(world, capsys):
+    status, made = verify(world, capsys, rows=2, **ALL_ROWS)
+    assert status == 0 and statuses(made)[MICRO] == "pass", failed(made)
+
+
+def test_every_source_is_looked_at(world, capsys):
+    """Whichever comes first: some rows, and some tokens, of each target."""
+    settings = {
+        "targets": {"chat": {"preset": "target-sft", "eta": 0.9}, "math": "gem"},
+        "dataset_name": world / "sources",
+    }
+    status, made = verify(world, capsys, rows=4, **settings, **taught_by(world))
+    assert status == 0, failed(made)
+    assert made["about"]["not_among_the_rows"] == []
+    formula = next(check for check in made["checks"] if check["name"] == FORMULA)
+    assert {name.split("(")[0] for name in formula["figures"] if "(" in name} == {"target-sft", "gem"}
+
+
+def test_nan_is_worse_than_any_error():
+    from qtarget.verification.check import worst
+
+    assert worst({"a": 1.0, "b": float("nan"), "c": 2.0}) == "b"
+    assert worst({"a": float("nan"), "b": 2.0}) == "a"
+
+
 def test_what_is_told_of_each_check(world, capsys):
     """Applicable where the run has what it is about, and with figures that were measured."""
     status, made = verify(world, capsys, **TARGET_SFT, **taught_by(world))

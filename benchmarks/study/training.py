@@ -19,6 +19,7 @@ from settings import Settings
 from torch import Tensor
 
 import qtarget as qt
+from qtarget.signals.weights import weight
 
 SFT = qt.preset("sft")
 
@@ -47,7 +48,8 @@ class Signals:
                 logps(m, rows, h) for m, h in ((student, states.detach()), (self.base, hidden(self.base, rows)))
             )
             counts = (labels != IGNORED).sum(1)
-            made["weight"] = ((ours - theirs).sum(1) / counts).exp().clamp(max=16.0)[:, None].expand_as(labels)
+            gaps = (ours - theirs).sum(1) / counts
+            made["weight"] = torch.tensor([weight(float(gap), 1.0) for gap in gaps])[:, None].expand_as(labels)
         if self.old is not None:
             if step % self.refresh == 0:
                 self.old.load_state_dict(student.state_dict())

@@ -39,6 +39,16 @@ def gradient(name: str, logits: torch.Tensor, labels: torch.Tensor) -> tuple[tor
     return out.loss.detach(), leaf.grad
 
 
+def _for_engine(more: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(heads that give these logits, what is no logits)."""
+    heads = {
+        name.removesuffix("_logits"): qt.Head(value, torch.eye(value.shape[-1]))
+        for name, value in more.items()
+        if name.endswith("_logits")
+    }
+    return heads, {name: value for name, value in more.items() if not name.endswith("_logits")}
+
+
 def finite(logits: list[list[float]], labels: list[int], dtype: torch.dtype = torch.float32) -> Any:
     """Every objective: a finite loss, a finite gradient of float64's value, and the engine's equal to the oracle's."""
 
@@ -51,12 +61,7 @@ def finite(logits: list[list[float]], labels: list[int], dtype: torch.dtype = to
             assert torch.allclose(g.double(), exact, atol=1e-5 if dtype == torch.float32 else 2e-2), (name, g, exact)
             target = objective(name, z.shape[-1])
             more = given(target, z.float(), y)
-            heads = {
-                k.removesuffix("_logits"): qt.Head(v, torch.eye(v.shape[-1]))
-                for k, v in more.items()
-                if "_log" in k and k != "old_logps"
-            }
-            rest = {k: v for k, v in more.items() if not k.endswith("_logits")}
+            heads, rest = _for_engine(more)
             hidden = z.float().clone().requires_grad_()
             qt.linear_target_loss(hidden, torch.eye(z.shape[-1]), y, target, **heads, **rest).loss.backward()
             assert torch.allclose(hidden.grad.double(), exact, atol=2e-2 if dtype != torch.float32 else 1e-5), (
@@ -81,7 +86,14 @@ def oracle(name: str = "sft", **how: Any) -> Any:
 def engine(name: str = "kd", **how: Any) -> Any:
     def do(bench: Bench) -> None:
         asked = {"hidden": torch.zeros(2, 3), "head": torch.eye(3), "labels": torch.tensor([0, 1]), **how}
-        qt.linear_target_loss(asked.pop("hidden"), asked.pop("head"), asked.pop("labels"), qt.preset(name), **asked)
+        hidden = asked.pop("hidden").requires_grad_()
+        out = qt.linear_target_loss(hidden, asked.pop("head"), asked.pop("labels"), qt.preset(name), **asked)
+        out.loss.backward()
+        teacher = asked.get("teacher")
+        if name == "kd" and isinstance(teacher, qt.TopK):  # p − R, where nothing is left over
+            R = torch.zeros_like(hidden).scatter_(-1, teacher.ids, teacher.logprobs.exp())
+            assert torch.allclose(hidden.grad, (hidden.detach().softmax(-1) - R) / len(hidden), atol=1e-5), hidden.grad
+        assert torch.isfinite(out.loss) and torch.isfinite(hidden.grad).all()
 
     return do
 
@@ -114,6 +126,11 @@ def nothing_supervised(bench: Bench) -> None:
         z, y = torch.randn(3, 4), torch.full((3,), -100)
         loss, g = gradient(name, z, y)
         assert loss == 0 and not g.any(), name
+        hidden = z.clone().requires_grad_()
+        heads, rest = _for_engine(given(objective(name, 4), z, y))
+        out = qt.linear_target_loss(hidden, torch.eye(4), y, objective(name, 4), **heads, **rest)
+        out.loss.backward()
+        assert out.loss == 0 and not hidden.grad.any(), name
 
 
 def chunks(tokens: int, vocab: int) -> Any:

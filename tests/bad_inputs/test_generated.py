@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
+from bench import within
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -55,9 +57,23 @@ CHECKS = [
 
 
 def many(kind: str) -> Any:
-    return settings(
+    """So many examples of a kind, none of which may take half a minute."""
+    asked = settings(
         max_examples=EXAMPLES[kind], deadline=None, derandomize=True, database=None, suppress_health_check=CHECKS
     )
+
+    def on(test: Any) -> Any:
+        inner = test.hypothesis.inner_test
+
+        @functools.wraps(inner)
+        def timed(*args: Any, **kwargs: Any) -> None:
+            with within(30):
+                inner(*args, **kwargs)
+
+        test.hypothesis.inner_test = timed
+        return asked(test)
+
+    return on
 
 
 def test_there_are_ten_thousand():

@@ -207,6 +207,8 @@ def _inspect(words: list[str]) -> int:
 def _doctor(words: list[str]) -> int:
     given, rest = options.take(words, {"cache": None, "rows": 50, "json": None})
     rows = options.whole("rows", given["rows"], 1)
+    if given["json"] is not None:
+        options.writable("json", Path(given["json"]))
     folder = given["cache"] or _config_value(rest, "teacher_cache")
     if folder is None:
         raise ConfigError("teacher_cache is not set; name the folder as --cache DIR, or as teacher_cache in the config")

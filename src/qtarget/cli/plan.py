@@ -62,13 +62,12 @@ def run(arguments: Sequence[str]) -> int:
         )
     if not found.asked.config.max_length:
         raise ConfigError("max_length is not set, so rows have any length; set it, as memory grows with it")
+    if asked.json is not None:
+        options.writable("json", Path(asked.json))
     figures = _figures(found, asked, _lengths(found, asked, rest))
     _show(found, asked, figures)
     if asked.json is not None:
-        try:
-            Path(asked.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"json is {asked.json!r}, which cannot be written: {error.strerror}") from None
+        Path(asked.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -122,7 +121,7 @@ def _lengths(found: Any, asked: Options, rest: Sequence[str]) -> Any:
         )
     lengths = [length for length, _ in sample]
     mean, supervised = sum(lengths) / len(sample), sum(labels for _, labels in sample) / len(sample)
-    if config.packing:
+    if config.packing or config.padding_free:
         padded = mean
     else:  # neighbours are padded to the longest of them
         micro = config.per_device_train_batch_size
@@ -132,10 +131,11 @@ def _lengths(found: Any, asked: Options, rest: Sequence[str]) -> Any:
 
 
 def _sample(rest: Sequence[str]) -> list[tuple[int, int]]:
-    """(tokens, of these supervised) of the first rows, through the trainer's own preparation, without weights."""
+    """(tokens, of these supervised) of some rows, through the trainer's own preparation, without weights."""
     import datasets as hub
 
     from qtarget.cli import cache, setup
+    from qtarget.training.agreement import spread
 
     hub.disable_progress_bars()
     others = dict.fromkeys(("teacher_model_name_or_path", "teachers", "teacher_context", "teacher_ema_decay"))
@@ -145,7 +145,7 @@ def _sample(rest: Sequence[str]) -> list[tuple[int, int]]:
         if run.script.dataset_streaming:
             return []
         train = run.datasets["train"]
-        run.datasets = {"train": train.select(range(min(_SAMPLE, len(train))))}
+        run.datasets = {"train": train.select(spread(len(train), _SAMPLE)).shuffle(seed=0)}  # neighbours as training's
         rows = setup.build(run, weights=False).train_dataset
         return [(len(row["input_ids"]), sum(label != -100 for label in row["labels"][1:])) for row in rows]
 

@@ -121,7 +121,7 @@ def _subject(rest: list[str], fixed: dict[str, Any], rows: int, keep_dtype: bool
         asked.model.dtype = "float32"
         asked.config.model_init_kwargs = {**(asked.config.model_init_kwargs or {}), "dtype": "float32"}
     asked.datasets.pop("test", None)
-    asked.datasets["train"], raw = _some(asked.datasets["train"], rows)
+    asked.datasets["train"], raw = _some(asked.datasets["train"], rows, asked.config.source_column)
     trainer = setup.build(asked)
     if not keep_dtype:
         _in_float32(trainer)
@@ -137,14 +137,19 @@ def _refuse(engines: list[str]) -> None:
         )
 
 
-def _some(train: Any, rows: int) -> tuple[Any, list[dict[str, Any]]]:
+def _some(train: Any, rows: int, source_column: str) -> tuple[Any, list[dict[str, Any]]]:
     """(a dataset of so many rows, the same rows)."""
     from datasets import Dataset
 
     from qtarget.training.agreement import spread
 
     if hasattr(train, "select"):
-        some = train.select(spread(len(train), rows))
+        of_source: dict[Any, list[int]] = {}
+        sources = train[source_column] if source_column in train.column_names else [None] * len(train)
+        for number, source in enumerate(sources):
+            of_source.setdefault(source, []).append(number)
+        each = -(-rows // len(of_source)) if of_source else rows  # some of every source
+        some = train.select(sorted(group[i] for group in of_source.values() for i in spread(len(group), each)))
     else:
         some = Dataset.from_list(list(train.take(rows)))
     if not len(some):
@@ -225,6 +230,8 @@ def _show(made: Any) -> None:
             + ("es" if about["processes"] > 1 else "")
         )
     )
+    if about["not_among_the_rows"]:
+        console.print(Text(f"not among these rows: {'; '.join(about['not_among_the_rows'])}; look at more with --rows"))
     table = Table(box=None, pad_edge=False)
     for heading in ("check", "", "figures"):
         table.add_column(heading, no_wrap=heading != "figures")

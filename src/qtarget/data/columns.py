@@ -145,7 +145,9 @@ def _checked(name: str, number: Any, trained: bool) -> float:
     if name == "weight" and number < 0:
         raise ConfigError(f"column weight holds {number:g}; weights must be 0 or more")
     if name in _LOG_PROBABILITIES and number > 1e-3:  # a little more than rounding makes of 0
-        raise ConfigError(f"column {name} holds {number:g}; a log-probability is 0 or less: write log p, not p or −log p")
+        raise ConfigError(
+            f"column {name} holds {number:g}; a log-probability is 0 or less: write log p, not p or −log p"
+        )
     if name == "critical" and number not in (0, 1):
         raise ConfigError(f"column critical holds {number!r}; it is a mask of tokens, use 0 and 1")
     return float(number)

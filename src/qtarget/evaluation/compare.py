@@ -144,8 +144,9 @@ def _groups(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
             )
         groups = scores.grouped(held)
         wanted = [problem.id for problem in records.problems(folder, task)]
-        whole = {id: len({record["sample"] for record in groups.get(id, ())}) for id in wanted}
-        lacking = next((id for id, count in whole.items() if count != manifest["n"] + 1), None)
+        whole = {id: len(groups.get(id, ())) for id in wanted}
+        asked = ["greedy", *range(manifest["n"])]
+        lacking = next((id for id in wanted if [r["sample"] for r in groups.get(id, ())] != asked), None)
         if lacking is not None or len(groups) != len(wanted):
             raise ConfigError(
                 f"{str(folder)!r} has {whole.get(lacking or '', 0)} of {manifest['n'] + 1} answers to problem {lacking} "

@@ -193,6 +193,9 @@ _SAMPLE: dict[str, tuple[type, ...]] = {
     "entropy": (int, float, type(None)),
     "strict": (bool,),
     "lenient": (bool,),
+    "parsed": (str, type(None)),
+    "lenient_parsed": (str, type(None)),
+    "fault": (str, type(None)),
     "verifier_version": (str,),
 }
 

@@ -19,6 +19,20 @@ KINDS = {"ddp": "DDP", "zero2": "ZeRO-2", "fsdp2": "FSDP2"}
 # DeepSpeed's reduce_bucket_size, of which overlap_comm holds two.
 _BUCKET = 500_000_000
 _HALF = 2
+# Numbers that an optimiser keeps for a parameter.
+_STATES = {
+    "adamw_torch": 2,
+    "adamw_torch_fused": 2,
+    "adamw_torch_xla": 2,
+    "adamw_torch_npu_fused": 2,
+    "adamw_apex_fused": 2,
+    "adamw": 2,
+    "lion": 1,
+    "adagrad": 1,
+    "rmsprop": 1,
+    "sgd": 0,
+    "adafactor": 0,
+}
 _SINGLE = 4
 
 
@@ -248,10 +262,7 @@ def adapter_parameters(shape: Shape, rank: int, modules: list[str] | str | None)
 def optimiser_states(name: str) -> tuple[int, int | None] | None:
     """What an optimiser of Transformers keeps for a parameter: (numbers, bytes of each, None: as many as of the
     parameter); None where it is not known."""
-    width = 1 if "8bit" in name else None
-    if "lion" in name:
-        return 1, width
-    if width or name.startswith(("adamw_torch", "paged_adamw")) or name in ("adamw_apex_fused", "adamw_bnb"):
-        return 2, width
-    others = {"sgd": 0, "adafactor": 0, "adagrad": 1, "rmsprop": 1}
-    return (others[name], None) if name in others else None
+    width = 1 if name.endswith("8bit") else None
+    base = name.removeprefix("paged_").removesuffix("_8bit").removesuffix("_32bit").removesuffix("_bnb")
+    states = _STATES.get(base)
+    return None if states is None else (states, width)

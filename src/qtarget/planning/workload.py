@@ -73,7 +73,7 @@ def of_memory(config: Any, model: Any, given: Any, student: Shape, others: list[
     copies = int("old_policy" in _needed(config)) + int(config.teacher_ema_decay is not None)
     copies += int(_starts_as_reference(config) and not model.use_peft)
     width = bytes_of(model.dtype)
-    flash = "flash" in str(model.attn_implementation or "") or config.packing
+    flash = "flash" in str(model.attn_implementation or "") or config.packing or config.padding_free
     trained = None
     if model.use_peft:
         trained = memory.adapter_parameters(student, model.lora_r, model.lora_target_modules) or 0
@@ -124,6 +124,10 @@ def notes(config: Any, model: Any, student: Shape) -> list[str]:
         said.append(f"the states of optim {_optimiser(config)}: two for a weight are counted, as AdamW keeps")
     if model.use_peft and memory.adapter_parameters(student, model.lora_r, model.lora_target_modules) is None:
         said.append(f"the size of adapters on {model.lora_target_modules}: none is counted")
+    if config.teacher_context is not None:
+        said.append("the teacher's own prompt: it is counted at the student's positions")
+    if config.targets is not None:
+        said.append("which rows ask the teacher: it is counted on all of them")
     if getattr(model, "load_in_4bit", False) or getattr(model, "load_in_8bit", False):
         said.append("quantised weights: they are counted in full")
     by_formula = student.layers * student.layer_parameters + student.root_parameters

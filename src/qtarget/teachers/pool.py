@@ -50,7 +50,8 @@ def read_pool(value: Any) -> list[PooledTeacher]:
             continue
         weight = entry["weight"]
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < 1e9:
-            faults.append(f"teachers: the weight of {entry['model_name_or_path']} is {weight!r}; use a number above 0, below 1e9")
+            name = entry["model_name_or_path"]
+            faults.append(f"teachers: the weight of {name} is {weight!r}; use a number above 0, below 1e9")
             continue
         kwargs = entry.get("init_kwargs") or {}
         if not isinstance(kwargs, Mapping):

@@ -1,4 +1,4 @@
-"""Whether the files of a whole checkpoint can be loaded, looked at before a model is; pickles as far as tensors go.
+"""Whether the files of a whole checkpoint can be loaded, looked at before a model is; pickles up to tensors.
 
 Whether it is whole, ``checkpoints.fault`` tells.
 """
@@ -15,8 +15,8 @@ from transformers.trainer import TRAINER_STATE_NAME, safe_globals
 from qtarget import json_text
 from qtarget.errors import reason
 
-# What a run that goes on unpickles, up to tensors. Copies of weights that a target keeps are looked at as they are loaded;
-# training_args.bin and a callback's own files are never read.
+# What a run that goes on unpickles, up to tensors. Copies of weights that a target keeps are looked at when they are
+# loaded; training_args.bin and a callback's own files are never read.
 _PICKLED = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "pytorch_model*.bin", "adapter_model.bin")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qtarget.losses import TopK
 from qtarget.teachers.uids import CachedUids, ContextUids
-from qtarget.verification.check import Check, Finding, expect, not_applicable
+from qtarget.verification.check import Check, Finding, expect, not_applicable, worst
 from qtarget.verification.oracle import Oracle, label_log_p
 from qtarget.verification.subject import Subject
 
@@ -56,7 +56,9 @@ def _asked(subject: Subject, name: str, models: list[Any], source: Any) -> Findi
     wrong = [_differences(subject, ids, labels, source if context else None, columns) for ids in seen]
     error, count = _of_labels(subject, name)
     allowed = _CLOSE if subject.dtype in (torch.float32, torch.float64) else _CLOSE_IN_HALF
-    read = len(seen) >= len(models) and not any(wrong) and count > 0
+    if not count:
+        return not_applicable(f"no label among the rows looked at asks the {name}; look at more rows")
+    read = len(seen) >= len(models) and not any(wrong)
     what = "its own prompt, then the student's ids" if context else "the student's ids"
     told = f"{what}: {sum(wrong)} differ" if seen else "nothing was read"
     told += f"; log p of {count} labels off by {error:.1e} at most"
@@ -83,7 +85,8 @@ def _differences(subject: Subject, ids: Tensor, labels: Tensor, source: Any, col
 
 def _of_labels(subject: Subject, name: str) -> tuple[float, int]:
     """(the largest difference of log p_y between what the loss was given and the model's own logits, labels)."""
-    oracle, worst, count = Oracle(subject), 0.0, 0
+    oracle, count = Oracle(subject), 0
+    errors: list[float] = []
     own = oracle.sampled[0].get(name)
     for chosen, target in oracle.of_target():
         head = subject.heads_at(chosen).get(name)
@@ -94,8 +97,15 @@ def _of_labels(subject: Subject, name: str) -> tuple[float, int]:
         given = oracle.dense(head, oracle.sampled_logits[on])
         width = min(given.shape[1], own.shape[1])
         gap = label_log_p(given[:, :width], labels) - label_log_p(own[on][:, :width], labels)
-        worst, count = max(worst, float(gap.abs().max())), count + len(labels)
-    return worst, count
+        errors.append(float(gap.abs().max()))
+        count += len(labels)
+    return (errors[worst(dict(enumerate(errors)))] if errors else 0.0), count
+
+
+def _offsets(subject: Subject, trained: Tensor) -> list[int]:
+    """For each trained place, the padding before its row."""
+    offsets = subject.offsets(subject.step.batch)
+    return [offsets[row] for row, _ in trained.nonzero().tolist()]
 
 
 def _cached(subject: Subject, source: Any) -> Finding:
@@ -104,15 +114,21 @@ def _cached(subject: Subject, source: Any) -> Finding:
     trained = batch["labels"][:, 1:] != -100
     uids = batch[source.uids.column][:, 1:][trained]
     given = subject.step.call.others.get("teacher")
-    asked, missing = uids[uids >= 0], int((uids < 0).sum())
+    asked = uids[uids >= 0]
+    missing = sum(  # of the labels whose target asks the teacher
+        "teacher" in subject.targets[subject.number_of(subject.rows[row], place + 1 - offset)].requires
+        for offset, (row, place) in zip(_offsets(subject, trained), trained.nonzero().tolist(), strict=True)
+        if int(batch[source.uids.column][row, place + 1]) < 0
+    )
+    if not len(asked) and not missing:
+        return not_applicable("no label among the rows looked at asks the teacher; look at more rows")
     twice = len(asked) - len(asked.unique())
     wanted = source.uids.cache.gather(batch[source.uids.column][:, 1:][trained])
     same = isinstance(given, TopK) and all(
         torch.equal(own[trained.to(own.device)].cpu(), there)
         for own, there in zip((given.ids, given.logprobs), list(wanted.values())[:2], strict=True)
     )
-    # Rows that are repeated in the data have one place in the cache.
-    holds = same and (missing == 0 or bool(subject.trainer._objective.sources))
+    holds = same and missing == 0  # rows that are repeated in the data have one place in the cache
     told = f"{len(asked)} labels have a place in the cache, {missing} have none, {twice} share one"
     told += "" if same else "; what the loss was given is not what stands there"
     return expect(holds, told, labels=len(asked), missing=missing, shared=twice)

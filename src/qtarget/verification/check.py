@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,11 @@ class Check:
     promise: str
     hint: str
     run: Callable[[Subject], Finding]
+
+
+def worst(errors: Mapping[Any, float]) -> Any:
+    """The name of the largest error; NaN is larger than any, which ``max`` would pass over."""
+    return max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
 
 
 def not_applicable(why: str, **figures: Any) -> Finding:

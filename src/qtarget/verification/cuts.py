@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qtarget.data.columns import columns_of
 from qtarget.data.preparation import Preparation
-from qtarget.verification.check import Check, Finding, expect, not_applicable, within
+from qtarget.verification.check import Check, Finding, expect, not_applicable, within, worst
 from qtarget.verification.oracle import Oracle, at
 from qtarget.verification.subject import Gradient, Row, Subject, distance, relative
 
@@ -29,11 +29,10 @@ def micro_batches(subject: Subject) -> Finding:
         )
     if len(rows) < 2:
         return not_applicable("one row cannot be cut into micro-batches")
-    uneven = -(-2 * len(rows) // 3)  # two rows to one: halves of equal size would hide a mean of means
-    cuts = {
-        f"{len(rows)} of 1 row": [[row] for row in rows],
-        "2 uneven ones": [rows[:uneven], rows[uneven:]],
-    }
+    cuts = {f"{len(rows)} of 1 row": [[row] for row in rows]}
+    if len(rows) > 2:  # halves of equal size would hide a mean of means
+        uneven = -(-2 * len(rows) // 3)
+        cuts["2 uneven ones"] = [rows[:uneven], rows[uneven:]]
     return _against_one(subject, {name: [subject.collate(part) for part in parts] for name, parts in cuts.items()})
 
 
@@ -121,9 +120,8 @@ def _no_positions(subject: Subject) -> str | None:
 def _against_one(subject: Subject, cuts: Mapping[str, list[dict[str, Any]]]) -> Finding:
     """Each cut's gradient against that of all rows in one padded micro-batch."""
     errors = {name: distance(subject.gradient(batches), subject.step.gradient) for name, batches in cuts.items()}
-    worst = max(errors, key=lambda name: errors[name][0] if errors[name][0] == errors[name][0] else float("inf"))
     told = "; ".join(f"{name}: relative error {error:.1e}" for name, (error, _) in errors.items())
-    error, weight = errors[worst]
+    error, weight = errors[worst({name: error for name, (error, _) in errors.items()})]
     if not error <= subject.rounding:
         told += f", most of it in {weight}"
     return within(error, subject.rounding, told, **{name: error for name, (error, _) in errors.items()})
@@ -146,12 +144,13 @@ def chunks(subject: Subject) -> Finding:
         whole = made(len(chosen))
         for rows in _CHUNKS:
             if rows < len(chosen):
-                error = max(relative(got, wanted) for got, wanted in zip(made(rows), whole, strict=True))
-                errors[rows] = max(error, errors.get(rows, 0.0))
+                found = [relative(got, wanted) for got, wanted in zip(made(rows), whole, strict=True)]
+                found.append(errors.get(rows, 0.0))
+                errors[rows] = found[worst(dict(enumerate(found)))]
     if not errors:
         return not_applicable("the rows have too few supervised tokens to be cut into chunks")
     told = "; ".join(f"{rows} tokens: relative error {error:.1e}" for rows, error in errors.items())
-    return within(max(errors.values()), subject.rounding, told, **{str(rows): e for rows, e in errors.items()})
+    return within(errors[worst(errors)], subject.rounding, told, **{str(rows): e for rows, e in errors.items()})
 
 
 def world_size(subject: Subject) -> Finding:

@@ -6,7 +6,7 @@ import torch
 
 from qtarget.data.columns import columns_of
 from qtarget.verification import formulas
-from qtarget.verification.check import FAIL, Check, Finding, not_applicable, within
+from qtarget.verification.check import FAIL, Check, Finding, not_applicable, within, worst
 from qtarget.verification.oracle import Oracle, at
 from qtarget.verification.subject import Subject, distance, relative
 
@@ -58,21 +58,21 @@ def published(subject: Subject) -> Finding:
         wanted = oracle.to_hidden(logits.detach(), g)
         read = {name: column for name, column in at(columns, chosen).items() if name in columns_of(target)}
         got, _ = subject.engine(sample.hidden[on], labels, target, subject.heads_at(chosen), read)
-        errors[target.name] = relative(got, wanted)
+        errors[str(target)] = relative(got, wanted)
     if not errors:
         return not_applicable("the target is composed and has no printed formula")
-    error = max(errors.values())
+    error = errors[worst(errors)]
     return within(error, subject.rounding, f"{', '.join(errors)}: relative error {error:.1e}", **errors)
 
 
 def step(subject: Subject) -> Finding:
     """The weights' gradient of a step, against autograd through the model's own logits."""
-    error, worst = distance(subject.step.gradient, Oracle(subject).gradient(subject.rows))
+    error, most_of_it = distance(subject.step.gradient, Oracle(subject).gradient(subject.rows))
     weights = sum(value.numel() for value in subject.step.gradient.values())
     told = f"{weights:,} weights, relative error {error:.1e}"
     if not error <= subject.rounding:
-        told += f", most of it in {worst}"
-    return within(error, subject.rounding, told, worst=worst)
+        told += f", most of it in {most_of_it}"
+    return within(error, subject.rounding, told, worst=most_of_it)
 
 
 CHECKS = [

@@ -12,7 +12,7 @@ from qtarget.data.columns import columns_of
 from qtarget.losses import Head
 from qtarget.targets import Target, presets
 from qtarget.training.forward import HeadTransform, head_parameters
-from qtarget.verification.check import Check, Finding, within
+from qtarget.verification.check import Check, Finding, within, worst
 from qtarget.verification.oracle import Oracle, at
 from qtarget.verification.subject import Subject, relative
 
@@ -95,9 +95,8 @@ def neighbours(subject: Subject) -> Finding:
         for one in of(target, padded):
             name = one.name if len(subject.targets) == 1 else f"{target}: {one.name}"
             errors[name] = _error(subject, oracle, chosen, one)
-    worst = max(errors, key=lambda name: errors[name])
     told = "; ".join(f"{name}: {error:.1e}" for name, error in errors.items())
-    return within(errors[worst], subject.rounding, told, **errors)
+    return within(errors[worst(errors)], subject.rounding, told, **errors)
 
 
 def _error(subject: Subject, oracle: Oracle, chosen: Tensor, one: Neighbour) -> float:

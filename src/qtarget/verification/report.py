@@ -102,6 +102,9 @@ def about(subject: Subject) -> dict[str, Any]:
         "model": str(getattr(subject.base.config, "_name_or_path", "")) or type(subject.base).__name__,
         "rows": len(subject.rows),
         "tokens": sum(len(row["input_ids"]) for row in subject.rows),
+        "not_among_the_rows": [
+            str(target) for number, target in enumerate(subject.targets) if number not in subject.sample.number.tolist()
+        ],
         "supervised_tokens": sum(label != -100 for row in subject.rows for label in row["labels"][1:]),
         "device": str(subject.device),
         "dtype": str(subject.dtype).removeprefix("torch."),

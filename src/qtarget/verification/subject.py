@@ -213,12 +213,18 @@ class Subject:
     @functools.cached_property
     def sample(self) -> Sample:
         labels = self.step.batch["labels"]
-        shifted = labels[:, 1:] != -100
-        rows = spread(len(self.rows), _ROWS)
-        places = [(row, t + 1) for row in rows for t in shifted[row].nonzero().flatten().tolist()]
-        chosen = torch.tensor([places[number] for number in spread(len(places), _TOKENS)], dtype=torch.int64)
-        row, place = chosen.view(-1, 2).T
         offset = self.offsets(self.step.batch)
+        of_target: dict[int, dict[int, list[tuple[int, int]]]] = {}  # number of the target → row → places
+        for r, t in (labels[:, 1:] != -100).nonzero().tolist():
+            target = self.number_of(self.rows[r], t + 1 - offset[r])
+            of_target.setdefault(target, {}).setdefault(r, []).append((r, t + 1))
+        picked: list[tuple[int, int]] = []
+        for by_row in of_target.values():  # some of every target, from a few rows that have it
+            rows = list(by_row)
+            places = [place for i in spread(len(rows), _ROWS) for place in by_row[rows[i]]]
+            picked += [places[i] for i in spread(len(places), max(1, _TOKENS // len(of_target)))]
+        chosen = torch.tensor(sorted(picked), dtype=torch.int64)
+        row, place = chosen.view(-1, 2).T
         number = torch.tensor([self.number_of(self.rows[r], p - offset[r]) for r, p in chosen.tolist()])
         hidden = self.step.hidden[row, place - 1]
         return Sample(row, place - torch.tensor(offset)[row], labels[row, place], number, hidden)
