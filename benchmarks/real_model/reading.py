@@ -115,11 +115,11 @@ LIMITS = (
     "One model of 135 million parameters, its weights from a 4-bit file, one task, 12 steps: nothing here ranks targets "
     "elsewhere. Much of what is learned is the form of the answer.",
     "One learning rate for all arms, tuned for none. Targets differ in the size of their gradients; Adam divides most of "
-    "that out, and clipping at 1 acts on every step of sft, kd and target-sft and on 86 % of dft's. Another rate may "
+    "that out, and clipping at 1 acts on every step of sft, kd and target-sft and on most of dft's. Another rate may "
     "order them otherwise.",
     "Three training seeds: intervals drawn from so few are too narrow. The untrained model is sampled once, and "
     "stands for every seed. Many differences are shown, each at 95 %: some may stand out by chance.",
     "The teacher's wording was compared with four others after the first cell of kd, by the nll of 24 training rows: it "
-    "had the lowest (0.38; the others 0.44 to 0.72), and was kept. A surer teacher would make another kd.",
+    "had the lowest, and was kept. A surer teacher would make another kd.",
     "The same number of steps is not the same work: kd and target-sft ask the teacher too, a forward pass more.",
 )
