@@ -4,6 +4,12 @@ from __future__ import annotations
 
 # text → (strict, lenient): the parsed answers of mathematics, normalised
 PARSED = [
+    # a #### with words behind it marks no number
+    ("3 + 4 = 7 #### is the answer", "is the answer", "7"),
+    ("#### 7 is the answer, not 8", "7 is the answer, not 8", "7 is the answer, not 8"),
+    ("The answer is 7, I think.\n#### done in 3 steps", "done in 3 steps", "done in 3 steps"),
+    ("The answer is 7.\n2 checks #### done", "done", "7"),
+    ("#### yes", "yes", "yes"),
     # the last complete box, with balanced braces
     (r"\boxed{7}", "7", "7"),
     (r"so \boxed{1}, no, \boxed{2}.", "2", "2"),
