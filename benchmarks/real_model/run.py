@@ -70,6 +70,8 @@ def plan(seeds: tuple[int, ...] = (1, 2, 3), arms: tuple[str, ...] = ARMS) -> li
 
 
 def main() -> None:
+    import torch
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small form that shows it works")
     parser.add_argument("--results", type=Path, help="where finished cells are written")
@@ -80,6 +82,7 @@ def main() -> None:
         cells, results = plan((1,), (BASE, SFT, TARGET)), options.results or scratch / "quick"
     else:
         settings, cells, results = Settings(), plan(), options.results or RESULTS
+    torch.set_flush_denormal(True)  # of the whole process, so not in what tests call
     run(cells, settings, results, scratch)
     check_teacher(settings, results, scratch)
 
@@ -90,9 +93,6 @@ def run(cells: list[Cell], settings: Settings, results: Path, scratch: Path, mod
     Raises:
         SystemExit: a finished cell was run with other settings.
     """
-    import torch
-
-    torch.set_flush_denormal(True)
     ran = 0
     for number, cell in enumerate(cells, start=1):
         file = results / f"{cell.name}.json"
