@@ -60,7 +60,7 @@ def with_columns():
         made = torch.zeros(len(row["input_ids"]))
         ratios = torch.tensor([0.0, 0.1, -0.1, 0.4, -0.5]).repeat(len(made))[: len(labels_of(row))]
         made[supervised(row) + 1] = label_log_p(logits_of(model, row), labels_of(row)) - ratios
-        return made.tolist()
+        return made.clamp(max=0).tolist()  # a log-probability
 
     return tokenised(
         tiny.conversations(4),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,11 +124,16 @@ def _lengths(found: Any, asked: Options, rest: Sequence[str]) -> Any:
     mean, supervised = sum(lengths) / len(sample), sum(labels for _, labels in sample) / len(sample)
     if config.packing or config.padding_free:
         padded = mean
-    else:  # neighbours are padded to the longest of them
-        micro = config.per_device_train_batch_size
-        groups = [lengths[i : i + micro] for i in range(0, len(lengths), micro)]
-        padded = sum(max(group) * len(group) for group in groups) / len(lengths)
+    else:
+        padded = _longest_of(min(config.per_device_train_batch_size, len(lengths)), lengths)
     return Rows(padded, mean, supervised, f"mean of {len(sample)} rows, as training prepares them")
+
+
+def _longest_of(some: int, lengths: list[int]) -> float:
+    """Mean length of the longest of ``some`` rows drawn at random: the others of its micro-batch are padded to it."""
+    # the i-th shortest is the longest of C(i, some - 1) draws, as the others are among the i before it
+    draws = (math.comb(before, some - 1) * length for before, length in enumerate(sorted(lengths)))
+    return sum(draws) / math.comb(len(lengths), some)
 
 
 def _sample(rest: Sequence[str]) -> list[tuple[int, int]]:
@@ -145,7 +151,7 @@ def _sample(rest: Sequence[str]) -> list[tuple[int, int]]:
         if run.script.dataset_streaming:
             return []
         train = run.datasets["train"]
-        run.datasets = {"train": train.select(spread(len(train), _SAMPLE)).shuffle(seed=0)}  # neighbours as training's
+        run.datasets = {"train": train.select(spread(len(train), _SAMPLE))}
         rows = setup.build(run, weights=False).train_dataset
         return [(len(row["input_ids"]), sum(label != -100 for label in row["labels"][1:])) for row in rows]
 
