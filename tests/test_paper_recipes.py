@@ -210,7 +210,7 @@ REFUSED: dict[str, tuple[Path, dict[str, Any], list[str], str]] = {
         MATH,
         {"model_name_or_path": "./build/no/model"},
         [],
-        "which is no folder here; make it, or name",
+        "which is no folder or file here; make it, or name",
     ),
     "no such target": (MATH, {}, ["--target", "stf"], "target is 'stf'; did you mean 'sft'?"),
     "columns": (MATH, {"dataset_source_columns": {"question": "a"}}, [], "names question; name prompt and completion"),
@@ -430,7 +430,7 @@ def test_rows_and_shapes_are_read_from_what_is_there(at_hand):
         (["--target", "iw-sft"], "needs weights, but the train dataset has no column 'weight'"),
         (["--max_steps", "5"], "max_steps is 5, but 1 epoch of 8 rows are 4 whole steps of 2"),
         (["--model_name_or_path", "ROOT/data"], "whose config cannot be read"),
-        (["--dataset_name", "ROOT/nowhere"], "which is no folder here"),
+        (["--dataset_name", "ROOT/nowhere"], "which is no folder or file here"),
     ],
     ids=lambda value: str(value).split("'")[1] if isinstance(value, list) else "",
 )

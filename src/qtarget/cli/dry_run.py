@@ -174,7 +174,7 @@ def _rows(asked: setup.Run, faults: list[str]) -> tuple[int | None, str]:
         return rows, f"{rows:,} rows with {columns}{told}"
     source = notes.get("dataset_source")
     if source is None and shapes.is_path(name):
-        faults.append(f"dataset_name is {name!r}, which is no folder here; make it, or name a hub id")
+        faults.append(f"dataset_name is {name!r}, which is no folder or file here; make it, or name a hub id")
         return expected, ""
     said = "not known here" if expected is None else f"{expected:,} as the recipe says"
     if source is None:

@@ -60,7 +60,7 @@ COMMON: list[tuple[str, list[tuple[str, object, str]]]] = [
     (
         "data",
         [
-            ("dataset_name", None, "a folder of json, csv or parquet files, or a hub id"),
+            ("dataset_name", None, "a folder of json, csv or parquet files, one such file, or a hub id"),
             ("dataset_config", None, "configuration of the dataset"),
             ("dataset_train_split", "train", "rows to train on"),
             ("dataset_test_split", "test", "rows to evaluate before and after; a missing split is left out"),

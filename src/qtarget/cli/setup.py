@@ -191,6 +191,10 @@ def column_faults(config: Any, datasets: dict[str, Any]) -> list[str]:
     return faults
 
 
+# How datasets calls what reads a file.
+_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
 def load_datasets(script: Any, faults: list[str], **how: Any) -> dict[str, Any]:
     """{"train": ..., "test": ...}; a missing test split is left out, a missing train split is a fault.
 
@@ -198,10 +202,17 @@ def load_datasets(script: Any, faults: list[str], **how: Any) -> dict[str, Any]:
     """
     from datasets import load_dataset
 
+    name = script.dataset_name
+    if Path(name).is_file():
+        if Path(name).suffix not in _FILES:
+            faults.append(
+                f"dataset_name is {name!r}, a file of a kind that is not read; name a {', '.join(_FILES)} file, a folder "
+                "of them, or a hub id"
+            )
+            return {}
+        name, how = _FILES[Path(name).suffix], {"data_files": name, **how}
     try:
-        splits = load_dataset(
-            script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming, **how
-        )
+        splits = load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming, **how)
     except Exception as error:  # datasets raises many kinds, all of them about what was asked for
         faults.append(f"dataset_name is {script.dataset_name!r}, which cannot be loaded: {one_line(error)}")
         return {}

@@ -33,12 +33,35 @@ def evaluate(trainer: Any) -> dict[str, float]:
     return metrics
 
 
+def at_start(trainer: Any) -> dict[str, float]:
+    """Held-out figures before training; under FSDP and DeepSpeed they are filled in when training begins.
+
+    Such an engine cuts the student in pieces then, and evaluating earlier would cut it twice. A run that goes on from a
+    checkpoint has none there: the weights it started from are gone.
+    """
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return evaluate(trainer)
+    from transformers import TrainerCallback
+
+    figures: dict[str, float] = {}
+
+    class AtStart(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 0:
+                figures.update(evaluate(trainer))
+
+    trainer.add_callback(AtStart())
+    return figures
+
+
 def show(trainer: Any, before: dict[str, float], after: dict[str, float], folder: Path) -> None:
     """Print the table and the next command, and draw the run's curves."""
     from qtarget.training import curves
 
     if before and after:
         _table(before, after)
+    elif after:
+        print(f"held-out nll {after['nll']:.4f}; of the start nothing is known, as the run went on from a checkpoint")
     else:
         print("no held-out rows: the dataset has no test split, so there is nothing to compare before and after")
     if trainer.evaluates_teacher and before:

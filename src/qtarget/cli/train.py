@@ -64,7 +64,7 @@ def _train(trainer: Any, asked: Any) -> int:
 
     config, script = asked.config, asked.script
     evaluated = trainer.eval_dataset is not None
-    before = summary.evaluate(trainer) if evaluated else {}
+    before = summary.at_start(trainer) if evaluated else {}
     result = trainer.train(resume_from_checkpoint=setup.resume(config.resume_from_checkpoint))
     after = summary.evaluate(trainer) if evaluated else {}
     trainer.save_model(config.output_dir)

@@ -77,14 +77,25 @@ def run(arguments: Sequence[str]) -> int:
             _show(made)
             if out is not None:
                 print(f"figures    {out}")
-    accelerator = subject.trainer.accelerator
-    if accelerator.num_processes > 1:  # one status for all: a launcher tells of the first that differs
-        import torch
+    return int(_failed_anywhere(made, subject))
 
-        failed = accelerator.gather(torch.tensor([len(made.failed)], device=subject.device)).sum()
-        accelerator.end_training()
-        return int(bool(failed))
-    return int(bool(made.failed))
+
+def _failed_anywhere(made: Any, subject: Any) -> bool:
+    """One status for all processes, since a launcher tells of the first that differs; what the others found is said."""
+    accelerator = subject.trainer.accelerator
+    if accelerator.num_processes == 1:
+        return bool(made.failed)
+    from accelerate.utils import gather_object
+
+    everywhere = gather_object([made.failed])
+    if _is_main():
+        for process, failed in enumerate(everywhere):
+            if process and failed != made.failed:
+                print(
+                    f"process {process} has another verdict: {', '.join(failed) or 'nothing'} failed", file=sys.stderr
+                )
+    accelerator.end_training()
+    return any(everywhere)
 
 
 def _json(made: Any) -> str:
@@ -170,27 +181,27 @@ def _estimate(asked: Any, trainer: Any) -> Callable[[int, int], int | None]:
     """(positions, supervised tokens) → bytes a step takes beyond models and optimiser. The one place that knows how."""
     from qtarget.planning import memory, shapes
 
-    def shape_of(model: Any) -> Any:
-        """Of a model by its name; None where it cannot be looked up."""
+    def held(model: Any) -> Any:
+        """(shape, bytes of a number) of a model by its name; None where it cannot be looked up."""
         try:
-            return shapes.find("model", str(model.config._name_or_path))
+            return shapes.find("model", str(model.config._name_or_path)), model.dtype.itemsize
         except (ConfigError, AttributeError):
             return None
 
     def of_step(positions: int, supervised: int) -> int | None:
-        student = shape_of(trainer._base_model())
+        student = held(trainer._base_model())
         teachers, references = (
-            [shape_of(model)] if model is not None else []
-            for model in (trainer._others.teacher, trainer._others.reference)
+            [held(model)] if model is not None else [] for model in (trainer._others.teacher, trainer._others.reference)
         )
         if student is None or None in [*teachers, *references] or asked.model.use_peft:
             return None
         work = memory.Workload(
-            student,
+            student[0],
             gpus=1,
             tokens=positions,
-            teachers=[(shape, 4) for shape in teachers],
-            references=[(shape, 4) for shape in references],
+            bytes=student[1],
+            teachers=teachers,
+            references=references,
             supervised=supervised,
             checkpointing=False,
             mixed=False,

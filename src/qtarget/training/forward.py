@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,7 +158,7 @@ class LossCall:
 
 
 class StatesCall:
-    """Ask a patched model for its last hidden states and its head, for a teacher or reference.
+    """Ask a patched model for its last hidden states and its head: see ``states_and_head``.
 
     ``gathered``: set by the model where its head was a shard, so that what is handed out is whole and stays valid.
     """
@@ -191,6 +192,10 @@ def add_target_forward(model: nn.Module) -> None:
         hidden = states.last_hidden_state
         weight, bias = head_parameters(self)
         qtarget.gathered = isinstance(weight, DTensor)
+        if getattr(getattr(weight, "ds_status", None), "name", "") == "INFLIGHT":
+            # ZeRO-3 fetches ahead what the last forward used, and only the head's own forward waits for it
+            with torch.no_grad():
+                self.get_output_embeddings()(hidden[:, :1])
         with maybe_gather_lm_head_ctx(weight, bias):  # type: ignore[arg-type]  # ZeRO-3
             weight, bias = whole(weight, hidden), None if bias is None else whole(bias, hidden)
             output = qtarget(hidden.to(weight.device), weight, bias, transform)
@@ -200,6 +205,21 @@ def add_target_forward(model: nn.Module) -> None:
 
     model.forward = types.MethodType(forward, model)
     model._qtarget_forward = True  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def states_and_head(call: Any, base: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(last hidden states, weight and bias of the head, whole) of a teacher, a reference or the student as it is now.
+
+    ``call``: the patched model, wrapped where it is; ``base``: the causal language model inside.
+    """
+    asked = StatesCall()
+    states = call(**inputs, qtarget=asked)
+    weight, bias = head_parameters(base)
+    if isinstance(weight, DTensor) and not asked.gathered:
+        # FSDP2 gathered the head itself and freed it when the forward ended
+        return states.hidden, whole(weight, states.hidden), None if bias is None else whole(bias, states.hidden)
+    return states.hidden, states.weight, states.bias
 
 
 def _load_balancing_loss(model: Any, router_logits: Any, attention_mask: Tensor | None) -> Any:
@@ -246,11 +266,11 @@ def check_head_transform(
         tokens = int(starts[0]) + 1 if len(starts) else tokens
         few = {name: inputs[name][:1, :tokens] for name in ("input_ids", "position_ids")}
     own = call(**few).logits.float()
-    states = call(**few, qtarget=StatesCall())
+    hidden, weight, bias = states_and_head(call, base, few)
     transform = HeadTransform.of(base.config)
-    rebuilt = states.hidden.float() @ states.weight.float().T
-    if states.bias is not None:
-        rebuilt = rebuilt + states.bias.float()
+    rebuilt = hidden.float() @ weight.float().T
+    if bias is not None:
+        rebuilt = rebuilt + bias.float()
     rebuilt = transform.apply(rebuilt)[:, -own.shape[1] :]
     if rebuilt.shape != own.shape:
         raise ConfigError(
@@ -261,7 +281,7 @@ def check_head_transform(
     if own.isnan().any():
         return
     difference = (own - rebuilt).abs()
-    rounded = mixed_precision or states.hidden.dtype not in (torch.float32, torch.float64)
+    rounded = mixed_precision or hidden.dtype not in (torch.float32, torch.float64)
     allowed = (5e-2 if rounded else 1e-3) * (1 + float(own.abs().max()))
     if not float(difference.max()) <= allowed:
         place = divmod(int(difference.argmax()), own.shape[-1])

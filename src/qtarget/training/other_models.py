@@ -22,13 +22,12 @@ from qtarget.teachers.uids import CachedUids, ContextUids
 from qtarget.training.forward import (
     HeadTransform,
     LossCall,
-    StatesCall,
     add_target_forward,
     check_head_transform,
     head_parameters,
+    states_and_head,
 )
 from qtarget.training.kept_weights import Average, KeptWeights, OldPolicy
-from qtarget.training.sharded_head import whole
 from qtarget.training.teacher import Teacher
 from qtarget.training.teacher_setup import end_tokens
 
@@ -156,10 +155,7 @@ class OtherModels:
 
             return prepare_deepspeed(model, self._accelerator)
         if getattr(plugins, "fsdp_plugin", None) is not None:
-            from trl.models.utils import prepare_fsdp
-
-            sharded: Any = prepare_fsdp(model, self._accelerator)
-            return sharded
+            return self._sharded(model)
         if placed is None:
             return model.to(self._args.device)
         head = head_parameters(model)[0]
@@ -170,6 +166,24 @@ class OtherModels:
                 "to that device"
             )
         return model
+
+    def _sharded(self, model: nn.Module) -> nn.Module:
+        """By FSDP, layer by layer, with the first process's weights: others may have loaded none."""
+        plugin = self._accelerator.state.fsdp_plugin
+        if plugin.fsdp_version == 1:
+            from trl.models.utils import prepare_fsdp
+
+            sharded: Any = prepare_fsdp(model, self._accelerator)
+            return sharded
+        # TRL's would gather a whole model at a time, and each process's own weights: under cpu_ram_efficient_loading
+        # these are garbage in all but the first.
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        policy = plugin.auto_wrap_policy  # set to the layers of whichever model comes first
+        try:
+            return fsdp2_prepare_model(self._accelerator, model).eval()
+        finally:
+            plugin.auto_wrap_policy = policy
 
     def release(self, requires: frozenset[str]) -> None:
         """Free the models that nothing asks for from now on."""
@@ -227,16 +241,10 @@ class OtherModels:
     def _head(self, model: Any, inputs: dict[str, Any]) -> Head:
         base = self.base(model)
         self._check_ids(base, inputs["input_ids"])
-        call = StatesCall()
-        states = model(**inputs, qtarget=call)
-        weight, bias = states.weight, states.bias
-        # FSDP2 may have freed a head that it gathered itself when the forward ended: it is gathered again.
-        now = head_parameters(base)[0]
-        if hasattr(now, "full_tensor") and not call.gathered:
-            weight, bias = (None if p is None else whole(p, states.hidden) for p in head_parameters(base))
+        hidden, weight, bias = states_and_head(model, base, inputs)
         transform = HeadTransform.of(base.config)
         # Virtual tokens of prompt tuning come first: the last positions are the labels'.
-        hidden = states.hidden[:, -inputs["input_ids"].shape[1] :][:, :-1]
+        hidden = hidden[:, -inputs["input_ids"].shape[1] :][:, :-1]
         return Head(
             hidden,
             weight,

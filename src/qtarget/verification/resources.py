@@ -93,7 +93,7 @@ def memory(subject: Subject) -> Finding:
     figures = {"measured": measured, "estimate": planned, "positions": positions}
     told = f"{measured / 2**20:,.0f} MiB for {positions} positions"
     if planned is None:
-        return not_applicable(f"{told}; there is no estimate: the model's shape is not known", **figures)
+        return not_applicable(f"{told}; there is no estimate of adapters, or of a shape not known", **figures)
     told += f", estimated {planned / 2**20:,.0f}"
     if planned < _LEAST:
         return not_applicable(f"{told}; below {_LEAST >> 20} MiB the process's own noise is larger", **figures)
