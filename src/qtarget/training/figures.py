@@ -135,6 +135,29 @@ class FiguresTrainer(SFTTrainer):
             self.accelerator.print(update_against_sft(share, rate))
         self._lines_logged += 1
 
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any):
+        self._leave_out_repeated(inputs)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _leave_out_repeated(self, inputs: dict[str, Any]) -> None:
+        """Accelerate fills the last batch of all processes with rows that were there already: these lose their labels.
+
+        Where packed rows of one process stand in one line, part of them repeated, they are counted as they come.
+        """
+        state, labels = self.accelerator.gradient_state, inputs["labels"]
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder < 1:
+            return
+        size = len(labels) if len(labels) > 1 else self.args.eval_batch_size
+        real = min(max(state.remainder - self.accelerator.process_index * size, 0), size)
+        if len(labels) == size:
+            labels[real:] = -100
+        elif not real:
+            labels[:] = -100
+        elif real < size:
+            starts = (inputs["position_ids"][0] == 0).nonzero().flatten()
+            if len(starts) == size:
+                labels[:, starts[real] :] = -100
+
     def evaluation_loop(self, *args: Any, **kwargs: Any):
         """As Transformers', with the loss and every statistic weighted by tokens instead of by batches."""
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from qtarget.errors import ConfigError, loading
 
@@ -22,6 +23,9 @@ class KeptWeights:
 
     Args:
         model: the student without wrappers.
+
+    Raises:
+        ConfigError: under ZeRO-3.
     """
 
     # What errors call them, the setting that asks for them, and the name of their file in a checkpoint.
@@ -29,6 +33,11 @@ class KeptWeights:
     _instead = "another teacher"
 
     def __init__(self, model: nn.Module):
+        if is_deepspeed_zero3_enabled():
+            raise ConfigError(
+                f"{self.setting} copies the trainable weights, which ZeRO-3 keeps in pieces; use ZeRO-2 or FSDP2, or "
+                f"{self._instead}"
+            )
         self._model = model
         self.taken_at: int | None = None
         self._kept: dict[str, Tensor] = {}
@@ -45,11 +54,6 @@ class KeptWeights:
     def _take(self, step: int, share: float = 1.0) -> None:
         """Move the copies to the present weights: all the way, or by a share of the difference."""
         for name, parameter in self._trainable().items():
-            if parameter.numel() == 0:
-                raise ConfigError(
-                    f"{self.setting} copies the trainable weights, which ZeRO-3 keeps in pieces; use ZeRO-2 or FSDP2, or "
-                    f"{self._instead}"
-                )
             if name not in self._kept:
                 self._kept[name] = self._first(_local(parameter))
             elif share == 1:

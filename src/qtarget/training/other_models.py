@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from qtarget.errors import ConfigError, loading
 from qtarget.losses import Head, TopK
@@ -139,6 +140,11 @@ class OtherModels:
                 "the reference is the model as it starts, but this process holds no weights to copy (FSDP's "
                 "cpu_ram_efficient_loading); set reference_model_name_or_path to the model's own name"
             )
+        if is_deepspeed_zero3_enabled():
+            raise ConfigError(
+                "the reference is the model as it starts, which ZeRO-3 keeps in pieces; set "
+                "reference_model_name_or_path to the model's own name, or use ZeRO-2 or FSDP2"
+            )
         copy = frozen_copy(self._student)
         self.reference_name = f"the weights at the start, {fingerprint(copy)}"
         copy.__dict__.pop("_qtarget_forward", None)
@@ -168,15 +174,14 @@ class OtherModels:
         return model
 
     def _sharded(self, model: nn.Module) -> nn.Module:
-        """By FSDP, layer by layer, with the first process's weights: others may have loaded none."""
+        """By FSDP, layer by layer as the student is."""
         plugin = self._accelerator.state.fsdp_plugin
         if plugin.fsdp_version == 1:
             from trl.models.utils import prepare_fsdp
 
             sharded: Any = prepare_fsdp(model, self._accelerator)
             return sharded
-        # TRL's would gather a whole model at a time, and each process's own weights: under cpu_ram_efficient_loading
-        # these are garbage in all but the first.
+        # TRL's would make one group of it, so that every forward gathers the whole model.
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
         policy = plugin.auto_wrap_policy  # set to the layers of whichever model comes first
