@@ -48,7 +48,7 @@ CASES = {
     "reference under adapters": ["--target", "asft", *LORA],
     "reference by its name": ["--target", "asft", "--reference_model_name_or_path", "MODEL"],
     "old policy": PSFT,
-    "average as teacher": ["--target", "target-sft", "--teacher_ema_decay", "0.9"],
+    "average as teacher": ["--target", "target-sft", "--teacher_ema_decay", "0.9", "--learning_rate", "1"],
 }
 REFUSED_UNDER_ZERO3 = {"old policy", "average as teacher"}
 

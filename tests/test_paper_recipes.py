@@ -210,7 +210,7 @@ REFUSED: dict[str, tuple[Path, dict[str, Any], list[str], str]] = {
         MATH,
         {"model_name_or_path": "./build/no/model"},
         [],
-        "which is no folder or file here; make it, or name",
+        "which is no folder here; make it, or name",
     ),
     "no such target": (MATH, {}, ["--target", "stf"], "target is 'stf'; did you mean 'sft'?"),
     "columns": (MATH, {"dataset_source_columns": {"question": "a"}}, [], "names question; name prompt and completion"),

@@ -48,9 +48,21 @@ CASES = [
         ("dataset_name is", "cannot be loaded"),
     ),
     Case(
-        "a-file",
-        "a file for a folder",
+        "a-file-by-its-name",
+        "a file for a folder: read",
         lambda b: b.train(dataset_name=b.rows(GOOD) / "train.jsonl"),
+        reads=True,
+    ),
+    Case(
+        "a-file-of-another-kind",
+        "a file that is no json, csv or parquet",
+        lambda b: b.train(dataset_name=b.file("rows.txt", "a")),
+        ("dataset_name is", "a file of a kind that is not read", ".jsonl, .json, .csv, .parquet"),
+    ),
+    Case(
+        "a-broken-file-by-its-name",
+        "half a line of JSON in a file that is named",
+        lambda b: b.train(dataset_name=b.file("rows.jsonl", '{"text": "a"}\n{"te')),
         ("dataset_name is", "cannot be loaded"),
     ),
     Case(
