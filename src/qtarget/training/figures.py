@@ -147,12 +147,11 @@ class FiguresTrainer(SFTTrainer):
         state, labels = self.accelerator.gradient_state, inputs["labels"]
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder < 1:
             return
-        size = len(labels) if len(labels) > 1 else self.args.eval_batch_size
+        in_a_line = len(labels) == 1 and "position_ids" in inputs and hasattr(state.active_dataloader.dataset, "__len__")
+        size = self.args.eval_batch_size if in_a_line else len(labels)
         real = min(max(state.remainder - self.accelerator.process_index * size, 0), size)
-        if len(labels) == size:
+        if not in_a_line or not real:
             labels[real:] = -100
-        elif not real:
-            labels[:] = -100
         elif real < size:
             starts = (inputs["position_ids"][0] == 0).nonzero().flatten()
             if len(starts) == size:
