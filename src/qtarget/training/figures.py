@@ -147,7 +147,9 @@ class FiguresTrainer(SFTTrainer):
         state, labels = self.accelerator.gradient_state, inputs["labels"]
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder < 1:
             return
-        in_a_line = len(labels) == 1 and "position_ids" in inputs and hasattr(state.active_dataloader.dataset, "__len__")
+        in_a_line = (
+            len(labels) == 1 and "position_ids" in inputs and hasattr(state.active_dataloader.dataset, "__len__")
+        )
         size = self.args.eval_batch_size if in_a_line else len(labels)
         real = min(max(state.remainder - self.accelerator.process_index * size, 0), size)
         if not in_a_line or not real:
