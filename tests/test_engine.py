@@ -8,8 +8,8 @@ import torch
 import qtarget as qt
 from engine_cases import assert_same, case_named, engine, hard, ignoring, oracle, ordinary, preset_of
 from published import CASES
-from qtarget.losses.backends import torch_chunked
-from qtarget.losses.backends.rows import RowMath
+from qtarget.losses.engine import chunks
+from qtarget.losses.engine.block import RowMath
 from qtarget.losses.inputs import Tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,7 +44,7 @@ def truth(case_id, *setting):
 def test_engine_is_the_oracle(case, softcap, with_bias, tied, share, chunk, monkeypatch):
     rows, block = CHUNKS[chunk]
     if block is not None:
-        monkeypatch.setattr(torch_chunked, "block_rows", lambda *_: block)
+        monkeypatch.setattr(chunks, "block_rows", lambda *_: block)
     batch = prepared(softcap, with_bias, tied, share)
     got = engine(batch, preset_of(case), reduction="sum", stats="all", chunk_rows=rows)
     assert_same(got, truth(case.id, softcap, with_bias, tied, share))
@@ -108,32 +108,32 @@ def stop_gradient_lost(monkeypatch):
 
 
 def softcap_without_a_derivative(monkeypatch):
-    monkeypatch.setattr(torch_chunked, "RowMath", lambda **fields: RowMath(**fields | {"softcap": None}))
+    monkeypatch.setattr(chunks, "RowMath", lambda **fields: RowMath(**fields | {"softcap": None}))
 
 
 def result_among(args):
-    (result,) = [x for x in args if isinstance(x, torch_chunked.Result)]
+    (result,) = [x for x in args if isinstance(x, chunks.Result)]
     return result
 
 
 def only_the_last_chunk(monkeypatch):
-    real = torch_chunked._backward_matmuls
+    real = chunks._backward_matmuls
 
     def forgetful(*args):
         result_among(args).d_weight.zero_()
         real(*args)
 
-    monkeypatch.setattr(torch_chunked, "_backward_matmuls", forgetful)
+    monkeypatch.setattr(chunks, "_backward_matmuls", forgetful)
 
 
 def bias_forgotten(monkeypatch):
-    real = torch_chunked._backward_matmuls
+    real = chunks._backward_matmuls
 
     def without(*args):
         real(*args)
         result_among(args).d_bias.zero_()
 
-    monkeypatch.setattr(torch_chunked, "_backward_matmuls", without)
+    monkeypatch.setattr(chunks, "_backward_matmuls", without)
 
 
 def value_of_another_objective(monkeypatch):

@@ -22,7 +22,7 @@ from engine_cases import (
     with_columns,
 )
 from published import CASES
-from qtarget.losses.backends import torch_chunked
+from qtarget.losses.engine import chunks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -188,8 +188,8 @@ def test_frozen_parts(name, wanted, reduction, monkeypatch):
     batch, target = ordinary(with_bias=True), qt.preset(name)
     full = engine(batch, target, reduction=reduction)
     formed = []
-    run = torch_chunked.run
-    monkeypatch.setattr(torch_chunked, "run", lambda *args, **kwargs: formed.append(run(*args, **kwargs)) or formed[-1])
+    run = chunks.run
+    monkeypatch.setattr(chunks, "run", lambda *args, **kwargs: formed.append(run(*args, **kwargs)) or formed[-1])
     out, leaves = call_with(batch, target, wanted, reduction=reduction)
     gradients = {"hidden": formed[-1].d_hidden, "weight": formed[-1].d_weight, "bias": formed[-1].d_bias}
     out.loss.sum().backward()
@@ -212,7 +212,7 @@ def refuse(*_):
 def test_evaluation_does_no_gradient_work(case, guard, reduction, monkeypatch):
     batch, target = hard(softcap=40.0, with_bias=True), preset_of(case)
     expected = engine(batch, target, reduction=reduction, stats="all")
-    monkeypatch.setattr(torch_chunked, "_backward_matmuls", refuse)
+    monkeypatch.setattr(chunks, "_backward_matmuls", refuse)
     with guard():
         out, _ = call_with(batch, target, ("hidden", "weight", "bias"), reduction=reduction, stats="all")
     assert not out.loss.requires_grad
@@ -223,13 +223,13 @@ def test_evaluation_does_no_gradient_work(case, guard, reduction, monkeypatch):
 
 @some_presets
 def test_nothing_to_train_does_no_gradient_work(name, monkeypatch):
-    monkeypatch.setattr(torch_chunked, "_backward_matmuls", refuse)
+    monkeypatch.setattr(chunks, "_backward_matmuls", refuse)
     out, _ = call_with(ordinary(with_bias=True), qt.preset(name), ())
     assert not out.loss.requires_grad
 
 
 def test_the_proof_that_gradient_work_is_noticed(monkeypatch):
-    monkeypatch.setattr(torch_chunked, "_backward_matmuls", refuse)
+    monkeypatch.setattr(chunks, "_backward_matmuls", refuse)
     with pytest.raises(AssertionError, match="worked on"):
         call_with(ordinary(with_bias=True), qt.preset("dft"), ("hidden",))
 
@@ -335,13 +335,13 @@ DROPPING = [case for case in CASES if case.preset in ("profit", "cft", "iw-sft",
 def rows_multiplied(monkeypatch):
     """How many rows each call of the backward matmuls was given."""
     seen = []
-    real = torch_chunked._backward_matmuls
+    real = chunks._backward_matmuls
 
     def spy(z, h, weight, kept, *rest):
         seen.append(len(kept))
         return real(z, h, weight, kept, *rest)
 
-    monkeypatch.setattr(torch_chunked, "_backward_matmuls", spy)
+    monkeypatch.setattr(chunks, "_backward_matmuls", spy)
     return seen
 
 
@@ -350,7 +350,7 @@ def rows_multiplied(monkeypatch):
 @pytest.mark.parametrize("case", DROPPING, ids=lambda case: case.id)
 def test_rows_without_a_gradient_are_skipped(case, share, block, rows_multiplied, monkeypatch):
     if block is not None:
-        monkeypatch.setattr(torch_chunked, "block_rows", lambda *_: block)
+        monkeypatch.setattr(chunks, "block_rows", lambda *_: block)
     batch = ignoring(hard(softcap=40.0), share)
     assert_engine_is_oracle(batch, preset_of(case), chunk_rows=10)
     trust = oracle(batch, preset_of(case)).stats["trust"]

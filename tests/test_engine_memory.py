@@ -13,15 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 import qtarget as qt
 from engine_cases import assert_same, engine, oracle, ordinary, project
-from qtarget.losses import chunking
-from qtarget.losses.backends import torch_chunked
-from qtarget.losses.backends.rows import Scratch
-from qtarget.losses.chunking import block_rows, chunk_rows
+from qtarget.losses.engine import chunks, sizes
+from qtarget.losses.engine.block import Scratch
+from qtarget.losses.engine.sizes import block_rows, chunk_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENS, VOCAB, WIDTH = 512, 5000, 32
-KEEPING = torch_chunked._workspace
+KEEPING = chunks._workspace
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 RULES = ["dft", "eaft", "label-smoothing", "gem", "kd", "kd at T = 2", "target-sft", "asft"]
 TARGETS = {name: qt.preset(name) for name in RULES if name != "kd at T = 2"} | {
@@ -32,7 +31,7 @@ TARGETS = {name: qt.preset(name) for name in RULES if name != "kd at T = 2"} | {
 @pytest.fixture(autouse=True)
 def nothing_kept_from_earlier_calls(monkeypatch):
     """On a CPU the buffers of a call serve the next one, which would then allocate less than it needs."""
-    monkeypatch.setattr(torch_chunked, "_workspace", Scratch)
+    monkeypatch.setattr(chunks, "_workspace", Scratch)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -95,7 +94,7 @@ def test_a_top_k_teacher_costs_no_second_buffer_of_logits():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_a_half_precision_head_is_cast_up_in_tiles(dtype, monkeypatch):
-    monkeypatch.setattr(torch_chunked, "_CAST_ROWS", 500)
+    monkeypatch.setattr(chunks, "_CAST_ROWS", 500)
     hidden, weight, labels, _ = problem()
     low = weight.detach().to(dtype)  # frozen, so that dW does not hide the tiles
     with LargestTensor() as largest:
@@ -161,17 +160,15 @@ def test_chunk_rule_knows_no_width():
 
 def sizes_of_chunks(monkeypatch, batch, **options):
     sizes = []
-    real = torch_chunked.logits_into
-    monkeypatch.setattr(
-        torch_chunked, "logits_into", lambda out, *rest: (sizes.append(out.shape[0]), real(out, *rest))[1]
-    )
+    real = chunks.logits_into
+    monkeypatch.setattr(chunks, "logits_into", lambda out, *rest: (sizes.append(out.shape[0]), real(out, *rest))[1])
     engine(batch, qt.preset("dft"), **options)
     return sizes
 
 
 @pytest.mark.parametrize("width", [2, 64])
 def test_chunks_do_not_depend_on_the_width(width, monkeypatch):
-    monkeypatch.setattr(chunking, "_ENOUGH_ROWS", {"cpu": 12})
+    monkeypatch.setattr(sizes, "_ENOUGH_ROWS", {"cpu": 12})
     assert sizes_of_chunks(monkeypatch, ordinary(d=width)) == [10, 10, 9]
 
 
@@ -183,7 +180,7 @@ def test_chunk_rows_wins_over_the_rule(monkeypatch):
 def test_blocks_fit_the_scratch_or_are_one_row(rows, vocab):
     block = block_rows(rows, vocab, 4, CPU)
     assert 1 <= block <= rows
-    assert block == 1 or block * vocab * 4 <= chunking._SCRATCH_BYTES["cpu"]
+    assert block == 1 or block * vocab * 4 <= sizes._SCRATCH_BYTES["cpu"]
 
 
 # ---- buffers that are kept from call to call
@@ -192,8 +189,8 @@ def test_blocks_fit_the_scratch_or_are_one_row(rows, vocab):
 @pytest.fixture
 def empty_workspace(monkeypatch):
     """The library's own, as in a fresh process."""
-    monkeypatch.setattr(torch_chunked, "_workspace", KEEPING)
-    monkeypatch.setattr(torch_chunked, "_kept", threading.local())
+    monkeypatch.setattr(chunks, "_workspace", KEEPING)
+    monkeypatch.setattr(chunks, "_kept", threading.local())
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)

@@ -24,8 +24,8 @@ from engine_cases import (
     relative_error,
     with_columns,
 )
-from qtarget.losses.backends import torch_chunked
-from qtarget.losses.backends.rows import RowMath
+from qtarget.losses.engine import chunks
+from qtarget.losses.engine.block import RowMath
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -268,5 +268,5 @@ def test_a_tail_in_the_student_s_shape_needs_no_dense_row(name, tail, monkeypatc
 @every_target
 def test_cheap_and_dense_rows_agree_in_one_batch(target, monkeypatch):
     """Blocks of one row: each takes its own way."""
-    monkeypatch.setattr(torch_chunked, "block_rows", lambda *_: 1)
+    monkeypatch.setattr(chunks, "block_rows", lambda *_: 1)
     assert_engine_is_oracle(with_topk(hard(), 5), target)

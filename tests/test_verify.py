@@ -20,8 +20,8 @@ from qtarget.cli.__main__ import main
 from qtarget.data import preparation
 from qtarget.data.columns import TokenColumnCollator
 from qtarget.losses import heads
-from qtarget.losses.backends import torch_chunked
-from qtarget.losses.backends.parts import Scratch
+from qtarget.losses.engine import chunks
+from qtarget.losses.engine.buffers import Scratch
 from qtarget.targets import presets
 from qtarget.training import QTargetTrainer, denominator, forward
 from qtarget.training import other_models as other_models_module
@@ -411,20 +411,20 @@ def eta_never_0(patch: pytest.MonkeyPatch) -> None:
 
 def last_chunk_alone(patch: pytest.MonkeyPatch) -> None:
     """Each chunk's gradient of the head written over that of the one before."""
-    real = torch_chunked._backward_matmuls
-    patch.setattr(torch_chunked, "_backward_matmuls", lambda *args: real(*args[:-1], True))
+    real = chunks._backward_matmuls
+    patch.setattr(chunks, "_backward_matmuls", lambda *args: real(*args[:-1], True))
 
 
 def logits_in_bf16(patch: pytest.MonkeyPatch) -> None:
     """Logits of a half-precision head rounded to its dtype."""
-    real = torch_chunked.logits_into
+    real = chunks.logits_into
 
     def logits_into(out, h, weight, *more):
         real(out, h, weight, *more)
         if weight.dtype == torch.bfloat16:
             out.copy_(out.bfloat16())
 
-    patch.setattr(torch_chunked, "logits_into", logits_into)
+    patch.setattr(chunks, "logits_into", logits_into)
 
 
 def states_that_are_scaled(patch: pytest.MonkeyPatch) -> None:
@@ -496,7 +496,7 @@ def test_memory_is_measured_and_held_against_the_estimate(tmp_path, monkeypatch)
         del block
     assert allocated.bytes == pytest.approx(200 << 20, rel=0.1)
 
-    monkeypatch.setattr(torch_chunked, "_workspace", Scratch)  # or earlier tests would have made the buffers
+    monkeypatch.setattr(chunks, "_workspace", Scratch)  # or earlier tests would have made the buffers
     monkeypatch.setattr(resources, "_LEAST", 0)
     subject = wide(tmp_path)
     measured = subject.step.bytes

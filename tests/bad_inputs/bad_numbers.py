@@ -8,7 +8,7 @@ import torch
 from bench import Bench, Case
 
 import qtarget as qt
-from qtarget.losses import chunking
+from qtarget.losses.engine import sizes
 
 NEEDS = {"weight": "weight", "critical": "critical", "old_policy": "old_logps"}
 
@@ -139,9 +139,9 @@ def chunks(tokens: int, vocab: int) -> Any:
     def do(bench: Bench) -> None:
         for device in (torch.device("cpu"), torch.device("cuda")):
             for itemsize in (2, 4, 8):
-                rows = chunking.chunk_rows(tokens, vocab, 2, itemsize, device)
+                rows = sizes.chunk_rows(tokens, vocab, 2, itemsize, device)
                 assert 1 <= rows <= max(1, tokens) and (rows * vocab < 2**31 or rows == 1), (device, itemsize, rows)
-                block = chunking.block_rows(rows, vocab, itemsize, device)
+                block = sizes.block_rows(rows, vocab, itemsize, device)
                 assert 1 <= block <= rows
 
     return do

@@ -21,7 +21,7 @@ def run(arguments: Sequence[str]) -> int:
     import torch
 
     from qtarget import __version__
-    from qtarget.losses import backends
+    from qtarget.losses import engine
 
     lines = [("qtarget", __version__), ("python", platform.python_version()), ("platform", platform.platform())]
     for package in _PACKAGES:
@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines.append(("gpu", ", ".join(gpus) or "none"))
     lines.append(("cpu threads", f"{torch.get_num_threads()}, {torch.backends.cpu.get_cpu_capability()}"))
-    lines.append(("engine backends", ", ".join(backends.available())))
+    lines.append(("engine backends", ", ".join(engine.available())))
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         print(f"{name:<{width}}  {value}")

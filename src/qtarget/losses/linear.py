@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from qtarget.errors import ConfigError, check_range
-from qtarget.losses import backends
-from qtarget.losses.backends import torch_chunked
-from qtarget.losses.backends.torch_chunked import Problem
+from qtarget.losses import engine
+from qtarget.losses.engine import chunks
+from qtarget.losses.engine.chunks import Problem
 from qtarget.losses.heads import Head, TopK
 from qtarget.losses.inputs import (
     Tokens,
@@ -77,7 +77,7 @@ def linear_target_loss(
         ConfigError: an input the target needs is missing, a shape or value is wrong, or logits are not finite.
         RuntimeError: a second backward through the same call, or second derivatives.
     """
-    backends.pick(backend)
+    engine.pick(backend)
     check_options(reduction, stats)
     _check_head(hidden, head_weight, head_bias, logit_softcap, chunk_rows)
     real = real_vocabulary(vocab_size, head_weight.shape[0])
@@ -110,7 +110,7 @@ class _LinearTargetLoss(torch.autograd.Function):
         ctx.problem, ctx.wanted, ctx.per_token, ctx.hidden_shape = problem, wanted, per_token, hidden.shape
         now = (False, False, False) if per_token else wanted
         head = weight.detach(), None if bias is None else bias.detach()
-        result = torch_chunked.run(problem, flat, *head, now, divisor=scale)
+        result = chunks.run(problem, flat, *head, now, divisor=scale)
         problem.statistics = result.stats
         if per_token:
             ctx.save_for_backward(hidden, weight, bias)
@@ -129,7 +129,7 @@ class _LinearTargetLoss(torch.autograd.Function):
         if ctx.per_token:
             hidden, weight, bias = ctx.saved_tensors
             flat = hidden.detach().reshape(-1, hidden.shape[-1])
-            result = torch_chunked.run(
+            result = chunks.run(
                 ctx.problem,
                 flat,
                 weight.detach(),

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from qtarget.losses.backends.torch_chunked import logits_into
+from qtarget.losses.engine.chunks import logits_into
 from qtarget.losses.heads import Head, TopK
 
 # What stands for a probability of 0: −inf would not survive a product.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qtarget.losses.chunking import block_rows, chunk_rows
+from qtarget.losses.engine.sizes import block_rows, chunk_rows
 from qtarget.planning.shapes import Shape
 
 PARTS = ("weights", "gradients", "optimiser", "gathered", "teacher", "reference", "engine", "activations")

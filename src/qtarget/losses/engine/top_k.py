@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtarget.losses.backends.parts import KeptRows, Rows, Scratch, Student, Term
+from qtarget.losses.engine.buffers import KeptRows, Rows, Scratch, Student, Term
 from qtarget.targets.residual import Pool
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from qtarget.errors import NonFiniteLogits
-from qtarget.losses.backends.parts import KeptRows, Rows, Scratch
-from qtarget.losses.backends.rows import RowMath
-from qtarget.losses.chunking import block_rows, chunk_rows
+from qtarget.losses.engine.block import RowMath
+from qtarget.losses.engine.buffers import KeptRows, Rows, Scratch
+from qtarget.losses.engine.sizes import block_rows, chunk_rows
 from qtarget.losses.heads import Head, TopK
 from qtarget.losses.inputs import Tokens
 from qtarget.losses.output import ALL_STATISTICS, BASIC_STATISTICS

@@ -1,7 +1,7 @@
 """The mathematics of one block of rows: logits in, weights, statistics and gradient out, in place.
 
 Written for memory traffic: a block of rows stays in cache while some twenty elementwise passes run over it. The
-formulas are those of ``losses/reference.py``, against which every line here is tested.
+formulas are those of ``losses/full_logits.py``, against which every line here is tested.
 
 Shape suffixes: r rows of the block, v vocabulary, k kept ids of a top-k distribution.
 """
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qtarget.errors import ConfigError
-from qtarget.losses.backends.kept_rows import Outside, add_kept, kept_for, sums
-from qtarget.losses.backends.parts import KeptRows, Rows, Scratch, Student, Term
+from qtarget.losses.engine.buffers import KeptRows, Rows, Scratch, Student, Term
+from qtarget.losses.engine.top_k import Outside, add_kept, kept_for, sums
 from qtarget.losses.output import simplex_tolerance
 from qtarget.targets import Target, TokenStats
 from qtarget.targets.residual import Pool
