@@ -123,9 +123,9 @@ def measure(case: dict[str, Any], demo: Path) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         tiny = case | {"size": (32, 1, 64, 2, 1), "rows": 1, "length": 16}
         make(tiny, tokenizer, 1, folder).train()
-        from qtarget.losses.engine import chunks
+        from qtarget.losses.engine import buffers
 
-        chunks._kept.__dict__.clear()  # the tiny model and its buffers are not the libraries'
+        buffers.forget()  # the tiny model and its buffers are not the libraries'
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         before = process_status("VmRSS")

@@ -8,7 +8,7 @@ import torch
 import qtarget as qt
 from engine_cases import assert_same, case_named, engine, hard, ignoring, oracle, ordinary, preset_of
 from published import CASES
-from qtarget.losses.engine import chunks
+from qtarget.losses.engine import chunks, matmuls
 from qtarget.losses.engine.block import RowMath
 from qtarget.losses.inputs import Tokens
 
@@ -111,29 +111,24 @@ def softcap_without_a_derivative(monkeypatch):
     monkeypatch.setattr(chunks, "RowMath", lambda **fields: RowMath(**fields | {"softcap": None}))
 
 
-def result_among(args):
-    (result,) = [x for x in args if isinstance(x, chunks.Result)]
-    return result
-
-
 def only_the_last_chunk(monkeypatch):
-    real = chunks._backward_matmuls
+    real = matmuls.WeightGradient.add
 
-    def forgetful(*args):
-        result_among(args).d_weight.zero_()
-        real(*args)
+    def forgetful(self, *args):
+        self.out.zero_()
+        real(self, *args)
 
-    monkeypatch.setattr(chunks, "_backward_matmuls", forgetful)
+    monkeypatch.setattr(matmuls.WeightGradient, "add", forgetful)
 
 
 def bias_forgotten(monkeypatch):
-    real = chunks._backward_matmuls
+    real = chunks._Run._multiply
 
-    def without(*args):
-        real(*args)
-        result_among(args).d_bias.zero_()
+    def without(self, *args):
+        real(self, *args)
+        self.out.d_bias.zero_()
 
-    monkeypatch.setattr(chunks, "_backward_matmuls", without)
+    monkeypatch.setattr(chunks._Run, "_multiply", without)
 
 
 def value_of_another_objective(monkeypatch):

@@ -212,7 +212,7 @@ def refuse(*_):
 def test_evaluation_does_no_gradient_work(case, guard, reduction, monkeypatch):
     batch, target = hard(softcap=40.0, with_bias=True), preset_of(case)
     expected = engine(batch, target, reduction=reduction, stats="all")
-    monkeypatch.setattr(chunks, "_backward_matmuls", refuse)
+    monkeypatch.setattr(chunks._Run, "_multiply", refuse)
     with guard():
         out, _ = call_with(batch, target, ("hidden", "weight", "bias"), reduction=reduction, stats="all")
     assert not out.loss.requires_grad
@@ -223,13 +223,13 @@ def test_evaluation_does_no_gradient_work(case, guard, reduction, monkeypatch):
 
 @some_presets
 def test_nothing_to_train_does_no_gradient_work(name, monkeypatch):
-    monkeypatch.setattr(chunks, "_backward_matmuls", refuse)
+    monkeypatch.setattr(chunks._Run, "_multiply", refuse)
     out, _ = call_with(ordinary(with_bias=True), qt.preset(name), ())
     assert not out.loss.requires_grad
 
 
 def test_the_proof_that_gradient_work_is_noticed(monkeypatch):
-    monkeypatch.setattr(chunks, "_backward_matmuls", refuse)
+    monkeypatch.setattr(chunks._Run, "_multiply", refuse)
     with pytest.raises(AssertionError, match="worked on"):
         call_with(ordinary(with_bias=True), qt.preset("dft"), ("hidden",))
 
@@ -335,13 +335,14 @@ DROPPING = [case for case in CASES if case.preset in ("profit", "cft", "iw-sft",
 def rows_multiplied(monkeypatch):
     """How many rows each call of the backward matmuls was given."""
     seen = []
-    real = chunks._backward_matmuls
+    real = chunks._Run._multiply
 
-    def spy(z, h, weight, kept, *rest):
-        seen.append(len(kept))
-        return real(z, h, weight, kept, *rest)
+    def spy(self, g, numbers):
+        if len(numbers):
+            seen.append(len(numbers))
+        real(self, g, numbers)
 
-    monkeypatch.setattr(chunks, "_backward_matmuls", spy)
+    monkeypatch.setattr(chunks._Run, "_multiply", spy)
     return seen
 
 

@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_leaves
 import qtarget as qt
 from engine_cases import assert_same, engine, oracle, ordinary, project
 from qtarget.losses.engine import chunks, sizes
-from qtarget.losses.engine.block import Scratch
+from qtarget.losses.engine.buffers import Scratch
 from qtarget.losses.engine.sizes import block_rows, chunk_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENS, VOCAB, WIDTH = 512, 5000, 32
-KEEPING = chunks._workspace
+KEEPING = buffers.workspace
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 RULES = ["dft", "eaft", "label-smoothing", "gem", "kd", "kd at T = 2", "target-sft", "asft"]
 TARGETS = {name: qt.preset(name) for name in RULES if name != "kd at T = 2"} | {
@@ -31,7 +31,7 @@ TARGETS = {name: qt.preset(name) for name in RULES if name != "kd at T = 2"} | {
 @pytest.fixture(autouse=True)
 def nothing_kept_from_earlier_calls(monkeypatch):
     """On a CPU the buffers of a call serve the next one, which would then allocate less than it needs."""
-    monkeypatch.setattr(chunks, "_workspace", Scratch)
+    monkeypatch.setattr(buffers, "workspace", Scratch)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -94,7 +94,7 @@ def test_a_top_k_teacher_costs_no_second_buffer_of_logits():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_a_half_precision_head_is_cast_up_in_tiles(dtype, monkeypatch):
-    monkeypatch.setattr(chunks, "_CAST_ROWS", 500)
+    monkeypatch.setattr(matmuls, "_CAST_ROWS", 500)
     hidden, weight, labels, _ = problem()
     low = weight.detach().to(dtype)  # frozen, so that dW does not hide the tiles
     with LargestTensor() as largest:
@@ -152,7 +152,7 @@ def test_chunk_rule_knows_no_width():
     assert list(inspect.signature(chunk_rows).parameters) == [
         "tokens",
         "vocab",
-        "buffers",
+        "models",
         "itemsize",
         "device",
     ]
@@ -168,7 +168,7 @@ def sizes_of_chunks(monkeypatch, batch, **options):
 
 @pytest.mark.parametrize("width", [2, 64])
 def test_chunks_do_not_depend_on_the_width(width, monkeypatch):
-    monkeypatch.setattr(sizes, "_ENOUGH_ROWS", {"cpu": 12})
+    monkeypatch.setattr(sizes, "_ENOUGH_ROWS", 12)
     assert sizes_of_chunks(monkeypatch, ordinary(d=width)) == [10, 10, 9]
 
 
@@ -180,7 +180,7 @@ def test_chunk_rows_wins_over_the_rule(monkeypatch):
 def test_blocks_fit_the_scratch_or_are_one_row(rows, vocab):
     block = block_rows(rows, vocab, 4, CPU)
     assert 1 <= block <= rows
-    assert block == 1 or block * vocab * 4 <= sizes._SCRATCH_BYTES["cpu"]
+    assert block == 1 or block * vocab * 4 <= sizes._SCRATCH_BYTES
 
 
 # ---- buffers that are kept from call to call
@@ -189,8 +189,8 @@ def test_blocks_fit_the_scratch_or_are_one_row(rows, vocab):
 @pytest.fixture
 def empty_workspace(monkeypatch):
     """The library's own, as in a fresh process."""
-    monkeypatch.setattr(chunks, "_workspace", KEEPING)
-    monkeypatch.setattr(chunks, "_kept", threading.local())
+    monkeypatch.setattr(buffers, "workspace", KEEPING)
+    monkeypatch.setattr(buffers, "_kept", threading.local())
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)

@@ -22,7 +22,7 @@ from engine_cases import (
     with_columns,
 )
 from published import CASES
-from qtarget.losses.engine import chunks
+from qtarget.losses.engine import matmuls
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -171,7 +171,7 @@ class MatmulDtypes(TorchDispatchMode):
 @half
 @every_case
 def test_half_precision_is_only_a_way_to_store(case, dtype, rows_cast_up, monkeypatch):
-    monkeypatch.setattr(chunks, "_CAST_ROWS", rows_cast_up)
+    monkeypatch.setattr(matmuls, "_CAST_ROWS", rows_cast_up)
     batch, exact = in_half(dtype, scale=1.3)
     target = preset_of(case)
     truth = oracle(exact, target, reduction="sum")

@@ -20,7 +20,7 @@ from qtarget.cli.__main__ import main
 from qtarget.data import preparation
 from qtarget.data.columns import TokenColumnCollator
 from qtarget.losses import heads
-from qtarget.losses.engine import chunks
+from qtarget.losses.engine import buffers, matmuls
 from qtarget.losses.engine.buffers import Scratch
 from qtarget.targets import presets
 from qtarget.training import QTargetTrainer, denominator, forward
@@ -411,20 +411,25 @@ def eta_never_0(patch: pytest.MonkeyPatch) -> None:
 
 def last_chunk_alone(patch: pytest.MonkeyPatch) -> None:
     """Each chunk's gradient of the head written over that of the one before."""
-    real = chunks._backward_matmuls
-    patch.setattr(chunks, "_backward_matmuls", lambda *args: real(*args[:-1], True))
+    real = matmuls.WeightGradient.add
+
+    def add(self, *args):
+        self.written = False
+        real(self, *args)
+
+    patch.setattr(matmuls.WeightGradient, "add", add)
 
 
 def logits_in_bf16(patch: pytest.MonkeyPatch) -> None:
     """Logits of a half-precision head rounded to its dtype."""
-    real = chunks.logits_into
+    real = matmuls.HeadMatmuls.logits
 
-    def logits_into(out, h, weight, *more):
-        real(out, h, weight, *more)
-        if weight.dtype == torch.bfloat16:
+    def logits(self, h, out):
+        real(self, h, out)
+        if self.weight.dtype == torch.bfloat16:
             out.copy_(out.bfloat16())
 
-    patch.setattr(chunks, "logits_into", logits_into)
+    patch.setattr(matmuls.HeadMatmuls, "logits", logits)
 
 
 def states_that_are_scaled(patch: pytest.MonkeyPatch) -> None:
@@ -496,7 +501,7 @@ def test_memory_is_measured_and_held_against_the_estimate(tmp_path, monkeypatch)
         del block
     assert allocated.bytes == pytest.approx(200 << 20, rel=0.1)
 
-    monkeypatch.setattr(chunks, "_workspace", Scratch)  # or earlier tests would have made the buffers
+    monkeypatch.setattr(buffers, "workspace", Scratch)  # or earlier tests would have made the buffers
     monkeypatch.setattr(resources, "_LEAST", 0)
     subject = wide(tmp_path)
     measured = subject.step.bytes

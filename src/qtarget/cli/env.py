@@ -32,7 +32,8 @@ def run(arguments: Sequence[str]) -> int:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines.append(("gpu", ", ".join(gpus) or "none"))
     lines.append(("cpu threads", f"{torch.get_num_threads()}, {torch.backends.cpu.get_cpu_capability()}"))
-    lines.append(("engine backends", ", ".join(engine.available())))
+    device = torch.device("cuda" if gpus else "cpu")
+    lines.append(("engine backends", ", ".join(engine.available(device))))
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         print(f"{name:<{width}}  {value}")

@@ -246,7 +246,7 @@ def _tokens_and_tilt(
     columns = {"old_logps": old_logps, "weight": weight, "critical": critical}
     check_requirements(target, {**given, **columns, "old_policy": old_logps}, _HOW)
     dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
-    tokens = supervised(labels, logits.shape[:-1], "logits", real, ignore_index, dtype, columns)
+    tokens = supervised(labels, logits.shape[:-1], "logits", real, ignore_index, dtype, columns, [target])
     z = tokens.select(logits).to(dtype)
     _check_finite(z, "logits", tokens)
     others = {}

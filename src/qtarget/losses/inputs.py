@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,21 +19,72 @@ _HOW_TO_GIVE = {
 }
 
 
+# The requirement of a target that a column serves, where the two have other names.
+_SERVES = {"old_logps": "old_policy"}
+
+
+class Checks:
+    """Faults of what a user passed, each as one sentence.
+
+    On a CPU a check is looked at when it is added. On a device reading a number waits for every kernel before it, so checks
+    are gathered there and read together, once.
+    """
+
+    def __init__(self, device: torch.device):
+        self._waits = device.type != "cpu"
+        self._pending: list[tuple[int, Callable[..., str | None]]] = []
+        self._numbers: list[Tensor] = []
+
+    def add(self, numbers: Sequence[Tensor], fault: Callable[..., str | None]) -> None:
+        """``fault(*numbers)`` says what is wrong, or None; the numbers are tensors of one element."""
+        if not self._waits:
+            _raise(fault(*(number.item() for number in numbers)))
+            return
+        self._numbers += numbers
+        self._pending.append((len(numbers), fault))
+
+    def read(self, *wanted: Tensor) -> list[float]:
+        """Raise the first fault, if there is one, and return the ``wanted`` numbers: one host read for all."""
+        numbers = [*wanted, *self._numbers]
+        pending, self._numbers, self._pending = self._pending, [], []
+        values = read_together(numbers)
+        at = len(wanted)
+        for count, fault in pending:
+            _raise(fault(*values[at : at + count]))
+            at += count
+        return values[: len(wanted)]
+
+
+def read_together(numbers: Sequence[Tensor]) -> list[float]:
+    """Tensors of one element as numbers, in one host read."""
+    if not numbers:
+        return []
+    wide = torch.float32 if numbers[0].device.type == "mps" else torch.float64  # which has no float64
+    return torch.stack([number.reshape(()).to(wide) for number in numbers]).tolist()
+
+
+def _raise(fault: str | None) -> None:
+    if fault is not None:
+        raise ConfigError(fault)
+
+
 @dataclass
 class Tokens:
-    """The n supervised tokens of a batch.
+    """The n supervised tokens of a batch, those of the first target first.
 
     Attributes:
         shape: the labels' shape.
-        index: [n] their places in the flattened labels, or None where every position is supervised.
+        index: [n] their places in the flattened labels, or None where every position is supervised, by one target.
         labels: [n].
         columns: per-token inputs of the trust rules, [n] each.
+        groups: each target's tokens among the n.
     """
 
     shape: torch.Size
     index: Tensor | None
     labels: Tensor
     columns: dict[str, Tensor]
+    groups: tuple[slice, ...] = field(default=())
 
     @property
     def count(self) -> int:
@@ -42,6 +94,13 @@ class Tokens:
         """Rows [n, ...] of a tensor whose leading axes are the labels' shape."""
         flat = per_position.reshape(self.shape.numel(), *per_position.shape[len(self.shape) :])
         return flat if self.index is None else flat.index_select(0, self.index.to(flat.device))
+
+    def read_by(self, targets: Sequence[Target], need: str, values: Tensor) -> Tensor:
+        """The rows of ``values`` [n, ...] whose target asks for ``need``; all where none does."""
+        groups = [group for group, target in zip(self.groups, targets, strict=True) if need in target.requires]
+        if not groups or len(groups) == len(self.groups):
+            return values
+        return torch.cat([values[group] for group in groups])
 
     def spread(self, per_token: Tensor, fill: float) -> Tensor:
         """[n] back to the labels' shape, ``fill`` at ignored positions."""
@@ -81,8 +140,17 @@ def supervised(
     ignore_index: int,
     dtype: torch.dtype,
     columns: dict[str, Tensor | None],
+    targets: Sequence[Target],
+    which: Tensor | None = None,
+    checks: Checks | None = None,
 ) -> Tokens:
-    """Drop ignored positions and check what is left.
+    """Drop ignored positions, order the others by their target, and check what is left.
+
+    How many there are is needed to go on, so that is the one host read here.
+
+    Args:
+        which: of the labels' shape, the number of each position's target; None: all have the first one.
+        checks: gathers the faults of columns on a device; None: they are read at once.
 
     Raises:
         ConfigError: labels of another shape, a label outside the vocabulary, a column of the wrong length, NaN or
@@ -93,29 +161,70 @@ def supervised(
             f"labels has shape {list(labels.shape)}, {what} asks for {list(leading_shape)}; "
             "nothing is shifted here: labels[i] belongs to position i"
         )
-    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+    if labels.dtype not in _WHOLE:
         raise ConfigError(f"labels has dtype {labels.dtype}; use torch.int64")
     flat = labels.reshape(-1)
     keep = flat != ignore_index
-    everything = bool(keep.all())
-    index = None if everything else keep.nonzero().squeeze(1)
-    kept = (flat if index is None else flat[index]).long()
-    if kept.numel():
-        low, high = int(kept.min()), int(kept.max())
-        if low < 0 or high >= vocab_size:
-            bad = low if low < 0 else high
-            raise ConfigError(
-                f"labels holds {bad}, outside the vocabulary of {vocab_size}; use ids from 0 to {vocab_size - 1}, "
-                f"or {ignore_index} for positions that are not trained"
-            )
-    tokens = Tokens(labels.shape, index, kept, {})
+    number = None if which is None else _numbers(which, labels)
+    counts = _count(flat, keep, number, vocab_size, ignore_index, len(targets))
+    n = sum(counts)
+    index = None
+    if n < flat.numel() or number is not None:
+        key = torch.where(keep, torch.zeros_like(flat) if number is None else number, len(targets))
+        index = key.argsort(stable=True).narrow(0, 0, n)  # not nonzero, which waits for the device
+    kept = (flat if index is None else flat.index_select(0, index)).long()
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    groups = tuple(slice(end - count, end) for end, count in zip(ends, counts, strict=True))
+    tokens = Tokens(labels.shape, index, kept, {}, groups)
+    gathered = checks or Checks(labels.device)
     for name, column in columns.items():
         if column is not None:
-            tokens.columns[name] = _column(name, column, tokens, dtype)
+            tokens.columns[name] = _column(name, column, tokens, dtype, targets, gathered)
+    if checks is None:
+        gathered.read()
     return tokens
 
 
-def _column(name: str, column: Tensor, tokens: Tokens, dtype: torch.dtype) -> Tensor:
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def _numbers(which: Tensor, labels: Tensor) -> Tensor:
+    if not isinstance(which, Tensor) or which.dtype not in _WHOLE:
+        got = f"dtype {which.dtype}" if isinstance(which, Tensor) else f"type {type(which).__name__}"
+        raise ConfigError(f"which has {got}; use a torch.int64 tensor of the labels' shape, the number of each target")
+    if which.shape != labels.shape:
+        raise ConfigError(f"which has shape {list(which.shape)}; labels ask for {list(labels.shape)}")
+    return which.reshape(-1).to(labels.device).long()
+
+
+def _count(
+    flat: Tensor, keep: Tensor, number: Tensor | None, vocab_size: int, ignore_index: int, targets: int
+) -> list[int]:
+    """How many tokens each target has; labels and numbers checked with the same read."""
+    if not flat.numel():
+        return [0] * targets
+    inside = [torch.where(keep, flat, 0)] if number is None else [torch.where(keep, x, 0) for x in (flat, number)]
+    per_target = [keep] if number is None else [keep & (number == i) for i in range(targets)]
+    wanted = [mask.sum() for mask in per_target]
+    bounds = [bound for x in inside for bound in (x.min(), x.max())]
+    values = [int(value) for value in read_together([*wanted, *bounds])]
+    counts, (low, high, *numbers) = values[: len(wanted)], values[len(wanted) :]
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise ConfigError(
+            f"labels holds {bad}, outside the vocabulary of {vocab_size}; use ids from 0 to {vocab_size - 1}, "
+            f"or {ignore_index} for positions that are not trained"
+        )
+    if numbers and (numbers[0] < 0 or numbers[1] >= targets):
+        bad = numbers[0] if numbers[0] < 0 else numbers[1]
+        raise ConfigError(f"which holds {bad}; there are {targets} targets, use numbers from 0 to {targets - 1}")
+    return counts
+
+
+def _column(
+    name: str, column: Tensor, tokens: Tokens, dtype: torch.dtype, targets: Sequence[Target], checks: Checks
+) -> Tensor:
+    """A column [n], checked where a target reads it: elsewhere there may be anything."""
     column = torch.as_tensor(column, device=tokens.labels.device)
     shape = tokens.shape
     per_row = name != "old_logps" and len(shape) > 1
@@ -125,14 +234,27 @@ def _column(name: str, column: Tensor, tokens: Tokens, dtype: torch.dtype) -> Te
         rows = f", or one per row {list(shape[:-1])}" if per_row else ""
         raise ConfigError(f"{name} has shape {list(column.shape)}; labels ask for {list(shape)}{rows}")
     values = tokens.select(column).detach().to(dtype)
-    if not torch.isfinite(values).all():
-        raise ConfigError(f"{name} holds NaN or infinity at a supervised token; every number must be finite")
-    if name == "weight" and bool((values < 0).any()):
-        raise ConfigError(f"weight holds {float(values.min()):g}; weights must be 0 or more")
+    read = tokens.read_by(targets, _SERVES.get(name, name), values)
+    if not read.numel():
+        return values
+
+    def not_finite(all_finite):
+        return (
+            None if all_finite else f"{name} holds NaN or infinity at a supervised token; every number must be finite"
+        )
+
+    def negative(lowest):
+        return f"weight holds {lowest:g}; weights must be 0 or more" if lowest < 0 else None
+
+    def neither(some, value):
+        return f"critical holds {value:g}; it is a mask of tokens, use 0 and 1" if some else None
+
+    checks.add([torch.isfinite(read).all()], not_finite)
+    if name == "weight":
+        checks.add([read.min()], negative)
     if name == "critical":
-        neither = values[(values != 0) & (values != 1)]
-        if len(neither):
-            raise ConfigError(f"critical holds {float(neither[0]):g}; it is a mask of tokens, use 0 and 1")
+        wrong = (read != 0) & (read != 1)
+        checks.add([wrong.any(), read.gather(0, wrong.long().argmax().reshape(1)).squeeze(0)], neither)
     return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor
 
 from qtarget.errors import ConfigError, check_range
 from qtarget.losses import engine
-from qtarget.losses.engine import chunks
-from qtarget.losses.engine.chunks import Problem
+from qtarget.losses.engine import chunks, matmuls
+from qtarget.losses.engine.chunks import EngineCall, Result
+from qtarget.losses.engine.sizes import check_chunk
 from qtarget.losses.heads import Head, TopK
 from qtarget.losses.inputs import (
+    Checks,
     Tokens,
     check_options,
     check_requirements,
@@ -33,8 +36,9 @@ def linear_target_loss(
     hidden: Tensor,
     head_weight: Tensor,
     labels: Tensor,
-    target: Target,
+    target: Target | Sequence[Target],
     *,
+    which: Tensor | None = None,
     head_bias: Tensor | None = None,
     teacher: Head | TopK | None = None,
     reference: Head | TopK | None = None,
@@ -62,12 +66,15 @@ def linear_target_loss(
         hidden: [..., d], float32, float64, bfloat16 or float16. head_weight: [V, d]; without ``requires_grad`` no dW is
             formed. head_bias: [V] or None.
         labels: [...] int64; nothing is shifted: labels[i] belongs to hidden[i]. Ignored positions cost nothing.
-        target: what to learn; see ``qtarget.preset``.
+        target: what to learn; see ``qtarget.preset``. A list: each token by its own, in one pass with one dW.
+        which: [...] int64 of the labels' shape, the number of each token's target where ``target`` is a list.
         teacher, reference: ``Head`` (hidden states of the same positions, of any width) or ``TopK``.
         old_logps: [...] log p_y of the old policy. weight: [...] or one per row. critical: [...] booleans.
         vocab_size: real tokens of a padded head.
         reduction: "mean" divides by ``num_items``, else by the supervised labels; weights never enter it.
         stats: "basic", or "all" to add kl_q.
+        backend: who does the rows' mathematics: "auto"; "torch", which runs everywhere; "triton", on NVIDIA's GPUs;
+            "compiled", by inductor, after some ten seconds. Logits are float32 (float64 for float64 inputs) in all of them.
         chunk_rows: tokens per chunk; None takes them from the device and the memory budget.
 
     Returns:
@@ -77,46 +84,63 @@ def linear_target_loss(
         ConfigError: an input the target needs is missing, a shape or value is wrong, or logits are not finite.
         RuntimeError: a second backward through the same call, or second derivatives.
     """
-    engine.pick(backend)
+    targets = _targets(target, which)
     check_options(reduction, stats)
-    _check_head(hidden, head_weight, head_bias, logit_softcap, chunk_rows)
+    _check_head(hidden, head_weight, head_bias, logit_softcap)
+    check_chunk(chunk_rows, head_weight.shape[0])
     real = real_vocabulary(vocab_size, head_weight.shape[0])
     given: dict[str, Any] = {"teacher": teacher, "reference": reference}
     columns = {"old_logps": old_logps, "weight": weight, "critical": critical}
-    check_requirements(target, {**given, **columns, "old_policy": old_logps}, _HOW)
-    dtype = torch.float64 if torch.float64 in (hidden.dtype, head_weight.dtype) else torch.float32
-    tokens = supervised(labels, hidden.shape[:-1], "hidden", real, ignore_index, dtype, columns)
-    others = {name: given[name] for name in given if name in target.requires}
-    for name, other in others.items():
-        _check_other(name, other, tokens, real)
-    problem = Problem(target, tokens, others, real, float(logit_scale), logit_softcap, stats == "all", chunk_rows)
+    for one in targets:
+        check_requirements(one, {**given, **columns, "old_policy": old_logps}, _HOW)
+    compute = matmuls.compute_dtype(hidden, head_weight)
+    dtype = matmuls.result_dtype(compute)
+    backend = engine.choose(backend, hidden.device, dtype)
+    aux = {name: given[name] for name in given if any(name in one.requires for one in targets)}
+    _check_devices(hidden, {"head_weight": head_weight, "head_bias": head_bias, "labels": labels, "which": which}, aux)
+    checks = Checks(hidden.device)
+    tokens = supervised(labels, hidden.shape[:-1], "hidden", real, ignore_index, dtype, columns, targets, which, checks)
+    for name, other in aux.items():
+        _check_aux(name, other, tokens, real, checks, targets)
+    call = EngineCall(
+        targets=targets,
+        tokens=tokens,
+        aux=aux,
+        vocab_size=real,
+        logit_scale=float(logit_scale),
+        logit_softcap=logit_softcap,
+        with_kl=stats == "all",
+        backend=backend,
+        compute=compute,
+        aux_compute={name: _aux_compute(head, compute) for name, head in aux.items() if isinstance(head, Head)},
+        checks=checks,
+        rows_per_chunk=chunk_rows,
+    )
     per_token = reduction == "none"
     scale = denominator(reduction, tokens, num_items)
     # Function.apply hides whether a graph is being recorded, so that is asked here.
-    loss = _LinearTargetLoss.apply(hidden, head_weight, head_bias, problem, per_token, scale, torch.is_grad_enabled())
+    loss = _LinearTargetLoss.apply(hidden, head_weight, head_bias, call, per_token, scale, torch.is_grad_enabled())
     statistics = {
-        name: tokens.spread(problem.statistics[name], float("nan"))
-        for name in ALL_STATISTICS
-        if name in problem.statistics
+        name: tokens.spread(call.statistics[name], float("nan")) for name in ALL_STATISTICS if name in call.statistics
     }
     return LossOutput(loss, statistics)
 
 
 class _LinearTargetLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, problem, per_token, scale, recording):
+    def forward(ctx, hidden, weight, bias, call, per_token, scale, recording):
         flat = hidden.detach().reshape(-1, hidden.shape[-1])
         wanted = tuple(recording and needed for needed in ctx.needs_input_grad[:3])
-        ctx.problem, ctx.wanted, ctx.per_token, ctx.hidden_shape = problem, wanted, per_token, hidden.shape
+        ctx.call, ctx.wanted, ctx.per_token, ctx.hidden_shape = call, wanted, per_token, hidden.shape
         now = (False, False, False) if per_token else wanted
         head = weight.detach(), None if bias is None else bias.detach()
-        result = chunks.run(problem, flat, *head, now, divisor=scale)
-        problem.statistics = result.stats
+        result = chunks.run(call, flat, *head, now, divisor=scale)
+        call.statistics = result.stats
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         if per_token:
             ctx.save_for_backward(hidden, weight, bias)
-            return problem.tokens.spread(result.loss, 0.0)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.gradients = [result.d_hidden, result.d_weight, result.d_bias]
+            return call.tokens.spread(result.loss, 0.0)
+        ctx.result = result
         return result.loss.sum() / scale
 
     @staticmethod
@@ -129,41 +153,77 @@ class _LinearTargetLoss(torch.autograd.Function):
         if ctx.per_token:
             hidden, weight, bias = ctx.saved_tensors
             flat = hidden.detach().reshape(-1, hidden.shape[-1])
-            result = chunks.run(
-                ctx.problem,
-                flat,
-                weight.detach(),
-                None if bias is None else bias.detach(),
-                ctx.wanted,
-                upstream=ctx.problem.tokens.select(upstream),
-            )
-            d_hidden, d_weight, d_bias = result.d_hidden, result.d_weight, result.d_bias
-            dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+            head = weight.detach(), None if bias is None else bias.detach()
+            result = chunks.run(ctx.call, flat, *head, ctx.wanted, upstream=ctx.call.tokens.select(upstream))
+            factor = result.factor
         else:
-            if ctx.gradients is None:
+            if ctx.result is None:
                 raise RuntimeError(
                     "backward ran a second time through linear_target_loss, whose gradients were formed in the forward "
                     'pass and are gone; call the loss again, or use reduction="none", which recomputes them'
                 )
-            d_hidden, d_weight, d_bias = ctx.gradients
-            ctx.gradients, dtypes = None, ctx.dtypes
-            if upstream.is_cuda or float(upstream) != 1:
-                for gradient in (d_hidden, d_weight, d_bias):
-                    if gradient is not None:
-                        gradient.mul_(upstream.to(gradient.device))
-        if d_hidden is not None:
-            d_hidden = d_hidden.view(ctx.hidden_shape)
-        return (
-            d_hidden,
-            None if d_weight is None else d_weight.to(dtypes[1]),
-            None if d_bias is None else d_bias.to(dtypes[2]),
-            *(None,) * 4,
-        )
+            result, ctx.result = ctx.result, None
+            factor = upstream * result.factor
+        gradients = _scaled(result, factor, ctx.dtypes)
+        if gradients[0] is not None:
+            gradients[0] = gradients[0].view(ctx.hidden_shape)
+        return (*gradients, *(None,) * 4)
 
 
-def _check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, chunk_rows: int | None
-) -> None:
+def _scaled(result: Result, factor: Tensor | float, dtypes: tuple) -> list[Tensor | None]:
+    """The gradients times the factor in their inputs' dtypes, in one pass."""
+    on_host = not isinstance(factor, Tensor) or factor.device.type == "cpu"
+    one = on_host and float(factor) == 1  # asking a device would wait for it
+    scaled: list[Tensor | None] = []
+    for gradient, dtype in zip((result.d_hidden, result.d_weight, result.d_bias), dtypes, strict=True):
+        if gradient is None:
+            scaled.append(None)
+        elif one:
+            scaled.append(gradient.to(dtype))
+        else:
+            by = factor.to(gradient.device) if isinstance(factor, Tensor) else factor
+            out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+            scaled.append(torch.mul(gradient, by, out=out))
+    return scaled
+
+
+def _targets(target: Target | Sequence[Target], which: Tensor | None) -> tuple[Target, ...]:
+    if isinstance(target, (list, tuple)):
+        if not target:
+            raise ConfigError("target is an empty list; pass one target or more")
+        if which is None and len(target) > 1:
+            raise ConfigError(
+                f"target is a list of {len(target)}; pass which=, an int64 tensor of the labels' shape with the number of "
+                "each token's target"
+            )
+        return tuple(target)
+    if which is not None:
+        raise ConfigError("which numbers the targets of a list, and target is a single one; pass target as a list")
+    return (target,)  # type: ignore[return-value]  # anything else is refused by check_requirements
+
+
+def _check_devices(hidden: Tensor, own: dict[str, Tensor | None], aux: dict[str, Any]) -> None:
+    """Everything lies where the hidden states do."""
+    parts = dict(own)
+    for name, other in aux.items():
+        fields = ("hidden", "weight", "bias") if isinstance(other, Head) else ("ids", "logprobs", "tail_logprob")
+        parts |= {f"{name}'s {field}": getattr(other, field, None) for field in fields}
+    for name, tensor in parts.items():
+        if isinstance(tensor, Tensor) and tensor.device != hidden.device:
+            raise ConfigError(
+                f"{name} is on {tensor.device} and hidden on {hidden.device}; move it with .to({str(hidden.device)!r})"
+            )
+
+
+def _aux_compute(head: Head, compute: torch.dtype) -> torch.dtype:
+    """What another model's head is multiplied in: as its own weights ask, with logits in the student's dtype."""
+    if compute == torch.float64:
+        return compute
+    own = matmuls.compute_dtype(head.hidden, head.weight)
+    return torch.float32 if own == torch.float64 else own
+
+
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
     if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[-1]:
         raise ConfigError(
             f"hidden has shape {list(hidden.shape)} and head_weight {list(weight.shape)}; "
@@ -173,30 +233,44 @@ def _check_head(
         raise ConfigError(f"head_bias has shape {list(bias.shape)}; head_weight asks for [{weight.shape[0]}]")
     if softcap is not None:
         check_range("logit_softcap", softcap, 0, open_low=True)
-    if chunk_rows is not None and (not isinstance(chunk_rows, int) or chunk_rows < 1):
-        raise ConfigError(f"chunk_rows is {chunk_rows!r}; use a whole number from 1, or None")
 
 
-def _check_other(name: str, other: object, tokens: Tokens, real: int) -> None:
+def _check_aux(
+    name: str, other: object, tokens: Tokens, real: int, checks: Checks, targets: Sequence[Target]
+) -> None:
     if not isinstance(other, (Head, TopK)):
         raise ConfigError(f"{name} is a {type(other).__name__}; use qt.Head(hidden, weight) or qt.TopK(ids, logprobs)")
     if other.token_shape != tokens.shape:
         raise ConfigError(
             f"{name} covers positions of shape {list(other.token_shape)}; hidden asks for {list(tokens.shape)}"
         )
-    if isinstance(other, TopK):
-        ids = tokens.select(other.ids)  # a cache holds supervised tokens only: elsewhere there may be anything
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= real):
-            raise ConfigError(
-                f"{name}: TopK ids run from {int(ids.min())} to {int(ids.max())}; use ids from 0 to {real - 1}"
-            )
-        ordered = ids.sort(-1).values
-        again = ordered[..., 1:][ordered.diff(dim=-1) == 0]
-        if len(again):
-            raise ConfigError(f"{name}: TopK ids hold {int(again[0])} twice for one token; each id may stand once")
-        mass = tokens.select(other.logprobs).float().exp().sum(-1)
-        if bool((mass > 1.05).any()):  # a little more than rounding to 16 bits makes of 1
-            raise ConfigError(
-                f"{name}: TopK logprobs sum to a probability of {float(mass.max()):.3g}; "
-                "use log_softmax over the whole vocabulary, whose k largest sum to 1 at most"
-            )
+    if not isinstance(other, TopK):
+        return
+    # a cache holds the tokens that are asked about: elsewhere there may be anything
+    ids, logprobs = (tokens.read_by(targets, name, tokens.select(part)) for part in (other.ids, other.logprobs))
+    if not ids.numel():
+        return
+
+    def out_of_range(low, high):
+        if low < 0 or high >= real:
+            return f"{name}: TopK ids run from {low:.0f} to {high:.0f}; use ids from 0 to {real - 1}"
+        return None
+
+    def twice(some, again):
+        return f"{name}: TopK ids hold {again:.0f} twice for one token; each id may stand once" if some else None
+
+    def too_much(mass):
+        if not mass > 1.05:  # a little more than rounding to 16 bits makes of 1
+            return None
+        return (
+            f"{name}: TopK logprobs sum to a probability of {mass:.3g}; "
+            "use log_softmax over the whole vocabulary, whose k largest sum to 1 at most"
+        )
+
+    checks.add([ids.min(), ids.max()], out_of_range)
+    ordered = ids.sort(-1).values
+    if ids.shape[-1] > 1:
+        again = (ordered.diff(dim=-1) == 0).flatten()
+        value = ordered.narrow(-1, 1, ids.shape[-1] - 1).flatten().gather(0, again.long().argmax().reshape(1))
+        checks.add([again.any(), value], twice)
+    checks.add([logprobs.float().exp().sum(-1).max()], too_much)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from qtarget.losses.engine.chunks import logits_into
+from qtarget.losses.engine.matmuls import HeadMatmuls
 from qtarget.losses.heads import Head, TopK
 
 # What stands for a probability of 0: −inf would not survive a product.
@@ -25,8 +25,8 @@ def log_probs(other: Head | TopK, at: tuple[Tensor, ...], vocab: int, student: T
     if isinstance(other, Head):
         hidden = other.hidden[at]
         z = torch.empty(len(hidden), other.weight.shape[0], dtype=torch.float32, device=hidden.device)
-        bias = None if other.bias is None else other.bias.detach()
-        logits_into(z, hidden, other.weight.detach(), bias, other.logit_scale, other.logit_softcap)
+        head = HeadMatmuls.of(other.weight, other.bias, other.logit_scale, other.logit_softcap, torch.float32)
+        head.logits(hidden, z)
         log_p = z[:, : min(vocab, other.width)].log_softmax(-1)
         return torch.nn.functional.pad(log_p, (0, vocab - log_p.shape[1]), value=_NOTHING)
     ids, kept, tail = other.ids[at].long(), other.logprobs[at].float(), other.log_tail()[at].float()

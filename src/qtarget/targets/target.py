@@ -72,6 +72,11 @@ class Target:
         set_(self, "trust", rule)
         set_(self, "terms", terms)
         set_(self, "scale", None if scale is None else as_rule(scale, "scale"))
+        if value == "tempered_kl" and _tempered(terms) is None:
+            raise ConfigError(
+                "value is 'tempered_kl'; it is for a pair of residuals whose weights cancel, the second of them the student "
+                "at a temperature: [(T, teacher(T)), (-T, tempered(T))]"
+            )
         set_(self, "value", value)
         set_(self, "share", check_range("share", share, 0, 1))
         set_(self, "name", "composed")
@@ -96,6 +101,12 @@ class Target:
         if self.trust.fixed_rest == 0 or self.share == 0:
             return ()
         return tuple((factor, pool) for factor, pool in self.terms if factor != 0 and not pool.is_student)
+
+    @property
+    def tempered(self) -> float | None:
+        """1/T where the residuals are a pair whose weights cancel, the second the student at temperature T, and the value
+        is written as one; else None."""
+        return _tempered(self.residual_terms) if self.value == "tempered_kl" else None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -175,6 +186,20 @@ class Target:
         from qtarget.targets.config import target_to_config
 
         return target_to_config(self)
+
+
+def _tempered(terms: Sequence[tuple[float, Pool]]) -> float | None:
+    if len(terms) != 2:
+        return None
+    (first, _), (second, pool) = terms
+    cancels = (
+        first == -second
+        and pool.is_student_only
+        and not pool.is_student
+        and pool.offset_slope is None
+        and pool.student > 0
+    )
+    return pool.student if cancels else None
 
 
 def _copy(target: Target) -> Target:

@@ -1,19 +1,60 @@
-"""Ways to compute the engine's chunks, and the rule that picks one."""
+"""The engine: chunk after chunk of tokens, logits in, gradient out, and the choice of who does the rows' mathematics."""
 
 from __future__ import annotations
 
-from qtarget.errors import unknown
+import importlib.util
+import os
+import shutil
+
+import torch
+
+from qtarget.errors import ConfigError, unknown
+
+BACKENDS = ("auto", "torch", "triton", "compiled")
 
 
-def available() -> list[str]:
-    """Names of the backends that can run here."""
-    return ["torch"]
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """torch, triton or compiled, for ``backend``.
+
+    "auto" takes Triton's kernels on NVIDIA's devices from compute capability 8.0 on, inductor's on other GPUs, and plain
+    PyTorch on a CPU, where the others first have to be compiled for some ten seconds. ``torch`` runs everywhere.
+
+    Raises:
+        ConfigError: a name that is not one of ``BACKENDS``, or one that cannot run here.
+    """
+    if backend not in BACKENDS:
+        raise unknown("backend", backend, BACKENDS)
+    if backend == "auto":
+        if device.type in ("cpu", "mps", "meta") or dtype == torch.float64:
+            return "torch"
+        if no_triton(device) is None:
+            return "triton"
+        return "torch" if device.type == "cuda" and torch.version.hip is None else "compiled"
+    reason = {"triton": no_triton, "compiled": no_compiler}.get(backend, lambda _: None)(device)
+    if reason is not None:
+        raise ConfigError(f"backend is {backend!r}, which {reason}; use 'auto', which takes what runs here")
+    return backend
 
 
-def pick(name: str) -> str:
-    """The backend for ``backend=name``; "auto" takes the fastest that can run."""
-    if name == "auto":
-        return "torch"
-    if name not in available():
-        raise unknown("backend", name, ["auto", *available()])
-    return name
+def available(device: torch.device) -> list[str]:
+    """Names of the backends that can run on a device."""
+    reasons = {"torch": None, "triton": no_triton(device), "compiled": no_compiler(device)}
+    return [name for name, reason in reasons.items() if reason is None]
+
+
+def no_triton(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton"
+    from qtarget.losses.engine import kernels
+
+    return kernels.can_run(device)
+
+
+def no_compiler(device: torch.device) -> str | None:
+    """Why inductor cannot run, or None."""
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "c++", "clang++"))):
+        return "needs a C++ compiler on a CPU"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "needs the package triton"
+    return None

@@ -8,16 +8,17 @@ Shape suffixes: r rows of the block, v vocabulary, k kept ids of a top-k distrib
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qtarget.errors import ConfigError
-from qtarget.losses.engine.buffers import KeptRows, Rows, Scratch, Student, Term
-from qtarget.losses.engine.top_k import Outside, add_kept, kept_for, sums
+from qtarget.losses.engine.buffers import RowResult, Rows, Scratch, Student, Term, TopKRows
+from qtarget.losses.engine.tempered import add_difference
+from qtarget.losses.engine.top_k import Outside, add_kept, cheap_rows, dense, sums
 from qtarget.losses.output import simplex_tolerance
 from qtarget.targets import Target, TokenStats
 from qtarget.targets.residual import Pool
@@ -32,56 +33,60 @@ class RowMath:
 
     Args:
         target: what to learn.
-        real: entries of the real vocabulary. covered: for each residual term, the entries it covers.
-        gradient: write the gradient over the logits. everything: also kl_q.
+        vocab_size: real tokens. support: for each residual term, the columns it covers.
+        gradient: write the gradient over the logits. with_kl: also kl_q.
         scratch: buffers for a block.
         softcap: cap of the logits already applied, whose derivative the gradient must carry.
     """
 
     target: Target
-    real: int
-    covered: tuple[int, ...]
+    vocab_size: int
+    support: tuple[int, ...]
     scratch: Scratch
     gradient: bool = True
-    everything: bool = False
+    with_kl: bool = False
     softcap: float | None = None
 
-    def run(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """(published loss [r], statistics, whether the row has a gradient [r]); z holds the gradient afterwards."""
+    def run(self, rows: Rows) -> RowResult:
+        """The block's loss, statistics and which rows have a gradient; z holds the gradient afterwards."""
         z, labels = rows.z, rows.labels
         capped = None
         if self.softcap is not None and self.gradient:
             capped = self.scratch.get("capped", *z.shape)
             torch.mul(z, 1 / self.softcap, out=capped).square_().neg_().add_(1)
-        kept = kept_for([pool for _, pool in self.target.residual_terms], rows)
+        kept = cheap_rows([pool for _, pool in self.target.residual_terms], rows)
         student, outside = self._student(z, labels, kept)
         masses = [self._offset_mass(pool, rows, student) for _, pool in self.target.residual_terms[:1]]
         a, b, label_loss = self._weights(rows, student, masses)
-        statistics = self._label_statistics(student, a, b)
+        statistics = label_statistics(student, a, b)
         if not b:
             loss = label_loss
             self._student_gradient(z, labels, student, a, statistics)
+        elif (c := self.target.tempered) is not None:  # b is T times a weight, and the value T² KL times it
+            kl = self._tempered(rows, student, a, b[0], c, statistics)
+            loss = label_loss + self.target.residual_terms[0][0] * b[0] * kl
         else:
-            terms = self._pull(rows, student, outside, a, b, statistics)
-            loss = label_loss + self._residual_value(student, terms, b)
+            terms = self._add_residuals(rows, student, outside, a, b, statistics)
+            values = [term.kl if self.target.value == "kl" else term.ce for term in terms]
+            loss = label_loss + sum((w * v for w, v in zip(b, values, strict=True)), torch.zeros_like(a))
             statistics["ce_q"] = self._ce_q(student, terms, a, b)
-        if self.everything:
+        if self.with_kl:
             statistics["kl_q"] = self._kl_q(z, student, statistics)
         if capped is not None:
             z.mul_(capped)
         active = a != 0
         for weight in b:
             active = active | (weight != 0)
-        return loss, statistics, active
+        return RowResult(loss, statistics, active)
 
     # -- the student ---------------------------------------------------------------------------------------------
 
-    def _student(self, z: Tensor, labels: Tensor, kept: KeptRows | None) -> tuple[Student, Outside | None]:
+    def _student(self, z: Tensor, labels: Tensor, kept: TopKRows | None) -> tuple[Student, Outside | None]:
         y = labels[:, None]
         p = torch.softmax(z, -1, out=self.scratch.get("p", *z.shape))
         top = p.amax(-1, keepdim=True)
         p_y = p.gather(1, y)
-        found = sums(p, z, y, p_y, kept, self.real, self.scratch)
+        found = sums(p, z, y, p_y, kept, self.vocab_size, self.scratch)
         total = found.rest + p_y
         z_y = z.gather(1, y)
         log_p_y = (p_y / total).log()
@@ -118,9 +123,7 @@ class RowMath:
 
         def top_k_entropy(k: int) -> Tensor:
             if k > rows.z.shape[-1]:
-                raise ConfigError(
-                    f"top_k is {k}, but the vocabulary has {rows.z.shape[-1]} tokens; use a smaller top_k"
-                )
+                raise top_k_too_large(k, rows.z.shape[-1])
             top = rows.z.topk(k, dim=-1).values
             gap = top[:, :1] - top[:, 1:]
             rest = (-gap).exp().sum(-1)
@@ -132,7 +135,7 @@ class RowMath:
 
     def _other_log_p_y(self, rows: Rows, student: Student, name: str) -> Tensor:
         logits = self._dense(rows, student, name, self.scratch.get("dense", *rows.z.shape))
-        covered = min(self.real, logits.shape[-1])
+        covered = min(self.vocab_size, logits.shape[-1])
         log_p_y = logits[:, :covered].log_softmax(-1).gather(1, rows.labels[:, None].clamp(max=covered - 1))
         return log_p_y.squeeze(1).masked_fill(rows.labels >= covered, float("-inf"))
 
@@ -151,13 +154,13 @@ class RowMath:
         statistics["off_simplex_fraction"] = (lowest < -tolerance).to(z.dtype)
         statistics["update"] = a.abs() * student.rest_mass
         statistics["ce_q"] = a * -student.log_p_y + (1 - a) * student.entropy
-        if self.gradient or self.everything:
+        if self.gradient or self.with_kl:
             torch.mul(student.scaled, (a * student.inv)[:, None], out=z)
             z.scatter_(1, labels[:, None], (-a * student.rest_mass)[:, None])
 
     # -- gradient with residuals of their own --------------------------------------------------------------------
 
-    def _pull(
+    def _add_residuals(
         self,
         rows: Rows,
         student: Student,
@@ -174,10 +177,10 @@ class RowMath:
         terms = []
         for j, (pool, weight) in enumerate(zip(pools, b, strict=True)):
             start = (a * student.inv)[:, None] if j == 0 else None
-            if outside is None or outside.kept is not kept_for([pool], rows):
+            if outside is None or outside.kept is not cheap_rows([pool], rows):
                 term, label_pull = self._add_dense(j, pool, rows, student, weight, g, start)
             else:
-                term, label_pull = add_kept(outside, pool, rows, student, weight, g, start, self.real)
+                term, label_pull = add_kept(outside, pool, rows, student, weight, g, start, self.vocab_size)
             at_label = at_label + label_pull
             terms.append(term)
         if g is not z:
@@ -226,7 +229,7 @@ class RowMath:
         p − R = −(p + R) tanh(d/2) with d = log R − log p: no cancellation where R is near p, no overflow where the two
         are hundreds of nats apart.
         """
-        z, covered = rows.z, self.covered[j]
+        z, covered = rows.z, self.support[j]
         n, width = z.shape
         shift = self.scratch.get("shift", n, covered)  # pooled logits minus the student's
         R = self.scratch.get("work", n, covered)
@@ -262,7 +265,20 @@ class RowMath:
         known = rows.labels.clamp(max=covered - 1)  # R is 0 at a label that the other model does not have
         difference_y = shift.gather(1, known[:, None]).squeeze(1) - drift * student.p_y  # R − p
         at_label = -weight * torch.where(known == rows.labels, difference_y, -student.p_y)
-        return Term(ce, kl - drift, lse_shift.squeeze(1) + drift), at_label
+        return Term(ce, kl - drift), at_label
+
+    def _tempered(
+        self, rows: Rows, student: Student, a: Tensor, b: Tensor, c: float, statistics: dict[str, Tensor]
+    ) -> Tensor:
+        """Write g of distillation at a temperature over the logits. Returns KL(R ‖ B) of the tempered two."""
+        z = rows.z
+        pooled = self.scratch.get("work", z.shape[0], min(self.support))
+        self._pooled(self.target.residual_terms[0][1], rows, student, pooled)
+        found = add_difference(z, pooled, z, c, rows.labels, student, a, b, self.scratch)
+        z.scatter_(1, rows.labels[:, None], (-a * student.rest_mass + b * found.at_label)[:, None])
+        self._gradient_statistics(z, student, a, [b, -b], None, statistics)
+        statistics["ce_q"] = a * -student.log_p_y + (1 - a) * student.entropy + b * found.cross
+        return found.kl
 
     def _lse_shift(self, R: Tensor, shift: Tensor, factor: float, rows: Rows, student: Student) -> Tensor:
         """Normaliser of the pooled logits minus the student's, [r, 1], read off one entry: log R = log p + shift − it.
@@ -319,18 +335,10 @@ class RowMath:
 
     def _dense(self, rows: Rows, student: Student, name: str, buffer: Tensor) -> Tensor:
         """A model's logits, or the dense log-probabilities of its kept rows with the tail filled in."""
-        other = rows.others[name]
+        other = rows.aux[name]
         if isinstance(other, Tensor):
             return other
-        n, real = rows.z.shape[0], self.real
-        dense = buffer[:, :real]
-        if other.tail == "even":
-            outside = max(1, real - other.ids.shape[1])
-            dense.copy_((other.log_tail - math.log(outside))[:, None].expand(n, real))
-        else:
-            outside_lse = rows.z[:, :real].scatter(1, other.ids, float("-inf")).logsumexp(-1)
-            torch.add(rows.z[:, :real], (other.log_tail - outside_lse)[:, None], out=dense)
-        return dense.scatter_(1, other.ids, other.logprobs)
+        return dense(other, rows.z, self.vocab_size, buffer)
 
     # -- values --------------------------------------------------------------------------------------------------
 
@@ -345,31 +353,9 @@ class RowMath:
         pooled = rows.z * pool.student
         return ((pooled + self._offset(pool, rows)).logsumexp(-1) - pooled.logsumexp(-1)).exp()
 
-    def _label_statistics(self, student: Student, a: Tensor, b: list[Tensor]) -> dict[str, Tensor]:
-        mass = sum(b, torch.zeros_like(a))
-        return {
-            "nll": -student.log_p_y,
-            "trust": a,
-            "residual_mass": mass,
-            "strength": a + mass,
-            "entropy": student.entropy,
-            "accuracy": student.is_top1.to(a.dtype),
-        }
-
     def _ce_q(self, student: Student, terms: list[Term], a: Tensor, b: list[Tensor]) -> Tensor:
         left = 1 - a - sum(b[1:], b[0])
         return a * -student.log_p_y + left * student.entropy + sum(w * t.ce for w, t in zip(b, terms, strict=True))
-
-    def _residual_value(self, student: Student, terms: list[Term], b: list[Tensor]) -> Tensor:
-        """The residual's part of the published value; see ``Target.value``."""
-        if self.target.value == "tempered_kl":
-            first, second = terms
-            temperature = self.target.residual_terms[0][0]
-            # log R₂ = log p / T + const, so KL(R₁ ‖ R₂) follows from what is known of R₁ and R₂'s normaliser
-            log_norm = second.lse_shift + student.lse * (1 - 1 / temperature)
-            return b[0] * temperature * (first.kl + (1 / temperature - 1) * first.ce + log_norm)
-        values = [term.kl if self.target.value == "kl" else term.ce for term in terms]
-        return sum((w * value for w, value in zip(b, values, strict=True)), torch.zeros_like(student.p_y))
 
     def _kl_q(self, g: Tensor, student: Student, statistics: dict[str, Tensor]) -> Tensor:
         """KL(Q ‖ p) = Σ Q log(Q/p) with Q/p = 1 − g/p, so that a target near the student keeps its digits."""
@@ -382,3 +368,20 @@ class RowMath:
         near = torch.where(Q > 0, Q * log_ratio, torch.zeros_like(Q)).sum(-1)
         kl_q = torch.where(vanished, torch.special.xlogy(Q, Q).sum(-1) + statistics["ce_q"], near)
         return kl_q.masked_fill(statistics["off_simplex_fraction"] > 0, float("nan"))
+
+
+def label_statistics(student: Any, a: Tensor, b: list[Tensor]) -> dict[str, Tensor]:
+    """The statistics that need nothing but the student and the weights."""
+    mass = sum(b, torch.zeros_like(a))
+    return {
+        "nll": -student.log_p_y,
+        "trust": a,
+        "residual_mass": mass,
+        "strength": a + mass,
+        "entropy": student.entropy,
+        "accuracy": student.is_top1.to(a.dtype),
+    }
+
+
+def top_k_too_large(k: int, vocab: int) -> ConfigError:
+    return ConfigError(f"top_k is {k}, but the vocabulary has {vocab} tokens; use a smaller top_k")

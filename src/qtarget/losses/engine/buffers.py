@@ -1,18 +1,21 @@
-"""What a block of rows is made of: logits, other models' logits or kept rows, buffers, and what is known of the student.
+"""What a block of rows is made of: logits, other models' logits or top-k rows, buffers, and what is known of the student.
 
 Shape suffixes: r rows of the block, v vocabulary, k kept ids of a top-k distribution.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+_kept = threading.local()
+
 
 @dataclass
-class KeptRows:
+class TopKRows:
     """Rows of a top-k distribution: ids [r, k], log-probabilities [r, k], log of the tail's mass [r], tail's shape."""
 
     ids: Tensor
@@ -20,37 +23,51 @@ class KeptRows:
     log_tail: Tensor
     tail: str
 
-    def __getitem__(self, rows: slice) -> KeptRows:
-        return KeptRows(self.ids[rows], self.logprobs[rows], self.log_tail[rows], self.tail)
+    def __getitem__(self, rows: slice) -> TopKRows:
+        return TopKRows(self.ids[rows], self.logprobs[rows], self.log_tail[rows], self.tail)
 
 
 @dataclass
 class Rows:
-    """One block: logits [r, v] (overwritten by the gradient), other models' logits or kept rows, labels, columns."""
+    """One block of one target's rows.
+
+    Attributes:
+        z: logits [r, v]. aux: other models' logits [r, v_m] or top-k rows, by name. labels: [r]. columns: [r] each.
+        g: where the gradient goes, [r', v] in the dtype it is multiplied in; None: over the logits.
+        places: hands out rows of g to the rows that have a gradient, which only the target's weights tell; None: row i is
+            g's row i.
+        factor: what each row's gradient is multiplied by, [r], or None for 1.
+    """
 
     z: Tensor
-    others: dict[str, Tensor | KeptRows]
+    aux: dict[str, Tensor | TopKRows]
     labels: Tensor
     columns: dict[str, Tensor]
+    g: Tensor | None = None
+    places: Places | None = None
+    factor: Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> Rows:
+        """Some of the rows; with ``places`` all of g stays."""
+        g = self.g if self.g is None or self.places is not None else self.g[rows]
+        return Rows(
+            self.z[rows],
+            {name: other[rows] for name, other in self.aux.items()},
+            self.labels[rows],
+            {name: column[rows] for name, column in self.columns.items()},
+            g,
+            self.places,
+            None if self.factor is None else self.factor[rows],
+        )
 
 
-class Scratch:
-    """Buffers handed out by name, grown when a larger one is asked for."""
+@dataclass
+class RowResult:
+    """Published loss [r], statistics [r] each, and whether each row has a gradient [r]."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device):
-        self._dtype, self._device = dtype, device
-        self._buffers: dict[str, Tensor] = {}
-
-    def get(self, name: str, rows: int, width: int) -> Tensor:
-        flat = self._buffers.get(name)
-        if flat is None or flat.numel() < rows * width:
-            with torch.inference_mode(False):  # or a buffer of an evaluation could not be written to in training
-                flat = self._buffers[name] = torch.empty(rows * width, dtype=self._dtype, device=self._device)
-        return flat[: rows * width].view(rows, width)
-
-    def dot(self, x: Tensor, y: Tensor) -> Tensor:
-        """Σ_v x y, [r]; ``torch.linalg.vecdot`` would allocate a block each time."""
-        return torch.mul(x, y, out=self.get("product", *x.shape)).sum(-1)
+    loss: Tensor
+    stats: dict[str, Tensor]
+    active: Tensor
 
 
 @dataclass
@@ -78,5 +95,80 @@ class Term:
 
     ce: Tensor  # CE(R, p)
     kl: Tensor  # KL(R ‖ p)
-    lse_shift: Tensor  # log-normaliser of the pooled logits minus the student's
     size: Tensor | None = None  # Σ |g| without the label, where it is known without another pass
+
+
+class Places:
+    """Hands out rows of a gradient's buffer to the rows that have a gradient, one after another, without a host read.
+
+    Args:
+        size: rows that may ask.
+    """
+
+    def __init__(self, size: int, device: torch.device):
+        self.active = torch.zeros(size, dtype=torch.bool, device=device)
+        self._taken = torch.zeros((), dtype=torch.int64, device=device)
+        self._asked = 0
+
+    def take(self, active: Tensor) -> Tensor:
+        """Places of the next rows, [r] int64: −1 where ``active`` is False."""
+        self.active.narrow(0, self._asked, active.shape[0]).copy_(active)
+        self._asked += active.shape[0]
+        running = active.long().cumsum(0)
+        places = torch.where(active, self._taken + running - 1, -1)
+        self._taken = self._taken + active.sum()
+        return places
+
+    @property
+    def count(self) -> Tensor:
+        """How many rows have a gradient, a tensor of one number on the device."""
+        return self._taken
+
+
+def on_host(device: torch.device) -> bool:
+    """Whether a number of a tensor can be read without waiting for a queue of kernels."""
+    return device.type == "cpu"
+
+
+class Scratch:
+    """Buffers handed out by name, grown when a larger one is asked for."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self._dtype, self._device = dtype, device
+        self._buffers: dict[str, Tensor] = {}
+
+    def get(self, name: str, rows: int, width: int) -> Tensor:
+        flat = self._buffers.get(name)
+        if flat is None or flat.numel() < rows * width:
+            with torch.inference_mode(False):  # or a buffer of an evaluation could not be written to in training
+                flat = self._buffers[name] = torch.empty(rows * width, dtype=self._dtype, device=self._device)
+        return flat[: rows * width].view(rows, width)
+
+    def dot(self, x: Tensor, y: Tensor) -> Tensor:
+        """Σ_v x y, [r]; ``torch.linalg.vecdot`` would allocate a block each time."""
+        return torch.mul(x, y, out=self.get("product", *x.shape)).sum(-1)
+
+
+def workspace(dtype: torch.dtype, device: torch.device) -> Scratch:
+    """Buffers of the chunks. On a CPU they are kept between calls, which spares each call fresh pages."""
+    if device.type != "cpu":
+        return Scratch(dtype, device)
+    kept: dict[torch.dtype, Scratch] = _kept.__dict__.setdefault("by_dtype", {})
+    return kept.setdefault(dtype, Scratch(dtype, device))
+
+
+def forget() -> None:
+    """Free the buffers that are kept for this thread."""
+    _kept.__dict__.clear()
+
+
+# Elements to which a row of a device's buffer is rounded up: every row then begins on 128 bytes or more, so that an odd
+# vocabulary is read and multiplied in vectors, too.
+_STRIDE = 64
+
+
+def padded_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty [rows, width] whose rows are aligned."""
+    stride = -(-width // _STRIDE) * _STRIDE
+    whole = torch.empty(rows, stride, dtype=dtype, device=device)
+    return whole if stride == width else whole.narrow(1, 0, width)

@@ -1,59 +1,77 @@
-"""The engine in plain PyTorch: chunk after chunk of tokens, logits in, gradient written over them, two matmuls out.
+"""The loop: chunk after chunk of supervised tokens, logits in, gradient out, two matmuls back.
 
-Every matmul is the vendor library's. Logits are float32 (float64 for float64 inputs) whatever the weights are.
+Tokens stand in the order of their targets, so a batch with several targets is cut like any other: one set of buffers, one
+dW. Where the rows' mathematics writes g over float32 logits (``block.py``, ``float32`` on a device) a chunk of logits is
+also a chunk of g; where it writes g in 16 bits beside them, many chunks of logits fill one of g.
 """
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from qtarget.errors import NonFiniteLogits
+from qtarget.losses.engine import buffers, matmuls
 from qtarget.losses.engine.block import RowMath
-from qtarget.losses.engine.buffers import KeptRows, Rows, Scratch
-from qtarget.losses.engine.sizes import block_rows, chunk_rows
+from qtarget.losses.engine.buffers import Places, RowResult, Rows, TopKRows
+from qtarget.losses.engine.device_rows import CannotCompile, DeviceRows, FunctionPasses, Passes, TritonPasses
+from qtarget.losses.engine.matmuls import HeadMatmuls, WeightGradient
+from qtarget.losses.engine.row_plan import RowPlan
+from qtarget.losses.engine.sizes import Sizes, block_rows, chunk_rows, device_sizes
 from qtarget.losses.heads import Head, TopK
-from qtarget.losses.inputs import Tokens
+from qtarget.losses.inputs import Checks, Tokens
 from qtarget.losses.output import ALL_STATISTICS, BASIC_STATISTICS
 from qtarget.targets import Target
 
-# Vocabulary rows of a half-precision head cast up at a time.
-_CAST_ROWS = 4096
+logger = logging.getLogger(__name__)
 
-_kept = threading.local()
+# A chunk whose kept rows leave less than this share of it free is multiplied before the next logits are formed.
+_ROOM = 1 / 3
+_told: set[str] = set()
 
 
 @dataclass
-class Problem:
+class EngineCall:
     """One call of the engine: everything but the student's hidden states, head weight and bias."""
 
-    target: Target
+    targets: tuple[Target, ...]
     tokens: Tokens
-    others: dict[str, Head | TopK]
-    real: int
+    aux: dict[str, Head | TopK]
+    vocab_size: int
     logit_scale: float
     logit_softcap: float | None
-    everything: bool
+    with_kl: bool
+    backend: str
+    compute: torch.dtype
+    aux_compute: dict[str, torch.dtype]
+    checks: Checks
     rows_per_chunk: int | None = None
     statistics: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class Result:
-    """Per-token loss and statistics [n], and the summed loss's gradients where they were asked for."""
+    """Per-token loss and statistics [n], and the summed loss's gradients where they were asked for.
+
+    Attributes:
+        factor: what the gradients are still to be multiplied by: where that takes a pass over dW, it is the same pass that
+            multiplies by the incoming gradient.
+    """
 
     loss: Tensor
     stats: dict[str, Tensor]
     d_hidden: Tensor | None = None
     d_weight: Tensor | None = None
     d_bias: Tensor | None = None
+    factor: Tensor | float = 1.0
 
 
 def run(
-    problem: Problem,
+    call: EngineCall,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -67,224 +85,358 @@ def run(
         hidden: [N, d], flattened positions. weight: [V, d]. bias: [V] or None.
         want: whether to form the gradient of (hidden, weight, bias).
         upstream: [n] factors on each token's loss, or None for 1.
-        divisor: what the gradients are divided by; folded into the matmuls, so that it costs nothing.
+        divisor: what the gradients are divided by.
     """
-    tokens, target = problem.tokens, problem.target
-    dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
-    device, vocab, n = hidden.device, weight.shape[0], tokens.count
-    heads = {name: other for name, other in problem.others.items() if isinstance(other, Head)}
-    itemsize = torch.finfo(dtype).bits // 8
-    rows = problem.rows_per_chunk or chunk_rows(n, vocab, 1 + len(heads), itemsize, device)
-    workspace = _workspace(dtype, device)
-    logits = workspace.get("logits", min(rows, n), vocab)
-    head_logits = {name: workspace.get(name, min(rows, n), head.weight.shape[0]) for name, head in heads.items()}
-    block = block_rows(max(1, logits.shape[0]), vocab, itemsize, device)
-
-    result = Result(logits.new_zeros(n), {})
-    if want[0]:
-        result.d_hidden = torch.zeros_like(hidden)
-    if want[1]:
-        result.d_weight = torch.empty(weight.shape, dtype=dtype, device=device)
-    if want[2] and bias is not None:
-        result.d_bias = torch.zeros(bias.shape, dtype=dtype, device=device)
-    math = RowMath(
-        target=target,
-        real=problem.real,
-        covered=tuple(_covered(problem, pool, vocab) for _, pool in target.residual_terms),
-        gradient=any(want),
-        everything=problem.everything,
-        softcap=problem.logit_softcap,
-        scratch=workspace,
-    )
-    scale = problem.logit_scale / float(divisor)
-    first = True  # dW is written by the first matmul: no pass that fills it with zeros
-    with torch.autocast(device.type, enabled=False):
-        for begin in range(0, n, rows):
-            chunk = slice(begin, min(begin + rows, n))
-            size = chunk.stop - begin
-            h = _rows_of(hidden, tokens, chunk)
-            z = logits[:size]
-            logits_into(z, h, weight, bias, problem.logit_scale, problem.logit_softcap)
-            others = _other_rows(problem, chunk, head_logits, dtype)
-            kept = _blocks(math, z, others, chunk, block, result, problem, upstream)
-            if any(want) and kept is not None:
-                _backward_matmuls(z, h, weight, kept, chunk, tokens, scale, result, first)
-                first = False
-    if first and result.d_weight is not None:
-        result.d_weight.zero_()
-    if not n:  # nothing supervised: the statistics are there all the same, of no token
-        result.stats = dict.fromkeys(ALL_STATISTICS if problem.everything else BASIC_STATISTICS, result.loss)
-    return result
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _Run(call, hidden, weight, bias, want, upstream, divisor).result()
 
 
-def _workspace(dtype: torch.dtype, device: torch.device) -> Scratch:
-    """Buffers of the chunks. On a CPU they are kept between calls, which spares each call fresh pages."""
-    if device.type != "cpu":
-        return Scratch(dtype, device)
-    kept: dict[torch.dtype, Scratch] = _kept.__dict__.setdefault("by_dtype", {})
-    return kept.setdefault(dtype, Scratch(dtype, device))
+class _Run:
+    """The state of one call: buffers, heads as they are multiplied, and how far it has come."""
 
-
-def _blocks(
-    math: RowMath,
-    z: Tensor,
-    others: dict[str, Tensor | KeptRows],
-    chunk: slice,
-    block: int,
-    result: Result,
-    problem: Problem,
-    upstream: Tensor | None,
-) -> Tensor | None:
-    """Run the row mathematics over a chunk. Returns which of its rows have a gradient, gathered at the front of z."""
-    tokens, size = problem.tokens, chunk.stop - chunk.start
-    may_skip = problem.target.may_skip_tokens and math.gradient
-    kept_rows, write = [], 0
-    for begin in range(0, size, block):
-        here = slice(begin, min(begin + block, size))
-        there = slice(chunk.start + here.start, chunk.start + here.stop)
-        rows = Rows(
-            z=z[here],
-            others={name: other[here] for name, other in others.items()},
-            labels=tokens.labels[there],
-            columns={name: column[there] for name, column in tokens.columns.items()},
-        )
-        loss, statistics, active = math.run(rows)
-        result.loss[there] = loss
-        for name, value in statistics.items():
-            if name not in result.stats:
-                result.stats[name] = result.loss.new_empty(result.loss.shape)
-            result.stats[name][there] = value
-        _check_finite(loss, statistics, there, problem)
-        if upstream is not None and math.gradient:
-            rows.z.mul_(upstream[there][:, None])
-        if may_skip:
-            (places,) = active.nonzero(as_tuple=True)
-            if len(places) < len(active) or write < begin:
-                z[write : write + len(places)] = rows.z[places]
-            write += len(places)
-            kept_rows.append(places + begin)
-    if not may_skip:
-        return torch.arange(size, device=z.device)
-    kept = torch.cat(kept_rows)
-    return kept if len(kept) else None
-
-
-def _backward_matmuls(
-    z: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    kept: Tensor,
-    chunk: slice,
-    tokens: Tokens,
-    scale: float,
-    result: Result,
-    first: bool,
-) -> None:
-    """dH = g W and dW += gᵀ H for the rows at the front of z; rows without a gradient cost nothing."""
-    g = z[: len(kept)]
-    if len(kept) < len(h):
-        h = h[kept]
-    if result.d_hidden is not None:
-        places = kept + chunk.start
-        if tokens.index is not None:
-            places = tokens.index[places]
-        d_h = _times_weight(g, weight).mul_(scale)
-        result.d_hidden.index_copy_(0, places, d_h.to(result.d_hidden.dtype))
-    if result.d_weight is not None:
-        result.d_weight.addmm_(g.T, h.to(g.dtype), beta=0 if first else 1, alpha=scale)
-    if result.d_bias is not None:
-        result.d_bias.add_(g.sum(0), alpha=scale)
-
-
-def logits_into(
-    out: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
-) -> None:
-    """out = softcap(scale · (h Wᵀ + bias)), accumulated in out's dtype."""
-    if _multiplies_in_half(h, weight):
-        torch.mm(h.to(weight.dtype), weight.T, out_dtype=out.dtype, out=out)
-    else:
-        h = h.to(out.dtype)
-        for rows, piece in _cast_up(weight, out.dtype):
-            torch.mm(h, piece.T, out=out[:, rows])
-    if bias is not None:
-        out.add_(bias.to(out.dtype))
-    if scale != 1:
-        out.mul_(scale)
-    if softcap is not None:
-        out.div_(softcap).tanh_().mul_(softcap)
-
-
-def _times_weight(g: Tensor, weight: Tensor) -> Tensor:
-    """g W, accumulated in g's dtype."""
-    if _multiplies_in_half(g, weight):
-        return torch.mm(g.to(weight.dtype), weight, out_dtype=g.dtype)
-    out = None
-    for rows, piece in _cast_up(weight, g.dtype):
-        out = g[:, rows] @ piece if out is None else out.addmm_(g[:, rows], piece)
-    assert out is not None
-    return out
-
-
-def _multiplies_in_half(x: Tensor, weight: Tensor) -> bool:
-    """Whether a half-precision head is multiplied as it is, with float32 results: on CUDA only.
-
-    A CPU has no such matmul: without bf16 units it is many times slower, and with them its results are rounded.
-    """
-    return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and x.dtype != torch.float64
-
-
-def _cast_up(weight: Tensor, dtype: torch.dtype):
-    """(rows, weight[rows] in dtype): the whole at once where no cast is needed, else a tile at a time."""
-    if weight.dtype == dtype:
-        yield slice(0, weight.shape[0]), weight
-        return
-    for begin in range(0, weight.shape[0], _CAST_ROWS):
-        rows = slice(begin, min(begin + _CAST_ROWS, weight.shape[0]))
-        yield rows, weight[rows].to(dtype)
-
-
-def _rows_of(hidden: Tensor, tokens: Tokens, chunk: slice) -> Tensor:
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    return flat[chunk] if tokens.index is None else flat.index_select(0, tokens.index[chunk].to(flat.device))
-
-
-def _other_rows(
-    problem: Problem, chunk: slice, buffers: dict[str, Tensor], dtype: torch.dtype
-) -> dict[str, Tensor | KeptRows]:
-    """Teacher and reference for a chunk: logits formed into a buffer, or the kept rows of a top-k distribution."""
-    others: dict[str, Tensor | KeptRows] = {}
-    size = chunk.stop - chunk.start
-    for name, other in problem.others.items():
-        if isinstance(other, Head):
-            z = buffers[name][:size]
-            h = _rows_of(other.hidden.detach(), problem.tokens, chunk)
-            bias = None if other.bias is None else other.bias.detach()
-            logits_into(z, h, other.weight.detach(), bias, other.logit_scale, other.logit_softcap)
-            others[name] = z[:, : other.width]
-        else:
-            others[name] = KeptRows(
-                problem.tokens.select(other.ids)[chunk].long(),
-                problem.tokens.select(other.logprobs.detach())[chunk].to(dtype),
-                problem.tokens.select(other.log_tail().detach())[chunk].to(dtype),
-                other.tail,
+    def __init__(self, call, hidden, weight, bias, want, upstream, divisor):
+        self.call, self.hidden, self.want = call, hidden, want
+        self.tokens, self.device = call.tokens, hidden.device
+        self.vocab = weight.shape[0]
+        self.dtype = matmuls.result_dtype(call.compute)
+        self.head = HeadMatmuls.of(weight, bias, call.logit_scale, call.logit_softcap, call.compute)
+        self.aux_heads = {
+            name: HeadMatmuls.of(
+                other.weight, other.bias, other.logit_scale, other.logit_softcap, call.aux_compute[name]
             )
-    return others
+            for name, other in call.aux.items()
+            if isinstance(other, Head)
+        }
+        self.gradient = any(want)
+        # g beside the logits, in 16 bits; else over them.
+        self.beside = call.backend != "torch" and call.compute in matmuls.HALF and self.gradient
+        self.scratch = buffers.workspace(self.dtype, self.device)
+        self.sizes = self._sizes(weight)
+        self.math = [self._math(number) for number in range(len(call.targets))]
+        self.upstream, self.alpha, self.factor = upstream, call.logit_scale / matmuls.gradient_factor(call.compute), 1.0
+        if upstream is not None and self.beside:
+            # in the range of 16 bits, whatever a loss scale makes of it
+            largest = upstream.abs().amax().clamp(min=torch.finfo(torch.float32).tiny) if len(upstream) else 1.0
+            self.upstream, self.factor = upstream / largest, largest
+        if buffers.on_host(self.device):  # reading it costs nothing, and the matmul multiplies by it
+            self.alpha = self.alpha / float(divisor)
+        else:
+            self.factor = self.factor / divisor
+        self._prepare(hidden, weight, bias)
+
+    def _sizes(self, weight: Tensor) -> Sizes:
+        call, n = self.call, self.tokens.count
+        itemsize = self.dtype.itemsize
+        models = 1 + len(self.aux_heads)
+        if not self.beside:
+            rows = call.rows_per_chunk or chunk_rows(n, self.vocab, models, itemsize, self.device)
+            rows = max(1, min(rows, n))
+            block = block_rows(rows, self.vocab, itemsize, self.device) if call.backend != "triton" else rows
+            return Sizes(rows, rows, block)
+        spared = 4 * weight.numel() if self.want[1] and weight.dtype == torch.bfloat16 == call.compute else 0
+        skips = any(target.may_skip_tokens for target in call.targets)
+        sizes = device_sizes(n, self.vocab, models, call.compute.itemsize, spared, self.device, skips)
+        if call.rows_per_chunk:
+            rows = max(1, min(call.rows_per_chunk, n))
+            sizes = replace(sizes, logits=rows, gradient=max(rows, sizes.gradient), block=rows)
+        return sizes
+
+    def _prepare(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        n, sizes = self.tokens.count, self.sizes
+        rows = min(sizes.logits, n)
+        if buffers.on_host(self.device) and not self.beside:
+            self.logits = self.scratch.get("logits", rows, self.vocab)
+            self.aux_logits = {m: self.scratch.get(m, rows, h.weight.shape[0]) for m, h in self.aux_heads.items()}
+        else:
+            make = buffers.padded_rows
+            self.logits = make(rows, self.vocab, self.dtype, self.device)
+            self.aux_logits = {
+                m: make(rows, h.weight.shape[0], self.dtype, self.device) for m, h in self.aux_heads.items()
+            }
+        # one row more, to which device code writes rows that have no gradient
+        self.g = (
+            buffers.padded_rows(min(sizes.gradient, n) + 1, self.vocab, self.call.compute, self.device)
+            if self.beside
+            else None
+        )
+        self.out = Result(torch.zeros(n, dtype=self.dtype, device=self.device), {}, factor=self.factor)
+        if self.want[0]:
+            self.out.d_hidden = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
+        self.d_weight = None
+        if self.want[1]:
+            # One product of all of g may round to the weight's own 16 bits.
+            dtype = weight.dtype if sizes.whole and weight.dtype == self.call.compute else self.dtype
+            out = torch.empty(weight.shape, dtype=dtype, device=self.device)
+            self.d_weight = WeightGradient(out, sizes.whole)
+        if self.want[2] and bias is not None:
+            self.out.d_bias = torch.zeros(bias.shape, dtype=self.dtype, device=self.device)
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def result(self) -> Result:
+        if self.beside:
+            self._beside()
+        else:
+            self._over()
+        if self.d_weight is not None:
+            self.out.d_weight = self.d_weight.finish()
+        if not self.tokens.count:  # nothing supervised: the statistics are there all the same, of no token
+            self.call.checks.read()
+            self.out.stats = dict.fromkeys(ALL_STATISTICS if self.call.with_kl else BASIC_STATISTICS, self.out.loss)
+        return self.out
+
+    def _over(self) -> None:
+        """g over the logits. Rows without a gradient make room at the front for the next logits, so that a product has
+        as many rows as a chunk however many tokens are dropped."""
+        n, rows = self.tokens.count, self.logits.shape[0]
+        begin = 0
+        kept: list[Tensor] = []  # token numbers of the rows of g at the front of the buffer
+        while begin < n:
+            front = sum(len(numbers) for numbers in kept)
+            chunk = slice(begin, min(begin + rows - front, n))
+            z = self.logits[front : front + chunk.stop - begin]
+            self._form_logits(chunk, z)
+            places = []
+            for segment, number in self._segments(chunk):
+                here = z[segment.start - begin : segment.stop - begin]
+                places.append(self._blocks(self._rows(segment, here, number), segment, number))
+            begin = chunk.stop
+            if not self.gradient:
+                continue
+            if all(place is None for place in places):  # every row has a gradient
+                kept.append(torch.arange(chunk.start, chunk.stop, device=self.device))
+            else:
+                kept.append(self._pack(chunk, front, places))
+            count = sum(len(numbers) for numbers in kept)
+            if begin == n or rows - count < rows * _ROOM:
+                if begin == n:
+                    self._read()
+                self._multiply(self.logits[:count], torch.cat(kept))
+                kept = []
+        if n and not self.gradient:
+            self._read()
+
+    def _beside(self) -> None:
+        """g beside the logits, in 16 bits; on a device no number is read but once for each part of g."""
+        n, sizes = self.tokens.count, self.sizes
+        skips = any(target.may_skip_tokens for target in self.call.targets)
+        assert self.g is not None
+        for begin in range(0, n, sizes.gradient):
+            part = slice(begin, min(begin + sizes.gradient, n))
+            places = Places(part.stop - begin, self.device) if skips else None
+            for chunk in _cut(part, sizes.logits):
+                z = self.logits[: chunk.stop - chunk.start]
+                self._form_logits(chunk, z)
+                for segment, number in self._segments(chunk):
+                    g = self.g if skips else self.g[segment.start - begin : segment.stop - begin]
+                    rows = self._rows(segment, z[segment.start - chunk.start : segment.stop - chunk.start], number)
+                    self._blocks(replace(rows, g=g, places=places), segment, number)
+            count = part.stop - begin
+            numbers = torch.arange(part.start, part.stop, device=self.device)
+            # Before the last products, so that the host can go on while they run.
+            wanted = [] if places is None else [places.count]
+            if part.stop == n:
+                found = self._read(*wanted)
+            else:
+                found = self.call.checks.read(*wanted) if wanted else []
+            if places is not None:
+                count = int(found[0])
+                order = (~places.active).long().argsort(stable=True)
+                numbers = numbers.index_select(0, order.narrow(0, 0, count))
+            self._multiply(self.g[:count], numbers)
+
+    def _segments(self, chunk: slice) -> Iterator[tuple[slice, int]]:
+        """The stretches of a chunk that have one target, with its number."""
+        for number, group in enumerate(self.tokens.groups):
+            start, stop = max(chunk.start, group.start), min(chunk.stop, group.stop)
+            if start < stop:
+                yield slice(start, stop), number
+
+    def _blocks(self, rows: Rows, segment: slice, number: int) -> Tensor | None:
+        """Run the row mathematics over a stretch of one target, a block that fits the cache at a time.
+
+        Returns which rows have a gradient, [rows] bool; None where all have, or where telling would wait for the device.
+        """
+        active = []
+        length = segment.stop - segment.start
+        on_host = buffers.on_host(self.device)
+        block = self.sizes.block if on_host or not isinstance(self.math[number], DeviceRows) else length
+        for begin in range(0, length, block):
+            here = slice(begin, min(begin + block, length))
+            there = slice(segment.start + here.start, segment.start + here.stop)
+            result = self._run_rows(rows[here], there, number)
+            self._keep(there, result)
+            active.append(result.active)
+        waits = not on_host and isinstance(self.math[number], DeviceRows)
+        skips = self.call.targets[number].may_skip_tokens and self.gradient and not self.beside and not waits
+        return torch.cat(active) if skips else None
+
+    def _run_rows(self, rows: Rows, segment: slice, number: int) -> RowResult:
+        """The block's result, its gradient where it belongs; a compiler that refuses is told of once, and plain PyTorch
+        goes on."""
+        math = self.math[number]
+        if not isinstance(math, DeviceRows):
+            result = math.run(rows)
+            if self.gradient:
+                self._deliver(rows, result.active)
+            return result
+        try:
+            return math.run(rows)
+        except CannotCompile as error:
+            _tell(f"backend {self.call.backend!r} cannot be compiled here, so 'torch' is used: {error}")
+            self.math[number] = self._torch_math(number)
+            self._form_logits(segment, rows.z)
+            fresh = self._rows(segment, rows.z, number)
+            return self._run_rows(replace(fresh, g=rows.g, places=rows.places), segment, number)
+
+    def _deliver(self, rows: Rows, active: Tensor) -> None:
+        """Multiply what plain PyTorch wrote over the logits by each row's factor, and round it to where it belongs."""
+        if rows.factor is not None:
+            rows.z.mul_(rows.factor[:, None])
+        if rows.g is None:
+            return
+        g = (rows.z * matmuls.gradient_factor(self.call.compute)).to(rows.g.dtype)
+        if rows.places is None:
+            rows.g[: len(g)].copy_(g)
+        else:
+            rows.g.index_put_((rows.places.take(active),), g)
+
+    def _pack(self, chunk: slice, front: int, active: Sequence[Tensor | None]) -> Tensor:
+        """Move the chunk's rows that have a gradient to the front of the buffer; returns their token numbers."""
+        lengths = [segment.stop - segment.start for segment, _ in self._segments(chunk)]
+        every = [
+            torch.ones(length, dtype=torch.bool, device=self.device) if mask is None else mask
+            for mask, length in zip(active, lengths, strict=True)
+        ]
+        (rows,) = torch.cat(every).nonzero(as_tuple=True)
+        if len(rows) < chunk.stop - chunk.start:
+            for to, piece in enumerate(
+                rows.split(self.sizes.block)
+            ):  # what is written lies before what is still to be read
+                begin = front + to * self.sizes.block
+                self.logits[begin : begin + len(piece)] = self.logits.index_select(0, piece + front)
+        return rows + chunk.start
+
+    # -- rows ----------------------------------------------------------------------------------------------------
+
+    def _form_logits(self, chunk: slice, out: Tensor) -> None:
+        self.head.logits(self._states(self.hidden, chunk), out)
+
+    def _states(self, hidden: Tensor, chunk: slice) -> Tensor:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        index = self.tokens.index
+        return flat[chunk] if index is None else flat.index_select(0, index[chunk])
+
+    def _rows(self, segment: slice, z: Tensor, number: int) -> Rows:
+        tokens, target = self.tokens, self.call.targets[number]
+        columns = {name: column[segment] for name, column in tokens.columns.items()}
+        aux = {name: self._aux_rows(name, segment) for name in self.call.aux if name in target.requires}
+        factor = None if self.upstream is None else self.upstream[segment]
+        return Rows(z, aux, tokens.labels[segment], columns, factor=factor)
+
+    def _aux_rows(self, name: str, segment: slice) -> Tensor | TopKRows:
+        """Another model's logits formed into its buffer, or its top-k rows."""
+        other, select = self.call.aux[name], self.tokens.select
+        if isinstance(other, Head):
+            z = self.aux_logits[name][: segment.stop - segment.start]
+            self.aux_heads[name].logits(self._states(other.hidden.detach(), segment), z)
+            return z[:, : other.width]
+        ids = select(other.ids)[segment].long().clamp(0, self.call.vocab_size - 1)  # checked, on a device later
+        log_tail = select(other.log_tail().detach())[segment].to(self.dtype)
+        return TopKRows(ids, select(other.logprobs.detach())[segment].to(self.dtype), log_tail, other.tail)
+
+    def _keep(self, segment: slice, result: RowResult) -> None:
+        self.out.loss[segment] = result.loss
+        for name, value in result.stats.items():
+            if name not in self.out.stats:
+                self.out.stats[name] = torch.empty_like(self.out.loss)
+            self.out.stats[name][segment] = value
+
+    def _multiply(self, g: Tensor, numbers: Tensor) -> None:
+        """dH = g W and dW += gᵀ H for rows of g that belong to the tokens ``numbers``."""
+        if not len(numbers) or not self.gradient:
+            return
+        index = self.tokens.index
+        places = numbers if index is None else index.index_select(0, numbers)
+        if g.dtype != self.call.compute and self.call.compute in matmuls.HALF:
+            g = (g * matmuls.gradient_factor(self.call.compute)).to(self.call.compute)
+        if self.out.d_hidden is not None:
+            self.out.d_hidden.index_copy_(0, places, self.head.d_hidden(g).mul_(self.alpha))
+        if self.d_weight is not None:
+            h = self.hidden.reshape(-1, self.hidden.shape[-1]).index_select(0, places)
+            self.d_weight.add(g, h, self.alpha)
+        if self.out.d_bias is not None:
+            self.out.d_bias.add_(g.sum(0, dtype=self.dtype), alpha=self.alpha)
+
+    # -- who computes --------------------------------------------------------------------------------------------
+
+    def _math(self, number: int) -> RowMath | DeviceRows:
+        target, backend = self.call.targets[number], self.call.backend
+        plan = None if backend == "torch" else RowPlan.of(target)
+        if plan is None:
+            if backend != "torch":
+                _tell(f"target {target} has residuals that are no single difference, so backend 'torch' is used for it")
+            return self._torch_math(number)
+        passes: Passes = TritonPasses() if backend == "triton" else FunctionPasses()
+        return DeviceRows(
+            target=target,
+            plan=plan,
+            passes=passes,
+            vocab_size=self.call.vocab_size,
+            support=self.vocab if plan.pool is None else self._support(plan.pool),
+            scratch=self.scratch,
+            gradient=self.gradient,
+            with_kl=self.call.with_kl,
+            softcap=self.call.logit_softcap,
+            factor=matmuls.gradient_factor(self.call.compute) if self.beside else 1.0,
+        )
+
+    def _torch_math(self, number: int) -> RowMath:
+        target = self.call.targets[number]
+        return RowMath(
+            target=target,
+            vocab_size=self.call.vocab_size,
+            support=tuple(self._support(pool) for _, pool in target.residual_terms),
+            gradient=self.gradient,
+            with_kl=self.call.with_kl,
+            softcap=self.call.logit_softcap,
+            scratch=self.scratch,
+        )
+
+    def _support(self, pool) -> int:
+        """Columns a residual covers: all of the head for a student-only pool, else the real vocabulary all models share."""
+        if pool.is_student_only:
+            return self.vocab
+        others = [self.call.aux[name] for name in pool.requires]
+        return min([self.call.vocab_size, *(other.width for other in others if isinstance(other, Head))])
+
+    # -- faults --------------------------------------------------------------------------------------------------
+
+    def _read(self, *wanted: Tensor) -> list[float]:
+        """Raise what is wrong with the call, in one host read, which also brings the ``wanted`` numbers."""
+        loss, stats = self.out.loss, self.out.stats
+        # The entropy touches every logit of the student, the cross-entropy of Q every one of the others.
+        student = torch.isfinite(stats["entropy"])
+        bad = ~(torch.isfinite(loss) & student & torch.isfinite(stats["ce_q"]))
+        first = bad.long().argmax()
+        found = self.call.checks.read(*wanted, bad.any(), first, student.gather(0, first.reshape(1)))
+        wrong, row, student_is_finite = found[len(wanted) :]
+        if wrong:
+            row = int(row)
+            (number,) = [i for i, group in enumerate(self.tokens.groups) if group.start <= row < group.stop]
+            names = [name for name in self.call.aux if name in self.call.targets[number].requires]
+            fault = " or ".join(f"{name} logits" for name in names) or "the trust rule's weights"
+            raise NonFiniteLogits(fault if student_is_finite else "logits", row, self.tokens)
+        return found[: len(wanted)]
 
 
-def _covered(problem: Problem, pool, vocab: int) -> int:
-    """Entries a residual covers: all of the head for a student-only pool, else the real vocabulary all models share."""
-    if pool.is_student_only:
-        return vocab
-    others = [problem.others[name] for name in pool.requires]
-    return min([problem.real, *(other.width for other in others if isinstance(other, Head))])
+def _cut(part: slice, rows: int) -> Iterator[slice]:
+    for begin in range(part.start, part.stop, rows):
+        yield slice(begin, min(begin + rows, part.stop))
 
 
-def _check_finite(loss: Tensor, statistics: dict[str, Tensor], there: slice, problem: Problem) -> None:
-    # The entropy touches every logit of the student, the cross-entropy of Q every one of the others.
-    bad = ~(torch.isfinite(loss) & torch.isfinite(statistics["entropy"]) & torch.isfinite(statistics["ce_q"]))
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        fault = " or ".join(f"{name} logits" for name in problem.others) or "the trust rule's weights"
-        if not torch.isfinite(statistics["entropy"][row]):
-            fault = "logits"
-        raise NonFiniteLogits(fault, there.start + row, problem.tokens)
+def _tell(sentence: str) -> None:
+    """Once in a process."""
+    if sentence not in _told:
+        _told.add(sentence)
+        logger.warning(sentence)

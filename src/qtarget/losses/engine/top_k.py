@@ -1,13 +1,21 @@
-"""A residual given by its k largest entries, with a tail in the student's shape: no dense row is ever formed."""
+"""A residual given by its k largest entries, with a tail in the student's shape: no dense row is ever formed.
+
+For the blocks of a CPU (``block.py``), and for two passes over logits from which the k entries have been taken out
+(``device_rows.py``). Shape suffixes: r rows of the block, v vocabulary, k kept ids.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qtarget.losses.engine.buffers import KeptRows, Rows, Scratch, Student, Term
+from qtarget.losses.engine.buffers import Rows, Scratch, Student, Term, TopKRows
+from qtarget.losses.engine.row_functions import kl_terms
+from qtarget.losses.engine.row_plan import NEVER
 from qtarget.targets.residual import Pool
 
 
@@ -33,24 +41,24 @@ class Outside:
         mass, dot: Σ p and Σ p z over real tokens. but_label: the mass without the label. padded: Σ p over padded rows.
     """
 
-    kept: KeptRows
+    kept: TopKRows
     mass: Tensor
     dot: Tensor
     but_label: Tensor
     padded: Tensor
 
 
-def kept_for(pools: list[Pool], rows: Rows) -> KeptRows | None:
+def cheap_rows(pools: list[Pool], rows: Rows) -> TopKRows | None:
     """The top-k distribution that some residual follows without a dense row: its tail and the pool are ∝ p outside."""
     for pool in pools:
-        sources = [rows.others[name] for name in pool.requires]
+        sources = [rows.aux[name] for name in pool.requires]
         kept = sources[0] if len(sources) == 1 else None
-        if isinstance(kept, KeptRows) and kept.tail == "student" and pool.keeps_student_shape:
+        if isinstance(kept, TopKRows) and kept.tail == "student" and pool.keeps_student_shape:
             return kept
     return None
 
 
-def sums(p: Tensor, z: Tensor, y: Tensor, p_y: Tensor, kept: KeptRows | None, real: int, scratch: Scratch) -> Sums:
+def sums(p: Tensor, z: Tensor, y: Tensor, p_y: Tensor, kept: TopKRows | None, real: int, scratch: Scratch) -> Sums:
     """Each entry is read once for Σ p and once for Σ p z, with kept ids or without; p is as it was afterwards."""
     if kept is None:
         p.scatter_(1, y, 0.0)
@@ -123,9 +131,122 @@ def add_kept(
     g_rk = base_rk + weight[:, None] * difference_rk
     g.scatter_(1, kept.ids, g_rk)
     if start is None:  # it comes on top of another term
-        return Term(ce, kl, log_norm), weight * label_pull
+        return Term(ce, kl), weight * label_pull
     a = start.squeeze(1) / student.inv
     size = (a + weight * shrink_tail).abs() * outside.but_label.squeeze(1) * student.inv
     size = size + (a + weight).abs() * outside.padded.squeeze(1) * student.inv
     size = size + g_rk.masked_fill(is_label, 0.0).abs().sum(-1)
-    return Term(ce, kl, log_norm, size), weight * label_pull
+    return Term(ce, kl, size), weight * label_pull
+
+
+def dense(other: TopKRows, z: Tensor, vocab_size: int, buffer: Tensor) -> Tensor:
+    """Log-probabilities [r, vocab_size] of a top-k distribution with its tail filled in, written to ``buffer`` [r, v]."""
+    out = buffer.narrow(1, 0, vocab_size)
+    if other.tail == "even":
+        outside = max(1, vocab_size - other.ids.shape[1])
+        out.copy_((other.log_tail - math.log(outside)).unsqueeze(1).expand_as(out))
+    else:
+        student = z.narrow(1, 0, vocab_size)
+        outside_lse = student.scatter(1, other.ids, float("-inf")).logsumexp(1)
+        torch.add(student, (other.log_tail - outside_lse).unsqueeze(1), out=out)
+    return out.scatter_(1, other.ids, other.logprobs)
+
+
+# -- for two passes over logits ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Entries:
+    """The k kept entries of a block's logits, while they are taken out of it.
+
+    Attributes:
+        z: [r, k] their logits. is_label: [r, k]. label_kept: [r], whether the label is among them.
+    """
+
+    kept: TopKRows
+    z: Tensor
+    is_label: Tensor
+    label_kept: Tensor
+
+    def put_back(self, s: dict[str, Tensor], z_y: Tensor, padded: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """(sums over all columns from those over what is left, log of Σ e^z over real tokens outside the k).
+
+        The latter has a maximum of its own, so that it is never lost however sure the student is of the k.
+
+        Args:
+            s: what the first pass found. padded: whether its pool is the student over real tokens.
+        """
+        if padded:
+            log_outside = s["m_u"] + s["s_u"].log()
+        else:
+            label = (z_y - s["m"]).exp().masked_fill(self.label_kept, 0.0)
+            log_outside = (s["m"] + (s["rest"] + label).log()).clamp(min=NEVER)
+        m = torch.maximum(torch.maximum(s["m"], z_y), self.z.amax(1))
+        x = self.z - m.unsqueeze(1)
+        e = x.exp().masked_fill(self.is_label, 0.0)
+        moved = s["m"] - m
+        whole = {
+            "m": m,
+            "dot": (s["dot"] + moved * s["rest"]) * moved.exp() + (e * x).sum(1),
+            "rest": s["rest"] * moved.exp() + e.sum(1),
+            "top": torch.maximum(s["top"], self.z.masked_fill(self.is_label, float("-inf")).amax(1)),
+        }
+        return s | whole, log_outside
+
+    def shares(self, student: Any, log_outside: Tensor, power: float) -> Shares:
+        """log p and log R − log p of the k and of what is outside, which is one number for each row."""
+        log_p = (self.z - student.m.unsqueeze(1)) - student.log_s.unsqueeze(1)
+        log_p = torch.where(self.is_label, student.log_p_y.unsqueeze(1), log_p)
+        rest = log_outside - student.m - student.log_s
+        some = rest > 0.1 * NEVER  # False where every real token is kept
+        gap = power * (self.kept.logprobs - log_p)
+        gap_tail = torch.where(some, power * (self.kept.log_tail - rest), 0.0)
+        tail = torch.where(some, rest + gap_tail, float("-inf"))
+        log_norm = torch.cat([log_p + gap, tail.unsqueeze(1)], 1).logsumexp(1)
+        d_tail = torch.where(some, gap_tail - log_norm, 0.0).clamp(min=NEVER)
+        return Shares(self, log_p, gap - log_norm.unsqueeze(1), d_tail)
+
+
+@dataclass
+class Shares:
+    """log p [r, k] of the entries, d = log R − log p [r, k] of each, and the one d [r] of everything outside."""
+
+    entries: Entries
+    log_p: Tensor
+    d: Tensor
+    d_tail: Tensor
+
+    def gradient(self, a: Tensor, b: Tensor, rest_mass: Tensor, with_kl: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """(what the k add to what the second pass found, g [r, k])."""
+        a, b, rest_mass = a.unsqueeze(1), b.unsqueeze(1), rest_mass.unsqueeze(1)
+        p, R = self.log_p.exp(), (self.log_p + self.d).exp()
+        difference = torch.where(self.d.abs() < 0.1, -p * torch.expm1(self.d), p - R)
+        g = torch.where(self.entries.is_label, -a * rest_mass, a * p) + b * difference
+        found = {
+            "size": g.abs().sum(1),
+            "lowest": (p - g).amin(1),
+            "kl": (torch.where(R > 0, R * self.d, 0.0) + difference).sum(1),
+            "cross": (difference * self.log_p).sum(1),
+        }
+        if with_kl:
+            found["kl_q"] = kl_terms(p, self.log_p, g).sum(1)
+        return found, g
+
+    def write(self, g: Tensor, rows: Rows, places: Tensor | None, softcap: float | None, factor: Tensor) -> None:
+        """Put g [r, k] where the second pass left nothing."""
+        if softcap is not None:
+            g = g * (1 - (self.entries.z / softcap) ** 2)
+        g = g * factor.unsqueeze(1)
+        out, ids = rows.z if rows.g is None else rows.g, self.entries.kept.ids
+        if places is None:
+            out.narrow(0, 0, g.shape[0]).scatter_(1, ids, g.to(out.dtype))
+        else:  # −1 is the last row, which is there for rows without a gradient
+            out.index_put_((places.unsqueeze(1), ids), g.to(out.dtype))
+
+
+def take_out(z: Tensor, y: Tensor, kept: TopKRows) -> Entries:
+    """Replace the kept entries of the logits by what is not there."""
+    is_label = kept.ids == y.unsqueeze(1)
+    entries = Entries(kept, z.gather(1, kept.ids), is_label, is_label.any(1))
+    z.scatter_(1, kept.ids, NEVER)
+    return entries

@@ -1,0 +1,287 @@
+"""The two passes over a block's logits as Triton kernels: one program a row, for every target that is one difference.
+
+They compute what ``row_functions.py`` says in PyTorch; names and form are in ``row_plan.py``. A student's target reads each
+float32 logit twice and writes a 16-bit gradient, 10 bytes; with another model's logits 18. Everything is relative to a
+running maximum, and what is absent has a logit of −1e30, so that no sum needs a branch.
+
+exp2 of arguments scaled beforehand, since Triton's exp does not flush denormals and costs a third more instructions. Eight
+elements a thread: sixteen would need 168 registers. g is never written over logits of another width: a row's first tile
+would be overwritten before it is read.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qtarget.losses.engine.row_functions import GROUP, Pass
+from qtarget.losses.engine.row_plan import FOUND, GIVEN, NEVER, SUMS
+
+# Columns of a tile, and warps of a program.
+BLOCK = 2048
+WARPS = 8
+
+_NEVER = tl.constexpr(NEVER)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+try:
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    COMPILE_ERRORS: tuple[type[Exception], ...] = (CompilationError, OutOfResources, PTXASError)
+except ImportError:  # other versions name them elsewhere
+    COMPILE_ERRORS = (RuntimeError,)
+
+
+def can_run(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device, or None where they can. In Triton's interpreter a CPU can."""
+    if triton.knobs.runtime.interpret:
+        return None
+    if device.type != "cuda":
+        return f"needs a CUDA device and hidden is on {device.type}"
+    if torch.version.hip is not None:
+        return "is made for NVIDIA's devices"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"needs compute capability 8.0 or newer and the device has {capability[0]}.{capability[1]}"
+    if triton.__version__.startswith("3.9.0") and capability >= (9, 0):
+        # its LLVM crashes the whole process on a kernel with another model's logits, so that nothing could be caught
+        return (
+            f"cannot be compiled by triton {triton.__version__} for compute capability {capability[0]}.{capability[1]}"
+        )
+    return None
+
+
+def sums(z: Tensor, o: Tensor, y: Tensor, case: Pass) -> tuple[Tensor, Tensor | None]:
+    """As ``row_functions.sums``, in one read of z and o."""
+    rows, width = z.shape
+    out = z.new_zeros(len(SUMS), rows)
+    groups = z.new_empty(rows, -(-width // GROUP)) if case.groups else None
+    kept = out if groups is None else groups
+    c_z, c_o, c_b, slope, _ = case.coefficients
+    _sums[(rows,)](
+        z, o, y, out, kept,
+        z.stride(0), o.stride(0), out.stride(0), kept.stride(0), width, case.support,
+        c_z, c_o, c_b, slope,
+        POOLED=case.pooled, OTHER=case.other, OFFSET=case.offset, PAIR=case.pair,
+        NARROW=_narrow(case, width), GROUP=GROUP if case.groups else 0, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+    return out, groups
+
+
+def gradient(z: Tensor, o: Tensor, y: Tensor, given: Tensor, case: Pass, g: Tensor, places: Tensor | None) -> Tensor:
+    """As ``row_functions.gradient``; g goes to row ``places[i]`` of ``g`` for row i of z, or to row i."""
+    rows, width = z.shape
+    found = z.new_zeros(len(FOUND), rows)
+    _gradient[(rows,)](
+        z, o, y, y if places is None else places, given, found, g,
+        z.stride(0), o.stride(0), g.stride(0), given.stride(0), width, case.support, *case.coefficients,
+        POOLED=case.pooled, OTHER=case.other, OFFSET=case.offset, PAIR=case.pair, ONE_SHIFT=case.one_shift,
+        CAPPED=case.softcap is not None, KL=case.with_kl, WRITE=case.write, SKIPS=places is not None,
+        NARROW=_narrow(case, width), DOUBLE=z.dtype == torch.float64, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+    return found
+
+
+def _narrow(case: Pass, width: int) -> bool:
+    """Whether columns have to be told apart: beyond the support, or where a tile's last lanes would enter a sum."""
+    return case.support < width or (case.pooled and case.c_z + case.c_o <= 0)
+
+
+@triton.jit
+def _pooled(z, o, z_y, c_z, c_o, slope, OTHER: tl.constexpr, OFFSET: tl.constexpr):
+    u = c_z * z
+    if OTHER:
+        u += c_o * o
+    if OFFSET:  # log σ(x) = min(x, 0) − log(1 + e^−|x|)
+        x = slope * (z - z_y)
+        u += tl.minimum(x, 0.0) - tl.log(1 + tl.exp2(-tl.abs(x) * _LOG2E))
+    return u
+
+
+@triton.jit
+def _sums(
+    z_ptr, o_ptr, y_ptr, out_ptr, group_ptr,
+    z_stride, o_stride, out_stride, group_stride, width, support, c_z, c_o, c_b, slope,
+    POOLED: tl.constexpr, OTHER: tl.constexpr, OFFSET: tl.constexpr, PAIR: tl.constexpr, NARROW: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(y_ptr + row).to(tl.int32)
+    z_ptr += row * z_stride
+    if OTHER:
+        o_ptr += row * o_stride
+    z_y = tl.load(z_ptr + y)
+    top = z_y * 0 + _NEVER
+    # Above what is absent, so that e^(NEVER − m) is 0 even in a row where nothing is left.
+    m = tl.maximum(z_y, 0.5 * _NEVER)
+    m_u = top
+    k_z = (z_y * 0 + c_z) * _LOG2E  # in the logits' dtype
+    k_b = (z_y * 0 + c_b) * _LOG2E
+    lanes = tl.arange(0, BLOCK)
+    zero = tl.zeros([BLOCK], z_y.dtype)
+    rest, dot, s_u, s_b, s_plain = zero, zero, zero, zero, zero
+    for start in tl.range(0, width, BLOCK):
+        v = start + lanes
+        z = tl.load(z_ptr + v, mask=v < width, other=_NEVER)
+        others = z
+        if (y >= start) & (y < start + BLOCK):  # one tile of a row
+            others = tl.where(v == y, _NEVER, z)
+        if GROUP:
+            maxima = tl.max(tl.reshape(z, [BLOCK // GROUP, GROUP]), 1)
+            at = start // GROUP + tl.arange(0, BLOCK // GROUP)
+            tl.store(group_ptr + row * group_stride + at, maxima, mask=at * GROUP < width)
+        top = tl.maximum(top, tl.max(others, 0))
+        m_new = tl.maximum(m, top)
+        x = others - m_new
+        e = tl.exp2(x * _LOG2E)
+        shrink = tl.exp2((m - m_new) * _LOG2E)
+        dot = (dot + (m - m_new) * rest) * shrink + e * x
+        rest = rest * shrink + e
+        if PAIR:
+            s_b = s_b * tl.exp2(k_b * (m - m_new)) + tl.exp2(k_b * (z - m_new))
+        if OFFSET:
+            s_plain = s_plain * tl.exp2(k_z * (m - m_new)) + tl.exp2(k_z * (z - m_new))
+        m = m_new
+        if POOLED:
+            o = z
+            if OTHER:
+                o = tl.maximum(tl.load(o_ptr + v, mask=v < support, other=_NEVER).to(z.dtype), _NEVER)
+            u = _pooled(z, o, z_y, c_z, c_o, slope, OTHER, OFFSET)
+            if NARROW:
+                u = tl.where(v < support, u, _NEVER)
+            m_next = tl.maximum(m_u, tl.max(u, 0))
+            s_u = s_u * tl.exp2((m_u - m_next) * _LOG2E) + tl.exp2((u - m_next) * _LOG2E)
+            m_u = m_next
+    # in the order of SUMS
+    out_ptr += row
+    tl.store(out_ptr, m)
+    tl.store(out_ptr + out_stride, tl.sum(rest, 0))
+    tl.store(out_ptr + 2 * out_stride, tl.sum(dot, 0))
+    tl.store(out_ptr + 3 * out_stride, top)
+    if POOLED:
+        tl.store(out_ptr + 4 * out_stride, m_u)
+        tl.store(out_ptr + 5 * out_stride, tl.sum(s_u, 0))
+    if PAIR:
+        tl.store(out_ptr + 6 * out_stride, tl.sum(s_b, 0))
+    if OFFSET:
+        tl.store(out_ptr + 7 * out_stride, tl.sum(s_plain, 0))
+
+
+@triton.jit
+def _expm1_over(d, DOUBLE: tl.constexpr):
+    """(e^d − 1)/d for small d."""
+    last = d * (1.0 / 24)
+    if DOUBLE:
+        last = d * (1.0 / 24 + d * (1.0 / 120))
+    return 1 + d * (0.5 + d * (1.0 / 6) + d * last)
+
+
+@triton.jit
+def _kl_term(p, log_p, g, DOUBLE: tl.constexpr):
+    """Q log(Q/p) − Q + p for Q = p − g, 0 or more; by its series where Q is near p."""
+    Q = tl.maximum(p - g, 0.0)
+    x = -g / tl.maximum(p, 1.2e-38)
+    near = 1.0 / 12 + x * (-1.0 / 20 + x * (1.0 / 30 + x * (-1.0 / 42 + x * (1.0 / 56))))
+    near = p * x * x * (0.5 + x * (-1.0 / 6 + x * near))
+    far = tl.where(Q > 0, Q * (tl.log(tl.maximum(Q, 1.2e-38)) - tl.maximum(log_p, _NEVER)), 0.0) - Q + p
+    return tl.where(tl.abs(x) < (0.01 if DOUBLE else 0.1), near, far)
+
+
+@triton.jit
+def _gradient(
+    z_ptr, o_ptr, y_ptr, place_ptr, given_ptr, found_ptr, g_ptr,
+    z_stride, o_stride, g_stride, given_stride, width, support, c_z, c_o, c_b, slope, inv_cap,
+    POOLED: tl.constexpr, OTHER: tl.constexpr, OFFSET: tl.constexpr, PAIR: tl.constexpr, ONE_SHIFT: tl.constexpr,
+    CAPPED: tl.constexpr, KL: tl.constexpr, WRITE: tl.constexpr, SKIPS: tl.constexpr, NARROW: tl.constexpr,
+    DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    place = row
+    if SKIPS:  # rows with a gradient are written one after another, the others cost nothing
+        place = tl.load(place_ptr + row).to(tl.int64)
+        if place < 0:
+            return
+    y = tl.load(y_ptr + row).to(tl.int32)
+    # in the order of GIVEN
+    given_ptr += row
+    m = tl.load(given_ptr)
+    log_s = tl.load(given_ptr + given_stride)
+    a = tl.load(given_ptr + 2 * given_stride)
+    label = tl.load(given_ptr + 3 * given_stride)
+    factor = tl.load(given_ptr + 10 * given_stride)
+    if POOLED or ONE_SHIFT:
+        b = tl.load(given_ptr + 4 * given_stride)
+        m_u = tl.load(given_ptr + 5 * given_stride)
+        log_s_u = tl.load(given_ptr + 6 * given_stride)
+        m_b = tl.load(given_ptr + 7 * given_stride)
+        log_s_b = tl.load(given_ptr + 8 * given_stride)
+        shift = tl.load(given_ptr + 9 * given_stride)
+        z_y = tl.load(given_ptr + 11 * given_stride)
+    z_ptr += row * z_stride
+    g_ptr += place * g_stride
+    if OTHER:
+        o_ptr += row * o_stride
+    lanes = tl.arange(0, BLOCK)
+    zero = tl.zeros([BLOCK], m.dtype)
+    size, lowest, kl, cross, drift, kl_q = zero, zero, zero, zero, zero, zero
+    for start in tl.range(0, width, BLOCK):
+        v = start + lanes
+        inside = v < width
+        z = tl.load(z_ptr + v, mask=inside, other=_NEVER)
+        log2_p = (z - m) * _LOG2E - log_s * _LOG2E
+        p = tl.exp2(log2_p)
+        g = a * p
+        if (y >= start) & (y < start + BLOCK):  # one tile of a row
+            g = tl.where(v == y, label, g)
+        if POOLED or ONE_SHIFT:
+            base = p
+            if PAIR:
+                base = tl.exp2((c_b * z - m_b) * _LOG2E - log_s_b * _LOG2E)
+            if ONE_SHIFT:  # R is the student's shape times one number per row
+                d = zero + shift
+                R = tl.exp2(log2_p + shift * _LOG2E)
+            else:
+                o = z
+                if OTHER:
+                    o = tl.maximum(tl.load(o_ptr + v, mask=v < support, other=_NEVER).to(z.dtype), _NEVER)
+                u = _pooled(z, o, z_y, c_z, c_o, slope, OTHER, OFFSET)
+                R = tl.exp2((u - m_u) * _LOG2E - log_s_u * _LOG2E)
+                if OTHER:  # from differences of logits, so that a teacher near the student loses no digits
+                    d = (c_o * (o - z) + (c_z + c_o - c_b) * z) + shift
+                else:
+                    d = (u - c_b * z) + shift
+            if NARROW:
+                R = tl.where(v < support, R, 0.0)
+                d = tl.where(v < support, d, _NEVER)
+            # B − R = −B (e^d − 1)
+            near = -(base * d) * _expm1_over(d, DOUBLE)
+            difference = tl.where(tl.abs(d) < (2e-3 if DOUBLE else 0.0625), near, base - R)
+            g += b * difference
+            size += tl.abs(g)
+            lowest = tl.minimum(lowest, p - g)
+            kl += R * d + difference
+            cross += difference * log2_p
+            drift += difference
+        if KL:
+            kl_q += _kl_term(p, log2_p * _LN2, g, DOUBLE)
+        if CAPPED:
+            x = tl.minimum(tl.maximum(z * inv_cap, -1.0), 1.0)  # a logit that was taken out is beyond every cap
+            g *= 1 - x * x
+        if WRITE:
+            tl.store(g_ptr + v, (g * factor).to(g_ptr.dtype.element_ty), mask=inside)
+    # in the order of FOUND
+    found_ptr += row
+    if POOLED or ONE_SHIFT:
+        tl.store(found_ptr, tl.sum(size, 0))
+        tl.store(found_ptr + given_stride, tl.min(lowest, 0))
+        tl.store(found_ptr + 2 * given_stride, tl.sum(kl, 0))
+        tl.store(found_ptr + 3 * given_stride, tl.sum(cross, 0) * _LN2)
+        tl.store(found_ptr + 4 * given_stride, tl.sum(drift, 0))
+    if KL:
+        tl.store(found_ptr + 5 * given_stride, tl.sum(kl_q, 0))
+
+
+assert len(GIVEN) == 12 and len(SUMS) == 8 and len(FOUND) == 6, "the kernels above count on these orders"

@@ -1,0 +1,75 @@
+"""A target as the row functions and kernels compute it: one difference of two distributions beside the label's pull.
+
+    g = [label: −a (1 − p_y), else a p] + b (B − R)
+    B = softmax(c_b z)        the student, c_b = 1, or the student at a temperature
+    R = softmax(c_z z + c_o o [+ log σ(slope (z − z_y))])
+
+Distillation at a temperature T ≠ 1 has two residuals, T softmax(z_T/T) and −T softmax(z/T), in which the student at T = 1
+cancels: as one difference it keeps the digits of a teacher near the student, which two terms lose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qtarget.targets import Target
+from qtarget.targets.residual import Pool
+
+# A logit that is not there. Finite: 0 · (−inf) would be NaN and need a branch in every sum.
+NEVER = -1.0e30
+
+# What the first pass writes for each row, as rows of a [K, r] array: ``sums`` of kernels.py and row_functions.py.
+SUMS = (
+    "m",  # the largest logit: everything below is relative to it
+    "rest",  # Σ e^(z − m) without the label, so that 1 − p_y keeps its digits where p_y is near 1
+    "dot",  # Σ e^(z − m) (z − m) without the label
+    "top",  # the largest logit but the label's
+    "m_u",  # the largest pooled logit u
+    "s_u",  # Σ e^(u − m_u)
+    "s_b",  # Σ e^(c_b (z − m))
+    "s_plain",  # Σ e^(c_z (z − m)), the pool without its offset
+)
+# What the second pass reads for each row.
+GIVEN = ("m", "log_s", "a", "label", "b", "m_u", "log_s_u", "m_b", "log_s_b", "shift", "factor", "z_y")
+# What the second pass finds: Σ |g|, the lowest Q_v, Σ (R d + B − R) = KL(R ‖ B), Σ (B − R) log p, Σ (B − R), and
+# KL(Q ‖ p), where it is asked for.
+FOUND = ("size", "lowest", "kl", "cross", "drift", "kl_q")
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """The numbers of the form above.
+
+    Attributes:
+        c_z, c_o: coefficients of the student's logits and of another model's, in R. other: its name, or None.
+        c_b: of the student's logits in B. slope: of the offset, or None.
+        pool: the residual, None where every residual is the student.
+    """
+
+    c_z: float = 1.0
+    c_o: float = 0.0
+    c_b: float = 1.0
+    slope: float | None = None
+    other: str | None = None
+    pool: Pool | None = None
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether B is not the student itself."""
+        return self.c_b != 1
+
+    @staticmethod
+    def of(target: Target) -> RowPlan | None:
+        """The plan, or None for a target that is not one difference: its residuals then need a pass each."""
+        terms = target.residual_terms
+        if not terms:
+            return RowPlan()
+        pool = terms[0][1]
+        c_b = target.tempered if len(terms) == 2 else 1.0
+        names = sorted(pool.requires)
+        if c_b is None or len(terms) > 2 or len(names) > 1:
+            return None
+        if pool.offset_slope is not None and (names or pool.student <= 0):
+            return None
+        other = names[0] if names else None
+        return RowPlan(pool.student, pool.terms.get(other, 0.0) if other else 0.0, c_b, pool.offset_slope, other, pool)
