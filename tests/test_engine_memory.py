@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import qtarget as qt
 from engine_cases import assert_same, engine, oracle, ordinary, project
-from qtarget.losses.engine import chunks, sizes
+from qtarget.losses.engine import buffers, matmuls, sizes
 from qtarget.losses.engine.buffers import Scratch
 from qtarget.losses.engine.sizes import block_rows, chunk_rows
 

@@ -24,6 +24,9 @@ from qtarget.losses.output import simplex_tolerance
 from qtarget.targets import Target, TokenStats
 
 
+_MOST_GRAPHS = 256
+
+
 class CannotCompile(Exception):
     """A pass that its compiler refuses on this machine."""
 
@@ -78,7 +81,9 @@ class FunctionPasses:
         from torch._inductor.exc import InductorError
 
         try:
-            return row_functions.compiled(name)(*arguments)
+            # each combination of flags is a graph of its own, more than dynamo expects of one function
+            with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
+                return row_functions.compiled(name)(*arguments)
         except (TorchDynamoException, InductorError) as error:
             raise CannotCompile(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
 
@@ -92,11 +97,12 @@ class FunctionPasses:
     def gradient(self, z, o, y, given, case, g, places):
         c = torch.tensor(case.coefficients, dtype=z.dtype, device=z.device)
         capped = case.softcap is not None
-        made, found = self._run("gradient", z, o, y, given, c, case.support, case.flags, capped, case.with_kl)
-        if case.write and places is None:
-            g.narrow(0, 0, made.shape[0]).copy_(made)
-        elif case.write:  # −1 is the last row, which is there for rows without a gradient
-            g.index_put_((places,), made.to(g.dtype))
+        skips = case.write and places is not None
+        out = torch.empty_like(z, dtype=g.dtype) if skips else None if g is z else g.narrow(0, 0, z.shape[0])
+        arguments = (case.support, case.flags, capped, case.with_kl, out, case.write)
+        found = self._run("gradient", z, o, y, given, c, *arguments)
+        if skips:  # −1 is the last row, which is there for rows without a gradient
+            g.index_put_((places,), out)
         return found
 
 

@@ -99,8 +99,14 @@ def gradient(
     flags: tuple[bool, ...],
     capped: bool,
     with_kl: bool,
-) -> tuple[Tensor, Tensor]:
-    """(g [r, v] times each row's factor, [len(FOUND), r]) from what is ``given`` of each row, [len(GIVEN), r]."""
+    out: Tensor | None,
+    write: bool,
+) -> Tensor:
+    """[len(FOUND), r] from what is ``given`` of each row, [len(GIVEN), r].
+
+    Where ``write`` says so, g times each row's factor is written to ``out`` [r, v], or over the logits: so it takes no memory
+    of its own, whose pages would cost a CPU more than the arithmetic.
+    """
     pooled, other, offset, pair, one_shift, _ = flags
     m, log_s, a, label, b, m_u, log_s_u, m_b, log_s_b, shift, factor, z_y = given.unsqueeze(2).unbind(0)
     v = torch.arange(z.shape[1], device=z.device).unsqueeze(0)
@@ -133,7 +139,9 @@ def gradient(
         found["kl_q"] = _sum(kl_terms(p, log_p, g))
     if capped:
         g = g * (1 - (z * c[4]).clamp(-1, 1) ** 2)  # a logit that was taken out is beyond every cap
-    return g * factor, torch.stack([found[name] for name in FOUND])
+    if write:
+        (z if out is None else out).copy_(g * factor)
+    return torch.stack([found[name] for name in FOUND])
 
 
 def _pooled(z: Tensor, o: Tensor, z_y: Tensor, c: Tensor, support: int, other: bool, offset: bool) -> Tensor:
