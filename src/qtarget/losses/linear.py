@@ -74,7 +74,7 @@ def linear_target_loss(
         reduction: "mean" divides by ``num_items``, else by the supervised labels; weights never enter it.
         stats: "basic", or "all" to add kl_q.
         backend: who does the rows' mathematics: "auto"; "torch", which runs everywhere; "triton", on NVIDIA's GPUs;
-            "compiled", by inductor, after some ten seconds. Logits are float32 (float64 for float64 inputs) in all of them.
+            "compiled", by inductor, after some ten seconds. In all of them logits are float32, float64 for float64 inputs.
         chunk_rows: tokens per chunk; None takes them from the device and the memory budget.
 
     Returns:
@@ -193,8 +193,8 @@ def _targets(target: Target | Sequence[Target], which: Tensor | None) -> tuple[T
             raise ConfigError("target is an empty list; pass one target or more")
         if which is None and len(target) > 1:
             raise ConfigError(
-                f"target is a list of {len(target)}; pass which=, an int64 tensor of the labels' shape with the number of "
-                "each token's target"
+                f"target is a list of {len(target)}; pass which=, an int64 tensor of the labels' shape with the number "
+                "of each token's target"
             )
         return tuple(target)
     if which is not None:
@@ -235,9 +235,7 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: fl
         check_range("logit_softcap", softcap, 0, open_low=True)
 
 
-def _check_aux(
-    name: str, other: object, tokens: Tokens, real: int, checks: Checks, targets: Sequence[Target]
-) -> None:
+def _check_aux(name: str, other: object, tokens: Tokens, real: int, checks: Checks, targets: Sequence[Target]) -> None:
     if not isinstance(other, (Head, TopK)):
         raise ConfigError(f"{name} is a {type(other).__name__}; use qt.Head(hidden, weight) or qt.TopK(ids, logprobs)")
     if other.token_shape != tokens.shape:

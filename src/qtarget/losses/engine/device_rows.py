@@ -1,28 +1,29 @@
 """A block of rows in two passes over its logits with plain torch on [r] numbers between them; no host read anywhere.
 
 The passes are Triton's (``kernels.py``) or inductor's (``row_functions.py``); here is what both have in common: the
-target's weights, a top-k distribution's k entries, and the statistics. Written without slices by ``[]`` and ``[:, None]``,
-so that it runs on tensors without data, too.
+target's weights, a top-k distribution's k entries, and the statistics. Written without slices by ``[]`` and ``[:,
+None]``, so that it runs on tensors without data, too.
 
 Shape suffixes: r rows of the block, v vocabulary, k kept ids of a top-k distribution.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from qtarget.losses.engine import buffers, row_functions, top_k
+from qtarget.losses import inputs
+from qtarget.losses.engine import row_functions, top_k
 from qtarget.losses.engine.block import label_statistics, top_k_too_large
 from qtarget.losses.engine.buffers import RowResult, Rows, Scratch, TopKRows
 from qtarget.losses.engine.row_functions import GROUP, Pass
 from qtarget.losses.engine.row_plan import FOUND, GIVEN, NEVER, SUMS, RowPlan
 from qtarget.losses.output import simplex_tolerance
 from qtarget.targets import Target, TokenStats
-
 
 _MOST_GRAPHS = 256
 
@@ -88,14 +89,14 @@ class FunctionPasses:
             raise CannotCompile(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
 
     def drifts(self, z):
-        return not buffers.on_host(z.device)  # where they are float64
+        return z.dtype == torch.float64 or not inputs.on_host(z.device)  # there float32 is summed in float64
 
     def sums(self, z, o, y, case):
-        c = torch.tensor(case.coefficients, dtype=z.dtype, device=z.device)
+        c = _coefficients(case.coefficients, z.dtype, z.device)
         return self._run("sums", z, o, y, c, case.support, case.flags)
 
     def gradient(self, z, o, y, given, case, g, places):
-        c = torch.tensor(case.coefficients, dtype=z.dtype, device=z.device)
+        c = _coefficients(case.coefficients, z.dtype, z.device)
         capped = case.softcap is not None
         skips = case.write and places is not None
         out = torch.empty_like(z, dtype=g.dtype) if skips else None if g is z else g.narrow(0, 0, z.shape[0])
@@ -104,6 +105,12 @@ class FunctionPasses:
         if skips:  # −1 is the last row, which is there for rows without a gradient
             g.index_put_((places,), out)
         return found
+
+
+@functools.lru_cache(256)
+def _coefficients(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the device, made once: a copy to it waits."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -238,7 +245,8 @@ class DeviceRows:
         m_b, s_b = (self.plan.c_b * s["m"], s["s_b"]) if self.plan.is_pair else (s["m"], student.total)
         s_u = s["s_u"]
         given |= {"m_u": s["m_u"], "log_s_u": s_u.log(), "m_b": m_b, "log_s_b": s_b.log()}
-        given["shift"] = (m_b - s["m_u"]) - (s_u / s_b).log()
+        # of d = c_o (o − z) + (c_z + c_o − c_b)(z − m) + shift, in which nothing of the size of a logit cancels
+        given["shift"] = ((self.plan.c_z + self.plan.c_o) * s["m"] - s["m_u"]) - (s_u / s_b).log()
         return given
 
     # -- the second pass -----------------------------------------------------------------------------------------
@@ -248,8 +256,8 @@ class DeviceRows:
         g = z if rows.g is None else rows.g
         case = replace(case, softcap=self.softcap, with_kl=self.with_kl, write=self.gradient)
         if case.pooled and g.dtype == z.dtype and self.passes.drifts(z):
-            # Both distributions sum to one, so Σ (B − R) tells by how much log R's normaliser is off. Where g is rounded to
-            # 16 bits that is below rounding.
+            # Both distributions sum to one, so Σ (B − R) tells by how much log R's normaliser is off. Where g is
+            # rounded to 16 bits that is below rounding.
             plain = replace(case, write=False, with_kl=False)
             drift = self._pass(rows, o, given, plain, g, None)["drift"]
             given |= {"log_s_u": given["log_s_u"] + torch.log1p(-drift), "shift": given["shift"] - torch.log1p(-drift)}
@@ -284,7 +292,8 @@ class DeviceRows:
         return RowResult(loss, statistics, active)
 
     def _residual_value(self, student, found: dict[str, Tensor]) -> Tensor:
-        """The residual's published value for a weight of one; see ``Target.value``. CE(R, p) = H(p) + Σ (B − R) log p."""
+        """The residual's published value for a weight of one; see ``Target.value``. CE(R, p) = H(p) + Σ (B − R) log
+        p."""
         if self.target.value == "tempered_kl":
             return self.target.residual_terms[0][0] * found["kl"]
         return found["kl"] if self.target.value == "kl" else found["cross"] + student.entropy

@@ -36,8 +36,8 @@ class Sizes:
     """How one call is cut.
 
     Attributes:
-        logits: rows whose logits are there at one time. gradient: rows whose gradient is, before dH and dW are multiplied;
-            where it is written over the logits, the same. block: rows the row mathematics takes at a time.
+        logits: rows whose logits are there at one time. gradient: rows whose gradient is, before dH and dW are
+            multiplied; where it is written over the logits, the same. block: rows the row mathematics takes at a time.
         whole: whether dW comes in one product.
     """
 
@@ -79,8 +79,8 @@ def device_sizes(
     are skipped and the whole fits the budget, since only then they can be counted without a host read for each part.
 
     Args:
-        models: logits buffers. itemsize: bytes of a number of g. accumulator: bytes of a float32 dW that one product would
-            spare, 0 where none would. skips: whether some tokens may have no gradient.
+        models: logits buffers. itemsize: bytes of a number of g. accumulator: bytes of a float32 dW that one product
+            would spare, 0 where none would. skips: whether some tokens may have no gradient.
     """
     budget = _DEVICE_BUDGET_BYTES
     if device.type == "cuda" and _memory(device) >= _LARGE_DEVICE_BYTES:
