@@ -20,6 +20,8 @@ from qtarget.losses.engine import device_rows, kernels, matmuls, row_functions, 
 
 # Small tiles, so that a test's vocabulary has several, and groups, so that there are more than one.
 BLOCK, GROUP = 32, 8
+# Make a tensor, or touch a few entries of one.
+FEW = ("empty", "new_empty", "empty_like", "gather", "scatter", "scatter_", "index_put_")
 READS = ("_local_scalar_dense", "nonzero", "item", "equal", "is_nonzero", "masked_select")
 
 
@@ -43,8 +45,8 @@ def as_on_a_device(logits_rows: int = 8, gradient_rows: int = 16) -> Iterator[No
 
 
 class Watch(TorchDispatchMode):
-    """Counts host reads, the dtypes of products, and bytes of [rows, vocab] tensors read and written by torch's operations
-    and by kernels.
+    """Counts host reads, the dtypes of products, and bytes of [rows, vocab] tensors read and written by torch's
+    operations and by kernels.
 
     Args:
         elements: from how many a tensor counts as [rows, vocab].
@@ -70,7 +72,7 @@ class Watch(TorchDispatchMode):
         if name in ("mm", "addmm", "addmm_", "bmm"):
             matrices = [x for x in args if isinstance(x, torch.Tensor)][-2:]
             self.products.append((matrices[0].dtype, matrices[1].dtype))
-        elif not function.is_view and name not in ("empty", "new_empty", "empty_like"):
+        elif not function.is_view and name not in FEW:
             self.bytes += sum(self._size(x) for x in (*args, *(kwargs or {}).values()))
             made = out if isinstance(out, (tuple, list)) else (out,)
             self.bytes += sum(self._size(x) for x in made)

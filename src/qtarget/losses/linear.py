@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qtarget.errors import ConfigError, check_range
-from qtarget.losses import engine
+from qtarget.losses import engine, inputs
 from qtarget.losses.engine import chunks, matmuls
 from qtarget.losses.engine.chunks import EngineCall, Result
 from qtarget.losses.engine.sizes import check_chunk
@@ -74,7 +74,7 @@ def linear_target_loss(
         reduction: "mean" divides by ``num_items``, else by the supervised labels; weights never enter it.
         stats: "basic", or "all" to add kl_q.
         backend: who does the rows' mathematics: "auto"; "torch", which runs everywhere; "triton", on NVIDIA's GPUs;
-            "compiled", by inductor, after some ten seconds. In all of them logits are float32, float64 for float64 inputs.
+            "compiled", by inductor, after some ten seconds. Logits are float32 in all of them (float64 for float64).
         chunk_rows: tokens per chunk; None takes them from the device and the memory budget.
 
     Returns:
@@ -172,8 +172,8 @@ class _LinearTargetLoss(torch.autograd.Function):
 
 def _scaled(result: Result, factor: Tensor | float, dtypes: tuple) -> list[Tensor | None]:
     """The gradients times the factor in their inputs' dtypes, in one pass."""
-    on_host = not isinstance(factor, Tensor) or factor.device.type == "cpu"
-    one = on_host and float(factor) == 1  # asking a device would wait for it
+    readable = not isinstance(factor, Tensor) or inputs.on_host(factor.device)
+    one = readable and float(factor) == 1  # asking a device would wait for it
     scaled: list[Tensor | None] = []
     for gradient, dtype in zip((result.d_hidden, result.d_weight, result.d_bias), dtypes, strict=True):
         if gradient is None:

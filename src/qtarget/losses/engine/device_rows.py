@@ -10,11 +10,13 @@ Shape suffixes: r rows of the block, v vocabulary, k kept ids of a top-k distrib
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qtarget.losses import inputs
 from qtarget.losses.engine import row_functions, top_k
@@ -26,6 +28,8 @@ from qtarget.losses.output import simplex_tolerance
 from qtarget.targets import Target, TokenStats
 
 _MOST_GRAPHS = 256
+logger = logging.getLogger(__name__)
+_watched: set[str] = set()
 
 
 class CannotCompile(Exception):
@@ -107,6 +111,18 @@ class FunctionPasses:
         return found
 
 
+class HostReads(TorchDispatchMode):
+    """Counts what waits for a device while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal", "masked_select")
+        return function(*args, **(kwargs or {}))
+
+
 @functools.lru_cache(256)
 def _coefficients(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """On the device, made once: a copy to it waits."""
@@ -167,7 +183,7 @@ class DeviceRows:
             s, log_outside = entries.put_back(s, z_y, padded=case.pooled)
         student = _student(s, z_y)
         stats = self._stats(rows, student, s, groups, entries, aux_log_p)
-        a, b = self.target.weights(stats)
+        a, b = self._weights(stats)
         label_loss = self.target.label_loss(stats)
         weight = b[0] if b else torch.zeros_like(a)  # of the one difference
         active = a != 0
@@ -236,6 +252,22 @@ class DeviceRows:
                 log_mass = s["m_u"] - self.plan.c_z * s["m"] + (s["s_u"] / s["s_plain"]).log()
                 values["offset_mass"] = log_mass.exp()
         return TokenStats(values, lambda k: _top_k_entropy(rows.z, groups, entries, k), self.target.needs)
+
+    def _weights(self, stats: TokenStats) -> tuple[Tensor, list[Tensor]]:
+        """The target's weights. The first time, a rule that reads a number of the device is told of by its name."""
+        name = f"trust rule {self.target.trust.label!r}"
+        if name in _watched or inputs.on_host(stats.log_p_y.device):
+            return self.target.weights(stats)
+        _watched.add(name)
+        with HostReads() as reads:
+            weights = self.target.weights(stats)
+        if reads.count:
+            logger.warning(
+                "%s reads a number of a tensor on the device (bool(), float(), .item(), nonzero), which waits for every "
+                "kernel before it, in every block of rows; use torch.where and tensor operations",
+                name,
+            )
+        return weights
 
     def _given(self, s, student, a: Tensor, weight: Tensor, rows: Rows) -> dict[str, Tensor]:
         given = dict.fromkeys(GIVEN, s["m"])

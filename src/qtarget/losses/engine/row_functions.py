@@ -203,5 +203,5 @@ def kl_terms(p: Tensor, log_p: Tensor, g: Tensor) -> Tensor:
 def compiled(name: str):
     """``sums`` or ``gradient`` through inductor: a graph for each combination of flags and dtypes, for any number of
     rows and any vocabulary."""
-    function: Callable = {"sums": sums, "gradient": gradient}[name]
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    functions: dict[str, Callable] = {"sums": sums, "gradient": gradient}
+    return torch.compile(functions[name], dynamic=True, fullgraph=True)
