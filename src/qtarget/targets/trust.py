@@ -314,7 +314,7 @@ class FunctionRule(Rule):
 
     @property
     def label(self) -> str:
-        return self.path or getattr(self.function, "__name__", "function")
+        return self.path or str(getattr(self.function, "__name__", "function"))
 
     def __call__(self, stats: TokenStats) -> Tensor:
         gamma = self.function(stats)
