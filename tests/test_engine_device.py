@@ -368,10 +368,9 @@ def test_two_sources_take_the_memory_of_one():
         (1, 151936, 64, False, False, False, 1),
     ],
 )
-def test_cut_on_a_large_card(tokens, vocab, width, sixteen, skips, whole, gradient, monkeypatch):
-    monkeypatch.setattr(sizes, "_memory", lambda device: 80 << 30)
+def test_cut_on_a_large_card(tokens, vocab, width, sixteen, skips, whole, gradient):
     accumulator = 4 * vocab * width if sixteen else 0
-    found = sizes.device_sizes(tokens, vocab, 1, 2, accumulator, torch.device("cuda"), skips)
+    found = sizes.device_sizes(tokens, vocab, 1, 2, accumulator, 80 << 30, skips)
     assert (found.whole, found.gradient) == (whole, gradient)
     assert found.logits <= 1024
 
@@ -379,9 +378,8 @@ def test_cut_on_a_large_card(tokens, vocab, width, sixteen, skips, whole, gradie
 @pytest.mark.parametrize("tokens", [1, 300, 5000, 100_000])
 @pytest.mark.parametrize("vocab", [32000, 151936, 262144])
 @pytest.mark.parametrize("models", [1, 2, 3])
-def test_a_small_card_s_budget_is_kept(tokens, vocab, models, monkeypatch):
-    monkeypatch.setattr(sizes, "_memory", lambda device: 16 << 30)
-    found = sizes.device_sizes(tokens, vocab, models, 2, 0, torch.device("cuda"), False)
+def test_a_small_card_s_budget_is_kept(tokens, vocab, models):
+    found = sizes.device_sizes(tokens, vocab, models, 2, 0, 16 << 30, False)
     rows = found.logits * models * 4 + found.gradient * 2
     assert rows * vocab <= 2 << 30 or found.logits <= 256
 

@@ -1,7 +1,7 @@
 """Whether a run on a CPU is long enough that compiling the rows' mathematics pays.
 
-Known before the first step from the settings and the rows alone, so that a run that is resumed computes as the one that was
-not interrupted, bit for bit.
+Known before the first step from the settings and the rows alone, so that a run that is resumed computes as the one that
+was not interrupted, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from qtarget.targets import Target
 
 logger = logging.getLogger(__name__)
 
-# Logits of a run from which on compiling pays: some 20 s of compiling with nothing cached, over 1.4e-9 s saved a logit for
-# a residual of its own, makes 1.5e10 (benchmarks/engine.py); three times that, for machines that save less.
+# Logits of a run from which on compiling pays: some 20 s of compiling with nothing cached, over 1.4e-9 s saved for each
+# logit, makes 1.5e10 (benchmarks/engine.py); three times that, for machines that save less.
 PAYS_FROM = 4.5e10
 # Rows of which the supervised tokens are counted.
 _SAMPLED = 64
 
 
 def backend(targets: list[Target], device: torch.device, logits: float | None) -> str:
-    """"compiled" where it pays on a CPU, else "auto".
+    """ "compiled" where it pays on a CPU, else "auto".
 
     A target whose residuals are all the student has nothing to gain: its few passes are in cache.
 

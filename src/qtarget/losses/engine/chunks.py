@@ -22,7 +22,7 @@ from qtarget.losses.engine.buffers import Places, RowResult, Rows, TopKRows
 from qtarget.losses.engine.device_rows import CannotCompile, DeviceRows, FunctionPasses, Passes, TritonPasses
 from qtarget.losses.engine.matmuls import HeadMatmuls, WeightGradient
 from qtarget.losses.engine.row_plan import RowPlan
-from qtarget.losses.engine.sizes import Sizes, block_rows, chunk_rows, device_sizes
+from qtarget.losses.engine.sizes import Sizes, block_rows, chunk_rows, device_memory, device_sizes
 from qtarget.losses.heads import Head, TopK
 from qtarget.losses.inputs import Checks, Tokens
 from qtarget.losses.output import ALL_STATISTICS, BASIC_STATISTICS
@@ -136,7 +136,7 @@ class _Run:
             return Sizes(rows, rows, block)
         spared = 4 * weight.numel() if self.want[1] and weight.dtype == torch.bfloat16 == call.compute else 0
         skips = any(target.may_skip_tokens for target in call.targets)
-        sizes = device_sizes(n, self.vocab, models, call.compute.itemsize, spared, self.device, skips)
+        sizes = device_sizes(n, self.vocab, models, call.compute.itemsize, spared, device_memory(self.device), skips)
         if call.rows_per_chunk:
             rows = max(1, min(call.rows_per_chunk, n))
             sizes = replace(sizes, logits=rows, gradient=max(rows, sizes.gradient), block=rows)
