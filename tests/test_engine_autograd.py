@@ -390,3 +390,11 @@ def test_rows_that_the_residual_still_pulls_are_kept(rows_multiplied):
 def test_the_skipping_batch_has_rows_of_both_kinds():
     trust = engine(with_columns(hard()), preset_of(case_named("psft"))).stats["trust"]
     assert 0 < int((trust == 0).sum()) < N
+
+
+def test_kept_rows_of_several_chunks_are_multiplied_together(rows_multiplied):
+    """A fifth of the tokens kept: products of a chunk's size, not of a fifth of it."""
+    batch = ordinary(n=300)
+    batch.columns["critical"] = torch.arange(300) % 5 == 0
+    assert_engine_is_oracle(batch, qt.preset("cft"), chunk_rows=30)
+    assert sum(rows_multiplied) == 60 and len(rows_multiplied) <= 4

@@ -20,7 +20,7 @@ if importlib.util.find_spec("triton") is None:
 from triton.runtime.errors import OutOfResources
 
 from device_path import small_tiles
-from qtarget.losses.engine import chunks, device_rows, kernels
+from qtarget.losses.engine import chunks, kernels, passes
 from qtarget.losses.engine.row_plan import RowPlan
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("one_thread", "tiles")]
@@ -161,7 +161,7 @@ MUTANTS = {
     "no rescaling of the pool's": ("s_u = s_u * tl.exp2((m_u - m_next) * _LOG2E) +", "s_u = s_u +", "target-sft"),
     "a dropped tail": ("in tl.range(0, width, BLOCK):", "in tl.range(0, width // BLOCK * BLOCK, BLOCK):", "sft"),
     "no support": ("R = tl.where(v < support, R, 0.0)", "R = R", "label-smoothing"),
-    "no softcap": ("g *= 1 - x * x", "g *= 1", "sft"),
+    "no softcap": ("g *= 1 - share * share", "g *= 1", "sft"),
     "a residual of the wrong sign": ("g += b * difference", "g -= b * difference", "kd"),
     "top-k without its shift": ("d = zero + shift", "d = zero", "kd from top-k"),
 }
@@ -170,7 +170,7 @@ MUTANTS = {
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_mutant_is_noticed(mutant, tmp_path, monkeypatch):
     """Without the pass that corrects a normaliser, which a 16-bit gradient does without, too."""
-    monkeypatch.setattr(device_rows.TritonPasses, "drifts", lambda self, z: False)
+    monkeypatch.setattr(passes.TritonPasses, "drifts", lambda self, z: False)
     old, new, name = MUTANTS[mutant]
     source = Path(kernels.__file__).read_text()
     assert old in source

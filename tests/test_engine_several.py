@@ -9,7 +9,7 @@ import qtarget as qt
 from engine_cases import N, Outcome, assert_same, engine, hard, ignoring, oracle, outcome, preset_of
 from published import CASES
 from qtarget.losses.engine import chunks
-from qtarget.losses.engine.device_rows import FunctionPasses
+from qtarget.losses.engine.passes import FunctionPasses
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

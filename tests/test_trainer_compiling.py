@@ -6,7 +6,7 @@ from datasets import Dataset
 
 import qtarget as qt
 import tiny
-from qtarget.losses.engine import device_rows
+from qtarget.losses.engine import passes
 from qtarget.training import compiling
 from runs import trainer
 
@@ -45,9 +45,9 @@ def test_logits_of_a_run():
 def compiled(monkeypatch):
     """How often a pass was run through inductor."""
     calls = []
-    real = device_rows.FunctionPasses._run
+    real = passes.FunctionPasses._run
     monkeypatch.setattr(
-        device_rows.FunctionPasses, "_run", lambda self, name, *args: calls.append(name) or real(self, name, *args)
+        passes.FunctionPasses, "_run", lambda self, name, *args: calls.append(name) or real(self, name, *args)
     )
     return calls
 

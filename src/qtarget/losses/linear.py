@@ -11,7 +11,7 @@ from torch import Tensor
 from qtarget.errors import ConfigError, check_range
 from qtarget.losses import engine, inputs
 from qtarget.losses.engine import chunks, matmuls
-from qtarget.losses.engine.chunks import EngineCall, Result
+from qtarget.losses.engine.calls import EngineCall, Result
 from qtarget.losses.engine.sizes import check_chunk
 from qtarget.losses.heads import Head, TopK
 from qtarget.losses.inputs import (

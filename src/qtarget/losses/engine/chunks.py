@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,56 +19,20 @@ from qtarget.losses import inputs
 from qtarget.losses.engine import buffers, matmuls
 from qtarget.losses.engine.block import RowMath
 from qtarget.losses.engine.buffers import Places, RowResult, Rows, TopKRows
-from qtarget.losses.engine.device_rows import CannotCompile, DeviceRows, FunctionPasses, Part, Passes, TritonPasses
+from qtarget.losses.engine.calls import EngineCall, Result
+from qtarget.losses.engine.device_rows import DeviceRows, Part
 from qtarget.losses.engine.matmuls import HeadMatmuls, WeightGradient
+from qtarget.losses.engine.passes import CannotCompile, FunctionPasses, Passes, TritonPasses
 from qtarget.losses.engine.row_plan import RowPlan
 from qtarget.losses.engine.sizes import Sizes, block_rows, chunk_rows, device_memory, device_sizes
-from qtarget.losses.heads import Head, TopK
-from qtarget.losses.inputs import Checks, Tokens
+from qtarget.losses.heads import Head
 from qtarget.losses.output import ALL_STATISTICS, BASIC_STATISTICS
-from qtarget.targets import Target
 
 logger = logging.getLogger(__name__)
 
 # A chunk whose kept rows leave less than this share of it free is multiplied before the next logits are formed.
 _ROOM = 1 / 3
 _told: set[str] = set()
-
-
-@dataclass
-class EngineCall:
-    """One call of the engine: everything but the student's hidden states, head weight and bias."""
-
-    targets: tuple[Target, ...]
-    tokens: Tokens
-    aux: dict[str, Head | TopK]
-    vocab_size: int
-    logit_scale: float
-    logit_softcap: float | None
-    with_kl: bool
-    backend: str
-    compute: torch.dtype
-    aux_compute: dict[str, torch.dtype]
-    checks: Checks
-    rows_per_chunk: int | None = None
-    statistics: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class Result:
-    """Per-token loss and statistics [n], and the summed loss's gradients where they were asked for.
-
-    Attributes:
-        factor: what the gradients are still to be multiplied by: where that takes a pass over dW, it is the same pass
-            that multiplies by the incoming gradient.
-    """
-
-    loss: Tensor
-    stats: dict[str, Tensor]
-    d_hidden: Tensor | None = None
-    d_weight: Tensor | None = None
-    d_bias: Tensor | None = None
-    factor: Tensor | float = 1.0
 
 
 def run(

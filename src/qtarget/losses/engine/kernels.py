@@ -61,10 +61,10 @@ def sums(z: Tensor, o: Tensor, y: Tensor, case: Pass) -> tuple[Tensor, Tensor | 
     out = z.new_empty(len(TABLE), rows)
     groups = z.new_empty(rows, -(-width // GROUP)) if case.groups else None
     kept = out if groups is None else groups
-    c_z, c_o, c_b, slope, _ = case.coefficients
+    excess, c_o, c_b, slope, _ = case.coefficients
     _sums[(rows,)](
         z, o, y, out, kept,
-        z.stride(0), o.stride(0), out.stride(0), kept.stride(0), width, case.support, c_z, c_o, c_b, slope,
+        z.stride(0), o.stride(0), out.stride(0), kept.stride(0), width, case.support, excess, c_o, c_b, slope,
         POOLED=case.pooled, OTHER=case.other, OFFSET=case.offset, PAIR=case.pair, NARROW=_narrow(case, width),
         GROUP=GROUP if case.groups else 0, DOUBLE=z.dtype == torch.float64, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
@@ -98,19 +98,9 @@ def _log_sigmoid(x):
 
 
 @triton.jit
-def _pooled(z, o, z_y, c_z, c_o, slope, OTHER: tl.constexpr, OFFSET: tl.constexpr):
-    u = c_z * z
-    if OTHER:
-        u += c_o * o
-    if OFFSET:
-        u += _log_sigmoid(slope * (z - z_y))
-    return u
-
-
-@triton.jit
 def _sums(
     z_ptr, o_ptr, y_ptr, out_ptr, group_ptr,
-    z_stride, o_stride, out_stride, group_stride, width, support, c_z, c_o, c_b, slope,
+    z_stride, o_stride, out_stride, group_stride, width, support, excess, c_o, c_b, slope,
     POOLED: tl.constexpr, OTHER: tl.constexpr, OFFSET: tl.constexpr, PAIR: tl.constexpr, NARROW: tl.constexpr,
     GROUP: tl.constexpr, DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -124,8 +114,8 @@ def _sums(
     # Above what is absent, so that e^(NEVER − m) is 0 even in a row where nothing is left.
     m = tl.maximum(z_y, 0.5 * _NEVER)
     m_u = top
-    k_z = (z_y * 0 + c_z) * _LOG2E  # in the logits' dtype
-    k_b = (z_y * 0 + c_b) * _LOG2E
+    excess, c_o, c_b = z_y * 0 + excess, z_y * 0 + c_o, z_y * 0 + c_b  # in the logits' dtype
+    c_own = c_b + excess
     lanes = tl.arange(0, BLOCK)
     zero = tl.zeros([BLOCK], z_y.dtype)
     rest, dot, s_u, s_b, s_plain = zero, zero, zero, zero, zero
@@ -147,15 +137,17 @@ def _sums(
         dot = (dot + (m - m_new) * rest) * shrink + e * x
         rest = rest * shrink + e
         if PAIR:
-            s_b = s_b * tl.exp2(k_b * (m - m_new)) + tl.exp2(k_b * (z - m_new))
+            s_b = s_b * tl.exp2(c_b * (m - m_new) * _LOG2E) + tl.exp2(c_b * (z - m_new) * _LOG2E)
         if OFFSET:
-            s_plain = s_plain * tl.exp2(k_z * (m - m_new)) + tl.exp2(k_z * (z - m_new))
+            s_plain = s_plain * tl.exp2(c_own * (m - m_new) * _LOG2E) + tl.exp2(c_own * (z - m_new) * _LOG2E)
         m = m_new
         if POOLED:
-            o = z
+            u = c_own * z
             if OTHER:
                 o = tl.maximum(tl.load(o_ptr + v, mask=v < support, other=_NEVER).to(z.dtype), _NEVER)
-            u = _pooled(z, o, z_y, c_z, c_o, slope, OTHER, OFFSET)
+                u += c_o * (o - z)
+            if OFFSET:
+                u += _log_sigmoid(slope * (z - z_y))
             if NARROW:
                 u = tl.where(v < support, u, _NEVER)
             m_next = tl.maximum(m_u, tl.max(u, 0))
@@ -183,14 +175,14 @@ def _sums(
         s_student = total
         if PAIR:
             s_student = tl.sum(s_b, 0)
+        m_u -= c_own * m  # from here on relative, as d is
         tl.store(out_ptr + 5 * out_stride, m_u)
         tl.store(out_ptr + 6 * out_stride, s_u)
         tl.store(out_ptr + 13 * out_stride, tl.log(s_u))
         tl.store(out_ptr + 14 * out_stride, tl.log(s_student))
-        tl.store(out_ptr + 15 * out_stride, ((c_z + c_o) * m - m_u) - tl.log(s_u / s_student))
+        tl.store(out_ptr + 15 * out_stride, -tl.log(s_u / s_student))
         if OFFSET:
-            mass = tl.exp2((m_u - c_z * m) * _LOG2E) * (s_u / tl.sum(s_plain, 0))
-            tl.store(out_ptr + 16 * out_stride, mass)
+            tl.store(out_ptr + 16 * out_stride, tl.exp2(m_u * _LOG2E) * (s_u / tl.sum(s_plain, 0)))
 
 
 @triton.jit
@@ -226,7 +218,7 @@ def _kl_term(p, log_p, g, DOUBLE: tl.constexpr):
 @triton.jit
 def _gradient(
     z_ptr, o_ptr, y_ptr, place_ptr, table_ptr, weight_ptr, found_ptr, g_ptr,
-    z_stride, o_stride, g_stride, rows, width, support, c_z, c_o, c_b, slope, inv_cap,
+    z_stride, o_stride, g_stride, rows, width, support, excess, c_o, c_b, slope, inv_cap,
     POOLED: tl.constexpr, OTHER: tl.constexpr, OFFSET: tl.constexpr, PAIR: tl.constexpr, ONE_SHIFT: tl.constexpr,
     CAPPED: tl.constexpr, KL: tl.constexpr, WRITE: tl.constexpr, SKIPS: tl.constexpr, NARROW: tl.constexpr,
     DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
@@ -253,6 +245,7 @@ def _gradient(
         log_s_b = tl.load(table_ptr + 14 * rows)
         shift = tl.load(table_ptr + 15 * rows)
         b = tl.load(weight_ptr + rows)
+        excess, c_o, c_b = m * 0 + excess, m * 0 + c_o, m * 0 + c_b  # in the logits' dtype
     z_ptr += row * z_stride
     g_ptr += place * g_stride
     if OTHER:
@@ -266,7 +259,8 @@ def _gradient(
         v = start + lanes
         inside = v < width
         z = tl.load(z_ptr + v, mask=inside, other=_NEVER)
-        log2_p = (z - m) * _LOG2E - log_s * _LOG2E
+        x = z - m
+        log2_p = x * _LOG2E - log_s * _LOG2E
         p = tl.exp2(log2_p)
         g = a * p
         if (y >= start) & (y < start + BLOCK):  # one tile of a row
@@ -274,22 +268,20 @@ def _gradient(
         if POOLED or ONE_SHIFT:
             base = p
             if PAIR:
-                base = tl.exp2(c_b * (z - m) * _LOG2E - log_s_b * _LOG2E)
+                base = tl.exp2(c_b * x * _LOG2E - log_s_b * _LOG2E)
             if ONE_SHIFT:  # R is the student's shape times one number per row
                 d = zero + shift
                 R = tl.exp2(log2_p + shift * _LOG2E)
             else:
-                o = z
+                # from differences of logits, so that a teacher near the student loses no digits
+                d = excess * x
                 if OTHER:
                     o = tl.maximum(tl.load(o_ptr + v, mask=v < support, other=_NEVER).to(z.dtype), _NEVER)
-                u = _pooled(z, o, z_y, c_z, c_o, slope, OTHER, OFFSET)
-                R = tl.exp2((u - m_u) * _LOG2E - log_s_u * _LOG2E)
-                # from differences of logits, so that a teacher near the student loses no digits
-                d = (c_z + c_o - c_b) * (z - m) + shift
-                if OTHER:
                     d += c_o * (o - z)
                 if OFFSET:
                     d += _log_sigmoid(slope * (z - z_y))
+                R = tl.exp2((c_b * x + d - m_u) * _LOG2E - log_s_u * _LOG2E)
+                d = (d - m_u) + shift
             if NARROW:
                 R = tl.where(v < support, R, 0.0)
                 d = tl.where(v < support, d, _NEVER)
@@ -305,8 +297,8 @@ def _gradient(
         if KL:
             kl_q += _kl_term(p, log2_p * _LN2, g, DOUBLE)
         if CAPPED:
-            x = tl.minimum(tl.maximum(z * inv_cap, -1.0), 1.0)  # a logit that was taken out is beyond every cap
-            g *= 1 - x * x
+            share = tl.minimum(tl.maximum(z * inv_cap, -1.0), 1.0)  # a logit that was taken out is beyond every cap
+            g *= 1 - share * share
         if WRITE:
             tl.store(g_ptr + v, (g * factor).to(g_ptr.dtype.element_ty), mask=inside)
     # in the order of FOUND

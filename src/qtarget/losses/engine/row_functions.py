@@ -53,8 +53,10 @@ class Pass:
 
     @property
     def coefficients(self) -> tuple[float, ...]:
-        """The numbers that may differ between targets with the same flags."""
-        return (self.c_z, self.c_o, self.c_b, self.slope, 1 / (self.softcap or 1.0))
+        """The numbers that may differ between targets with the same flags: c_z + c_o − c_b, which is 0 for most and then
+        exactly so, c_o, c_b, the slope and 1/softcap."""
+        excess = self.c_z + self.c_o - self.c_b
+        return (excess if abs(excess) > 1e-12 else 0.0, self.c_o, self.c_b, self.slope, 1 / (self.softcap or 1.0))
 
     @property
     def flags(self) -> tuple[bool, ...]:
@@ -80,16 +82,16 @@ def sums(z: Tensor, o: Tensor, y: Tensor, c: Tensor, support: int, flags: tuple[
     if pair:
         found["s_b"] = _sum((c[2] * x).exp())
     if offset:
-        found["s_plain"] = _sum((c[0] * x).exp())
+        found["s_plain"] = _sum(((c[0] + c[2]) * x).exp())
     if pooled:
-        u = _pooled(z, _as_wide(o, z, support), z_y, c, support, other, offset)
+        u = c[2] * x + _gap(z, x, o, z_y, c, support, other, offset)
         m_u = u.amax(1, keepdim=True)
         found |= {"m_u": m_u.squeeze(1), "s_u": _sum((u - m_u).exp())}
-    found |= derived(found, c, pooled, pair)
+    found |= derived(found, pooled, pair)
     return torch.stack([found[name] for name in (*SUMS, *DERIVED)]), _group_maxima(z) if groups else None
 
 
-def derived(s: dict[str, Tensor], c: Tensor | None = None, pooled: bool = False, pair: bool = False) -> dict[str, Tensor]:
+def derived(s: dict[str, Tensor], pooled: bool = False, pair: bool = False) -> dict[str, Tensor]:
     """What follows from the sums of ``SUMS``, [r] each, by the names of ``DERIVED``."""
     x_y = s["z_y"] - s["m"]
     e_y = x_y.exp()
@@ -100,11 +102,10 @@ def derived(s: dict[str, Tensor], c: Tensor | None = None, pooled: bool = False,
     found["log_p_y"] = torch.where(rest_mass < 0.5, torch.log1p(-rest_mass.clamp(max=0.5)), x_y - log_s)
     found["entropy"] = log_s - (s["dot"] + e_y * x_y) / total
     if pooled:
-        assert c is not None
         s_b = s["s_b"] if pair else total
         found["log_s_u"], found["log_s_b"] = s["s_u"].log(), s_b.log()
-        found["shift"] = ((c[0] + c[1]) * s["m"] - s["m_u"]) - (s["s_u"] / s_b).log()
-        found["offset_mass"] = (s["m_u"] - c[0] * s["m"] + (s["s_u"] / s["s_plain"]).log()).exp()
+        found["shift"] = -(s["s_u"] / s_b).log()
+        found["offset_mass"] = s["m_u"].exp() * (s["s_u"] / s["s_plain"])
     return found
 
 
@@ -135,23 +136,20 @@ def gradient(
     if one_shift:  # an entry that was taken out gets its gradient elsewhere, the label's too
         label = torch.where(z.gather(1, y.unsqueeze(1)) < 0.5 * NEVER, 0.0, label)
     v = torch.arange(z.shape[1], device=z.device).unsqueeze(0)
-    log_p = (z - m) - s["log_s"]
+    x = z - m
+    log_p = x - s["log_s"]
     p = log_p.exp()
     g = torch.where(v == y.unsqueeze(1), label, a * p)
     found = dict.fromkeys(FOUND, torch.zeros_like(m.squeeze(1)))
     if pooled or one_shift:
-        base = (c[2] * (z - m) - s["log_s_b"]).exp() if pair else p
+        base = (c[2] * x - s["log_s_b"]).exp() if pair else p
         if one_shift:  # R is the student's shape times one number per row
             d, R = shift.expand_as(z), (log_p + shift).exp()
         else:
-            o = _as_wide(o, z, support)
-            R = (_pooled(z, o, z_y, c, support, other, offset) - s["m_u"] - s["log_s_u"]).exp()
-            # From differences of logits, so that a teacher near the student loses no digits.
-            d = (c[0] + c[1] - c[2]) * (z - m) + shift
-            if other:
-                d = d + c[1] * (o - z)
-            if offset:
-                d = d + torch.nn.functional.logsigmoid(c[3] * (z - z_y))
+            # The same rounded d as in the sums, so that R adds up to one however large the logits are.
+            d = _gap(z, x, o, z_y, c, support, other, offset)
+            R = ((c[2] * x + d - s["m_u"]) - s["log_s_u"]).exp()
+            d = (d - s["m_u"]) + shift
         if support < z.shape[1]:
             R, d = torch.where(v < support, R, 0.0), torch.where(v < support, d, NEVER)
         # B − R = −B (e^d − 1): by its series where d is small, so that nothing cancels
@@ -172,22 +170,20 @@ def gradient(
     return torch.stack([found[name] for name in FOUND])
 
 
-def _as_wide(o: Tensor, z: Tensor, support: int) -> Tensor:
-    """Another model's logits with as many columns as the student's; what is absent or ruled out is −1e30."""
-    o = o.narrow(1, 0, support).clamp(min=NEVER)
-    return torch.nn.functional.pad(o, (0, z.shape[1] - support), value=NEVER) if support < z.shape[1] else o
-
-
-def _pooled(z: Tensor, o: Tensor, z_y: Tensor, c: Tensor, support: int, other: bool, offset: bool) -> Tensor:
-    """u [r, v]: pooled logits, −1e30 beyond the columns the residual covers."""
-    u = c[0] * z
+def _gap(z: Tensor, x: Tensor, o: Tensor, z_y: Tensor, c: Tensor, support: int, other: bool, offset: bool) -> Tensor:
+    """d [r, v], the pooled logits less B's, x = z − m: from differences, so that a teacher near the student loses no
+    digits; −1e30 beyond the columns the residual covers."""
+    d = c[0] * x
     if other:
-        u = u + c[1] * o
+        o = o.narrow(1, 0, support).clamp(min=NEVER)  # what it rules out is −inf
+        if support < z.shape[1]:
+            o = torch.nn.functional.pad(o, (0, z.shape[1] - support), value=NEVER)
+        d = d + c[1] * (o - z)
     if offset:
-        u = u + torch.nn.functional.logsigmoid(c[3] * (z - z_y))
+        d = d + torch.nn.functional.logsigmoid(c[3] * (z - z_y))
     if support < z.shape[1]:
-        u = torch.where(torch.arange(z.shape[1], device=z.device).unsqueeze(0) < support, u, NEVER)
-    return u
+        d = torch.where(torch.arange(z.shape[1], device=z.device).unsqueeze(0) < support, d, NEVER)
+    return d
 
 
 def _near(z: Tensor) -> float:

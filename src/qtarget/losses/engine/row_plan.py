@@ -25,7 +25,7 @@ SUMS = (
     "rest",  # Σ e^(z − m) without the label, so that 1 − p_y keeps its digits where p_y is near 1
     "dot",  # Σ e^(z − m) (z − m) without the label
     "top",  # the largest logit but the label's
-    "m_u",  # the largest pooled logit u
+    "m_u",  # the largest pooled logit u = c_b (z − m) + d, d as below without its shift
     "s_u",  # Σ e^(u − m_u)
     "s_b",  # Σ e^(c_b (z − m))
     "s_plain",  # Σ e^(c_z (z − m)), the pool without its offset
@@ -38,7 +38,7 @@ DERIVED = (
     "entropy",
     "log_s_u",
     "log_s_b",
-    "shift",  # d = log R − log B = c_o (o − z) + (c_z + c_o − c_b)(z − m) [+ offset] + shift
+    "shift",  # log R − log B = d − m_u + shift, d = c_o (o − z) + (c_z + c_o − c_b)(z − m) [+ offset]
     "offset_mass",  # Σ q w of a pool with an offset w
 )
 TABLE = (*SUMS, *DERIVED)

@@ -180,7 +180,7 @@ class Entries:
         s = dict(zip(TABLE, table.unbind(0), strict=True))
         left, z_y = s["m"], torch.where(self.label_kept, self.z_label, s["z_y"])
         if padded:
-            log_outside = s["m_u"] + s["log_s_u"]
+            log_outside = left + s["m_u"] + s["log_s_u"]
         else:
             label = (z_y - left).exp().masked_fill(self.label_kept, 0.0)
             log_outside = (left + (s["rest"] + label).log()).clamp(min=NEVER)

@@ -1,0 +1,121 @@
+"""Who runs the two passes over a block's logits: Triton's kernels, or the pure functions, compiled by inductor."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qtarget.losses import inputs
+from qtarget.losses.engine import row_functions
+from qtarget.losses.engine.row_functions import Pass
+
+# Each combination of flags is a graph of its own, more than dynamo expects of one function.
+_MOST_GRAPHS = 256
+
+
+class CannotCompile(Exception):
+    """A pass that its compiler refuses on this machine."""
+
+
+class Passes(Protocol):
+    """Who runs the two passes."""
+
+    def sums(self, z: Tensor, o: Tensor, y: Tensor, case: Pass) -> tuple[Tensor, Tensor | None]: ...
+
+    def drifts(self, z: Tensor) -> bool:
+        """Whether sums in z's dtype leave log R's normaliser off by more than what is written is rounded by."""
+
+    def gradient(
+        self,
+        z: Tensor,
+        o: Tensor,
+        y: Tensor,
+        table: Tensor,
+        weights: Tensor,
+        case: Pass,
+        g: Tensor,
+        places: Tensor | None,
+    ) -> Tensor: ...
+
+
+class TritonPasses:
+    """The kernels."""
+
+    def __init__(self) -> None:
+        from qtarget.losses.engine import kernels
+
+        self._kernels = kernels
+
+    def _run(self, function: Any, *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except self._kernels.COMPILE_ERRORS as error:
+            raise CannotCompile(f"{type(error).__name__}: {error}") from error
+
+    def drifts(self, z):
+        return True
+
+    def sums(self, z, o, y, case):
+        return self._run(self._kernels.sums, z, o, y, case)
+
+    def gradient(self, z, o, y, table, weights, case, g, places):
+        return self._run(self._kernels.gradient, z, o, y, table, weights, case, g, places)
+
+
+class FunctionPasses:
+    """The pure functions, compiled by inductor or as they are."""
+
+    def __init__(self, compiled: bool = True):
+        self._compiled = compiled
+
+    def _run(self, name: str, *arguments: Any) -> Any:
+        if not self._compiled:
+            return getattr(row_functions, name)(*arguments)
+        from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor.exc import InductorError
+
+        try:
+            with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
+                return row_functions.compiled(name)(*arguments)
+        except (TorchDynamoException, InductorError) as error:
+            raise CannotCompile(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+
+    def drifts(self, z):
+        return z.dtype == torch.float64 or not inputs.on_host(z.device)  # there float32 is summed in float64
+
+    def sums(self, z, o, y, case):
+        c = _coefficients(case.coefficients, z.dtype, z.device)
+        return self._run("sums", z, o, y, c, case.support, case.flags)
+
+    def gradient(self, z, o, y, table, weights, case, g, places):
+        c = _coefficients(case.coefficients, z.dtype, z.device)
+        capped = case.softcap is not None
+        skips = case.write and places is not None
+        out = torch.empty_like(z, dtype=g.dtype) if skips else None if g is z else g.narrow(0, 0, z.shape[0])
+        arguments = (case.support, case.flags, capped, case.with_kl, out, case.write)
+        found = self._run("gradient", z, o, y, table, weights, c, *arguments)
+        if skips:  # −1 is the last row, which is there for rows without a gradient
+            g.index_put_((places,), out)
+        return found
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what waits for a device while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal", "masked_select")
+        return function(*args, **(kwargs or {}))
+
+
+@functools.lru_cache(256)
+def _coefficients(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the device, made once: a copy to it waits."""
+    return torch.tensor(values, dtype=dtype, device=device)
