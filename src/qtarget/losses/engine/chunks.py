@@ -80,15 +80,7 @@ class _Run:
         self.math = [self._math(number) for number in range(len(call.targets))]
         # Blocks of each target of which loss and statistics are still to be worked out, with their tokens.
         self.parts: list[tuple[DeviceRows, list[tuple[slice, Part]]]] = []
-        self.upstream, self.alpha, self.factor = upstream, call.logit_scale / matmuls.gradient_factor(call.compute), 1.0
-        if upstream is not None and self.beside:
-            # in the range of 16 bits, whatever a loss scale makes of it
-            largest = upstream.abs().amax().clamp(min=torch.finfo(torch.float32).tiny) if len(upstream) else 1.0
-            self.upstream, self.factor = upstream / largest, largest
-        if inputs.on_host(self.device):  # reading it costs nothing, and the matmul multiplies by it
-            self.alpha = self.alpha / float(divisor)
-        else:
-            self.factor = self.factor / divisor
+        self._scale(upstream, divisor)
         self._prepare(hidden, weight, bias)
 
     def _sizes(self, weight: Tensor) -> Sizes:
@@ -107,6 +99,22 @@ class _Run:
             rows = max(1, min(call.rows_per_chunk, n))
             sizes = replace(sizes, logits=rows, gradient=max(rows, sizes.gradient), block=rows)
         return sizes
+
+    def _scale(self, upstream: Tensor | None, divisor: Tensor | float) -> None:
+        """Where what the gradients are multiplied by goes: into each row of g, into the products, or into the pass that
+        multiplies by the incoming gradient."""
+        self.upstream, self.factor = upstream, 1.0
+        self.alpha = self.call.logit_scale / matmuls.gradient_factor(self.call.compute)
+        if upstream is not None and self.beside:
+            # in the range of 16 bits, whatever a loss scale makes of it
+            largest = upstream.abs().amax().clamp(min=torch.finfo(torch.float32).tiny) if len(upstream) else 1.0
+            self.upstream, self.factor = upstream / largest, largest
+        if not isinstance(divisor, Tensor) or inputs.on_host(self.device):
+            self.alpha = self.alpha / float(divisor)
+        elif self.beside and self.call.compute == torch.bfloat16:  # which has room for it below
+            self.upstream = (self.factor / divisor).to(self.dtype).expand(self.tokens.count)
+        else:
+            self.factor = self.factor / divisor
 
     def _prepare(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         n, sizes = self.tokens.count, self.sizes
@@ -131,8 +139,10 @@ class _Run:
             self.out.d_hidden = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
         self.d_weight = None
         if self.want[1]:
-            # One product of all of g may round to the weight's own 16 bits.
-            dtype = weight.dtype if sizes.whole and weight.dtype == self.call.compute else self.dtype
+            # One product of all of g may round to the weight's own 16 bits: to bfloat16, whose range a sum does not leave,
+            # and where nothing is left to multiply by, which would round again.
+            half = sizes.whole and weight.dtype == self.call.compute == torch.bfloat16
+            dtype = weight.dtype if half and not isinstance(self.factor, Tensor) else self.dtype
             out = torch.empty(weight.shape, dtype=dtype, device=self.device)
             self.d_weight = WeightGradient(out, sizes.whole)
         if self.want[2] and bias is not None:
@@ -331,7 +341,8 @@ class _Run:
         if g.dtype != self.call.compute and self.call.compute in matmuls.HALF:
             g = (g * matmuls.gradient_factor(self.call.compute)).to(self.call.compute)
         if self.out.d_hidden is not None:
-            self.out.d_hidden.index_copy_(0, places, self.head.d_hidden(g).mul_(self.alpha))
+            d_hidden = self.head.d_hidden(g)
+            self.out.d_hidden.index_copy_(0, places, d_hidden if self.alpha == 1 else d_hidden.mul_(self.alpha))
         if self.d_weight is not None:
             h = self.hidden.reshape(-1, self.hidden.shape[-1]).index_select(0, places)
             self.d_weight.add(g, h, self.alpha)

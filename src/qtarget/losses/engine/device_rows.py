@@ -290,11 +290,14 @@ def _top_k_entropy(z: Tensor, groups: Tensor | None, entries: top_k.Entries | No
         raise top_k_too_large(k, width)
     best = groups.topk(min(k, groups.shape[1]), dim=1).indices
     places = (best.unsqueeze(2) * GROUP + torch.arange(GROUP, device=z.device)).flatten(1)
-    values = z.gather(1, places.clamp(max=width - 1)).masked_fill(places >= width, float("-inf"))
+    if width % GROUP:  # the last group has fewer columns
+        values = z.gather(1, places.clamp(max=width - 1)).masked_fill(places >= width, NEVER)
+    else:
+        values = z.gather(1, places)
     if entries is not None:  # the entries that were taken out
         values = torch.cat([values, entries.z], 1)
     largest = values.topk(k, dim=1).values
-    gap = largest.narrow(1, 0, 1) - largest.narrow(1, 1, k - 1)
-    share = (-gap).exp()
+    gap = largest.narrow(1, 1, k - 1) - largest.narrow(1, 0, 1)
+    share = gap.exp()
     rest = share.sum(1)
-    return rest.log1p() + torch.where(share > 0, gap * share, 0.0).sum(1) / (1 + rest)
+    return rest.log1p() - (gap * share).sum(1) / (1 + rest)

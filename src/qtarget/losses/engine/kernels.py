@@ -22,6 +22,8 @@ from qtarget.losses.engine.row_plan import FOUND, NEVER, TABLE, WEIGHTS
 # Columns of a tile, and warps of a program.
 BLOCK = 2048
 WARPS = 8
+# Of a thread: where the compiler aims at fewer for more programs at a time, it spills a loop's sums.
+REGISTERS = 128
 
 _NEVER = tl.constexpr(NEVER)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -64,9 +66,10 @@ def sums(z: Tensor, o: Tensor, y: Tensor, case: Pass) -> tuple[Tensor, Tensor | 
     excess, c_o, c_b, slope, _ = case.coefficients
     _sums[(rows,)](
         z, o, y, out, kept,
-        z.stride(0), o.stride(0), out.stride(0), kept.stride(0), width, case.support, excess, c_o, c_b, slope,
+        z.stride(0), o.stride(0), out.stride(0), kept.stride(0), width, _reach(width, z), case.support, _reach(case.support, o), excess, c_o, c_b, slope,
         POOLED=case.pooled, OTHER=case.other, OFFSET=case.offset, PAIR=case.pair, NARROW=_narrow(case, width),
-        GROUP=GROUP if case.groups else 0, DOUBLE=z.dtype == torch.float64, BLOCK=BLOCK, num_warps=WARPS,
+        GROUP=GROUP if case.groups else 0, ODD=width % _VECTOR != 0, DOUBLE=z.dtype == torch.float64, BLOCK=BLOCK,
+        **_options(z),
     )  # fmt: skip
     return out, groups
 
@@ -79,12 +82,29 @@ def gradient(
     found = z.new_zeros(len(FOUND), rows)
     _gradient[(rows,)](
         z, o, y, y if places is None else places, table, weights, found, g,
-        z.stride(0), o.stride(0), g.stride(0), rows, width, case.support, *case.coefficients,
+        z.stride(0), o.stride(0), g.stride(0), rows, width, _reach(width, z, g), case.support, _reach(case.support, o),
+        *case.coefficients,
         POOLED=case.pooled, OTHER=case.other, OFFSET=case.offset, PAIR=case.pair, ONE_SHIFT=case.one_shift,
         CAPPED=case.softcap is not None, KL=case.with_kl, WRITE=case.write, SKIPS=places is not None,
-        NARROW=_narrow(case, width), DOUBLE=z.dtype == torch.float64, BLOCK=BLOCK, num_warps=WARPS,
+        NARROW=_narrow(case, width), ODD=width % _VECTOR != 0, DOUBLE=z.dtype == torch.float64, BLOCK=BLOCK,
+        **_options(z),
     )  # fmt: skip
     return found
+
+
+# Columns that loads and stores of 16 bytes come in, of the narrowest dtype.
+_VECTOR = 16
+
+
+def _reach(width: int, *tensors: Tensor) -> int:
+    """Columns up to which a row is read and written: whole vectors where its stride has room for them. What lies beyond
+    ``width`` is masked once it is in registers; a mask that ends within a vector would make every load a scalar."""
+    return min(-(-width // _VECTOR) * _VECTOR, *(tensor.stride(0) for tensor in tensors))
+
+
+def _options(z: Tensor) -> dict[str, int]:
+    """Of a launch; the interpreter knows no registers."""
+    return {"num_warps": WARPS} | ({"maxnreg": REGISTERS} if z.is_cuda else {})
 
 
 def _narrow(case: Pass, width: int) -> bool:
@@ -100,9 +120,9 @@ def _log_sigmoid(x):
 @triton.jit
 def _sums(
     z_ptr, o_ptr, y_ptr, out_ptr, group_ptr,
-    z_stride, o_stride, out_stride, group_stride, width, support, excess, c_o, c_b, slope,
+    z_stride, o_stride, out_stride, group_stride, width, reach, support, o_reach, excess, c_o, c_b, slope,
     POOLED: tl.constexpr, OTHER: tl.constexpr, OFFSET: tl.constexpr, PAIR: tl.constexpr, NARROW: tl.constexpr,
-    GROUP: tl.constexpr, DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, ODD: tl.constexpr, DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(y_ptr + row).to(tl.int32)
@@ -121,7 +141,9 @@ def _sums(
     rest, dot, s_u, s_b, s_plain = zero, zero, zero, zero, zero
     for start in tl.range(0, width, BLOCK):
         v = start + lanes
-        z = tl.load(z_ptr + v, mask=v < width, other=_NEVER)
+        z = tl.load(z_ptr + v, mask=v < reach, other=_NEVER)
+        if ODD:  # what was read beyond the row is nothing
+            z = tl.where(v < width, z, _NEVER)
         others = z
         if (y >= start) & (y < start + BLOCK):  # one tile of a row
             others = tl.where(v == y, _NEVER, z)
@@ -144,7 +166,7 @@ def _sums(
         if POOLED:
             u = c_own * z
             if OTHER:
-                o = tl.maximum(tl.load(o_ptr + v, mask=v < support, other=_NEVER).to(z.dtype), _NEVER)
+                o = tl.maximum(tl.load(o_ptr + v, mask=v < o_reach, other=_NEVER).to(z.dtype), _NEVER)
                 u += c_o * (o - z)
             if OFFSET:
                 u += _log_sigmoid(slope * (z - z_y))
@@ -218,10 +240,10 @@ def _kl_term(p, log_p, g, DOUBLE: tl.constexpr):
 @triton.jit
 def _gradient(
     z_ptr, o_ptr, y_ptr, place_ptr, table_ptr, weight_ptr, found_ptr, g_ptr,
-    z_stride, o_stride, g_stride, rows, width, support, excess, c_o, c_b, slope, inv_cap,
+    z_stride, o_stride, g_stride, rows, width, reach, support, o_reach, excess, c_o, c_b, slope, inv_cap,
     POOLED: tl.constexpr, OTHER: tl.constexpr, OFFSET: tl.constexpr, PAIR: tl.constexpr, ONE_SHIFT: tl.constexpr,
     CAPPED: tl.constexpr, KL: tl.constexpr, WRITE: tl.constexpr, SKIPS: tl.constexpr, NARROW: tl.constexpr,
-    DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
+    ODD: tl.constexpr, DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     place = row
@@ -257,8 +279,9 @@ def _gradient(
     size, lowest, kl, cross, drift, kl_q = zero, zero, zero, zero, zero, zero
     for start in tl.range(0, width, BLOCK):
         v = start + lanes
-        inside = v < width
-        z = tl.load(z_ptr + v, mask=inside, other=_NEVER)
+        z = tl.load(z_ptr + v, mask=v < reach, other=_NEVER)
+        if ODD:
+            z = tl.where(v < width, z, _NEVER)
         x = z - m
         log2_p = x * _LOG2E - log_s * _LOG2E
         p = tl.exp2(log2_p)
@@ -276,7 +299,7 @@ def _gradient(
                 # from differences of logits, so that a teacher near the student loses no digits
                 d = excess * x
                 if OTHER:
-                    o = tl.maximum(tl.load(o_ptr + v, mask=v < support, other=_NEVER).to(z.dtype), _NEVER)
+                    o = tl.maximum(tl.load(o_ptr + v, mask=v < o_reach, other=_NEVER).to(z.dtype), _NEVER)
                     d += c_o * (o - z)
                 if OFFSET:
                     d += _log_sigmoid(slope * (z - z_y))
@@ -300,7 +323,7 @@ def _gradient(
             share = tl.minimum(tl.maximum(z * inv_cap, -1.0), 1.0)  # a logit that was taken out is beyond every cap
             g *= 1 - share * share
         if WRITE:
-            tl.store(g_ptr + v, (g * factor).to(g_ptr.dtype.element_ty), mask=inside)
+            tl.store(g_ptr + v, (g * factor).to(g_ptr.dtype.element_ty), mask=v < reach)
     # in the order of FOUND
     found_ptr += row
     if POOLED or ONE_SHIFT:

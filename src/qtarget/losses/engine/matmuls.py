@@ -116,9 +116,7 @@ class WeightGradient:
         """out += alpha · gᵀ h; the first product writes, so that no pass fills ``out`` with zeros."""
         h = h.to(g.dtype)
         if self.whole and self.out.dtype == g.dtype:
-            torch.mm(g.t(), h, out=self.out)  # accumulated in float32 inside the product
-            if alpha != 1:
-                self.out.mul_(alpha)
+            self.out.addmm_(g.t(), h, beta=0, alpha=alpha)  # accumulated and scaled in float32 inside the product
         elif g.dtype in HALF:
             wide_addmm(self.out, g.t(), h, beta=1.0 if self.written else 0.0, alpha=alpha)
         else:
