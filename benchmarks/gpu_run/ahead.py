@@ -148,7 +148,9 @@ def _as_it_is(variant: Variant) -> Variant:
     """What a variant is known not to keep, so that anything else is noticed."""
     if variant.label == "kd at T=2, KL":  # only where every statistic is asked for
         return replace(variant, registers=160)
-    if variant.label == "teacher, padded":  # the other model's logits are told apart at a column that 16 does not divide
+    if (
+        variant.label == "teacher, padded"
+    ):  # the other model's logits are told apart at a column that 16 does not divide
         return replace(variant, wide=False)
     return variant
 
