@@ -270,10 +270,7 @@ def test_options(call, text, loss):
 
 
 @table(
-    backend=(
-        lambda: linear(backend="tritno"),
-        "backend is 'tritno'; did you mean 'triton'? valid: auto, compiled, torch, triton",
-    ),
+    backend=(lambda: linear(backend="tritno"), "backend is 'tritno'; did you mean 'triton'? valid: auto, compiled, torch, triton"),
     chunk_rows=(lambda: linear(chunk_rows=0), "chunk_rows is 0; use a whole number from 1, or None"),
     chunk_rows_real=(lambda: linear(chunk_rows=2.5), "chunk_rows is 2.5; use a whole number from 1, or None"),
     softcap=(lambda: linear(logit_softcap=0), "logit_softcap is 0; use a number above 0"),

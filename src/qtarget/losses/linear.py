@@ -235,7 +235,9 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: fl
         check_range("logit_softcap", softcap, 0, open_low=True)
 
 
-def _check_aux(name: str, other: object, tokens: Tokens, real: int, checks: Checks, targets: Sequence[Target]) -> None:
+def _check_aux(
+    name: str, other: object, tokens: Tokens, real: int, checks: Checks, targets: Sequence[Target]
+) -> None:
     if not isinstance(other, (Head, TopK)):
         raise ConfigError(f"{name} is a {type(other).__name__}; use qt.Head(hidden, weight) or qt.TopK(ids, logprobs)")
     if other.token_shape != tokens.shape:

@@ -23,6 +23,7 @@ from qtarget.losses.engine.row_plan import FOUND, GIVEN, NEVER, SUMS, RowPlan
 from qtarget.losses.output import simplex_tolerance
 from qtarget.targets import Target, TokenStats
 
+
 _MOST_GRAPHS = 256
 
 
