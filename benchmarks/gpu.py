@@ -5,8 +5,9 @@
                                                  # host reads, NVIDIA's memory and race checkers
     python benchmarks/gpu.py --only time --out build/gpu.json
 
-On a card of your own: NVIDIA, compute capability 8.0 or newer, with `make env` done; `make gpu-bench`. Peers that are not
-installed are named and left out: pip install liger-kernel cut-cross-entropy. Shapes that do not fit the card are named, too.
+On a card of your own: NVIDIA, compute capability 8.0 or newer, with `make env` done; `make gpu-bench`. Peers that are
+not installed are named and left out: pip install liger-kernel cut-cross-entropy. Shapes that do not fit the card are
+named, too.
 
 On a rented machine without a package index, from a source tree and with a torch of its own: here
 
@@ -16,15 +17,15 @@ then there, in the tree, with PYTHONPATH=src:
 
     python benchmarks/gpu.py --out gpu.json
 
-The file carries the device's name and every version. From a card that no results name yet it is welcome: open an issue in
-the repository with the file attached, or a pull request that adds it as benchmarks/results/gpu_<card>.json. A failure tells
-more than a pass.
+The file carries the device's name and every version. From a card that no results name yet it is welcome: open an issue
+in the repository with the file attached, or a pull request that adds it as benchmarks/results/gpu_<card>.json. A failure
+tells more than a pass.
 
-Each part runs in a process of its own with a deadline, and results are written as they come. Exit status: 0 nothing failed;
-1 a wrong number, a crash, or a limit missed; 3 nothing failed, but parts were cut or not reached.
+Each part runs in a process of its own with a deadline, and results are written as they come. Exit status: 0 nothing
+failed; 1 a wrong number, a crash, or a limit missed; 3 nothing failed, but parts were cut or not reached.
 
-Without a CUDA device the kernels run in Triton's interpreter against the oracle, and are compiled for compute capability 8.0
-and 9.0.
+Without a CUDA device the kernels run in Triton's interpreter against the oracle, and are compiled for compute capability
+8.0 and 9.0.
 """
 
 from __future__ import annotations
@@ -78,9 +79,7 @@ CHECKED = ("environment", "compile", "correctness", "host reads")
 # Where nothing else waits for its turn, a slower card has time for every case.
 CHECK_TIMES = 3.0
 WITHOUT_DEVICE = (Part("interpreter", interpreter.run, 60), Part("compile", compiling.run, 180))
-NO_DEVICE = (
-    "No CUDA device is here: the kernels run in Triton's interpreter and are compiled ahead, and nothing is timed."
-)
+NO_DEVICE = "No CUDA device is here: the kernels run in Triton's interpreter and are compiled ahead; nothing is timed."
 NO_TRITON = "triton is not installed, so the kernels can be neither run nor compiled: pip install triton"
 
 

@@ -2,21 +2,22 @@
 
     python -m gpu_run.ahead 80 90         # from benchmarks/; compute capability 8.0 and 9.0, a line for each variant
 
-A launch is what the wrappers of ``kernels.py`` make of it: they are called with tensors without data and a stand-in for the
-kernel, so that argument types, flags and warps are theirs. ptxas and cuobjdump come with Triton. TRITON_INTERPRET must not be
-set.
+A launch is what the wrappers of ``kernels.py`` make of it: they are called with tensors without data and a stand-in for
+the kernel, so that argument types, flags and warps are theirs. ptxas and cuobjdump come with Triton. TRITON_INTERPRET
+must not be set.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -155,8 +156,8 @@ def _as_it_is(variant: Variant) -> Variant:
     return variant
 
 
-def compile_all(arch: int, workers: int | None = None, only: str = "") -> list[Report]:
-    """Every variant compiled for compute capability ``arch`` / 10, ``workers`` at a time (default: the CPU's cores).
+def compile_all(arch: int, workers: int = 1, only: str = "") -> list[Report]:
+    """Every variant compiled for compute capability ``arch`` / 10, in ``workers`` forks of this process.
 
     Args:
         only: leaves out the variants in whose name it does not stand.
@@ -167,14 +168,18 @@ def compile_all(arch: int, workers: int | None = None, only: str = "") -> list[R
     return list(compiling(arch, workers, only))
 
 
-def compiling(arch: int, workers: int | None = None, only: str = "") -> Iterator[Report]:
+def compiling(arch: int, workers: int = 1, only: str = "") -> Iterator[Report]:
     """As ``compile_all``, each report as it comes."""
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise RuntimeError("TRITON_INTERPRET is set, under which nothing is compiled; start without it")
     chosen = [variant for variant in variants() if only in f"{variant.kernel} {variant.label}"]
-    launches = [captured(variant) for variant in chosen]  # before there are threads: the kernels are replaced meanwhile
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        yield from pool.map(lambda both: _report(*both, arch), zip(chosen, launches, strict=True))
+    report = functools.partial(_report, arch=arch)
+    if workers == 1:
+        yield from map(report, chosen)
+        return
+    # Forks, not threads: compiled by threads, the same kernel came out with 128 registers or with 143.
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        yield from pool.imap(report, chosen)
 
 
 # -- what a wrapper launches -------------------------------------------------------------------------------------------
@@ -265,7 +270,8 @@ def compiled(launch: Launch, arch: int) -> Any:
 # -- what came of it ---------------------------------------------------------------------------------------------------
 
 
-def _report(variant: Variant, launch: Launch, arch: int) -> Report:
+def _report(variant: Variant, arch: int) -> Report:
+    launch = captured(variant)
     flags = sorted(name for name, value in launch.constants.items() if value and name != "BLOCK")
     g = "" if variant.kernel == "sums" else str(variant.g).removeprefix("torch.")
     report = Report(variant.kernel, variant.label, arch, flags, g)
@@ -347,7 +353,7 @@ def main(arguments: list[str]) -> int:
     only = next((argument.removeprefix("--only=") for argument in arguments if argument.startswith("--only=")), "")
     faults = 0
     for arch in [int(argument) for argument in arguments if argument.isdigit()] or [80, 90]:
-        for report in compiling(arch, only=only):
+        for report in compiling(arch, os.cpu_count() or 1, only):
             faults += len(report.faults)
             print(json.dumps(asdict(report)) if as_json else line(report), flush=True)
             if not as_json:

@@ -1,4 +1,4 @@
-"""Every kernel compiled ahead, on all cores at once, and inductor's graphs for the times, so that later parts find them."""
+"""Every kernel compiled ahead, on all cores at once, and inductor's graphs for the times: later parts find them."""
 
 from __future__ import annotations
 

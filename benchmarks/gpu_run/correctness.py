@@ -1,4 +1,4 @@
-"""Every published case on this device against the oracle, by several processes at once; then what needs a size of its own."""
+"""Every published case on this device against the oracle, by several processes at once, and what needs its own size."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
 """Runs the parts one after another, each in a process of its own that is ended at its deadline.
 
-A part may crash the process, hang in a kernel, or leave the device's context unusable: the next one starts from a fresh fork
-of this process, which has imported everything and has not touched the device. Results come through a pipe and are written as
-they come.
+A part may crash the process, hang in a kernel, or leave the device's context unusable: the next one starts from a fresh
+fork of this process, which has imported everything and has not touched the device. Results come through a pipe and are
+written as they come.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -101,10 +102,8 @@ def _stop(programs: list[subprocess.Popen]) -> None:
 
 
 def _signal_group(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def _ending(code: int | None) -> str:

@@ -1,7 +1,7 @@
 """The timed targets as one writes them by hand on full logits, gradients by autograd: what an engine has to beat.
 
-Logits come in the head's dtype and are cast to float32 for the softmax, as Hugging Face's models do. ``torch.compile`` gets
-the same functions. Shapes: logits [N, V], labels [N], loss a scalar.
+Logits come in the head's dtype and are cast to float32 for the softmax, as Hugging Face's models do. ``torch.compile``
+gets the same functions. Shapes: logits [N, V], labels [N], loss a scalar.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How often a call waits for the device, and what NVIDIA's memory and race checkers say of the kernels.
 
-PyTorch warns of each read of a number from the device. Two are allowed in a call with its backward: one before the chunks,
-that counts the supervised tokens, and one after them, for faults.
+PyTorch warns of each read of a number from the device. Two are allowed in a call with its backward: one before the
+chunks, that counts the supervised tokens, and one after them, for faults.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _reads(x: Inputs, target, given: dict, backend: str, half: bool, device: tor
 
 
 def start_checkers(settings: Settings) -> list[subprocess.Popen]:
-    """Start the checkers on a tiny run, each with a file of what it printed and one of how it ended; they take a while."""
+    """Start the checkers on a tiny run, each with a file of what it printed and one of how it ended."""
     tool = shutil.which("compute-sanitizer") or _beside_nvcc()
     if settings.device.type != "cuda" or tool is None:
         return []

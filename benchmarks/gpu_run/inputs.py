@@ -98,8 +98,9 @@ class Timed:
         return 4 if self.source == "head" else 3
 
     def teacher(self, x: Inputs) -> dict[str, Any]:
-        given = {"": {}, "head": {"teacher": x.teacher}}
-        return given[self.source] if self.source in given else {"teacher": x.kept}
+        if not self.source:
+            return {}
+        return {"teacher": x.teacher if self.source == "head" else x.kept}
 
 
 TIMED = (

@@ -1,4 +1,4 @@
-"""The kernels in Triton's interpreter, on a CPU in float64, against the oracle: their formulas, masks and glue, not their speed.
+"""The kernels in Triton's interpreter, on a CPU in float64, against the oracle: their formulas, masks and glue.
 
 Run as a program of its own with TRITON_INTERPRET=1, since Triton reads that when it is imported.
 """

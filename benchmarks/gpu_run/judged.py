@@ -222,7 +222,7 @@ def by_oracle(batch: Batch, target: qt.Target, **options: Any) -> Outcome:
 
 
 def by_hand(batch: Batch, target: qt.Target) -> dict[str, Tensor | None]:
-    """Gradients of a loss with float32 logits whose g is rounded to 16 bits before dH and dW, and these to their inputs'."""
+    """Gradients of a loss with float32 logits: g rounded to 16 bits before dH and dW, and these to their inputs' dtype."""
     h, w = batch.rounded(batch.hidden).float(), batch.rounded(batch.weight).float()
     flat = h @ w.T if batch.bias is None else h @ w.T + batch.bias.float()
     flat = flat.requires_grad_()
@@ -261,7 +261,7 @@ def _after(out: LossOutput, leaves: list[Tensor | None]) -> Outcome:
 
 @dataclass
 class Verdict:
-    """Errors of one job's gradients relative to the oracle, beside those of the loss by hand; what is wrong, if anything."""
+    """Errors of one job's gradients relative to the oracle, those of the loss by hand, and what is wrong."""
 
     job: Job
     errors: dict[str, float] = field(default_factory=dict)

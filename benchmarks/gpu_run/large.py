@@ -1,4 +1,4 @@
-"""What has to be right at a size of its own: other tiles, a vocabulary of 262,144, more than 2³¹ logits, several targets."""
+"""What has to be right at a size of its own: several targets, other tiles, 262,144 tokens, more than 2³¹ logits."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Who computes a timed target: qtarget's backends, and what else there is. Each method gives a loss to call backward on.
 
-Peers are imported when a method is made, so that one that is not installed is reported and nothing else is lost. Liger's and
-Apple's kernels run on GPUs only; their calls follow liger-kernel 0.8.5 and cut-cross-entropy 25.1.1.
+Peers are imported when a method is made, so that one that is not installed is reported and nothing else is lost. Liger's
+and Apple's kernels run on GPUs only; their calls follow liger-kernel 0.8.5 and cut-cross-entropy 25.1.1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gpu_run import full_logits
 from gpu_run.inputs import TIMED, Inputs, Timed, timed
 
 Loss = Callable[[Inputs], Tensor]
-# For which inductor is asked, on full logits and for qtarget's row functions: each costs a compile of ten seconds or more.
+# For which inductor is asked, on full logits and for qtarget's row functions: each compiles for ten seconds or more.
 COMPILED = ("dft", "target-sft")
 
 

@@ -54,7 +54,7 @@ class Part:
 
 
 class Talk:
-    """What a part says: rows, failures, notes. ``send`` takes each away at once, so that none is lost with the process."""
+    """What a part says: rows, failures, notes. ``send`` takes each away at once: none is lost with the process."""
 
     def __init__(self, settings: Settings, send: Callable[[dict], None], seconds: float):
         self.settings, self._send = settings, send

@@ -24,7 +24,7 @@ FAR = 0.25
 
 @dataclass(frozen=True)
 class Stage:
-    """A shape, whether inductor's methods take part, and the limits of R for a student's target and one with a teacher."""
+    """A shape, whether inductor's methods take part, and the limits of R for a target without and with a teacher."""
 
     shape: Shape
     compiled: bool = False
