@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -20,6 +21,9 @@ ENTRY = Path(__file__).parent.parent
 def run(talk: Talk) -> None:
     """For this device's compute capability; without one for 8.0 and 9.0."""
     settings = talk.settings
+    if importlib.util.find_spec("triton") is None:
+        talk.note("triton is not installed: no kernel was compiled")
+        return
     if settings.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(settings.device)
         architectures = [10 * major + minor]

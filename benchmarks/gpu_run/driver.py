@@ -8,6 +8,7 @@ written as they come.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ from gpu_run.record import CRASHED, CUT, DONE, Found, Part, Record, Settings, Ta
 _fork = multiprocessing.get_context("fork")
 # After its deadline a part has so long to end by itself.
 GRACE_SECONDS = 2.0
+_PR_SET_PDEATHSIG = 1
 
 
 def run_parts(parts: list[Part], settings: Settings, record: Record, seconds: float) -> None:
@@ -106,6 +108,12 @@ def _signal_group(pid: int, number: int) -> None:
         os.killpg(pid, number)
 
 
+def _end_with_parent() -> None:
+    """On Linux a process may ask to be ended when the one that started it is."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _ending(code: int | None) -> str:
     if code is not None and code < 0:
         return f"signal {signal.Signals(-code).name}"
@@ -114,6 +122,7 @@ def _ending(code: int | None) -> str:
 
 def _child(part: Part, settings: Settings, pipe: Connection, seconds: float) -> None:
     os.setsid()  # a group of its own, so that it ends with all it started
+    _end_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     faulthandler.enable()
     torch.set_num_threads(1 if settings.device.type == "cpu" else max(1, (os.cpu_count() or 2) // 2))
