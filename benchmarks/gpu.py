@@ -74,6 +74,7 @@ PARTS = (
     Part("time", timing.run, 150),
     Part("training", training.run, 90),
     Part("profile", profiled.run, 25),
+    Part("bytes", profiled.count_bytes, 45),
 )
 CHECKED = ("environment", "compile", "correctness", "host reads")
 # Where nothing else waits for its turn, a slower card has time for every case.

@@ -73,10 +73,10 @@ def test_every_part_runs_in_small(tmp_path):
     assert status == 0, said
     assert "nothing failed" in said
     parts = parts_of(tmp_path / "gpu.json")
-    assert len(parts) == 9
+    assert len(parts) == 10
     for name, part in parts.items():
         assert part["state"] == "done", (name, part["error"])
-        assert part["rows"] or name == "compile", name
+        assert part["rows"] or name in ("compile", "bytes"), name
     trained = [row for row in parts["training"]["rows"] if "losses" in row]
     assert len(trained) == 4
 

@@ -144,7 +144,12 @@ class _Stage:
                     wide.hidden.grad = wide.weight.grad = None
                     return under_autocast(wide, one, own)
 
-                loss(x).backward()
+                try:
+                    loss(x).backward()
+                except Exception as error:
+                    first = (str(error).splitlines() or [""])[0][:200]
+                    self.talk.note(f"{self.stage.shape}: {method.key}: {type(error).__name__}: {first}")
+                    continue
                 self.losses[method.key], self.methods[method.key] = loss, method
 
     def _rounds(self) -> dict[str, dict]:
