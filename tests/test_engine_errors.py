@@ -1,6 +1,8 @@
 """What the losses say when asked for something wrong: one sentence with the field, its value and the mend."""
 
+import importlib.util
 import math
+import shutil
 from functools import partial
 
 import pytest
@@ -270,8 +272,52 @@ def test_options(call, text, loss):
 
 
 @table(
-    backend=(lambda: linear(backend="tritno"), "backend is 'tritno'; did you mean 'triton'? valid: auto, compiled, torch, triton"),
+    backend=(
+        lambda: linear(backend="tritno"),
+        "backend is 'tritno'; did you mean 'triton'? valid: auto, compiled, torch, triton",
+    ),
     chunk_rows=(lambda: linear(chunk_rows=0), "chunk_rows is 0; use a whole number from 1, or None"),
+    chunk_rows_huge=(
+        lambda: linear(chunk_rows=2**31 // 67 + 1),
+        "chunk_rows is 32051995, which makes 32051995 × 67 logits, more than 2^31 − 1; use at most 32051994, or None",
+    ),
+    labels_elsewhere=(
+        lambda: linear(labels=LABELS.to("meta")),
+        "labels is on meta and hidden on cpu; move it with .to('cpu')",
+    ),
+    teacher_elsewhere=(
+        lambda: linear("kd", teacher=qt.Head(BATCH.hidden.to("meta"), BATCH.weight.to("meta"))),
+        "teacher's hidden is on meta and hidden on cpu; move it with .to('cpu')",
+    ),
+    top_k_elsewhere=(
+        lambda: kd(logprobs=LOGPROBS.to("meta")),
+        "teacher's logprobs is on meta and hidden on cpu; move it with .to('cpu')",
+    ),
+    no_targets=(lambda: linear(target=[]), "target is an empty list; pass one target or more"),
+    which_missing=(
+        lambda: linear(target=[qt.preset("sft"), qt.preset("dft")]),
+        "target is a list of 2; pass which=, an int64 tensor of the labels' shape with the number of each token's target",
+    ),
+    which_alone=(
+        lambda: linear(which=torch.zeros_like(LABELS)),
+        "which numbers the targets of a list, and target is a single one; pass target as a list",
+    ),
+    which_float=(
+        lambda: linear(target=[qt.preset("sft")], which=torch.zeros(N)),
+        "which has dtype torch.float32; use a torch.int64 tensor of the labels' shape",
+    ),
+    which_shape=(
+        lambda: linear(target=[qt.preset("sft")], which=torch.zeros(5, dtype=torch.int64)),
+        "which has shape [5]; labels ask for [12]",
+    ),
+    which_too_large=(
+        lambda: linear(target=[qt.preset("sft")], which=torch.full((N,), 3)),
+        "which holds 3; there are 1 targets, use numbers from 0 to 0",
+    ),
+    second_target_s_needs=(
+        lambda: linear(target=[qt.preset("sft"), qt.preset("kd")], which=torch.ones(N, dtype=torch.int64)),
+        "target kd(temperature=1.0) needs a teacher and got none; pass teacher=qt.Head(hidden, weight)",
+    ),
     chunk_rows_real=(lambda: linear(chunk_rows=2.5), "chunk_rows is 2.5; use a whole number from 1, or None"),
     softcap=(lambda: linear(logit_softcap=0), "logit_softcap is 0; use a number above 0"),
     width=(
@@ -494,3 +540,54 @@ def test_a_rule_may_return_a_mask(loss):
         for rule in (lambda stats: stats.log_p_y > -3, lambda stats: (stats.log_p_y > -3).double())
     )
     assert torch.equal(mask, numbers)
+
+
+# ---- backends that cannot run here
+
+
+@pytest.mark.parametrize(
+    "backend, hide, text",
+    [
+        (
+            "triton",
+            "triton",
+            "backend is 'triton', which needs the package triton; use 'auto', which takes what runs here",
+        ),
+        ("triton", "interpreter", "backend is 'triton', which needs a CUDA device and hidden is on cpu; use 'auto'"),
+        ("compiled", "compiler", "backend is 'compiled', which needs a C++ compiler on a CPU; use 'auto'"),
+    ],
+)
+def test_a_backend_that_cannot_run(backend, hide, text, monkeypatch):
+    find = importlib.util.find_spec
+    if hide == "triton":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    if hide == "interpreter":
+        monkeypatch.setattr(pytest.importorskip("triton").knobs.runtime, "interpret", False)
+    if hide == "compiler":
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+    expect(lambda: linear(backend=backend), text)
+    assert torch.isfinite(linear().loss)  # auto runs all the same
+
+
+@pytest.mark.parametrize(
+    "version, capability, text",
+    [
+        ("3.9.0", (9, 0), "cannot be compiled by triton 3.9.0 for compute capability 9.0"),
+        ("3.7.1", (7, 5), "needs compute capability 8.0 or newer and the device has 7.5"),
+        ("3.7.1", (9, 0), None),
+        ("3.9.0", (8, 0), None),
+    ],
+)
+def test_devices_that_cannot_run_the_kernels(version, capability, text, monkeypatch):
+    triton = pytest.importorskip("triton")
+    from qtarget.losses.engine import choose, kernels
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cuda = torch.device("cuda")
+    assert kernels.can_run(cuda) == text
+    assert choose("auto", cuda, torch.float32) == ("triton" if text is None else "torch")
+    assert choose("auto", cuda, torch.float64) == "torch"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert choose("auto", cuda, torch.float32) == "compiled"

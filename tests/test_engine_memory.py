@@ -15,6 +15,7 @@ import qtarget as qt
 from engine_cases import assert_same, engine, oracle, ordinary, project
 from qtarget.losses.engine import buffers, matmuls, sizes
 from qtarget.losses.engine.buffers import Scratch
+from qtarget.losses.engine.matmuls import HeadMatmuls
 from qtarget.losses.engine.sizes import block_rows, chunk_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -159,11 +160,11 @@ def test_chunk_rule_knows_no_width():
 
 
 def sizes_of_chunks(monkeypatch, batch, **options):
-    sizes = []
-    real = chunks.logits_into
-    monkeypatch.setattr(chunks, "logits_into", lambda out, *rest: (sizes.append(out.shape[0]), real(out, *rest))[1])
+    seen = []
+    real = HeadMatmuls.logits
+    monkeypatch.setattr(HeadMatmuls, "logits", lambda self, h, out: (seen.append(len(h)), real(self, h, out))[1])
     engine(batch, qt.preset("dft"), **options)
-    return sizes
+    return seen
 
 
 @pytest.mark.parametrize("width", [2, 64])

@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,7 @@ def _figures(found: Any, asked: Options, rows: Any) -> dict[str, Any]:
     config, model = found.asked.config, found.asked.model
     work = dry_run.workload_of(found)
     assert work is not None  # run() has looked
+    work = replace(work, gpu_memory=int(asked.gpu_memory * 2**30))
     room = _ROOM * asked.gpu_memory * 2**30
     kinds = dry_run.layouts(found.gpus)
     held = {
@@ -228,8 +229,6 @@ def _cache(
     found: Any, work: Any, k: int, rows: Any, step: dict[str, float], batch: float, total: int | None
 ) -> dict[str, Any] | None:
     """What a cache in place of the teacher's models would change; None where there are none to replace."""
-    from dataclasses import replace
-
     from qtarget.cli import dry_run
     from qtarget.planning import memory
     from qtarget.training import cache_build

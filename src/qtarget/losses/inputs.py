@@ -23,15 +23,20 @@ _HOW_TO_GIVE = {
 _SERVES = {"old_logps": "old_policy"}
 
 
+def on_host(device: torch.device) -> bool:
+    """Whether a number of a tensor can be read without waiting for a queue of kernels."""
+    return device.type == "cpu"
+
+
 class Checks:
     """Faults of what a user passed, each as one sentence.
 
-    On a CPU a check is looked at when it is added. On a device reading a number waits for every kernel before it, so checks
-    are gathered there and read together, once.
+    On a CPU a check is looked at when it is added. On a device reading a number waits for every kernel before it, so
+    checks are gathered there and read together, once.
     """
 
     def __init__(self, device: torch.device):
-        self._waits = device.type != "cpu"
+        self._waits = not on_host(device)
         self._pending: list[tuple[int, Callable[..., str | None]]] = []
         self._numbers: list[Tensor] = []
 

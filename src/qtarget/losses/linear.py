@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qtarget.errors import ConfigError, check_range
-from qtarget.losses import engine
+from qtarget.losses import engine, inputs
 from qtarget.losses.engine import chunks, matmuls
 from qtarget.losses.engine.chunks import EngineCall, Result
 from qtarget.losses.engine.sizes import check_chunk
@@ -74,7 +74,7 @@ def linear_target_loss(
         reduction: "mean" divides by ``num_items``, else by the supervised labels; weights never enter it.
         stats: "basic", or "all" to add kl_q.
         backend: who does the rows' mathematics: "auto"; "torch", which runs everywhere; "triton", on NVIDIA's GPUs;
-            "compiled", by inductor, after some ten seconds. Logits are float32 (float64 for float64 inputs) in all of them.
+            "compiled", by inductor, after some ten seconds. Logits are float32 in all of them (float64 for float64).
         chunk_rows: tokens per chunk; None takes them from the device and the memory budget.
 
     Returns:
@@ -172,8 +172,8 @@ class _LinearTargetLoss(torch.autograd.Function):
 
 def _scaled(result: Result, factor: Tensor | float, dtypes: tuple) -> list[Tensor | None]:
     """The gradients times the factor in their inputs' dtypes, in one pass."""
-    on_host = not isinstance(factor, Tensor) or factor.device.type == "cpu"
-    one = on_host and float(factor) == 1  # asking a device would wait for it
+    readable = not isinstance(factor, Tensor) or inputs.on_host(factor.device)
+    one = readable and float(factor) == 1  # asking a device would wait for it
     scaled: list[Tensor | None] = []
     for gradient, dtype in zip((result.d_hidden, result.d_weight, result.d_bias), dtypes, strict=True):
         if gradient is None:
@@ -193,8 +193,8 @@ def _targets(target: Target | Sequence[Target], which: Tensor | None) -> tuple[T
             raise ConfigError("target is an empty list; pass one target or more")
         if which is None and len(target) > 1:
             raise ConfigError(
-                f"target is a list of {len(target)}; pass which=, an int64 tensor of the labels' shape with the number of "
-                "each token's target"
+                f"target is a list of {len(target)}; pass which=, an int64 tensor of the labels' shape with the number "
+                "of each token's target"
             )
         return tuple(target)
     if which is not None:
@@ -235,9 +235,7 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: fl
         check_range("logit_softcap", softcap, 0, open_low=True)
 
 
-def _check_aux(
-    name: str, other: object, tokens: Tokens, real: int, checks: Checks, targets: Sequence[Target]
-) -> None:
+def _check_aux(name: str, other: object, tokens: Tokens, real: int, checks: Checks, targets: Sequence[Target]) -> None:
     if not isinstance(other, (Head, TopK)):
         raise ConfigError(f"{name} is a {type(other).__name__}; use qt.Head(hidden, weight) or qt.TopK(ids, logprobs)")
     if other.token_shape != tokens.shape:

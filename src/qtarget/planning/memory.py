@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qtarget.losses.engine.sizes import block_rows, chunk_rows
+from qtarget.losses.engine.sizes import Sizes, block_rows, chunk_rows, device_sizes
 from qtarget.planning.shapes import Shape
 
 PARTS = ("weights", "gradients", "optimiser", "gathered", "teacher", "reference", "engine", "activations")
@@ -53,7 +53,7 @@ class Workload:
         mixed: whether float32 weights compute in half precision (bf16 or fp16 in the settings).
         accumulates: whether a step has several micro-batches, so that gradients are there from its first on.
         repeats_heads: whether attention lays out key and value once for each query head: sdpa does, for padded rows.
-        device: "cuda" or "cpu", of which the engine's chunks depend.
+        device: "cuda" or "cpu", and gpu_memory: bytes of a GPU, on which the engine's chunks depend.
     """
 
     student: Shape
@@ -72,6 +72,7 @@ class Workload:
     accumulates: bool = True
     repeats_heads: bool = True
     device: str = "cuda"
+    gpu_memory: int = 80 << 30
 
     @property
     def others(self) -> list[tuple[Shape, int]]:
@@ -114,7 +115,7 @@ def estimate(work: Workload, kind: str) -> dict[str, int]:
             parts[name] += each * shape.parameters // (gpus if kind == "fsdp2" else 1)
             if kind == "fsdp2":
                 parts["gathered"] += each * (shape.root_parameters + 2 * shape.layer_parameters)
-    parts["engine"] = _buffers(work) + _formed(work, kind)
+    parts["engine"] = _buffers(work, kind) + _formed(work, kind)
     parts["activations"] = _activations(work, kind)
     return parts
 
@@ -149,7 +150,7 @@ def stages(work: Workload, kind: str = "ddp") -> dict[str, int]:
 
 def kept_buffers(work: Workload) -> int:
     """Bytes of the engine's buffers that a CPU keeps from call to call: a process's first step makes them."""
-    return _buffers(work) if work.device == "cpu" else 0
+    return _buffers(work, "ddp") if work.device == "cpu" else 0
 
 
 def _own(work: Workload, kind: str) -> int:
@@ -167,23 +168,54 @@ def _always(work: Workload, kind: str, gradients: int) -> int:
 # -- the engine ----------------------------------------------------------------------------------------------------
 
 
-def _buffers(work: Workload) -> int:
-    """Logits of a chunk for each model, and scratch for a block of rows."""
-    device = torch.device(work.device)
-    count = work.tokens if work.supervised is None else work.supervised
-    vocab = max([work.student.vocab, *(shape.vocab for shape, _ in work.others)])
+def _buffers(work: Workload, kind: str) -> int:
+    """Logits of a chunk for each model; beside them a gradient in 16 bits, or scratch for a block of rows."""
+    device, vocab = torch.device(work.device), _vocab(work)
     models = 1 + bool(work.teachers) + bool(work.references)
-    rows = chunk_rows(count, vocab, models, _SINGLE, device)
+    cut = _device_cut(work, kind)
+    if cut is not None:
+        return (models * _SINGLE * cut.logits + _HALF * cut.gradient) * vocab
+    rows = chunk_rows(_tokens(work), vocab, models, _SINGLE, device)
     scratch = (2 if models == 1 else 4) * block_rows(rows, vocab, _SINGLE, device)
     return (models * rows + scratch) * vocab * _SINGLE
 
 
 def _formed(work: Workload, kind: str) -> int:
-    """The head's gradient in float32, the student's last hidden states twice with their gradient, the others' twice."""
-    head = work.student.vocab * work.student.width * _SINGLE if work.trained is None else 0
-    hidden = 3 * _stream(work, kind) * work.student.width
+    """The head's gradient, a 16-bit copy of a float32 head, the student's last hidden states twice with their gradient in
+    float32, the others' twice."""
+    cut, student = _device_cut(work, kind), work.student
+    head = 0
+    if work.trained is None:
+        rounded = cut is not None and cut.whole and _in_half(work, kind)
+        head = student.vocab * student.width * (_HALF if rounded else _SINGLE)
+    hidden = (2 * _stream(work, kind) + _SINGLE) * student.width
     hidden += sum(2 * width * shape.width for shape, width in work.others)
-    return head + hidden * work.tokens
+    heads = [] if cut is None else [(student, _HALF if _in_half(work, kind) else work.bytes), *work.others]
+    copies = sum(_HALF * shape.vocab * shape.width for shape, width in heads if width > _HALF)
+    return head + copies + hidden * work.tokens
+
+
+def _device_cut(work: Workload, kind: str) -> Sizes | None:
+    """How the kernels cut the work, which write a 16-bit gradient beside float32 logits; None where that is not so."""
+    if work.device == "cpu" or _computes(work) != _HALF:
+        return None
+    models = 1 + bool(work.teachers) + bool(work.references)
+    spares = work.trained is None and _in_half(work, kind)
+    spared = _SINGLE * work.student.vocab * work.student.width if spares else 0
+    return device_sizes(_tokens(work), _vocab(work), models, _HALF, spared, work.gpu_memory, False)
+
+
+def _in_half(work: Workload, kind: str) -> bool:
+    """Whether the student's head reaches the loss in 16 bits: a sharding's own policy casts it."""
+    return work.bytes == _HALF or (work.mixed and kind != "ddp")
+
+
+def _tokens(work: Workload) -> int:
+    return work.tokens if work.supervised is None else work.supervised
+
+
+def _vocab(work: Workload) -> int:
+    return max([work.student.vocab, *(shape.vocab for shape, _ in work.others)])
 
 
 # -- activations ---------------------------------------------------------------------------------------------------

@@ -74,8 +74,8 @@ class Target:
         set_(self, "scale", None if scale is None else as_rule(scale, "scale"))
         if value == "tempered_kl" and _tempered(terms) is None:
             raise ConfigError(
-                "value is 'tempered_kl'; it is for a pair of residuals whose weights cancel, the second of them the student "
-                "at a temperature: [(T, teacher(T)), (-T, tempered(T))]"
+                "value is 'tempered_kl'; it is for a pair of residuals whose weights cancel, the second of them the "
+                "student at a temperature: [(T, teacher(T)), (-T, tempered(T))]"
             )
         set_(self, "value", value)
         set_(self, "share", check_range("share", share, 0, 1))
@@ -104,8 +104,8 @@ class Target:
 
     @property
     def tempered(self) -> float | None:
-        """1/T where the residuals are a pair whose weights cancel, the second the student at temperature T, and the value
-        is written as one; else None."""
+        """1/T where the residuals are a pair whose weights cancel, the second the student at temperature T, and the
+        value is written as one; else None."""
         return _tempered(self.residual_terms) if self.value == "tempered_kl" else None
 
     @property

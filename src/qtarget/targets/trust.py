@@ -59,6 +59,11 @@ class Rule:
         """The residual's weight where it is the same for every token, else None."""
         return None
 
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.name or type(self).__name__
+
 
 @_named("constant")
 @dataclass(frozen=True)
@@ -306,6 +311,10 @@ class FunctionRule(Rule):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset(getattr(self.function, "needs", frozenset())) | {"log_p_y"}
+
+    @property
+    def label(self) -> str:
+        return self.path or str(getattr(self.function, "__name__", "function"))
 
     def __call__(self, stats: TokenStats) -> Tensor:
         gamma = self.function(stats)

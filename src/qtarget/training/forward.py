@@ -100,6 +100,7 @@ class LossCall:
         columns: weight, critical, old_logps and the source's number, of the labels' shape.
         others: teacher and reference.
         aux_loss: also return the auxiliary loss of a mixture of experts.
+        backend: who does the rows' mathematics; see ``qtarget.linear_target_loss``.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class LossCall:
         num_items: Tensor | float | None,
         stats: str,
         aux_loss: bool = False,
+        backend: str = "auto",
     ):
         self.targets = targets
         self.labels = labels
@@ -121,6 +123,7 @@ class LossCall:
         self.num_items = num_items
         self.stats = stats
         self.aux_loss = aux_loss
+        self.backend = backend
         self.gathered = False
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: HeadTransform) -> ModelOutput:
@@ -132,29 +135,24 @@ class LossCall:
         num_items = self.num_items
         if num_items is None:  # the mean over this batch, whatever its sources
             num_items = (labels != -100).sum()
-        loss: Tensor | None = None
-        stats: dict[str, Tensor] = {}
-        for number, target in enumerate(self.targets):
-            mine = labels if source is None else labels.masked_fill(source.to(labels.device) != number, -100)
-            output = linear_target_loss(
-                hidden,
-                weight,
-                mine,
-                target,
-                head_bias=bias,
-                **{name: head for name, head in self.others.items() if name in target.requires},  # type: ignore[arg-type]
-                **{name: columns[name] for name in columns_of(target)},  # type: ignore[arg-type]
-                vocab_size=None if self.vocab_size is None else min(self.vocab_size, weight.shape[0]),
-                logit_scale=transform.scale,
-                logit_softcap=transform.softcap,
-                num_items=num_items,
-                stats=self.stats,
-            )
-            loss = output.loss if loss is None else loss + output.loss
-            for name, value in output.stats.items():
-                stats[name] = torch.where(mine != -100, value, stats[name]) if name in stats else value
-        assert loss is not None
-        return TargetLossOutput(loss=loss, figures=Figures(loss, stats))
+        single = len(self.targets) == 1
+        output = linear_target_loss(
+            hidden,
+            weight,
+            labels,
+            self.targets[0] if single else self.targets,
+            which=None if single else source,
+            head_bias=bias,
+            **self.others,  # type: ignore[arg-type]
+            **{name: columns[name] for name in columns_of(*self.targets)},  # type: ignore[arg-type]
+            vocab_size=None if self.vocab_size is None else min(self.vocab_size, weight.shape[0]),
+            logit_scale=transform.scale,
+            logit_softcap=transform.softcap,
+            num_items=num_items,
+            stats=self.stats,
+            backend=self.backend,
+        )
+        return TargetLossOutput(loss=output.loss, figures=Figures(output.loss, output.stats))
 
 
 class StatesCall:

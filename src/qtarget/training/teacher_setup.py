@@ -236,6 +236,4 @@ def with_label_alone(
     asked = [number for number, target in enumerate(targets) if "teacher" in target.requires]
     numbers = torch.zeros_like(labels) if source is None else source
     alone = (labels == token) & torch.isin(numbers, torch.tensor(asked, device=labels.device, dtype=numbers.dtype))
-    if not bool(alone.any()):
-        return targets, source
     return [*targets, presets.build("sft")], numbers.masked_fill(alone, len(targets))

@@ -19,7 +19,7 @@ from qtarget.targets import Target
 from qtarget.teachers.frozen import evaluation_mode
 from qtarget.teachers.same_vocabulary import real_vocabulary_size
 from qtarget.teachers.uids import CachedUids, ContextUids
-from qtarget.training import checkpoint_files, checkpoints, checks, denominator, identity
+from qtarget.training import checkpoint_files, checkpoints, checks, compiling, denominator, identity
 from qtarget.training.batches import BatchesTrainer
 from qtarget.training.checkpoints import CheckpointsTrainer
 from qtarget.training.config import QTargetConfig
@@ -107,6 +107,7 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, BatchesTrainer, Checkpoints
         self._label_only = self._end_tokens_taught_by_label()
         self._sums = {mode: TokenSums(self._columns.sources) for mode in ("train", "eval")}
         self._transform_checked = False
+        self._backends: dict[int, str] = {}
         self._lines_logged = 0
         self._history = None
         if args.lens_every:
@@ -158,6 +159,16 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, BatchesTrainer, Checkpoints
             count = self.accelerator.gather(count).sum() / self.get_tp_size()
         return count.float()
 
+    def _engine_backend(self) -> str:
+        """Who does the rows' mathematics: the same at every step of a run, and asked once."""
+        steps = self._total_steps
+        if steps not in self._backends:
+            rows = steps * self.args.gradient_accumulation_steps * self.args.per_device_train_batch_size
+            logits = compiling.logits_of_run(self.train_dataset, rows, self._vocab_size)
+            targets = list(self._objective.finals())
+            self._backends[steps] = compiling.backend(targets, self.accelerator.device, logits)
+        return self._backends[steps]
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -190,6 +201,7 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, BatchesTrainer, Checkpoints
             num_items_in_batch,
             "all" if not training or self._logs_this_step() else "basic",
             self.aux_loss_enabled,
+            self._engine_backend(),
         )
         try:
             output = model(**model_inputs, qtarget=call)

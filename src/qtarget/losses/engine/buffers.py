@@ -99,35 +99,22 @@ class Term:
 
 
 class Places:
-    """Hands out rows of a gradient's buffer to the rows that have a gradient, one after another, without a host read.
+    """Hands out rows of a gradient's buffer to the rows that have a gradient, one after another, without a host read."""
 
-    Args:
-        size: rows that may ask.
-    """
-
-    def __init__(self, size: int, device: torch.device):
-        self.active = torch.zeros(size, dtype=torch.bool, device=device)
-        self._taken = torch.zeros((), dtype=torch.int64, device=device)
-        self._asked = 0
+    def __init__(self, device: torch.device):
+        self._active: list[Tensor] = []
+        self.count = torch.zeros((), dtype=torch.int64, device=device)  # of places taken
 
     def take(self, active: Tensor) -> Tensor:
         """Places of the next rows, [r] int64: −1 where ``active`` is False."""
-        self.active.narrow(0, self._asked, active.shape[0]).copy_(active)
-        self._asked += active.shape[0]
-        running = active.long().cumsum(0)
-        places = torch.where(active, self._taken + running - 1, -1)
-        self._taken = self._taken + active.sum()
+        self._active.append(active)
+        places = torch.where(active, active.long().cumsum(0) + (self.count - 1), -1)
+        self.count = self.count + active.sum()
         return places
 
-    @property
-    def count(self) -> Tensor:
-        """How many rows have a gradient, a tensor of one number on the device."""
-        return self._taken
-
-
-def on_host(device: torch.device) -> bool:
-    """Whether a number of a tensor can be read without waiting for a queue of kernels."""
-    return device.type == "cpu"
+    def takers(self, count: int) -> Tensor:
+        """Numbers of the rows that took the ``count`` places, in order, [count] int64."""
+        return (~torch.cat(self._active)).long().argsort(stable=True).narrow(0, 0, count)
 
 
 class Scratch:
@@ -142,7 +129,7 @@ class Scratch:
         if flat is None or flat.numel() < rows * width:
             with torch.inference_mode(False):  # or a buffer of an evaluation could not be written to in training
                 flat = self._buffers[name] = torch.empty(rows * width, dtype=self._dtype, device=self._device)
-        return flat[: rows * width].view(rows, width)
+        return flat.narrow(0, 0, rows * width).view(rows, width)
 
     def dot(self, x: Tensor, y: Tensor) -> Tensor:
         """Σ_v x y, [r]; ``torch.linalg.vecdot`` would allocate a block each time."""

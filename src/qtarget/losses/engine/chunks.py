@@ -1,8 +1,8 @@
 """The loop: chunk after chunk of supervised tokens, logits in, gradient out, two matmuls back.
 
-Tokens stand in the order of their targets, so a batch with several targets is cut like any other: one set of buffers, one
-dW. Where the rows' mathematics writes g over float32 logits (``block.py``, ``float32`` on a device) a chunk of logits is
-also a chunk of g; where it writes g in 16 bits beside them, many chunks of logits fill one of g.
+Tokens stand in the order of their targets, so a batch with several targets is cut like any other: one set of buffers,
+one dW. Where the rows' mathematics writes g over float32 logits (``block.py``, ``float32`` on a device) a chunk of
+logits is also a chunk of g; where it writes g in 16 bits beside them, many chunks of logits fill one of g.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from qtarget.errors import NonFiniteLogits
+from qtarget.losses import inputs
 from qtarget.losses.engine import buffers, matmuls
 from qtarget.losses.engine.block import RowMath
 from qtarget.losses.engine.buffers import Places, RowResult, Rows, TopKRows
 from qtarget.losses.engine.device_rows import CannotCompile, DeviceRows, FunctionPasses, Passes, TritonPasses
 from qtarget.losses.engine.matmuls import HeadMatmuls, WeightGradient
 from qtarget.losses.engine.row_plan import RowPlan
-from qtarget.losses.engine.sizes import Sizes, block_rows, chunk_rows, device_sizes
+from qtarget.losses.engine.sizes import Sizes, block_rows, chunk_rows, device_memory, device_sizes
 from qtarget.losses.heads import Head, TopK
 from qtarget.losses.inputs import Checks, Tokens
 from qtarget.losses.output import ALL_STATISTICS, BASIC_STATISTICS
@@ -58,8 +59,8 @@ class Result:
     """Per-token loss and statistics [n], and the summed loss's gradients where they were asked for.
 
     Attributes:
-        factor: what the gradients are still to be multiplied by: where that takes a pass over dW, it is the same pass that
-            multiplies by the incoming gradient.
+        factor: what the gradients are still to be multiplied by: where that takes a pass over dW, it is the same pass
+            that multiplies by the incoming gradient.
     """
 
     loss: Tensor
@@ -118,7 +119,7 @@ class _Run:
             # in the range of 16 bits, whatever a loss scale makes of it
             largest = upstream.abs().amax().clamp(min=torch.finfo(torch.float32).tiny) if len(upstream) else 1.0
             self.upstream, self.factor = upstream / largest, largest
-        if buffers.on_host(self.device):  # reading it costs nothing, and the matmul multiplies by it
+        if inputs.on_host(self.device):  # reading it costs nothing, and the matmul multiplies by it
             self.alpha = self.alpha / float(divisor)
         else:
             self.factor = self.factor / divisor
@@ -135,7 +136,7 @@ class _Run:
             return Sizes(rows, rows, block)
         spared = 4 * weight.numel() if self.want[1] and weight.dtype == torch.bfloat16 == call.compute else 0
         skips = any(target.may_skip_tokens for target in call.targets)
-        sizes = device_sizes(n, self.vocab, models, call.compute.itemsize, spared, self.device, skips)
+        sizes = device_sizes(n, self.vocab, models, call.compute.itemsize, spared, device_memory(self.device), skips)
         if call.rows_per_chunk:
             rows = max(1, min(call.rows_per_chunk, n))
             sizes = replace(sizes, logits=rows, gradient=max(rows, sizes.gradient), block=rows)
@@ -144,7 +145,7 @@ class _Run:
     def _prepare(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         n, sizes = self.tokens.count, self.sizes
         rows = min(sizes.logits, n)
-        if buffers.on_host(self.device) and not self.beside:
+        if inputs.on_host(self.device) and not self.beside:
             self.logits = self.scratch.get("logits", rows, self.vocab)
             self.aux_logits = {m: self.scratch.get(m, rows, h.weight.shape[0]) for m, h in self.aux_heads.items()}
         else:
@@ -223,7 +224,7 @@ class _Run:
         assert self.g is not None
         for begin in range(0, n, sizes.gradient):
             part = slice(begin, min(begin + sizes.gradient, n))
-            places = Places(part.stop - begin, self.device) if skips else None
+            places = Places(self.device) if skips else None
             for chunk in _cut(part, sizes.logits):
                 z = self.logits[: chunk.stop - chunk.start]
                 self._form_logits(chunk, z)
@@ -231,8 +232,7 @@ class _Run:
                     g = self.g if skips else self.g[segment.start - begin : segment.stop - begin]
                     rows = self._rows(segment, z[segment.start - chunk.start : segment.stop - chunk.start], number)
                     self._blocks(replace(rows, g=g, places=places), segment, number)
-            count = part.stop - begin
-            numbers = torch.arange(part.start, part.stop, device=self.device)
+            count, numbers = part.stop - begin, torch.arange(part.start, part.stop, device=self.device)
             # Before the last products, so that the host can go on while they run.
             wanted = [] if places is None else [places.count]
             if part.stop == n:
@@ -241,8 +241,7 @@ class _Run:
                 found = self.call.checks.read(*wanted) if wanted else []
             if places is not None:
                 count = int(found[0])
-                order = (~places.active).long().argsort(stable=True)
-                numbers = numbers.index_select(0, order.narrow(0, 0, count))
+                numbers = places.takers(count) + part.start
             self._multiply(self.g[:count], numbers)
 
     def _segments(self, chunk: slice) -> Iterator[tuple[slice, int]]:
@@ -259,7 +258,7 @@ class _Run:
         """
         active = []
         length = segment.stop - segment.start
-        on_host = buffers.on_host(self.device)
+        on_host = inputs.on_host(self.device)
         block = self.sizes.block if on_host or not isinstance(self.math[number], DeviceRows) else length
         for begin in range(0, length, block):
             here = slice(begin, min(begin + block, length))
@@ -404,7 +403,8 @@ class _Run:
         )
 
     def _support(self, pool) -> int:
-        """Columns a residual covers: all of the head for a student-only pool, else the real vocabulary all models share."""
+        """Columns a residual covers: all of the head for a student-only pool, else the real vocabulary all models
+        share."""
         if pool.is_student_only:
             return self.vocab
         others = [self.call.aux[name] for name in pool.requires]

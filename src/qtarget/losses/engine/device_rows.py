@@ -1,21 +1,25 @@
 """A block of rows in two passes over its logits with plain torch on [r] numbers between them; no host read anywhere.
 
 The passes are Triton's (``kernels.py``) or inductor's (``row_functions.py``); here is what both have in common: the
-target's weights, a top-k distribution's k entries, and the statistics. Written without slices by ``[]`` and ``[:, None]``,
-so that it runs on tensors without data, too.
+target's weights, a top-k distribution's k entries, and the statistics. Written without slices by ``[]`` and ``[:,
+None]``, so that it runs on tensors without data, too.
 
 Shape suffixes: r rows of the block, v vocabulary, k kept ids of a top-k distribution.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from qtarget.losses.engine import buffers, row_functions, top_k
+from qtarget.losses import inputs
+from qtarget.losses.engine import row_functions, top_k
 from qtarget.losses.engine.block import label_statistics, top_k_too_large
 from qtarget.losses.engine.buffers import RowResult, Rows, Scratch, TopKRows
 from qtarget.losses.engine.row_functions import GROUP, Pass
@@ -23,8 +27,9 @@ from qtarget.losses.engine.row_plan import FOUND, GIVEN, NEVER, SUMS, RowPlan
 from qtarget.losses.output import simplex_tolerance
 from qtarget.targets import Target, TokenStats
 
-
 _MOST_GRAPHS = 256
+logger = logging.getLogger(__name__)
+_watched: set[str] = set()
 
 
 class CannotCompile(Exception):
@@ -88,14 +93,14 @@ class FunctionPasses:
             raise CannotCompile(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
 
     def drifts(self, z):
-        return not buffers.on_host(z.device)  # where they are float64
+        return z.dtype == torch.float64 or not inputs.on_host(z.device)  # there float32 is summed in float64
 
     def sums(self, z, o, y, case):
-        c = torch.tensor(case.coefficients, dtype=z.dtype, device=z.device)
+        c = _coefficients(case.coefficients, z.dtype, z.device)
         return self._run("sums", z, o, y, c, case.support, case.flags)
 
     def gradient(self, z, o, y, given, case, g, places):
-        c = torch.tensor(case.coefficients, dtype=z.dtype, device=z.device)
+        c = _coefficients(case.coefficients, z.dtype, z.device)
         capped = case.softcap is not None
         skips = case.write and places is not None
         out = torch.empty_like(z, dtype=g.dtype) if skips else None if g is z else g.narrow(0, 0, z.shape[0])
@@ -104,6 +109,24 @@ class FunctionPasses:
         if skips:  # −1 is the last row, which is there for rows without a gradient
             g.index_put_((places,), out)
         return found
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what waits for a device while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal", "masked_select")
+        return function(*args, **(kwargs or {}))
+
+
+@functools.lru_cache(256)
+def _coefficients(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the device, made once: a copy to it waits."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -160,7 +183,7 @@ class DeviceRows:
             s, log_outside = entries.put_back(s, z_y, padded=case.pooled)
         student = _student(s, z_y)
         stats = self._stats(rows, student, s, groups, entries, aux_log_p)
-        a, b = self.target.weights(stats)
+        a, b = self._weights(stats)
         label_loss = self.target.label_loss(stats)
         weight = b[0] if b else torch.zeros_like(a)  # of the one difference
         active = a != 0
@@ -230,6 +253,22 @@ class DeviceRows:
                 values["offset_mass"] = log_mass.exp()
         return TokenStats(values, lambda k: _top_k_entropy(rows.z, groups, entries, k), self.target.needs)
 
+    def _weights(self, stats: TokenStats) -> tuple[Tensor, list[Tensor]]:
+        """The target's weights. The first time, a rule that reads a number of the device is told of by its name."""
+        name = f"trust rule {self.target.trust.label!r}"
+        if name in _watched or inputs.on_host(stats.log_p_y.device):
+            return self.target.weights(stats)
+        _watched.add(name)
+        with HostReads() as reads:
+            weights = self.target.weights(stats)
+        if reads.count:
+            logger.warning(
+                "%s reads a number of a tensor on the device (bool(), float(), .item(), nonzero), which waits for every "
+                "kernel before it, in every block of rows; use torch.where and tensor operations",
+                name,
+            )
+        return weights
+
     def _given(self, s, student, a: Tensor, weight: Tensor, rows: Rows) -> dict[str, Tensor]:
         given = dict.fromkeys(GIVEN, s["m"])
         given |= {"log_s": student.log_s, "a": a, "label": -a * student.rest_mass, "b": weight, "z_y": student.z_y}
@@ -238,7 +277,8 @@ class DeviceRows:
         m_b, s_b = (self.plan.c_b * s["m"], s["s_b"]) if self.plan.is_pair else (s["m"], student.total)
         s_u = s["s_u"]
         given |= {"m_u": s["m_u"], "log_s_u": s_u.log(), "m_b": m_b, "log_s_b": s_b.log()}
-        given["shift"] = (m_b - s["m_u"]) - (s_u / s_b).log()
+        # of d = c_o (o − z) + (c_z + c_o − c_b)(z − m) + shift, in which nothing of the size of a logit cancels
+        given["shift"] = ((self.plan.c_z + self.plan.c_o) * s["m"] - s["m_u"]) - (s_u / s_b).log()
         return given
 
     # -- the second pass -----------------------------------------------------------------------------------------
@@ -248,8 +288,8 @@ class DeviceRows:
         g = z if rows.g is None else rows.g
         case = replace(case, softcap=self.softcap, with_kl=self.with_kl, write=self.gradient)
         if case.pooled and g.dtype == z.dtype and self.passes.drifts(z):
-            # Both distributions sum to one, so Σ (B − R) tells by how much log R's normaliser is off. Where g is rounded to
-            # 16 bits that is below rounding.
+            # Both distributions sum to one, so Σ (B − R) tells by how much log R's normaliser is off. Where g is
+            # rounded to 16 bits that is below rounding.
             plain = replace(case, write=False, with_kl=False)
             drift = self._pass(rows, o, given, plain, g, None)["drift"]
             given |= {"log_s_u": given["log_s_u"] + torch.log1p(-drift), "shift": given["shift"] - torch.log1p(-drift)}
@@ -284,7 +324,8 @@ class DeviceRows:
         return RowResult(loss, statistics, active)
 
     def _residual_value(self, student, found: dict[str, Tensor]) -> Tensor:
-        """The residual's published value for a weight of one; see ``Target.value``. CE(R, p) = H(p) + Σ (B − R) log p."""
+        """The residual's published value for a weight of one; see ``Target.value``. CE(R, p) = H(p) + Σ (B − R) log
+        p."""
         if self.target.value == "tempered_kl":
             return self.target.residual_terms[0][0] * found["kl"]
         return found["kl"] if self.target.value == "kl" else found["cross"] + student.entropy

@@ -1,12 +1,12 @@
 """The two passes over a block's logits as Triton kernels: one program a row, for every target that is one difference.
 
-They compute what ``row_functions.py`` says in PyTorch; names and form are in ``row_plan.py``. A student's target reads each
-float32 logit twice and writes a 16-bit gradient, 10 bytes; with another model's logits 18. Everything is relative to a
-running maximum, and what is absent has a logit of −1e30, so that no sum needs a branch.
+They compute what ``row_functions.py`` says in PyTorch; names and form are in ``row_plan.py``. A student's target
+reads each float32 logit twice and writes a 16-bit gradient, 10 bytes; with another model's logits 18. Everything is
+relative to a running maximum, and what is absent has a logit of −1e30, so that no sum needs a branch.
 
-exp2 of arguments scaled beforehand, since Triton's exp does not flush denormals and costs a third more instructions. Eight
-elements a thread: sixteen would need 168 registers. g is never written over logits of another width: a row's first tile
-would be overwritten before it is read.
+exp2 of arguments scaled beforehand, since Triton's exp does not flush denormals and costs a third more instructions.
+Eight elements a thread: sixteen would need 168 registers. g is never written over logits of another width: a row's
+first tile would be overwritten before it is read.
 """
 
 from __future__ import annotations
@@ -92,13 +92,17 @@ def _narrow(case: Pass, width: int) -> bool:
 
 
 @triton.jit
+def _log_sigmoid(x):
+    return tl.minimum(x, 0.0) - tl.log(1 + tl.exp2(-tl.abs(x) * _LOG2E))
+
+
+@triton.jit
 def _pooled(z, o, z_y, c_z, c_o, slope, OTHER: tl.constexpr, OFFSET: tl.constexpr):
     u = c_z * z
     if OTHER:
         u += c_o * o
-    if OFFSET:  # log σ(x) = min(x, 0) − log(1 + e^−|x|)
-        x = slope * (z - z_y)
-        u += tl.minimum(x, 0.0) - tl.log(1 + tl.exp2(-tl.abs(x) * _LOG2E))
+    if OFFSET:
+        u += _log_sigmoid(slope * (z - z_y))
     return u
 
 
@@ -106,7 +110,8 @@ def _pooled(z, o, z_y, c_z, c_o, slope, OTHER: tl.constexpr, OFFSET: tl.constexp
 def _sums(
     z_ptr, o_ptr, y_ptr, out_ptr, group_ptr,
     z_stride, o_stride, out_stride, group_stride, width, support, c_z, c_o, c_b, slope,
-    POOLED: tl.constexpr, OTHER: tl.constexpr, OFFSET: tl.constexpr, PAIR: tl.constexpr, NARROW: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    POOLED: tl.constexpr, OTHER: tl.constexpr, OFFSET: tl.constexpr, PAIR: tl.constexpr, NARROW: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(y_ptr + row).to(tl.int32)
@@ -249,10 +254,12 @@ def _gradient(
                     o = tl.maximum(tl.load(o_ptr + v, mask=v < support, other=_NEVER).to(z.dtype), _NEVER)
                 u = _pooled(z, o, z_y, c_z, c_o, slope, OTHER, OFFSET)
                 R = tl.exp2((u - m_u) * _LOG2E - log_s_u * _LOG2E)
-                if OTHER:  # from differences of logits, so that a teacher near the student loses no digits
-                    d = (c_o * (o - z) + (c_z + c_o - c_b) * z) + shift
-                else:
-                    d = (u - c_b * z) + shift
+                # from differences of logits, so that a teacher near the student loses no digits
+                d = (c_z + c_o - c_b) * (z - m) + shift
+                if OTHER:
+                    d += c_o * (o - z)
+                if OFFSET:
+                    d += _log_sigmoid(slope * (z - z_y))
             if NARROW:
                 R = tl.where(v < support, R, 0.0)
                 d = tl.where(v < support, d, _NEVER)

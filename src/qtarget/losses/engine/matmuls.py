@@ -1,9 +1,9 @@
 """The matmuls around the row mathematics: logits, dH and dW; in which dtype they multiply and where results are rounded.
 
-On a device 16-bit inputs give float32 logits, and the gradient g is rounded to 16 bits once, before dH and dW: that loses
-about as much as bf16 weights do (1e-3 of dH and dW), where bf16 logits would lose two to a thousand times as much near a
-teacher. A CPU has no such matmul: without bf16 units it is many times slower, and with them results are rounded. There a
-16-bit head is a way to store, cast up a tile at a time.
+On a device 16-bit inputs give float32 logits, and the gradient g is rounded to 16 bits once, before dH and dW: that
+loses about as much as bf16 weights do (1e-3 of dH and dW), where bf16 logits would lose two to a thousand times as
+much near a teacher. A CPU has no such matmul: without bf16 units it is many times slower, and with them results are
+rounded. There a 16-bit head is a way to store, cast up a tile at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtarget.losses.engine import buffers
+from qtarget.losses import inputs
 
 HALF = (torch.bfloat16, torch.float16)
 # Vocabulary rows of a half-precision head cast up at a time.
@@ -25,12 +25,12 @@ _FLOAT16_FACTOR = 1024.0
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What the head is multiplied in: autocast's dtype where it is on for the device, else the weight's if it has 16 bits,
-    else float32; float64 where an input is. On a CPU float32 in place of 16 bits."""
+    """What the head is multiplied in: autocast's dtype where it is on for the device, else the weight's if it has 16
+    bits, else float32; float64 where an input is. On a CPU float32 in place of 16 bits."""
     if torch.float64 in (hidden.dtype, weight.dtype):
         return torch.float64
     device = weight.device
-    if buffers.on_host(device):
+    if inputs.on_host(device):
         return torch.float32
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
@@ -104,8 +104,8 @@ class WeightGradient:
     """gᵀ H over all chunks of a call.
 
     Args:
-        out: [V, d], not yet written. whole: all of g comes at once, so that the product goes straight to ``out``'s dtype:
-            one rounding, and no float32 accumulator to fill, add to and cast.
+        out: [V, d], not yet written. whole: all of g comes at once, so that the product goes straight to ``out``'s
+            dtype: one rounding, and no float32 accumulator to fill, add to and cast.
     """
 
     out: Tensor

@@ -62,7 +62,8 @@ class Pass:
 
 
 def sums(z: Tensor, o: Tensor, y: Tensor, c: Tensor, support: int, flags: tuple[bool, ...]):
-    """([len(SUMS), r], maxima of groups [r, ⌈v / GROUP⌉] or None) of logits z [r, v], another model's o and labels y [r].
+    """([len(SUMS), r], maxima of groups [r, ⌈v / GROUP⌉] or None) of logits z [r, v], another model's o and labels y
+    [r].
 
     ``c``: the five coefficients of ``Pass`` as a tensor, so that another value is no other graph.
     """
@@ -83,7 +84,7 @@ def sums(z: Tensor, o: Tensor, y: Tensor, c: Tensor, support: int, flags: tuple[
     if offset:
         found["s_plain"] = _sum((c[0] * x).exp())
     if pooled:
-        u = _pooled(z, o, z_y, c, support, other, offset)
+        u = _pooled(z, _as_wide(o, z, support), z_y, c, support, other, offset)
         m_u = u.amax(1, keepdim=True)
         found["m_u"], found["s_u"] = m_u.squeeze(1), _sum((u - m_u).exp())
     return torch.stack([found[name] for name in SUMS]), _group_maxima(z) if groups else None
@@ -104,8 +105,8 @@ def gradient(
 ) -> Tensor:
     """[len(FOUND), r] from what is ``given`` of each row, [len(GIVEN), r].
 
-    Where ``write`` says so, g times each row's factor is written to ``out`` [r, v], or over the logits: so it takes no memory
-    of its own, whose pages would cost a CPU more than the arithmetic.
+    Where ``write`` says so, g times each row's factor is written to ``out`` [r, v], or over the logits: so it takes
+    no memory of its own, whose pages would cost a CPU more than the arithmetic.
     """
     pooled, other, offset, pair, one_shift, _ = flags
     m, log_s, a, label, b, m_u, log_s_u, m_b, log_s_b, shift, factor, z_y = given.unsqueeze(2).unbind(0)
@@ -119,11 +120,14 @@ def gradient(
         if one_shift:  # R is the student's shape times one number per row
             d, R = shift.expand_as(z), (log_p + shift).exp()
         else:
-            u = _pooled(z, o, z_y, c, support, other, offset)
-            R = (u - m_u - log_s_u).exp()
-            # From differences of logits where it can be, so that a teacher near the student loses no digits.
-            d = c[1] * (o - z) + (c[0] + c[1] - c[2]) * z if other else u - c[2] * z
-            d = d + shift
+            o = _as_wide(o, z, support)
+            R = (_pooled(z, o, z_y, c, support, other, offset) - m_u - log_s_u).exp()
+            # From differences of logits, so that a teacher near the student loses no digits.
+            d = (c[0] + c[1] - c[2]) * (z - m) + shift
+            if other:
+                d = d + c[1] * (o - z)
+            if offset:
+                d = d + torch.nn.functional.logsigmoid(c[3] * (z - z_y))
         if support < z.shape[1]:
             R, d = torch.where(v < support, R, 0.0), torch.where(v < support, d, NEVER)
         # B − R = −B (e^d − 1): by its series where d is small, so that nothing cancels
@@ -142,6 +146,12 @@ def gradient(
     if write:
         (z if out is None else out).copy_(g * factor)
     return torch.stack([found[name] for name in FOUND])
+
+
+def _as_wide(o: Tensor, z: Tensor, support: int) -> Tensor:
+    """Another model's logits with as many columns as the student's; what is absent or ruled out is −1e30."""
+    o = o.narrow(1, 0, support).clamp(min=NEVER)
+    return torch.nn.functional.pad(o, (0, z.shape[1] - support), value=NEVER) if support < z.shape[1] else o
 
 
 def _pooled(z: Tensor, o: Tensor, z_y: Tensor, c: Tensor, support: int, other: bool, offset: bool) -> Tensor:
@@ -191,7 +201,7 @@ def kl_terms(p: Tensor, log_p: Tensor, g: Tensor) -> Tensor:
 
 @functools.cache
 def compiled(name: str):
-    """``sums`` or ``gradient`` through inductor: a graph for each combination of flags and dtypes, for any number of rows
-    and any vocabulary."""
-    function: Callable = {"sums": sums, "gradient": gradient}[name]
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    """``sums`` or ``gradient`` through inductor: a graph for each combination of flags and dtypes, for any number of
+    rows and any vocabulary."""
+    functions: dict[str, Callable] = {"sums": sums, "gradient": gradient}
+    return torch.compile(functions[name], dynamic=True, fullgraph=True)

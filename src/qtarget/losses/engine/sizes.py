@@ -36,8 +36,8 @@ class Sizes:
     """How one call is cut.
 
     Attributes:
-        logits: rows whose logits are there at one time. gradient: rows whose gradient is, before dH and dW are multiplied;
-            where it is written over the logits, the same. block: rows the row mathematics takes at a time.
+        logits: rows whose logits are there at one time. gradient: rows whose gradient is, before dH and dW are
+            multiplied; where it is written over the logits, the same. block: rows the row mathematics takes at a time.
         whole: whether dW comes in one product.
     """
 
@@ -71,7 +71,7 @@ def block_rows(rows: int, vocab: int, itemsize: int, device: torch.device) -> in
 
 
 def device_sizes(
-    tokens: int, vocab: int, models: int, itemsize: int, accumulator: int, device: torch.device, skips: bool
+    tokens: int, vocab: int, models: int, itemsize: int, accumulator: int, memory: int, skips: bool
 ) -> Sizes:
     """The cut where kernels write g in 16 bits beside float32 logits.
 
@@ -79,12 +79,10 @@ def device_sizes(
     are skipped and the whole fits the budget, since only then they can be counted without a host read for each part.
 
     Args:
-        models: logits buffers. itemsize: bytes of a number of g. accumulator: bytes of a float32 dW that one product would
-            spare, 0 where none would. skips: whether some tokens may have no gradient.
+        models: logits buffers. itemsize: bytes of a number of g. accumulator: bytes of a float32 dW that one product
+            would spare, 0 where none would. memory: bytes of the device. skips: whether some tokens may have no gradient.
     """
-    budget = _DEVICE_BUDGET_BYTES
-    if device.type == "cuda" and _memory(device) >= _LARGE_DEVICE_BYTES:
-        budget *= 2
+    budget = _DEVICE_BUDGET_BYTES * (2 if memory >= _LARGE_DEVICE_BYTES else 1)
     logits_row, gradient_row = models * vocab * 4, vocab * itemsize
     logits = min(_DEVICE_LOGITS_ROWS, tokens)
     while logits > _DEVICE_FEWEST_ROWS and logits * (logits_row + gradient_row) > budget:
@@ -114,8 +112,9 @@ def check_chunk(rows: int | None, vocab: int) -> None:
         )
 
 
-def _memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).total_memory
+def device_memory(device: torch.device) -> int:
+    """Bytes of a device, 0 where it does not say."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def _equal(tokens: int, rows: int) -> int:

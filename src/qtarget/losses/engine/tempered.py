@@ -1,8 +1,8 @@
 """Distillation at a temperature in a block of rows, in place: one difference of two tempered distributions.
 
-Its two residuals are b (p − R) and −b (p − B), B the student and R the teacher at the temperature. In float32 the two terms
-lose the digits of p that are not in their sum, which is b (B − R): where the teacher is 5e-3 nats away a gradient is off by
-1.8e-3, and by 2e-7 as one difference.
+Its two residuals are b (p − R) and −b (p − B), B the student and R the teacher at the temperature. In float32 the two
+terms lose the digits of p that are not in their sum, which is b (B − R): where the teacher is 5e-3 nats away a
+gradient is off by 1.8e-3, and by 2e-7 as one difference.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def add_difference(
 ) -> Difference:
     """Write a p + b (B − R) over the logits, the label's column still to be put right.
 
-    B − R is (B + R) tanh(−d/2) with d = log R − log B: no cancellation where the two are near, no overflow where they are
-    hundreds of nats apart. Both sum to one, so Σ (R − B) tells by how much the normalisers are off.
+    B − R is (B + R) tanh(−d/2) with d = log R − log B: no cancellation where the two are near, no overflow where they
+    are hundreds of nats apart. Both sum to one, so Σ (R − B) tells by how much the normalisers are off.
 
     Args:
         g: [r, v], where it goes; may be ``z``. pooled: [r, s] logits of R on the columns it covers, overwritten.

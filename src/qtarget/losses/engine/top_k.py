@@ -144,7 +144,7 @@ def dense(other: TopKRows, z: Tensor, vocab_size: int, buffer: Tensor) -> Tensor
     out = buffer.narrow(1, 0, vocab_size)
     if other.tail == "even":
         outside = max(1, vocab_size - other.ids.shape[1])
-        out.copy_((other.log_tail - math.log(outside)).unsqueeze(1).expand_as(out))
+        torch.sub(other.log_tail.unsqueeze(1).expand_as(out), math.log(outside), out=out)
     else:
         student = z.narrow(1, 0, vocab_size)
         outside_lse = student.scatter(1, other.ids, float("-inf")).logsumexp(1)
