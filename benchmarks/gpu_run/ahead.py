@@ -2,9 +2,8 @@
 
     python -m gpu_run.ahead 80 90         # from benchmarks/; compute capability 8.0 and 9.0, a line for each variant
 
-A launch is what the wrappers of ``kernels.py`` make of it: they are called with tensors without data and a stand-in for
-the kernel, so that argument types, flags and warps are theirs. ptxas and cuobjdump come with Triton. TRITON_INTERPRET
-must not be set.
+A variant is a launch that a call of the engine makes with types and flags of its own; the calls run on a CPU and launch
+nothing. ptxas and cuobjdump come with Triton. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -26,33 +25,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtarget.losses.engine.row_functions import Pass
-from qtarget.losses.engine.row_plan import GIVEN
+from gpu_run.launches import KERNELS, Call, Launch, as_on_a_device, launches
 
-# Qwen2's head, and a vocabulary with padded rows of it.
-ROWS, VOCAB, REAL = 1024, 151936, 151665
-ODD = 50257  # GPT-2's
+# Qwen2's head, its real tokens, and GPT-2's vocabulary, which 16 does not divide. A multiple of 16 rows, as chunks have.
+VOCAB, REAL, ODD = 151936, 151665, 50257
+ROWS, WIDTH = 16, 8
 MOST_REGISTERS = 128
 WARP = 32
 
-
-@dataclass(frozen=True)
-class Variant:
-    """A launch: which kernel, for which target, and the dtype of g.
-
-    Attributes:
-        skips: whether some rows have no gradient. width: columns of the logits.
-        wide: whether 16-byte loads are asked for. registers: the most a thread may take.
-    """
-
-    kernel: str
-    label: str
-    case: Pass
-    g: torch.dtype = torch.bfloat16
-    skips: bool = False
-    width: int = VOCAB
-    wide: bool = True
-    registers: int = MOST_REGISTERS
+_TEACHER = (("target-sft", {}),)
+_TEMPERED = (("kd", {"temperature": 2.0}),)
+_SIGMOID = (("gem", {"h": "logsigmoid"}),)
+_KL = {"stats": "all"}
+_CAP = {"logit_softcap": 30.0}
+CALLS = (
+    Call("student", (("dft", {}),)),
+    Call("student with groups (eaft)", (("eaft", {}),)),
+    Call("uniform", (("label-smoothing", {}),)),
+    Call("gem", (("gem", {}),)),
+    Call("gem logsigmoid", _SIGMOID),
+    Call("teacher", _TEACHER, "head"),
+    Call("kd at T=2", _TEMPERED, "head"),
+    Call("top-k", _TEACHER, "top-k"),
+    Call("teacher, padded", _TEACHER, "head", real=REAL),
+    Call("kd at T=2, padded", _TEMPERED, "head", real=REAL),
+    Call("top-k, padded", _TEACHER, "top-k", real=REAL),
+    Call("uniform, padded", (("label-smoothing", {}),), real=REAL),
+    Call("student, softcap", (("dft", {}),), options=_CAP),
+    Call("teacher, softcap", _TEACHER, "head", options=_CAP),
+    Call("top-k, softcap", _TEACHER, "top-k", options=_CAP),
+    Call("student, skips", (("profit", {}),)),
+    Call("teacher, skips", (("profit", {}), *_TEACHER), "head"),
+    Call("top-k, skips", (("profit", {}), *_TEACHER), "top-k"),
+    Call("student, KL", (("dft", {}),), options=_KL),
+    Call("gem logsigmoid, KL", _SIGMOID, options=_KL),
+    Call("teacher, KL", _TEACHER, "head", options=_KL),
+    Call("kd at T=2, KL", _TEMPERED, "head", options=_KL),
+    Call("top-k, KL", _TEACHER, "top-k", options=_KL),
+    *[
+        Call(f"{name}, {dtype}", targets, source, getattr(torch, dtype))
+        for dtype in ("float16", "float32")
+        for name, targets, source in (
+            ("student", (("dft", {}),), ""),
+            ("teacher", _TEACHER, "head"),
+            ("top-k", _TEACHER, "top-k"),
+        )
+    ],
+    Call("student, odd vocabulary", (("dft", {}),), vocab=ODD),
+    Call("teacher, odd vocabulary", _TEACHER, "head", vocab=ODD),
+)
 
 
 @dataclass
@@ -60,13 +81,13 @@ class Report:
     """What ptxas and the machine code say of one variant.
 
     Attributes:
-        kernel: "sums" or "gradient". label: the target. arch: 80 for compute capability 8.0.
+        kernel: "sums" or "gradient". label: the call that launches it. arch: 80 for compute capability 8.0.
         flags: the kernel's constants that are on. g: dtype of what the gradient is written in, "" for sums.
         registers: of a thread. stack: bytes of a thread, 0 where nothing spills. shared: bytes of a block.
         loads_16_bytes: whether every load of logits in the loop takes 16 bytes. loads: how often each kind stands there.
         instructions: of the whole kernel. per_element: of the loop, for one logit; NaN where no loop was found.
         fault: why it could not be compiled, or "".
-        wide, most_registers: what is asked of the variant.
+        wide: whether 16-byte loads are asked for. most_registers: the most a thread may take.
     """
 
     kernel: str
@@ -87,7 +108,8 @@ class Report:
 
     @property
     def name(self) -> str:
-        return " ".join(filter(None, (self.kernel, self.label, self.g, f"sm_{self.arch}")))
+        g = "" if self.g in self.label else self.g
+        return " ".join(filter(None, (self.kernel, self.label, g, f"sm_{self.arch}")))
 
     @property
     def faults(self) -> list[str]:
@@ -104,64 +126,34 @@ class Report:
         return found
 
 
-def variants() -> list[Variant]:
-    """Each form of the two passes that a target can ask for, over float32 logits."""
-    student = Pass(VOCAB)
-    teacher = Pass(VOCAB, c_z=0.5, c_o=0.5, pooled=True, other=True)
-    kept = Pass(REAL, pooled=True)  # what is outside a top-k distribution's entries, of a padded vocabulary
-    forms = {
-        "student": student,
-        "uniform": Pass(VOCAB, c_z=0.0, pooled=True),
-        "gem": Pass(VOCAB, c_z=1 / 0.7, pooled=True),
-        "gem logsigmoid": Pass(VOCAB, c_z=1 / 0.7, slope=0.01, pooled=True, offset=True),
-        "teacher": teacher,
-        "teacher, padded": replace(teacher, support=REAL),
-        "kd at T=2": Pass(VOCAB, c_z=0.0, c_o=0.5, c_b=0.5, pooled=True, other=True, pair=True),
-    }
-    found = [Variant("sums", label, case) for label, case in forms.items()]
-    found.append(Variant("sums", "student with groups (eaft)", replace(student, groups=True)))
-    found.append(Variant("sums", "top-k, padded", kept))
-    found.append(Variant("sums", "top-k with groups", replace(kept, groups=True)))
-    # A vocabulary that 16 does not divide: told, not asked for.
-    odd = {"width": ODD, "wide": False}
-    found.append(Variant("sums", "student, odd vocabulary", Pass(ODD), **odd))
-    found.append(Variant("gradient", "student, odd vocabulary", Pass(ODD), **odd))
-    gradients = forms | {
-        "top-k": Pass(VOCAB, one_shift=True),
-        "top-k, padded": Pass(REAL, one_shift=True),
-        "student, softcap": replace(student, softcap=30.0),
-        "teacher, softcap": replace(teacher, softcap=30.0),
-        "student, KL": replace(student, with_kl=True),
-        "teacher, KL": replace(teacher, with_kl=True),
-        "kd at T=2, KL": replace(forms["kd at T=2"], with_kl=True),
-        "gem logsigmoid, KL": replace(forms["gem logsigmoid"], with_kl=True),
-    }
-    found += [Variant("gradient", label, case) for label, case in gradients.items()]
-    found = [_as_it_is(variant) for variant in found]
-    for label in ("student", "teacher", "top-k"):
-        found.append(Variant("gradient", f"{label}, skips", gradients[label], skips=True))
-        found += [Variant("gradient", label, gradients[label], g) for g in (torch.float16, torch.float32)]
-    # float32 g: a pass of its own measures how far the normaliser is off
-    found.append(Variant("gradient", "teacher, drift", replace(teacher, write=False), torch.float32))
-    return found
+def asked(report: Report) -> Report:
+    """Without 16-byte loads where they are known not to be kept, so that anything else is noticed."""
+    # Columns are told apart at a number that 16 does not divide: all of them, or the other model's.
+    if "odd" in report.label or ("padded" in report.label and "OTHER" in report.flags):
+        report = replace(report, wide=False)
+    return report
 
 
-def _as_it_is(variant: Variant) -> Variant:
-    """What a variant is known not to keep, so that anything else is noticed."""
-    if variant.label == "kd at T=2, KL":  # only where every statistic is asked for
-        return replace(variant, registers=160)
-    if (
-        variant.label == "teacher, padded"
-    ):  # the other model's logits are told apart at a column that 16 does not divide
-        return replace(variant, wide=False)
-    return variant
+@functools.cache
+def variants(only: str = "") -> tuple[Launch, ...]:
+    """The launches of ``CALLS`` that differ in what is compiled, each under the first call that makes it.
+
+    Args:
+        only: leaves out those in whose kernel and label it does not stand.
+    """
+    found: dict[tuple, Launch] = {}
+    with as_on_a_device():
+        for call in CALLS:
+            call = replace(call, vocab=call.vocab or VOCAB)
+            if not any(only in f"{kernel} {call.label}" for kernel in KERNELS):
+                continue
+            for launch in launches(call, ROWS, WIDTH, torch.device("cpu"), execute=False):
+                found.setdefault(_key(launch), launch)
+    return tuple(launch for launch in found.values() if only in f"{launch.kernel} {launch.label}")
 
 
 def compile_all(arch: int, workers: int = 1, only: str = "") -> list[Report]:
     """Every variant compiled for compute capability ``arch`` / 10, in ``workers`` forks of this process.
-
-    Args:
-        only: leaves out the variants in whose name it does not stand.
 
     Raises:
         RuntimeError: TRITON_INTERPRET is set, so that there is nothing to compile.
@@ -173,8 +165,8 @@ def compiling(arch: int, workers: int = 1, only: str = "") -> Iterator[Report]:
     """As ``compile_all``, each report as it comes."""
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise RuntimeError("TRITON_INTERPRET is set, under which nothing is compiled; start without it")
-    chosen = [variant for variant in variants() if only in f"{variant.kernel} {variant.label}"]
-    report = functools.partial(_report, arch=arch)
+    chosen = range(len(variants(only)))
+    report = functools.partial(_numbered, only=only, arch=arch)
     if workers == 1:
         yield from map(report, chosen)
         return
@@ -183,57 +175,12 @@ def compiling(arch: int, workers: int = 1, only: str = "") -> Iterator[Report]:
         yield from pool.imap(report, chosen)
 
 
-# -- what a wrapper launches -------------------------------------------------------------------------------------------
+def _numbered(number: int, only: str, arch: int) -> Report:
+    """A fork has the variants already, and they cannot be sent."""
+    return asked(_report(variants(only)[number], arch))
 
 
-@dataclass
-class Launch:
-    """A kernel with the arguments of one launch."""
-
-    function: Any
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-    warps: int
-
-
-class _Recorder:
-    """Stands in for a kernel: remembers what it is launched with."""
-
-    def __init__(self, function: Any):
-        self.function, self.launch = function, None
-
-    def __getitem__(self, grid: Any):
-        def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
-            names = [name for name in self.function.arg_names if name not in constants]
-            self.launch = Launch(self.function, dict(zip(names, arguments, strict=True)), constants, num_warps)
-
-        return launch
-
-
-def captured(variant: Variant) -> Launch:
-    """What the wrapper of ``kernels.py`` launches for a variant."""
-    from qtarget.losses.engine import kernels
-
-    stride = -(-variant.width // 64) * 64  # as the engine's buffers
-    z = torch.empty(ROWS, stride, device="meta").narrow(1, 0, variant.width)
-    o = torch.empty_strided(z.shape, z.stride(), device="meta") if variant.case.other else z
-    y = torch.empty(ROWS, dtype=torch.int64, device="meta")
-    name = f"_{variant.kernel}"
-    function = getattr(kernels, name)
-    recorder = _Recorder(function)
-    setattr(kernels, name, recorder)
-    try:
-        if variant.kernel == "sums":
-            kernels.sums(z, o, y, variant.case)
-        else:
-            g = torch.empty(ROWS, stride, dtype=variant.g, device="meta").narrow(1, 0, variant.width)
-            given = torch.empty(len(GIVEN), ROWS, device="meta")
-            kernels.gradient(z, o, y, given, variant.case, g, y if variant.skips else None)
-    finally:
-        setattr(kernels, name, function)
-    assert recorder.launch is not None
-    return recorder.launch
-
+# -- compiling ---------------------------------------------------------------------------------------------------------
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -244,39 +191,53 @@ _POINTERS = {
 }
 
 
-def compiled(launch: Launch, arch: int) -> Any:
-    """The kernel as Triton compiles it at run time: whole numbers that 16 divides, and pointers, are said to be so."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.compiler import compile as build
-
+def _specialised(launch: Launch) -> tuple[dict, dict, dict]:
+    """(types, constants, attributes) by position, as at run time: pointers and whole numbers that 16 divides are said to
+    be so."""
     signature, constants, attributes = {}, {}, {}
-    for at, name in enumerate(launch.function.arg_names):
-        if name in launch.constants:
-            signature[name], constants[(at,)] = "constexpr", launch.constants[name]
-            continue
-        value = launch.arguments[name]
-        if isinstance(value, Tensor):
+    named = launch.named
+    for at, parameter in enumerate(launch.function.params):
+        name, value = parameter.name, named[parameter.name]
+        if parameter.is_constexpr:
+            signature[name], constants[(at,)] = "constexpr", value
+        elif isinstance(value, Tensor):
             signature[name] = _POINTERS[value.dtype]
         elif isinstance(value, int):
             signature[name] = "i32"
         else:
             signature[name] = "fp32"
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if not parameter.is_constexpr and (isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)):
             attributes[(at,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.function, signature, constants, attributes)
-    return build(source, target=GPUTarget("cuda", arch, WARP), options={"num_warps": launch.warps})
+    return signature, constants, attributes
+
+
+def _key(launch: Launch) -> tuple:
+    signature, constants, attributes = _specialised(launch)
+    return (
+        launch.kernel,
+        tuple(signature.values()),
+        tuple(constants.values()),
+        tuple(attributes),
+        launch.options["num_warps"],
+    )
+
+
+def compiled(launch: Launch, arch: int) -> Any:
+    """The kernel as Triton compiles it at run time."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as build
+
+    source = ASTSource(launch.function, *_specialised(launch))
+    options = {name: value for name, value in launch.options.items() if name not in launch.function.arg_names}
+    return build(source, target=GPUTarget("cuda", arch, WARP), options=options)
 
 
 # -- what came of it ---------------------------------------------------------------------------------------------------
 
 
-def _report(variant: Variant, arch: int) -> Report:
-    launch = captured(variant)
-    flags = sorted(name for name, value in launch.constants.items() if value and name != "BLOCK")
-    g = "" if variant.kernel == "sums" else str(variant.g).removeprefix("torch.")
-    report = Report(variant.kernel, variant.label, arch, flags, g)
-    report.wide, report.most_registers = variant.wide, variant.registers
+def _report(launch: Launch, arch: int) -> Report:
+    report = Report(launch.kernel, launch.label, arch, launch.flags, launch.g)
     try:
         kernel = compiled(launch, arch)
         usage, code = _disassembled(kernel.asm["cubin"])
@@ -293,7 +254,7 @@ def _report(variant: Variant, arch: int) -> Report:
     report.instructions = len(whole)
     loop = _longest_loop(code)
     if loop:
-        elements = launch.constants["BLOCK"] / (launch.warps * WARP)
+        elements = launch.named["BLOCK"] / (launch.options["num_warps"] * WARP)
         report.per_element = round(len(loop) / elements, 1)
     loads = [operation for operation in loop or whole if operation.startswith("LDG")]
     report.loads = {name: loads.count(name) for name in sorted(set(loads))}
@@ -354,6 +315,7 @@ def main(arguments: list[str]) -> int:
     """Compile for each compute capability named, and print a line, or with --json an object, for each variant."""
     as_json = "--json" in arguments
     only = next((argument.removeprefix("--only=") for argument in arguments if argument.startswith("--only=")), "")
+    torch.set_num_threads(1)  # before there are forks
     faults = 0
     for arch in [int(argument) for argument in arguments if argument.isdigit()] or [80, 90]:
         for report in compiling(arch, os.cpu_count() or 1, only):

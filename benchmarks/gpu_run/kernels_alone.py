@@ -1,134 +1,107 @@
-"""The two kernels by themselves: bytes a second over those of a copy, for the tiles as they are and for others."""
+"""The two kernels by themselves: bytes a second over those of a copy, for the tiles as they are and for others.
+
+What is timed are the engine's own launches, recorded in a call and launched again.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from gpu_run.clock import milliseconds
 from gpu_run.environment import copy_rate
+from gpu_run.launches import KERNELS, Call, Launch, as_on_a_device, launches
 from gpu_run.record import Talk
-from qtarget.losses.engine import buffers, row_functions
-from qtarget.losses.engine.row_functions import Pass
-from qtarget.losses.engine.row_plan import GIVEN
 
-ROWS, VOCAB = 1024, 151936
+ROWS, WIDTH, VOCAB, SMOKE_VOCAB = 1024, 64, 151936, 300
 LEAST_OF_COPY = 0.80
 BLOCKS, WARPS = (1024, 2048, 4096), (4, 8, 16)
-# Bytes of a logit that each pass moves: float32 logits of one model or two, and g in 16 bits.
-COUNTED = {
-    "sums": {"student": 4, "eaft": 4, "gem": 4, "teacher": 8, "kd T=2": 8, "top-k": 4},
-    "gradient": {"student": 6, "eaft": 6, "gem": 6, "teacher": 10, "kd T=2": 10, "top-k": 6},
-}
+CALLS = (
+    Call("student", (("dft", {}),)),
+    Call("eaft", (("eaft", {}),)),
+    Call("gem", (("gem", {}),)),
+    Call("teacher", (("target-sft", {}),), "head"),
+    Call("teacher, padded", (("target-sft", {}),), "head", real=VOCAB - 271),
+    Call("kd T=2", (("kd", {"temperature": 2.0}),), "head"),
+    Call("top-k", (("target-sft", {}),), "top-k"),
+)
+# Of these other tiles are tried.
+TRIED = ("student", "teacher")
 
 
-def forms(width: int) -> dict[str, tuple[Pass, Pass]]:
-    """(first pass, second pass) of each form of a target."""
-    student = Pass(width)
-    gem = Pass(width, c_z=1 / 0.7, pooled=True)
-    teacher = Pass(width, c_z=0.5, c_o=0.5, pooled=True, other=True)
-    tempered = Pass(width, c_z=0.0, c_o=0.5, c_b=0.5, pooled=True, other=True, pair=True)
-    return {
-        "student": (student, student),
-        "eaft": (Pass(width, groups=True), student),
-        "gem": (gem, gem),
-        "teacher": (teacher, teacher),
-        "kd T=2": (tempered, tempered),
-        "top-k": (student, Pass(width, one_shift=True)),
-    }
-
-
-class Block:
-    """Logits, labels and what the second pass is given for some rows, as the engine has them."""
-
-    def __init__(self, rows: int, width: int, device: torch.device):
-        half = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.z = buffers.padded_rows(rows, width, torch.float32, device).normal_(0, 3)
-        self.o = buffers.padded_rows(rows, width, torch.float32, device).copy_(self.z).add_(0.3)
-        self.g = buffers.padded_rows(rows, width, half, device)
-        self.y = torch.randint(0, width, (rows,), device=device)
-        self.given = torch.zeros(len(GIVEN), rows, device=device)
-        normaliser = self.z.logsumexp(1)
-        numbers = {"log_s": normaliser, "log_s_u": normaliser, "log_s_b": normaliser, "a": 0.5, "b": 0.5, "factor": 1.0}
-        for name, number in numbers.items():
-            self.given[GIVEN.index(name)] = number
-
-    def passes(self, first: Pass, second: Pass) -> dict[str, Callable[[], object]]:
-        """The two passes as calls."""
-        if self.z.device.type != "cuda":
-            c = [torch.tensor(case.coefficients) for case in (first, second)]
-            return {
-                "sums": lambda: row_functions.sums(self.z, self.o, self.y, c[0], first.support, first.flags),
-                "gradient": lambda: row_functions.gradient(
-                    self.z, self.o, self.y, self.given, c[1], second.support, second.flags, False, False, self.g, True
-                ),
-            }
-        from qtarget.losses.engine import kernels
-
-        return {
-            "sums": lambda: kernels.sums(self.z, self._other(first), self.y, first),
-            "gradient": lambda: kernels.gradient(self.z, self._other(second), self.y, self.given, second, self.g, None),
-        }
-
-    def _other(self, case: Pass) -> Tensor:
-        return self.o if case.other else self.z
+def recorded(call: Call, device: torch.device, smoke: bool) -> list[Launch]:
+    """The passes of a call over one chunk, both of which have run once."""
+    vocab = SMOKE_VOCAB if smoke else VOCAB
+    call = Call(
+        call.label,
+        call.targets,
+        call.source,
+        call.dtype,
+        vocab,
+        None if call.real is None else call.real - VOCAB + vocab,
+    )
+    if device.type == "cuda":
+        return launches(call, ROWS, WIDTH, device, execute=True)
+    with as_on_a_device():  # in the interpreter
+        return launches(call, 4, WIDTH, device, execute=True)
 
 
 def run(talk: Talk) -> None:
-    """Each form's passes; then other tiles for the student's and the teacher's."""
-    device, smoke = talk.settings.device, talk.settings.smoke
-    rows, width = (4, 300) if smoke else (ROWS, VOCAB)
+    """Each call's passes; then other tiles for the student's and the teacher's."""
+    settings = talk.settings
+    device, smoke = settings.device, settings.smoke
     copy = copy_rate(device, 1 << 14 if smoke else 1 << 29)
     talk.row("copy", tb_per_s=copy)
-    block = Block(rows, width, device)
-    for name, cases in forms(width).items():
-        for which, call in block.passes(*cases).items():
-            rate = _rate(call, rows * width * COUNTED[which][name], device)
-            talk.row(f"{which}, {name}", tb_per_s=rate, of_copy=rate / copy)
+    if settings.backend != "triton":
+        talk.note("no kernel can run here; in the interpreter, with TRITON_INTERPRET=1, they do")
+        return
+    tried: dict[str, list[Launch]] = {}
+    for call in CALLS:
+        found = recorded(call, device, smoke)
+        if call.label in TRIED:
+            tried[call.label] = found
+        for launch in found:
+            rate = _rate(launch, device)
+            name = f"{launch.kernel}, {call.label}"
+            talk.row(name, tb_per_s=rate, of_copy=rate / copy)
             if not smoke:
-                talk.limit(f"{which}, {name}: share of a copy's bytes a second", rate / copy, least=LEAST_OF_COPY)
+                talk.limit(f"{name}: share of a copy's bytes a second", rate / copy, least=LEAST_OF_COPY)
     if device.type == "cuda":
         _as_run(talk)
-        _other_tiles(talk, block, copy)
+    _other_tiles(talk, tried, copy)
 
 
-def _rate(call: Callable[[], object], bytes_: int, device: torch.device) -> float:
+def _rate(launch: Launch, device: torch.device, **options: int) -> float:
     """TB/s."""
-    milliseconds(call, device, 2, 1)
-    return bytes_ / statistics.median(milliseconds(call, device, 0, 4) for _ in range(5)) / 1e9
+    milliseconds(lambda: launch.run(**options), device, 2, 1)
+    taken = [milliseconds(lambda: launch.run(**options), device, 0, 4) for _ in range(5)]
+    return launch.bytes / statistics.median(taken) / 1e9
 
 
-def _other_tiles(talk: Talk, block: Block, copy: float) -> None:
-    from qtarget.losses.engine import kernels
-
-    rows, width = block.z.shape
-    before = kernels.BLOCK, kernels.WARPS
-    try:
-        for name in ("student", "teacher"):
-            for kernels.BLOCK in BLOCKS:
-                for kernels.WARPS in WARPS:
-                    if talk.left < 3:
-                        talk.note(f"no time was left for tiles of {kernels.BLOCK}, {kernels.WARPS} warps, {name}")
-                        continue
-                    shares = {}
-                    for which, call in block.passes(*forms(width)[name]).items():
-                        rate = _rate(call, rows * width * COUNTED[which][name], block.z.device)
-                        shares[f"{which}_of_copy"] = rate / copy
-                    talk.row(f"tiles of {kernels.BLOCK}, {kernels.WARPS} warps, {name}", **shares)
-    finally:
-        kernels.BLOCK, kernels.WARPS = before
+def _other_tiles(talk: Talk, tried: dict[str, list[Launch]], copy: float) -> None:
+    device = talk.settings.device
+    blocks, warps = ((128,), (4,)) if talk.settings.smoke else (BLOCKS, WARPS)
+    for label, found in tried.items():
+        for block in blocks:
+            for count in warps:
+                if talk.left < 3:
+                    talk.note(f"no time was left for tiles of {block}, {count} warps, {label}")
+                    continue
+                shares = {
+                    f"{launch.kernel}_of_copy": _rate(launch, device, BLOCK=block, num_warps=count) / copy
+                    for launch in found
+                }
+                talk.row(f"tiles of {block}, {count} warps, {label}", **shares)
 
 
 def _as_run(talk: Talk) -> None:
     """Registers and spills of the kernels that this process has launched, where this Triton tells them."""
     from qtarget.losses.engine import kernels
 
-    for name in ("_sums", "_gradient"):
+    for name in KERNELS:
         try:
-            caches = getattr(kernels, name).device_caches
+            caches = getattr(kernels, f"_{name}").device_caches
             (cache, *_) = next(iter(caches.values()))
             launched = [(one.n_regs, one.n_spills) for one in cache.values()]
         except Exception as error:  # other versions keep them elsewhere

@@ -19,7 +19,7 @@ DONE, CUT, CRASHED, NOT_REACHED = "done", "cut by its deadline", "crashed", "not
 
 @dataclass
 class Settings:
-    """How a run is made.
+    """How a run is made. On a CPU in Triton's interpreter the kernels are judged, too.
 
     Attributes:
         device: "cuda" or "cpu". smoke: tiny shapes, and nothing that needs CUDA.
@@ -34,7 +34,8 @@ class Settings:
 
     @property
     def backend(self) -> str:
-        return "triton" if self.device.type == "cuda" else "torch"
+        interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+        return "triton" if self.device.type == "cuda" or interpreted else "torch"
 
 
 @dataclass
