@@ -130,10 +130,20 @@ def chosen_parts(args: argparse.Namespace, device: bool) -> list[Part]:
     ]
 
 
+def beside(args: argparse.Namespace, device: torch.device) -> None:
+    """What other programs look at while it runs, or what runs ahead."""
+    if args.tiny:
+        host_reads.tiny(device)
+    elif args.counted:
+        profiled.counted(device)
+    else:
+        compiling.warm(args.warm)
+
+
 def main(given: list[str] | None = None) -> int:
     args = arguments(given)
     if args.tiny or args.counted or args.warm:
-        host_reads.tiny() if args.tiny else profiled.counted() if args.counted else compiling.warm(args.warm)
+        beside(args, torch.device("cuda"))
         return 0
     device = not args.smoke and has_device()
     if not args.smoke and not device:

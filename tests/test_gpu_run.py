@@ -76,6 +76,19 @@ def planted(**seconds):
     return PLANTED.replace("{parts}", repr(list(seconds.items())))
 
 
+def test_parts_run_in_small(tmp_path):
+    quick = ["environment", "correctness", "host reads", "kernels", "sweep", "profile"]
+    status, said = run("--smoke", "--only", *quick, "--out", tmp_path / "gpu.json")
+    assert status == 0, said
+    parts = parts_of(tmp_path / "gpu.json")
+    assert list(parts) == quick
+    for name, part in parts.items():
+        assert part["state"] == "done" and part["rows"], (name, part["error"])
+    judged = [row for row in parts["correctness"]["rows"] if "done" in row]
+    assert judged and all(row["done"] == row["of"] for row in judged)
+
+
+@pytest.mark.full
 def test_every_part_runs_in_small(tmp_path):
     status, said = run("--smoke", "--out", tmp_path / "gpu.json")
     assert status == 0, said

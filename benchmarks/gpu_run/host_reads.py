@@ -125,9 +125,8 @@ def _checkers(talk: Talk) -> None:
             talk.note(f"{name} could not run: {text[-600:]}")
 
 
-def tiny() -> None:
+def tiny(device: torch.device) -> None:
     """What the checkers look at: each kind of pass once, rows that no tile fits, a few tokens."""
-    device = torch.device("cuda")
     x = Inputs(Shape(7, 64, 5003), device)
     x.labels.clamp_(max=4998)
     for one in TIMED:
@@ -149,4 +148,4 @@ def tiny() -> None:
         target = qt.preset(name, **options)
         qt.linear_target_loss(x.hidden, x.weight, x.labels, target, backend="triton").loss.backward()
         x.clear()
-    torch.cuda.synchronize()
+    synchronize(device)

@@ -81,10 +81,10 @@ def _profile(talk: Talk, x: Inputs, name: str) -> None:
 # -- bytes -------------------------------------------------------------------------------------------------------------
 
 
-def counted() -> None:
+def counted(device: torch.device) -> None:
     """What NVIDIA's profiler looks at: each call's passes, once; and a line of what was launched, in that order."""
-    found = [launch for call in CALLS for launch in recorded(call, torch.device("cuda"), smoke=False)]
-    torch.cuda.synchronize()
+    found = [launch for call in CALLS for launch in recorded(call, device, smoke=device.type == "cpu")]
+    synchronize(device)
     print(COUNTED + json.dumps([[f"{launch.kernel}, {launch.label}", launch.bytes] for launch in found]))
 
 
