@@ -41,6 +41,7 @@ def as_on_a_device(logits_rows: int = 8, gradient_rows: int = 16) -> Iterator[No
         patch.setattr(inputs, "on_host", lambda device: False)
         patch.setattr(sizes, "_DEVICE_LOGITS_ROWS", logits_rows)
         patch.setattr(sizes, "_DEVICE_GRADIENT_ROWS", gradient_rows)
+        patch.setattr(sizes, "_DEVICE_FEWEST_ROWS", 1)
         yield
 
 

@@ -164,7 +164,7 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, BatchesTrainer, Checkpoints
         steps = self._total_steps
         if steps not in self._backends:
             rows = steps * self.args.gradient_accumulation_steps * self.args.per_device_train_batch_size
-            logits = compiling.logits_of_run(self.train_dataset, rows, self._vocab_size)
+            logits = compiling.logits_of_run(self.train_dataset, rows, self._vocab_size or 0)
             targets = list(self._objective.finals())
             self._backends[steps] = compiling.backend(targets, self.accelerator.device, logits)
         return self._backends[steps]

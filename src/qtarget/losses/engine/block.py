@@ -9,7 +9,6 @@ Shape suffixes: r rows of the block, v vocabulary, k kept ids of a top-k distrib
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +57,7 @@ class RowMath:
         student, outside = self._student(z, labels, kept)
         masses = [self._offset_mass(pool, rows, student) for _, pool in self.target.residual_terms[:1]]
         a, b, label_loss = self._weights(rows, student, masses)
-        statistics = label_statistics(student, a, b)
+        statistics = label_statistics(student.log_p_y, student.entropy, student.is_top1, a, b)
         if not b:
             loss = label_loss
             self._student_gradient(z, labels, student, a, statistics)
@@ -370,16 +369,18 @@ class RowMath:
         return kl_q.masked_fill(statistics["off_simplex_fraction"] > 0, float("nan"))
 
 
-def label_statistics(student: Any, a: Tensor, b: list[Tensor]) -> dict[str, Tensor]:
+def label_statistics(
+    log_p_y: Tensor, entropy: Tensor, is_top1: Tensor, a: Tensor, b: list[Tensor]
+) -> dict[str, Tensor]:
     """The statistics that need nothing but the student and the weights."""
     mass = sum(b, torch.zeros_like(a))
     return {
-        "nll": -student.log_p_y,
+        "nll": -log_p_y,
         "trust": a,
         "residual_mass": mass,
         "strength": a + mass,
-        "entropy": student.entropy,
-        "accuracy": student.is_top1.to(a.dtype),
+        "entropy": entropy,
+        "accuracy": is_top1.to(a.dtype),
     }
 
 

@@ -19,7 +19,7 @@ from qtarget.losses import inputs
 from qtarget.losses.engine import buffers, matmuls
 from qtarget.losses.engine.block import RowMath
 from qtarget.losses.engine.buffers import Places, RowResult, Rows, TopKRows
-from qtarget.losses.engine.device_rows import CannotCompile, DeviceRows, FunctionPasses, Passes, TritonPasses
+from qtarget.losses.engine.device_rows import CannotCompile, DeviceRows, FunctionPasses, Part, Passes, TritonPasses
 from qtarget.losses.engine.matmuls import HeadMatmuls, WeightGradient
 from qtarget.losses.engine.row_plan import RowPlan
 from qtarget.losses.engine.sizes import Sizes, block_rows, chunk_rows, device_memory, device_sizes
@@ -114,6 +114,8 @@ class _Run:
         self.scratch = buffers.workspace(self.dtype, self.device)
         self.sizes = self._sizes(weight)
         self.math = [self._math(number) for number in range(len(call.targets))]
+        # Blocks of each target of which loss and statistics are still to be worked out, with their tokens.
+        self.parts: list[tuple[DeviceRows, list[tuple[slice, Part]]]] = []
         self.upstream, self.alpha, self.factor = upstream, call.logit_scale / matmuls.gradient_factor(call.compute), 1.0
         if upstream is not None and self.beside:
             # in the range of 16 bits, whatever a loss scale makes of it
@@ -263,30 +265,35 @@ class _Run:
         for begin in range(0, length, block):
             here = slice(begin, min(begin + block, length))
             there = slice(segment.start + here.start, segment.start + here.stop)
-            result = self._run_rows(rows[here], there, number)
-            self._keep(there, result)
-            active.append(result.active)
+            active.append(self._run_rows(rows[here], there, number))
         waits = not on_host and isinstance(self.math[number], DeviceRows)
         skips = self.call.targets[number].may_skip_tokens and self.gradient and not self.beside and not waits
         return torch.cat(active) if skips else None
 
-    def _run_rows(self, rows: Rows, segment: slice, number: int) -> RowResult:
-        """The block's result, its gradient where it belongs; a compiler that refuses is told of once, and plain PyTorch
-        goes on."""
+    def _run_rows(self, rows: Rows, segment: slice, number: int) -> Tensor:
+        """Put the block's gradient where it belongs; a compiler that refuses is told of once, and plain PyTorch goes on.
+
+        Returns which rows have a gradient, [rows] bool.
+        """
         math = self.math[number]
         if not isinstance(math, DeviceRows):
             result = math.run(rows)
             if self.gradient:
                 self._deliver(rows, result.active)
-            return result
+            self._keep(segment, result)
+            return result.active
         try:
-            return math.run(rows)
+            part = math.run(rows)
         except CannotCompile as error:
             _tell(f"backend {self.call.backend!r} cannot be compiled here, so 'torch' is used: {error}")
             self.math[number] = self._torch_math(number)
             self._form_logits(segment, rows.z)
             fresh = self._rows(segment, rows.z, number)
             return self._run_rows(replace(fresh, g=rows.g, places=rows.places), segment, number)
+        if not self.parts or self.parts[-1][0] is not math:
+            self.parts.append((math, []))
+        self.parts[-1][1].append((segment, part))
+        return part.active
 
     def _deliver(self, rows: Rows, active: Tensor) -> None:
         """Multiply what plain PyTorch wrote over the logits by each row's factor, and round it to where it belongs."""
@@ -414,6 +421,9 @@ class _Run:
 
     def _read(self, *wanted: Tensor) -> list[float]:
         """Raise what is wrong with the call, in one host read, which also brings the ``wanted`` numbers."""
+        for math, parts in self.parts:  # the blocks of one target follow each other
+            whole = slice(parts[0][0].start, parts[-1][0].stop)
+            self._keep(whole, math.report([part for _, part in parts]))
         loss, stats = self.out.loss, self.out.stats
         # The entropy touches every logit of the student, the cross-entropy of Q every one of the others.
         student = torch.isfinite(stats["entropy"])

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +24,7 @@ from qtarget.losses.engine import row_functions, top_k
 from qtarget.losses.engine.block import label_statistics, top_k_too_large
 from qtarget.losses.engine.buffers import RowResult, Rows, Scratch, TopKRows
 from qtarget.losses.engine.row_functions import GROUP, Pass
-from qtarget.losses.engine.row_plan import FOUND, GIVEN, NEVER, SUMS, RowPlan
+from qtarget.losses.engine.row_plan import FOUND, NEVER, TABLE, RowPlan
 from qtarget.losses.output import simplex_tolerance
 from qtarget.targets import Target, TokenStats
 
@@ -45,7 +46,15 @@ class Passes(Protocol):
         """Whether sums in z's dtype leave log R's normaliser off by more than what is written is rounded by."""
 
     def gradient(
-        self, z: Tensor, o: Tensor, y: Tensor, given: Tensor, case: Pass, g: Tensor, places: Tensor | None
+        self,
+        z: Tensor,
+        o: Tensor,
+        y: Tensor,
+        table: Tensor,
+        weights: Tensor,
+        case: Pass,
+        g: Tensor,
+        places: Tensor | None,
     ) -> Tensor: ...
 
 
@@ -69,8 +78,8 @@ class TritonPasses:
     def sums(self, z, o, y, case):
         return self._run(self._kernels.sums, z, o, y, case)
 
-    def gradient(self, z, o, y, given, case, g, places):
-        return self._run(self._kernels.gradient, z, o, y, given, case, g, places)
+    def gradient(self, z, o, y, table, weights, case, g, places):
+        return self._run(self._kernels.gradient, z, o, y, table, weights, case, g, places)
 
 
 class FunctionPasses:
@@ -99,13 +108,13 @@ class FunctionPasses:
         c = _coefficients(case.coefficients, z.dtype, z.device)
         return self._run("sums", z, o, y, c, case.support, case.flags)
 
-    def gradient(self, z, o, y, given, case, g, places):
+    def gradient(self, z, o, y, table, weights, case, g, places):
         c = _coefficients(case.coefficients, z.dtype, z.device)
         capped = case.softcap is not None
         skips = case.write and places is not None
         out = torch.empty_like(z, dtype=g.dtype) if skips else None if g is z else g.narrow(0, 0, z.shape[0])
         arguments = (case.support, case.flags, capped, case.with_kl, out, case.write)
-        found = self._run("gradient", z, o, y, given, c, *arguments)
+        found = self._run("gradient", z, o, y, table, weights, c, *arguments)
         if skips:  # −1 is the last row, which is there for rows without a gradient
             g.index_put_((places,), out)
         return found
@@ -153,59 +162,34 @@ class DeviceRows:
     softcap: float | None = None
     factor: float = 1.0
 
-    def run(self, rows: Rows) -> RowResult:
-        """The block's loss, statistics and which rows have a gradient; the gradient is written to ``rows.g``."""
-        z, y, pool = rows.z, rows.labels, self.plan.pool
+    def run(self, rows: Rows) -> Part:
+        """Write the block's gradient; what is reported of the rows is worked out later, for all blocks at once."""
+        z, y = rows.z, rows.labels
         kept = self._kept(rows)
-        o = self._other_logits(rows) if kept is None and self.plan.other is not None else z
-        case = Pass(
-            support=self.vocab_size if kept is not None else self.support,
-            c_z=self.plan.c_z if kept is None else 1.0,
-            c_o=self.plan.c_o if kept is None else 0.0,
-            c_b=self.plan.c_b,
-            slope=self.plan.slope or 0.0,
-            # With a padded vocabulary the pool is the student itself over real tokens: what is outside the k.
-            pooled=pool is not None and (kept is None or self.vocab_size < z.shape[1]),
-            other=self.plan.other is not None and kept is None,
-            offset=self.plan.slope is not None,
-            pair=self.plan.is_pair,
-            groups="top_k_entropy" in self.target.needs,
-        )
-        z_y = z.gather(1, y.unsqueeze(1)).squeeze(1)
         aux_log_p = {name: self._aux_log_p_y(rows, name) for name in ("teacher", "reference") if self._reads(name)}
-        entries = None
-        if kept is not None:
-            entries = top_k.take_out(z, y, kept)
-        found, groups = self.passes.sums(z, o, y, case)
-        s = dict(zip(SUMS, found.unbind(0), strict=True))
-        log_outside = None
-        if entries is not None:
-            s, log_outside = entries.put_back(s, z_y, padded=case.pooled)
-        student = _student(s, z_y)
-        stats = self._stats(rows, student, s, groups, entries, aux_log_p)
-        a, b = self._weights(stats)
-        label_loss = self.target.label_loss(stats)
-        weight = b[0] if b else torch.zeros_like(a)  # of the one difference
-        active = a != 0
-        if b:
-            active = active | (weight != 0)
-
-        given = self._given(s, student, a, weight, rows)
+        o = self._other_logits(rows) if kept is None and self.plan.other is not None else z
+        case = self._case(kept, z.shape[1])
+        entries = None if kept is None else top_k.take_out(z, y, kept)
+        table, groups = self.passes.sums(z, o, y, case)
         shares = None
         if entries is not None:
-            assert log_outside is not None
-            shares = entries.shares(student, log_outside, self.plan.c_o)
-            given |= {"shift": shares.d_tail, "label": given["label"].masked_fill(entries.label_kept, 0.0)}
+            table, shares = entries.put_back(table, self.plan.c_o, padded=case.pooled)
             case = replace(case, pooled=False, one_shift=True)
-        places = rows.places.take(active) if rows.places is not None else None
-        result = self._second_pass(rows, o, given, case, places)
+        part = Part(table, rows.columns, aux_log_p)
+        stats = self._stats(part, lambda k: _top_k_entropy(z, groups, entries, k))
+        part.a, part.b = self._weights(stats)
+        weight = part.b[0] if part.b else torch.zeros_like(part.a)  # of the one difference
+        part.active = (part.a != 0) | (weight != 0) if part.b else part.a != 0
+        factor = torch.full_like(part.a, self.factor)
+        weights = torch.stack([part.a, weight, factor if rows.factor is None else factor * rows.factor])
+        places = rows.places.take(part.active) if rows.places is not None else None
+        part.found = self._second_pass(rows, o, table, weights, case, places)
         if shares is not None:
-            found_k, g_k = shares.gradient(a, weight, student.rest_mass, self.with_kl)
-            for name, value in found_k.items():
-                result[name] = torch.minimum(result[name], value) if name == "lowest" else result[name] + value
+            found, g = shares.gradient(part.a, weight, table.select(0, _REST_MASS), self.with_kl)
+            part.found = _together(part.found, found)
             if self.gradient:
-                shares.write(g_k, rows, places, self.softcap, given["factor"])
-        return self._result(student, a, b, weight, label_loss, result, active, z.dtype == torch.float64, s)
+                shares.write(g, rows, places, self.softcap, weights.select(0, 2))
+        return part
 
     # -- what the passes are given -------------------------------------------------------------------------------
 
@@ -237,21 +221,47 @@ class DeviceRows:
         covered = min(self.vocab_size, other.shape[1])
         logits = other.narrow(1, 0, covered).clamp(min=NEVER)
         y = rows.labels.clamp(max=covered - 1)
-        found, _ = self.passes.sums(logits, logits, y, Pass(covered))
-        s = dict(zip(SUMS, found.unbind(0), strict=True))
-        log_p_y = _student(s, logits.gather(1, y.unsqueeze(1)).squeeze(1)).log_p_y
-        return log_p_y.masked_fill(rows.labels >= covered, float("-inf"))
+        table, _ = self.passes.sums(logits, logits, y, Pass(covered))
+        return table.select(0, TABLE.index("log_p_y")).masked_fill(rows.labels >= covered, float("-inf"))
 
-    def _stats(self, rows, student, s, groups, entries, aux_log_p) -> TokenStats:
-        values = {"log_p_y": student.log_p_y, "rest_mass": student.rest_mass, "entropy": student.entropy}
-        values |= rows.columns
-        values |= {f"{name}_log_p_y": value for name, value in aux_log_p.items()}
-        if self.plan.pool is not None:
-            values["offset_mass"] = torch.ones_like(student.log_p_y)
-            if self.plan.slope is not None:
-                log_mass = s["m_u"] - self.plan.c_z * s["m"] + (s["s_u"] / s["s_plain"]).log()
-                values["offset_mass"] = log_mass.exp()
-        return TokenStats(values, lambda k: _top_k_entropy(rows.z, groups, entries, k), self.target.needs)
+    def _case(self, kept: TopKRows | None, width: int) -> Pass:
+        plan = self.plan
+        if kept is None:
+            return Pass(
+                support=self.support,
+                c_z=plan.c_z,
+                c_o=plan.c_o,
+                c_b=plan.c_b,
+                slope=plan.slope or 0.0,
+                pooled=plan.pool is not None,
+                other=plan.other is not None,
+                offset=plan.slope is not None,
+                pair=plan.is_pair,
+                groups="top_k_entropy" in self.target.needs,
+            )
+        # With a padded vocabulary the pool is the student itself over real tokens: what it has outside the k.
+        return Pass(
+            support=self.vocab_size,
+            pooled=self.vocab_size < width,
+            groups="top_k_entropy" in self.target.needs,
+        )
+
+    def _stats(self, part: Part, top_k_entropy: Callable[[int], Tensor]) -> TokenStats:
+        rows = part.rows
+        values = {name: rows[name] for name in ("log_p_y", "rest_mass", "entropy", "offset_mass")}
+        if self.plan.slope is None:
+            del values["offset_mass"]
+            if "offset_mass" in self.target.needs:
+                values["offset_mass"] = torch.ones_like(rows["log_p_y"])
+        values |= part.columns
+        values |= {f"{name}_log_p_y": value for name, value in part.aux_log_p.items()}
+
+        def remembered(k: int) -> Tensor:  # it reads the logits, which are gone when the loss is reported
+            if k not in part.top_k_entropies:
+                part.top_k_entropies[k] = top_k_entropy(k)
+            return part.top_k_entropies[k]
+
+        return TokenStats(values, remembered, self.target.needs)
 
     def _weights(self, stats: TokenStats) -> tuple[Tensor, list[Tensor]]:
         """The target's weights. The first time, a rule that reads a number of the device is told of by its name."""
@@ -269,92 +279,115 @@ class DeviceRows:
             )
         return weights
 
-    def _given(self, s, student, a: Tensor, weight: Tensor, rows: Rows) -> dict[str, Tensor]:
-        given = dict.fromkeys(GIVEN, s["m"])
-        given |= {"log_s": student.log_s, "a": a, "label": -a * student.rest_mass, "b": weight, "z_y": student.z_y}
-        factor = torch.full_like(a, self.factor)
-        given["factor"] = factor if rows.factor is None else factor * rows.factor
-        m_b, s_b = (self.plan.c_b * s["m"], s["s_b"]) if self.plan.is_pair else (s["m"], student.total)
-        s_u = s["s_u"]
-        given |= {"m_u": s["m_u"], "log_s_u": s_u.log(), "m_b": m_b, "log_s_b": s_b.log()}
-        # of d = c_o (o − z) + (c_z + c_o − c_b)(z − m) + shift, in which nothing of the size of a logit cancels
-        given["shift"] = ((self.plan.c_z + self.plan.c_o) * s["m"] - s["m_u"]) - (s_u / s_b).log()
-        return given
-
     # -- the second pass -----------------------------------------------------------------------------------------
 
-    def _second_pass(self, rows: Rows, o: Tensor, given: dict, case: Pass, places: Tensor | None) -> dict[str, Tensor]:
+    def _second_pass(
+        self, rows: Rows, o: Tensor, table: Tensor, weights: Tensor, case: Pass, places: Tensor | None
+    ) -> Tensor:
         z = rows.z
         g = z if rows.g is None else rows.g
         case = replace(case, softcap=self.softcap, with_kl=self.with_kl, write=self.gradient)
+        if not (case.write or case.with_kl or case.pooled or case.one_shift):
+            return z.new_zeros(len(FOUND), z.shape[0])
         if case.pooled and g.dtype == z.dtype and self.passes.drifts(z):
             # Both distributions sum to one, so Σ (B − R) tells by how much log R's normaliser is off. Where g is
             # rounded to 16 bits that is below rounding.
             plain = replace(case, write=False, with_kl=False)
-            drift = self._pass(rows, o, given, plain, g, None)["drift"]
-            given |= {"log_s_u": given["log_s_u"] + torch.log1p(-drift), "shift": given["shift"] - torch.log1p(-drift)}
-        if not (case.write or case.with_kl or case.pooled or case.one_shift):
-            return {}
-        return self._pass(rows, o, given, case, g, places)
+            found = self.passes.gradient(z, o, rows.labels, table, weights, plain, g, None)
+            off = torch.log1p(-found.select(0, FOUND.index("drift")))
+            table.select(0, TABLE.index("log_s_u")).add_(off)
+            table.select(0, TABLE.index("shift")).sub_(off)
+        return self.passes.gradient(z, o, rows.labels, table, weights, case, g, places)
 
-    def _pass(self, rows: Rows, o: Tensor, given: dict, case: Pass, g: Tensor, places: Tensor | None) -> dict:
-        table = torch.stack([given[name] for name in GIVEN])
-        found = self.passes.gradient(rows.z, o, rows.labels, table, case, g, places)
-        return dict(zip(FOUND, found.unbind(0), strict=True))
+    # -- what is reported ----------------------------------------------------------------------------------------
 
-    # -- values --------------------------------------------------------------------------------------------------
-
-    def _result(self, student, a, b, weight, label_loss, found, active, double: bool, s) -> RowResult:
-        statistics = label_statistics(student, a, b)
-        tolerance = simplex_tolerance(double)
+    def report(self, parts: Sequence[Part]) -> RowResult:
+        """Loss and statistics of all rows of the blocks."""
+        part = parts[0] if len(parts) == 1 else _joined(parts)
+        rows, a, b = part.rows, part.a, part.b
+        label_loss = self.target.label_loss(self._stats(part, _gone))
+        statistics = label_statistics(rows["log_p_y"], rows["entropy"], rows["z_y"] >= rows["top"], a, b)
+        tolerance = simplex_tolerance(a.dtype == torch.float64)
+        found = dict(zip(FOUND, part.found.unbind(0), strict=True))
+        loss, cross, lowest = label_loss, torch.zeros_like(a), found["lowest"]
         if self.plan.pool is None:  # Q is p_y + a (1 − p_y) at the label and (1 − a) p_v elsewhere
-            lowest = student.p_y + a * student.rest_mass
-            others = (s["top"] - s["m"] - student.log_s).exp()
+            lowest = rows["log_p_y"].exp() + a * rows["rest_mass"]
+            others = (rows["top"] - rows["m"] - rows["log_s"]).exp()
             lowest = torch.minimum(lowest, torch.where(a > 1, (1 - a) * others, lowest))
-            statistics["update"] = a.abs() * student.rest_mass
-            cross, loss = torch.zeros_like(a), label_loss
+            statistics["update"] = a.abs() * rows["rest_mass"]
         else:
-            lowest, cross = found["lowest"], found["cross"]
+            weight = b[0] if b else torch.zeros_like(a)
             statistics["update"] = found["size"] / 2
-            loss = label_loss + weight * self._residual_value(student, found)
+            loss = label_loss + weight * self._residual_value(rows["entropy"], found)
+            cross = weight * found["cross"]
         statistics["off_simplex_fraction"] = (lowest < -tolerance).to(a.dtype)
-        statistics["ce_q"] = a * -student.log_p_y + (1 - a) * student.entropy + weight * cross
+        statistics["ce_q"] = a * -rows["log_p_y"] + (1 - a) * rows["entropy"] + cross
         if self.with_kl:
             statistics["kl_q"] = found["kl_q"].masked_fill(lowest < -tolerance, float("nan"))
-        return RowResult(loss, statistics, active)
+        return RowResult(loss, statistics, part.active)
 
-    def _residual_value(self, student, found: dict[str, Tensor]) -> Tensor:
-        """The residual's published value for a weight of one; see ``Target.value``. CE(R, p) = H(p) + Σ (B − R) log
-        p."""
+    def _residual_value(self, entropy: Tensor, found: dict[str, Tensor]) -> Tensor:
+        """The residual's published value for a weight of one; see ``Target.value``. CE(R, p) = H(p) + Σ (B − R) log p."""
         if self.target.value == "tempered_kl":
             return self.target.residual_terms[0][0] * found["kl"]
-        return found["kl"] if self.target.value == "kl" else found["cross"] + student.entropy
+        return found["kl"] if self.target.value == "kl" else found["cross"] + entropy
 
 
 @dataclass
-class _Student:
-    """What is known of the student's rows, [r] each."""
+class Part:
+    """What is known of a block of rows once its gradient is written.
 
-    total: Tensor
-    log_s: Tensor
-    p_y: Tensor
-    rest_mass: Tensor
-    log_p_y: Tensor
-    entropy: Tensor
-    is_top1: Tensor
-    z_y: Tensor
-    m: Tensor
+    Attributes:
+        table: [len(TABLE), r]. found: [len(FOUND), r]. a: [r]. b: [r] each. active: [r], whether the row has a gradient.
+        columns, aux_log_p: what the rule was given. top_k_entropies: what it asked, by k.
+    """
+
+    table: Tensor
+    columns: dict[str, Tensor]
+    aux_log_p: dict[str, Tensor]
+    top_k_entropies: dict[int, Tensor] = field(default_factory=dict)
+    a: Tensor = field(init=False)
+    b: list[Tensor] = field(init=False)
+    active: Tensor = field(init=False)
+    found: Tensor = field(init=False)
+
+    @property
+    def rows(self) -> dict[str, Tensor]:
+        return dict(zip(TABLE, self.table.unbind(0), strict=True))
 
 
-def _student(s: dict[str, Tensor], z_y: Tensor) -> _Student:
-    x_y = z_y - s["m"]
-    e_y = x_y.exp()
-    total = s["rest"] + e_y
-    log_s = total.log()
-    rest_mass = s["rest"] / total
-    log_p_y = torch.where(rest_mass < 0.5, torch.log1p(-rest_mass.clamp(max=0.5)), x_y - log_s)
-    entropy = log_s - (s["dot"] + e_y * x_y) / total
-    return _Student(total, log_s, e_y / total, rest_mass, log_p_y, entropy, z_y >= s["top"], z_y, s["m"])
+_REST_MASS = TABLE.index("rest_mass")
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    first = parts[0]
+
+    def each(values: Sequence[dict]) -> dict:
+        return {key: torch.cat([value[key] for value in values]) for key in values[0]}
+
+    whole = Part(
+        torch.cat([part.table for part in parts], 1),
+        each([part.columns for part in parts]),
+        each([part.aux_log_p for part in parts]),
+        each([part.top_k_entropies for part in parts]),
+    )
+    whole.a = torch.cat([part.a for part in parts])
+    whole.b = [torch.cat([part.b[j] for part in parts]) for j in range(len(first.b))]
+    whole.active = torch.cat([part.active for part in parts])
+    whole.found = torch.cat([part.found for part in parts], 1)
+    return whole
+
+
+def _together(found: Tensor, more: dict[str, Tensor]) -> Tensor:
+    """What the second pass found, with what the k entries of a top-k distribution add."""
+    rows = dict(zip(FOUND, found.unbind(0), strict=True))
+    for name, value in more.items():
+        rows[name] = torch.minimum(rows[name], value) if name == "lowest" else rows[name] + value
+    return torch.stack([rows[name] for name in FOUND])
+
+
+def _gone(k: int) -> Tensor:
+    raise AssertionError(f"the entropy of the top {k} is asked for after the logits are gone")
 
 
 def _top_k_entropy(z: Tensor, groups: Tensor | None, entries: top_k.Entries | None, k: int) -> Tensor:

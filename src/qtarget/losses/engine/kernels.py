@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qtarget.losses.engine.row_functions import GROUP, Pass
-from qtarget.losses.engine.row_plan import FOUND, GIVEN, NEVER, SUMS
+from qtarget.losses.engine.row_plan import FOUND, NEVER, TABLE, WEIGHTS
 
 # Columns of a tile, and warps of a program.
 BLOCK = 2048
@@ -58,27 +58,28 @@ def can_run(device: torch.device) -> str | None:
 def sums(z: Tensor, o: Tensor, y: Tensor, case: Pass) -> tuple[Tensor, Tensor | None]:
     """As ``row_functions.sums``, in one read of z and o."""
     rows, width = z.shape
-    out = z.new_zeros(len(SUMS), rows)
+    out = z.new_empty(len(TABLE), rows)
     groups = z.new_empty(rows, -(-width // GROUP)) if case.groups else None
     kept = out if groups is None else groups
     c_z, c_o, c_b, slope, _ = case.coefficients
     _sums[(rows,)](
         z, o, y, out, kept,
-        z.stride(0), o.stride(0), out.stride(0), kept.stride(0), width, case.support,
-        c_z, c_o, c_b, slope,
-        POOLED=case.pooled, OTHER=case.other, OFFSET=case.offset, PAIR=case.pair,
-        NARROW=_narrow(case, width), GROUP=GROUP if case.groups else 0, BLOCK=BLOCK, num_warps=WARPS,
+        z.stride(0), o.stride(0), out.stride(0), kept.stride(0), width, case.support, c_z, c_o, c_b, slope,
+        POOLED=case.pooled, OTHER=case.other, OFFSET=case.offset, PAIR=case.pair, NARROW=_narrow(case, width),
+        GROUP=GROUP if case.groups else 0, DOUBLE=z.dtype == torch.float64, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return out, groups
 
 
-def gradient(z: Tensor, o: Tensor, y: Tensor, given: Tensor, case: Pass, g: Tensor, places: Tensor | None) -> Tensor:
+def gradient(
+    z: Tensor, o: Tensor, y: Tensor, table: Tensor, weights: Tensor, case: Pass, g: Tensor, places: Tensor | None
+) -> Tensor:
     """As ``row_functions.gradient``; g goes to row ``places[i]`` of ``g`` for row i of z, or to row i."""
     rows, width = z.shape
     found = z.new_zeros(len(FOUND), rows)
     _gradient[(rows,)](
-        z, o, y, y if places is None else places, given, found, g,
-        z.stride(0), o.stride(0), g.stride(0), given.stride(0), width, case.support, *case.coefficients,
+        z, o, y, y if places is None else places, table, weights, found, g,
+        z.stride(0), o.stride(0), g.stride(0), rows, width, case.support, *case.coefficients,
         POOLED=case.pooled, OTHER=case.other, OFFSET=case.offset, PAIR=case.pair, ONE_SHIFT=case.one_shift,
         CAPPED=case.softcap is not None, KL=case.with_kl, WRITE=case.write, SKIPS=places is not None,
         NARROW=_narrow(case, width), DOUBLE=z.dtype == torch.float64, BLOCK=BLOCK, num_warps=WARPS,
@@ -111,7 +112,7 @@ def _sums(
     z_ptr, o_ptr, y_ptr, out_ptr, group_ptr,
     z_stride, o_stride, out_stride, group_stride, width, support, c_z, c_o, c_b, slope,
     POOLED: tl.constexpr, OTHER: tl.constexpr, OFFSET: tl.constexpr, PAIR: tl.constexpr, NARROW: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(y_ptr + row).to(tl.int32)
@@ -160,19 +161,46 @@ def _sums(
             m_next = tl.maximum(m_u, tl.max(u, 0))
             s_u = s_u * tl.exp2((m_u - m_next) * _LOG2E) + tl.exp2((u - m_next) * _LOG2E)
             m_u = m_next
-    # in the order of SUMS
+    rest, dot = tl.sum(rest, 0), tl.sum(dot, 0)
+    x_y = z_y - m
+    e_y = tl.exp2(x_y * _LOG2E)
+    total = rest + e_y
+    log_s = tl.log(total)
+    rest_mass = rest / total
+    # in the order of TABLE
     out_ptr += row
-    tl.store(out_ptr, m)
-    tl.store(out_ptr + out_stride, tl.sum(rest, 0))
-    tl.store(out_ptr + 2 * out_stride, tl.sum(dot, 0))
-    tl.store(out_ptr + 3 * out_stride, top)
+    tl.store(out_ptr, z_y)
+    tl.store(out_ptr + out_stride, m)
+    tl.store(out_ptr + 2 * out_stride, rest)
+    tl.store(out_ptr + 3 * out_stride, dot)
+    tl.store(out_ptr + 4 * out_stride, top)
+    tl.store(out_ptr + 9 * out_stride, log_s)
+    tl.store(out_ptr + 10 * out_stride, tl.where(rest_mass < 0.25, _log1m(rest_mass, DOUBLE), x_y - log_s))
+    tl.store(out_ptr + 11 * out_stride, rest_mass)
+    tl.store(out_ptr + 12 * out_stride, log_s - (dot + e_y * x_y) / total)
     if POOLED:
-        tl.store(out_ptr + 4 * out_stride, m_u)
-        tl.store(out_ptr + 5 * out_stride, tl.sum(s_u, 0))
-    if PAIR:
-        tl.store(out_ptr + 6 * out_stride, tl.sum(s_b, 0))
-    if OFFSET:
-        tl.store(out_ptr + 7 * out_stride, tl.sum(s_plain, 0))
+        s_u = tl.sum(s_u, 0)
+        s_student = total
+        if PAIR:
+            s_student = tl.sum(s_b, 0)
+        tl.store(out_ptr + 5 * out_stride, m_u)
+        tl.store(out_ptr + 6 * out_stride, s_u)
+        tl.store(out_ptr + 13 * out_stride, tl.log(s_u))
+        tl.store(out_ptr + 14 * out_stride, tl.log(s_student))
+        tl.store(out_ptr + 15 * out_stride, ((c_z + c_o) * m - m_u) - tl.log(s_u / s_student))
+        if OFFSET:
+            mass = tl.exp2((m_u - c_z * m) * _LOG2E) * (s_u / tl.sum(s_plain, 0))
+            tl.store(out_ptr + 16 * out_stride, mass)
+
+
+@triton.jit
+def _log1m(x, DOUBLE: tl.constexpr):
+    """log(1 − x) for x below 0.25, with every digit of a small x: a logarithm near 1 has lost them."""
+    TERMS: tl.constexpr = 26 if DOUBLE else 13
+    acc = x * 0 + 1.0 / TERMS
+    for i in tl.static_range(1, TERMS):
+        acc = acc * x + 1.0 / (TERMS - i)
+    return -x * acc
 
 
 @triton.jit
@@ -197,8 +225,8 @@ def _kl_term(p, log_p, g, DOUBLE: tl.constexpr):
 
 @triton.jit
 def _gradient(
-    z_ptr, o_ptr, y_ptr, place_ptr, given_ptr, found_ptr, g_ptr,
-    z_stride, o_stride, g_stride, given_stride, width, support, c_z, c_o, c_b, slope, inv_cap,
+    z_ptr, o_ptr, y_ptr, place_ptr, table_ptr, weight_ptr, found_ptr, g_ptr,
+    z_stride, o_stride, g_stride, rows, width, support, c_z, c_o, c_b, slope, inv_cap,
     POOLED: tl.constexpr, OTHER: tl.constexpr, OFFSET: tl.constexpr, PAIR: tl.constexpr, ONE_SHIFT: tl.constexpr,
     CAPPED: tl.constexpr, KL: tl.constexpr, WRITE: tl.constexpr, SKIPS: tl.constexpr, NARROW: tl.constexpr,
     DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
@@ -210,25 +238,27 @@ def _gradient(
         if place < 0:
             return
     y = tl.load(y_ptr + row).to(tl.int32)
-    # in the order of GIVEN
-    given_ptr += row
-    m = tl.load(given_ptr)
-    log_s = tl.load(given_ptr + given_stride)
-    a = tl.load(given_ptr + 2 * given_stride)
-    label = tl.load(given_ptr + 3 * given_stride)
-    factor = tl.load(given_ptr + 10 * given_stride)
+    # in the orders of TABLE and WEIGHTS
+    table_ptr += row
+    weight_ptr += row
+    m = tl.load(table_ptr + rows)
+    log_s = tl.load(table_ptr + 9 * rows)
+    a = tl.load(weight_ptr)
+    factor = tl.load(weight_ptr + 2 * rows)
+    label = -a * tl.load(table_ptr + 11 * rows)
     if POOLED or ONE_SHIFT:
-        b = tl.load(given_ptr + 4 * given_stride)
-        m_u = tl.load(given_ptr + 5 * given_stride)
-        log_s_u = tl.load(given_ptr + 6 * given_stride)
-        m_b = tl.load(given_ptr + 7 * given_stride)
-        log_s_b = tl.load(given_ptr + 8 * given_stride)
-        shift = tl.load(given_ptr + 9 * given_stride)
-        z_y = tl.load(given_ptr + 11 * given_stride)
+        z_y = tl.load(table_ptr)
+        m_u = tl.load(table_ptr + 5 * rows)
+        log_s_u = tl.load(table_ptr + 13 * rows)
+        log_s_b = tl.load(table_ptr + 14 * rows)
+        shift = tl.load(table_ptr + 15 * rows)
+        b = tl.load(weight_ptr + rows)
     z_ptr += row * z_stride
     g_ptr += place * g_stride
     if OTHER:
         o_ptr += row * o_stride
+    if ONE_SHIFT:  # an entry that was taken out gets its gradient elsewhere, the label's too
+        label = tl.where(tl.load(z_ptr + y) < 0.5 * _NEVER, label * 0, label)
     lanes = tl.arange(0, BLOCK)
     zero = tl.zeros([BLOCK], m.dtype)
     size, lowest, kl, cross, drift, kl_q = zero, zero, zero, zero, zero, zero
@@ -244,7 +274,7 @@ def _gradient(
         if POOLED or ONE_SHIFT:
             base = p
             if PAIR:
-                base = tl.exp2((c_b * z - m_b) * _LOG2E - log_s_b * _LOG2E)
+                base = tl.exp2(c_b * (z - m) * _LOG2E - log_s_b * _LOG2E)
             if ONE_SHIFT:  # R is the student's shape times one number per row
                 d = zero + shift
                 R = tl.exp2(log2_p + shift * _LOG2E)
@@ -283,12 +313,12 @@ def _gradient(
     found_ptr += row
     if POOLED or ONE_SHIFT:
         tl.store(found_ptr, tl.sum(size, 0))
-        tl.store(found_ptr + given_stride, tl.min(lowest, 0))
-        tl.store(found_ptr + 2 * given_stride, tl.sum(kl, 0))
-        tl.store(found_ptr + 3 * given_stride, tl.sum(cross, 0) * _LN2)
-        tl.store(found_ptr + 4 * given_stride, tl.sum(drift, 0))
+        tl.store(found_ptr + rows, tl.min(lowest, 0))
+        tl.store(found_ptr + 2 * rows, tl.sum(kl, 0))
+        tl.store(found_ptr + 3 * rows, tl.sum(cross, 0) * _LN2)
+        tl.store(found_ptr + 4 * rows, tl.sum(drift, 0))
     if KL:
-        tl.store(found_ptr + 5 * given_stride, tl.sum(kl_q, 0))
+        tl.store(found_ptr + 5 * rows, tl.sum(kl_q, 0))
 
 
-assert len(GIVEN) == 12 and len(SUMS) == 8 and len(FOUND) == 6, "the kernels above count on these orders"
+assert (len(TABLE), len(WEIGHTS), len(FOUND)) == (17, 3, 6), "the kernels above count on these orders"

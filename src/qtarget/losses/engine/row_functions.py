@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtarget.losses.engine.row_plan import FOUND, NEVER, SUMS
+from qtarget.losses.engine.row_plan import DERIVED, FOUND, NEVER, SUMS
 
 # Logits of which the largest is kept, so that the k largest can be looked for among few.
 GROUP = 128
@@ -62,8 +62,7 @@ class Pass:
 
 
 def sums(z: Tensor, o: Tensor, y: Tensor, c: Tensor, support: int, flags: tuple[bool, ...]):
-    """([len(SUMS), r], maxima of groups [r, ⌈v / GROUP⌉] or None) of logits z [r, v], another model's o and labels y
-    [r].
+    """([len(TABLE), r], maxima of groups [r, ⌈v / GROUP⌉] or None) of logits z [r, v], another model's o, labels y [r].
 
     ``c``: the five coefficients of ``Pass`` as a tensor, so that another value is no other graph.
     """
@@ -76,9 +75,8 @@ def sums(z: Tensor, o: Tensor, y: Tensor, c: Tensor, support: int, flags: tuple[
     m = torch.maximum(z_y, top).clamp(min=0.5 * NEVER)
     x = z - m
     e = torch.where(is_y, 0.0, x.exp())
-    found = dict.fromkeys(SUMS, torch.zeros_like(m.squeeze(1)))
-    found["m"], found["top"] = m.squeeze(1), top.squeeze(1)
-    found["rest"], found["dot"] = _sum(e), _sum(e * x)
+    found = dict.fromkeys(SUMS, torch.ones_like(m.squeeze(1)))
+    found |= {"z_y": z_y.squeeze(1), "m": m.squeeze(1), "top": top.squeeze(1), "rest": _sum(e), "dot": _sum(e * x)}
     if pair:
         found["s_b"] = _sum((c[2] * x).exp())
     if offset:
@@ -86,15 +84,36 @@ def sums(z: Tensor, o: Tensor, y: Tensor, c: Tensor, support: int, flags: tuple[
     if pooled:
         u = _pooled(z, _as_wide(o, z, support), z_y, c, support, other, offset)
         m_u = u.amax(1, keepdim=True)
-        found["m_u"], found["s_u"] = m_u.squeeze(1), _sum((u - m_u).exp())
-    return torch.stack([found[name] for name in SUMS]), _group_maxima(z) if groups else None
+        found |= {"m_u": m_u.squeeze(1), "s_u": _sum((u - m_u).exp())}
+    found |= derived(found, c, pooled, pair)
+    return torch.stack([found[name] for name in (*SUMS, *DERIVED)]), _group_maxima(z) if groups else None
+
+
+def derived(s: dict[str, Tensor], c: Tensor | None = None, pooled: bool = False, pair: bool = False) -> dict[str, Tensor]:
+    """What follows from the sums of ``SUMS``, [r] each, by the names of ``DERIVED``."""
+    x_y = s["z_y"] - s["m"]
+    e_y = x_y.exp()
+    total = s["rest"] + e_y
+    log_s, rest_mass = total.log(), s["rest"] / total
+    found = dict.fromkeys(DERIVED, log_s)
+    found["rest_mass"] = rest_mass
+    found["log_p_y"] = torch.where(rest_mass < 0.5, torch.log1p(-rest_mass.clamp(max=0.5)), x_y - log_s)
+    found["entropy"] = log_s - (s["dot"] + e_y * x_y) / total
+    if pooled:
+        assert c is not None
+        s_b = s["s_b"] if pair else total
+        found["log_s_u"], found["log_s_b"] = s["s_u"].log(), s_b.log()
+        found["shift"] = ((c[0] + c[1]) * s["m"] - s["m_u"]) - (s["s_u"] / s_b).log()
+        found["offset_mass"] = (s["m_u"] - c[0] * s["m"] + (s["s_u"] / s["s_plain"]).log()).exp()
+    return found
 
 
 def gradient(
     z: Tensor,
     o: Tensor,
     y: Tensor,
-    given: Tensor,
+    table: Tensor,
+    weights: Tensor,
     c: Tensor,
     support: int,
     flags: tuple[bool, ...],
@@ -103,25 +122,30 @@ def gradient(
     out: Tensor | None,
     write: bool,
 ) -> Tensor:
-    """[len(FOUND), r] from what is ``given`` of each row, [len(GIVEN), r].
+    """[len(FOUND), r] from a row's sums, table [len(TABLE), r], and its weights [len(WEIGHTS), r].
 
     Where ``write`` says so, g times each row's factor is written to ``out`` [r, v], or over the logits: so it takes
     no memory of its own, whose pages would cost a CPU more than the arithmetic.
     """
     pooled, other, offset, pair, one_shift, _ = flags
-    m, log_s, a, label, b, m_u, log_s_u, m_b, log_s_b, shift, factor, z_y = given.unsqueeze(2).unbind(0)
+    s = dict(zip((*SUMS, *DERIVED), table.unsqueeze(2).unbind(0), strict=True))
+    a, b, factor = weights.unsqueeze(2).unbind(0)
+    m, z_y, shift = s["m"], s["z_y"], s["shift"]
+    label = -a * s["rest_mass"]
+    if one_shift:  # an entry that was taken out gets its gradient elsewhere, the label's too
+        label = torch.where(z.gather(1, y.unsqueeze(1)) < 0.5 * NEVER, 0.0, label)
     v = torch.arange(z.shape[1], device=z.device).unsqueeze(0)
-    log_p = (z - m) - log_s
+    log_p = (z - m) - s["log_s"]
     p = log_p.exp()
     g = torch.where(v == y.unsqueeze(1), label, a * p)
     found = dict.fromkeys(FOUND, torch.zeros_like(m.squeeze(1)))
     if pooled or one_shift:
-        base = (c[2] * z - m_b - log_s_b).exp() if pair else p
+        base = (c[2] * (z - m) - s["log_s_b"]).exp() if pair else p
         if one_shift:  # R is the student's shape times one number per row
             d, R = shift.expand_as(z), (log_p + shift).exp()
         else:
             o = _as_wide(o, z, support)
-            R = (_pooled(z, o, z_y, c, support, other, offset) - m_u - log_s_u).exp()
+            R = (_pooled(z, o, z_y, c, support, other, offset) - s["m_u"] - s["log_s_u"]).exp()
             # From differences of logits, so that a teacher near the student loses no digits.
             d = (c[0] + c[1] - c[2]) * (z - m) + shift
             if other:

@@ -18,8 +18,9 @@ from qtarget.targets.residual import Pool
 # A logit that is not there. Finite: 0 · (−inf) would be NaN and need a branch in every sum.
 NEVER = -1.0e30
 
-# What the first pass writes for each row, as rows of a [K, r] array: ``sums`` of kernels.py and row_functions.py.
+# What the first pass finds of each row, as rows of a [K, r] table: sums relative to a maximum, ...
 SUMS = (
+    "z_y",  # the label's logit
     "m",  # the largest logit: everything below is relative to it
     "rest",  # Σ e^(z − m) without the label, so that 1 − p_y keeps its digits where p_y is near 1
     "dot",  # Σ e^(z − m) (z − m) without the label
@@ -29,8 +30,20 @@ SUMS = (
     "s_b",  # Σ e^(c_b (z − m))
     "s_plain",  # Σ e^(c_z (z − m)), the pool without its offset
 )
-# What the second pass reads for each row.
-GIVEN = ("m", "log_s", "a", "label", "b", "m_u", "log_s_u", "m_b", "log_s_b", "shift", "factor", "z_y")
+# ... and what follows from them.
+DERIVED = (
+    "log_s",  # log Σ e^(z − m)
+    "log_p_y",
+    "rest_mass",  # 1 − p_y
+    "entropy",
+    "log_s_u",
+    "log_s_b",
+    "shift",  # d = log R − log B = c_o (o − z) + (c_z + c_o − c_b)(z − m) [+ offset] + shift
+    "offset_mass",  # Σ q w of a pool with an offset w
+)
+TABLE = (*SUMS, *DERIVED)
+# What the target's rule and the loss make of it: the label's weight, the difference's, a factor on the row's gradient.
+WEIGHTS = ("a", "b", "factor")
 # What the second pass finds: Σ |g|, the lowest Q_v, Σ (R d + B − R) = KL(R ‖ B), Σ (B − R) log p, Σ (B − R), and
 # KL(Q ‖ p), where it is asked for.
 FOUND = ("size", "lowest", "kl", "cross", "drift", "kl_q")

@@ -18,9 +18,10 @@ _BUDGET_BYTES = 512 << 20
 # Scratch for the row-wise mathematics of a CPU: what stays in cache.
 _SCRATCH_BYTES = 6 << 20
 
-# On a GPU, derived: logits of so many rows fill the matmul, and a float32 dW that is read and written again for each
-# product costs 12 per cent of the matmuls at 2048 rows and half of that at 4096.
-_DEVICE_LOGITS_ROWS = 1024
+# On a GPU, derived: logits of so many rows, of all models together, fill the matmuls and the torch operations between two
+# kernels weigh little; a float32 dW that is read and written again for each product costs 12 per cent of the matmuls at
+# 2048 rows of g and half of that at 4096.
+_DEVICE_LOGITS_ROWS = 2048
 _DEVICE_GRADIENT_ROWS = 4096
 _DEVICE_FEWEST_ROWS = 256
 _DEVICE_BUDGET_BYTES = 2 << 30
@@ -55,7 +56,7 @@ def chunk_rows(tokens: int, vocab: int, models: int, itemsize: int, device: torc
     several times the time (torch 2.13's own op: 16 rows at width 576, vocabulary 49152).
     """
     host = device.type == "cpu"
-    rows, fewest = (_ENOUGH_ROWS, _FEWEST_ROWS) if host else (2 * _DEVICE_LOGITS_ROWS, 2 * _DEVICE_FEWEST_ROWS)
+    rows, fewest = (_ENOUGH_ROWS, _FEWEST_ROWS) if host else (_DEVICE_LOGITS_ROWS, 2 * _DEVICE_FEWEST_ROWS)
     budget = _BUDGET_BYTES if host else _DEVICE_BUDGET_BYTES
     row = models * vocab * itemsize
     while rows > fewest and rows * row > budget:
@@ -84,7 +85,7 @@ def device_sizes(
     """
     budget = _DEVICE_BUDGET_BYTES * (2 if memory >= _LARGE_DEVICE_BYTES else 1)
     logits_row, gradient_row = models * vocab * 4, vocab * itemsize
-    logits = min(_DEVICE_LOGITS_ROWS, tokens)
+    logits = min(max(_DEVICE_FEWEST_ROWS, _DEVICE_LOGITS_ROWS // models), tokens)
     while logits > _DEVICE_FEWEST_ROWS and logits * (logits_row + gradient_row) > budget:
         logits //= 2
     left = budget - logits * logits_row

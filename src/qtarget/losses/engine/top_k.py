@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qtarget.losses.engine.buffers import Rows, Scratch, Student, Term, TopKRows
-from qtarget.losses.engine.row_functions import kl_terms
-from qtarget.losses.engine.row_plan import NEVER
+from qtarget.losses.engine.row_functions import derived, kl_terms
+from qtarget.losses.engine.row_plan import NEVER, TABLE
 from qtarget.targets.residual import Pool
 
 
@@ -160,44 +159,51 @@ class Entries:
     """The k kept entries of a block's logits, while they are taken out of it.
 
     Attributes:
-        z: [r, k] their logits. is_label: [r, k]. label_kept: [r], whether the label is among them.
+        z: [r, k] their logits. z_label: [r]. is_label: [r, k]. label_kept: [r], whether the label is among them.
     """
 
     kept: TopKRows
     z: Tensor
+    z_label: Tensor
     is_label: Tensor
     label_kept: Tensor
 
-    def put_back(self, s: dict[str, Tensor], z_y: Tensor, padded: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """(sums over all columns from those over what is left, log of Σ e^z over real tokens outside the k).
+    def put_back(self, table: Tensor, power: float, padded: bool) -> tuple[Tensor, Shares]:
+        """(the table of all columns from that of what was left, log p and log R − log p of the k and of what is outside).
 
-        The latter has a maximum of its own, so that it is never lost however sure the student is of the k.
+        What is outside has a maximum of its own, so that it is never lost however sure the student is of the k.
 
         Args:
-            s: what the first pass found. padded: whether its pool is the student over real tokens.
+            table: [len(TABLE), r]. power: of the other model in the pool. padded: whether the first pass's pool is the
+                student over real tokens.
         """
+        s = dict(zip(TABLE, table.unbind(0), strict=True))
+        left, z_y = s["m"], torch.where(self.label_kept, self.z_label, s["z_y"])
         if padded:
-            log_outside = s["m_u"] + s["s_u"].log()
+            log_outside = s["m_u"] + s["log_s_u"]
         else:
-            label = (z_y - s["m"]).exp().masked_fill(self.label_kept, 0.0)
-            log_outside = (s["m"] + (s["rest"] + label).log()).clamp(min=NEVER)
-        m = torch.maximum(torch.maximum(s["m"], z_y), self.z.amax(1))
+            label = (z_y - left).exp().masked_fill(self.label_kept, 0.0)
+            log_outside = (left + (s["rest"] + label).log()).clamp(min=NEVER)
+        m = torch.maximum(torch.maximum(left, z_y), self.z.amax(1))
         x = self.z - m.unsqueeze(1)
         e = x.exp().masked_fill(self.is_label, 0.0)
-        moved = s["m"] - m
-        whole = {
+        moved = left - m
+        s |= {
+            "z_y": z_y,
             "m": m,
             "dot": (s["dot"] + moved * s["rest"]) * moved.exp() + (e * x).sum(1),
             "rest": s["rest"] * moved.exp() + e.sum(1),
             "top": torch.maximum(s["top"], self.z.masked_fill(self.is_label, float("-inf")).amax(1)),
         }
-        return s | whole, log_outside
+        s |= derived(s)
+        shares = self._shares(s, log_outside, power)
+        s["shift"] = shares.d_tail
+        return torch.stack([s[name] for name in TABLE]), shares
 
-    def shares(self, student: Any, log_outside: Tensor, power: float) -> Shares:
-        """log p and log R − log p of the k and of what is outside, which is one number for each row."""
-        log_p = (self.z - student.m.unsqueeze(1)) - student.log_s.unsqueeze(1)
-        log_p = torch.where(self.is_label, student.log_p_y.unsqueeze(1), log_p)
-        rest = log_outside - student.m - student.log_s
+    def _shares(self, s: dict[str, Tensor], log_outside: Tensor, power: float) -> Shares:
+        log_p = (self.z - s["m"].unsqueeze(1)) - s["log_s"].unsqueeze(1)
+        log_p = torch.where(self.is_label, s["log_p_y"].unsqueeze(1), log_p)
+        rest = log_outside - s["m"] - s["log_s"]
         some = rest > 0.1 * NEVER  # False where every real token is kept
         gap = power * (self.kept.logprobs - log_p)
         gap_tail = torch.where(some, power * (self.kept.log_tail - rest), 0.0)
@@ -247,6 +253,7 @@ class Shares:
 def take_out(z: Tensor, y: Tensor, kept: TopKRows) -> Entries:
     """Replace the kept entries of the logits by what is not there."""
     is_label = kept.ids == y.unsqueeze(1)
-    entries = Entries(kept, z.gather(1, kept.ids), is_label, is_label.any(1))
+    z_label = z.gather(1, y.unsqueeze(1)).squeeze(1)
+    entries = Entries(kept, z.gather(1, kept.ids), z_label, is_label, is_label.any(1))
     z.scatter_(1, kept.ids, NEVER)
     return entries
