@@ -19,7 +19,7 @@ BENCH_ARGS ?=
 SOAK_ARGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick soak test-distributed eval-demo audit
+.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick soak test-distributed eval-demo audit gpu-bench gpu-check
 
 help: ## this list
 	@printf 'qtarget: supervised fine-tuning toward a target you choose\n\n'
@@ -123,9 +123,16 @@ format: $(VENV)/.ready ## let ruff mend what it can
 
 bench: $(VENV)/.ready ## run benchmarks/*.py
 	@ls benchmarks/*.py >/dev/null 2>&1 || { echo "there is no benchmarks/*.py"; exit 1; }
-	@set -e; for script in $(filter-out benchmarks/soak.py,$(wildcard benchmarks/*.py)); do \
+	@set -e; for script in $(filter-out benchmarks/soak.py benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do \
 	    printf '== %s\n' "$$script"; $(BIN)/python "$$script" $(BENCH_ARGS); \
 	done
+
+# Without a CUDA device both say so, and run and compile the kernels as far as a CPU can.
+gpu-bench: $(VENV)/.ready ## the engine on a GPU: is it right, and how fast? ten minutes at most; benchmarks/results/gpu.json
+	@$(BIN)/python benchmarks/gpu.py $(BENCH_ARGS)
+
+gpu-check: $(VENV)/.ready ## is the engine right on this GPU? every published case, host reads, memory checker
+	@$(BIN)/python benchmarks/gpu.py --check $(BENCH_ARGS)
 
 # Less than two hours on two cores in all; interrupted, it goes on where it was.
 study: $(VENV)/.ready ## the controlled study of docs/study.md: what is not on record yet, then the page
