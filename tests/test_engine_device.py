@@ -15,6 +15,8 @@ from test_engine_memory import LargestTensor
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs the package triton", allow_module_level=True)
 
+from roofline import BYTES, SMALL, STUDENT
+
 from device_path import Watch, as_on_a_device
 from qtarget.losses.engine import matmuls, sizes
 from qtarget.losses.engine.buffers import Places, Rows, Scratch, TopKRows, padded_rows
@@ -284,12 +286,6 @@ def test_hidden_states_that_are_not_contiguous_and_none_at_all():
 
 # ---- bytes
 
-# Read and written for each logit, by the kernels and by torch's operations between them; g has 16 bits.
-STUDENT, OTHER = 4 + 4 + 2, 8 + 8 + 2
-BYTES = dict.fromkeys(("sft", "dft", "beyond-log", "profit", "iw-sft", "cft", "psft"), STUDENT)
-BYTES |= {"label-smoothing": STUDENT, "gem": STUDENT, "gem logsigmoid": STUDENT}
-BYTES |= {"eaft": STUDENT}  # and a maximum for each group of columns
-BYTES |= dict.fromkeys(("sft-kl", "asft", "kd", "kd at T = 2", "kd-hybrid", "target-sft"), OTHER)
 # Of a test's small groups of 8 columns; of 128 on a device: 0.03 + 0.2.
 GROUPS = 4 / 8
 
@@ -308,6 +304,37 @@ def test_bytes_for_each_logit(target, request):
     small = GROUPS if name == "eaft" else 0
     assert watch.kernel_bytes / logits == pytest.approx(BYTES[name] + small, abs=0.02), "kernels"
     assert watch.bytes / logits == 0, "torch's operations between them"
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations outside the kernels, views left out."""
+
+    def __init__(self, watch: Watch):
+        super().__init__()
+        self.watch, self.count = watch, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if not function.is_view and not self.watch._in_kernel and name not in ("empty", "new_empty", "empty_like"):
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_operations_of_one_more_chunk(name):
+    """What benchmarks/roofline.py takes them to be; top-k rows are the expensive ones."""
+    low, up = half(n=24)
+    target = qt.preset(name.removesuffix(", top-k"))
+    if name.endswith("top-k"):
+        scores = up.dense["teacher"].log_softmax(-1).topk(8)
+        low = replace(low, heads={"teacher": qt.TopK(scores.indices, scores.values.float())})
+    models = 2 if "teacher" in target.requires and not name.endswith("top-k") else 1
+    counts = []
+    for rows in (24, 12):
+        with as_on_a_device(logits_rows=rows * models, gradient_rows=24), Watch() as watch, Operations(watch) as seen:
+            run(low, target)
+        counts.append(seen.count)
+    assert counts[1] - counts[0] <= SMALL[name]
 
 
 def test_dropped_rows_are_read_once():

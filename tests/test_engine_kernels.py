@@ -2,6 +2,8 @@
 
 import contextlib
 import importlib.util
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from qtarget.losses.engine import chunks, kernels, passes
 from qtarget.losses.engine.row_plan import RowPlan
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("one_thread", "tiles")]
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
@@ -188,3 +191,18 @@ def test_a_mutant_is_noticed(mutant, tmp_path, monkeypatch):
     expected = contextlib.nullcontext() if mutant == "none" else pytest.raises((AssertionError, qt.ConfigError))
     with expected:
         assert_kernels_are_the_oracle(batch, qt.preset(name), stats="basic")
+
+
+# ---- compiled ahead of time
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_kernels_compiled_for_a_gpu_that_is_not_there(arch):
+    """No spills, at most 128 registers, logits in 16-byte loads, for every variant that the engine launches."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), *sys.path])
+    command = [sys.executable, "-m", "gpu_run.ahead", str(arch)]
+    done = subprocess.run(command, cwd=BENCHMARKS, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    lines = [line for line in done.stdout.splitlines() if f"sm_{arch}" in line]
+    assert len(lines) > 40 and all(" stack 0 " in line and "LDG.E.128" in line for line in lines)

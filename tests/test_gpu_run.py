@@ -232,7 +232,7 @@ from gpu_run import ahead
 (good,) = ahead.compile_all(90, only="gradient student, softcap")
 print(good.faults, replace(good, most_registers=10).faults, replace(good, stack=8).faults)
 (odd,) = ahead.compile_all(90, only="gradient student, odd")
-print(odd.faults, replace(odd, wide=True).faults)
+print(odd.faults, replace(odd, loads_16_bytes=False).faults)
 """
     status, said = run(code=code)
     assert status == 0, said

@@ -126,14 +126,6 @@ class Report:
         return found
 
 
-def asked(report: Report) -> Report:
-    """Without 16-byte loads where they are known not to be kept, so that anything else is noticed."""
-    # Columns are told apart at a number that 16 does not divide: all of them, or the other model's.
-    if "odd" in report.label or ("padded" in report.label and "OTHER" in report.flags):
-        report = replace(report, wide=False)
-    return report
-
-
 @functools.cache
 def variants(only: str = "") -> tuple[Launch, ...]:
     """The launches of ``CALLS`` that differ in what is compiled, each under the first call that makes it.
@@ -177,7 +169,7 @@ def compiling(arch: int, workers: int = 1, only: str = "") -> Iterator[Report]:
 
 def _numbered(number: int, only: str, arch: int) -> Report:
     """A fork has the variants already, and they cannot be sent."""
-    return asked(_report(variants(only)[number], arch))
+    return _report(variants(only)[number], arch)
 
 
 # -- compiling ---------------------------------------------------------------------------------------------------------

@@ -139,8 +139,8 @@ class _Run:
             self.out.d_hidden = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
         self.d_weight = None
         if self.want[1]:
-            # One product of all of g may round to the weight's own 16 bits: to bfloat16, whose range a sum does not leave,
-            # and where nothing is left to multiply by, which would round again.
+            # One product of all of g may round to the weight's own 16 bits: to bfloat16, whose range a sum does not
+            # leave, and where nothing is left to multiply by, which would round again.
             half = sizes.whole and weight.dtype == self.call.compute == torch.bfloat16
             dtype = weight.dtype if half and not isinstance(self.factor, Tensor) else self.dtype
             out = torch.empty(weight.shape, dtype=dtype, device=self.device)

@@ -66,10 +66,11 @@ def sums(z: Tensor, o: Tensor, y: Tensor, case: Pass) -> tuple[Tensor, Tensor | 
     excess, c_o, c_b, slope, _ = case.coefficients
     _sums[(rows,)](
         z, o, y, out, kept,
-        z.stride(0), o.stride(0), out.stride(0), kept.stride(0), width, _reach(width, z), case.support, _reach(case.support, o), excess, c_o, c_b, slope,
+        z.stride(0), o.stride(0), out.stride(0), kept.stride(0),
+        width, _reach(width, z), case.support, _reach(case.support, o), excess, c_o, c_b, slope,
         POOLED=case.pooled, OTHER=case.other, OFFSET=case.offset, PAIR=case.pair, NARROW=_narrow(case, width),
         GROUP=GROUP if case.groups else 0, ODD=width % _VECTOR != 0, DOUBLE=z.dtype == torch.float64, BLOCK=BLOCK,
-        **_options(z),
+        num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
     return out, groups
 
@@ -87,7 +88,7 @@ def gradient(
         POOLED=case.pooled, OTHER=case.other, OFFSET=case.offset, PAIR=case.pair, ONE_SHIFT=case.one_shift,
         CAPPED=case.softcap is not None, KL=case.with_kl, WRITE=case.write, SKIPS=places is not None,
         NARROW=_narrow(case, width), ODD=width % _VECTOR != 0, DOUBLE=z.dtype == torch.float64, BLOCK=BLOCK,
-        **_options(z),
+        num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
     return found
 
@@ -100,11 +101,6 @@ def _reach(width: int, *tensors: Tensor) -> int:
     """Columns up to which a row is read and written: whole vectors where its stride has room for them. What lies beyond
     ``width`` is masked once it is in registers; a mask that ends within a vector would make every load a scalar."""
     return min(-(-width // _VECTOR) * _VECTOR, *(tensor.stride(0) for tensor in tensors))
-
-
-def _options(z: Tensor) -> dict[str, int]:
-    """Of a launch; the interpreter knows no registers."""
-    return {"num_warps": WARPS} | ({"maxnreg": REGISTERS} if z.is_cuda else {})
 
 
 def _narrow(case: Pass, width: int) -> bool:
