@@ -103,7 +103,8 @@ class _Run:
     def _scale(self, upstream: Tensor | None, divisor: Tensor | float) -> None:
         """Where what the gradients are multiplied by goes: into each row of g, into the products, or into the pass that
         multiplies by the incoming gradient."""
-        self.upstream, self.factor = upstream, 1.0
+        self.upstream = upstream
+        self.factor: Tensor | float = 1.0
         self.alpha = self.call.logit_scale / matmuls.gradient_factor(self.call.compute)
         if upstream is not None and self.beside:
             # in the range of 16 bits, whatever a loss scale makes of it
@@ -112,7 +113,7 @@ class _Run:
         if not isinstance(divisor, Tensor) or inputs.on_host(self.device):
             self.alpha = self.alpha / float(divisor)
         elif self.beside and self.call.compute == torch.bfloat16:  # which has room for it below
-            self.upstream = (self.factor / divisor).to(self.dtype).expand(self.tokens.count)
+            self.upstream = divisor.reciprocal().to(self.dtype).expand(self.tokens.count)
         else:
             self.factor = self.factor / divisor
 
