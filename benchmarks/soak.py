@@ -80,6 +80,7 @@ def settings(folder: Path, data: Path, every: int) -> dict[str, Any]:
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 0,
         "seed": 1,
+        "loss_backend": "torch",  # max_steps says nothing of how long it runs
         "bf16": False,
         "gradient_checkpointing": False,
         "lens_every": max(1, every // 20),

@@ -272,6 +272,17 @@ def test_float16_logits_beyond_its_range():
     assert torch.isfinite(got.loss) and torch.isfinite(got.gradients["hidden"]).all()
 
 
+def test_weights_that_a_float16_gradient_cannot_hold():
+    low, _ = half(torch.float16)
+    low.columns["weight"] = torch.full((N,), 70.0)
+    with as_on_a_device(), pytest.raises(qt.ConfigError, match=r"weights reach 70, and the gradient of a float16 head"):
+        run(low, qt.preset("iw-sft"))
+    low, _ = half(BF16)
+    low.columns["weight"] = torch.full((N,), 70.0)
+    with as_on_a_device():
+        assert torch.isfinite(run(low, qt.preset("iw-sft")).gradients["weight"]).all()
+
+
 def test_hidden_states_that_are_not_contiguous_and_none_at_all():
     low, _ = half()
     wide = torch.randn(N, 2 * D).to(BF16)

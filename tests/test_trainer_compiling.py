@@ -70,3 +70,17 @@ def test_a_long_run_is_compiled_and_trains_the_same(tmp_path, compiled, monkeypa
     assert {"sums", "gradient"} <= set(compiled)
     assert got == pytest.approx(plain, rel=1e-5)
     assert made._engine_backend() == "compiled"
+
+
+def test_a_backend_that_is_named_is_kept(tmp_path, compiled, monkeypatch):
+    monkeypatch.setattr(compiling, "PAYS_FROM", 1.0)
+    _, made = losses_of(tmp_path, loss_backend="torch")
+    assert made._engine_backend() == "torch" and not compiled
+
+
+def test_a_backend_that_cannot_run_is_refused_before_the_model_is_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling.engine, "no_triton", lambda device: "needs a CUDA device and hidden is on cpu")
+    with pytest.raises(qt.ConfigError, match="loss_backend is 'triton', which needs a CUDA device"):
+        trainer("no such model", tmp_path, tiny.texts(4), loss_backend="triton")
+    with pytest.raises(qt.ConfigError, match="loss_backend is 'trition'; did you mean 'triton'"):
+        trainer(tiny.taught(), tmp_path, tiny.texts(4), loss_backend="trition")

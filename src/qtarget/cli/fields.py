@@ -19,6 +19,7 @@ COMMON: list[tuple[str, list[tuple[str, object, str]]]] = [
             ("source_column", "source", "the dataset column that names a row's source, for targets"),
             ("eval_target", None, "the target evaluation reports; unset: target"),
             ("denominator", "all_labels", "what the summed loss is divided by: all_labels, kept, micro_batch"),
+            ("loss_backend", "auto", "who computes the loss's passes over logits: auto, torch, triton, compiled"),
             ("teacher_model_name_or_path", None, "the teacher: a folder or hub id with the same tokenizer"),
             ("teacher_model_revision", None, "branch, tag or commit of the teacher"),
             ("teacher_model_init_kwargs", None, "keyword arguments for the teacher's from_pretrained"),

@@ -16,6 +16,7 @@ from trl import SFTConfig
 
 from qtarget.data.columns import columns_for
 from qtarget.errors import ConfigError, check_range, unknown
+from qtarget.losses.engine import BACKENDS
 from qtarget.targets import Target, presets
 from qtarget.targets.schedule import ScheduledTarget
 from qtarget.teachers import context
@@ -48,6 +49,8 @@ class QTargetConfig(SFTConfig):
         denominator: what the summed loss is divided by: "all_labels", every supervised label over all micro-batches
             and processes; "kept", only those a weight or critical column keeps; "micro_batch", each micro-batch's own,
             averaged.
+        loss_backend: who computes the loss's passes over the logits: "auto", "torch", "triton" or "compiled"; see
+            ``qtarget.linear_target_loss``. "auto" also compiles them on a CPU where the run is long enough to pay for it.
         teacher_model_name_or_path, teacher_model_revision, teacher_model_init_kwargs: the teacher, loaded by
             Transformers and frozen.
         teachers: in place of one teacher, several in a log-linear pool, softmax(Σ w z): {name: w} or a list of
@@ -108,6 +111,13 @@ class QTargetConfig(SFTConfig):
             "help": "What the summed loss is divided by: all_labels, kept (by a weight or critical column) or "
             "micro_batch.",
             "choices": list(DENOMINATORS),
+        },
+    )
+    loss_backend: str = field(
+        default="auto",
+        metadata={
+            "help": "Who computes the loss's passes over the logits: auto, torch, triton or compiled.",
+            "choices": list(BACKENDS),
         },
     )
     teacher_model_name_or_path: str | None = field(
@@ -204,6 +214,7 @@ class QTargetConfig(SFTConfig):
         ]
         for name, valid in (
             ("denominator", DENOMINATORS),
+            ("loss_backend", BACKENDS),
             ("weights", WEIGHTS),
             ("teacher_tail", TAILS),
             ("teacher_end_token", END_TOKENS),

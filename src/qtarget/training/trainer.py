@@ -15,6 +15,7 @@ from trl import SFTTrainer
 
 from qtarget.data.columns import REFERENCE, SOURCE_ID, UID, TokenColumnCollator, TokenColumns, columns_for, columns_of
 from qtarget.errors import ConfigError
+from qtarget.losses import engine
 from qtarget.targets import Target
 from qtarget.teachers.frozen import evaluation_mode
 from qtarget.teachers.same_vocabulary import real_vocabulary_size
@@ -87,6 +88,7 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, BatchesTrainer, Checkpoints
         checks.raise_together(checks.before_loading(model, args, *objectives, kwargs, *given))
         for warning in checks.unused_teacher(args, objectives, teacher_model is not None):
             logger.warning(warning)
+        engine.choose(args.loss_backend, args.device, torch.float32, "loss_backend")
         kwargs.pop("compute_loss_func", None)
         with _as_plain_nll(args):
             super().__init__(model, args, **kwargs)  # type: ignore[arg-type]
@@ -161,6 +163,8 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, BatchesTrainer, Checkpoints
 
     def _engine_backend(self) -> str:
         """Who does the rows' mathematics: the same at every step of a run, and asked once."""
+        if self.args.loss_backend != "auto":
+            return self.args.loss_backend
         steps = self._total_steps
         if steps not in self._backends:
             rows = steps * self.args.gradient_accumulation_steps * self.args.per_device_train_batch_size

@@ -13,7 +13,7 @@ from qtarget.errors import ConfigError, unknown
 BACKENDS = ("auto", "torch", "triton", "compiled")
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose(backend: str, device: torch.device, dtype: torch.dtype, field: str = "backend") -> str:
     """torch, triton or compiled, for ``backend``.
 
     "auto" takes Triton's kernels on NVIDIA's devices from compute capability 8.0 on, inductor's on other GPUs, and plain
@@ -23,7 +23,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         ConfigError: a name that is not one of ``BACKENDS``, or one that cannot run here.
     """
     if backend not in BACKENDS:
-        raise unknown("backend", backend, BACKENDS)
+        raise unknown(field, backend, BACKENDS)
     if backend == "auto":
         if device.type in ("cpu", "mps", "meta") or dtype == torch.float64:
             return "torch"
@@ -32,7 +32,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         return "torch" if device.type == "cuda" and torch.version.hip is None else "compiled"
     reason = {"triton": no_triton, "compiled": no_compiler}.get(backend, lambda _: None)(device)
     if reason is not None:
-        raise ConfigError(f"backend is {backend!r}, which {reason}; use 'auto', which takes what runs here")
+        raise ConfigError(f"{field} is {backend!r}, which {reason}; use 'auto', which takes what runs here")
     return backend
 
 

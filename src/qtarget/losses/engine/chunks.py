@@ -106,7 +106,7 @@ class _Run:
         self.upstream = upstream
         self.factor: Tensor | float = 1.0
         self.alpha = self.call.logit_scale / matmuls.gradient_factor(self.call.compute)
-        if upstream is not None and self.beside:
+        if upstream is not None and self.call.compute in matmuls.HALF:
             # in the range of 16 bits, whatever a loss scale makes of it
             largest = upstream.abs().amax().clamp(min=torch.finfo(torch.float32).tiny) if len(upstream) else 1.0
             self.upstream, self.factor = upstream / largest, largest
@@ -291,9 +291,8 @@ class _Run:
         ]
         (rows,) = torch.cat(every).nonzero(as_tuple=True)
         if len(rows) < chunk.stop - chunk.start:
-            for to, piece in enumerate(
-                rows.split(self.sizes.block)
-            ):  # what is written lies before what is still to be read
+            # A block at a time: what is written lies before what is still to be read.
+            for to, piece in enumerate(rows.split(self.sizes.block)):
                 begin = front + to * self.sizes.block
                 self.logits[begin : begin + len(piece)] = self.logits.index_select(0, piece + front)
         return rows + chunk.start
@@ -401,6 +400,9 @@ class _Run:
             whole = slice(parts[0][0].start, parts[-1][0].stop)
             self._keep(whole, math.report([part for _, part in parts]))
         loss, stats = self.out.loss, self.out.stats
+        if self.gradient and self.call.compute == torch.float16:
+            weights = stats["trust"].abs() + stats["residual_mass"].abs()
+            self.call.checks.add([weights.amax()], _beyond_float16)
         # The entropy touches every logit of the student, the cross-entropy of Q every one of the others.
         student = torch.isfinite(stats["entropy"])
         bad = ~(torch.isfinite(loss) & student & torch.isfinite(stats["ce_q"]))
@@ -414,6 +416,15 @@ class _Run:
             fault = " or ".join(f"{name} logits" for name in names) or "the trust rule's weights"
             raise NonFiniteLogits(fault if student_is_finite else "logits", row, self.tokens)
         return found[: len(wanted)]
+
+
+def _beyond_float16(largest: float) -> str | None:
+    if not largest > matmuls.FLOAT16_MOST:  # NaN has a message of its own
+        return None
+    return (
+        f"the target's weights reach {largest:.3g}, and the gradient of a float16 head holds {matmuls.FLOAT16_MOST:g} at "
+        "most; make the weights smaller, or train in bfloat16 or float32"
+    )
 
 
 def _cut(part: slice, rows: int) -> Iterator[slice]:

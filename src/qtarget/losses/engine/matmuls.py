@@ -22,6 +22,8 @@ HALF = (torch.bfloat16, torch.float16)
 _CAST_ROWS = 4096
 # g is multiplied by this before it is rounded to float16, whose smallest number is 6e-8; bfloat16 needs no such factor.
 _FLOAT16_FACTOR = 1024.0
+# A gradient beyond this is infinite then: float16 ends at 65504.
+FLOAT16_MOST = 60.0
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
