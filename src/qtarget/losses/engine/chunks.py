@@ -233,16 +233,17 @@ class _Run:
 
         Returns which rows have a gradient, [rows] bool; None where all have, or where telling would wait for the device.
         """
+        waits = not inputs.on_host(self.device) and isinstance(self.math[number], DeviceRows)
+        skips = self.call.targets[number].may_skip_tokens and self.gradient and not self.beside and not waits
         active = []
         length = segment.stop - segment.start
-        on_host = inputs.on_host(self.device)
-        block = self.sizes.block if on_host or not isinstance(self.math[number], DeviceRows) else length
+        block = length if waits else self.sizes.block
         for begin in range(0, length, block):
             here = slice(begin, min(begin + block, length))
             there = slice(segment.start + here.start, segment.start + here.stop)
-            active.append(self._run_rows(rows[here], there, number))
-        waits = not on_host and isinstance(self.math[number], DeviceRows)
-        skips = self.call.targets[number].may_skip_tokens and self.gradient and not self.beside and not waits
+            with_gradient = self._run_rows(rows[here], there, number)
+            if skips:
+                active.append(with_gradient)
         return torch.cat(active) if skips else None
 
     def _run_rows(self, rows: Rows, segment: slice, number: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qtarget.losses import inputs
-from qtarget.losses.engine import row_functions
+from qtarget.losses.engine import buffers, row_functions
 from qtarget.losses.engine.row_functions import Pass
 
 # Each combination of flags is a graph of its own, more than dynamo expects of one function.
@@ -89,17 +89,22 @@ class FunctionPasses:
 
     def sums(self, z, o, y, case):
         c = _coefficients(case.coefficients, z.dtype, z.device)
-        return self._run("sums", z, o, y, c, case.support, case.flags)
+        peaks, groups = self._run("maxima", z, o, y, c, case.support, case.flags)
+        return self._run("sums", z, o, y, peaks, c, case.support, case.flags), groups
 
     def gradient(self, z, o, y, table, weights, case, g, places):
         c = _coefficients(case.coefficients, z.dtype, z.device)
-        capped = case.softcap is not None
-        skips = case.write and places is not None
-        out = torch.empty_like(z, dtype=g.dtype) if skips else None if g is z else g.narrow(0, 0, z.shape[0])
-        arguments = (case.support, case.flags, capped, case.with_kl, out, case.write)
+        beside = case.write and (g is z or places is not None)
+        out = None
+        if case.write:  # not over what is read, for which inductor would make a copy of its own
+            shape = (z.shape[0], g.shape[1])
+            out = buffers.workspace(g.dtype, z.device).get("out", *shape) if beside else g.narrow(0, 0, shape[0])
+        arguments = (case.support, case.flags, case.softcap is not None, case.with_kl, out)
         found = self._run("gradient", z, o, y, table, weights, c, *arguments)
-        if skips:  # −1 is the last row, which is there for rows without a gradient
+        if places is not None and out is not None:  # −1 is the last row, which is there for rows without a gradient
             g.index_put_((places,), out)
+        elif beside:
+            g.copy_(out)
         return found
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,18 +64,35 @@ class Pass:
         return (self.pooled, self.other, self.offset, self.pair, self.one_shift, self.groups)
 
 
-def sums(z: Tensor, o: Tensor, y: Tensor, c: Tensor, support: int, flags: tuple[bool, ...]):
-    """([len(TABLE), r], maxima of groups [r, ⌈v / GROUP⌉] or None) of logits z [r, v], another model's o, labels y [r].
+def maxima(z: Tensor, o: Tensor, y: Tensor, c: Tensor, support: int, flags: tuple[bool, ...]):
+    """([3, r]: m, top and m_u of ``SUMS``, maxima of groups [r, ⌈v / GROUP⌉] or None): what ``sums`` is relative to.
 
-    ``c``: the five coefficients of ``Pass`` as a tensor, so that another value is no other graph.
+    A graph of its own: in one with the sums inductor would write out a [r, v] tensor between the two loops.
+
+    Args:
+        z: [r, v] logits. o: another model's. y: [r] labels. c: the coefficients of ``Pass`` as a tensor, so that another
+            value is no other graph.
     """
-    pooled, other, offset, pair, _, groups = flags
-    v = torch.arange(z.shape[1], device=z.device).unsqueeze(0)
-    is_y = v == y.unsqueeze(1)
+    pooled, other, offset, _, _, groups = flags
     z_y = z.gather(1, y.unsqueeze(1))
-    top = torch.where(is_y, NEVER, z).amax(1, keepdim=True)
+    is_y = torch.arange(z.shape[1], device=z.device).unsqueeze(0) == y.unsqueeze(1)
+    top = torch.where(is_y, NEVER, z).amax(1)
     # Above what is absent, so that e^(NEVER − m) is 0 even in a row where nothing is left.
-    m = torch.maximum(z_y, top).clamp(min=0.5 * NEVER)
+    m = torch.maximum(z_y.squeeze(1), top).clamp(min=0.5 * NEVER)
+    m_u = m
+    if pooled:
+        own = c[0] + c[2]
+        u = own * z + _gap(z, torch.zeros_like(z), o, z_y, c, support, other, offset)
+        m_u = u.amax(1) - own * m
+    return torch.stack([m, top, m_u]), _group_maxima(z) if groups else None
+
+
+def sums(z: Tensor, o: Tensor, y: Tensor, peaks: Tensor, c: Tensor, support: int, flags: tuple[bool, ...]) -> Tensor:
+    """[len(TABLE), r] from what ``maxima`` found, peaks [3, r]."""
+    pooled, other, offset, pair, _, _ = flags
+    m, top, m_u = peaks.unsqueeze(2).unbind(0)
+    is_y = torch.arange(z.shape[1], device=z.device).unsqueeze(0) == y.unsqueeze(1)
+    z_y = z.gather(1, y.unsqueeze(1))
     x = z - m
     e = torch.where(is_y, 0.0, x.exp())
     found = dict.fromkeys(SUMS, torch.ones_like(m.squeeze(1)))
@@ -85,10 +103,9 @@ def sums(z: Tensor, o: Tensor, y: Tensor, c: Tensor, support: int, flags: tuple[
         found["s_plain"] = _sum(((c[0] + c[2]) * x).exp())
     if pooled:
         u = c[2] * x + _gap(z, x, o, z_y, c, support, other, offset)
-        m_u = u.amax(1, keepdim=True)
         found |= {"m_u": m_u.squeeze(1), "s_u": _sum((u - m_u).exp())}
     found |= derived(found, pooled, pair)
-    return torch.stack([found[name] for name in (*SUMS, *DERIVED)]), _group_maxima(z) if groups else None
+    return torch.stack([found[name] for name in (*SUMS, *DERIVED)])
 
 
 def derived(s: dict[str, Tensor], pooled: bool = False, pair: bool = False) -> dict[str, Tensor]:
@@ -121,12 +138,10 @@ def gradient(
     capped: bool,
     with_kl: bool,
     out: Tensor | None,
-    write: bool,
 ) -> Tensor:
     """[len(FOUND), r] from a row's sums, table [len(TABLE), r], and its weights [len(WEIGHTS), r].
 
-    Where ``write`` says so, g times each row's factor is written to ``out`` [r, v], or over the logits: so it takes
-    no memory of its own, whose pages would cost a CPU more than the arithmetic.
+    g times each row's factor is written to ``out`` [r, v], or nowhere.
     """
     pooled, other, offset, pair, one_shift, _ = flags
     s = dict(zip((*SUMS, *DERIVED), table.unsqueeze(2).unbind(0), strict=True))
@@ -165,8 +180,8 @@ def gradient(
         found["kl_q"] = _sum(kl_terms(p, log_p, g))
     if capped:
         g = g * (1 - (z * c[4]).clamp(-1, 1) ** 2)  # a logit that was taken out is beyond every cap
-    if write:
-        (z if out is None else out).copy_(g * factor)
+    if out is not None:
+        out.copy_(g * factor)
     return torch.stack([found[name] for name in FOUND])
 
 
@@ -219,9 +234,17 @@ def kl_terms(p: Tensor, log_p: Tensor, g: Tensor) -> Tensor:
     return torch.where(x.abs() < (0.1 if p.dtype == torch.float32 else 1e-2), near, far)
 
 
+# Inductor writes out what several sums read, a [r, v] tensor of its own; in the same loop it costs nothing to keep.
+_ONE_LOOP: dict[str, str | int | bool | Callable[..., Any]] = {
+    "realize_reads_threshold": 1000,
+    "realize_opcount_threshold": 1000,
+    "realize_acc_reads_threshold": 1000,
+}
+
+
 @functools.cache
 def compiled(name: str):
-    """``sums`` or ``gradient`` through inductor: a graph for each combination of flags and dtypes, for any number of
+    """One of the functions above through inductor: a graph for each combination of flags and dtypes, for any number of
     rows and any vocabulary."""
-    functions: dict[str, Callable] = {"sums": sums, "gradient": gradient}
-    return torch.compile(functions[name], dynamic=True, fullgraph=True)
+    functions: dict[str, Callable] = {"maxima": maxima, "sums": sums, "gradient": gradient}
+    return torch.compile(functions[name], dynamic=True, fullgraph=True, options=_ONE_LOOP)
