@@ -113,7 +113,7 @@ class _Run:
         if not isinstance(divisor, Tensor) or inputs.on_host(self.device):
             self.alpha = self.alpha / float(divisor)
         elif self.beside and self.call.compute == torch.bfloat16:  # which has room for it below
-            self.upstream = divisor.reciprocal().to(self.dtype).expand(self.tokens.count)
+            self.upstream = divisor.reciprocal().to(self.device, self.dtype).expand(self.tokens.count)
         else:
             self.factor = self.factor / divisor
 
