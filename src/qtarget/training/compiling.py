@@ -17,7 +17,7 @@ from qtarget.targets import Target
 
 logger = logging.getLogger(__name__)
 
-# Logits of a run from which on compiling pays: ten times the 4e9 that benchmarks/engine.py measures, since a first
+# Logits of a run from which on compiling pays: many times what benchmarks/engine.py measures, since a first
 # compile on another machine takes several times longer, and nobody with a short run should wait for it.
 PAYS_FROM = 4e10
 # Rows of which the supervised tokens are counted.

@@ -243,12 +243,12 @@ class RowMath:
         total = R.sum(-1)
         ce = total * student.lse - self.scratch.dot(R, z_covered)
         kl = factor * self.scratch.dot(R, shift) - total * lse_shift.squeeze(1)
-        torch.add(-0.5 * lse_shift, shift, alpha=0.5 * factor, out=shift)  # d/2
+        torch.add(-lse_shift, shift, alpha=factor, out=shift)  # d
         if bool(torch.isnan(kl).any()):  # an entry the pool rules out: 0 · (−inf)
-            kl = 2 * torch.where(R > 0, R * shift, torch.zeros_like(R)).sum(-1)
+            kl = torch.where(R > 0, R * shift, torch.zeros_like(R)).sum(-1)
         p = student.scaled[:, :covered]
         R.addcmul_(p, student.inv[:, None])  # p + R
-        shift.tanh_().mul_(R)  # R − p
+        self.scratch.tanh_half_(shift).mul_(R)  # R − p
         # softmax and lse_shift are off by some 1e-7, which moves every entry alike: Σ (R − p) tells by how much.
         drift = shift.sum(-1)
         if covered < width:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 _kept = threading.local()
+# tanh(d/2) is ±1 beyond, in float64 too.
+_FAR = 40.0
 
 
 @dataclass
@@ -130,6 +132,11 @@ class Scratch:
             with torch.inference_mode(False):  # or a buffer of an evaluation could not be written to in training
                 flat = self._buffers[name] = torch.empty(rows * width, dtype=self._dtype, device=self._device)
         return flat.narrow(0, 0, rows * width).view(rows, width)
+
+    def tanh_half_(self, d: Tensor) -> Tensor:
+        """tanh(d/2) in place, as t/(t + 2) with t = e^d − 1: every digit of a small d, in half the time on a CPU."""
+        d.clamp_(-_FAR, _FAR).expm1_()
+        return d.div_(torch.add(d, 2, out=self.get("product", *d.shape)))
 
     def dot(self, x: Tensor, y: Tensor) -> Tensor:
         """Σ_v x y, [r]; ``torch.linalg.vecdot`` would allocate a block each time."""

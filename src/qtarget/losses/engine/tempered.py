@@ -68,7 +68,7 @@ def add_difference(
     kl = work.dot(R, d)
     if bool(torch.isnan(kl).any()):  # an entry that R rules out: 0 · (−inf)
         kl = torch.where(R > 0, R * d, torch.zeros_like(R)).sum(-1)
-    difference = d.mul_(0.5).tanh_().mul_(R.add_(B[:, :support]))  # R − B
+    difference = work.tanh_half_(d).mul_(R.add_(B[:, :support]))  # R − B
     drift = difference.sum(-1) - B[:, support:].sum(-1)
     known = labels.clamp(max=support - 1)
     B_y = B.gather(1, labels[:, None]).squeeze(1)
