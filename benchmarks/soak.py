@@ -15,7 +15,9 @@ one another too closely to be counted as independent; the interval is of 95 %.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -128,12 +130,11 @@ def look(process: psutil.Process, folder: Path) -> dict[str, float]:
     """One sample: the process, and what is in the run's folder. Sizes in bytes."""
     memory = process.memory_info()
     sizes: dict[str, int] = {}
-    for path in (folder / "run").rglob("*"):
-        try:
-            if path.is_file():
+    # os.walk goes on where a checkpoint is deleted meanwhile; rglob raises.
+    for place, _, names in os.walk(folder / "run"):
+        for path in (Path(place) / name for name in names):
+            with contextlib.suppress(FileNotFoundError):
                 sizes[str(path.relative_to(folder / "run"))] = path.stat().st_size
-        except FileNotFoundError:  # a checkpoint that is deleted meanwhile
-            continue
     return {
         "rss": memory.rss,
         "own": memory.rss - memory.shared,  # without pages of files
