@@ -7,7 +7,7 @@ import pytest
 import qtarget as qt
 from engine_cases import assert_same, case_named, engine, hard, ignoring, oracle, ordinary, preset_of
 from published import CASES
-from qtarget.losses.engine import chunks, matmuls
+from qtarget.losses.engine import chunks, matmuls, who
 from qtarget.losses.engine.block import RowMath
 from qtarget.losses.engine.buffers import Scratch
 from qtarget.losses.inputs import Tokens
@@ -108,7 +108,7 @@ def stop_gradient_lost(monkeypatch):
 
 
 def softcap_without_a_derivative(monkeypatch):
-    monkeypatch.setattr(chunks, "RowMath", lambda **fields: RowMath(**fields | {"softcap": None}))
+    monkeypatch.setattr(who, "RowMath", lambda **fields: RowMath(**fields | {"softcap": None}))
 
 
 def only_the_last_chunk(monkeypatch):

@@ -10,7 +10,7 @@ import torch
 import qtarget as qt
 from engine_cases import assert_same, engine, hard, ignoring, oracle, preset_of
 from published import CASES
-from qtarget.losses.engine import chunks, passes, row_functions
+from qtarget.losses.engine import passes, row_functions, who
 from test_engine_precision import assert_no_worse_than_full_logits, single
 from test_engine_topk import padded, with_topk
 
@@ -20,7 +20,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 @pytest.fixture
 def as_they_are(monkeypatch):
-    monkeypatch.setattr(chunks, "FunctionPasses", lambda: passes.FunctionPasses(compiled=False))
+    monkeypatch.setattr(who, "FunctionPasses", lambda: passes.FunctionPasses(compiled=False))
 
 
 def assert_functions_are_the_oracle(batch, target, **options):
@@ -80,7 +80,7 @@ def test_what_inductor_refuses_falls_back_once(monkeypatch, caplog):
         raise TorchDynamoException("planted")
 
     monkeypatch.setattr(row_functions, "compiled", functools.partial(lambda name: refuses))
-    monkeypatch.setattr(chunks, "_told", set())
+    monkeypatch.setattr(who, "_told", set())
     batch, target = hard(), qt.preset("target-sft")
     with caplog.at_level(logging.WARNING, "qtarget"):
         for _ in range(2):

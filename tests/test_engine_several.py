@@ -8,7 +8,7 @@ import torch
 import qtarget as qt
 from engine_cases import N, Outcome, assert_same, engine, hard, ignoring, oracle, outcome, preset_of
 from published import CASES
-from qtarget.losses.engine import chunks
+from qtarget.losses.engine import chunks, who
 from qtarget.losses.engine.passes import FunctionPasses
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,7 +75,7 @@ def test_each_token_by_its_own_target(targets, how, chunk):
 @pytest.mark.parametrize("targets", MIXTURES.values(), ids=MIXTURES)
 def test_in_two_passes_over_the_logits(targets, monkeypatch):
     """The pure functions, as they are compiled."""
-    monkeypatch.setattr(chunks, "FunctionPasses", lambda: FunctionPasses(compiled=False))
+    monkeypatch.setattr(who, "FunctionPasses", lambda: FunctionPasses(compiled=False))
     batch, which = hard(), numbers(len(targets), "at random")
     got = mixed(batch, targets, which, backend="compiled", chunk_rows=10, **REDUCED)
     assert_same(got, one_by_one(batch, targets, which))

@@ -134,7 +134,7 @@ class Scratch:
         return flat.narrow(0, 0, rows * width).view(rows, width)
 
     def tanh_half_(self, d: Tensor) -> Tensor:
-        """tanh(d/2) in place, as t/(t + 2) with t = e^d − 1: every digit of a small d, in half the time on a CPU."""
+        """tanh(d/2) in place, as t/(t + 2) with t = e^d − 1: every digit of a small d, and on a CPU cheaper than tanh."""
         d.clamp_(-_FAR, _FAR).expm1_()
         return d.div_(torch.add(d, 2, out=self.get("product", *d.shape)))
 

@@ -7,7 +7,6 @@ logits is also a chunk of g; where it writes g in 16 bits beside them, many chun
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -16,23 +15,18 @@ from torch import Tensor
 
 from qtarget.errors import NonFiniteLogits
 from qtarget.losses import inputs
-from qtarget.losses.engine import buffers, matmuls
-from qtarget.losses.engine.block import RowMath
+from qtarget.losses.engine import buffers, matmuls, who
 from qtarget.losses.engine.buffers import Places, RowResult, Rows, TopKRows
 from qtarget.losses.engine.calls import EngineCall, Result
 from qtarget.losses.engine.device_rows import DeviceRows, Part
 from qtarget.losses.engine.matmuls import HeadMatmuls, WeightGradient
-from qtarget.losses.engine.passes import CannotCompile, FunctionPasses, Passes, TritonPasses
-from qtarget.losses.engine.row_plan import RowPlan
+from qtarget.losses.engine.passes import CannotCompile
 from qtarget.losses.engine.sizes import Sizes, block_rows, chunk_rows, device_memory, device_sizes
 from qtarget.losses.heads import Head
 from qtarget.losses.output import ALL_STATISTICS, BASIC_STATISTICS
 
-logger = logging.getLogger(__name__)
-
 # A chunk whose kept rows leave less than this share of it free is multiplied before the next logits are formed.
 _ROOM = 1 / 3
-_told: set[str] = set()
 
 
 def run(
@@ -77,11 +71,14 @@ class _Run:
         self.beside = call.backend != "torch" and call.compute in matmuls.HALF and self.gradient
         self.scratch = buffers.workspace(self.dtype, self.device)
         self.sizes = self._sizes(weight)
-        self.math = [self._math(number) for number in range(len(call.targets))]
+        self.math = [who.computes(call, target, self._place()) for target in call.targets]
         # Blocks of each target of which loss and statistics are still to be worked out, with their tokens.
         self.parts: list[tuple[DeviceRows, list[tuple[slice, Part]]]] = []
         self._scale(upstream, divisor)
         self._prepare(hidden, weight, bias)
+
+    def _place(self) -> who.Place:
+        return who.Place(self.vocab, self.scratch, self.gradient, self.beside)
 
     def _sizes(self, weight: Tensor) -> Sizes:
         call, n = self.call, self.tokens.count
@@ -261,8 +258,8 @@ class _Run:
         try:
             part = math.run(rows)
         except CannotCompile as error:
-            _tell(f"backend {self.call.backend!r} cannot be compiled here, so 'torch' is used: {error}")
-            self.math[number] = self._torch_math(number)
+            who.tell(f"backend {self.call.backend!r} cannot be compiled here, so 'torch' is used: {error}")
+            self.math[number] = who.computes_in_torch(self.call, self.call.targets[number], self._place())
             self._form_logits(segment, rows.z)
             fresh = self._rows(segment, rows.z, number)
             return self._run_rows(replace(fresh, g=rows.g, places=rows.places), segment, number)
@@ -350,49 +347,6 @@ class _Run:
         if self.out.d_bias is not None:
             self.out.d_bias.add_(g.sum(0, dtype=self.dtype), alpha=self.alpha)
 
-    # -- who computes --------------------------------------------------------------------------------------------
-
-    def _math(self, number: int) -> RowMath | DeviceRows:
-        target, backend = self.call.targets[number], self.call.backend
-        plan = None if backend == "torch" else RowPlan.of(target)
-        if plan is None:
-            if backend != "torch":
-                _tell(f"target {target} has residuals that are no single difference, so backend 'torch' is used for it")
-            return self._torch_math(number)
-        passes: Passes = TritonPasses() if backend == "triton" else FunctionPasses()
-        return DeviceRows(
-            target=target,
-            plan=plan,
-            passes=passes,
-            vocab_size=self.call.vocab_size,
-            support=self.vocab if plan.pool is None else self._support(plan.pool),
-            scratch=self.scratch,
-            gradient=self.gradient,
-            with_kl=self.call.with_kl,
-            softcap=self.call.logit_softcap,
-            factor=matmuls.gradient_factor(self.call.compute) if self.beside else 1.0,
-        )
-
-    def _torch_math(self, number: int) -> RowMath:
-        target = self.call.targets[number]
-        return RowMath(
-            target=target,
-            vocab_size=self.call.vocab_size,
-            support=tuple(self._support(pool) for _, pool in target.residual_terms),
-            gradient=self.gradient,
-            with_kl=self.call.with_kl,
-            softcap=self.call.logit_softcap,
-            scratch=self.scratch,
-        )
-
-    def _support(self, pool) -> int:
-        """Columns a residual covers: all of the head for a student-only pool, else the real vocabulary all models
-        share."""
-        if pool.is_student_only:
-            return self.vocab
-        others = [self.call.aux[name] for name in pool.requires]
-        return min([self.call.vocab_size, *(other.width for other in others if isinstance(other, Head))])
-
     # -- faults --------------------------------------------------------------------------------------------------
 
     def _read(self, *wanted: Tensor) -> list[float]:
@@ -431,10 +385,3 @@ def _beyond_float16(largest: float) -> str | None:
 def _cut(part: slice, rows: int) -> Iterator[slice]:
     for begin in range(part.start, part.stop, rows):
         yield slice(begin, min(begin + rows, part.stop))
-
-
-def _tell(sentence: str) -> None:
-    """Once in a process."""
-    if sentence not in _told:
-        _told.add(sentence)
-        logger.warning(sentence)

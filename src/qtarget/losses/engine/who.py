@@ -1,0 +1,85 @@
+"""Who does a target's row mathematics in a call: two passes over the logits, or blocks in plain PyTorch."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from qtarget.losses.engine import matmuls
+from qtarget.losses.engine.block import RowMath
+from qtarget.losses.engine.buffers import Scratch
+from qtarget.losses.engine.calls import EngineCall
+from qtarget.losses.engine.device_rows import DeviceRows
+from qtarget.losses.engine.passes import FunctionPasses, Passes, TritonPasses
+from qtarget.losses.engine.row_plan import RowPlan
+from qtarget.losses.heads import Head
+from qtarget.targets import Target
+from qtarget.targets.residual import Pool
+
+logger = logging.getLogger(__name__)
+_told: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the rows of a call are worked on with.
+
+    Attributes:
+        width: columns of the student's logits. scratch: buffers. gradient: whether one is formed.
+        beside: whether it is written beside the logits, in 16 bits, and not over them.
+    """
+
+    width: int
+    scratch: Scratch
+    gradient: bool
+    beside: bool
+
+
+def computes(call: EngineCall, target: Target, place: Place) -> RowMath | DeviceRows:
+    """What the call's backend has for the target; plain PyTorch, with one line of log, where that is nothing."""
+    plan = None if call.backend == "torch" else RowPlan.of(target)
+    if plan is None:
+        if call.backend != "torch":
+            tell(f"target {target} has residuals that are no single difference, so backend 'torch' is used for it")
+        return computes_in_torch(call, target, place)
+    passes: Passes = TritonPasses() if call.backend == "triton" else FunctionPasses()
+    return DeviceRows(
+        target=target,
+        plan=plan,
+        passes=passes,
+        vocab_size=call.vocab_size,
+        support=place.width if plan.pool is None else _support(call, plan.pool, place.width),
+        scratch=place.scratch,
+        gradient=place.gradient,
+        with_kl=call.with_kl,
+        softcap=call.logit_softcap,
+        factor=matmuls.gradient_factor(call.compute) if place.beside else 1.0,
+    )
+
+
+def computes_in_torch(call: EngineCall, target: Target, place: Place) -> RowMath:
+    """Blocks in place, which every target and every device has."""
+    return RowMath(
+        target=target,
+        vocab_size=call.vocab_size,
+        support=tuple(_support(call, pool, place.width) for _, pool in target.residual_terms),
+        gradient=place.gradient,
+        with_kl=call.with_kl,
+        softcap=call.logit_softcap,
+        scratch=place.scratch,
+    )
+
+
+def tell(sentence: str) -> None:
+    """Warn once in a process."""
+    if sentence not in _told:
+        _told.add(sentence)
+        logger.warning(sentence)
+
+
+def _support(call: EngineCall, pool: Pool, width: int) -> int:
+    """Columns a residual covers: all of the head for a student-only pool, else the real vocabulary all models share."""
+    if pool.is_student_only:
+        return width
+    others = [call.aux[name] for name in pool.requires]
+    return min([call.vocab_size, *(other.width for other in others if isinstance(other, Head))])
