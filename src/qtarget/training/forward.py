@@ -141,7 +141,7 @@ class LossCall:
             weight,
             labels,
             self.targets[0] if single else self.targets,
-            which=None if single else source,
+            which=None if single or source is None else source.to(hidden.device),
             head_bias=bias,
             **self.others,  # type: ignore[arg-type]
             **{name: columns[name] for name in columns_of(*self.targets)},  # type: ignore[arg-type]
