@@ -16,7 +16,7 @@ import tiny
 from qtarget.errors import ConfigError
 from qtarget.evaluation import records
 from qtarget.lens import page
-from qtarget.targets.config import names_code
+from qtarget.targets.yaml_form import names_code
 from qtarget.teachers.context import Context
 from runs import tokenised, trainer
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 import qtarget as qt
-from qtarget.targets import spellings
+from qtarget.targets import peers
 
 
 def peer(text):
@@ -77,7 +77,7 @@ def test_peer_spelling(text, name, hyperparameters):
     ],
 )
 def test_peer_spelling_says_what_became_of_it(text, note):
-    assert note in spellings.read(yaml.safe_load(text)).note
+    assert note in peers.read(yaml.safe_load(text)).note
 
 
 @pytest.mark.parametrize(
@@ -127,11 +127,11 @@ def test_peer_spelling_that_is_refused(text, told):
 
 @pytest.mark.parametrize("text", ["{}", "{use_dft_loss: false}", "{use_eaft_loss: false, eaft_alpha: 1.0}", "{lr: 1}"])
 def test_settings_that_spell_no_objective(text):
-    assert spellings.read(yaml.safe_load(text)) is None
+    assert peers.read(yaml.safe_load(text)) is None
 
 
 def test_every_peer_key_is_known():
-    assert set(spellings.KEYS) == {
+    assert set(peers.KEYS) == {
         "use_dft_loss",
         "enable_dft_loss",
         "liger_use_token_scaling",

@@ -12,8 +12,8 @@ from trl import SFTConfig
 import qtarget as qt
 import tiny
 from qtarget import ConfigError, QTargetConfig, QTargetTrainer
+from qtarget.targets.objective import Objective
 from qtarget.training import checks
-from qtarget.training.objective import Objective
 from runs import config, quick, the_target, tokenised, trained, trainer
 
 NOWHERE = "no/such-model"

@@ -20,7 +20,7 @@ import qtarget as qt
 import tiny
 from qtarget.cli import options, recipe, yaml_text
 from qtarget.data.columns import TokenColumns
-from qtarget.data.rows import checked_texts, checked_tokens
+from qtarget.data.validation import checked_texts, checked_tokens
 from qtarget.errors import ConfigError
 from qtarget.evaluation import records, tasks
 from qtarget.lens import record

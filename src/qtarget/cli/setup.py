@@ -85,13 +85,13 @@ def raise_together(faults: list[str]) -> None:
 
 def _training_config(settings: Any):
     """The QTargetConfig and notes on spellings; None where it cannot be built, with the reason among the faults."""
-    from qtarget.targets import spellings
+    from qtarget.targets import peers
     from qtarget.targets.schedule import ScheduledTarget
     from qtarget.training import QTargetConfig
 
     values, notes = dict(settings.values["training"]), []
     try:
-        spelled = spellings.read(settings.spelled)
+        spelled = peers.read(settings.spelled)
         if spelled is not None:
             if values.get("target") is not None and ScheduledTarget.read(values["target"]) != ScheduledTarget.read(
                 spelled.target.to_config()

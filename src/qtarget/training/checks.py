@@ -16,8 +16,8 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 
 from qtarget.data.columns import REFERENCE, SOURCE_ID
 from qtarget.errors import ConfigError
+from qtarget.targets.objective import Objective
 from qtarget.training import checkpoints, teacher_setup
-from qtarget.training.objective import Objective
 
 _NAMES = {
     "weight": "weights",

@@ -18,11 +18,11 @@ from qtarget.data.columns import columns_for
 from qtarget.errors import ConfigError, check_range, unknown
 from qtarget.losses.engine import BACKENDS
 from qtarget.targets import Target, presets
+from qtarget.targets.objective import Objective
 from qtarget.targets.schedule import ScheduledTarget
 from qtarget.teachers import context
 from qtarget.teachers.pool import PooledTeacher, read_pool
 from qtarget.training import ranges
-from qtarget.training.objective import Objective
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from qtarget import json_text
 from qtarget.errors import ConfigError
-from qtarget.training.objective import Objective
+from qtarget.targets.objective import Objective
 
 FILE = "qtarget.json"
 

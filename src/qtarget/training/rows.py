@@ -13,14 +13,14 @@ from trl.data_utils import get_dataset_column_names
 
 from qtarget.data.columns import UID, TokenColumns
 from qtarget.data.preparation import Preparation
-from qtarget.data.rows import checked_texts, checked_tokens
+from qtarget.data.validation import checked_texts, checked_tokens
 from qtarget.errors import ConfigError
+from qtarget.targets.objective import Objective
 from qtarget.teachers import cache
 from qtarget.teachers.same_vocabulary import real_vocabulary_size
 from qtarget.teachers.uids import CachedUids, ContextUids, RowsThatAsk
 from qtarget.training import checks
 from qtarget.training.config import QTargetConfig
-from qtarget.training.objective import Objective
 from qtarget.training.teacher_setup import open_uids
 
 

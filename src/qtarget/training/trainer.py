@@ -17,6 +17,7 @@ from qtarget.data.columns import REFERENCE, SOURCE_ID, UID, TokenColumnCollator,
 from qtarget.errors import ConfigError
 from qtarget.losses import engine
 from qtarget.targets import Target
+from qtarget.targets.objective import Objective
 from qtarget.teachers.frozen import evaluation_mode
 from qtarget.teachers.same_vocabulary import real_vocabulary_size
 from qtarget.teachers.uids import CachedUids, ContextUids
@@ -28,7 +29,6 @@ from qtarget.training.figures import FiguresTrainer
 from qtarget.training.forward import LossCall, accepted, add_target_forward, check_head_transform
 from qtarget.training.history import History
 from qtarget.training.metrics import TokenSums
-from qtarget.training.objective import Objective
 from qtarget.training.other_models import OtherModels
 from qtarget.training.rows import ColumnsTrainer
 from qtarget.training.teacher_setup import (

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qtarget.errors import ConfigError, check_range, unknown
-from qtarget.targets import presets, spellings
+from qtarget.targets import peers, presets
 from qtarget.targets.residual import POOLS, Pool, as_pool
 from qtarget.targets.target import Target
 from qtarget.targets.trust import RULES, FunctionRule, Rule, as_rule
@@ -48,7 +48,7 @@ def target_from_config(config: object) -> Target:
             scale=None if config.get("scale") is None else _part(config["scale"], RULES, as_rule, "scale"),
             value=config.get("value", "kl"),
         )
-    spelled = spellings.read(config)
+    spelled = peers.read(config)
     if spelled is not None:
         return spelled.target
     raise ConfigError(
