@@ -31,9 +31,10 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from qtarget import ConfigError, presets
+from qtarget.models import forward
+from qtarget.models.forward import LossCall, add_target_forward, check_head_transform
 from qtarget.targets.target import Target
-from qtarget.training import cache_build, forward
-from qtarget.training.forward import LossCall, add_target_forward, check_head_transform
+from qtarget.training import cache_build
 from runs import Weights, distance, moved, rows, trainer, weights
 
 STEPS, ROWS = 10, 4

@@ -7,7 +7,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 import tiny
 from published import CASES
 from qtarget import ConfigError
-from qtarget.training.forward import accepted
+from qtarget.models.forward import accepted
 from runs import assert_same_change, change, expected, history, rows, trained, trainer
 
 CASE = {case.id: case for case in CASES}

@@ -13,7 +13,8 @@ import tiny
 from published import CASES
 from qtarget import ConfigError, QTargetConfig, QTargetTrainer
 from qtarget.data.columns import TokenColumnCollator
-from qtarget.training import forward, other_models
+from qtarget.models import forward
+from qtarget.training import other_models
 from runs import (
     assert_same_change,
     change,

@@ -22,8 +22,9 @@ from qtarget.data.columns import TokenColumnCollator
 from qtarget.losses import heads
 from qtarget.losses.engine import buffers, matmuls
 from qtarget.losses.engine.buffers import Scratch
+from qtarget.models import forward
 from qtarget.targets import presets
-from qtarget.training import QTargetTrainer, denominator, forward
+from qtarget.training import QTargetTrainer, denominator
 from qtarget.training import other_models as other_models_module
 from qtarget.training import trainer as trainer_module
 from qtarget.verification import Subject, formulas, peak, report, resources

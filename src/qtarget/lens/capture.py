@@ -20,8 +20,8 @@ from qtarget.errors import ConfigError
 from qtarget.lens.record import FILES, OTHERS, SIGNALS, Writer
 from qtarget.losses import Head, TopK
 from qtarget.losses.log_probs import log_probs
+from qtarget.models.frozen import evaluation_mode
 from qtarget.teachers.fingerprints import template_hash, tokenizer_hash
-from qtarget.teachers.frozen import evaluation_mode
 from qtarget.training.other_models import OtherModels
 from qtarget.training.teacher_setup import teacher_named_by
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from qtarget.errors import ConfigError
-from qtarget.teachers.frozen import adapters_off, evaluation_mode
+from qtarget.models.frozen import adapters_off, evaluation_mode
 from qtarget.training.other_models import OtherModels
 
 # The number of an original row, which follows it through the trainer's preparation. No dataset has this name.

@@ -20,7 +20,7 @@ from qtarget.data.text import text_of
 from qtarget.errors import ConfigError
 from qtarget.losses import TopK
 from qtarget.losses.log_probs import log_probs
-from qtarget.teachers.frozen import evaluation_mode
+from qtarget.models.frozen import evaluation_mode
 from qtarget.training.agreement_report import (
     CONFIDENT,
     DENIED,

@@ -16,11 +16,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from qtarget.errors import ConfigError, loading
 from qtarget.losses import Head, TopK
-from qtarget.targets import presets
-from qtarget.teachers.frozen import adapters_off, evaluation_mode, freeze, frozen_copy, load_frozen
-from qtarget.teachers.same_vocabulary import real_vocabulary_size
-from qtarget.teachers.uids import CachedUids, ContextUids
-from qtarget.training.forward import (
+from qtarget.models.forward import (
     HeadTransform,
     LossCall,
     add_target_forward,
@@ -28,7 +24,11 @@ from qtarget.training.forward import (
     head_parameters,
     states_and_head,
 )
-from qtarget.training.kept_weights import Average, KeptWeights, OldPolicy
+from qtarget.models.frozen import adapters_off, evaluation_mode, freeze, frozen_copy, load_frozen
+from qtarget.models.snapshots import EmaWeights, OldPolicy, WeightSnapshot
+from qtarget.targets import presets
+from qtarget.teachers.same_vocabulary import real_vocabulary_size
+from qtarget.teachers.uids import CachedUids, ContextUids
 from qtarget.training.teacher import Teacher
 from qtarget.training.teacher_setup import end_tokens
 
@@ -75,12 +75,12 @@ class OtherModels:
         return models[0][1] if models else None
 
     @property
-    def average(self) -> Average | None:
+    def average(self) -> EmaWeights | None:
         """The student's average that is the teacher, where it is."""
         return None if self.teacher_source is None else self.teacher_source.average
 
     @property
-    def kept_weights(self) -> list[KeptWeights]:
+    def kept_weights(self) -> list[WeightSnapshot]:
         """Copies of the student's weights that a resumed run needs."""
         average = None if self.average is None or self.average.decay == 0 else self.average
         return [kept for kept in (self.old_policy, average) if kept is not None]
@@ -90,7 +90,7 @@ class OtherModels:
         if given is not None:
             models = [(1.0, self._prepared("teacher", given))]
         elif args.teacher_ema_decay is not None:
-            average = Average(self._student, args.teacher_ema_decay)
+            average = EmaWeights(self._student, args.teacher_ema_decay)
         elif args.teachers is not None:
             for one in args.pooled_teachers():
                 with loading("teachers", one.name):

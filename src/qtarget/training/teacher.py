@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from qtarget.losses import Head, TopK
-from qtarget.teachers.frozen import evaluation_mode
+from qtarget.models.frozen import evaluation_mode
+from qtarget.models.snapshots import EmaWeights
 from qtarget.teachers.pool import pooled_head, with_exchanged_rows
 from qtarget.teachers.uids import CachedUids, ContextUids
-from qtarget.training.kept_weights import Average
 
 
 class Teacher:
@@ -34,7 +34,7 @@ class Teacher:
     def __init__(
         self,
         models: Sequence[tuple[float, nn.Module]],
-        average: Average | None,
+        average: EmaWeights | None,
         uids: CachedUids | ContextUids | None,
         head_of: Callable[[Any, dict[str, Any]], Head],
         exchanged: tuple[int, int] | None = None,

@@ -16,9 +16,10 @@ from trl import SFTTrainer
 from qtarget.data.columns import REFERENCE, SOURCE_ID, UID, TokenColumnCollator, TokenColumns, columns_for, columns_of
 from qtarget.errors import ConfigError
 from qtarget.losses import engine
+from qtarget.models.forward import LossCall, accepted, add_target_forward, check_head_transform
+from qtarget.models.frozen import evaluation_mode
 from qtarget.targets import Target
 from qtarget.targets.objective import Objective
-from qtarget.teachers.frozen import evaluation_mode
 from qtarget.teachers.same_vocabulary import real_vocabulary_size
 from qtarget.teachers.uids import CachedUids, ContextUids
 from qtarget.training import checkpoint_files, checkpoints, checks, compiling, denominator, identity
@@ -26,7 +27,6 @@ from qtarget.training.batches import BatchesTrainer
 from qtarget.training.checkpoints import CheckpointsTrainer
 from qtarget.training.config import QTargetConfig
 from qtarget.training.figures import FiguresTrainer
-from qtarget.training.forward import LossCall, accepted, add_target_forward, check_head_transform
 from qtarget.training.history import History
 from qtarget.training.metrics import TokenSums
 from qtarget.training.other_models import OtherModels

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from qtarget.data.columns import REFERENCE, columns_for, columns_of
 from qtarget.losses import Head, TopK, target_distribution, target_loss
+from qtarget.models.forward import HeadTransform, head_parameters
+from qtarget.models.frozen import adapters_off
 from qtarget.targets import Target
-from qtarget.teachers.frozen import adapters_off
 from qtarget.teachers.uids import CachedUids, ContextUids
-from qtarget.training.forward import HeadTransform, head_parameters
 from qtarget.verification.subject import Gradient, Row, Subject
 
 _TILE = 8192  # rows of the head cast to float64 at a time

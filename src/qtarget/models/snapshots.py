@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from qtarget.errors import ConfigError, loading
 
 
-class KeptWeights:
+class WeightSnapshot:
     """Copies of the trainable weights and when they were taken.
 
     Args:
@@ -121,7 +121,7 @@ class KeptWeights:
         return Path(folder) / f"{self.file}_{number}.pt"
 
 
-class OldPolicy(KeptWeights):
+class OldPolicy(WeightSnapshot):
     """The weights as they were at the last refresh (psft, arXiv:2508.17784).
 
     The paper takes the old policy anew at the start of every train batch and updates several times against it.
@@ -143,7 +143,7 @@ class OldPolicy(KeptWeights):
             self._take(step)
 
 
-class Average(KeptWeights):
+class EmaWeights(WeightSnapshot):
     """The student's weights, averaged over the optimiser steps: kept ← decay · kept + (1 − decay) · present.
 
     Args:

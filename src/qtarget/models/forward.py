@@ -24,8 +24,8 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 from qtarget.data.columns import SOURCE_ID, columns_of
 from qtarget.errors import ConfigError
 from qtarget.losses import Head, TopK, linear_target_loss
+from qtarget.models.sharded_head import whole
 from qtarget.targets import Target
-from qtarget.training.sharded_head import whole
 
 
 @dataclass(frozen=True)
