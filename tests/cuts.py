@@ -34,7 +34,7 @@ from qtarget import ConfigError, presets
 from qtarget.models import forward
 from qtarget.models.forward import LossCall, add_target_forward, check_head_transform
 from qtarget.targets.target import Target
-from qtarget.training import cache_build
+from qtarget.teachers.cache import build as cache_build
 from runs import Weights, distance, moved, rows, trainer, weights
 
 STEPS, ROWS = 10, 4

@@ -27,7 +27,8 @@ from torch.distributed.tensor import DTensor
 import layouts
 import tiny
 from qtarget.models import forward
-from qtarget.training import cache_build, history
+from qtarget.teachers.cache import build as cache_build
+from qtarget.training import history
 from qtarget.training import trainer as trainer_module
 from runs import Weights, distance, moved, trainer, weights
 from test_trainer_old_policy import LR, by_hand

@@ -14,9 +14,9 @@ import tiny
 from caches import VOCAB, build, contents, data, refused, teacher
 from fake_server import FakeServer, status
 from qtarget.cli.__main__ import main
-from qtarget.teachers import server as server_module
-from qtarget.teachers.cache import CachedTeacher
-from qtarget.teachers.rows import supervised_positions
+from qtarget.teachers.cache.index import supervised_positions
+from qtarget.teachers.cache.reader import CachedTeacher
+from qtarget.teachers.server import client as server_module
 from runs import labels_of, logits_of, rows
 
 K = 16

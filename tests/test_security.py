@@ -208,7 +208,7 @@ def test_an_ordinary_run_name_is_taken(name):
 
 @pytest.mark.parametrize(("name", "what"), list(product(["../x", "/etc/passwd", "a/b", "..\\x"], ["shard", "index"])))
 def test_a_cache_reads_files_of_its_folder_only(name, what, tmp_path):
-    from qtarget.teachers import shards
+    from qtarget.teachers.cache import shards
 
     (tmp_path / "x").write_bytes(b"1234")
     folder = tmp_path / "cache"

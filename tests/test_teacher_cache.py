@@ -23,9 +23,9 @@ import qtarget as qt
 import tiny
 from caches import VOCAB, build, contents, data, refused, teacher, write_rows
 from qtarget.cli.__main__ import main
-from qtarget.teachers import shards
-from qtarget.teachers.cache import CachedTeacher
-from qtarget.teachers.rows import supervised_positions
+from qtarget.teachers.cache import shards
+from qtarget.teachers.cache.index import supervised_positions
+from qtarget.teachers.cache.reader import CachedTeacher
 from runs import logits_of, moved, rows, trainer, weights
 
 K = 16

@@ -17,7 +17,8 @@ import tiny
 from qtarget import ConfigError
 from qtarget.cli import __main__ as cli
 from qtarget.cli import teacher as verb
-from qtarget.training import agreement, cache_build
+from qtarget.teachers.agreement import measure as agreement
+from qtarget.teachers.cache import build as cache_build
 from runs import labels_of, logits_of, rows, tokenised, trainer, weights
 
 END = tiny.tokenizer().eos_token_id

@@ -14,7 +14,7 @@ import fake_server
 import tiny
 from fake_server import FakeServer, status
 from qtarget.errors import ConfigError
-from qtarget.teachers.server import TeacherServer
+from qtarget.teachers.server.client import TeacherServer
 
 V, K = len(tiny.tokenizer()), 8
 BOTH = pytest.mark.parametrize("form", ["prompt_logprobs", "echo"])

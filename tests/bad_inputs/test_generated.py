@@ -25,9 +25,9 @@ from qtarget.errors import ConfigError
 from qtarget.evaluation import records, tasks
 from qtarget.lens import record
 from qtarget.targets.schedule import ScheduledTarget
-from qtarget.teachers import manifest as manifests
-from qtarget.teachers import shards
-from qtarget.teachers.cache import CachedTeacher
+from qtarget.teachers.cache import manifest as manifests
+from qtarget.teachers.cache import shards
+from qtarget.teachers.cache.reader import CachedTeacher
 from qtarget.teachers.context import read_template
 from qtarget.teachers.pool import read_pool
 from qtarget.training import checkpoint_files, ranges

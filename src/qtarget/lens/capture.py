@@ -22,8 +22,8 @@ from qtarget.losses import Head, TopK
 from qtarget.losses.log_probs import log_probs
 from qtarget.models.frozen import evaluation_mode
 from qtarget.teachers.fingerprints import template_hash, tokenizer_hash
+from qtarget.teachers.settings import teacher_named_by
 from qtarget.training.other_models import OtherModels
-from qtarget.training.teacher_setup import teacher_named_by
 
 # Supervised tokens whose logits are formed at a time; [256, vocabulary] float32 is 50 MB at 49,152.
 _CHUNK = 256

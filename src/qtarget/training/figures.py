@@ -14,11 +14,11 @@ from qtarget import json_text
 from qtarget.data.columns import SOURCE_ID
 from qtarget.errors import loading
 from qtarget.targets.objective import Objective
+from qtarget.teachers.settings import teacher_named_by
 from qtarget.training import identity, model_card
 from qtarget.training.config import QTargetConfig
 from qtarget.training.history import History
 from qtarget.training.metrics import TokenSums, update_against_sft
-from qtarget.training.teacher_setup import teacher_named_by
 
 # Log lines that carry the learning rate at which plain SFT's step would be matched.
 _LINES_WITH_MATCHING_RATE = 5

@@ -74,7 +74,7 @@ def trusted_code(args: Any) -> list[str]:
     asked = {
         "the model": args.trust_remote_code or _trusts(args.model_init_kwargs),
         "the teacher": _trusts(args.teacher_model_init_kwargs)
-        or any(_trusts(t.init_kwargs) for t in args.pooled_teachers()),
+        or any(_trusts(t.init_kwargs) for t in args.pool_members()),
         "the reference": _trusts(args.reference_model_init_kwargs),
     }
     return [who for who, on in asked.items() if on]

@@ -27,10 +27,10 @@ from qtarget.models.forward import (
 from qtarget.models.frozen import adapters_off, evaluation_mode, freeze, frozen_copy, load_frozen
 from qtarget.models.snapshots import EmaWeights, OldPolicy, WeightSnapshot
 from qtarget.targets import presets
-from qtarget.teachers.same_vocabulary import real_vocabulary_size
-from qtarget.teachers.uids import CachedUids, ContextUids
-from qtarget.training.teacher import Teacher
-from qtarget.training.teacher_setup import end_tokens
+from qtarget.teachers.joins import CacheJoin, ContextJoin
+from qtarget.teachers.settings import end_tokens
+from qtarget.teachers.sources import Teacher
+from qtarget.teachers.vocabulary import real_vocabulary_size
 
 
 class OtherModels:
@@ -52,7 +52,7 @@ class OtherModels:
         tokenizer: Any,
         teacher: nn.Module | None,
         reference: nn.Module | None,
-        uids: CachedUids | ContextUids | None = None,
+        uids: CacheJoin | ContextJoin | None = None,
     ):
         self._args, self._accelerator = args, accelerator
         self._vocab_size, self._end = real_vocabulary_size(tokenizer), tokenizer.eos_token_id
@@ -85,30 +85,30 @@ class OtherModels:
         average = None if self.average is None or self.average.decay == 0 else self.average
         return [kept for kept in (self.old_policy, average) if kept is not None]
 
-    def _teacher(self, given: nn.Module | None, uids: CachedUids | ContextUids | None) -> Teacher:
+    def _teacher(self, given: nn.Module | None, uids: CacheJoin | ContextJoin | None) -> Teacher:
         args, models, average = self._args, [], None
         if given is not None:
             models = [(1.0, self._prepared("teacher", given))]
         elif args.teacher_ema_decay is not None:
             average = EmaWeights(self._student, args.teacher_ema_decay)
         elif args.teachers is not None:
-            for one in args.pooled_teachers():
+            for one in args.pool_members():
                 with loading("teachers", one.name):
                     loaded = load_frozen(one.name, one.revision, one.init_kwargs, args.device)
                 models.append((one.weight, self._prepared("teacher", loaded)))
-        elif not isinstance(uids, CachedUids):
+        elif not isinstance(uids, CacheJoin):
             models = [(1.0, self._load("teacher", None))]
         self.ends_with = self._end_token(given, uids)
         exchanged = None
         if args.teacher_end_token == "map" and self.ends_with not in (None, self._end):
             exchanged = (self.ends_with, self._end)
-        if isinstance(uids, CachedUids):
+        if isinstance(uids, CacheJoin):
             uids.cache.swapped = exchanged
         return Teacher(models, average, uids, lambda *asked: self._head(*asked), exchanged)
 
     def _end_token(self, given: nn.Module | None, uids: Any) -> int | None:
         """The token the teacher ends a text with; None where that is not known or the student's by construction."""
-        if isinstance(uids, CachedUids):
+        if isinstance(uids, CacheJoin):
             return uids.cache.manifest["end_token"]
         if given is None and self._args.teacher_ema_decay is not None:
             return None

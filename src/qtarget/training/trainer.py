@@ -20,8 +20,12 @@ from qtarget.models.forward import LossCall, accepted, add_target_forward, check
 from qtarget.models.frozen import evaluation_mode
 from qtarget.targets import Target
 from qtarget.targets.objective import Objective
-from qtarget.teachers.same_vocabulary import real_vocabulary_size
-from qtarget.teachers.uids import CachedUids, ContextUids
+from qtarget.teachers.joins import CacheJoin, ContextJoin
+from qtarget.teachers.settings import (
+    told_of_end_tokens,
+    with_label_alone,
+)
+from qtarget.teachers.vocabulary import real_vocabulary_size
 from qtarget.training import checkpoint_files, checkpoints, checks, compiling, denominator, identity
 from qtarget.training.batches import BatchesTrainer
 from qtarget.training.checkpoints import CheckpointsTrainer
@@ -31,10 +35,6 @@ from qtarget.training.history import History
 from qtarget.training.metrics import TokenSums
 from qtarget.training.other_models import OtherModels
 from qtarget.training.rows import ColumnsTrainer
-from qtarget.training.teacher_setup import (
-    told_of_end_tokens,
-    with_label_alone,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, BatchesTrainer, Checkpoints
         self._reads_reference_column = checks.reference_column(args, sets, reference_model is not None)[0]
         self._columns = self._columns_to_carry(args)
         self.rows_without_labels: dict[str, int] = {}
-        self._uids: CachedUids | ContextUids | None = None
+        self._uids: CacheJoin | ContextJoin | None = None
         objectives = self._objective, self._eval_objective
         given = teacher_model is not None, reference_model is not None
         checks.raise_together(checks.before_loading(model, args, *objectives, kwargs, *given))
@@ -98,7 +98,7 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, BatchesTrainer, Checkpoints
         self.data_collator = TokenColumnCollator(
             self.data_collator,
             [*self._columns.carried, UID],
-            self._uids.gather if isinstance(self._uids, CachedUids) else None,
+            self._uids.gather if isinstance(self._uids, CacheJoin) else None,
         )
         add_target_forward(self._base_model())
         self._vocab_size = real_vocabulary_size(self._tokenizer)
@@ -293,7 +293,7 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, BatchesTrainer, Checkpoints
 
     def _tell_agreement(self) -> None:
         """A line on how far student and teacher agree, before anything is trained."""
-        from qtarget.training import agreement  # it needs this trainer's parts
+        from qtarget.teachers.agreement import measure as agreement  # it needs this trainer's parts
 
         if not self.args.teacher_check_rows or not self.reads_teacher:
             return

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qtarget.losses import TopK
-from qtarget.teachers.uids import CachedUids, ContextUids
+from qtarget.teachers.joins import CacheJoin, ContextJoin
 from qtarget.verification.check import Check, Finding, expect, not_applicable, worst
 from qtarget.verification.oracle import Oracle, label_log_p
 from qtarget.verification.subject import Subject
@@ -21,7 +21,7 @@ def teacher(subject: Subject) -> Finding:
     if "teacher" not in subject.requires:
         return not_applicable("the target asks no teacher")
     source = subject.trainer._others.teacher_source
-    if isinstance(source.uids, CachedUids):
+    if isinstance(source.uids, CacheJoin):
         return _cached(subject, source)
     models = [model for _, model in source.models] or [subject.model]
     return _asked(subject, "teacher", models, source)
@@ -52,7 +52,7 @@ def _asked(subject: Subject, name: str, models: list[Any], source: Any) -> Findi
     finally:
         for hook in hooks:
             hook.remove()
-    context = source is not None and isinstance(source.uids, ContextUids)
+    context = source is not None and isinstance(source.uids, ContextJoin)
     wrong = [_differences(subject, ids, labels, source if context else None, columns) for ids in seen]
     error, count = _of_labels(subject, name)
     allowed = _CLOSE if subject.dtype in (torch.float32, torch.float64) else _CLOSE_IN_HALF

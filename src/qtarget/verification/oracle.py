@@ -19,7 +19,7 @@ from qtarget.losses import Head, TopK, target_distribution, target_loss
 from qtarget.models.forward import HeadTransform, head_parameters
 from qtarget.models.frozen import adapters_off
 from qtarget.targets import Target
-from qtarget.teachers.uids import CachedUids, ContextUids
+from qtarget.teachers.joins import CacheJoin, ContextJoin
 from qtarget.verification.subject import Gradient, Row, Subject
 
 _TILE = 8192  # rows of the head cast to float64 at a time
@@ -86,7 +86,7 @@ class Oracle:
 
     def _teacher(self, row: Row, ids: Tensor, labels: Tensor, places: Tensor, student: Tensor) -> Tensor:
         source = self.trainer._others.teacher_source
-        if isinstance(source.uids, CachedUids):
+        if isinstance(source.uids, CacheJoin):
             batch = self.trainer.data_collator([dict(row)])
             kept, before = source.uids.cache.top_k(batch), (0, places.cpu() - 1)
             tail = None if kept.tail_logprob is None else kept.tail_logprob[before]
@@ -95,7 +95,7 @@ class Oracle:
         more: dict[str, Tensor] = {}
         at: tuple[Tensor, ...] = (torch.zeros_like(places), places - 1)
         asked_at = torch.ones_like(places, dtype=torch.bool)
-        if isinstance(source.uids, ContextUids):
+        if isinstance(source.uids, ContextJoin):
             uid = torch.tensor([row[source.uids.column]], device=self.device)
             own, (_, t, d, at_own) = source.uids.batch(ids, labels[None], uid)
             asked_at = torch.isin(places, t)  # rows of a source without a teacher are not asked about

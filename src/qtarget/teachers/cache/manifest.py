@@ -9,7 +9,7 @@ from typing import Any
 
 from qtarget import json_text
 from qtarget.errors import ConfigError
-from qtarget.teachers.shards import write_whole
+from qtarget.teachers.cache.shards import write_whole
 
 FILE = "manifest.json"
 FORMAT = 1

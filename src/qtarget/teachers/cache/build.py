@@ -19,12 +19,12 @@ import torch
 
 from qtarget import __version__
 from qtarget.errors import ConfigError
-from qtarget.teachers import manifest as manifests
-from qtarget.teachers import shards
-from qtarget.teachers.cache import INDEX
-from qtarget.teachers.rows import KEY_BYTES, row_key, supervised_positions
-from qtarget.training import teacher_setup
-from qtarget.training.cache_scorers import LiveScorer, Scorer, teacher_log_probs
+from qtarget.teachers import settings as teacher_settings
+from qtarget.teachers.cache import manifest as manifests
+from qtarget.teachers.cache import shards
+from qtarget.teachers.cache.index import KEY_BYTES, row_key, supervised_positions
+from qtarget.teachers.cache.reader import INDEX
+from qtarget.teachers.cache.scorers import LiveScorer, Scorer, teacher_log_probs
 from qtarget.training.trainer import QTargetTrainer
 
 # Tokens of a shard are between these, some 256 shards in all where that lies between.
@@ -78,11 +78,11 @@ class RowsTrainer(QTargetTrainer):
 def about(trainer: Any) -> dict[str, Any]:
     """The manifest's part on tokenizer, preparation, context and teacher."""
     tokenizer, args = trainer._tokenizer, trainer.args
-    (end, *_) = [*sorted(teacher_setup.end_tokens(args)), None]
+    (end, *_) = [*sorted(teacher_settings.end_tokens(args)), None]
     return {
-        **teacher_setup.what_decides_rows(args, tokenizer, trainer.completion_only_loss),
+        **teacher_settings.what_decides_rows(args, tokenizer, trainer.completion_only_loss),
         "end_token": end,
-        "teacher": teacher_setup.named_teacher(args),
+        "teacher": teacher_settings.named_teacher(args),
     }
 
 

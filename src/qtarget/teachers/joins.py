@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from qtarget.errors import ConfigError
-from qtarget.teachers.cache import CachedTeacher
+from qtarget.teachers.cache.reader import CachedTeacher
 from qtarget.teachers.context import Context
 
 # The name of the column of uids, whatever made them, begins with this.
@@ -39,7 +39,7 @@ class RowsThatAsk:
         return self.column not in row or str(row[self.column]) in self.sources
 
 
-class CachedUids:
+class CacheJoin:
     """Marks tokens with their place in a cache.
 
     Args:
@@ -80,7 +80,7 @@ class CachedUids:
         return self.cache.gather(batch[self.column]) if self.column in batch else {}
 
 
-class ContextUids:
+class ContextJoin:
     """Marks tokens with their dataset, row and position, and keeps what the teacher reads before each row.
 
     Args:

@@ -12,12 +12,12 @@ from transformers import AutoTokenizer
 
 from qtarget.errors import ConfigError, loading
 from qtarget.targets import Target, presets
-from qtarget.teachers import manifest as manifests
-from qtarget.teachers.cache import CachedTeacher
+from qtarget.teachers.cache import manifest as manifests
+from qtarget.teachers.cache.reader import CachedTeacher
 from qtarget.teachers.context import Context, read_template
 from qtarget.teachers.fingerprints import template_hash, tokenizer_hash, weights_hash
-from qtarget.teachers.same_vocabulary import real_vocabulary_size, vocabulary_difference
-from qtarget.teachers.uids import CachedUids, ContextUids, RowsThatAsk
+from qtarget.teachers.joins import CacheJoin, ContextJoin, RowsThatAsk
+from qtarget.teachers.vocabulary import real_vocabulary_size, vocabulary_difference
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def open_uids(
     chat_template: str | None,
     completion_only_loss: bool,
     asking: RowsThatAsk | None = None,
-) -> CachedUids | ContextUids | None:
+) -> CacheJoin | ContextJoin | None:
     """How the tokens of a run are joined to its teacher; None where it reads the student's own batch.
 
     Args:
@@ -47,7 +47,7 @@ def open_uids(
         templates = read_template(args.teacher_context)
         assert templates is not None
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        return ContextUids(Context(templates, tokenizer, chat_template), pad, asking)
+        return ContextJoin(Context(templates, tokenizer, chat_template), pad, asking)
     cache = CachedTeacher(args.teacher_cache, args.teacher_tail)
     wanted = what_decides_rows(args, tokenizer, completion_only_loss)
     if args.teacher_context is None:  # the cache's own
@@ -55,7 +55,7 @@ def open_uids(
     if difference := manifests.first_difference(cache.manifest, wanted):
         raise ConfigError(f"teacher_cache is {args.teacher_cache!r}: {difference}")
     templates = cache.manifest["teacher_context"]
-    return CachedUids(cache, None if templates is None else Context(templates, tokenizer, chat_template), asking)
+    return CacheJoin(cache, None if templates is None else Context(templates, tokenizer, chat_template), asking)
 
 
 def settings_faults(args: Any) -> list[str]:
@@ -101,7 +101,7 @@ def what_decides_rows(args: Any, tokenizer: Any, completion_only_loss: bool) -> 
 def named_teacher(args: Any) -> dict[str, Any]:
     """The teacher that settings name, as a cache's manifest holds it."""
     if args.teachers is not None:
-        pool = args.pooled_teachers()
+        pool = args.pool_members()
         return {"pool": [{"weight": one.weight, **_named(one.name, one.revision)} for one in pool]}
     return _named(args.teacher_model_name_or_path, args.teacher_model_revision)
 
@@ -117,9 +117,9 @@ def describe(teacher: Mapping[str, Any]) -> str:
     return f"{teacher['name']} (revision {teacher['revision'] or 'default'}, weights {teacher['weights'] or 'unknown'})"
 
 
-def teacher_named_by(args: Any, uids: CachedUids | ContextUids | None) -> str | None:
+def teacher_named_by(args: Any, uids: CacheJoin | ContextJoin | None) -> str | None:
     """What a checkpoint and the log say of a teacher that is not one named model; None where it is, or there is none."""
-    if isinstance(uids, CachedUids):
+    if isinstance(uids, CacheJoin):
         manifest = uids.cache.manifest
         return (
             f"{describe(manifest['teacher'])}, from a cache of its {manifest['k']} likeliest tokens "
@@ -172,7 +172,7 @@ def tokenizer_faults(args: Any, tokenizer: Any) -> list[str]:
 def named_models(args: Any) -> list[tuple[str, str | None, dict[str, Any]]]:
     """(name, revision, init_kwargs) of each model that the settings name as teacher."""
     if args.teachers is not None:
-        return [(one.name, one.revision, one.init_kwargs) for one in args.pooled_teachers()]
+        return [(one.name, one.revision, one.init_kwargs) for one in args.pool_members()]
     if args.teacher_model_name_or_path is None:
         return []
     return [(args.teacher_model_name_or_path, args.teacher_model_revision, args.teacher_model_init_kwargs or {})]

@@ -10,8 +10,8 @@ import torch
 
 from qtarget.errors import ConfigError
 from qtarget.losses.log_probs import log_probs
-from qtarget.teachers.rows import supervised_positions
-from qtarget.training import teacher_setup
+from qtarget.teachers import settings as teacher_settings
+from qtarget.teachers.cache.index import supervised_positions
 
 # Supervised tokens whose logits are formed at a time: [256, vocabulary] float32 is 50 MB at 49,152.
 _CHUNK = 256
@@ -94,9 +94,9 @@ def server_scorer(trainer: Any, url: str, model: str | None, k: int) -> tuple[Se
     Raises:
         ConfigError: the named teacher has another tokenizer, or the server does not answer as it must.
     """
-    from qtarget.teachers.server import TeacherServer
+    from qtarget.teachers.server.client import TeacherServer
 
-    if faults := teacher_setup.tokenizer_faults(trainer.args, trainer._tokenizer):
+    if faults := teacher_settings.tokenizer_faults(trainer.args, trainer._tokenizer):
         raise ConfigError(faults)
     server = TeacherServer(url, model, k=k, vocab_size=trainer._vocab_size)
     return ServerScorer(trainer, server), server.check()

@@ -21,7 +21,7 @@ from qtarget.errors import ConfigError
 from qtarget.losses import TopK
 from qtarget.losses.log_probs import log_probs
 from qtarget.models.frozen import evaluation_mode
-from qtarget.training.agreement_report import (
+from qtarget.teachers.agreement.report import (
     CONFIDENT,
     DENIED,
     PLACES,

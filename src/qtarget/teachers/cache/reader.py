@@ -20,9 +20,9 @@ from torch import Tensor
 
 from qtarget.errors import ConfigError
 from qtarget.losses.heads import TopK
-from qtarget.teachers import cache_contents, shards
-from qtarget.teachers import manifest as manifests
-from qtarget.teachers.rows import RowIndex, row_key
+from qtarget.teachers.cache import contents, shards
+from qtarget.teachers.cache import manifest as manifests
+from qtarget.teachers.cache.index import RowIndex, row_key
 
 INDEX = "index.safetensors"
 # A batch's columns that hold the teacher of its tokens.
@@ -76,9 +76,9 @@ class CachedTeacher:
             if sentence := shards.fault(self.folder, line, every or number == 0):
                 raise ConfigError(f"teacher_cache: {sentence}")
             if number == 0:
-                cache_contents.check_index(self.folder / line["file"], self.manifest)
+                contents.check_index(self.folder / line["file"], self.manifest)
             else:
-                cache_contents.check_shard(self.folder / line["file"], line, self.manifest, values=every)
+                contents.check_shard(self.folder / line["file"], line, self.manifest, values=every)
 
     @property
     def index(self) -> RowIndex:
@@ -126,7 +126,7 @@ class CachedTeacher:
             if self._check_lazily and (sentence := shards.fault(self.folder, line)):
                 raise ConfigError(f"teacher_cache: {sentence}")
             if self._check_lazily:
-                cache_contents.check_shard(self.folder / line["file"], line, self.manifest, values=True)
+                contents.check_shard(self.folder / line["file"], line, self.manifest, values=True)
             self._mapped[number] = shards.map_arrays(self.folder / line["file"])
         return self._mapped[number]
 

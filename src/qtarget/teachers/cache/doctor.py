@@ -22,7 +22,7 @@ from qtarget.losses import TopK, target_distribution, target_loss
 from qtarget.losses.log_probs import log_probs
 from qtarget.models.frozen import evaluation_mode
 from qtarget.targets import Target, presets
-from qtarget.teachers.cache import IDS, LOGPROBS, TAIL, CachedTeacher
+from qtarget.teachers.cache.reader import IDS, LOGPROBS, TAIL, CachedTeacher
 
 # Supervised tokens looked at together: a few [64, vocabulary] float32 are held at once.
 _CHUNK = 64

@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 import requests
 
 from qtarget.errors import ConfigError
-from qtarget.teachers.server_answers import FORMS, NotSpoken, Reader, Scored, is_whole
+from qtarget.teachers.server.answers import FORMS, NotSpoken, Reader, Scored, is_whole
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from qtarget.losses import Head, TopK
 from qtarget.models.frozen import evaluation_mode
 from qtarget.models.snapshots import EmaWeights
+from qtarget.teachers.joins import CacheJoin, ContextJoin
 from qtarget.teachers.pool import pooled_head, with_exchanged_rows
-from qtarget.teachers.uids import CachedUids, ContextUids
 
 
 class Teacher:
@@ -35,7 +35,7 @@ class Teacher:
         self,
         models: Sequence[tuple[float, nn.Module]],
         average: EmaWeights | None,
-        uids: CachedUids | ContextUids | None,
+        uids: CacheJoin | ContextJoin | None,
         head_of: Callable[[Any, dict[str, Any]], Head],
         exchanged: tuple[int, int] | None = None,
     ):
@@ -54,9 +54,9 @@ class Teacher:
             student: the wrapped student. inputs: its inputs without labels. labels: [B, T], before the shift.
             columns: the batch's columns of uids, and what was gathered from a cache.
         """
-        if isinstance(self.uids, CachedUids):
+        if isinstance(self.uids, CacheJoin):
             return self.uids.cache.top_k(columns)
-        if isinstance(self.uids, ContextUids):
+        if isinstance(self.uids, ContextJoin):
             uid = columns[self.uids.column]
             own, (b, t, d, at) = self.uids.batch(inputs["input_ids"], labels, uid)
             head = self._ask(student, own)

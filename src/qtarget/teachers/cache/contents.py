@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from qtarget.errors import ConfigError
-from qtarget.teachers.rows import KEY_BYTES
-from qtarget.teachers.shards import map_arrays
+from qtarget.teachers.cache.index import KEY_BYTES
+from qtarget.teachers.cache.shards import map_arrays
 
 _ROWS = 1 << 16  # looked at at once
 # More than rounding to 16 bits makes of a probability of 1.
