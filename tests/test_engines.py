@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 import tiny
 from qtarget import ConfigError
 from qtarget.cli.__main__ import main
-from qtarget.training import other_models
 from runs import distance, trainer
 
 HERE = Path(__file__).parent

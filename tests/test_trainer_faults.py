@@ -14,7 +14,7 @@ from published import CASES
 from qtarget import ConfigError, QTargetConfig, QTargetTrainer
 from qtarget.data.columns import TokenColumnCollator
 from qtarget.models import forward
-from qtarget.training import other_models
+from qtarget.training import auxiliary
 from runs import (
     assert_same_change,
     change,
@@ -79,14 +79,14 @@ def test_a_teacher_joined_by_position_is_noticed(monkeypatch, tmp_path):
 def test_a_teacher_under_another_mask_is_noticed(layout, monkeypatch, tmp_path):
     """An invented all-ones mask and no positions: the teacher would read across documents."""
     wanted = layouts.by_autograd("target-sft", layout)
-    real = other_models.OtherModels._head
+    real = auxiliary.AuxiliaryModels._head
 
     def invented(self, model, inputs):
         return real(
             self, model, {"input_ids": inputs["input_ids"], "attention_mask": torch.ones_like(inputs["input_ids"])}
         )
 
-    monkeypatch.setattr(other_models.OtherModels, "_head", invented)
+    monkeypatch.setattr(auxiliary.AuxiliaryModels, "_head", invented)
     assert distance(layouts.by_trainer("target-sft", layout, 1, tmp_path), wanted)[0] > 1e-3
 
 
@@ -95,14 +95,14 @@ def test_a_student_that_moved_before_its_teacher_is_noticed(monkeypatch, tmp_pat
     settings = {"target": "psft", "psft_refresh": 9, "max_steps": 3, "num_train_epochs": 9, "learning_rate": 0.3}
     right = change(tiny.taught(), tmp_path, **settings)
     swaps = []
-    real = other_models.OldPolicy._swap
+    real = auxiliary.OldPolicy._swap
 
     def once(self):
         swaps.append(1)
         if len(swaps) % 2:
             real(self)
 
-    monkeypatch.setattr(other_models.OldPolicy, "_swap", once)
+    monkeypatch.setattr(auxiliary.OldPolicy, "_swap", once)
     assert distance(change(tiny.taught(), tmp_path, **settings), right)[0] > 1e-2
 
 

@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 import tiny
 from qtarget import ConfigError
-from qtarget.training import checkpoints, identity
+from qtarget.training import checkpoints, run_identity
 from runs import history, trained, trainer, weights
 
 ETA = {"schedule": "linear", "from": 0.0, "to": 0.8, "steps": 5}
@@ -114,14 +114,14 @@ def test_an_old_policy_that_is_not_there(start, tmp_path):
 def test_a_checkpoint_of_another_program_is_taken(start, tmp_path):
     """TRL's own, say: nothing is known of what it trained."""
     made(tmp_path, start).train()
-    for own in (identity.FILE, checkpoints.FILES):
+    for own in (run_identity.FILE, checkpoints.FILES):
         (tmp_path / "checkpoint-6" / own).unlink()
     made(tmp_path, start, target="dft", max_steps=7).train(resume_from_checkpoint=True)
 
 
 def test_what_a_checkpoint_says_of_its_run(start, tmp_path):
     made(tmp_path, start, **RUNS["target-sft on a schedule"]).train()
-    saved = json.loads((tmp_path / "checkpoint-3" / identity.FILE).read_text())
+    saved = json.loads((tmp_path / "checkpoint-3" / run_identity.FILE).read_text())
     assert saved.pop("teacher").startswith("LlamaForCausalLM, weights ")
     assert saved == {
         "target": {"preset": "target-sft", "eta": ETA},

@@ -25,7 +25,7 @@ from qtarget.losses.engine.buffers import Scratch
 from qtarget.models import forward
 from qtarget.targets import presets
 from qtarget.training import QTargetTrainer, denominator
-from qtarget.training import other_models as other_models_module
+from qtarget.training import auxiliary as other_models_module
 from qtarget.training import trainer as trainer_module
 from qtarget.verification import Subject, formulas, peak, report, resources
 
@@ -342,14 +342,14 @@ def labels_moved_by_the_collator(patch: pytest.MonkeyPatch) -> None:
 
 
 def other_ids(patch: pytest.MonkeyPatch, role: str) -> None:
-    real = other_models_module.OtherModels.heads
+    real = other_models_module.AuxiliaryModels.heads
 
     def heads_of(self, model, inputs, requires, labels, columns):
         if role in requires:
             inputs = inputs | {"input_ids": inputs["input_ids"].roll(-1, -1)}
         return real(self, model, inputs, requires, labels, columns)
 
-    patch.setattr(other_models_module.OtherModels, "heads", heads_of)
+    patch.setattr(other_models_module.AuxiliaryModels, "heads", heads_of)
 
 
 def a_teacher_that_reads_on(patch: pytest.MonkeyPatch) -> None:

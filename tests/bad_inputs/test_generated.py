@@ -387,12 +387,12 @@ def test_any_bytes_of_results_are_read_or_refused(copies, name, change):
     damage(),
 )
 def test_any_bytes_of_a_checkpoint_are_read_or_named(copies, name, change):
-    from qtarget.training import identity
+    from qtarget.training import run_identity
 
     folder = copies / "stopped" / "checkpoint-1"
     with damaged(folder, name, change):
         assert all(isinstance(fault, str) and fault for fault in checkpoint_files.faults(folder))
-        assert all(isinstance(fault, str) and fault for fault in identity.differences(folder, {}))
+        assert all(isinstance(fault, str) and fault for fault in run_identity.differences(folder, {}))
 
 
 def test_the_world_s_own_files_are_right(world):

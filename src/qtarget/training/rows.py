@@ -35,7 +35,7 @@ class ColumnsTrainer(SFTTrainer):
     rows_without_labels: dict[str, int]
     _always_opens_teacher = False
 
-    def take_columns(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def pop_columns(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The per-token columns of a batch, taken out of what the model is called with."""
         names = [*self._columns.carried, UID, *reader.COLUMNS]
         return {name: inputs.pop(name) for name in names if name in inputs}
@@ -109,6 +109,6 @@ class ColumnsTrainer(SFTTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Columns keep their digits: DeepSpeed would cast whatever is a float to its own precision."""
         inputs = dict(inputs)
-        columns = self.take_columns(inputs)
+        columns = self.pop_columns(inputs)
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         return prepared | {name: column.to(self.args.device) for name, column in columns.items()}

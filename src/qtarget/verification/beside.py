@@ -39,7 +39,7 @@ def _asked(subject: Subject, name: str, models: list[Any], source: Any) -> Findi
     trainer, batch = subject.trainer, subject.step.batch
     inputs = trainer._prepare_inputs(dict(batch))
     labels = inputs.pop("labels")
-    columns = trainer.take_columns(inputs)
+    columns = trainer.pop_columns(inputs)
     seen: list[Tensor] = []
 
     def watch(module: nn.Module, given: Any) -> None:

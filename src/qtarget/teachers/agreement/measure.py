@@ -139,7 +139,7 @@ class _Tally:
         trainer = self.trainer
         inputs = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in rows]))
         labels = inputs.pop("labels")
-        columns = trainer.take_columns(inputs)
+        columns = trainer.pop_columns(inputs)
         teacher = self.others.heads(trainer.model, inputs, frozenset({"teacher"}), labels, columns)["teacher"]
         student = self.others._head(trainer.model, inputs)
         if isinstance(teacher, TopK):

@@ -53,7 +53,7 @@ def teacher_log_probs(trainer: Any, rows: list[dict[str, Any]]) -> Iterator[tupl
     """([c, vocab] log-probabilities, [c] number of the row) of the supervised tokens, a chunk at a time."""
     inputs = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in rows]))
     labels = inputs.pop("labels")
-    columns = trainer.take_columns(inputs)
+    columns = trainer.pop_columns(inputs)
     with torch.no_grad():
         if not getattr(trainer, "_teacher_checked", False):  # logits from hidden states × head must be the model's own
             trainer._others.check_head_transforms(inputs)

@@ -27,7 +27,7 @@ from qtarget.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 
-class BatchesTrainer(SFTTrainer):
+class HostRepairs(SFTTrainer):
     """TRL's trainer with the right micro-batches in every optimiser step."""
 
     _pass: Iterator | None = None

@@ -33,7 +33,7 @@ from qtarget.teachers.sources import Teacher
 from qtarget.teachers.vocabulary import real_vocabulary_size
 
 
-class OtherModels:
+class AuxiliaryModels:
     """Loads what is required and asks it.
 
     Args:
