@@ -13,7 +13,7 @@ from qtarget.losses import Head
 from qtarget.models.forward import HeadTransform, head_parameters
 from qtarget.targets import Target, presets
 from qtarget.verification.check import Check, Finding, within, worst
-from qtarget.verification.oracle import Oracle, at
+from qtarget.verification.expected import Oracle, at
 from qtarget.verification.subject import Subject, relative
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qtarget.losses import TopK
 from qtarget.teachers.joins import CacheJoin, ContextJoin
 from qtarget.verification.check import Check, Finding, expect, not_applicable, worst
-from qtarget.verification.oracle import Oracle, label_log_p
+from qtarget.verification.expected import Oracle, label_log_p
 from qtarget.verification.subject import Subject
 
 # Of log-probabilities, absolute: float32 through a whole model, and half precision.
