@@ -9,7 +9,7 @@ whose tokens are text is refused. Two forms of the completions API are spoken, t
 Every answer is checked against what was sent before any of it is used: a cache is read for months, and a server that
 adds a token or serves another model answers as readily as the right one.
 
-Tested against a server with the same wire format, which answers from a real model (tests/fake_server.py), and not
+Tested against a server with the same wire format, which answers from a real model (tests/helpers/fake_server.py), and not
 against vLLM itself.
 """
 

@@ -1,6 +1,6 @@
 """Ten steps in two processes, however the work is cut, against ten steps in one. Run by torchrun; see test_cuts.py.
 
-    torchrun --nproc_per_node 2 tests/cuts.py FOLDER OUT.json
+    torchrun --nproc_per_node 2 tests/helpers/cuts.py FOLDER OUT.json
 
 In float32: models of two layers, four rows a step, each step other rows, SGD (Adam would divide the rounding of a tiny
 gradient by itself). ddp: the trainer's own ``train``. fsdp2: torch's ``fully_shard`` on student and teacher, and the

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_engine_memory import LargestTensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qtarget as qt
 from engine_cases import Batch, engine, oracle, ordinary, randn, relative_error, with_columns
-from test_engine_memory import LargestTensor
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs the package triton", allow_module_level=True)

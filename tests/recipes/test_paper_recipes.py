@@ -26,7 +26,7 @@ from qtarget.cli import __main__ as cli
 from qtarget.cli import recipe
 from qtarget.planning import memory, shapes, steps
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "paper"
 FILES = sorted(FOLDER.glob("*.yaml"))
 STEPS = {"numina-67k": 264, "openr1-15k": 58, "m23k": 91}

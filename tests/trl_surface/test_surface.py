@@ -82,7 +82,7 @@ CASES = {
     ),
     "one micro-batch": (tiny.conversations, ONE_MICRO_BATCH),
     "micro-batches left over": (lambda: tiny.texts(7), EPOCHS),
-    # whole steps in every pass: what is left over is trained otherwise, see tests/test_trainer_resume.py
+    # whole steps in every pass: what is left over is trained otherwise, see tests/training/test_trainer_resume.py
     "a stream that ends": (streamed(lambda: tiny.texts(8)), {"max_steps": 4}),
     "epochs": (tiny.conversations, EPOCHS),
     "adamw": (tiny.conversations, SCHEDULE | {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 5}),

@@ -18,7 +18,7 @@ from qtarget.cli import __main__ as cli
 from qtarget.planning import flops, memory, shapes
 from qtarget.planning.shapes import Shape
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "recipes" / "paper"
 DISK = json.loads((ROOT / "benchmarks" / "results" / "cache.json").read_text())["disk"]
 MEASURED = next(line["bytes_per_token"] for line in DISK if (line["k"], line["dtype"]) == (64, "float16"))

@@ -11,7 +11,7 @@ import pytest
 import cuts
 
 pytestmark = pytest.mark.distributed
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "helpers"
 # ‖difference of ten steps‖ / ‖ten steps‖ of any weight, in float32: what the order of sums leaves. One wrong factor in
 # one step shows at 1e-2.
 TOLERANCE = 1e-4

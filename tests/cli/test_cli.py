@@ -216,7 +216,7 @@ def refused(world) -> dict[str, subprocess.CompletedProcess]:
         words = [word.replace("ROOT", str(world["root"])) for word in words]
         output = [] if "--output_dir" in words else ["--output_dir", str(world["root"] / f"out {name}")]
         asked.append(["train", "--config", str(world["config"]), *output, *words])
-    batch = Path(__file__).parent / "cli_batch.py"
+    batch = Path(__file__).parents[1] / "helpers" / "cli_batch.py"
     done = subprocess.run([sys.executable, batch], input=json.dumps(asked), capture_output=True, text=True, timeout=300)
     answers = json.loads(done.stdout.splitlines()[-1])
     return {name: subprocess.CompletedProcess([], *answer) for name, answer in zip(REFUSALS, answers, strict=True)}

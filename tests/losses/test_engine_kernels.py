@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_engine_topk import REAL, padded, with_topk
 
 import qtarget as qt
 from engine_cases import assert_same, engine, hard, ignoring, oracle, ordinary, preset_of
 from published import CASES
-from test_engine_topk import REAL, padded, with_topk
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs the package triton", allow_module_level=True)
@@ -26,7 +26,7 @@ from qtarget.losses.engine import kernels, passes, who
 from qtarget.losses.engine.row_plan import RowPlan
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("one_thread", "tiles")]
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 import tiny
 from qtarget.cli.__main__ import main
 
-FOLDER = Path(__file__).parent.parent / "recipes" / "scale"
+FOLDER = Path(__file__).parents[2] / "recipes" / "scale"
 FILES = sorted(FOLDER.glob("*x8.yaml"))
 TYPES = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_engine_precision import assert_no_worse_than_full_logits, single
+from test_engine_topk import padded, with_topk
 
 import qtarget as qt
 from engine_cases import assert_same, engine, hard, ignoring, oracle, preset_of
 from published import CASES
 from qtarget.losses.engine import passes, row_functions, who
-from test_engine_precision import assert_no_worse_than_full_logits, single
-from test_engine_topk import padded, with_topk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

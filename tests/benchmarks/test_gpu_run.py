@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ENTRY = ROOT / "benchmarks" / "gpu.py"
 ENVIRONMENT = {  # the tests of the engine's kernels set TRITON_INTERPRET for all of pytest's processes
     **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},

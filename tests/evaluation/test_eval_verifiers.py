@@ -63,7 +63,7 @@ def test_a_call_that_hangs_ends_with_a_parent_that_was_killed():
         f"from qtarget.evaluation.verifiers import Judge\njudge = Judge({MOODY!r}, timeout=600)\njudge('right', {{}})\n"
         "print(judge._process.pid, flush=True)\njudge('hang', {})"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(Path(__file__).parents[1] / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path}
     with subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True) as parent:
         verifier = int(parent.stdout.readline())

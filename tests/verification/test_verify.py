@@ -29,7 +29,7 @@ from qtarget.training import auxiliary as other_models_module
 from qtarget.training import trainer as trainer_module
 from qtarget.verification import Subject, formulas, peak, report, resources
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "helpers"
 NAMES = [check.name for check in report.CHECKS]
 P_Q, FORMULA, STEP, MICRO, PADDING, FREE, PACKING, CHUNKS, WORLD = NAMES[:9]
 IN_PLACE, PROMPT, ANSWER, END, TEACHER, REFERENCE, NEIGHBOURS, BF16, MEMORY = NAMES[9:]
@@ -602,7 +602,7 @@ def test_the_documentation_lists_the_faults():
         what = " ".join((mutant.__doc__ or "").rstrip(".").split())
         lines.append(f"| {what} | {', '.join(name for name in NAMES if name in caught_by)} |")
     text = (HERE.parent / "docs" / "verify.md").read_text()
-    shown = text.split("<!-- mutants: checked by tests/test_verify.py -->\n")[1].split("<!-- end of mutants -->")[0]
+    shown = text.split("<!-- mutants: checked by test_verify.py -->\n")[1].split("<!-- end of mutants -->")[0]
     assert shown.splitlines() == lines
     assert all(f"| {name} |" in text for name in NAMES)
 

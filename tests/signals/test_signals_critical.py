@@ -246,7 +246,7 @@ def test_only_real_tokens_are_decoded(tmp_path):
 
 
 def start(world: dict, folder: Path, calls: Path) -> subprocess.Popen:
-    tests = str(Path(__file__).parent)
+    tests = str(Path(__file__).parents[1] / "helpers")
     path = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "SIGNAL_CALLS": str(calls), "OMP_NUM_THREADS": "1"}
     words = command(world, folder, "--batch_size", 3, verifier="logged")

@@ -1,6 +1,6 @@
 """Two processes train every objective in every layout; the first writes how far each is from autograd. Run by torchrun.
 
-    torchrun --nproc_per_node 2 tests/processes.py LAYOUT_OF_PROCESSES OUT.json
+    torchrun --nproc_per_node 2 tests/helpers/processes.py LAYOUT_OF_PROCESSES OUT.json
 
 ddp: the trainer's own ``train``. fsdp2: torch's ``fully_shard`` on student and teacher and the trainer's own
 ``compute_loss``, since Accelerate turns FSDP into DDP where there is no accelerator.
@@ -26,12 +26,12 @@ from torch.distributed.tensor import DTensor
 
 import layouts
 import tiny
+from old_policy import LR, by_hand
 from qtarget.models import forward
 from qtarget.teachers.cache import build as cache_build
 from qtarget.training import history
 from qtarget.training import trainer as trainer_module
 from runs import Weights, distance, moved, trainer, weights
-from test_trainer_old_policy import LR, by_hand
 
 FOLDER = Path(tempfile.mkdtemp())
 # As Accelerate makes it for bf16, with what leaves a module rounded too.
