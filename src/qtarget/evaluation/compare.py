@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from qtarget import files
 from qtarget.errors import ConfigError
 from qtarget.evaluation import records, running, scores
 
@@ -121,9 +122,7 @@ def read(words: Sequence[str]) -> tuple[list[Arm], dict[str, Any]]:
             there = running.finished(folder)
             told = "prompt_style" in first and "prompt_style" in there  # older folders do not say
             ignored = records.UNCOMPARED if told else (*records.UNCOMPARED, "prompt_style")
-            found = records.difference(first, there, ignored)
-            if found is not None:
-                setting, was, now = found
+            for setting, was, now in files.differences(first, there, ignored=ignored):
                 raise ConfigError(
                     f"{setting} is {now!r} in {str(folder)!r} and {was!r} in {str(named[0][1][0])!r}; compare "
                     "runs of one setting: run qtarget eval again, or --rescore where the verifier version differs"

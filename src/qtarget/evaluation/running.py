@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from qtarget import files
 from qtarget.errors import ConfigError
 from qtarget.evaluation import graders, records, scores
 from qtarget.evaluation.tasks import Problem, Task
@@ -277,7 +278,7 @@ def rescore(
             (old["strict"], old["lenient"]) != (new["strict"], new["lenient"])
             for old, new in zip(held, judged, strict=True)
         )
-        records.write(folder / "samples" / f"{name}.jsonl", "".join(map(records.line, judged)))
+        files.write(folder / "samples" / f"{name}.jsonl", "".join(map(files.line, judged)))
         about["verifier_version"] = version
     made = score(folder, {name: about["suite"] for name, about in manifest["tasks"].items()}, manifest["n"])
     records.write_manifest(folder, manifest)

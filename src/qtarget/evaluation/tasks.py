@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qtarget import json_text
+from qtarget import files
 from qtarget.errors import ConfigError, unknown
 from qtarget.evaluation import graders, suites
 
@@ -141,7 +141,7 @@ def _file_rows(file: Path, verifier: str) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json_text.loads(line)
+            row = files.loads(line)
         except ValueError as error:
             raise ConfigError(f"{file}, line {number}, is no JSON ({error}); mend or delete that line") from None
         needed = ("prompt", "options", "answer") if verifier == "choice" else ("prompt", "answer")

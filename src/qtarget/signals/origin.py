@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def tokenizer_of(config: Any, model: Any) -> Any:
     return tokenizer
 
 
-def other_model(was: dict[str, Any], now: dict[str, Any]) -> bool:
+def other_model(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Told by the weights where both are known, for a folder may move; else by name and revision."""
     if was["weights"] and now["weights"]:
         return was["weights"] != now["weights"]

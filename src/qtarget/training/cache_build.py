@@ -239,7 +239,7 @@ def _begin(folder: Path, made: Plan, k: int, dtype: str, about: dict[str, Any]) 
         manifest = {**fresh, "index": index, "shards": []}
         manifests.write(folder, manifest)
         return manifest
-    manifest = manifests.read(folder)
+    manifest = {**manifests.read(folder)}
     for number, line in enumerate(manifest["shards"]):
         if shards.fault(folder, line) is not None:  # it and what follows is made anew
             del manifest["shards"][number:]

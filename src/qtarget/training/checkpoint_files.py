@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers.trainer import TRAINER_STATE_NAME, safe_globals
 
-from qtarget import json_text
+from qtarget import files
 from qtarget.errors import reason
 
 # What a run that goes on unpickles, up to tensors. Copies of weights that a target keeps are looked at when they are
@@ -25,7 +25,7 @@ def faults(folder: str | Path) -> list[str]:
     folder = Path(folder)
     told, state = f"resume_from_checkpoint is {str(folder)!r}", folder / TRAINER_STATE_NAME
     try:
-        if not isinstance(json_text.loads(state.read_bytes()), dict):
+        if not isinstance(files.loads(state.read_bytes()), dict):
             raise ValueError("it holds no mapping")
     except (OSError, ValueError) as error:
         return [f"{told}, whose {TRAINER_STATE_NAME} cannot be read ({error}); name another checkpoint"]

@@ -21,14 +21,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 from trl import SFTTrainer
 
-from qtarget import json_text
-from qtarget.errors import ConfigError
+from qtarget import files
+from qtarget.errors import StorageError
 
 # Where a checkpoint is written, and where it goes to be deleted. Transformers leaves _* out of uploads to the hub.
 UNFINISHED = "_unfinished"
 FILES = "qtarget_files.json"
-# What the file system itself refuses. Another OSError is a fault of something else.
-_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ESTALE)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
@@ -40,7 +38,7 @@ def fault(folder: str | Path) -> str | None:
     if not (folder / TRAINER_STATE_NAME).is_file():
         return f"{TRAINER_STATE_NAME} is missing"
     try:
-        listed: dict[str, int] = json_text.loads((folder / FILES).read_bytes())
+        listed: dict[str, int] = files.loads((folder / FILES).read_bytes())
     except FileNotFoundError:  # another program's, which writes its state last
         return None
     except (ValueError, OSError) as error:
@@ -145,7 +143,7 @@ def told(what: str, run: str | Path) -> Iterator[None]:
         what: could not be written. run: the run's folder.
 
     Raises:
-        ConfigError: the disk is full, the folder cannot be written any more, a file would be too large.
+        StorageError: the disk is full, the folder cannot be written any more, a file would be too large.
     """
     try:
         yield
@@ -158,7 +156,7 @@ def told(what: str, run: str | Path) -> Iterator[None]:
         mend = "there is no checkpoint yet, so start anew"
         if whole is not None:
             mend = f"go on from the last whole checkpoint, {whole.name}, with --resume_from_checkpoint true"
-        raise ConfigError(
+        raise StorageError(
             f"{what} could not be written to {str(run)!r}: {reason}; make room or mend the folder's rights, then {mend}"
         ) from error
 
@@ -167,7 +165,7 @@ def _refusal(error: BaseException | None, run: Path) -> str | None:
     """What the file system said, or None where it is not the file system that speaks, or of what was only read."""
     while error is not None:
         text = str(error)
-        if isinstance(error, OSError) and error.errno in _REFUSED:
+        if isinstance(error, OSError) and error.errno in files.REFUSED:
             inside = error.filename is None or run in Path(os.fsdecode(error.filename)).absolute().parents
             rights = error.errno in (errno.EACCES, errno.EPERM)
             return None if rights and not inside else os.strerror(error.errno or 0)

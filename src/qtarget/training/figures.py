@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from trl import SFTTrainer
 
-from qtarget import json_text
+from qtarget import files
 from qtarget.data.columns import SOURCE_ID
 from qtarget.errors import loading
 from qtarget.training import identity, model_card
@@ -81,7 +81,7 @@ class FiguresTrainer(SFTTrainer):
     def _read_counts(self, folder: Path) -> None:
         if (folder / COUNTS).is_file():  # else another program's checkpoint
             with loading("resume_from_checkpoint", str(folder), COUNTS):
-                counts = json_text.loads((folder / COUNTS).read_bytes())
+                counts = files.loads((folder / COUNTS).read_bytes())
                 self._total_train_tokens, self._lines_logged = int(counts["num_tokens"]), int(counts["lines_logged"])
 
     def _reference_named(self) -> str:

@@ -210,7 +210,8 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, BatchesTrainer, Checkpoints
         try:
             output = model(**model_inputs, qtarget=call)
         except ConfigError as error:
-            raise ConfigError([f"step {self._step + 1}: {fault}" for fault in error.faults]) from error
+            error.during(f"step {self._step + 1}")
+            raise
         loss = self._scaled(output, num_items_in_batch, training)
         self._record(output, loss, labels, columns, training)
         if training:
