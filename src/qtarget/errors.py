@@ -44,7 +44,7 @@ class DataError(ConfigError):
 
 
 class StorageError(ConfigError):
-    """A file or folder that cannot be written or read: a full disk, missing rights, a file cut short or changed."""
+    """A file or folder that cannot be written or read: a full disk, missing rights, a damaged file, another's folder."""
 
 
 class NonFiniteLogits(ConfigError):

@@ -65,9 +65,9 @@ def whole(path: Path, report: bool = True) -> Iterator[Path]:
         ) from error
 
 
-def write(path: Path, data: str | bytes) -> None:
+def write(path: Path, data: str | bytes, report: bool = True) -> None:
     """Write a file as ``whole`` does."""
-    with whole(path) as partial:
+    with whole(path, report) as partial:
         partial.write_bytes(data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass"))
 
 

@@ -41,9 +41,9 @@ def run(arguments: Sequence[str]) -> int:
     if own["output"] is not None:
         folder = Path(own["output"])
         try:
-            files.write(folder / "compare.md", compare_report.markdown(made))
-            files.write(folder / "compare.html", compare_report.html(made))
-            files.write(folder / "compare.json", compare_report.as_json(made))
+            files.write(folder / "compare.md", compare_report.markdown(made), report=False)
+            files.write(folder / "compare.html", compare_report.html(made), report=False)
+            files.write(folder / "compare.json", compare_report.as_json(made), report=False)
         except OSError as error:
             raise ConfigError(f"output is {str(folder)!r}, which cannot be written ({error.strerror})") from error
         print(f"page       {folder / 'compare.html'}")

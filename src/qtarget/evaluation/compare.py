@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from qtarget import files
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, StorageError
 from qtarget.evaluation import records, running, scores
 
 # To be told apart in four of five repetitions at 95 %: (1.96 + 0.84)² standard errors squared.
@@ -137,7 +137,7 @@ def _groups(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
         held = records.samples(folder, task)
         version = manifest["tasks"][task]["verifier_version"]
         if other := next((r for r in held if r["verifier_version"] != version), None):
-            raise ConfigError(
+            raise StorageError(
                 f"{str(folder)!r} has verdicts of verifier version {other['verifier_version']!r} beside {version!r} in "
                 f"task {task}: a re-scoring was broken off; run qtarget eval --rescore {folder} again"
             )
@@ -147,7 +147,7 @@ def _groups(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
         asked = ["greedy", *range(manifest["n"])]
         lacking = next((id for id in wanted if [r["sample"] for r in groups.get(id, ())] != asked), None)
         if lacking is not None or len(groups) != len(wanted):
-            raise ConfigError(
+            raise StorageError(
                 f"{str(folder)!r} has {whole.get(lacking or '', 0)} of {manifest['n'] + 1} answers to problem {lacking} "
                 f"of task {task}; its samples were changed: run qtarget eval into another folder"
             )

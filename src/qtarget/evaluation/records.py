@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, with_config
 from typing_extensions import TypedDict
 
 from qtarget import __version__, files
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, StorageError
 from qtarget.evaluation.tasks import Problem, Task
 
 FILE = "eval.json"
@@ -144,7 +144,7 @@ def begin(folder: Path, manifest: dict[str, Any], tasks: list[Task], writes: boo
         writes: whether this is the process that writes the manifest.
 
     Raises:
-        ConfigError: it holds something else; names the first setting that differs.
+        StorageError: it holds something else. ConfigError: another run; names the first setting that differs.
     """
     while (there := read_manifest(folder)) is None and not writes:
         time.sleep(0.1)  # the first process checks the folder; where it refuses, the launcher ends all
@@ -158,10 +158,10 @@ def begin(folder: Path, manifest: dict[str, Any], tasks: list[Task], writes: boo
         return bool(there["finished"])
     own = {files.partial_of(Path(FILE)).name, "problems", "samples"}  # killed as it began
     if folder.exists() and (not folder.is_dir() or any(file.name not in own for file in folder.iterdir())):
-        raise ConfigError(f"output is {str(folder)!r}, which is not an empty folder; name another one")
+        raise StorageError(f"output is {str(folder)!r}, which is not an empty folder; name another one")
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     if any((folder / "samples").iterdir()):
-        raise ConfigError(f"output is {str(folder)!r}, which holds samples without {FILE}; name another folder")
+        raise StorageError(f"output is {str(folder)!r}, which holds samples without {FILE}; name another folder")
     for task in tasks:
         text = "".join(files.line({"id": p.id, "prompt": p.prompt, "row": p.row}) for p in task.problems)
         files.write(folder / "problems" / f"{task.name}.jsonl", text)

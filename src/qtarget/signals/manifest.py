@@ -121,16 +121,16 @@ def free(folder: Path, settings: dict[str, Any]) -> None:
     """Whether a command may have a folder: it is empty, or the same command has begun there.
 
     Raises:
-        ConfigError: it holds anything else; names the first setting that differs.
+        StorageError: it holds anything else. ConfigError: another run; names the first setting that differs.
     """
     there = read(folder)
     if there is None:
         own = {files.partial_of(Path(FILE)).name}  # killed as it began
         if folder.exists() and (not folder.is_dir() or any(file.name not in own for file in folder.iterdir())):
-            raise ConfigError(f"output is {str(folder)!r}, which is not an empty folder; name another one")
+            raise StorageError(f"output is {str(folder)!r}, which is not an empty folder; name another one")
         return
     if there.get("finished"):
-        raise ConfigError(
+        raise StorageError(
             f"output is {str(folder)!r}, which holds finished rows of qtarget data {VERBS[there['kind']]}; "
             "name another folder, or delete that one"
         )

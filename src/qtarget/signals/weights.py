@@ -7,7 +7,6 @@ With the column ``weight`` w is that of the model as it starts, and stays.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +14,10 @@ from datasets import Dataset, Value
 from torch import Tensor
 
 from qtarget.errors import ConfigError
+from qtarget.losses.log_probs import importance_weight
 from qtarget.signals import origin
 from qtarget.signals.scoring import ROW, label_logps, prepared, reference, student
 from qtarget.teachers.vocabulary import vocabulary_difference
-
-_LARGEST = 16.0
 
 
 def column_of(fixed: bool) -> str:
@@ -80,22 +78,14 @@ def tables(
         labels = rows["labels"]
         for place, logps in label_logps(trainer, rows, asks, tell):
             means = [_mean(line, labels[place]) for line in logps]
-            values[place] = weight(means[1] - means[0], trainer.args.weights_temperature) if fixed else means[0]
+            gap = means[-1] - means[0]
+            values[place] = float(importance_weight(gap, trainer.args.weights_temperature) if fixed else means[0])
             step()
         kept = originals[split].select(rows[ROW])
         made[split] = kept.add_column(column_of(fixed), values, feature=Value("float32"))
     return made
 
 
-def weight(gap: float, temperature: float) -> float:
-    """exp(temperature · gap), clamped to [0, 16].
-
-    >>> weight(0.0, 1.0), weight(1e4, 1.0)
-    (1.0, 16.0)
-    """
-    return min(math.exp(min(temperature * gap, _LARGEST)), _LARGEST)  # the inner one, so that exp does not overflow
-
-
-def _mean(logps: Tensor, labels: list[int]) -> float:
+def _mean(logps: Tensor, labels: list[int]) -> Tensor:
     trained = [i for i, label in enumerate(labels) if i and label != -100]
-    return float(logps[trained].double().mean())
+    return logps[trained].double().mean()

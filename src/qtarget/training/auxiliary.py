@@ -16,6 +16,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from qtarget.errors import ConfigError, loading
 from qtarget.losses import Head, TopK
+from qtarget.losses.log_probs import importance_weight
+from qtarget.models.documents import document_numbers
 from qtarget.models.forward import (
     HeadTransform,
     LossCall,
@@ -302,13 +304,13 @@ class AuxiliaryModels:
                 reference = self._label_logps(model, inputs, labels)
         trained = labels != -100
         trained[:, 0] = False
-        sequence = _sequence_numbers(inputs, labels)
+        sequence = document_numbers(inputs, labels)
         size = int(sequence.max()) + 1
         zeros = torch.zeros(size, dtype=torch.float64, device=labels.device)
         gap = torch.where(trained, (student - reference).double(), 0.0)
         total = zeros.index_add(0, sequence.flatten(), gap.flatten())
         count = zeros.index_add(0, sequence.flatten(), trained.double().flatten()).clamp(min=1)
-        return (temperature * total / count).exp().clamp(0, 16).float()[sequence]
+        return importance_weight(total / count, temperature).float()[sequence]
 
     def _label_logps(self, model: Any, inputs: dict[str, Any], labels: Tensor) -> Tensor:
         call = LossCall([presets.build("sft")], labels, {}, {}, self._vocab_size, None, "basic")
@@ -330,10 +332,3 @@ def fingerprint(model: nn.Module) -> str:
     for parameter in model.parameters():
         digest.update(parameter.detach().flatten()[:64].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:8]
-
-
-def _sequence_numbers(inputs: dict[str, Any], labels: Tensor) -> Tensor:
-    """Which sequence each token belongs to: a row, or a document of a padding-free row."""
-    if "position_ids" in inputs:
-        return (inputs["position_ids"] == 0).flatten().cumsum(0).view(labels.shape) - 1
-    return torch.arange(len(labels), device=labels.device)[:, None].expand(labels.shape)

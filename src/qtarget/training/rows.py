@@ -14,7 +14,7 @@ from trl.data_utils import get_dataset_column_names
 from qtarget.data.columns import UID, TokenColumns
 from qtarget.data.preparation import Preparation
 from qtarget.data.validation import checked_texts, checked_tokens
-from qtarget.errors import ConfigError
+from qtarget.errors import DataError, raise_together
 from qtarget.targets.objective import Objective
 from qtarget.teachers.cache import reader
 from qtarget.teachers.joins import CacheJoin, ContextJoin, RowsThatAsk
@@ -43,7 +43,7 @@ class ColumnsTrainer(SFTTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """TRL's preparation, with the steps that would leave columns behind done for all columns alike."""
         objective = self._objective if dataset_name == "train" else self._eval_objective
-        checks.raise_together(
+        raise_together(
             checks.missing_columns(
                 dataset_name, get_dataset_column_names(dataset), objective, args, dataset_name != "train"
             )
@@ -59,7 +59,7 @@ class ColumnsTrainer(SFTTrainer):
                 dataset, processing_class, tokenise_only, False, formatting_func, dataset_name
             )
         except TemplateError as error:
-            raise ConfigError(
+            raise DataError(
                 f"the chat template cannot be applied to a row of the {dataset_name} dataset: {error}; mend that row or "
                 "the template (chat_template_path)"
             ) from error

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from trl import SFTTrainer
 
 from qtarget.data.columns import REFERENCE, SOURCE_ID, UID, TokenColumnCollator, TokenColumns, columns_for, columns_of
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, StorageError, raise_together
 from qtarget.losses import engine
 from qtarget.models.forward import LossCall, accepted, add_target_forward, check_head_transform
 from qtarget.models.frozen import evaluation_mode
@@ -85,7 +85,7 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, HostRepairs, AtomicCheckpoi
         self._uids: CacheJoin | ContextJoin | None = None
         objectives = self._objective, self._eval_objective
         given = teacher_model is not None, reference_model is not None
-        checks.raise_together(checks.before_loading(model, args, *objectives, kwargs, *given))
+        raise_together(checks.before_loading(model, args, *objectives, kwargs, *given))
         for warning in checks.unused_teacher(args, objectives, teacher_model is not None):
             logger.warning(warning)
         engine.choose(args.loss_backend, args.device, torch.float32, "loss_backend")
@@ -94,7 +94,7 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, HostRepairs, AtomicCheckpoi
             super().__init__(model, args, **kwargs)  # type: ignore[arg-type]
         # The trainer divides by the accumulation steps itself only where each micro-batch brings its own mean.
         self.loss_is_scaled_for_ga = args.denominator != "micro_batch"  # type: ignore[assignment]
-        checks.raise_together(checks.prepared(self))
+        raise_together(checks.prepared(self))
         self.data_collator = TokenColumnCollator(
             self.data_collator,
             [*self._columns.carried, UID],
@@ -270,14 +270,14 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, HostRepairs, AtomicCheckpoi
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         if self.args.should_save:
-            checks.raise_together(checkpoints.unwritable(str(self.args.output_dir)))
+            raise_together(checkpoints.unwritable(str(self.args.output_dir)), StorageError)
         folder = checks.checkpoint_folder(resume_from_checkpoint, self.args.output_dir)
         if resume_from_checkpoint is True and self.is_world_process_zero():
             for said in checkpoints.passed_over(str(self.args.output_dir)):
                 logger.warning(said)
             if folder is None:
                 logger.warning(f"{self.args.output_dir} holds no checkpoint to resume from: the run starts at step 0")
-        checks.raise_together([] if folder is None else checkpoint_files.faults(folder))
+        raise_together([] if folder is None else checkpoint_files.faults(folder), StorageError)
         if self.args.should_save:
             checkpoints.clear(str(self.args.output_dir))
         for kept in self._others.kept_weights:

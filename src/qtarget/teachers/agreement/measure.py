@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from qtarget.data.text import text_of
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, DataError
 from qtarget.losses import TopK
 from qtarget.losses.log_probs import log_probs
+from qtarget.models.documents import document_numbers
 from qtarget.models.frozen import evaluation_mode
 from qtarget.teachers.agreement.report import (
     CONFIDENT,
@@ -144,7 +145,7 @@ class _Tally:
         student = self.others._head(trainer.model, inputs)
         if isinstance(teacher, TopK):
             self.cached_k = teacher.ids.shape[-1]
-        document = _document_of(inputs, labels) + self.documents
+        document = document_numbers(inputs, labels) + self.documents
         self.documents = int(document.max()) + 1
         shifted, document = labels[:, 1:], document[:, 1:]
         asked = shifted != -100
@@ -174,7 +175,7 @@ class _Tally:
 
     def agreement(self, rows: int) -> Agreement:
         if not self.parts:
-            raise ConfigError(
+            raise DataError(
                 f"rows is {rows}, and none of the rows looked at has a supervised token that the teacher is asked about; "
                 "look at more rows, or check completion_only_loss, assistant_only_loss and max_length"
             )
@@ -283,15 +284,6 @@ def _of_chunk(
         made["lost"] = kept[1].float().exp()
         made["outside"] = (kept[0] != at_label).all(-1)
     return made
-
-
-def _document_of(inputs: dict[str, Any], labels: Tensor) -> Tensor:
-    """[B, T]: the number of each token's document in the batch; a padded row is one."""
-    starts = torch.zeros_like(labels)
-    if "position_ids" in inputs:
-        starts = (inputs["position_ids"] == 0).expand(labels.shape).long()
-    starts[:, 0] = 1
-    return starts.flatten().cumsum(0).view(labels.shape) - 1
 
 
 def _thirds(row: Tensor, end: Tensor) -> Tensor:
