@@ -23,6 +23,7 @@ from typing_extensions import TypedDict
 from qtarget import __version__, files
 from qtarget.errors import ConfigError, StorageError
 from qtarget.evaluation.tasks import Problem, Task
+from qtarget.teachers.fingerprints import Model
 
 FILE = "eval.json"
 # What runs that are compared, or one that goes on, may differ in.
@@ -45,13 +46,6 @@ def _with_tasks(value: Any) -> Any:
     if not isinstance(value, dict) or not isinstance(value.get("tasks"), dict):
         raise ValueError("it names no tasks")
     return value
-
-
-@with_config(**files.CLOSED)
-class Model(TypedDict):
-    name: str
-    revision: str | None
-    weights: str | None
 
 
 @with_config(**files.CLOSED)

@@ -16,8 +16,8 @@ from typing_extensions import TypedDict
 
 from qtarget import __version__, files
 from qtarget.errors import ConfigError, StorageError
-from qtarget.signals.origin import named, other_model, reference_of, tokenizer_of
-from qtarget.teachers.fingerprints import template_hash, tokenizer_hash
+from qtarget.signals.origin import model_of, other_model, reference_of, tokenizer_of
+from qtarget.teachers.fingerprints import Model, template_hash, tokenizer_hash
 
 FILE = "signal.json"
 # Settings of a run that decide which tokens a row becomes and which of them are labels.
@@ -34,15 +34,6 @@ VERBS = {"weights": "weights", "old_logps": "oldlogps", "critical": "critical"}
 # What two manifests of one command may differ in.
 _RESULTS = ("finished", "rows", "dropped", "files", "report", "program")
 _MEND = "make the folder again with qtarget data"
-
-
-@with_config(**files.CLOSED)
-class Model(TypedDict):
-    """A model by its name and what tells its weights from others; see ``origin.named``."""
-
-    name: str
-    revision: str
-    weights: str | None
 
 
 @with_config(**files.CLOSED)
@@ -97,7 +88,7 @@ def describe(kind: str, columns: list[str], config: Any, model: Any, tokenizer: 
         "kind": kind,
         "columns": columns,
         "program": f"qtarget {__version__}",
-        "model": named(model.model_name_or_path, model.model_revision),
+        "model": model_of(model),
         "tokenizer": tokenizer_hash(tokenizer),
         "chat_template": template_hash(tokenizer),
         "preprocessing": {name: getattr(config, name) for name in PREPROCESSING},
@@ -256,7 +247,7 @@ def _differences_from_run(folder: Path, manifest: Manifest, config: Any, model: 
                 )
     requires = config.resolve_objective().requires
     if manifest["kind"] == "old_logps" and "old_policy" in requires and config.psft_refresh == "never":
-        now = named(model.model_name_or_path, model.model_revision)
+        now = model_of(model)
         if other_model(manifest["model"], now):
             faults.append(
                 f"model_name_or_path is {now['name']!r}, {made} {manifest['model']['name']!r}, and psft starts from the "

@@ -32,7 +32,7 @@ def check(config: Any, model: Any, fixed: bool) -> None:
             "fixed is true, but reference_model_name_or_path is not set, so that the model is its own reference and all "
             "weights are 1; name another reference, or leave --fixed out"
         )
-    ours, theirs = origin.named(model.model_name_or_path, model.model_revision), origin.reference_of(config, model)
+    ours, theirs = origin.model_of(model), origin.reference_of(config, model)
     if fixed and not origin.other_model(ours, theirs):
         raise ConfigError(
             f"fixed is true, but reference_model_name_or_path is {name!r}, the model itself, so that all weights are 1; "

@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 
 from qtarget import files
 from qtarget.errors import StorageError
+from qtarget.teachers.fingerprints import Model
 
 FILE = "manifest.json"
 FORMAT = 1
@@ -34,23 +35,17 @@ class Shard(File):
 
 
 @with_config(**files.CLOSED)
-class Teacher(TypedDict):
-    """A model: its name, revision, what tells its weights from others, and the name a server has it under."""
+class Teacher(Model):
+    """Where a server has the model under another name, that too."""
 
-    name: str
-    revision: str | None
-    weights: str | None
     served_as: NotRequired[str]
 
 
 @with_config(**files.CLOSED)
-class Member(TypedDict):
+class Member(Model):
     """A model of a pool and its weight in it."""
 
     weight: float
-    name: str
-    revision: str | None
-    weights: str | None
 
 
 @with_config(**files.CLOSED)
