@@ -26,7 +26,7 @@ Ask a teacher once about every supervised token of a dataset, and train from its
             of the gradient that comes of it
 
 --k keeps so many tokens; --coverage takes the k whose mean kept mass reaches that share on a sample of rows. The folder
-is -o, or the config's teacher_cache. --server asks a vLLM or OpenAI-compatible server instead of loading the teacher.
+is -o, or the config's teacher_cache. --server asks a vLLM server instead of loading the teacher.
 """
 # What a build decides, whatever the config says; packing and shuffling change no row.
 _FIXED: dict[str, Any] = {

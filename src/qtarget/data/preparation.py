@@ -15,7 +15,7 @@ from datasets import Dataset
 from trl.data_utils import get_dataset_column_names, pack_dataset
 
 from qtarget.data.columns import TokenColumns
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Preparation:
         if self.join is None or self.join.column in columns.made:
             return dataset, columns
         if "seq_lengths" in get_dataset_column_names(dataset):
-            raise ConfigError(
+            raise DataError(
                 f"the {name} dataset is packed already (column seq_lengths), so its teacher cannot be found row by row; "
                 "give the rows as they are and set packing: true"
             )

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qtarget.errors import ConfigError, unknown
+from qtarget.errors import ConfigError, DataError, unknown
 from qtarget.evaluation.extraction import final_answer
 
 # How long a verifier may take to be imported; some import torch on a busy machine.
@@ -66,7 +66,7 @@ def check(name: str, columns: list[str] | None = None) -> None:
         raise unknown("verifier", name, _KINDS)
     for column in reads:
         if columns is not None and column not in columns:
-            raise ConfigError(
+            raise DataError(
                 f"verifier is {name!r}, which reads the column {column!r}, but the rows have {', '.join(columns)}; add "
                 "it, or name a verifier of your own: my_pkg.my_module:function"
             )

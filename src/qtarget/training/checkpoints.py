@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME, safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 
-from qtarget import json_text
-from qtarget.errors import ConfigError, reason
+from qtarget import files
+from qtarget.errors import StorageError, reason
 
 if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 # Where a checkpoint is written, and where it goes to be deleted. Transformers leaves _* out of uploads to the hub.
 UNFINISHED = "_unfinished"
 FILES = "qtarget_files.json"
-# What the file system itself refuses. Another OSError is a fault of something else.
-_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ESTALE)
-
 # What a run that goes on unpickles, up to tensors. Copies of weights that a target keeps are looked at when they are
 # loaded; training_args.bin and a callback's own files are never read.
 _PICKLED = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "pytorch_model*.bin", "adapter_model.bin")
@@ -48,7 +45,7 @@ def fault(folder: str | Path) -> str | None:
     if not (folder / TRAINER_STATE_NAME).is_file():
         return f"{TRAINER_STATE_NAME} is missing"
     try:
-        listed: dict[str, int] = json_text.loads((folder / FILES).read_bytes())
+        listed: dict[str, int] = files.loads((folder / FILES).read_bytes())
     except FileNotFoundError:  # another program's, which writes its state last
         return None
     except (ValueError, OSError) as error:
@@ -91,7 +88,7 @@ def unreadable_files(folder: str | Path) -> list[str]:
     folder = Path(folder)
     told, state = f"resume_from_checkpoint is {str(folder)!r}", folder / TRAINER_STATE_NAME
     try:
-        if not isinstance(json_text.loads(state.read_bytes()), dict):
+        if not isinstance(files.loads(state.read_bytes()), dict):
             raise ValueError("it holds no mapping")
     except (OSError, ValueError) as error:
         return [f"{told}, whose {TRAINER_STATE_NAME} cannot be read ({error}); name another checkpoint"]
@@ -177,7 +174,7 @@ def storage_errors(what: str, run: str | Path) -> Iterator[None]:
         what: could not be written. run: the run's folder.
 
     Raises:
-        ConfigError: the disk is full, the folder cannot be written any more, a file would be too large.
+        StorageError: the disk is full, the folder cannot be written any more, a file would be too large.
     """
     try:
         yield
@@ -190,7 +187,7 @@ def storage_errors(what: str, run: str | Path) -> Iterator[None]:
         mend = "there is no checkpoint yet, so start anew"
         if whole is not None:
             mend = f"go on from the last whole checkpoint, {whole.name}, with --resume_from_checkpoint true"
-        raise ConfigError(
+        raise StorageError(
             f"{what} could not be written to {str(run)!r}: {refusal}; make room or mend the folder's rights, then {mend}"
         ) from error
 
@@ -199,7 +196,7 @@ def _refusal(error: BaseException | None, run: Path) -> str | None:
     """What the file system said, or None where it is not the file system that speaks, or of what was only read."""
     while error is not None:
         text = str(error)
-        if isinstance(error, OSError) and error.errno in _REFUSED:
+        if isinstance(error, OSError) and error.errno in files.REFUSED:
             inside = error.filename is None or run in Path(os.fsdecode(error.filename)).absolute().parents
             rights = error.errno in (errno.EACCES, errno.EPERM)
             return None if rights and not inside else os.strerror(error.errno or 0)

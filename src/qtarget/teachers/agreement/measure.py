@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qtarget.data.text import text_of
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, DataError
 from qtarget.losses import TopK
 from qtarget.losses.log_probs import log_probs
 from qtarget.models.frozen import evaluation_mode
@@ -176,7 +176,7 @@ class _Tally:
 
     def agreement(self, rows: int) -> Agreement:
         if not self.parts:
-            raise ConfigError(
+            raise DataError(
                 f"rows is {rows}, and none of the rows looked at has a supervised token that the teacher is asked about; "
                 "look at more rows, or check completion_only_loss, assistant_only_loss and max_length"
             )
