@@ -1,4 +1,4 @@
-"""JSON that somebody else may have written."""
+"""Reads JSON that somebody else may have written."""
 
 from __future__ import annotations
 

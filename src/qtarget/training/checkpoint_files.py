@@ -1,4 +1,4 @@
-"""Whether the files of a whole checkpoint can be loaded, looked at before a model is; pickles up to tensors.
+"""Can a whole checkpoint's files be loaded? Read as far as the tensors, before a model is.
 
 Whether it is whole, ``checkpoints.fault`` tells.
 """

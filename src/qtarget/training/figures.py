@@ -1,4 +1,4 @@
-"""What a trainer says of itself: statistics of the loss, log lines, evaluation's figures, the model card."""
+"""Logs statistics of the loss and of evaluation, and writes the model card."""
 
 from __future__ import annotations
 

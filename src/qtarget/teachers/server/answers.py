@@ -1,4 +1,4 @@
-"""What a completions server answers about prompt tokens, in two forms, checked against the ids that were sent.
+"""Checks a server's answers about prompt tokens against the ids that were sent.
 
 prompt_logprobs   vLLM's extension: for each position a mapping from token id to log-probability
 echo              the prompt comes back with its log-probabilities, its tokens written as "token_id:123"

@@ -1,4 +1,4 @@
-"""A teacher behind HTTP: the top-k log-probabilities a vLLM or OpenAI-compatible server gives to prompt tokens.
+"""Asks a vLLM server for its top-k log-probabilities of prompt tokens.
 
 Tokens travel as ids both ways. Text is never decoded or encoded again, for one text has many spellings in ids: an answer
 whose tokens are text is refused. Two forms of the completions API are spoken, the first that the server knows:
