@@ -354,7 +354,10 @@ def descriptions(source: Source) -> dict[str, list[str]]:
                 found[name][str(other)] = source.place(other, node, "row of a table")
     for page in [source.root / "README.md", *sorted((source.root / "docs").glob("*.md"))]:
         written = re.sub(
-            r"<!-- [^>]*\b(?:generated|made by)\b.*?<!-- end", "", page.read_text(encoding="utf-8"), flags=re.S
+            r"<!-- [^>]*\b(?:generated|(?:made|written) by)\b.*?<!-- end",
+            "",
+            page.read_text(encoding="utf-8"),
+            flags=re.S,
         )
         for row in re.findall(r"^\| *(`.*?) *\|", written, re.M):
             for name in set(re.findall(r"`(\w+)`", row)) & settings.keys():
