@@ -1,4 +1,4 @@
-"""From a config file and flags to a trainer: what every verb shares that starts from a training config."""
+"""From a config file and flags to a trainer, for every verb that starts from a config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or not there, whatever kills the run while one is written or deleted.
+"""Checkpoints that are complete or not there, even if the run is killed meanwhile.
 
 A checkpoint is written as ``_unfinished/checkpoint-N`` in the run's folder and renamed once its last file is there, so
 every ``checkpoint-N`` is whole: for qtarget, for Transformers and for a script that copies folders. It also lists its

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before a step is trained, most of it before weights are loaded.
+"""What can be known to be wrong before a step is trained.
 
 Each check returns sentences; those at the end put them together and raise.
 """

@@ -1,4 +1,4 @@
-"""From a dataset's rows to the batches a step takes: TRL's preparation, with qtarget's columns beside the tokens."""
+"""From a dataset's rows to batches: TRL's preparation, with qtarget's columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""QTargetTrainer: TRL's SFTTrainer with the loss of a target, computed by the engine."""
+"""``QTargetTrainer``: TRL's SFTTrainer with the loss of a target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does a run's teacher agree with its student and with its labels, on the run's own rows, and is it likely to help?
+"""Do a run's teacher, its student and its labels agree on the run's own rows?
 
 Rows come from the trainer's own preparation and the teacher is asked as in training, wherever it comes from. Dense
 log-probabilities exist for a chunk of supervised tokens at a time and never for a batch; what is kept of a token is some
