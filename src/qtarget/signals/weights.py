@@ -8,7 +8,7 @@ With the column ``weight`` w is that of the model as it starts, and stays.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Value
 from torch import Tensor
@@ -18,6 +18,9 @@ from qtarget.losses.log_probs import importance_weight
 from qtarget.signals import origin
 from qtarget.signals.scoring import ROW, label_logps, prepared, reference, student
 from qtarget.teachers.vocabulary import vocabulary_difference
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 
 def column_of(fixed: bool) -> str:
@@ -59,7 +62,7 @@ def _other_tokens(config: Any, model: Any, name: str) -> str | None:
 
 
 def tables(
-    trainer: Any,
+    trainer: QTargetTrainer,
     originals: dict[str, Dataset],
     fixed: bool,
     tell: Callable[[float], object],
