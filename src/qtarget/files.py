@@ -42,12 +42,13 @@ def whole(path: Path, report: bool = True) -> Iterator[Path]:
             knows what to go on from.
 
     Raises:
-        StorageError: the disk is full, or the folder cannot be written.
+        StorageError: the disk is full, the folder cannot be written, or a folder is where it would be written.
     """
     partial = partial_of(path)
+    if partial.is_dir():
+        raise StorageError(f"{path} is first written as {str(partial)!r}, which is a folder; give that another name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove(partial)
         yield partial
         for file in partial.rglob("*") if partial.is_dir() else [partial]:
             _to_disk(file)
