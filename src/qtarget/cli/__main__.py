@@ -1,4 +1,4 @@
-"""``qtarget VERB``: pick the verb and turn errors a user can mend into one sentence and exit status 2."""
+"""``qtarget VERB``: finds the verb, and prints a user's mistake as one sentence (exit 2)."""
 
 from __future__ import annotations
 

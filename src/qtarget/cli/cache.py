@@ -1,4 +1,4 @@
-"""``qtarget cache``: a teacher asked once, kept on disk, and checked."""
+"""``qtarget cache``: asks a teacher once, keeps its answers on disk, and checks them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``qtarget train --dry_run``: everything of a recipe that can be checked without weights. Nothing is written."""
+"""``qtarget train --dry_run``: checks a recipe without weights, and writes nothing."""
 
 from __future__ import annotations
 

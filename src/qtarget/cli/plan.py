@@ -1,4 +1,4 @@
-"""``qtarget plan``: what a run takes, before anything is rented: memory, steps, operations, what a cache would save."""
+"""``qtarget plan``: what a run takes in memory, time and operations, known beforehand."""
 
 from __future__ import annotations
 

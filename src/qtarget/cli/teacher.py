@@ -1,4 +1,4 @@
-"""``qtarget teacher``: does a teacher agree with the student and with the labels, before it teaches."""
+"""``qtarget teacher``: does a teacher agree with the student and the labels?"""
 
 from __future__ import annotations
 

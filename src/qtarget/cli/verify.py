@@ -1,4 +1,4 @@
-"""``qtarget verify``: what the trainer promises, held against the user's own model, rows, target and config."""
+"""``qtarget verify``: checks the trainer's promises on your own model, rows and config."""
 
 from __future__ import annotations
 

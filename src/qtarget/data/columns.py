@@ -1,4 +1,4 @@
-"""Per-token columns beside input_ids: weight, critical, old_logps, uid and a row's data source.
+"""Numbers that travel with each token: weight, critical, old_logps, uid and the data source.
 
 They are aligned with labels, before the shift. ``spread`` gives every row one number per token, once and early, so that
 cutting, dropping, shuffling and packing move them with their tokens; ``TokenColumnCollator`` pads or joins them as TRL's

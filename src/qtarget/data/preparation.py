@@ -1,4 +1,4 @@
-"""From tokenised, labelled rows to what the collator gets: columns spread, rows cut, dropped, shuffled and packed.
+"""Cuts, drops, shuffles and packs tokenised rows, with all their columns alike.
 
 TRL cuts and packs input_ids and labels and leaves every other column behind, so these steps are done here, in TRL's
 order and with TRL's packing, for all columns alike; without columns the result is TRL's own, row by row.

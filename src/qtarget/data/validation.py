@@ -1,4 +1,4 @@
-"""What a row must look like before it is tokenised, and after: TRL trains some of what it should refuse, silently."""
+"""Refuses wrong rows before and after tokenisation; TRL trains some of them silently."""
 
 from __future__ import annotations
 

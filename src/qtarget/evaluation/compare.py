@@ -1,4 +1,4 @@
-"""Paired comparison of result folders: the same problems, seeds and settings; differences per problem, then a bootstrap.
+"""Compares result folders on the same problems and seeds, with bootstrap intervals.
 
 An arm is one folder, or several that differ in their training seed alone. Every arm is compared with the first. Three
 levels are drawn: training seeds (where an arm has several; arms are paired by their order), problems, samples.

@@ -1,4 +1,4 @@
-"""From tasks and a sampler to a finished folder: plan, sample, judge, write; and judge again without a model."""
+"""Runs an evaluation into a folder, and grades a finished folder again without a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks of ``math5``, ``med10`` and ``hle``: where they are on the hub, and how many items the papers used.
+"""The benchmarks of ``math5``, ``med10`` and ``hle``: where they are, and their sizes.
 
 The counts are those behind the published numbers; another count is another benchmark and is refused. None of these
 could be downloaded where this was written: ids, columns and splits are from cards and lists, the counts are the check.

@@ -1,4 +1,4 @@
-"""Tasks: problems with prompts and golds, and the grader that judges them."""
+"""Tasks: problems with prompts and right answers, and the grader that judges them."""
 
 from __future__ import annotations
 

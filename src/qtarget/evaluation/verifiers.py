@@ -1,4 +1,4 @@
-"""Whether a text answers a row rightly, decided in a process of its own that can be killed.
+"""Does a text answer a row rightly: decided in a process that can be killed.
 
 A verifier is a function of (text, row) that returns a bool; row is a dict of the dataset's columns. Three kinds are
 named on the command line:

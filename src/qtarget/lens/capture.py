@@ -1,4 +1,4 @@
-"""One forward pass of student, teacher and reference over a run's own rows, kept as a record.
+"""Records one forward pass of student, teacher and reference on a run's own rows.
 
 Rows come from the trainer's own preparation (template, mask, cutting; packing off), and hidden states from its own
 wrapped forward. Logits exist for a chunk of supervised tokens at a time and never for a batch.

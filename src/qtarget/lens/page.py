@@ -1,4 +1,4 @@
-"""The page of ``qtarget lens report``: one HTML file that needs no network and replays every target by itself.
+"""Builds the page of ``qtarget lens report``: one HTML file that needs no network.
 
 The record is thinned to what the page shows and packed into a JSON block; the files of ``page/`` are put around it. What
 a token says is a stranger's text: it stands in JSON with ``<`` escaped, and the page writes it with ``textContent``.

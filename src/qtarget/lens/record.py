@@ -1,4 +1,4 @@
-"""What a capture keeps: a folder with three Parquet files and a manifest. docs/lens.md describes it for other tools.
+"""The folder that a capture leaves: three Parquet files and a manifest (docs/lens.md).
 
     manifest.json     format, model, teacher, reference, tokenizer, settings, counts
     rows.parquet      a line per row:   row, input_ids, supervised

@@ -1,5 +1,6 @@
-"""Copies of the trainable weights, put in their place for a forward without gradient: psft's old policy, and the
-student's own average as its teacher. Under LoRA they are copies of the adapters.
+"""Copies of the trainable weights, put in place for a forward: old policy and average.
+
+Under LoRA they are copies of the adapters.
 """
 
 from __future__ import annotations

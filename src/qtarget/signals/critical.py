@@ -1,4 +1,4 @@
-"""cft's signal: which tokens of the model's own right answers decide that they are right (arXiv:2510.10974).
+"""cft's signal: the tokens that decide whether an answer is right (arXiv:2510.10974).
 
 For each prompt the model answers greedily, and the right answers are kept. A token y_t is critical iff every alternative
 ends in a wrong answer, where an alternative is one of the next likeliest tokens at t (the paper's: the second and the

@@ -1,4 +1,4 @@
-"""A run's prompts, what its model answers greedily, and the tokens it would have taken second."""
+"""Greedy answers to a run's prompts, and the tokens the model would have taken second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""log p of a run's own labels, row by row: rows as the trainer prepares them, models as it forwards them."""
+"""log p of a run's own labels, row by row, as the trainer prepares and forwards them."""
 
 from __future__ import annotations
 

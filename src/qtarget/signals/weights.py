@@ -1,4 +1,4 @@
-"""iw-sft's signal, a number per row: the reference's mean log p, or the weight itself (arXiv:2507.12856).
+"""iw-sft's signal: a row's weight, or the reference's mean log p (arXiv:2507.12856).
 
 The weight of a sequence is w = exp(temperature · mean over its supervised tokens of (log p_θ − log p_ref)), clamped to
 [0, 16] as in the paper's code. p_θ moves, p_ref does not: with the column ``reference_logp`` a run needs no second model.

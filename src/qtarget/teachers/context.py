@@ -1,4 +1,4 @@
-"""A teacher that reads more than the student: a worked solution, a system prompt, retrieved text.
+"""A teacher that reads more than the student: a solution, a system prompt, retrieved text.
 
 The teacher's sequence is its own prompt, made by a template over the row's columns, followed by exactly the student's
 token ids from the first supervised one on, so that teacher and student are joined by ids and nothing is tokenised twice.

@@ -1,4 +1,4 @@
-"""What tells one tokenizer, chat template or set of weights from another: short hashes for manifests."""
+"""Short hashes that tell tokenizers, chat templates and weights apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which teacher belongs to which token: a whole number per token, made before rows are cut, shuffled and packed.
+"""Numbers every token, so that its teacher's answer is found after cutting and packing.
 
 Rows are marked as the model will see them, whole and in any order. The column's name tells which source made it, so that
 a dataset marked for another cache or another run is never taken for this one's.

@@ -1,4 +1,4 @@
-"""What a run's teacher asks for before a step is trained: the right cache, a context, the same tokens, the same end."""
+"""Checks a run's teacher before training: the right cache, context, tokens and end."""
 
 from __future__ import annotations
 

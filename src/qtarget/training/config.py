@@ -1,4 +1,4 @@
-"""QTargetConfig: TRL's SFTConfig with a target."""
+"""``QTargetConfig``: TRL's SFTConfig with a target."""
 
 from __future__ import annotations
 

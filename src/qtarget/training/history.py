@@ -1,4 +1,4 @@
-"""The map of (p_y, entropy) over a run: how many tokens lie where, and what they were taught, every so many steps.
+"""A map of (p_y, entropy) every so many steps, for the lens page to play.
 
 Made from the statistics of the loss itself, at no second forward pass. ``lens_history.parquet`` in the run's folder has a
 line per cell that holds a token:

@@ -1,4 +1,4 @@
-"""Statistics that can be compared: each is a (sum, count) over tokens, micro-batches and processes."""
+"""Statistics as (sum, count) over tokens, micro-batches and processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a dataset's rows to the batches a step takes: TRL's preparation, with qtarget's columns beside the tokens."""
+"""From a dataset's rows to batches: TRL's preparation, with qtarget's columns."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class RowPreparer:
             tokenise: TRL's ``_prepare_dataset``. name: of the dataset, "train" for the one that is trained.
 
         Raises:
-            ConfigError: a row that cannot be trained, a missing column, a cache that lacks a row; each names the row.
+            DataError: a row that cannot be trained, a missing column, a cache that lacks a row; each names the row.
         """
         objective = self._objective if name == "train" else self._eval_objective
         columns = get_dataset_column_names(dataset)

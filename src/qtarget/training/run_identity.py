@@ -1,4 +1,4 @@
-"""What a run is, kept in its checkpoints: a resumed run must train the same objective toward the same teacher."""
+"""What a run trains, written into its checkpoints; another run may not resume it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does a run's teacher agree with its student and with its labels, on the run's own rows, and is it likely to help?
+"""Do a run's teacher, its student and its labels agree on the run's own rows?
 
 Rows come from the trainer's own preparation and the teacher is asked as in training, wherever it comes from. Dense
 log-probabilities exist for a chunk of supervised tokens at a time and never for a batch; what is kept of a token is some
@@ -70,6 +70,13 @@ def measure(
             tally.add(chosen[begin : begin + size])
             progress(min(begin + size, len(chosen)))
     return tally.agreement(rows)
+
+
+def before_training(trainer: QTargetTrainer) -> str:
+    """The line a run prints on how far student and teacher agree."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # the student is whole yet, and may not fit
+        return "student and teacher are not compared here: run qtarget teacher check on one process"
+    return measure(trainer, trainer.args.teacher_check_rows).short()
 
 
 def estimate(trainer: QTargetTrainer, rows: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Build a teacher cache: rows as the trainer prepares them, the teacher's k likeliest tokens at every supervised one.
+"""Builds a teacher cache: the teacher's k likeliest tokens at every supervised one.
 
 The plan comes first and is the same on every start: unique rows in the order of the datasets, cut into shards. A shard is
 written whole or not at all, so an interrupted build goes on at the first that is missing and ends with the same bytes.

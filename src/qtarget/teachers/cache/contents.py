@@ -1,5 +1,4 @@
-"""What stands in the files of a teacher cache, looked at before it is trained from: a checksum tells only that it is what
-somebody wrote."""
+"""Checks the numbers in a teacher cache; its checksum tells only that somebody wrote them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A teacher read from disk: per supervised token its k likeliest tokens and the mass of the rest.
+"""A teacher read from disk: its k likeliest tokens, and the mass of the rest.
 
     manifest.json               what it is, with a checksum of every file
     index.safetensors           keys [R, 16] uint8, counts [R] int32, starts [R] int64: rows by what is in them

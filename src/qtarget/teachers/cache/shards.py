@@ -1,4 +1,4 @@
-"""Files of a teacher cache: safetensors written whole or not at all, mapped for reading, with checksums."""
+"""A cache's safetensors files: written whole or not at all, mapped, with checksums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vLLM answers about prompt tokens, ``prompt_logprobs``, checked against the ids that were sent.
+"""Checks a server's answers about prompt tokens against the ids that were sent.
 
 For each position the answer has a mapping from token id to log-probability and rank; nothing precedes position 0.
 """

@@ -1,4 +1,4 @@
-"""A teacher behind HTTP: the top-k log-probabilities that vLLM gives to prompt tokens, its ``prompt_logprobs``.
+"""Asks a vLLM server for its top-k log-probabilities of prompt tokens.
 
 Tokens travel as ids both ways. Text is never decoded or encoded again, for one text has many spellings in ids: an answer
 whose tokens are text is refused.
