@@ -149,12 +149,13 @@ def read_lines(file: Path, form: Any, mend: str, half_allowed: bool = False) -> 
     half = texts.pop()
     if half and not half_allowed:
         texts.append(half)
-    records = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            records.append(checked(loads(text), form))
-        except ValueError as error:
-            raise damaged(file, number, str(error), mend) from None
+    records: list[Any] = texts
+    for step in (loads, lambda value: checked(value, form)):  # a line that is no JSON is named first
+        for number, record in enumerate(records, start=1):
+            try:
+                records[number - 1] = step(record)
+            except ValueError as error:
+                raise damaged(file, number, str(error), mend) from None
     return records
 
 
