@@ -9,7 +9,7 @@ import json
 import os
 import reprlib
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +209,7 @@ def checked(value: Any, form: Any) -> Any:
     try:
         _validator(form).validate_python(value, strict=True)
     except pydantic.ValidationError as error:
-        raise ValueError(_fault(value, error.errors(include_url=False)[0])) from None
+        raise ValueError(_fault(value, error.errors(include_url=False))) from None
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
     return value
@@ -222,8 +222,10 @@ def _validator(form: Any) -> Any:
     return pydantic.TypeAdapter(form)
 
 
-def _fault(value: Any, error: Any) -> str:
+def _fault(value: Any, errors: Sequence[Any]) -> str:
     """What pydantic found, by the field's name in the file and the value it has there."""
+    # Of a field that may have several forms, the one it comes nearest to.
+    error = max((e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]), key=lambda e: len(e["loc"]))
     held, names = value, list[str]()
     for step in error["loc"]:  # pydantic also lists the kinds it tried, which are no part of the file
         if (isinstance(held, dict) and step in held) or (isinstance(held, list) and isinstance(step, int)):
