@@ -95,7 +95,8 @@ def capture(
     """
     check(trainer, rows, top_k, folder)
     folder = Path(folder)
-    with files.whole(folder) as partial:  # a capture that was interrupted is no record
+    files.remove(files.partial_of(folder))  # a capture that was interrupted is no record
+    with files.whole(folder) as partial:
         _write(trainer, partial, rows, top_k, about or {}, progress)
     return folder
 
