@@ -13,6 +13,8 @@ TRAINER = "QTargetTrainer"
 CONFIG = "QTargetConfig"
 # What a variable, parameter or attribute that holds a trainer is called.
 NAMED_TRAINER = ("trainer", "_trainer")
+# Transformers' own, which has no public name for it.
+NOT_OURS = ("_name_or_path",)
 BY_NAME = ("getattr", "setattr", "hasattr", "delattr", "object")  # the last: mock.patch.object
 # A description is a sentence; a setting beside one or two words is a table of choices or of values.
 SENTENCE_WORDS = 3
@@ -213,7 +215,7 @@ class PrivateUses(ast.NodeVisitor):
                     self.own.append((node, text))
 
     def _count(self, node: ast.AST, owner: ast.AST, name: str) -> None:
-        kind = self._kind(owner)
+        kind = None if name in NOT_OURS else self._kind(owner)
         if kind is None and name in self.source.private_names and last_name(owner) not in ("self", "cls"):
             kind = "part" if isinstance(owner, ast.Attribute) and last_name(owner.value) == "self" else "trainer"
             kind = None if isinstance(owner, ast.Call) and last_name(owner.func) == "super" else kind
