@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tokenize
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -13,6 +14,7 @@ TRAINER = "QTargetTrainer"
 CONFIG = "QTargetConfig"
 # What a variable, parameter or attribute that holds a trainer is called.
 NAMED_TRAINER = ("trainer", "_trainer")
+LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 # Transformers' own, which has no public name for it.
 NOT_OURS = ("_name_or_path",)
 BY_NAME = ("getattr", "setattr", "hasattr", "delattr", "object")  # the last: mock.patch.object
@@ -43,10 +45,6 @@ class Source:
             if isinstance(node, ast.ClassDef)
         }
 
-    @property
-    def trainer_file(self) -> Path:
-        return self.classes[TRAINER][0]
-
     def ancestors(self, name: str) -> list[str]:
         """The classes of src that a class inherits from, itself left out."""
         found: list[str] = []
@@ -67,6 +65,17 @@ class Source:
 
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def code_lines(path: Path) -> int:
+    """Lines that hold code: no blank lines, comments or docstrings."""
+    with tokenize.open(path) as file:
+        tokens = [token for token in tokenize.generate_tokens(file.readline) if token.type not in LAYOUT]
+    held = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            held -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return len(held)
 
 
 def last_name(node: ast.AST | None) -> str | None:
@@ -228,7 +237,7 @@ def private_uses(source: Source, files: Iterable[Path]) -> tuple[list[str], list
     own, parts = [], []
     for path in files:
         uses = PrivateUses(source, parsed(path))
-        if path != source.trainer_file:
+        if path != source.classes[TRAINER][0]:
             own += [source.place(path, node, name) for node, name in uses.own]
         parts += [source.place(path, node, name) for node, name in uses.parts]
     return own, parts
