@@ -117,7 +117,7 @@ def test_requires_of_composed_targets():
 
 
 @pytest.mark.parametrize(
-    "pool, terms",
+    "pool, coefficients",
     [
         (residual.guided(eta=0.0), {"student": 1.0}),
         (residual.guided(eta=1.0), {"teacher": 1.0}),
@@ -128,9 +128,9 @@ def test_requires_of_composed_targets():
         (residual.pool(student=0.5, reference=0.5), {"student": 0.5, "reference": 0.5}),
     ],
 )
-def test_pools_drop_what_is_zero(pool, terms):
+def test_pools_drop_what_is_zero(pool, coefficients):
     """Never multiplied: 0 · (−inf) would be NaN."""
-    assert pool.terms == terms
+    assert pool.nonzero == coefficients
 
 
 # ---- to YAML and back
@@ -326,7 +326,7 @@ def test_defaults_are_left_out_of_nothing():
 )
 def test_target_of_one_s_own(config, target):
     read = qt.Target.from_config(config)
-    assert (read.trust, read.terms, read.scale) == (target.trust, target.terms, target.scale)
+    assert (read.trust, read.residual, read.scale) == (target.trust, target.residual, target.scale)
     assert read.to_config() == config
     assert through_yaml(read) == read
     assert str(read).startswith(f"{__name__}:")
@@ -383,7 +383,7 @@ def test_target_of_one_s_own(config, target):
         ),
         (
             f"{__name__}:not_a_target",
-            f"target is '{__name__}:not_a_target', which returned Pool, not a Target",
+            f"target is '{__name__}:not_a_target', which returned Teacher, not a Target",
         ),
         (
             {"preset": f"{__name__}:make_mine", "etta": 1},

@@ -8,6 +8,7 @@ A value depends on the step alone, so a resumed run goes on exactly where it sto
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -138,7 +139,7 @@ class ScheduledTarget:
         if not self.schedules:
             return str(self.final)
         moving = ", ".join(f"{'.'.join(place)} {schedule}" for place, schedule in self.schedules.items())
-        return f"{self.final.with_share(1.0)} with {moving}"
+        return f"{dataclasses.replace(self.final, share=1.0)} with {moving}"
 
 
 def _warmup(config: dict) -> dict:
