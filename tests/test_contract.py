@@ -143,6 +143,7 @@ def test_signatures(contract):
 
 def test_presets(contract):
     assert json.loads(json.dumps(presets())) == contract["presets"]
+    assert qt.presets.names() == list(contract["presets"])
 
 
 def test_settings(contract):

@@ -117,3 +117,8 @@ CASES = [
         "target-sft", TEACHER, *({"eta": eta, "teacher_temperature": t} for eta in (0.3, 0.5, 1.0) for t in (1.0, 2.0))
     ),
 ]
+# A preset without cases of its own is tried at its defaults.
+INPUTS = {"teacher": TEACHER, "reference": REFERENCE, "old_policy": ("old_logps",)}
+for _name in set(qt.presets.names()) - {case.preset for case in CASES}:
+    _needs = [INPUTS.get(need, (need,)) for need in sorted(qt.preset(_name).requires)]
+    CASES.append(Case(_name, _name, {}, tuple(dict.fromkeys(name for names in _needs for name in names))))

@@ -34,6 +34,11 @@ def target_from_config(config: object) -> Target:
     if _SHARE in config:
         share = config.pop(_SHARE)
         return replace(target_from_config(config), share=share)
+    spelled = _peers_keys(config)
+    own = {key: value for key, value in config.items() if key not in spelled}
+    if (read := peers.read(spelled, own or None)) is not None and not own:
+        return read.target
+    config = own or config
     if "preset" in config:
         name = config.pop("preset")
         mixed = [key for key in config if key in _PARTS]
@@ -50,12 +55,19 @@ def target_from_config(config: object) -> Target:
             scale=None if config.get("scale") is None else _part(config["scale"], Rule, "scale"),
             value=config.get("value", "kl"),
         )
-    spelled = peers.read(config)
-    if spelled is not None:
-        return spelled.target
     raise ConfigError(
         f"target is {config!r}; give preset: NAME, or trust: and residual: (presets: {', '.join(presets.names())})"
     )
+
+
+def _peers_keys(config: Mapping) -> dict[str, Any]:
+    """What is a peer's spelling, as it may also stand at the top of a config file: no part, no preset's parameter."""
+    taken = {*_PARTS, *(key for name in presets.names() for key in presets.describe(name).parameters)}
+    if "preset" not in config:
+        taken = {*_PARTS}
+    elif config["preset"] not in presets.names():  # a function of the user's own may take any name
+        return {}
+    return {key: value for key, value in config.items() if key in peers.KEYS and key not in taken}
 
 
 def target_to_config(target: Target, composed: bool = False) -> str | dict:
@@ -116,6 +128,8 @@ def _from_name(name: object, hyperparameters: dict) -> Target:
     if ":" not in name:
         return presets.build(name, **hyperparameters)
     made = load_object(name, "target")
+    if (entry := presets.written_as(name)) is not None:
+        return replace(presets.build(entry.name, **hyperparameters), name=name)
     if not isinstance(made, Target):
         if not callable(made):
             raise ConfigError(f"target is {name!r}, which is neither a Target nor a function that returns one")

@@ -5,7 +5,7 @@ of it as data, and its loss as the paper prints it. Command line, YAML, errors, 
 """
 
 # In this order they are listed: weights of the label, what it is held to, what a teacher says.
-from qtarget.targets.presets import labels, anchors, teachers  # isort: skip
-from qtarget.targets.presets.entry import Preset, build, describe, names, preset, printed_loss
+from qtarget.targets.presets import labels, anchors, teachers  # isort: skip  # noqa: F401
+from qtarget.targets.presets.entry import Preset, build, describe, names, preset, printed_loss, written_as
 
-__all__ = ["Preset", "anchors", "build", "describe", "labels", "names", "preset", "printed_loss", "teachers"]
+__all__ = ["Preset", "build", "describe", "names", "preset", "printed_loss", "written_as"]

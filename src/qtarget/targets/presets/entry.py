@@ -84,6 +84,11 @@ def names() -> list[str]:
     return list(ENTRIES)
 
 
+def written_as(path: str) -> Preset | None:
+    """The entry whose function ``my_pkg.my_module:my_objective`` is, if there is one."""
+    return next((entry for entry in ENTRIES.values() if ":".join(_place(entry.build)) == path), None)
+
+
 def describe(name: str) -> Preset:
     """The entry of an objective, by name or alias; an unknown name raises with the nearest one."""
     for entry in ENTRIES.values():
@@ -131,7 +136,7 @@ def printed_loss(target: Target) -> Callable[[Tensor, Tensor, Mapping[str, Any]]
     >>> loss(torch.zeros(1, 4), torch.tensor([2]), {})  # 1 − p_y
     tensor([0.7500])
     """
-    entry = ENTRIES.get(target.name)
+    entry = ENTRIES.get(target.name) or written_as(target.name)
     if entry is None or entry.printed is None:
         return None
     printed, share = entry.printed, target.share
