@@ -23,7 +23,7 @@ from qtarget.losses import heads
 from qtarget.losses.engine import buffers, matmuls
 from qtarget.losses.engine.buffers import Scratch
 from qtarget.models import forward
-from qtarget.targets import presets
+from qtarget.targets.presets import teachers
 from qtarget.training import QTargetTrainer, denominator
 from qtarget.training import auxiliary as other_models_module
 from qtarget.training import trainer as trainer_module
@@ -393,7 +393,7 @@ def padding_that_is_read(patch: pytest.MonkeyPatch) -> None:
 
 def temperature_once(patch: pytest.MonkeyPatch) -> None:
     """kd's T² taken as T: the factor of both residuals is 1."""
-    real = presets.Target
+    real = teachers.Target
 
     def target(trust, residual, **more):
         residual = (
@@ -401,13 +401,13 @@ def temperature_once(patch: pytest.MonkeyPatch) -> None:
         )
         return real(trust=trust, residual=residual, **more)
 
-    patch.setattr(presets, "Target", target)
+    patch.setattr(teachers, "Target", target)
 
 
 def eta_never_0(patch: pytest.MonkeyPatch) -> None:
     """A floor under eta that the run's own eta does not meet."""
-    real = presets.residual.guided
-    patch.setattr(presets.residual, "guided", lambda eta, temperature: real(max(eta, 0.2), temperature))
+    real = teachers.residual.guided
+    patch.setattr(teachers.residual, "guided", lambda eta, temperature: real(max(eta, 0.2), temperature))
 
 
 def last_chunk_alone(patch: pytest.MonkeyPatch) -> None:
@@ -601,7 +601,7 @@ def test_the_documentation_lists_the_faults():
     for mutant, _, caught_by in MUTANTS:
         what = " ".join((mutant.__doc__ or "").rstrip(".").split())
         lines.append(f"| {what} | {', '.join(name for name in NAMES if name in caught_by)} |")
-    text = (HERE.parent / "docs" / "verify.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "verify.md").read_text()
     shown = text.split("<!-- mutants: checked by test_verify.py -->\n")[1].split("<!-- end of mutants -->")[0]
     assert shown.splitlines() == lines
     assert all(f"| {name} |" in text for name in NAMES)
