@@ -120,7 +120,8 @@ def build(name: str, /, **hyperparameters: object) -> Target:
     try:
         target = entry.build(**hyperparameters)
     except ConfigError as error:
-        raise ConfigError([f"target {entry.name}: {fault}" for fault in error.faults]) from None
+        error.during(f"target {entry.name}")
+        raise
     return replace(target, name=entry.name, hyperparameters={**known, **hyperparameters}, formula=entry.formula)
 
 
