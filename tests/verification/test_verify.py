@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -159,6 +160,14 @@ def test_every_source_is_looked_at(world, capsys):
     assert made["about"]["not_among_the_rows"] == []
     formula = next(check for check in made["checks"] if check["name"] == FORMULA)
     assert {name.split("(")[0] for name in formula["figures"] if "(" in name} == {"target-sft", "gem"}
+
+
+def test_a_target_without_a_printed_loss_is_named(world, capsys):
+    settings = {"targets": {"chat": "dft", "math": {"trust": 0.5}}, "dataset_name": world / "sources"}
+    status, made = verify(world, capsys, rows=4, **settings)
+    formula = next(check for check in made["checks"] if check["name"] == FORMULA)
+    assert status == 0 and formula["status"] == "pass"
+    assert re.fullmatch(r"dft: relative error \S+; composed has no printed loss", formula["told"])
 
 
 def test_nan_is_worse_than_any_error():
