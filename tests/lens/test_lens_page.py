@@ -163,7 +163,7 @@ def test_the_page_computes_what_python_does(shared, name, given):
     got = shared.evaluate(JS_FIGURES, [name, given])
     figures = REPLAY.figures(qt.preset(name, **given))
     # A pool's coefficient multiplies the log-probabilities, and with them what they are off by.
-    sharper = max([1.0, *(c for _, pool in qt.preset(name, **given).residual_terms for c in pool.terms.values())])
+    sharper = max([1.0, *(c for term in qt.preset(name, **given).residual_terms for c in term.pool.nonzero.values())])
     weights = (np.abs(figures.trust) + np.abs(figures.residual_mass)) * sharper
     near(got["trust"], figures.trust, "trust")
     near(got["mass"], figures.residual_mass, "residual mass")
