@@ -136,7 +136,7 @@ EXTRA = [
 TARGETS = [(case.preset, case.hyperparameters) for case in CASES] + EXTRA
 JS_FIGURES = """([name, given]) => {
   const { D } = lens;
-  const target = lens.buildTarget(D, name, { ...lens.defaultsOf(D, name), ...given });
+  const target = lens.buildTarget(D, name, { ...lens.startOf(D, name), ...given });
   const out = lens.figuresFor(D);
   lens.replay(D, target, 0, D.n, out, lens.scratchFor(D));
   const tokens = Array.from({ length: 40 }, (_, k) => k * 25).map((i) => {
@@ -218,23 +218,26 @@ def test_a_changed_formula_is_noticed(shared):
 
 @pytest.mark.browser
 def test_every_preset_and_parameter_has_its_control(shared):
-    missing = shared.evaluate("""() => {
+    missing = shared.evaluate(
+        """(presets) => {
       const choose = (name) => {
         const select = document.getElementById('name-A');
         select.value = name;
         select.dispatchEvent(new Event('change'));
       };
       const lacking = [];
-      for (const { name, parameters } of lens.D.presets) {
+      for (const [name, parameters] of presets) {
         choose(name);
-        const hidden = Object.keys(parameters).filter((key) => !document.getElementById(`${key}-A`));
+        const hidden = parameters.filter((key) => !document.getElementById(`${key}-A`));
         lacking.push(...hidden.map((key) => `${name}.${key}`));
       }
       return lacking;
-    }""")
+    }""",
+        [[name, [*qt.presets.describe(name).parameters]] for name in qt.presets.names()],
+    )
     # Only one direction is there to choose; ProFiT's bounds come with its direction "middle".
     assert missing == ["profit.tau_low", "profit.tau_high", "sft-kl.direction", "asft.direction"]
-    assert shared.evaluate("lens.D.presets.map((p) => p.name)") == qt.presets.names()
+    assert shared.evaluate("lens.D.targets.map((p) => p.name)") == qt.presets.names()
 
 
 @pytest.mark.browser

@@ -17,6 +17,7 @@ from torch import Tensor
 from qtarget import __version__
 from qtarget.data.text import text_of
 from qtarget.errors import ConfigError
+from qtarget.lens.page_targets import recorded
 from qtarget.lens.record import FILES, OTHERS, SIGNALS, Writer
 from qtarget.losses import Head, TopK
 from qtarget.losses.log_probs import log_probs
@@ -127,6 +128,7 @@ def capture(
         "teacher": _named(trainer, "teacher") if "teacher" in names else None,
         "reference": _named(trainer, "reference") if "reference" in names else None,
         "target": trainer._objective.to_config(),
+        "run_targets": recorded(trainer._objective.targets),
         "vocab_size": trainer._vocab_size,
         "top_k": top_k,
         "max_length": trainer.args.max_length,

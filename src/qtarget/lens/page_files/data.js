@@ -87,7 +87,7 @@ function readRecord(block) {
     ends: block.ends,
     about: block.about,
     history: block.history,
-    presets: block.presets,
+    targets: block.targets,
     capturedRows: block.capturedRows,
     dropped: block.dropped,
   };

@@ -1,0 +1,129 @@
+"""The targets of a page, in the composed form that targets.js computes from: a new preset needs no JavaScript.
+
+    {name, own, formula, summary, source, notes, parameters: {eta: {start, text, min, max, step}}, forms: [form]}
+    form     {when: {h: "linear"}, sliders: ["beta"], trust, residual, scale, share}, written as YAML has a target
+    or       {name, own, reason}: why it is not on the page
+
+A rule of somebody's own is evaluated here, and the page gets its weights token by token.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from qtarget.errors import reason
+from qtarget.lens import sliders
+from qtarget.lens.record import Record
+from qtarget.lens.replay import Replay
+from qtarget.targets import Target, presets
+from qtarget.targets.config import names_code
+
+Entry = dict[str, Any]
+
+
+def packed(values: Any, dtype: str) -> str:
+    """Numbers as the page's unpack reads them."""
+    return base64.b64encode(np.asarray(values).astype(f"<{dtype}").tobytes()).decode()
+
+
+def recorded(targets: Mapping[str | None, Any]) -> dict[str, Any]:
+    """What a capture's manifest holds of the run's targets, for a page that runs nobody's code: name → configuration."""
+    held = {}
+    for source, target in targets.items():
+        config = target.final.to_config()
+        name = f"{target}" if source is None else f"{source}: {target}"
+        held[name] = sliders.composed(target.final) if names_code(config) else config
+    return held
+
+
+def of_run(record: Record) -> dict[str, Target | str]:
+    """The captured run's targets by name, or why one is not known. A capture may be somebody else's: no code is run."""
+    held, config = record.manifest.get("run_targets"), record.manifest.get("target")
+    if not isinstance(held, dict):
+        held = {} if config is None else {str(config): config}  # an older capture
+    found: dict[str, Target | str] = {}
+    for name, written in held.items():
+        if names_code(written):
+            found[name] = f"{', '.join(_code(written))} is code and is not run; name it with --target"
+            continue
+        try:
+            target = Target.from_config(written)
+        except ValueError as error:
+            found[name] = f"{reason(error)}; capture again"
+        else:
+            found[str(target) if name == str(written) else name] = target
+    return found
+
+
+class PageTargets:
+    """Makes the entries of a page.
+
+    Args:
+        record: see ``record.read``. tokens: those that the page shows.
+    """
+
+    def __init__(self, record: Record, tokens: Sequence[int]):
+        self.record, self.tokens = record, tokens
+
+    def entries(self, asked: Target | None = None) -> list[Entry]:
+        """The run's own targets, ``asked``, whose code may be run, and every preset."""
+        named = {str(target): target.name for target in map(presets.build, presets.names())}
+        own = {name: {"own": "this run", "target": target} for name, target in of_run(self.record).items()}
+        if asked is not None:
+            own.setdefault(str(asked), {"own": "asked for"})["target"] = asked
+        entries = [
+            {"name": named.get(name, name), "own": entry["own"], **self._entry(entry["target"])}
+            for name, entry in own.items()
+        ]
+        others = [name for name in presets.names() if name not in {entry["name"] for entry in entries}]
+        return entries + [{"name": name, **self._entry(presets.build(name))} for name in others]
+
+    def _entry(self, target: Target | str) -> Entry:
+        if isinstance(target, str):
+            return {"reason": target}
+        preset = presets.describe(target.name) if target.name in presets.names() else None
+        entry: Entry = {"formula": target.formula, "summary": "", "source": "", "parameters": {}}
+        if preset is not None:
+            entry |= {"summary": preset.summary, "source": preset.source}
+        form = sliders.composed(target)
+        if names_code([form["trust"], form.get("scale")]):
+            try:
+                form, notes = self._given(target, form)
+            except Exception as error:  # code of somebody else's
+                return {"reason": f"{', '.join(_code(form))} failed: {reason(error)}"}
+            return entry | {"forms": [form], "notes": notes}
+        if preset is None or target.share != 1:
+            form = sliders.released(form, entry["parameters"])
+            return entry | {"forms": [{"when": {}, "sliders": [*entry["parameters"]], **form}]}
+        parameters, forms = sliders.of_preset(preset, target.hyperparameters)
+        numbers = {key: value for key, value in target.hyperparameters.items() if isinstance(value, (int, float))}
+        notes = [f"{key} stays at {value} on this page" for key, value in numbers.items() if key not in parameters]
+        return entry | {"parameters": parameters, "forms": forms, "notes": notes}
+
+    @cached_property
+    def _replay(self) -> Replay:
+        """Made only where it is needed, for it pads every list of the record."""
+        return Replay(self.record)
+
+    def _given(self, target: Target, form: Entry) -> tuple[Entry, list[str]]:
+        """The form with the weights of its rules in place of them, and notes on them."""
+        notes: list[str] = []
+        a, b, unsure = self._replay.weights(target, notes)
+        rest = b[0] / target.residual_terms[0][0] if b else np.zeros_like(a)
+        given = {"trust": a, "rest": rest, "unsure": unsure}
+        trust = {"given": {key: packed(values[self.tokens], "f4") for key, values in given.items()}}
+        return {"when": {}, "sliders": [], "trust": trust, "residual": form["residual"]}, notes
+
+
+def _code(config: Any) -> Iterator[str]:
+    """Every path of an object in a configuration."""
+    if isinstance(config, str):
+        yield from [config] if ":" in config else []
+    elif isinstance(config, (Mapping, list)):
+        for part in [*config, *config.values()] if isinstance(config, Mapping) else config:
+            yield from _code(part)
