@@ -192,8 +192,8 @@ def _loss(words: list[str]) -> int:
     import torch
     from rich.table import Table
 
-    from qtarget.targets.config import load_object
     from qtarget.targets.induced import RULES, induced_target
+    from qtarget.targets.yaml_form import load_object
 
     sys.path.insert(0, "")  # a loss in the present folder, as `python -m` would find it
     loss = load_object(given["loss"], "loss")

@@ -21,7 +21,7 @@ from qtarget.lens import sliders
 from qtarget.lens.record import Record
 from qtarget.lens.replay import Replay
 from qtarget.targets import Target, presets
-from qtarget.targets.config import names_code
+from qtarget.targets.yaml_form import names_code
 
 Entry = dict[str, Any]
 
