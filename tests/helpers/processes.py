@@ -20,13 +20,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from test_trainer_old_policy import LR, by_hand
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import layouts
 import tiny
+from old_policy import LR, by_hand
 from qtarget.models import forward
 from qtarget.teachers.cache import build as cache_build
 from qtarget.training import history

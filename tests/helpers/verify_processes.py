@@ -1,6 +1,8 @@
 """``qtarget verify`` in every process of a launcher: as it is, then with faults between processes. Run by torchrun.
 
-torchrun --nproc_per_node 2 tests/helpers/verify_processes.py FOLDER WORD...    writes FOLDER/right.json and FOLDER/MUTANT.json
+torchrun --nproc_per_node 2 tests/helpers/verify_processes.py FOLDER WORD...
+
+writes FOLDER/right.json and FOLDER/MUTANT.json
 """
 
 from __future__ import annotations

@@ -602,9 +602,7 @@ def test_the_documentation_lists_the_faults():
         what = " ".join((mutant.__doc__ or "").rstrip(".").split())
         lines.append(f"| {what} | {', '.join(name for name in NAMES if name in caught_by)} |")
     text = (HERE.parent / "docs" / "verify.md").read_text()
-    shown = text.split("<!-- mutants: checked by tests/verification/test_verify.py -->\n")[1].split(
-        "<!-- end of mutants -->"
-    )[0]
+    shown = text.split("<!-- mutants: checked by test_verify.py -->\n")[1].split("<!-- end of mutants -->")[0]
     assert shown.splitlines() == lines
     assert all(f"| {name} |" in text for name in NAMES)
 

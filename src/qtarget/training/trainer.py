@@ -293,7 +293,7 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, HostRepairs, AtomicCheckpoi
 
     def _tell_agreement(self) -> None:
         """A line on how far student and teacher agree, before anything is trained."""
-        from qtarget.training import agreement  # it needs this trainer's parts
+        from qtarget.teachers.agreement import measure as agreement  # it needs this trainer's parts
 
         if not self.args.teacher_check_rows or not self.reads_teacher:
             return
