@@ -21,6 +21,7 @@ from qtarget.lens import sliders
 from qtarget.lens.record import Record
 from qtarget.lens.replay import Replay
 from qtarget.targets import Target, presets
+from qtarget.targets.objective import Objective
 from qtarget.targets.yaml_form import names_code
 
 Entry = dict[str, Any]
@@ -31,21 +32,22 @@ def packed(values: Any, dtype: str) -> str:
     return base64.b64encode(np.asarray(values).astype(f"<{dtype}").tobytes()).decode()
 
 
-def recorded(targets: Mapping[str | None, Any]) -> dict[str, Any]:
-    """What a capture's manifest holds of the run's targets, for a page that runs nobody's code: name → configuration."""
+def recorded(objective: Objective) -> dict[str, Any]:
+    """Lines of a capture's manifest: the run's targets, each as a page can have it that runs nobody's code."""
     held = {}
-    for source, target in targets.items():
+    for source, target in objective.targets.items():
         config = target.final.to_config()
         name = f"{target}" if source is None else f"{source}: {target}"
         held[name] = sliders.composed(target.final) if names_code(config) else config
-    return held
+    whole = objective.to_config()
+    return {"target": whole} | ({} if [*held.values()] == [whole] else {"run_targets": held})
 
 
 def of_run(record: Record) -> dict[str, Target | str]:
     """The captured run's targets by name, or why one is not known. A capture may be somebody else's: no code is run."""
     held, config = record.manifest.get("run_targets"), record.manifest.get("target")
     if not isinstance(held, dict):
-        held = {} if config is None else {str(config): config}  # an older capture
+        held = {} if config is None else {str(config): config}
     found: dict[str, Target | str] = {}
     for name, written in held.items():
         if names_code(written):
@@ -72,20 +74,28 @@ class PageTargets:
 
     def entries(self, asked: Target | None = None) -> list[Entry]:
         """The run's own targets, ``asked``, whose code may be run, and every preset."""
-        named = {str(target): target.name for target in map(presets.build, presets.names())}
-        own = {name: {"own": "this run", "target": target} for name, target in of_run(self.record).items()}
+        found: dict[str, tuple[str, Target | str]] = {
+            name: ("this run", target) for name, target in of_run(self.record).items()
+        }
         if asked is not None:
-            own.setdefault(str(asked), {"own": "asked for"})["target"] = asked
+            name = str(asked)
+            run = found.get(name, ("", name))[1]
+            same = isinstance(run, str) or sliders.composed(run) == sliders.composed(asked)
+            found[name if same else f"{name}, asked for"] = (
+                "this run" if same and name in found else "asked for",
+                asked,
+            )
+        defaults = {str(target): target.name for target in map(presets.build, presets.names())}
         entries = [
-            {"name": named.get(name, name), "own": entry["own"], **self._entry(entry["target"])}
-            for name, entry in own.items()
+            {"name": defaults.get(name, name), "own": own, **self._entry(target)}
+            for name, (own, target) in found.items()
         ]
-        others = [name for name in presets.names() if name not in {entry["name"] for entry in entries}]
-        return entries + [{"name": name, **self._entry(presets.build(name))} for name in others]
+        shown = {entry["name"] for entry in entries}
+        return entries + [{"name": n, **self._entry(presets.build(n))} for n in presets.names() if n not in shown]
 
     def _entry(self, target: Target | str) -> Entry:
         if isinstance(target, str):
-            return {"reason": target}
+            return {"reason": target, "parameters": {}}
         preset = presets.describe(target.name) if target.name in presets.names() else None
         entry: Entry = {"formula": target.formula, "summary": "", "source": "", "parameters": {}}
         if preset is not None:
@@ -95,10 +105,10 @@ class PageTargets:
             try:
                 form, notes = self._given(target, form)
             except Exception as error:  # code of somebody else's
-                return {"reason": f"{', '.join(_code(form))} failed: {reason(error)}"}
+                return {"reason": f"{', '.join(_code(form))} failed: {reason(error)}", "parameters": {}}
             return entry | {"forms": [form], "notes": notes}
         if preset is None or target.share != 1:
-            form = sliders.released(form, entry["parameters"])
+            form = sliders.of_parts(form, entry["parameters"])
             return entry | {"forms": [{"when": {}, "sliders": [*entry["parameters"]], **form}]}
         parameters, forms = sliders.of_preset(preset, target.hyperparameters)
         numbers = {key: value for key, value in target.hyperparameters.items() if isinstance(value, (int, float))}

@@ -1,21 +1,18 @@
-"""How the numbers of a preset's composed form follow its hyperparameters, so that the page can move them.
+"""Which sliders a target has on the page, and which numbers of its composed form they move.
 
-The preset is built at two values of each hyperparameter, which gives ``{of: "smoothing", times: -1, plus: 1}`` for a
-number that is 1 − smoothing; the form is then checked against the preset at other values. A hyperparameter that the
-numbers follow in another way has no slider and stays as it is.
+A preset is built at values that nothing else has; a number of its form that is such a value h, 1 − h or −h becomes
+``{of: "smoothing", times: -1, plus: 1}``. The form is then checked against the preset at other values. Where the preset
+uses a hyperparameter in another way, it has no slider and stays as it is.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-import torch
-
 from qtarget.errors import ConfigError
-from qtarget.targets import Target, TokenStats
+from qtarget.targets import Target
 from qtarget.targets.presets import Preset
 
 # What a slider covers, by the name of the hyperparameter: text, least, most, step.
@@ -36,37 +33,21 @@ RANGES: dict[str, tuple[str, float, float, float]] = {
     "teacher_temperature": ("teacher_temperature", 0.25, 8, 0.05),
     "kd_weight": ("kd_weight λ, the teacher’s share", 0, 1, 0.01),
 }
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "direction": ("higher", "lower", "middle"),
-    "normalizer": ("log_k", "none", 3.0),
-    "h": ("linear", "logsigmoid"),
+# The words a hyperparameter may be, each with the hyperparameters that then play no part.
+_CHOICES: dict[str, dict[Any, tuple[str, ...]]] = {
+    "direction": {"higher": (), "lower": (), "middle": ("tau",)},
+    "normalizer": {"log_k": (), "none": (), 3.0: ()},
+    "h": {"linear": (), "logsigmoid": ()},
 }
 # Of a default None: the number to start from, or the hyperparameter whose value it has until it is moved.
 _STARTS = {"tau_low": 0.1, "tau_high": 0.9}
 _FOLLOWS = {"clip_high": "clip"}
-
-# Tokens of every kind. Two targets that do the same to all of them are one.
-_SPREAD = torch.linspace(0, 1, 97, dtype=torch.float64)
-_LOG_P = -6 * _SPREAD - 1e-3
-_PROBE = TokenStats(
-    {
-        "log_p_y": _LOG_P,
-        "rest_mass": -torch.expm1(_LOG_P),
-        "old_logps": _LOG_P + (9 * _SPREAD).sin(),
-        "critical": (50 * _SPREAD).round() % 2,
-        "weight": 3 * _SPREAD.roll(30),
-        "entropy": 9 * _SPREAD.roll(40),
-        "offset_mass": 0.1 + _SPREAD.roll(50),
-        "teacher_log_p_y": -5 * _SPREAD.roll(60),
-        "reference_log_p_y": -7 * _SPREAD.roll(70),
-    },
-    lambda k: _SPREAD.roll(20) * k**0.5,
-)
+_WAYS = ((1, 0), (-1, 1), (-1, 0))
 
 Values = dict[str, Any]
 
 
-def composed(target: Target) -> dict[str, Any]:
+def composed(target: Target) -> Values:
     """The target as ``{trust, residual, scale, share}``, whatever it is called."""
     config = target.with_share(1.0).named("composed", {}).to_config()
     assert isinstance(config, dict)
@@ -75,26 +56,26 @@ def composed(target: Target) -> dict[str, Any]:
 
 
 def slider(name: str, value: float) -> Values:
-    """The control of a hyperparameter that stands at ``value``; one that ``RANGES`` does not know has a wide range."""
+    """The control of a hyperparameter that stands at ``value``; of one that ``RANGES`` lacks, with a range around it."""
     wide = (0, 1) if value == 0 else (0.01, 1) if 0 < value <= 1 else sorted((value / 10, 4 * value))
     text, low, high, step = RANGES.get(name, (name, *wide, (wide[1] - wide[0]) / 100))
     return {"text": text, "start": value, "min": min(low, value), "max": max(high, value), "step": step}
 
 
-def released(part: Any, controls: Values) -> Any:
-    """A composed form whose parts' parameters have sliders; these go into ``controls``."""
+def of_parts(part: Any, controls: Values) -> Any:
+    """A composed form with a slider for every parameter of its parts that ``RANGES`` has; they go into ``controls``."""
     if isinstance(part, list):
-        return [released(inner, controls) for inner in part]
+        return [of_parts(inner, controls) for inner in part]
     if not isinstance(part, Mapping):
         return part
     made = {}
     for key, value in part.items():
-        name = key if key not in controls else f"{key}_{len(controls) + 1}"
         if key in RANGES and isinstance(value, (int, float)) and RANGES[key][1] <= value <= RANGES[key][2]:
+            name = key if key not in controls else f"{key}_{len(controls) + 1}"
             controls[name] = slider(key, value)
             made[key] = {"of": name, "times": 1, "plus": 0}
         else:
-            made[key] = released(value, controls)
+            made[key] = of_parts(value, controls)
     return made
 
 
@@ -102,19 +83,20 @@ def of_preset(preset: Preset, hyperparameters: Values) -> tuple[Values, list[Val
     """(controls by hyperparameter, forms), one form for each choice of the hyperparameters that are words."""
     values = {**preset.parameters, **hyperparameters}
     choices = {
-        name: [v for v in dict.fromkeys((*_CHOICES[name], values[name])) if _accepted(preset, {**values, name: v})]
+        name: [word for word in {**_CHOICES[name], values[name]: ()} if _accepted(preset, {**values, name: word})]
         for name in _CHOICES.keys() & values.keys()
     }
     choices = {name: words for name, words in choices.items() if len(words) > 1}
-    pickings = [dict(zip(choices, picked, strict=True)) for picked in itertools.product(*choices.values())]
     controls: Values = {name: {"start": values[name], "choices": words} for name, words in choices.items()}
     forms = []
-    for when in pickings:
+    for words in itertools.product(*choices.values()):
+        when = dict(zip(choices, words, strict=True))
         start = _accepted(preset, values | when)
         if start is not None:  # else two choices that do not go together
-            form = _Form(preset, start, when)
-            forms.append({"when": when, "sliders": [*form.controls], **form.tree})
-            controls |= form.controls
+            idle = {*when, *(other for name, word in when.items() for other in _CHOICES[name].get(word, ()))}
+            form, moved = _form(preset, start, {name: start[name] for name in start if name not in idle})
+            forms.append({"when": when, "sliders": [*moved], **form})
+            controls |= moved
     return {name: controls[name] for name in values if name in controls}, forms
 
 
@@ -131,71 +113,61 @@ def _accepted(preset: Preset, values: Values) -> Values | None:
     return None
 
 
-class _Form:
-    """A preset's composed form around some values of its hyperparameters.
+def _form(preset: Preset, values: Values, movable: Values) -> tuple[Values, Values]:
+    """(the form around these values, the sliders that move it), as many as the preset's use of them allows."""
+    controls: Values = {}
+    marks: Values = {}
+    for name, value in movable.items():
+        follows = _FOLLOWS.get(name) if value is None else None
+        number = values[follows] if follows else value
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            control = slider(name, number)
+            step = control["step"] if number + 4 * control["step"] <= control["max"] else -control["step"]
+            # Beside the start, which may be a special case, and not what another one or a part's own number is.
+            marks[name] = number + 3 * step if step == 1 else number + (3 + 0.1618 * (len(marks) + 1)) * step
+            controls[name] = control | ({"start": None, "follows": follows} if follows else {})
+    for chosen in (names for count in range(len(marks), 0, -1) for names in itertools.combinations(marks, count)):
+        form = _marked(composed(preset.build(**values | {name: marks[name] for name in chosen})), marks)
+        ranges = {name: (controls[name]["min"], values[name], marks[name], controls[name]["max"]) for name in chosen}
+        if _moving(form) == {*chosen} and _holds(preset, values, form, ranges):
+            return form, {name: controls[name] for name in chosen}
+    return composed(preset.build(**values)), {}
 
-    tree: the form, with ``{of, times, plus}`` for what a slider moves. controls: the sliders that move something.
-    """
 
-    def __init__(self, preset: Preset, values: Values, when: Values):
-        self.preset, self.values = preset, values
-        self.tree = composed(preset.build(**values))
-        self.controls: Values = {}
-        for name, value in values.items():
-            follows = _FOLLOWS.get(name) if value is None else None
-            number = values[follows] if follows else value
-            if name not in when and isinstance(number, (int, float)) and not isinstance(number, bool):
-                control = slider(name, number)
-                self._release(name, control | ({"start": None, "follows": follows} if follows else {}), number)
+def _marked(part: Any, marks: Mapping[str, float]) -> Any:
+    """A form in which every number that comes from a mark says from which and how."""
+    if isinstance(part, list):
+        return [_marked(inner, marks) for inner in part]
+    if isinstance(part, Mapping):
+        return {key: _marked(inner, marks) for key, inner in part.items()}
+    for (name, mark), (times, plus) in itertools.product(marks.items(), _WAYS):
+        if part == plus + times * mark:
+            return {"of": name, "times": times, "plus": plus}
+    return part
 
-    def _release(self, name: str, control: Values, start: float) -> None:
-        """Let ``name`` move the form, if it does, and if the form then is what the preset builds everywhere."""
-        step = control["step"] if start + 7 * control["step"] <= control["max"] else -control["step"]
-        near = (start + 3 * step, start + 7 * step)  # beside the start, which may be a special case
-        controls = self.controls | {name: control | {"near": near}}
-        if not any(self._moves(name, x) for x in (control["min"], *near, control["max"])):
-            return
-        points = {other: c["near"][0] for other, c in controls.items()}
-        base, places = dict(_leaves(self._at(points))), {}
-        for other, c in controls.items():
-            x, further = c["near"]
-            changed = dict(_leaves(self._at(points | {other: further})))
-            if changed.keys() != base.keys():
-                return
-            for place in base:
-                if changed[place] != base[place]:
-                    times = _plain((changed[place] - base[place]) / (further - x))
-                    places[place] = {"of": other, "times": times, "plus": _plain(base[place] - times * x)}
-        tree = _replaced(self._at(points), places)
-        values = [(c["min"], self.values[other], *c["near"], c["max"]) for other, c in controls.items()]
-        for point in itertools.product(*values):
-            numbers = dict(zip(controls, point, strict=True))
-            try:
-                target = self.preset.build(**self.values | numbers)
-            except ConfigError:
-                continue  # as where tau_low is above tau_high
-            if not _alike(target, Target.from_config(filled_in(tree, numbers))):
-                return
-        self.tree, self.controls = tree, controls
 
-    def _at(self, numbers: Values) -> Values:
-        return composed(self.preset.build(**self.values | numbers))
+def _moving(part: Any) -> set[str]:
+    """The hyperparameters that a form has marks of."""
+    inner: Iterable[Any] = part if isinstance(part, list) else part.values() if isinstance(part, Mapping) else ()
+    return {part["of"]} if isinstance(part, Mapping) and "of" in part else set().union(*map(_moving, inner))
 
-    def _moves(self, name: str, value: float) -> bool:
+
+def _holds(preset: Preset, values: Values, form: Values, ranges: Mapping[str, Iterable[Any]]) -> bool:
+    """Whether the form is what the preset builds, over the sliders' ranges."""
+    for point in itertools.product(*ranges.values()):
+        numbers = dict(zip(ranges, point, strict=True))
         try:
-            return not _alike(self.preset.build(**self.values | {name: value}), self.preset.build(**self.values))
+            target = preset.build(**values | numbers)
         except ConfigError:
+            continue  # as where tau_low is above tau_high
+        if _meaning(target) != _meaning(Target.from_config(filled_in(form, numbers))):
             return False
+    return True
 
 
-def _alike(one: Target, other: Target) -> bool:
-    """Whether two targets do the same to every token."""
-    weights = [torch.stack([a, *b]) for a, b in (one.weights(_PROBE), other.weights(_PROBE))]
-    pools = [
-        [[p.student, p.teacher, p.reference, p.offset_slope or 0] for _, p in target.residual_terms]
-        for target in (one, other)
-    ]
-    return all(np.shape(x) == np.shape(y) and np.allclose(x, y, rtol=1e-9, atol=1e-12) for x, y in (weights, pools))
+def _meaning(target: Target) -> tuple:
+    pools = [(factor, pool.terms, pool.offset_slope) for factor, pool in target.residual_terms]
+    return target.trust, target.scale, target.share, pools
 
 
 def filled_in(part: Any, numbers: Values) -> Any:
@@ -208,28 +180,3 @@ def filled_in(part: Any, numbers: Values) -> Any:
         number = numbers[part["of"]]
         return None if number is None else part["plus"] + part["times"] * number
     return {key: filled_in(inner, numbers) for key, inner in part.items()}
-
-
-def _leaves(part: Any, place: tuple = ()) -> Iterator[tuple[tuple, Any]]:
-    """(place, value) of everything in a form that is neither a mapping nor a list."""
-    inner = part.items() if isinstance(part, Mapping) else enumerate(part) if isinstance(part, list) else None
-    if inner is None:
-        yield place, part
-    else:
-        for key, value in inner:
-            yield from _leaves(value, (*place, key))
-
-
-def _replaced(part: Any, places: Mapping[tuple, Values], place: tuple = ()) -> Any:
-    """A form with other values at some places."""
-    if isinstance(part, Mapping):
-        return {key: _replaced(value, places, (*place, key)) for key, value in part.items()}
-    if isinstance(part, list):
-        return [_replaced(value, places, (*place, key)) for key, value in enumerate(part)]
-    return places.get(place, part)
-
-
-def _plain(number: float) -> float:
-    """Without rounding's last digits; a whole number is an integer, as top_k has to be."""
-    number = round(number, 12)
-    return int(number) if number == int(number) else number
