@@ -71,7 +71,7 @@ def agrees(got: dict, target: Target, replay: Replay) -> None:
     """Every figure of a page, as ``JS_FIGURES`` gives them, is that of the replay in Python."""
     figures = replay.figures(target)
     # A pool's coefficient multiplies the log-probabilities, and with them what they are off by.
-    sharper = max([1.0, *(c for _, pool in target.residual_terms for c in pool.terms.values())])
+    sharper = max([1.0, *(c for term in target.residual_terms for c in term.pool.nonzero.values())])
     weights = (np.abs(figures.trust) + np.abs(figures.residual_mass)) * sharper
     near(got["trust"], figures.trust, "trust")
     near(got["mass"], figures.residual_mass, "residual mass")

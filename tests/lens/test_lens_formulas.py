@@ -1,6 +1,7 @@
 """What the page computes in a browser is what the replay computes: every preset, every rule with every residual."""
 
 import inspect
+from dataclasses import dataclass
 
 import pytest
 
@@ -12,8 +13,8 @@ from published import CASES
 from qtarget.lens import page
 from qtarget.lens.page_targets import PageTargets
 from qtarget.lens.replay import Replay
-from qtarget.targets.residual import POOLS
-from qtarget.targets.trust import RULES
+from qtarget.targets.residual import Residual
+from qtarget.targets.trust import Rule
 
 N = 1000
 RECORD = lens_records.of_everything(N)
@@ -52,6 +53,16 @@ def doubt(stats):
 
 doubt.needs = frozenset({"entropy", "teacher_log_p_y"})
 
+
+@dataclass(frozen=True)
+class Between(Residual):
+    share: float
+
+    @property
+    def coefficients(self):
+        return {"student": 1 - self.share, "reference": self.share}
+
+
 # Each rule and residual of the library, with parameters that are no defaults.
 PARAMETERS = {
     "constant": {"value": 0.3},
@@ -66,22 +77,23 @@ PARAMETERS = {
     "sharpened": {"beta": 0.6, "h": "logsigmoid"},
     "pool": {"student": 0.5, "teacher": 0.3, "reference": 0.4},
 }
-RULE = {name: rule(**PARAMETERS.get(name, {})) for name, rule in RULES.items() if name != "offset_mass"}
-POOL = {name: pool(**PARAMETERS.get(name, {})) for name, pool in POOLS.items()}
+RULE = {name: rule(**PARAMETERS.get(name, {})) for name, rule in Rule.known.items() if name != "offset_mass"}
+POOL = {name: pool(**PARAMETERS.get(name, {})) for name, pool in Residual.known.items()}
 SCALED = {
     "half": qt.Target(0.9, qt.residual.teacher(), scale=0.5),
     "by entropy": qt.Target(qt.trust.probability(), qt.residual.reference(), scale=qt.trust.entropy()),
     "by the offset's mass": qt.Target(0.4, POOL["sharpened"], scale=qt.trust.offset_mass()),
     "trust is the offset's mass": qt.Target(qt.trust.offset_mass(), POOL["sharpened"]),
-    "a share": qt.Target(qt.trust.probability(), qt.residual.guided(0.5)).with_share(0.3),
-    "no share": qt.Target(qt.trust.probability(), qt.residual.guided(0.5)).with_share(0.0),
+    "a share": qt.Target(qt.trust.probability(), qt.residual.guided(0.5), share=0.3),
+    "no share": qt.Target(qt.trust.probability(), qt.residual.guided(0.5), share=0.0),
+    "a residual of one's own": qt.Target(qt.trust.probability(), Between(0.7)),
     "two residuals": qt.Target(0.4, [(0.7, qt.residual.teacher()), (-0.2, qt.residual.uniform())]),
     "a residual of weight 0": qt.Target(0.4, [(0.0, qt.residual.teacher()), (1.0, qt.residual.student())]),
     "a pool with a negative coefficient": qt.Target(0.4, qt.residual.pool(student=1.5, reference=-0.5)),
     "a rule of one's own": qt.Target(doubt, qt.residual.guided(0.2), scale=0.5),
     "a rule of one's own, in a share of two": qt.Target(
-        doubt, [(0.5, qt.residual.teacher()), (0.5, qt.residual.reference())]
-    ).with_share(0.6),
+        doubt, [(0.5, qt.residual.teacher()), (0.5, qt.residual.reference())], share=0.6
+    ),
 }
 
 
@@ -109,10 +121,10 @@ def test_scales_shares_and_rules_of_ones_own(shared, case):
 @pytest.mark.browser
 def test_the_page_knows_every_rule_and_residual_of_the_library(shared):
     """Who adds one to targets/ adds it to targets.js."""
-    assert {*shared.evaluate("Object.keys(lens.RULES)")} == {*RULES, "given"}
-    assert {*shared.evaluate("Object.keys(lens.POOLS)")} == {*POOLS}
-    assert {*PARAMETERS} <= {*RULES, *POOLS}
-    for name, part in {**RULES, **POOLS}.items():
+    assert {*shared.evaluate("Object.keys(lens.RULES)")} == {*Rule.known, "given"}
+    assert {*shared.evaluate("Object.keys(lens.POOLS)")} == {*Residual.known}
+    assert {*PARAMETERS} <= {*Rule.known, *Residual.known}
+    for name, part in {**Rule.known, **Residual.known}.items():
         assert name in PARAMETERS or not inspect.signature(part).parameters, name
 
 

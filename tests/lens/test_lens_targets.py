@@ -227,7 +227,7 @@ def test_a_hyperparameter_of_a_new_name_has_a_range_around_its_default():
     controls, (form,) = of(build)
     assert (controls["sureness"]["min"], controls["sureness"]["max"]) == (0.2, 8.0)
     assert (controls["doubt"]["min"], controls["doubt"]["max"]) == (0.01, 1)
-    assert form["residual"] == {"guided": {"eta": {"of": "doubt", "times": -1, "plus": 1}, "temperature": 1.0}}
+    assert form["residual"] == [{"guided": {"eta": {"of": "doubt", "times": -1, "plus": 1}, "temperature": 1.0}}]
 
 
 @pytest.mark.parametrize("name", qt.presets.names())

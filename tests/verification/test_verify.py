@@ -27,7 +27,7 @@ from qtarget.targets import presets
 from qtarget.training import QTargetTrainer, denominator
 from qtarget.training import auxiliary as other_models_module
 from qtarget.training import trainer as trainer_module
-from qtarget.verification import Subject, formulas, peak, report, resources
+from qtarget.verification import Subject, peak, report, resources
 
 HERE = Path(__file__).parents[1] / "helpers"
 NAMES = [check.name for check in report.CHECKS]
@@ -613,8 +613,3 @@ def test_help(capsys):
     assert "--rows" in told and "--json" in told and "Exit status" in told
     assert main(["--help"]) == 0
     assert "qtarget verify --config FILE" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", presets.names())
-def test_every_objective_has_its_printed_formula(name):
-    assert formulas.of(presets.build(name)) is not None

@@ -101,7 +101,9 @@ class PageTargets:
         if preset is not None:
             entry |= {"summary": preset.summary, "source": preset.source}
         form = sliders.composed(target)
-        if names_code([form["trust"], form.get("scale")]):
+        if names_code(form["residual"]):
+            return {"reason": f"{', '.join(_code(form))} has an offset that the page does not know", "parameters": {}}
+        if names_code(form):
             try:
                 form, notes = self._given(target, form)
             except Exception as error:  # code of somebody else's
@@ -124,7 +126,7 @@ class PageTargets:
         """The form with the weights of its rules in place of them, and notes on them."""
         notes: list[str] = []
         a, b, unsure = self._replay.weights(target, notes)
-        rest = b[0] / target.residual_terms[0][0] if b else np.zeros_like(a)
+        rest = b[0] / target.residual_terms[0].factor if b else np.zeros_like(a)
         given = {"trust": a, "rest": rest, "unsure": unsure}
         trust = {"given": {key: packed(values[self.tokens], "f4") for key, values in given.items()}}
         return {"when": {}, "sliders": [], "trust": trust, "residual": form["residual"]}, notes

@@ -14,6 +14,7 @@ from typing import Any
 from qtarget.errors import ConfigError
 from qtarget.targets import Target
 from qtarget.targets.presets import Preset
+from qtarget.targets.yaml_form import names_code
 
 # What a slider covers, by the name of the hyperparameter: text, least, most, step.
 RANGES: dict[str, tuple[str, float, float, float]] = {
@@ -48,11 +49,15 @@ Values = dict[str, Any]
 
 
 def composed(target: Target) -> Values:
-    """The target as ``{trust, residual, scale, share}``, whatever it is called."""
-    config = target.with_share(1.0).named("composed", {}).to_config()
+    """The target as ``{trust, residual, scale, share}``, the residual a list. One of somebody's own is a pool there."""
+    config = target.to_config(composed=True)
     assert isinstance(config, dict)
     config.pop("value", None)  # how the loss is reported plays no part here
-    return config | ({} if target.share == 1 else {"share": target.share})
+    residual = config["residual"] if isinstance(config["residual"], list) else [config["residual"]]
+    for place, (factor, pool) in enumerate(target.residual):
+        if names_code(residual[place]) and pool.offset_slope is None:
+            residual[place] = {"weight": factor, "pool": pool.nonzero}
+    return config | {"residual": residual}
 
 
 def slider(name: str, value: float) -> Values:
@@ -166,7 +171,7 @@ def _holds(preset: Preset, values: Values, form: Values, ranges: Mapping[str, It
 
 
 def _meaning(target: Target) -> tuple:
-    pools = [(factor, pool.terms, pool.offset_slope) for factor, pool in target.residual_terms]
+    pools = [(factor, pool.nonzero, pool.offset_slope) for factor, pool in target.residual_terms]
     return target.trust, target.scale, target.share, pools
 
 

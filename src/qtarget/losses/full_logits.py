@@ -19,7 +19,7 @@ from qtarget.losses.inputs import (
 )
 from qtarget.losses.output import LossOutput, simplex_tolerance
 from qtarget.targets import Target, TokenStats
-from qtarget.targets.residual import Pool
+from qtarget.targets.residual import Residual
 
 _HOW = {"teacher": "pass teacher_logits=", "reference": "pass reference_logits="}
 
@@ -157,13 +157,14 @@ def _tilt(z: Tensor, tokens: Tokens, target: Target, others: dict[str, Tensor], 
         if k > z.shape[-1]:
             raise ConfigError(f"top_k is {k}, but the vocabulary has {z.shape[-1]} tokens; use a smaller top_k")
         top = z.topk(k, dim=-1).values
-        gap = top[:, :1] - top[:, 1:]
-        rest = (-gap).exp().sum(-1)  # to 1 for the likeliest: log1p keeps the digits of an entropy near 0
-        return rest.log1p() + (gap * (-gap).exp()).sum(-1) / (1 + rest)
+        gap = top - top[:, :1]
+        # Σ exp(gap) is 1 for the likeliest and the rest: log1p keeps the digits of an entropy near 0.
+        log_top = gap - gap[:, 1:].exp().sum(-1, keepdim=True).log1p()
+        return -(log_top.exp() * log_top).sum(-1)
 
     log_R, masses = [], []
-    for _, pool in target.residual_terms:
-        distribution, mass = _pool_distribution(pool, z, y, others, real)
+    for term in target.residual_terms:
+        distribution, mass = _pool_distribution(term.pool, z, y, others, real)
         log_R.append(distribution)
         masses.append(mass)
     if masses:
@@ -173,12 +174,14 @@ def _tilt(z: Tensor, tokens: Tokens, target: Target, others: dict[str, Tensor], 
     return Tilt(a, list(zip(b, log_R, strict=True)), target.label_loss(token_stats))
 
 
-def _pool_distribution(pool: Pool, z: Tensor, y: Tensor, others: dict[str, Tensor], real: int) -> tuple[Tensor, Tensor]:
+def _pool_distribution(
+    pool: Residual, z: Tensor, y: Tensor, others: dict[str, Tensor], real: int
+) -> tuple[Tensor, Tensor]:
     """(log R [n, V], mass [n] that an elementwise offset leaves of it)."""
     covered = z.shape[-1] if pool.is_student_only else min([real, *(others[m].shape[-1] for m in pool.requires)])
     logits = {"student": z, **others}
     pooled = torch.zeros_like(z[:, :covered])
-    for name, coefficient in pool.terms.items():
+    for name, coefficient in pool.nonzero.items():
         pooled = pooled + coefficient * logits[name][:, :covered]
     mass = torch.ones_like(pooled[:, 0])
     if pool.offset_slope is not None:
@@ -204,7 +207,7 @@ def _published_value(target: Target, tilt: Tilt, log_p: Tensor) -> Tensor:
         return tilt.label_loss
     if target.value == "tempered_kl":  # b₁ = T·b, so b·T²·KL(R₁ ‖ R₂) = b₁·T·KL
         (b, teacher), (_, student) = tilt.terms
-        temperature = target.residual_terms[0][0]
+        temperature = target.residual_terms[0].factor
         return tilt.label_loss + b * temperature * _kl(teacher, student)
     if target.value == "kl":
         return tilt.label_loss + sum(b * _kl(log_R, log_p) for b, log_R in tilt.terms)
