@@ -97,4 +97,5 @@ def agrees(got: dict, target: Target, replay: Replay) -> None:
             assert abs(got["summary"][key] - value) <= 2 / len(figures.trust)
         elif not math.isnan(value):
             near(got["summary"][key], value, key)
-    assert len(got["notes"]) == len(figures.notes)
+    own = [note for note in got["notes"] if "was evaluated in Python" in note]
+    assert len(got["notes"]) == len(figures.notes) + len(own)

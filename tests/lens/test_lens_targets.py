@@ -10,7 +10,7 @@ import qtarget as qt
 import tiny
 from lens_pages import JS_FIGURES, agrees
 from qtarget.lens import capture, page, record, sliders
-from qtarget.lens.page_targets import PageTargets, of_run, recorded
+from qtarget.lens.page_targets import listed, of_run, recorded
 from qtarget.lens.replay import Replay
 from qtarget.targets.objective import Objective
 from runs import trainer
@@ -68,7 +68,7 @@ def of_a_run(target, **manifest):
 
 
 def entry(made, name, asked=None):
-    (found,) = (e for e in PageTargets(made, range(N)).entries(asked) if e["name"] == name)
+    (found,) = (e for e in listed(made, range(N), asked) if e["name"] == name)
     return found
 
 
@@ -127,7 +127,7 @@ def test_a_rule_of_somebodys_own(open_page, tmp_path, own):
     view = open_page(page.write(made, tmp_path / "lens.html"))
     assert not (own / "imported").exists()
     assert view.input_value("#name-A") == "target-sft"
-    why = "my_targets:own_rule is code and is not run; name it with --target"
+    why = "my_targets:own_rule is code, which is not run from a capture; name the target with --target"
     assert view.inner_text("#missing") == f"my_targets:own_rule is not shown: {why}."
     assert label(view, "A", "my_targets:own_rule") == "my_targets:own_rule, this run (not shown, see below)"
     assert set(view.evaluate("() => lens.ready")) == {*qt.presets.names()}
@@ -161,9 +161,9 @@ def test_a_rule_that_fails_is_named(own):
 def test_two_composed_targets_are_told_apart():
     asked = qt.Target(qt.trust.probability(), qt.residual.uniform())
     made = of_a_run(COMPOSED)
-    names = [(e["name"], e.get("own")) for e in PageTargets(made, range(N)).entries(asked)][:3]
+    names = [(e["name"], e.get("own")) for e in listed(made, range(N), asked)][:3]
     assert names == [("composed", "this run"), ("composed, asked for", "asked for"), ("sft", None)]
-    names = [(e["name"], e.get("own")) for e in PageTargets(made, range(N)).entries(qt.Target.from_config(COMPOSED))]
+    names = [(e["name"], e.get("own")) for e in listed(made, range(N), qt.Target.from_config(COMPOSED))]
     assert names[:2] == [("composed", "this run"), ("sft", None)]
 
 
@@ -182,7 +182,7 @@ def test_what_a_capture_records_of_its_run(own, tmp_path):
     settings = {"target": "my_targets:known_parts", "teacher_model": tiny.taught(seed=7)}
     made = trainer(tiny.taught(), tmp_path / "run", tiny.conversations(3), **settings)
     held = record.read(capture.capture(made, tmp_path / "capture", rows=3, top_k=7))
-    assert PageTargets(held, range(len(held))).entries()[0]["name"] == "my_targets:known_parts"
+    assert listed(held, range(len(held)))[0]["name"] == "my_targets:known_parts"
 
 
 def test_an_older_capture_of_a_schedule_is_named():

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from qtarget.errors import ConfigError
-from qtarget.lens.page_targets import PageTargets, packed
+from qtarget.lens.page_targets import listed, packed
 from qtarget.lens.record import Record
 from qtarget.targets import Target
 
@@ -159,7 +159,7 @@ def _data(record: Record, max_rows: int, target: Target | None) -> dict[str, Any
             "floor": {name: packed(values, "f4") for name, values in kept.floor.items()},
             "numbers": {name: packed([record.tokens[name][token] for token in tokens], "f4") for name in names},
         },
-        "targets": PageTargets(record, tokens).entries(target),
+        "targets": listed(record, tokens, target),
     }
 
 

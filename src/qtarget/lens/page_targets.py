@@ -10,7 +10,7 @@ A rule of somebody's own is evaluated here, and the page gets its weights token 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -33,7 +33,7 @@ def packed(values: Any, dtype: str) -> str:
 
 
 def recorded(objective: Objective) -> dict[str, Any]:
-    """Lines of a capture's manifest: the run's targets, each as a page can have it that runs nobody's code."""
+    """Lines of a capture's manifest: the run's target, and where a page would have to run code for it, its parts."""
     held = {}
     for source, target in objective.targets.items():
         config = target.final.to_config()
@@ -51,7 +51,7 @@ def of_run(record: Record) -> dict[str, Target | str]:
     found: dict[str, Target | str] = {}
     for name, written in held.items():
         if names_code(written):
-            found[name] = f"{', '.join(_code(written))} is code and is not run; name it with --target"
+            found[name] = f"{_code(written)} is code, which is not run from a capture; name the target with --target"
             continue
         try:
             target = Target.from_config(written)
@@ -62,53 +62,51 @@ def of_run(record: Record) -> dict[str, Target | str]:
     return found
 
 
-class PageTargets:
-    """Makes the entries of a page.
+def listed(record: Record, tokens: Sequence[int], asked: Target | None = None) -> list[Entry]:
+    """The run's own targets, ``asked``, whose code may be run, and every preset.
 
     Args:
         record: see ``record.read``. tokens: those that the page shows.
     """
+    entry = _Entries(record, tokens)
+    own: dict[str, tuple[str, Target | str]] = {name: ("this run", target) for name, target in of_run(record).items()}
+    if asked is not None:
+        name = str(asked)
+        kind, run = own.get(name, ("asked for", ""))
+        same = isinstance(run, str) or sliders.composed(run) == sliders.composed(asked)
+        own |= {name: (kind, asked)} if same else {f"{name}, asked for": ("asked for", asked)}
+    defaults = {str(target): target.name for target in map(presets.build, presets.names())}
+    entries = [
+        {"name": defaults.get(name, name), "own": kind, **entry.of(target)} for name, (kind, target) in own.items()
+    ]
+    shown = {entry["name"] for entry in entries}
+    return entries + [{"name": name, **entry.of(presets.build(name))} for name in presets.names() if name not in shown]
+
+
+class _Entries:
+    """What stands in an entry beside its name."""
 
     def __init__(self, record: Record, tokens: Sequence[int]):
         self.record, self.tokens = record, tokens
 
-    def entries(self, asked: Target | None = None) -> list[Entry]:
-        """The run's own targets, ``asked``, whose code may be run, and every preset."""
-        found: dict[str, tuple[str, Target | str]] = {
-            name: ("this run", target) for name, target in of_run(self.record).items()
-        }
-        if asked is not None:
-            name = str(asked)
-            run = found.get(name, ("", name))[1]
-            same = isinstance(run, str) or sliders.composed(run) == sliders.composed(asked)
-            found[name if same else f"{name}, asked for"] = (
-                "this run" if same and name in found else "asked for",
-                asked,
-            )
-        defaults = {str(target): target.name for target in map(presets.build, presets.names())}
-        entries = [
-            {"name": defaults.get(name, name), "own": own, **self._entry(target)}
-            for name, (own, target) in found.items()
-        ]
-        shown = {entry["name"] for entry in entries}
-        return entries + [{"name": n, **self._entry(presets.build(n))} for n in presets.names() if n not in shown]
-
-    def _entry(self, target: Target | str) -> Entry:
+    def of(self, target: Target | str) -> Entry:
         if isinstance(target, str):
             return {"reason": target, "parameters": {}}
-        preset = presets.describe(target.name) if target.name in presets.names() else None
-        entry: Entry = {"formula": target.formula, "summary": "", "source": "", "parameters": {}}
+        form = sliders.composed(target)
+        code = _code(form)
+        if names_code(form["residual"]):
+            return {"reason": f"{code} has an offset that the page does not know", "parameters": {}}
+        known = target.name in presets.names()
+        preset = presets.describe(target.name) if known else presets.written_as(target.name)
+        entry: Entry = {"formula": target.formula, "summary": "", "source": "", "parameters": {}, "notes": []}
         if preset is not None:
             entry |= {"summary": preset.summary, "source": preset.source}
-        form = sliders.composed(target)
-        if names_code(form["residual"]):
-            return {"reason": f"{', '.join(_code(form))} has an offset that the page does not know", "parameters": {}}
-        if names_code(form):
+        if code:
             try:
                 form, notes = self._given(target, form)
             except Exception as error:  # code of somebody else's
-                return {"reason": f"{', '.join(_code(form))} failed: {reason(error)}", "parameters": {}}
-            return entry | {"forms": [form], "notes": notes}
+                return {"reason": f"{code} failed: {reason(error)}", "parameters": {}}
+            return entry | {"forms": [form], "notes": [*notes, f"{code} was evaluated in Python and has no sliders"]}
         if preset is None or target.share != 1:
             form = sliders.of_parts(form, entry["parameters"])
             return entry | {"forms": [{"when": {}, "sliders": [*entry["parameters"]], **form}]}
@@ -132,10 +130,9 @@ class PageTargets:
         return {"when": {}, "sliders": [], "trust": trust, "residual": form["residual"]}, notes
 
 
-def _code(config: Any) -> Iterator[str]:
+def _code(config: Any) -> str:
     """Every path of an object in a configuration."""
     if isinstance(config, str):
-        yield from [config] if ":" in config else []
-    elif isinstance(config, (Mapping, list)):
-        for part in [*config, *config.values()] if isinstance(config, Mapping) else config:
-            yield from _code(part)
+        return config if ":" in config else ""
+    parts = [*config, *config.values()] if isinstance(config, Mapping) else config if isinstance(config, list) else ()
+    return ", ".join(filter(None, map(_code, parts)))

@@ -25,7 +25,7 @@ RANGES: dict[str, tuple[str, float, float, float]] = {
     "tau_high": ("tau_high, keep below this p_y", 0, 1, 0.01),
     "top_k": ("top_k, ids in the entropy", 2, 50, 1),
     "power": ("power of the entropy", 0.1, 4, 0.1),
-    "kl_weight": ("kl_weight λ, weight of the reference", 0, 3, 0.01),
+    "kl_weight": ("kl_weight λ, weight beside the label", 0, 3, 0.01),
     "smoothing": ("smoothing ε", 0, 1, 0.01),
     "clip": ("clip", 0.01, 1, 0.01),
     "clip_high": ("clip_high (as clip until moved)", 0.01, 2, 0.01),
@@ -67,7 +67,7 @@ def slider(name: str, value: float) -> Values:
     return {"text": text, "start": value, "min": min(low, value), "max": max(high, value), "step": step}
 
 
-def of_parts(part: Any, controls: Values) -> Any:
+def of_parts(part: Any, controls: Values, owner: str = "") -> Any:
     """A composed form with a slider for every parameter of its parts that ``RANGES`` has; they go into ``controls``."""
     if isinstance(part, list):
         return [of_parts(inner, controls) for inner in part]
@@ -78,9 +78,10 @@ def of_parts(part: Any, controls: Values) -> Any:
         if key in RANGES and isinstance(value, (int, float)) and RANGES[key][1] <= value <= RANGES[key][2]:
             name = key if key not in controls else f"{key}_{len(controls) + 1}"
             controls[name] = slider(key, value)
+            controls[name]["text"] += f" ({owner})"
             made[key] = {"of": name, "times": 1, "plus": 0}
         else:
-            made[key] = of_parts(value, controls)
+            made[key] = of_parts(value, controls, key)
     return made
 
 

@@ -154,13 +154,7 @@ function replay(D, target, from, to, out, s) {
       const weight = factor * b;
       const [sum, shift] = exponentials(D, tables, slope, i, x);
       tailOf(D, pool, slope, i, s.tail);
-      let [shown, low, high] = s.tail;
-      if (shift !== 0) {
-        const scale = Math.exp(-shift);
-        shown = times(scale, shown);
-        low = times(scale, low);
-        high = times(scale, high);
-      }
+      const [shown, low, high] = shift === 0 ? s.tail : s.tail.map((mass) => times(Math.exp(-shift), mass));
       const here = shown === Infinity ? 1 : shown / (sum + shown);
       const least = low === Infinity ? 1 : low / (sum + low);
       const cap = high === Infinity ? 1 : high / (sum + high);

@@ -11,11 +11,7 @@ const RULES = {
   probability_power: (D, { alpha }) => ({ trust: (i) => Math.exp(alpha * D.logPY[i]) }),
   probability_threshold: (D, { tau, direction, tau_low: low, tau_high: high }, { notes }) => {
     if (direction === 'middle' && high <= low) notes.push('tau_high is not above tau_low: no token is kept');
-    const kept = {
-      higher: (p) => p >= tau,
-      lower: (p) => p < tau,
-      middle: (p) => p >= low && p < high,
-    }[direction];
+    const kept = { higher: (p) => p >= tau, lower: (p) => p < tau, middle: (p) => p >= low && p < high }[direction];
     return { trust: (i) => (kept(D.pY[i]) ? 1 : 0) };
   },
   entropy: (D, { top_k: k, power, normalizer }, { notes }) => {
@@ -36,12 +32,8 @@ const RULES = {
   offset_mass: (D, _, { terms }) => ({ trust: (i, s) => offsetMass(D, terms[0], i, s) }),
   // A rule of somebody's own: its weights, computed in Python.
   given: (D, { trust, rest, unsure }) => {
-    const [a, b, u] = [trust, rest, unsure].map((packed) => unpack(packed, Float32Array));
-    const weight = (i, s) => {
-      s.unsure = u[i];
-      return a[i];
-    };
-    return { trust: weight, rest: (i) => b[i] };
+    const [a, b, share] = [trust, rest, unsure].map((packed) => unpack(packed, Float32Array));
+    return { trust: (i, s) => ((s.unsure = share[i]), a[i]), rest: (i) => b[i] };
   },
 };
 
@@ -94,7 +86,7 @@ function topKEntropy(D, i, k) {
  * itself, for p − R = 0.
  */
 function termsOf(residual) {
-  return (Array.isArray(residual) ? residual : [residual])
+  return residual
     .map((part) => {
       const { weight: factor = 1, ...named } = typeof part === 'string' ? { [part]: {} } : part;
       const [make, parameters] = lookUp(POOLS, 'residual', named);
