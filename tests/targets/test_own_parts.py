@@ -13,7 +13,7 @@ import yaml
 import qtarget as qt
 from engine_cases import assert_engine_is_oracle, ordinary
 from qtarget.cli.__main__ import main
-from qtarget.targets.presets import entry
+from qtarget.targets.presets import entry, labels
 
 PAGE = (Path(__file__).parents[2] / "docs" / "targets.md").read_text(encoding="utf-8")
 RECIPES = [yaml.safe_load(block)["target"] for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.S)]
@@ -96,3 +96,15 @@ def test_a_residual_with_a_coefficient_of_no_model(my_rules):
 
     with pytest.raises(qt.ConfigError, match="coefficient of teacher in residual NoNumber is inf; use a finite number"):
         qt.Target(0.5, NoNumber())
+
+
+def test_the_preset_of_the_contributors_page(monkeypatch):
+    monkeypatch.setattr(entry, "ENTRIES", dict(entry.ENTRIES))
+    page = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(block, dict(vars(labels)))
+    batch, target = ordinary(), qt.preset("half", weight=0.25)
+    assert target == qt.Target.from_config({"preset": "half", "weight": 0.25}) == qt.Target(0.25)
+    logits = batch.logits()
+    printed = qt.presets.printed_loss(target)(logits, batch.labels, {})
+    assert torch.allclose(qt.target_loss(logits, batch.labels, target, reduction="none").loss, printed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from qtarget.errors import ConfigError, check_range, unknown
 from qtarget.targets import residual, trust
@@ -13,7 +12,7 @@ from qtarget.targets.presets.printed import kl_from, label_log_p, nll
 from qtarget.targets.target import Target
 
 
-def label_smoothing_loss(logits: Tensor, labels: Tensor, *, smoothing: float, vocab_size: int | None = None) -> Tensor:
+def label_smoothing_loss(logits, labels, *, smoothing, vocab_size=None):
     """(1 − ε)(−log p_y) + ε mean_v(−log p_v), the mean over the real vocabulary."""
     log_p = logits.log_softmax(-1)
     return (1 - smoothing) * nll(logits, labels) - smoothing * log_p[:, :vocab_size].mean(-1)
@@ -33,24 +32,14 @@ def label_smoothing(smoothing: float = 0.1) -> Target:
     return Target(trust=trust.constant(1 - smoothing), residual=residual.uniform(), value="ce")
 
 
-def _beside_reference(label_loss: Tensor, logits: Tensor, kl_weight: float, reference: Tensor | None, real: int | None):
+def _beside_reference(label_loss, logits, kl_weight, reference, real):
     if kl_weight == 0:
         return label_loss
-    assert reference is not None
     return label_loss + kl_weight * kl_from(reference, logits, real)
 
 
-def sft_kl_loss(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    kl_weight: float,
-    direction: str,
-    reference_logits: Tensor | None = None,
-    vocab_size: int | None = None,
-) -> Tensor:
+def sft_kl_loss(logits, labels, *, kl_weight, direction, reference_logits=None, vocab_size=None):
     """−log p_y + λ KL(π_ref ‖ π_θ)"""
-    assert direction == "forward"
     return _beside_reference(nll(logits, labels), logits, kl_weight, reference_logits, vocab_size)
 
 
@@ -69,17 +58,8 @@ def sft_kl(kl_weight: float = 0.1, direction: str = "forward") -> Target:
     return Target(trust=trust.anchored(trust.constant(1.0), kl_weight), residual=residual.reference())
 
 
-def asft_loss(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    kl_weight: float,
-    direction: str,
-    reference_logits: Tensor | None = None,
-    vocab_size: int | None = None,
-) -> Tensor:
+def asft_loss(logits, labels, *, kl_weight, direction, reference_logits=None, vocab_size=None):
     """−sg(p_y) log p_y + λ KL(π_base ‖ π_θ)"""
-    assert direction == "forward"
     return _beside_reference(printed.dft(logits, labels), logits, kl_weight, reference_logits, vocab_size)
 
 
@@ -108,7 +88,7 @@ def _forward_only(direction: str) -> None:
         raise unknown("direction", direction, ("forward",))
 
 
-def psft_loss(logits: Tensor, labels: Tensor, *, clip: float, clip_high: float | None, old_logps: Tensor) -> Tensor:
+def psft_loss(logits, labels, *, clip, clip_high, old_logps):
     """−min(r, clip(r, 1 − ε, 1 + ε_high)), r = p_y / p_old(y)"""
     ratio = (label_log_p(logits, labels) - old_logps).exp()
     return -torch.minimum(ratio, ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high)))
@@ -127,7 +107,7 @@ def psft(clip: float = 0.2, clip_high: float | None = None) -> Target:
     return Target(trust=trust.clipped_ratio(clip, clip_high), residual=residual.student())
 
 
-def gem_loss(logits: Tensor, labels: Tensor, *, beta: float, h: str) -> Tensor:
+def gem_loss(logits, labels, *, beta, h):
     """Σ_v sg(q_v) w_v (log p_v − log p_y), q = softmax(z / β)
 
     w = 1 (linear) or sg σ(0.01 (z_v − z_y)) (logsigmoid, the slope of the authors' code). At β = 1 the linear form's

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
-
 from qtarget.targets import residual, trust
 from qtarget.targets.presets import printed
 from qtarget.targets.presets.entry import preset
@@ -41,7 +39,7 @@ def dft() -> Target:
     return Target(trust=trust.probability(), residual=residual.student())
 
 
-def beyond_log_loss(logits: Tensor, labels: Tensor, *, alpha: float) -> Tensor:
+def beyond_log_loss(logits, labels, *, alpha):
     """(1 − p_y^α)/α without any stop-gradient; α → 0 is −log p_y."""
     if alpha == 0:
         return nll(logits, labels)
@@ -62,14 +60,11 @@ def beyond_log(alpha: float = 1.0) -> Target:
     return Target(trust=trust.probability_power(alpha), residual=residual.student())
 
 
-def profit_loss(
-    logits: Tensor, labels: Tensor, *, tau: float, direction: str, tau_low: float | None, tau_high: float | None
-) -> Tensor:
+def profit_loss(logits, labels, *, tau, direction, tau_low, tau_high):
     """−1[p_y ≥ τ] log p_y; lower is p_y < τ, middle is τ_low ≤ p_y < τ_high."""
     log_p_y = label_log_p(logits, labels)
     p_y = log_p_y.exp().detach()
     if direction == "middle":
-        assert tau_low is not None and tau_high is not None
         return -((p_y >= tau_low) & (p_y < tau_high)).to(p_y.dtype) * log_p_y
     return -(p_y >= tau if direction == "higher" else p_y < tau).to(p_y.dtype) * log_p_y
 
@@ -89,7 +84,7 @@ def profit(
     return Target(trust=trust.probability_threshold(tau, direction, tau_low, tau_high), residual=residual.student())
 
 
-def eaft_loss(logits: Tensor, labels: Tensor, *, top_k: int, power: float, normalizer: str | float) -> Tensor:
+def eaft_loss(logits, labels, *, top_k, power, normalizer):
     """−sg((H_k / ln k)^power) log p_y with H_k the entropy of the renormalised top k."""
     log_top = logits.topk(top_k).values.log_softmax(-1)
     entropy = -(log_top.exp() * log_top).sum(-1)
@@ -110,7 +105,7 @@ def eaft(top_k: int = 20, power: float = 1.0, normalizer: str | float = "log_k")
     return Target(trust=trust.entropy(top_k, power, normalizer), residual=residual.student())
 
 
-def iw_sft_loss(logits: Tensor, labels: Tensor, *, weight: Tensor) -> Tensor:
+def iw_sft_loss(logits, labels, *, weight):
     """−w log p_y with w given."""
     return weight * nll(logits, labels)
 
@@ -128,7 +123,7 @@ def iw_sft() -> Target:
     return Target(trust=trust.trajectory_weight(), residual=residual.student())
 
 
-def cft_loss(logits: Tensor, labels: Tensor, *, critical: Tensor) -> Tensor:
+def cft_loss(logits, labels, *, critical):
     """−c log p_y with c ∈ {0, 1} given."""
     return critical.to(logits.dtype) * nll(logits, labels)
 

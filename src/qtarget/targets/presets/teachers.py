@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from qtarget.errors import check_range
 from qtarget.targets import residual, trust
 from qtarget.targets.presets import printed
@@ -22,9 +20,7 @@ def _distilled(kd_weight: float, temperature: float, value: str) -> Target:
     return Target(trust=rule, residual=pair, value="tempered_kl")
 
 
-def kd_loss(
-    logits: Tensor, labels: Tensor, *, temperature: float, teacher_logits: Tensor, vocab_size: int | None = None
-) -> Tensor:
+def kd_loss(logits, labels, *, temperature, teacher_logits, vocab_size=None):
     """CE(t, p) at T = 1; T² KL(t^T ‖ p^T) elsewhere."""
     if temperature == 1:
         t = teacher_logits[:, :vocab_size].softmax(-1).detach()
@@ -45,20 +41,11 @@ def kd(temperature: float = 1.0) -> Target:
     return _distilled(1.0, temperature, "ce")
 
 
-def kd_hybrid_loss(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    kd_weight: float,
-    temperature: float,
-    teacher_logits: Tensor | None = None,
-    vocab_size: int | None = None,
-) -> Tensor:
+def kd_hybrid_loss(logits, labels, *, kd_weight, temperature, teacher_logits=None, vocab_size=None):
     """(1 − λ)(−log p_y) + λ T² KL(t^T ‖ p^T)"""
     loss = (1 - kd_weight) * nll(logits, labels)
     if kd_weight == 0:
         return loss
-    assert teacher_logits is not None
     return loss + kd_weight * temperature**2 * kl_from(teacher_logits, logits, vocab_size, temperature)
 
 
@@ -76,15 +63,7 @@ def kd_hybrid(kd_weight: float = 0.5, temperature: float = 1.0) -> Target:
     return _distilled(kd_weight, temperature, "kl")
 
 
-def target_sft_loss(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    eta: float,
-    teacher_temperature: float,
-    teacher_logits: Tensor | None = None,
-    vocab_size: int | None = None,
-) -> Tensor:
+def target_sft_loss(logits, labels, *, eta, teacher_temperature, teacher_logits=None, vocab_size=None):
     """−sg(p_y) log p_y + sg(1 − p_y) KL(sg π̃ ‖ p): CE(sg Q, p) less a part that has no gradient.
 
     Q = p_y δ + (1 − p_y) π̃, π̃ ∝ π_θ^(1−η) π_T^η with π_T at the teacher's temperature.
@@ -93,7 +72,6 @@ def target_sft_loss(
     # At η = 0 the second part is KL(sg p ‖ p): no value and no gradient, but autograd leaves rounding.
     if eta == 0:
         return loss
-    assert teacher_logits is not None
     log_p = logits.log_softmax(-1)
     log_teacher = (teacher_logits[:, :vocab_size] / teacher_temperature).log_softmax(-1)
     # At η = 1 the teacher alone decides: 0 · (−inf) is no part of it.
