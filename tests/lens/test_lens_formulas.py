@@ -83,6 +83,7 @@ SCALED = {
     "half": qt.Target(0.9, qt.residual.teacher(), scale=0.5),
     "by entropy": qt.Target(qt.trust.probability(), qt.residual.reference(), scale=qt.trust.entropy()),
     "by the offset's mass": qt.Target(0.4, POOL["sharpened"], scale=qt.trust.offset_mass()),
+    "by the mass of no offset": qt.Target(0.4, qt.residual.teacher(), scale=qt.trust.offset_mass()),
     "trust is the offset's mass": qt.Target(qt.trust.offset_mass(), POOL["sharpened"]),
     "a share": qt.Target(qt.trust.probability(), qt.residual.guided(0.5), share=0.3),
     "no share": qt.Target(qt.trust.probability(), qt.residual.guided(0.5), share=0.0),

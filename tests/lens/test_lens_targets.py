@@ -144,8 +144,8 @@ def test_a_rule_of_somebodys_own(open_page, tmp_path, own):
 def test_what_this_page_does_not_know_is_named(open_page, tmp_path):
     """A rule that is in targets/ and not in targets.js."""
     view = open_page(page.write(of_a_run(COMPOSED), tmp_path / "lens.html"))
-    for part, form in (("rule odd", {"trust": {"odd": {}}}), ("residual odd", {"residual": "odd"})):
-        changed = {"forms": [{"when": {}, "sliders": [], "trust": "probability", "residual": "student", **form}]}
+    for part, form in (("rule odd", {"trust": {"odd": {}}}), ("residual odd", {"residual": ["odd"]})):
+        changed = {"forms": [{"when": {}, "sliders": [], "trust": "probability", "residual": ["student"], **form}]}
         view.evaluate("changed => Object.assign(lens.D.targets[0], changed)", changed)
         assert view.evaluate("lens.hindrance(lens.D, 'composed', {})") == f"this page does not know the {part}"
 

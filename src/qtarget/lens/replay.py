@@ -203,6 +203,8 @@ class Replay:
 
     def _offset_mass(self, pool: Residual) -> tuple[np.ndarray, np.ndarray]:
         """Σ_v q_v w_v of a residual with an elementwise offset, and at most how far off it is: [tokens] each."""
+        if pool.offset_slope is None:
+            return np.ones_like(self.log_p_y), np.zeros_like(self.log_p_y)
         plain = Pool(**pool.nonzero)
         inside, whole = np.exp(self._scores(pool)).sum(1), np.exp(self._scores(plain)).sum(1)
         shown, low, high = self._tail(plain)

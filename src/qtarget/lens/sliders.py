@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qtarget.errors import ConfigError
 from qtarget.targets import Target
 from qtarget.targets.presets import Preset
 from qtarget.targets.yaml_form import names_code
@@ -63,7 +62,10 @@ def composed(target: Target) -> Values:
 def slider(name: str, value: float) -> Values:
     """The control of a hyperparameter that stands at ``value``; of one that ``RANGES`` lacks, with a range around it."""
     wide = (0, 1) if value == 0 else (0.01, 1) if 0 < value <= 1 else sorted((value / 10, 4 * value))
-    text, low, high, step = RANGES.get(name, (name, *wide, (wide[1] - wide[0]) / 100))
+    around = (
+        (min(1, value), 4 * value, 1) if isinstance(value, int) and value > 0 else (*wide, (wide[1] - wide[0]) / 100)
+    )
+    text, low, high, step = RANGES.get(name, (name, *around))
     return {"text": text, "start": value, "min": min(low, value), "max": max(high, value), "step": step}
 
 
@@ -89,7 +91,7 @@ def of_preset(preset: Preset, hyperparameters: Values) -> tuple[Values, list[Val
     """(controls by hyperparameter, forms), one form for each choice of the hyperparameters that are words."""
     values = {**preset.parameters, **hyperparameters}
     choices = {
-        name: [word for word in {**_CHOICES[name], values[name]: ()} if _accepted(preset, {**values, name: word})]
+        name: [word for word in {**_CHOICES[name], values[name]: ()} if _accepted(preset, values | {name: word})]
         for name in _CHOICES.keys() & values.keys()
     }
     choices = {name: words for name, words in choices.items() if len(words) > 1}
@@ -110,13 +112,15 @@ def _accepted(preset: Preset, values: Values) -> Values | None:
     """These values as the preset takes them, a number in place of None or None; None where it takes neither."""
     empty = {name: None for name, default in preset.parameters.items() if default is None}
     numbers = {name: _STARTS[name] for name in empty if values[name] is None and name in _STARTS}
-    for candidate in (values | numbers, values | empty):
-        try:
-            preset.build(**candidate)
-            return candidate
-        except ConfigError:
-            continue
-    return None
+    return next((v for v in (values | numbers, values | empty) if _built(preset, v) is not None), None)
+
+
+def _built(preset: Preset, values: Values) -> Target | None:
+    """The preset's target, or None where it refuses these values."""
+    try:
+        return preset.build(**values)
+    except Exception:  # a preset of somebody's own may fail as it likes
+        return None
 
 
 def _form(preset: Preset, values: Values, movable: Values) -> tuple[Values, Values]:
@@ -133,40 +137,36 @@ def _form(preset: Preset, values: Values, movable: Values) -> tuple[Values, Valu
             marks[name] = number + 3 * step if step == 1 else number + (3 + 0.1618 * (len(marks) + 1)) * step
             controls[name] = control | ({"start": None, "follows": follows} if follows else {})
     for chosen in (names for count in range(len(marks), 0, -1) for names in itertools.combinations(marks, count)):
-        form = _marked(composed(preset.build(**values | {name: marks[name] for name in chosen})), marks)
+        target = _built(preset, values | {name: marks[name] for name in chosen})
+        if target is None:
+            continue
+        moving: set[str] = set()
+        form = _marked(composed(target), {name: marks[name] for name in chosen}, moving)
         ranges = {name: (controls[name]["min"], values[name], marks[name], controls[name]["max"]) for name in chosen}
-        if _moving(form) == {*chosen} and _holds(preset, values, form, ranges):
+        if moving == {*chosen} and _holds(preset, values, form, ranges):
             return form, {name: controls[name] for name in chosen}
     return composed(preset.build(**values)), {}
 
 
-def _marked(part: Any, marks: Mapping[str, float]) -> Any:
-    """A form in which every number that comes from a mark says from which and how."""
+def _marked(part: Any, marks: Mapping[str, float], moving: set[str]) -> Any:
+    """A form in which every number that comes from a mark says from which, which goes into ``moving``, and how."""
     if isinstance(part, list):
-        return [_marked(inner, marks) for inner in part]
+        return [_marked(inner, marks, moving) for inner in part]
     if isinstance(part, Mapping):
-        return {key: _marked(inner, marks) for key, inner in part.items()}
+        return {key: _marked(inner, marks, moving) for key, inner in part.items()}
     for (name, mark), (times, plus) in itertools.product(marks.items(), _WAYS):
         if part == plus + times * mark:
+            moving.add(name)
             return {"of": name, "times": times, "plus": plus}
     return part
-
-
-def _moving(part: Any) -> set[str]:
-    """The hyperparameters that a form has marks of."""
-    inner: Iterable[Any] = part if isinstance(part, list) else part.values() if isinstance(part, Mapping) else ()
-    return {part["of"]} if isinstance(part, Mapping) and "of" in part else set().union(*map(_moving, inner))
 
 
 def _holds(preset: Preset, values: Values, form: Values, ranges: Mapping[str, Iterable[Any]]) -> bool:
     """Whether the form is what the preset builds, over the sliders' ranges."""
     for point in itertools.product(*ranges.values()):
         numbers = dict(zip(ranges, point, strict=True))
-        try:
-            target = preset.build(**values | numbers)
-        except ConfigError:
-            continue  # as where tau_low is above tau_high
-        if _meaning(target) != _meaning(Target.from_config(filled_in(form, numbers))):
+        target = _built(preset, values | numbers)  # None as where tau_low is above tau_high
+        if target is not None and _meaning(target) != _meaning(Target.from_config(filled_in(form, numbers))):
             return False
     return True
 

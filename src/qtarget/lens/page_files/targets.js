@@ -29,11 +29,11 @@ const RULES = {
     return { trust: (i) => (ratio(i) < high ? ratio(i) : 0) };
   },
   anchored: (D, { trust, kl_weight: rest }, target) => ({ ...ruleOf(D, trust, target), rest }),
-  offset_mass: (D, _, { terms }) => ({ trust: (i, s) => offsetMass(D, terms[0], i, s) }),
+  offset_mass: (D, _, { terms: [first] }) => ({ trust: (i, s) => (first.slope === null ? 1 : offsetMass(D, first, i, s)) }),
   // A rule of somebody's own: its weights, computed in Python.
   given: (D, { trust, rest, unsure }) => {
-    const [a, b, share] = [trust, rest, unsure].map((packed) => unpack(packed, Float32Array));
-    return { trust: (i, s) => ((s.unsure = share[i]), a[i]), rest: (i) => b[i] };
+    const [a, b, u] = [trust, rest, unsure].map((packed) => unpack(packed, Float32Array));
+    return { trust: (i) => a[i], rest: (i) => b[i], unsure: (i) => u[i] };
   },
 };
 
@@ -122,7 +122,7 @@ function buildTarget(D, name, hyper) {
   if (rule.rest === 0 || share === 0) target.terms = [];
   const rest = typeof rule.rest === 'number' ? () => rule.rest : rule.rest;
   target.weigh = (i, s) => {
-    s.unsure = 0;
+    s.unsure = rule.unsure ? rule.unsure(i) : 0; // an offset's mass says its own
     s.a = rule.trust(i, s);
     s.b = rest ? rest(i, s) : 1 - s.a;
     if (by) {
