@@ -65,8 +65,8 @@ def test_its_printed_loss_has_the_engines_gradient(my_rules):
 def test_a_preset_without_a_printed_loss(monkeypatch):
     monkeypatch.setattr(entry, "ENTRIES", dict(entry.ENTRIES))
     given = {"formula": "L = −log p_y / 2;  a = ½", "trusts": "½", "rest": "the student", "source": "a test"}
-    qt.presets.preset("half", **given)(lambda: qt.Target(0.5))
-    assert qt.presets.printed_loss(qt.preset("half")) is None
+    qt.presets.preset("without", **given)(lambda: qt.Target(0.5))
+    assert qt.presets.printed_loss(qt.preset("without")) is None
 
 
 def test_two_presets_cannot_share_a_name(monkeypatch):
@@ -106,5 +106,5 @@ def test_the_preset_of_the_contributors_page(monkeypatch):
     batch, target = ordinary(), qt.preset("half", weight=0.25)
     assert target == qt.Target.from_config({"preset": "half", "weight": 0.25}) == qt.Target(0.25)
     logits = batch.logits()
-    printed = qt.presets.printed_loss(target)(logits, batch.labels, {})
+    printed = qt.presets.printed_loss(target)(logits, batch.labels, batch.columns)
     assert torch.allclose(qt.target_loss(logits, batch.labels, target, reduction="none").loss, printed)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -23,10 +25,9 @@ from qtarget.losses import heads
 from qtarget.losses.engine import buffers, matmuls
 from qtarget.losses.engine.buffers import Scratch
 from qtarget.models import forward
-from qtarget.targets import presets
+from qtarget.targets.presets import teachers
 from qtarget.training import QTargetTrainer, denominator
-from qtarget.training import auxiliary as other_models_module
-from qtarget.training import trainer as trainer_module
+from qtarget.training.auxiliary import AuxiliaryModels
 from qtarget.verification import Subject, peak, report, resources
 
 HERE = Path(__file__).parents[1] / "helpers"
@@ -159,6 +160,14 @@ def test_every_source_is_looked_at(world, capsys):
     assert made["about"]["not_among_the_rows"] == []
     formula = next(check for check in made["checks"] if check["name"] == FORMULA)
     assert {name.split("(")[0] for name in formula["figures"] if "(" in name} == {"target-sft", "gem"}
+
+
+def test_a_target_without_a_printed_loss_is_named(world, capsys):
+    settings = {"targets": {"chat": "dft", "math": {"trust": 0.5}}, "dataset_name": world / "sources"}
+    status, made = verify(world, capsys, rows=4, **settings)
+    formula = next(check for check in made["checks"] if check["name"] == FORMULA)
+    assert status == 0 and formula["status"] == "pass"
+    assert re.fullmatch(r"dft: relative error \S+; composed has no printed loss", formula["told"])
 
 
 def test_nan_is_worse_than_any_error():
@@ -294,7 +303,12 @@ def dropped_tail(patch: pytest.MonkeyPatch) -> None:
 
 def padded_rows_of_the_head(patch: pytest.MonkeyPatch) -> None:
     """Rows of the head that stand for no token counted as tokens."""
-    patch.setattr(trainer_module, "real_vocabulary_size", lambda tokenizer: None)
+    real = forward.LossCall.__init__
+
+    def made(self, targets, labels, columns, others, vocab_size, *more):
+        real(self, targets, labels, columns, others, None, *more)
+
+    patch.setattr(forward.LossCall, "__init__", made)
 
 
 def relabelled(patch: pytest.MonkeyPatch, change: Callable[[list[int], list[int]], list[int]]) -> None:
@@ -342,14 +356,15 @@ def labels_moved_by_the_collator(patch: pytest.MonkeyPatch) -> None:
 
 
 def other_ids(patch: pytest.MonkeyPatch, role: str) -> None:
-    real = other_models_module.AuxiliaryModels.heads
+    real = AuxiliaryModels.ask
 
-    def heads_of(self, model, inputs, requires, labels, columns):
-        if role in requires:
-            inputs = inputs | {"input_ids": inputs["input_ids"].roll(-1, -1)}
-        return real(self, model, inputs, requires, labels, columns)
+    def ask(self, student, batch, of):
+        if role in of:
+            inputs = batch.inputs | {"input_ids": batch.inputs["input_ids"].roll(-1, -1)}
+            batch = dataclasses.replace(batch, inputs=inputs)
+        return real(self, student, batch, of)
 
-    patch.setattr(other_models_module.AuxiliaryModels, "heads", heads_of)
+    patch.setattr(AuxiliaryModels, "ask", ask)
 
 
 def a_teacher_that_reads_on(patch: pytest.MonkeyPatch) -> None:
@@ -393,7 +408,7 @@ def padding_that_is_read(patch: pytest.MonkeyPatch) -> None:
 
 def temperature_once(patch: pytest.MonkeyPatch) -> None:
     """kd's T² taken as T: the factor of both residuals is 1."""
-    real = presets.Target
+    real = teachers.Target
 
     def target(trust, residual, **more):
         residual = (
@@ -401,13 +416,13 @@ def temperature_once(patch: pytest.MonkeyPatch) -> None:
         )
         return real(trust=trust, residual=residual, **more)
 
-    patch.setattr(presets, "Target", target)
+    patch.setattr(teachers, "Target", target)
 
 
 def eta_never_0(patch: pytest.MonkeyPatch) -> None:
     """A floor under eta that the run's own eta does not meet."""
-    real = presets.residual.guided
-    patch.setattr(presets.residual, "guided", lambda eta, temperature: real(max(eta, 0.2), temperature))
+    real = teachers.residual.guided
+    patch.setattr(teachers.residual, "guided", lambda eta, temperature: real(max(eta, 0.2), temperature))
 
 
 def last_chunk_alone(patch: pytest.MonkeyPatch) -> None:
@@ -601,7 +616,7 @@ def test_the_documentation_lists_the_faults():
     for mutant, _, caught_by in MUTANTS:
         what = " ".join((mutant.__doc__ or "").rstrip(".").split())
         lines.append(f"| {what} | {', '.join(name for name in NAMES if name in caught_by)} |")
-    text = (HERE.parent / "docs" / "verify.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "verify.md").read_text()
     shown = text.split("<!-- mutants: checked by test_verify.py -->\n")[1].split("<!-- end of mutants -->")[0]
     assert shown.splitlines() == lines
     assert all(f"| {name} |" in text for name in NAMES)

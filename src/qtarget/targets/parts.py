@@ -1,4 +1,4 @@
-"""What rules and residuals share: small frozen values with a name, by which YAML and the command line write them."""
+"""What rules and residuals have in common: a name, by which YAML writes them."""
 
 from __future__ import annotations
 

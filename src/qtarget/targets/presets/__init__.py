@@ -1,5 +1,6 @@
-"""The named objectives, a file a family. One entry is all a new one needs: the function that composes it, what is known
-of it as data, and its loss as the paper prints it. Command line, YAML, errors, docs, lens and ``verify`` read it.
+"""The named objectives, an entry each: names, YAML, help, docs, verify and tests read them.
+
+An entry is the function that composes the objective, what is known of it as data, and its loss as the paper prints it.
 
 ``g = a (p − δ) + Σ b (p − R)`` is an objective's gradient on the logits; everything in a, b and R is held constant.
 """

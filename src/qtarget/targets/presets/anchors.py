@@ -1,4 +1,4 @@
-"""Objectives that hold the student to something beside the label: every token alike, a reference, its old self."""
+"""Objectives that hold the student to more than the label: a reference, its old self."""
 
 from __future__ import annotations
 

@@ -120,7 +120,8 @@ def build(name: str, /, **hyperparameters: object) -> Target:
     try:
         target = entry.build(**hyperparameters)
     except ConfigError as error:
-        raise ConfigError([f"target {entry.name}: {fault}" for fault in error.faults]) from None
+        error.during(f"target {entry.name}")
+        raise
     return replace(target, name=entry.name, hyperparameters={**known, **hyperparameters}, formula=entry.formula)
 
 
@@ -139,12 +140,12 @@ def printed_loss(target: Target) -> Callable[[Tensor, Tensor, Mapping[str, Any]]
     entry = ENTRIES.get(target.name) or written_as(target.name)
     if entry is None or entry.printed is None:
         return None
-    printed, share = entry.printed, target.share
+    printed, numbers, share = entry.printed, target.hyperparameters, target.share
     takes = inspect.signature(printed).parameters
 
     def loss(logits: Tensor, labels: Tensor, given: Mapping[str, Any]) -> Tensor:
-        inputs = {name: value for name, value in given.items() if name in takes}
-        whole = printed(logits, labels, **target.hyperparameters, **inputs)
+        inputs = {name: value for name, value in given.items() if name in takes and name not in numbers}
+        whole = printed(logits, labels, **numbers, **inputs)
         return whole if share == 1 else share * whole + (1 - share) * nll(logits, labels)
 
     return loss

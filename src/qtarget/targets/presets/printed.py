@@ -1,5 +1,6 @@
-"""What the printed losses share. Plain PyTorch on full logits: no rule, residual or engine of qtarget is used, so that
-agreement with one means something.
+"""What the printed losses share, in plain PyTorch on full logits.
+
+No rule, residual or engine of qtarget is used, so that agreement with one means something.
 
 logits [n, V] of any float dtype, labels [n] → [n]. ``detach`` is a stop-gradient of the objective itself.
 ``vocab_size``: a padded head has more rows than real tokens. The student's p runs over the full width; what comes from
