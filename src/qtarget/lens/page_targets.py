@@ -1,4 +1,4 @@
-"""A page's targets as trust rules and residuals: a new preset needs no JavaScript.
+"""The targets of a page as trust rules and residuals: a new preset needs no JavaScript.
 
     {name, own, formula, summary, source, notes, parameters: {eta: {start, text, min, max, step}}, forms: [form]}
     form     {when: {h: "linear"}, sliders: ["beta"], trust, residual, scale, share}, written as YAML has a target
@@ -45,9 +45,8 @@ def recorded(objective: Objective) -> dict[str, Any]:
 
 def of_run(record: Record) -> dict[str, Target | str]:
     """The captured run's targets by name, or why one is not known. A capture may be somebody else's: no code is run."""
-    held, config = record.manifest.get("run_targets"), record.manifest.get("target")
-    if not isinstance(held, dict):
-        held = {} if config is None else {str(config): config}
+    config = record.manifest.get("target")
+    held = record.manifest.get("run_targets") or ({} if config is None else {str(config): config})
     found: dict[str, Target | str] = {}
     for name, written in held.items():
         if names_code(written):
