@@ -45,9 +45,8 @@ def recorded(objective: Objective) -> dict[str, Any]:
 
 def of_run(record: Record) -> dict[str, Target | str]:
     """The captured run's targets by name, or why one is not known. A capture may be somebody else's: no code is run."""
-    held, config = record.manifest.get("run_targets"), record.manifest.get("target")
-    if not isinstance(held, dict):
-        held = {} if config is None else {str(config): config}
+    config = record.manifest.get("target")
+    held = record.manifest.get("run_targets") or ({} if config is None else {str(config): config})
     found: dict[str, Target | str] = {}
     for name, written in held.items():
         if names_code(written):
