@@ -95,7 +95,8 @@ def capture(
     """
     check(trainer, rows, top_k, folder)
     folder = Path(folder)
-    with files.whole(folder) as partial:  # a capture that was interrupted is no record
+    files.remove(files.partial_of(folder))  # a capture that was interrupted is no record
+    with files.whole(folder) as partial:
         _write(trainer, partial, rows, top_k, about or {}, progress)
     return folder
 
@@ -128,7 +129,7 @@ def _write(
     tokenizer = trainer.tokenizer
     manifest = {
         "program": f"qtarget {__version__}",
-        "model": student.base.config._name_or_path or type(student.base).__name__,
+        "model": student.name,
         "teacher": _named(trainer, "teacher") if "teacher" in names else None,
         "reference": _named(trainer, "reference") if "reference" in names else None,
         "target": trainer.objective.to_config(),
