@@ -1,4 +1,4 @@
-"""The targets of a page as trust rules and residuals, so that a new preset needs no JavaScript.
+"""A page's targets as rules and residuals, so that a new preset needs no JavaScript.
 
     {name, own, formula, summary, source, notes, parameters: {eta: {start, text, min, max, step}}, forms: [form]}
     form     {when: {h: "linear"}, sliders: ["beta"], trust, residual, scale, share}, written as YAML has a target

@@ -1,4 +1,4 @@
-"""Which sliders a target has on the page, and which numbers of its rule and residuals they move.
+"""A target's sliders on the page, and which numbers of its rule and residuals they move.
 
 A preset is built at values that nothing else has; a number of its form that is such a value h, 1 − h or −h becomes
 ``{of: "smoothing", times: -1, plus: 1}``. The form is then checked against the preset at other values. Where the preset
