@@ -45,7 +45,6 @@ from train_step import MODEL, ROOT, load, prepare, step
 
 import qtarget as qt
 from qtarget import QTargetConfig, QTargetTrainer
-from qtarget.cli import cache as cache_verb
 from qtarget.cli import setup
 from qtarget.teachers.cache import INDEX, CachedTeacher
 from qtarget.training import cache_build, cache_doctor, cache_scorers
@@ -160,7 +159,7 @@ class Bench:
         ]
 
     def read(self) -> setup.Run:
-        return setup.read(self.arguments(), cache_verb.fixed_settings(self.arguments()), trains=False)
+        return setup.read(self.arguments(), setup.row_by_row(self.arguments(), target="kd"), trains=False)
 
     @property
     def asked(self) -> AskedOnce:

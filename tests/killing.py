@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 import tiny
-from qtarget.cli import train  # noqa: F401  imported once, by the server
 from qtarget.cli.__main__ import main
+from qtarget.cli.verbs import train  # noqa: F401  imported once, by the server
 from qtarget.training import QTargetTrainer, agreement, checkpoints, curves, trainer  # noqa: F401  # noqa: F401
 
 STEPS, SAVED_EVERY = 10, 3

@@ -15,8 +15,9 @@ import pytest
 from reasoning_gym.factory import DATASETS
 
 import tiny
-from qtarget.cli import eval as cli_eval
+from qtarget.cli import terminal
 from qtarget.cli.__main__ import main
+from qtarget.cli.verbs import eval as cli_eval
 from qtarget.errors import ConfigError
 from qtarget.evaluation import graders, records, running, sampling, suites, tasks
 
@@ -337,7 +338,7 @@ def test_a_verifier_may_say_what_it_read():
 def test_the_time_left_is_told(capsys, monkeypatch):
     """On a terminal by the bar; elsewhere once, after the first batch."""
     clock = iter([0.0, 30.0])
-    monkeypatch.setattr(cli_eval.time, "monotonic", lambda: next(clock, 99.0))
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock, 99.0))
     step = cli_eval._telling(40)
     step(10)
     step(20)

@@ -1,49 +1,23 @@
-"""The settings most runs touch, with their defaults, for help that answers without importing TRL.
+"""The settings most runs touch, for help that answers without importing TRL.
 
-A test holds this table against ``QTargetConfig``, TRL's ``ModelConfig`` and ``ScriptArguments``.
+qtarget's own are read from the source of ``QTargetConfig``, whose docstring describes them; of TRL's and Transformers'
+many, those below are shown. A test holds their names and defaults against the real configs.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import qtarget
+from qtarget import docstrings
+from qtarget.cli.arguments import entry
+
 # (group, [(field, default, what it is)])
-COMMON: list[tuple[str, list[tuple[str, object, str]]]] = [
-    (
-        "target",
-        [
-            (
-                "target",
-                None,
-                "what to learn: a name, {preset: eaft, top_k: 20}, or my_pkg.my_module:my_target; unset: sft",
-            ),
-            ("targets", None, "in place of target: one for each data source, {math: target-sft, chat: sft}"),
-            ("source_column", "source", "the dataset column that names a row's source, for targets"),
-            ("eval_target", None, "the target evaluation reports; unset: target"),
-            ("denominator", "all_labels", "what the summed loss is divided by: all_labels, kept, micro_batch"),
-            ("loss_backend", "auto", "who computes the loss's passes over logits: auto, torch, triton, compiled"),
-            ("teacher_model_name_or_path", None, "the teacher: a folder or hub id with the same tokenizer"),
-            ("teacher_model_revision", None, "branch, tag or commit of the teacher"),
-            ("teacher_model_init_kwargs", None, "keyword arguments for the teacher's from_pretrained"),
-            ("teachers", None, "in place of one teacher: several in a log-linear pool, {org/a: 0.7, org/b: 0.3}"),
-            ("teacher_cache", None, "a folder of qtarget cache build: the teacher is read from it and not loaded"),
-            ("teacher_tail", "student", "shape of a cached teacher's mass outside its k tokens: student or even"),
-            ("teacher_ema_decay", None, "the teacher is the average of the student's own weights; 0: as they are"),
-            (
-                "teacher_context",
-                None,
-                "what the teacher reads in place of the prompt: a template over the row's columns",
-            ),
-            ("teacher_end_token", "label", "where teacher and data end differently: label (alone), map or keep"),
-            ("teacher_check_rows", 16, "rows on which student and teacher are compared before training; 0: none"),
-            ("reference_model_name_or_path", None, "the reference; unset: the model as it starts, or adapters off"),
-            ("reference_model_revision", None, "branch, tag or commit of the reference"),
-            ("reference_model_init_kwargs", None, "keyword arguments for the reference's from_pretrained"),
-            ("weights", "column", "iw-sft's weights: column, or online (the model against its reference)"),
-            ("weights_temperature", 1.0, "the factor in the exponent of the online weights"),
-            ("psft_refresh", 8, "steps between two copies of psft's old policy, or never (column old_logps)"),
-            ("lens_every", None, "steps between two maps of (p_y, entropy) for the lens; unset: none"),
-            ("loss_type", None, "TRL's name: nll is target sft, dft is target dft"),
-        ],
-    ),
+THEIRS: list[tuple[str, list[tuple[str, object, str]]]] = [
     (
         "model",
         [
@@ -110,6 +84,50 @@ COMMON: list[tuple[str, list[tuple[str, object, str]]]] = [
 ]
 
 
+@functools.cache
+def own() -> list[tuple[str, Any, str]]:
+    """(name, default, description) of qtarget's own settings."""
+    return docstrings.settings(Path(qtarget.__file__).parent / "training" / "config.py", "QTargetConfig")
+
+
 def names() -> list[str]:
-    """Fields of the table, in order."""
-    return [name for _, rows in COMMON for name, _, _ in rows]
+    """The settings that the help shows, in its order."""
+    return [name for rows in (own(), *(rows for _, rows in THEIRS)) for name, _, _ in rows]
+
+
+def common() -> str:
+    """The settings most runs touch, as lines of a help; of a description its first sentence."""
+    first = [(name, default, re.split(r"\.(?: |$)", text)[0].replace("``", "")) for name, default, text in own()]
+    tail = "every setting: qtarget train --help_all      the targets: qtarget targets"
+    return f"{_lines([('target', first), *THEIRS])}\n\n{tail}"
+
+
+def every() -> str:
+    """All settings, from the real configs."""
+    from qtarget.cli.settings import groups
+
+    return _lines(
+        [
+            (f"{group} ({config.__name__})", [_row(field) for field in dataclasses.fields(config) if field.init])
+            for group, config in groups().items()
+        ]
+    )
+
+
+def _row(field: dataclasses.Field) -> tuple[str, Any, str]:
+    text = " ".join(str(field.metadata.get("help", "")).replace("%%", "%").replace("``", "").split())
+    return field.name, None if field.default is dataclasses.MISSING else field.default, text
+
+
+def _lines(grouped: list[tuple[str, list[tuple[str, Any, str]]]]) -> str:
+    lines = []
+    for group, rows in grouped:
+        lines += ["", f"{group}:"]
+        for name, default, text in rows:
+            lines += entry(f"--{name}", text if default is None else f"{text} ({shown(default)})")
+    return "\n".join(lines[1:])
+
+
+def shown(value: Any) -> str:
+    """A setting's value as it is written."""
+    return str(getattr(value, "value", value))

@@ -1,4 +1,4 @@
-"""``qtarget train --dry_run``: everything of a recipe that can be checked without weights. Nothing is written."""
+"""Everything of a recipe that can be checked without weights: for ``qtarget train --dry_run`` and ``qtarget plan``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from qtarget.cli import recipe, setup
 from qtarget.errors import ConfigError, loading
 from qtarget.planning import memory, shapes, workload
 from qtarget.planning import steps as arithmetic
-from qtarget.planning.steps import GPUS
 from qtarget.planning.workload import Frozen
-
-__all__ = ["GPUS", "run"]
 
 GIB = 2**30
 
@@ -59,8 +56,8 @@ def look(arguments: Sequence[str], gpus: int) -> Found:
     return Found(asked, gpus, student, others, rows, where, batch, steps, untold)
 
 
-def run(arguments: Sequence[str], gpus: int) -> int:
-    """Check and tell. Returns 0; raises ConfigError with every contradiction found."""
+def show(arguments: Sequence[str], gpus: int) -> None:
+    """Check and print. Raises ConfigError with every contradiction found."""
     found = look(arguments, gpus)
     asked, student, others, steps = found.asked, found.student, found.others, found.steps
     notes, config = asked.settings.notes, asked.config
@@ -81,7 +78,6 @@ def run(arguments: Sequence[str], gpus: int) -> int:
     show_memory(found)
     _show_notes(notes, found.untold)
     print("nothing contradicts itself")
-    return 0
 
 
 # -- what is looked at -------------------------------------------------------------------------------------------

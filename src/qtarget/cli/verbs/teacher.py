@@ -3,68 +3,37 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from qtarget.cli import options
-from qtarget.errors import ConfigError, unknown
+from qtarget.cli import terminal
+from qtarget.cli.arguments import NEW_FILE, Option, Verb, whole
+from qtarget.errors import ConfigError
 
-_HELP = """\
-usage: qtarget teacher check --config FILE [--rows 200] [--json FILE] [--any_field value ...]
-
+VERB = Verb(
+    "teacher",
+    """\
 Ask the teacher of a run about its own rows before training with it: how well student and teacher explain the labels, how
 far they are from each other, where the teacher is sure of another token than the label, and a verdict by rule of thumb.
 
-  --rows 200     rows looked at, evenly spread over the training set (the first of a stream)
-  --json FILE    every figure, also of each place in the answer
-
 The teacher is whatever the config trains with: a model, teachers, teacher_cache, teacher_context or teacher_ema_decay. A
-target that needs no teacher is checked with kd, where the config names a teacher.
-"""
-# What the verb decides whatever the config says: nothing is trained, evaluated, written or pushed.
-_FIXED: dict[str, Any] = {
-    "gradient_checkpointing": False,
-    "eval_strategy": "no",
-    "load_best_model_at_end": False,
-    "resume_from_checkpoint": None,
-    "lens_every": None,
-    "push_to_hub": False,
-    "teacher_check_rows": 0,
-}
-# What else says what a run trains, and is set aside with its target where kd takes its place.
-_WITHOUT_TARGET: dict[str, Any] = {
-    "targets": None,
-    "eval_target": None,
-    "loss_type": None,
-    "label_smoothing_factor": 0.0,
-    "denominator": "all_labels",
-}
+target that needs no teacher is checked with kd, where the config names a teacher.""",
+)
 
 
-def run(arguments: Sequence[str]) -> int:
-    words = list(arguments)
-    if not words or "-h" in words or "--help" in words:
-        print(_HELP, end="")
-        return 0
-    if words[0] != "check":
-        raise unknown("word after teacher", words[0], ("check",))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("qtarget teacher check runs in one process; start it without accelerate launch or torchrun")
-    return _check(words[1:])
-
-
-def _check(words: list[str]) -> int:
-    own, rest = options.take(words, {"rows": 200, "json": None})
-    rows, out = options.whole("rows", own["rows"], 1), None if own["json"] is None else Path(own["json"])
-    if out is not None:
-        options.writable("json", out)
+@VERB.command(
+    Option("rows", "rows looked at, evenly spread over the training set (the first of a stream)", whole(1), 200),
+    Option("json", "every figure, also of each place in the answer", NEW_FILE),
+    word="check",
+    settings=True,
+)
+def check(options: Any) -> int:
+    terminal.refuse_processes("qtarget teacher check")
+    rows, out = options.rows, options.json
     from qtarget.cli import setup
     from qtarget.training import agreement
 
-    asked = setup.read(rest, _FIXED, trains=False)
+    asked = setup.read(options.words, setup.MEASURES, trains=False)
     _ask_a_teacher(asked.config)
     asked.datasets.pop("test", None)
     train = asked.datasets["train"]
@@ -98,7 +67,9 @@ def _ask_a_teacher(config: Any) -> None:
             "teacher_cache or teacher_ema_decay"
         )
     print(f"target {objectives[0]} asks no teacher; the one that is named is checked with target kd")
-    for name, value in {"target": "kd", **_WITHOUT_TARGET}.items():
+    from qtarget.cli import setup
+
+    for name, value in {"target": "kd", **setup.NO_TARGET}.items():
         setattr(config, name, value)
 
 
@@ -117,10 +88,9 @@ def _show(made: Any) -> None:
     if not sys.stdout.isatty():
         print("\n".join(made.lines()))
         return
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console()
+    console = terminal.console(120)
     for table in tables(made):
         console.print(table)
     for note in made.notes():
@@ -132,29 +102,19 @@ def tables(made: Any) -> list[Any]:
     """An agreement as tables for a terminal."""
     from rich.text import Text
 
-    figures = _table(f"{made.rows} rows, {made.tokens} tokens", "", "student", "teacher")
+    left = ("", "label", "the teacher says")
+    figures = terminal.table("", "student", "teacher", left=left, title=f"{made.rows} rows, {made.tokens} tokens")
     for what, student, teacher in made.figures():
         figures.add_row(Text(what), student, teacher)
-    places = _table(
-        "by place in the answer", "", "tokens", "nll", "p", "likeliest", "teacher's nll", "p", "likeliest", "conflicts"
-    )
+    headings = ("", "tokens", "nll", "p", "likeliest", "teacher's nll", "p", "likeliest", "conflicts")
+    places = terminal.table(*headings, left=left, title="by place in the answer")
     for place in made.places:
         if not place.tokens:
             places.add_row(place.name, "0", *["-"] * 7)
             continue
         sides = [f for s in (place.student, place.teacher) for f in (f"{s.nll:.3f}", f"{s.p:.3f}", f"{s.accuracy:.0%}")]
         places.add_row(place.name, str(place.tokens), *sides, f"{place.conflicts:.0%}")
-    conflicts = _table("labels with most conflicts", "label", "conflicts", "the teacher says")
+    conflicts = terminal.table("label", "conflicts", "the teacher says", left=left, title="labels with most conflicts")
     for label, often, instead in made.conflict_lines():
         conflicts.add_row(Text(label), often, Text(instead))
     return [figures, places, *([conflicts] if made.conflicting else [])]
-
-
-def _table(title: str, *headings: str) -> Any:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for heading in headings:
-        left = heading in ("", "label", "the teacher says")
-        table.add_column(heading, justify="left" if left else "right")
-    return table

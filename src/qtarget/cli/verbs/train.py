@@ -2,55 +2,57 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qtarget.cli import fields
+from qtarget.cli import fields, terminal
+from qtarget.cli.arguments import Option, Verb, whole
 from qtarget.errors import ConfigError
 
-_USAGE = """\
-usage: qtarget train --config FILE [--any_field value ...]
-       qtarget train --config FILE --dry_run [--gpus 8]   check a recipe without weights; nothing is written
-       accelerate launch -m qtarget train --config FILE   (or torchrun --nproc_per_node N -m qtarget train ...)
-
+VERB = Verb(
+    "train",
+    """\
 Fine-tune a model toward a target. Keys of the file and flags are TRL's names and those below; flags win. Peers'
-spellings of an objective (use_dft_loss, use_eaft, gem_beta, ...) are read too.
-"""
+spellings of an objective (use_dft_loss, use_eaft, gem_beta, ...) are read too. On several GPUs: accelerate launch -m
+qtarget train --config FILE, or torchrun --nproc_per_node N -m qtarget train --config FILE.""",
+    more=fields.common,
+)
 
 
-def run(arguments: Sequence[str]) -> int:
-    if "-h" in arguments or "--help" in arguments or not arguments:
-        _print_help()
+@VERB.command(
+    Option("dry_run", "check the recipe without weights; nothing is written"),
+    Option("gpus", "of the dry run; unset: 8", whole(1)),
+    Option("help_all", "this help with every setting"),
+    settings=True,
+)
+def run(options: Any) -> int:
+    from qtarget.cli import setup
+
+    if options.help_all:
+        print(VERB.help(fields.every()), end="")
         return 0
-    if "--help_all" in arguments or "--help-all" in arguments:
-        _print_help_all()
+    if options.dry_run:
+        from qtarget.cli import preview
+        from qtarget.planning import steps
+
+        preview.show(options.words, options.gpus or steps.GPUS)
         return 0
-    from qtarget.cli import options, setup
-
-    own, arguments = options.take(arguments, {"gpus": None}, flags=("dry_run",))
-    if own["dry_run"]:
-        from qtarget.cli import dry_run
-
-        return dry_run.run(arguments, options.whole("gpus", own["gpus"] or dry_run.GPUS, 1))
-    if own["gpus"] is not None:
+    if options.gpus is not None:
         raise ConfigError(
-            f"gpus is {own['gpus']!r} without --dry_run; a run takes its number of processes from accelerate launch "
+            f"gpus is {options.gpus} without --dry_run; a run takes its number of processes from accelerate launch "
             "--num_processes, or torchrun --nproc_per_node"
         )
-    asked = setup.read(arguments)
-    if _is_main():
+    asked = setup.read(options.words)
+    if terminal.is_main():
         _print_settings(asked)
     trainer = setup.build(asked)
     from qtarget.training import checkpoints
 
     try:
         with checkpoints.told("what the run leaves", asked.config.output_dir):
-            return _train(trainer, asked)
+            return train(trainer, asked)
     except ConfigError:
         print(file=sys.stderr)  # leave the progress bar's line
         raise
@@ -59,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
 # -- the run -----------------------------------------------------------------------------------------------------
 
 
-def _train(trainer: Any, asked: Any) -> int:
+def train(trainer: Any, asked: Any) -> int:
     from qtarget.cli import recipe, setup, summary
 
     config, script = asked.config, asked.script
@@ -89,38 +91,6 @@ def _train(trainer: Any, asked: Any) -> int:
     return 0
 
 
-def _is_main() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-# -- help and settings -------------------------------------------------------------------------------------------
-
-
-def _print_help() -> None:
-    print(_USAGE)
-    for group, rows in fields.COMMON:
-        print(f"{group}:")
-        for name, default, what in rows:
-            shown = "" if default is None else f" ({_shown(default)})"
-            print(f"  --{name:<30} {what}{shown}")
-        print()
-    print("every field: qtarget train --help_all      the targets: qtarget targets")
-
-
-def _print_help_all() -> None:
-    from qtarget.cli.settings import groups
-
-    print(_USAGE)
-    for group, cls in groups().items():
-        print(f"{group} ({cls.__name__}):")
-        for field in dataclasses.fields(cls):
-            if field.init:
-                default = "" if field.default is dataclasses.MISSING else f" ({_shown(field.default)})"
-                text = " ".join(str(field.metadata.get("help", "")).replace("%%", "%").split())
-                print(f"  --{field.name:<32} {text}{default}")
-        print()
-
-
 def _print_settings(asked: Any) -> None:
     """Each setting with its origin; of TRL's many, those that were given or that the help table shows."""
     settings, given = asked.settings, asked.settings.origin
@@ -131,10 +101,6 @@ def _print_settings(asked: Any) -> None:
         holder = next((h for h in (asked.config, asked.model, asked.script) if hasattr(h, name)), None)
         value = getattr(holder, name) if holder is not None else settings.spelled.get(name)
         if name in given or value is not None:
-            print(f"  {name:<{width}}  {_shown(value):<40}  {given.get(name, 'default')}")
+            print(f"  {name:<{width}}  {fields.shown(value):<40}  {given.get(name, 'default')}")
     for note in asked.notes:
         print(f"note: {note}")
-
-
-def _shown(value: Any) -> str:
-    return str(getattr(value, "value", value))
