@@ -46,8 +46,10 @@ from train_step import MODEL, ROOT, load, prepare, step
 import qtarget as qt
 from qtarget import QTargetConfig, QTargetTrainer
 from qtarget.cli import setup
-from qtarget.teachers.cache import INDEX, CachedTeacher
-from qtarget.training import cache_build, cache_doctor, cache_scorers
+from qtarget.teachers.cache import build as cache_build
+from qtarget.teachers.cache import doctor as cache_doctor
+from qtarget.teachers.cache import scorers as cache_scorers
+from qtarget.teachers.cache.reader import INDEX, CachedTeacher
 
 PARTS = ("engine", "step", "disk", "error")
 ENGINE_K = 64

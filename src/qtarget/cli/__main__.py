@@ -26,26 +26,21 @@ VERBS = {
 }
 
 
-def _help() -> str:
-    lines = [f"  {verb:<10} {f'{about}:':<40} {example}" for verb, (about, example) in VERBS.items()]
-    return "\n".join(
-        [
-            "qtarget: choose what each token is taught, see it, and train toward it.",
-            "",
-            "usage: qtarget VERB [options]",
-            "",
-            *lines,
-            "",
-            "qtarget VERB --help tells more; --debug shows the traceback of an error; --version prints the version.",
-        ]
-    )
+HELP = f"""\
+qtarget: choose what each token is taught, see it, and train toward it.
+
+usage: qtarget VERB [options]
+
+{"".join(f"  {verb:<10} {f'{about}:':<40} {example}" + chr(10) for verb, (about, example) in VERBS.items())}
+qtarget VERB --help tells more; --debug shows the traceback of an error; --version prints the version.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb. Returns the exit status: 0 done, 1 a check failed, 2 a fault in what was asked for, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help())
+        print(HELP, end="")
         return 0
     if arguments[0] in ("--version", "version"):
         from qtarget import __version__

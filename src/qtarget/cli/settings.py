@@ -56,7 +56,7 @@ def groups() -> dict[str, type]:
 def read(arguments: Sequence[str]) -> Settings:
     """Collect settings from ``--config FILE`` and ``--field value`` flags; faults are kept, not raised."""
     from qtarget.cli import recipe
-    from qtarget.targets import spellings
+    from qtarget.targets import peers
 
     settings = Settings()
     flags = _flags(arguments, settings.faults)
@@ -84,7 +84,7 @@ def read(arguments: Sequence[str]) -> Settings:
             if key in where:
                 group, hint = where[key]
                 settings.values[group][key] = _as(hint, value, key)
-            elif key in spellings.KEYS:
+            elif key in peers.KEYS:
                 settings.spelled[key] = _yaml(value, key) if isinstance(value, str) else value
             else:
                 place = f"key in {config_file}" if origin == "file" else "flag"

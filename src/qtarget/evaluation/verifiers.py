@@ -56,7 +56,7 @@ def check(name: str, columns: list[str] | None = None) -> None:
             raise unknown("verifier reasoning_gym", task, DATASETS)
         reads = ("answer",)
     elif ":" in name:
-        from qtarget.targets.config import load_object
+        from qtarget.targets.yaml_form import load_object
 
         if not callable(load_object(name, "verifier")):
             raise ConfigError(

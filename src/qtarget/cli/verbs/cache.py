@@ -46,7 +46,9 @@ def build(options: Any) -> int:
     from rich.progress import Progress
 
     from qtarget.cli import setup
-    from qtarget.training import cache_build, cache_scorers, teacher_setup
+    from qtarget.teachers import settings as teacher_settings
+    from qtarget.teachers.cache import build as cache_build
+    from qtarget.teachers.cache import scorers as cache_scorers
 
     server, dtype = options.server is not None, options.cache_dtype
     fixed = setup.row_by_row(options.words, target="sft" if server else "kd")
@@ -77,7 +79,7 @@ def build(options: Any) -> int:
     cache_build.check_room(folder, megabytes)
     repeated = f" ({plan.repeated} more are the same as another)" if plan.repeated else ""
     print(f"rows       {len(plan.rows)}{repeated}, {plan.tokens} supervised tokens, as {len(plan.shards)} files")
-    print(f"teacher    {teacher_setup.describe(about['teacher'])}")
+    print(f"teacher    {teacher_settings.describe(about['teacher'])}")
     time = "" if server else f", about {_time(cache_build.seconds_for(trainer, plan, options.batch_size))}"
     print(f"size       {megabytes:.1f} MB for k = {k}, {dtype}, in {folder}{time}", flush=True)
     with Progress(disable=not sys.stderr.isatty()) as bar:
@@ -131,9 +133,9 @@ def inspect(options: Any) -> int:
             f"{' '.join(options.words) or 'nothing'} was named where the folder of one cache is asked for"
         )
     (folder,) = options.words
-    from qtarget.teachers import manifest as manifests
-    from qtarget.teachers.cache import CachedTeacher
-    from qtarget.training import teacher_setup
+    from qtarget.teachers import settings as teacher_settings
+    from qtarget.teachers.cache import manifest as manifests
+    from qtarget.teachers.cache.reader import CachedTeacher
 
     manifest = manifests.read(folder)
     size = sum(line["bytes"] for line in manifest["shards"]) / 2**20
@@ -141,7 +143,7 @@ def inspect(options: Any) -> int:
     preparation = ", ".join(f"{name} {value}" for name, value in manifest["preparation"].items())
     lines = {
         "state": manifest["state"] + ("" if done == planned else f": {done} of {planned} files"),
-        "teacher": teacher_setup.describe(manifest["teacher"]),
+        "teacher": teacher_settings.describe(manifest["teacher"]),
         "context": manifest["teacher_context"] or "none: it reads what the student reads",
         "rows": f"{manifest['rows']}, {manifest['tokens']} supervised tokens",
         "kept": f"{manifest['k']} tokens each, {manifest['dtype']}, {size:.1f} MB in {done} files",
@@ -171,12 +173,12 @@ def doctor(options: Any) -> int:
     folder = options.cache or _config_value(rest, "teacher_cache")
     if folder is None:
         raise ConfigError("teacher_cache is not set; name the folder as --cache DIR, or as teacher_cache in the config")
-    from qtarget.teachers.cache import CachedTeacher
+    from qtarget.teachers.cache.reader import CachedTeacher
 
     cache = CachedTeacher(folder)
     cache.check_files(checksums=True)
     from qtarget.cli import setup
-    from qtarget.training import cache_doctor
+    from qtarget.teachers.cache import doctor as cache_doctor
 
     asked = _config_value(rest, "target")
     named = _config_value(rest, "teacher_model_name_or_path") or _config_value(rest, "teachers")

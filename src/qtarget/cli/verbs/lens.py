@@ -112,7 +112,7 @@ def show(options: Any) -> int:
     from qtarget.lens import record
     from qtarget.lens import terminal as lens
     from qtarget.targets import Target
-    from qtarget.targets.config import names_code
+    from qtarget.targets.yaml_form import names_code
 
     read, target = record.read(folder), _target(options.target)
     console = terminal.console(_WIDTH)
@@ -180,8 +180,8 @@ def _capture_folder(options: Any) -> str:
 def induced(options: Any) -> int:
     import torch
 
-    from qtarget.targets.config import load_object
     from qtarget.targets.induced import RULES, induced_target
+    from qtarget.targets.yaml_form import load_object
 
     sys.path.insert(0, "")  # a loss in the present folder, as `python -m` would find it
     loss = load_object(options.loss, "loss")

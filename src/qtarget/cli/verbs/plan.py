@@ -107,7 +107,7 @@ def _sample(rest: Sequence[str]) -> list[tuple[int, int]]:
     import datasets as hub
 
     from qtarget.cli import setup
-    from qtarget.training.agreement import spread
+    from qtarget.teachers.agreement.measure import spread
 
     hub.disable_progress_bars()
     with tempfile.TemporaryDirectory() as scratch:  # a trainer makes its output folder
@@ -196,7 +196,7 @@ def _cache(
     """What a cache in place of the teacher's models would change; None where there are none to replace."""
     from qtarget.cli import preview
     from qtarget.planning import memory
-    from qtarget.training import cache_build
+    from qtarget.teachers.cache import build as cache_build
 
     if not any(other.role == "teacher" for other in found.others):
         return None

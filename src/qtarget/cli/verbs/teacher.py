@@ -31,7 +31,7 @@ def check(options: Any) -> int:
     terminal.refuse_processes("qtarget teacher check")
     rows, out = options.rows, options.json
     from qtarget.cli import setup
-    from qtarget.training import agreement
+    from qtarget.teachers.agreement import measure as agreement
 
     asked = setup.read(options.words, setup.MEASURES, trains=False)
     _ask_a_teacher(asked.config)
@@ -77,7 +77,7 @@ def _measured(trainer: Any, rows: int) -> Any:
     from rich.console import Console
     from rich.progress import Progress
 
-    from qtarget.training import agreement
+    from qtarget.teachers.agreement import measure as agreement
 
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("comparing", total=None)
