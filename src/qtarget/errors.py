@@ -6,7 +6,8 @@ import contextlib
 import difflib
 import math
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 # Names that an error lists.
 _LISTED = 30
@@ -24,6 +25,15 @@ class ConfigError(ValueError):
     def __init__(self, faults: str | Sequence[str]):
         self.faults = [faults] if isinstance(faults, str) else list(faults)
         super().__init__("\n".join(self.faults))
+
+
+def faults_of(check: Callable[..., object], *arguments: Any, **named: Any) -> list[str]:
+    """What a check raises as ConfigError, a sentence each; none where it passes."""
+    try:
+        check(*arguments, **named)
+    except ConfigError as error:
+        return error.faults
+    return []
 
 
 def unknown(field: str, got: object, valid: Iterable[str]) -> ConfigError:

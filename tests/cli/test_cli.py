@@ -366,7 +366,7 @@ def test_help_table_agrees_with_the_fields():
     from trl import ModelConfig, ScriptArguments
 
     known = {f.name: f for cls in (qt.QTargetConfig, ModelConfig, ScriptArguments) for f in dataclasses.fields(cls)}
-    for _, rows in fields.THEIRS:
+    for rows in fields.THEIRS.values():
         for name, default, _ in rows:
             actual = known[name].default
             assert getattr(actual, "value", actual) == default, name

@@ -128,14 +128,13 @@ def test_arguments_by_position_as_in_trl(tmp_path):
 
 
 def test_a_teacher_as_one_mapping_is_stored_flat(tmp_path):
-    mapping = {"model": "org/a", "init_kwargs": {"dtype": "bfloat16"}, "tail": "even", "check_rows": 3}
+    mapping = {"model": "org/a", "init_kwargs": {"dtype": "bfloat16"}, "tail": "even", "ema_decay": None}
     made = config(tmp_path, teacher=mapping)
     beside = config(
         tmp_path,
         teacher_model_name_or_path="org/a",
         teacher_model_init_kwargs={"dtype": "bfloat16"},
         teacher_tail="even",
-        teacher_check_rows=3,
     )
     assert made == beside and made.to_dict() == beside.to_dict() and made.teacher is None
     assert config(tmp_path, teacher="org/a").teacher_model_name_or_path == "org/a"
@@ -158,7 +157,7 @@ def test_a_teacher_in_both_forms(tmp_path):
     [
         ({"modle": "org/a"}, "teacher's key is 'modle'; did you mean 'model'?"),
         (["org/a"], "teacher is ['org/a']; write a folder or hub id, or a mapping"),
-        ({"check_rows": -1}, "teacher_check_rows is -1; use a whole number from 0"),
+        ({"ema_decay": 2}, "teacher_ema_decay is 2; use a number from 0 below 1"),
         ({"tail": "evne"}, "teacher_tail is 'evne'; did you mean 'even'?"),
     ],
 )

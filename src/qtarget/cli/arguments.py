@@ -41,7 +41,17 @@ FILE = Kind("FILE", FOLDER.read)
 
 def whole(low: int) -> Kind:
     """A whole number from ``low``."""
-    return Kind("N", lambda name, text: whole_number(name, text, low))
+
+    def read(name: str, text: Any) -> int:
+        try:
+            value = int(text)
+        except (TypeError, ValueError, OverflowError):
+            raise ConfigError(f"{name} is {text!r}; use a whole number from {low}") from None
+        if value < low:
+            raise ConfigError(f"{name} is {value}; use a whole number from {low}")
+        return value
+
+    return Kind("N", read)
 
 
 def number(low: float | None = None, high: float | None = None, **ends: bool) -> Kind:
@@ -66,17 +76,6 @@ def one_of(*valid: str) -> Kind:
         return text
 
     return Kind("|".join(valid), read)
-
-
-def whole_number(name: str, text: Any, low: int) -> int:
-    """A whole number from ``low``, or ConfigError."""
-    try:
-        value = int(text)
-    except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{name} is {text!r}; use a whole number from {low}") from None
-    if value < low:
-        raise ConfigError(f"{name} is {value}; use a whole number from {low}")
-    return value
 
 
 def writable(name: str, text: Any) -> Path:
@@ -175,7 +174,7 @@ class Command:
         words = [f"qtarget {verb}", self.word, "--config FILE" if self.settings else "", self.takes]
         words += [option.written for option in self.options if option.mend]
         words += ["[options]" if any(not option.mend for option in self.options) else ""]
-        return " ".join(word for word in [*words, "[--any_setting value ...]" if self.settings else ""] if word)
+        return " ".join(word for word in [*words, "[--any_field value ...]" if self.settings else ""] if word)
 
 
 class Verb:
@@ -226,8 +225,9 @@ class Verb:
 
 def entry(name: str, text: str) -> list[str]:
     """A name and what it is, as lines of a help."""
-    lines = textwrap.wrap(text, _WIDTH - _MARGIN, break_long_words=False, break_on_hyphens=False) or [""]
-    head = f"  {name}"
-    if len(head) > _MARGIN - 2:
-        return [head, *(" " * _MARGIN + line for line in lines)]
-    return [head.ljust(_MARGIN) + lines[0], *(" " * _MARGIN + line for line in lines[1:])]
+    indent = " " * _MARGIN
+    head = f"  {name}  ".ljust(_MARGIN)
+    lines = textwrap.wrap(
+        f"{head}{text}", _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return lines or [head]

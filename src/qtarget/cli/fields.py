@@ -16,72 +16,60 @@ import qtarget
 from qtarget import docstrings
 from qtarget.cli.arguments import entry
 
-# (group, [(field, default, what it is)])
-THEIRS: list[tuple[str, list[tuple[str, object, str]]]] = [
-    (
-        "model",
-        [
-            ("model_name_or_path", None, "the model to train: a folder or hub id"),
-            ("model_revision", "main", "branch, tag or commit of the model"),
-            ("dtype", "float32", "precision of the weights"),
-            ("attn_implementation", None, "such as flash_attention_2"),
-            ("use_peft", False, "train LoRA adapters instead of all weights"),
-            ("lora_r", 16, "rank of the adapters"),
-            ("lora_alpha", 32, "scale of the adapters"),
-            ("lora_dropout", 0.05, "dropout of the adapters"),
-            ("lora_target_modules", None, "modules that get adapters"),
-        ],
-    ),
-    (
-        "data",
-        [
-            ("dataset_name", None, "a folder of json, csv or parquet files, one such file, or a hub id"),
-            ("dataset_config", None, "configuration of the dataset"),
-            ("dataset_train_split", "train", "rows to train on"),
-            ("dataset_test_split", "test", "rows to evaluate before and after; a missing split is left out"),
-            ("dataset_streaming", False, "read the dataset as it comes"),
-            ("max_length", 1024, "longest sequence, in tokens; the rest is cut"),
-            ("packing", False, "several rows in one sequence"),
-            ("completion_only_loss", None, "train the completion only; unset: yes for prompt and completion rows"),
-            ("assistant_only_loss", False, "train the assistant's turns only"),
-            ("chat_template_path", None, "another chat template"),
-        ],
-    ),
-    (
-        "training",
-        [
-            ("output_dir", None, "where the model goes"),
-            ("learning_rate", 2e-5, "peak learning rate"),
-            ("lr_scheduler_type", "linear", "shape of the learning rate over time"),
-            ("warmup_steps", 0, "steps to the peak; below 1: share of all steps"),
-            ("num_train_epochs", 3.0, "passes over the data"),
-            ("max_steps", -1, "optimiser steps; above 0 it wins over epochs"),
-            ("per_device_train_batch_size", 8, "rows per device and forward pass"),
-            ("gradient_accumulation_steps", 1, "forward passes per optimiser step"),
-            ("max_grad_norm", 1.0, "gradient clipping; 0 turns it off"),
-            ("weight_decay", 0.0, "AdamW's weight decay"),
-            ("gradient_checkpointing", True, "recompute activations to save memory"),
-            ("bf16", None, "bfloat16 autocast; unset: where the device has it"),
-            ("seed", 42, "of the order of rows and of everything random"),
-        ],
-    ),
-    (
-        "watching and saving",
-        [
-            ("logging_steps", 10, "steps between two log lines"),
-            ("eval_strategy", "no", "evaluate in between: no, steps, epoch"),
-            ("eval_steps", None, "steps between two evaluations"),
-            ("per_device_eval_batch_size", 8, "rows per device in evaluation"),
-            ("save_strategy", "steps", "checkpoints: no, steps, epoch, best"),
-            ("save_steps", 500, "steps between two checkpoints"),
-            ("save_total_limit", None, "checkpoints kept"),
-            ("resume_from_checkpoint", None, "a checkpoint folder, or true for the latest"),
-            ("report_to", "none", "tracker: wandb, tensorboard, trackio, mlflow, ..."),
-            ("run_name", None, "name of the run in the tracker"),
-            ("push_to_hub", False, "upload the model"),
-        ],
-    ),
-]
+# group → [(field, default, what it is)]
+THEIRS: dict[str, list[tuple[str, Any, str]]] = {
+    "model": [
+        ("model_name_or_path", None, "the model to train: a folder or hub id"),
+        ("model_revision", "main", "branch, tag or commit of the model"),
+        ("dtype", "float32", "precision of the weights"),
+        ("attn_implementation", None, "such as flash_attention_2"),
+        ("use_peft", False, "train LoRA adapters instead of all weights"),
+        ("lora_r", 16, "rank of the adapters"),
+        ("lora_alpha", 32, "scale of the adapters"),
+        ("lora_dropout", 0.05, "dropout of the adapters"),
+        ("lora_target_modules", None, "modules that get adapters"),
+    ],
+    "data": [
+        ("dataset_name", None, "a folder of json, csv or parquet files, one such file, or a hub id"),
+        ("dataset_config", None, "configuration of the dataset"),
+        ("dataset_train_split", "train", "rows to train on"),
+        ("dataset_test_split", "test", "rows to evaluate before and after; a missing split is left out"),
+        ("dataset_streaming", False, "read the dataset as it comes"),
+        ("max_length", 1024, "longest sequence, in tokens; the rest is cut"),
+        ("packing", False, "several rows in one sequence"),
+        ("completion_only_loss", None, "train the completion only; unset: yes for prompt and completion rows"),
+        ("assistant_only_loss", False, "train the assistant's turns only"),
+        ("chat_template_path", None, "another chat template"),
+    ],
+    "training": [
+        ("output_dir", None, "where the model goes"),
+        ("learning_rate", 2e-5, "peak learning rate"),
+        ("lr_scheduler_type", "linear", "shape of the learning rate over time"),
+        ("warmup_steps", 0, "steps to the peak; below 1: share of all steps"),
+        ("num_train_epochs", 3.0, "passes over the data"),
+        ("max_steps", -1, "optimiser steps; above 0 it wins over epochs"),
+        ("per_device_train_batch_size", 8, "rows per device and forward pass"),
+        ("gradient_accumulation_steps", 1, "forward passes per optimiser step"),
+        ("max_grad_norm", 1.0, "gradient clipping; 0 turns it off"),
+        ("weight_decay", 0.0, "AdamW's weight decay"),
+        ("gradient_checkpointing", True, "recompute activations to save memory"),
+        ("bf16", None, "bfloat16 autocast; unset: where the device has it"),
+        ("seed", 42, "of the order of rows and of everything random"),
+    ],
+    "watching and saving": [
+        ("logging_steps", 10, "steps between two log lines"),
+        ("eval_strategy", "no", "evaluate in between: no, steps, epoch"),
+        ("eval_steps", None, "steps between two evaluations"),
+        ("per_device_eval_batch_size", 8, "rows per device in evaluation"),
+        ("save_strategy", "steps", "checkpoints: no, steps, epoch, best"),
+        ("save_steps", 500, "steps between two checkpoints"),
+        ("save_total_limit", None, "checkpoints kept"),
+        ("resume_from_checkpoint", None, "a checkpoint folder, or true for the latest"),
+        ("report_to", "none", "tracker: wandb, tensorboard, trackio, mlflow, ..."),
+        ("run_name", None, "name of the run in the tracker"),
+        ("push_to_hub", False, "upload the model"),
+    ],
+}
 
 
 @functools.cache
@@ -92,14 +80,14 @@ def own() -> list[tuple[str, Any, str]]:
 
 def names() -> list[str]:
     """The settings that the help shows, in its order."""
-    return [name for rows in (own(), *(rows for _, rows in THEIRS)) for name, _, _ in rows]
+    return [name for rows in (own(), *THEIRS.values()) for name, _, _ in rows]
 
 
 def common() -> str:
     """The settings most runs touch, as lines of a help; of a description its first sentence."""
     first = [(name, default, re.split(r"\.(?: |$)", text)[0].replace("``", "")) for name, default, text in own()]
     tail = "every setting: qtarget train --help_all      the targets: qtarget targets"
-    return f"{_lines([('target', first), *THEIRS])}\n\n{tail}"
+    return f"{_lines({'target': first, **THEIRS})}\n\n{tail}"
 
 
 def every() -> str:
@@ -107,10 +95,10 @@ def every() -> str:
     from qtarget.cli.settings import groups
 
     return _lines(
-        [
-            (f"{group} ({config.__name__})", [_row(field) for field in dataclasses.fields(config) if field.init])
+        {
+            f"{group} ({config.__name__})": [_row(field) for field in dataclasses.fields(config) if field.init]
             for group, config in groups().items()
-        ]
+        }
     )
 
 
@@ -119,9 +107,9 @@ def _row(field: dataclasses.Field) -> tuple[str, Any, str]:
     return field.name, None if field.default is dataclasses.MISSING else field.default, text
 
 
-def _lines(grouped: list[tuple[str, list[tuple[str, Any, str]]]]) -> str:
+def _lines(grouped: dict[str, list[tuple[str, Any, str]]]) -> str:
     lines = []
-    for group, rows in grouped:
+    for group, rows in grouped.items():
         lines += ["", f"{group}:"]
         for name, default, text in rows:
             lines += entry(f"--{name}", text if default is None else f"{text} ({shown(default)})")

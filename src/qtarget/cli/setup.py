@@ -149,7 +149,7 @@ def _training_config(settings: Any):
 
 def _of_transformers(error: Exception, values: dict[str, Any]) -> str:
     """A refusal of TRL or Transformers, which may not say which setting it is about."""
-    text = one_line(error)
+    text = reason(error)
     said = [name for name, value in values.items() if name in text or any(one in text for one in _words(value))]
     if isinstance(error, ImportError) and values.get("deepspeed"):
         said = ["deepspeed"]
@@ -251,7 +251,7 @@ def load_datasets(script: Any, faults: list[str], **how: Any) -> dict[str, Any]:
     try:
         splits = load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming, **how)
     except Exception as error:  # datasets raises many kinds, all of them about what was asked for
-        faults.append(f"dataset_name is {script.dataset_name!r}, which cannot be loaded: {one_line(error)}")
+        faults.append(f"dataset_name is {script.dataset_name!r}, which cannot be loaded: {reason(error)}")
         return {}
     if script.dataset_train_split not in splits:
         faults.append(
@@ -301,10 +301,10 @@ def build(run: Run, kind: Any = None, weights: bool = True) -> Any:
         raise ConfigError(f"dataset_name is {name!r}, which is not UTF-8 ({error}); save it as that") from error
     except OSError as error:
         raise ConfigError(
-            f"model_name_or_path is {model.model_name_or_path!r}, which cannot be loaded: {one_line(error)}"
+            f"model_name_or_path is {model.model_name_or_path!r}, which cannot be loaded: {reason(error)}"
         ) from error
     except (ValueError, ImportError) as error:  # TRL's and Transformers' own refusals
-        raise ConfigError(one_line(error)) from error
+        raise ConfigError(reason(error)) from error
     except Exception as error:
         if not _comes_of_loading(error):
             raise
@@ -352,7 +352,3 @@ def _without_weights(model: Any, config: Any) -> tuple[Any, Any]:
 
 def resume(value: Any) -> Any:
     return True if str(value).lower() == "true" else value
-
-
-def one_line(error: BaseException) -> str:
-    return reason(error)

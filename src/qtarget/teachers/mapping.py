@@ -44,10 +44,8 @@ def flat(value: Any) -> dict[str, Any]:
         raise ConfigError(
             f"teacher is {value!r}; write a folder or hub id, or a mapping, as in {{model: org/name, tail: even}}"
         )
-    if wrong := [
-        fault for key in value if key not in SETTINGS for fault in unknown("teacher's key", key, SETTINGS).faults
-    ]:
-        raise ConfigError(wrong)
+    if wrong := [unknown("teacher's key", key, SETTINGS) for key in value if key not in SETTINGS]:
+        raise ConfigError([fault for error in wrong for fault in error.faults])
     return {SETTINGS[key]: inner for key, inner in value.items()}
 
 

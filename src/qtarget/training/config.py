@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from trl import SFTConfig
 
 from qtarget.data.columns import columns_for
 from qtarget.docstrings import with_help
-from qtarget.errors import ConfigError, check_range, unknown
+from qtarget.errors import ConfigError, check_range, faults_of, unknown
 from qtarget.losses.engine import BACKENDS
 from qtarget.targets import Target, presets
 from qtarget.targets.objective import Objective
@@ -159,38 +159,19 @@ class QTargetConfig(SFTConfig):
                 faults += unknown(name, getattr(self, name), valid).faults
         faults += self._teacher_faults()
         faults += self._refresh_faults()
-        for resolve in (
-            lambda: check_range("weights_temperature", self.weights_temperature, 0, open_low=True),
-            self.resolve_objective,
-            self.resolve_eval_objective,
-        ):
-            try:
-                objective = resolve()
-            except ConfigError as error:
-                faults += [fault for fault in error.faults if fault not in faults]
-                continue
-            if isinstance(objective, Objective):
-                faults += self._objective_faults(objective)
+        faults += faults_of(check_range, "weights_temperature", self.weights_temperature, 0, open_low=True)
+        faults += faults_of(self._check, self.resolve_objective) + faults_of(self._check, self.resolve_eval_objective)
         if faults:
             raise ConfigError(list(dict.fromkeys(faults)))
 
     def _teacher_faults(self) -> list[str]:
-        faults = []
-        for read in (lambda: context.read_template(self.teacher_context), self.pool_members):
-            try:
-                read()
-            except ConfigError as error:
-                faults += error.faults
+        faults = faults_of(context.read_template, self.teacher_context) + faults_of(self.pool_members)
         named = self.teacher_settings
         by_name = [name for name in named if name != "teacher_cache"]  # a cache is held against the teacher named
         if len(by_name) > 1 or (len(named) > 1 and "teacher_ema_decay" in named):
             faults.append(f"{' and '.join(named)} are set; a run has one teacher: keep one of them")
-        decay = self.teacher_ema_decay
-        if decay is not None:
-            try:
-                check_range("teacher_ema_decay", decay, 0, 1, open_high=True)
-            except ConfigError as error:
-                faults += error.faults
+        if self.teacher_ema_decay is not None:
+            faults += faults_of(check_range, "teacher_ema_decay", self.teacher_ema_decay, 0, 1, open_high=True)
         return faults
 
     @property
@@ -216,22 +197,23 @@ class QTargetConfig(SFTConfig):
             return [f"psft_refresh is {refresh!r}; use a number of optimiser steps from 2, or never"]
         return []
 
-    def _objective_faults(self, objective: Objective) -> list[str]:
-        faults = []
+    def _check(self, resolve: Callable[[], Objective]) -> None:
+        """Raise where an objective cannot be resolved or does not go with the other settings."""
+        objective, faults = resolve(), []
         if self.psft_refresh == 1 and "old_policy" in objective.requires:
             faults.append(
                 "psft_refresh is 1, so the old policy is always the present one, r = 1 and the clip never acts: that is "
                 "sft; use 2 or more (the paper: 8), or target: sft"
             )
-        if self.denominator == "kept":
-            known = {"critical"} | ({"weight"} if self.weights == "column" else set())
-            for target in objective.finals():
-                if not known & target.requires:
-                    faults.append(
-                        f"denominator is 'kept' with target {target}; which tokens are kept is known beforehand only "
-                        "from a critical or weight column (cft, iw-sft): use all_labels"
-                    )
-        return faults
+        known = {"critical"} | ({"weight"} if self.weights == "column" else set())
+        faults += [
+            f"denominator is 'kept' with target {target}; which tokens are kept is known beforehand only from a critical "
+            "or weight column (cft, iw-sft): use all_labels"
+            for target in objective.finals()
+            if self.denominator == "kept" and not known & target.requires
+        ]
+        if faults:
+            raise ConfigError(faults)
 
     def resolve_objective(self) -> Objective:
         """What these settings train; sft where they name nothing. Raises where they contradict each other."""
