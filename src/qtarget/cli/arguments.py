@@ -59,12 +59,15 @@ def number(low: float | None = None, high: float | None = None, **ends: bool) ->
 
     def read(name: str, text: Any) -> float:
         try:
-            value = float(text)
+            value = int(text) if str(text).lstrip("-").isdecimal() else float(text)
         except (TypeError, ValueError, OverflowError):
             raise ConfigError(f"{name} is {text!r}; use a number") from None
         return check_range(name, value, low, high, **ends)
 
     return Kind("X", read)
+
+
+ABOVE_ZERO = number(0, open_low=True)
 
 
 def one_of(*valid: str) -> Kind:
@@ -121,15 +124,14 @@ class Command:
     """What a verb does, or one of the things it does.
 
     Attributes:
-        run: called with the values of the options by name, and ``words``: all other words. Returns the exit status.
-        word: what it is called behind the verb; empty: the verb itself. about: what it does, for a verb of several.
-        options: its own. takes: names it takes beside them, as in ``DIR``. settings: whether all other words are the
-            settings of a training run.
+        run: called with the values of the options by name, and ``words``: all other words. Returns the exit status. Its
+            docstring says in the help what it does, where a verb does several things.
+        word: what it is called behind the verb; empty: the verb itself. options: its own. takes: names it takes beside
+            them, as in ``DIR``. settings: whether all other words are the settings of a training run.
     """
 
     run: Callable[[Any], int]
     word: str
-    about: str
     options: tuple[Option, ...]
     takes: str
     settings: bool
@@ -181,19 +183,21 @@ class Verb:
     """A word behind ``qtarget``: its commands, each declared by ``@verb.command`` above the function that does it.
 
     Args:
-        name: the word. about: what the help says of it. bare: whether it does something without any further word.
-        more: makes what the help says behind the options.
+        name: the word. doc: its module's docstring, which is its help. bare: whether it does something without a further
+            word. more: makes what the help says behind the options.
     """
 
-    def __init__(self, name: str, about: str, *, bare: bool = False, more: Callable[[], str] | None = None):
-        self.name, self.about, self.bare, self.more = name, about, bare, more
+    def __init__(self, name: str, doc: str | None, *, bare: bool = False, more: Callable[[], str] | None = None):
+        self.name, self.bare, self.more = name, bare, more
+        about = (doc or "").partition("``: ")[2].strip()
+        self.about = about[:1].upper() + about[1:]
         self.commands: dict[str, Command] = {}
 
     def command(
-        self, *options: Option, word: str = "", about: str = "", takes: str = "", settings: bool = False
+        self, *options: Option, word: str = "", takes: str = "", settings: bool = False
     ) -> Callable[[Callable[[Any], int]], Callable[[Any], int]]:
         def declare(run: Callable[[Any], int]) -> Callable[[Any], int]:
-            self.commands[word] = Command(run, word, about, options, takes, settings)
+            self.commands[word] = Command(run, word, options, takes, settings)
             return run
 
         return declare
@@ -216,7 +220,8 @@ class Verb:
         usages = [f"{' ' * 7 if number else 'usage: '}{one.usage(self.name)}" for number, one in enumerate(commands)]
         parts = ["\n".join(usages), self.about]
         for command in commands:
-            about = textwrap.wrap(f"{command.word or self.name}: {command.about}", _WIDTH) if command.about else []
+            about = textwrap.wrap(f"{command.word}: {' '.join((command.run.__doc__ or '').split())}", _WIDTH)
+            about = about if command.word else []
             parts.append("\n".join([*about, *(line for option in command.options for line in option.lines())]))
         if not more and any(command.settings for command in commands):
             parts.append("Any setting of a training run may be given as --name value too: qtarget train --help")

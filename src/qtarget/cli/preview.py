@@ -107,7 +107,7 @@ def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, l
             others.append(Frozen("teacher", name, revision, shape, shapes.frozen_bytes(kwargs, shape, config.use_cpu)))
         faults += teacher_settings.settings_faults(config)
         known_shapes = [other.shape for other in others]
-        known = [_tokens_of(shape) for shape in known_shapes]
+        known = [shape and shape.tokenizer for shape in known_shapes]
         if all(Path(name).is_dir() for name in [model.model_name_or_path, *(other.name for other in others)]):
             faults += _tokenizer_faults(asked) if student is not None and None not in known_shapes else []
         elif student is not None and student.tokenizer and all(known):
@@ -128,10 +128,6 @@ def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, l
         if shape is None:
             untold.append(f"the memory of {name}: it has no config here, and its shape is not in qtarget's table")
     return student, others, untold
-
-
-def _tokens_of(shape: shapes.Shape | None) -> str | None:
-    return None if shape is None else shape.tokenizer
 
 
 def _tokenizer_faults(asked: setup.Run) -> list[str]:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from qtarget.errors import ConfigError
+
 
 def is_main() -> bool:
     """Whether this process is the one that prints, of those that a launcher started."""
@@ -17,8 +19,6 @@ def is_main() -> bool:
 def refuse_processes(what: str) -> None:
     """Raise ConfigError where a launcher started several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from qtarget.errors import ConfigError
-
         raise ConfigError(f"{what} runs in one process; start it without accelerate launch or torchrun")
 
 

@@ -12,15 +12,9 @@ from qtarget.errors import ConfigError, unknown
 # key of the mapping → the setting it stands for
 SETTINGS = {
     "model": "teacher_model_name_or_path",
-    "revision": "teacher_model_revision",
-    "init_kwargs": "teacher_model_init_kwargs",
+    **{key: f"teacher_model_{key}" for key in ("revision", "init_kwargs")},
     "models": "teachers",
-    "cache": "teacher_cache",
-    "tail": "teacher_tail",
-    "ema_decay": "teacher_ema_decay",
-    "context": "teacher_context",
-    "end_token": "teacher_end_token",
-    "check_rows": "teacher_check_rows",
+    **{key: f"teacher_{key}" for key in ("cache", "tail", "ema_decay", "context", "end_token", "check_rows")},
 }
 
 

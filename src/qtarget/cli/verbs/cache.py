@@ -1,4 +1,4 @@
-"""``qtarget cache``: a teacher asked once, kept on disk, and checked."""
+"""``qtarget cache``: ask a teacher once about every supervised token, and train from its answers as often as you like."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qtarget.cli import terminal
+from qtarget.cli import setup, terminal
 from qtarget.cli.arguments import FLAG, FOLDER, NAME, NEW_FILE, Option, Verb, number, one_of, whole
 from qtarget.errors import ConfigError
 
-VERB = Verb(
-    "cache",
-    "Ask a teacher once about every supervised token of a dataset, and train from its answers as often as you like.",
-)
+VERB = Verb("cache", __doc__)
 _K = 64
 
 
@@ -33,11 +30,12 @@ _K = 64
     Option("server", "URL of a vLLM or OpenAI-compatible server, asked instead of loading the teacher", NAME),
     Option("server_model", "what the server calls the teacher", NAME),
     word="build",
-    about="the teacher's k likeliest tokens and the mass of the rest, for the rows as `qtarget train` would prepare "
-    "them; run again after an interruption, it goes on where it stopped",
     settings=True,
 )
 def build(options: Any) -> int:
+    """The teacher's k likeliest tokens and the mass of the rest, for the rows as `qtarget train` would prepare them;
+    run again after an interruption, it goes on where it stopped.
+    """
     if options.coverage is not None and options.k is not None:
         raise ConfigError("--k and --coverage are both given; keep one of them")
     if options.coverage is not None and options.server is not None:
@@ -45,7 +43,6 @@ def build(options: Any) -> int:
     k = options.k if options.k or options.coverage else _K
     from rich.progress import Progress
 
-    from qtarget.cli import setup
     from qtarget.teachers import settings as teacher_settings
     from qtarget.teachers.cache import build as cache_build
     from qtarget.teachers.cache import scorers as cache_scorers
@@ -121,13 +118,9 @@ def _time(seconds: float) -> str:
     return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.0f} s"
 
 
-@VERB.command(
-    Option("verify", "read every file and compare checksums", FLAG),
-    word="inspect",
-    about="what a cache was built for and of",
-    takes="DIR",
-)
+@VERB.command(Option("verify", "read every file and compare checksums", FLAG), word="inspect", takes="DIR")
 def inspect(options: Any) -> int:
+    """What a cache was built for and of."""
     if len(options.words) != 1:
         raise ConfigError(
             f"{' '.join(options.words) or 'nothing'} was named where the folder of one cache is asked for"
@@ -164,11 +157,12 @@ def inspect(options: Any) -> int:
     Option("rows", "how many are asked about, evenly spread", whole(1), 50),
     Option("json", "also write every figure", NEW_FILE),
     word="doctor",
-    about="asks the live teacher again about some rows: the mass that was left out, and the error of the target and of "
-    "the gradient that comes of it",
     settings=True,
 )
 def doctor(options: Any) -> int:
+    """Asks the live teacher again about some rows: the mass that was left out, and the error of the target and of the
+    gradient that comes of it.
+    """
     rest = options.words
     folder = options.cache or _config_value(rest, "teacher_cache")
     if folder is None:
@@ -177,7 +171,6 @@ def doctor(options: Any) -> int:
 
     cache = CachedTeacher(folder)
     cache.check_files(checksums=True)
-    from qtarget.cli import setup
     from qtarget.teachers.cache import doctor as cache_doctor
 
     asked = _config_value(rest, "target")

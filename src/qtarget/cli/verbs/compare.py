@@ -1,4 +1,8 @@
-"""``qtarget compare``: paired differences between result folders."""
+"""``qtarget compare``: paired differences between folders that qtarget eval wrote, of the same problems and settings.
+
+All are compared with the first. An ARM is DIR, NAME=DIR, or NAME=DIR,DIR,... with one folder for each training seed, in
+the same order for every arm.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,7 @@ from qtarget.cli import terminal
 from qtarget.cli.arguments import FOLDER, Option, Verb, whole
 from qtarget.errors import ConfigError
 
-VERB = Verb(
-    "compare",
-    """\
-Compare folders that qtarget eval wrote, of the same problems and settings, with the first one. An ARM is DIR, NAME=DIR,
-or NAME=DIR,DIR,... with one folder for each training seed, in the same order for every arm.""",
-)
+VERB = Verb("compare", __doc__)
 
 
 @VERB.command(

@@ -1,4 +1,8 @@
-"""``qtarget data``: the columns that iw-sft, psft and cft train on, measured with the run's own model and rows."""
+"""``qtarget data``: measure the columns that iw-sft, psft and cft train on, with the run's own model and rows.
+
+The folder is a dataset: name it as dataset_name. Its signal.json says what it was made from, and a run that differs in
+that is refused.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qtarget.cli import terminal
-from qtarget.cli.arguments import FOLDER, NAME, Option, Verb, number, whole
+from qtarget.cli import setup, terminal
+from qtarget.cli.arguments import ABOVE_ZERO, FOLDER, NAME, Option, Verb, whole
 from qtarget.errors import ConfigError
 
-VERB = Verb(
-    "data",
-    """\
-Measure a signal before training with it. The folder is a dataset: name it as dataset_name. Its signal.json says what it
-was made from, and a run that differs in that is refused.""",
-)
+VERB = Verb("data", __doc__)
 _OUTPUT = Option(
     "output", "folder of the new dataset", FOLDER, mend="name the folder of the new dataset, as in: -o my_rows"
 )
@@ -30,11 +29,12 @@ _OUTPUT = Option(
     _OUTPUT,
     Option("fixed", "the column weight instead, of the model against another reference, for weights: column"),
     word="weights",
-    about="your rows with reference_logp, the mean log-prob of a row under the reference; iw-sft with weights: online "
-    "then needs no second model",
     settings=True,
 )
 def measure_weights(options: Any) -> int:
+    """Your rows with reference_logp, the mean log-prob of a row under the reference; iw-sft with weights: online then
+    needs no second model.
+    """
     from qtarget.signals import origin, weights
 
     asked = _run(options)
@@ -52,14 +52,11 @@ def measure_weights(options: Any) -> int:
     )
 
 
-@VERB.command(
-    _OUTPUT,
-    word="oldlogps",
-    about="your rows as token ids with old_logps, the log-prob of each label under the model as it starts; for psft with "
-    "psft_refresh: never",
-    settings=True,
-)
+@VERB.command(_OUTPUT, word="oldlogps", settings=True)
 def measure_old_logps(options: Any) -> int:
+    """Your rows as token ids with old_logps, the log-prob of each label under the model as it starts; for psft with
+    psft_refresh: never.
+    """
     from qtarget.signals import old_logps
 
     return _measured(_run(options), options.output, ("old_logps", old_logps.COLUMN, {}), old_logps.tables)
@@ -68,8 +65,6 @@ def measure_old_logps(options: Any) -> int:
 def _run(options: Any, **how: Any) -> Any:
     """The run of the config: rows one by one, no target or teacher, since the column a target needs is what is made."""
     terminal.refuse_processes("qtarget data")
-    from qtarget.cli import setup
-
     fixed = {**setup.MEASURES, **setup.NO_TARGET, **setup.NO_TEACHER, "target": None, "psft_refresh": 8}
     fixed |= {"packing": False, "eval_packing": False, "padding_free": False}
     return setup.read(options.words, fixed, trains=False, **how)
@@ -77,7 +72,6 @@ def _run(options: Any, **how: Any) -> Any:
 
 def _measured(asked: Any, folder: Path, made: tuple[str, str, dict[str, Any]], tables: Callable) -> int:
     """Write the splits with a column measured by forward passes. ``made``: kind, column, further settings."""
-    from qtarget.cli import setup
     from qtarget.signals import manifest, scoring
 
     kind, column, about = made
@@ -143,19 +137,19 @@ def _show_next(folder: Path, column: str) -> None:
         NAME,
         mend="use reasoning_gym:TASK, math_verify or my_pkg.my_module:function",
     ),
-    Option("verifier_timeout", "seconds; a call that takes longer counts as wrong", number(0, open_low=True), 10.0),
+    Option("verifier_timeout", "seconds; a call that takes longer counts as wrong", ABOVE_ZERO, 10.0),
     Option("alternatives", "how many next likeliest tokens are tried in place of each token", whole(1), 2),
     Option("max_new_tokens", "the longest answer, in tokens", whole(1), 256),
     Option("batch_size", "answers at once", whole(1), 16),
     word="critical",
-    about="the model's own right answers to your prompts as token ids with critical, a mask of the tokens that decide; "
-    "for cft. A search that was stopped goes on with the same command. Tokens are decoded in the precision of the "
-    "weights: --dtype bfloat16 is faster on a GPU.",
     settings=True,
 )
 def search_critical(options: Any) -> int:
+    """The model's own right answers to your prompts as token ids with critical, a mask of the tokens that decide; for
+    cft. A search that was stopped goes on with the same command. Tokens are decoded in the precision of the
+    weights: --dtype bfloat16 is faster on a GPU.
+    """
     folder = options.output
-    from qtarget.cli import setup
     from qtarget.evaluation import verifiers
     from qtarget.signals import critical, manifest
     from qtarget.signals.decoding import Greedy

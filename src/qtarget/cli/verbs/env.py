@@ -1,4 +1,4 @@
-"""``qtarget env``: what a bug report needs."""
+"""``qtarget env``: versions and devices; paste them into a bug report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from qtarget.cli.arguments import Verb
 
-VERB = Verb("env", "Print versions and devices; paste it into a bug report.", bare=True)
+VERB = Verb("env", __doc__, bare=True)
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed", "vllm", "liger-kernel")
 
 

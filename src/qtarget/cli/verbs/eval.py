@@ -1,4 +1,9 @@
-"""``qtarget eval``: a model's answers to tasks, sampled, judged and scored."""
+"""``qtarget eval``: a model's answers to tasks, sampled, judged and scored.
+
+n samples of each problem and a greedy answer give avg@n, pass@k, maj@n, greedy, length, cut off, without an answer and
+entropy. A run that was killed goes on with the same command. accelerate launch or torchrun shares the batches among
+processes. A model is asked with --model, --tasks and -o; a finished folder is judged again with --rescore.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +13,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qtarget.cli import terminal
-from qtarget.cli.arguments import FOLDER, NAME, TEXT, Option, Verb, number, one_of, whole
+from qtarget.cli.arguments import ABOVE_ZERO, FOLDER, NAME, TEXT, Option, Verb, number, one_of, whole
 from qtarget.errors import ConfigError, check_range
 
-VERB = Verb(
-    "eval",
-    """\
-Sample n answers to each problem and a greedy one, judge them, and score: avg@n, pass@k, maj@n, greedy, length, cut off,
-without an answer, entropy. A run that was killed goes on with the same command. accelerate launch or torchrun shares
-the batches among processes.
+VERB = Verb("eval", __doc__)
 
-qtarget eval --model PATH --tasks NAME,... -o DIR samples; qtarget eval --rescore DIR judges its texts again.""",
-)
+
+_PROMPTS, _DTYPES = ("auto", "chat", "plain", "qwen-boxed"), ("float32", "bfloat16", "float16", "auto")
 
 
 @VERB.command(
     Option("model", "a folder or hub id", NAME),
     Option(
         "tasks",
-        "any reasoning-gym task, math5, med10, hle, one of their benchmarks, or FILE.jsonl with prompt and answer; "
-        "several with commas between",
+        "reasoning-gym tasks, math5, med10, hle, their benchmarks, or FILE.jsonl; commas between",
         NAME,
     ),
     Option("output", "where the results go", FOLDER),
@@ -36,32 +35,16 @@ qtarget eval --model PATH --tasks NAME,... -o DIR samples; qtarget eval --rescor
     Option("top_p", "of the samples", number(0, 1, open_low=True), 1.0),
     Option("max_new_tokens", "the longest answer, in tokens", whole(1), 1024),
     Option("seed", "of the samples", whole(0), 0),
-    Option(
-        "verifier",
-        "of files: math, choice, reasoning_gym:TASK, or your own function of (text, row): my_pkg.my_module:function",
-        NAME,
-    ),
+    Option("verifier", "of files: math, choice, reasoning_gym:TASK or my_pkg.my_module:function of (text, row)", NAME),
     Option("problems", "of each task; unset: of generated ones 100, of others all", whole(1)),
     Option("task_seed", "of generated problems", whole(0), 0),
-    Option(
-        "prompt",
-        "chat is the tokenizer's template; auto is chat where there is one",
-        one_of("auto", "chat", "plain", "qwen-boxed"),
-        "auto",
-    ),
+    Option("prompt", "chat: the tokenizer's template; auto: chat where there is one", one_of(*_PROMPTS), "auto"),
     Option("instruction", "after each question, in place of the task's own; '' for none", TEXT),
     Option("batch_size", "answers at once", whole(1), 16),
-    Option(
-        "dtype", "of the weights; unset: as the model's config has it", one_of("float32", "bfloat16", "float16", "auto")
-    ),
+    Option("dtype", "of the weights; unset: as the model's config has it", one_of(*_DTYPES)),
     Option("revision", "branch, tag or commit of the model", NAME),
     Option("backend", "who samples", one_of("transformers", "vllm"), "transformers"),
-    Option(
-        "verifier_timeout",
-        "seconds; a call that takes longer counts as wrong, and is counted",
-        number(0, open_low=True),
-        10.0,
-    ),
+    Option("verifier_timeout", "seconds; what takes longer counts as wrong, and is counted", ABOVE_ZERO, 10.0),
     Option("verifier_processes", "verdicts at once", whole(1), 2),
     Option(
         "rescore",

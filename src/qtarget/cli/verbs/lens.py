@@ -1,4 +1,4 @@
-"""``qtarget lens``: what a target teaches, token by token."""
+"""``qtarget lens``: see what a target teaches before training with it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qtarget.cli import terminal
+from qtarget.cli import setup, terminal
 from qtarget.cli.arguments import FILE, FOLDER, NAME, TEXT, Option, Verb, one_of, whole
 from qtarget.errors import ConfigError
 
-VERB = Verb("lens", "See what a target teaches before training with it.")
+VERB = Verb("lens", __doc__)
 _WIDTH = 160  # of a pipe: lines cut for 80 columns are hard to search
 _TARGET = Option("target", "in place of the one the capture was made for", TEXT)
 
@@ -20,13 +20,13 @@ _TARGET = Option("target", "in place of the one the capture was made for", TEXT)
     Option("rows", "rows looked at, from the first", whole(1), 64),
     Option("top_k", "likeliest tokens kept of each distribution", whole(1), 20),
     word="capture",
-    about="one forward pass over your rows, as `qtarget train` would prepare them; keeps the likeliest tokens of "
-    "student, teacher and reference",
     settings=True,
 )
 def capture_rows(options: Any) -> int:
+    """One forward pass over your rows, as `qtarget train` would prepare them; keeps the likeliest tokens of student,
+    teacher and reference.
+    """
     rows, top_k, folder = options.rows, options.top_k, options.output
-    from qtarget.cli import setup
     from qtarget.lens import capture
 
     if faults := capture.folder_faults(folder):
@@ -55,10 +55,10 @@ def capture_rows(options: Any) -> int:
     Option("config", "refuse a capture of another model, tokenizer or template than this names", FILE),
     Option("rows", "rows shown at most", whole(1), 300),
     word="report",
-    about="one HTML file, without a network: every target with its parameters, on every token of the capture",
     takes="DIR",
 )
 def report(options: Any) -> int:
+    """One HTML file, without a network: every target with its parameters, on every token of the capture."""
     folder, out = _capture_folder(options), options.output
     from qtarget.lens import page, record
 
@@ -104,10 +104,10 @@ def _check_config(read: Any, config: Path | None) -> None:
     _TARGET,
     Option("all", "compare all targets"),
     word="show",
-    about="a row in the terminal, and the tokens that are taught most",
     takes="DIR",
 )
 def show(options: Any) -> int:
+    """A row in the terminal, and the tokens that are taught most."""
     folder = _capture_folder(options)
     from qtarget.lens import record
     from qtarget.lens import terminal as lens
@@ -132,13 +132,9 @@ def show(options: Any) -> int:
     return 0
 
 
-@VERB.command(
-    _TARGET,
-    word="advise",
-    about="where the data lie between known and new to the model, and which targets tend to suit",
-    takes="DIR",
-)
+@VERB.command(_TARGET, word="advise", takes="DIR")
 def advise(options: Any) -> int:
+    """Where the data lie between known and new to the model, and which targets tend to suit."""
     folder = _capture_folder(options)
     from qtarget.lens import record
     from qtarget.lens.advise import advise

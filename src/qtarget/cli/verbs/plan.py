@@ -1,4 +1,8 @@
-"""``qtarget plan``: what a run takes, before anything is rented: memory, steps, operations, what a cache would save."""
+"""``qtarget plan``: what a run takes, before anything is rented.
+
+Memory on each GPU, steps, floating-point operations by part, and what a teacher cache would save. No weights are loaded,
+nothing is trained. Formulas: docs/plan.md.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +14,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qtarget.cli.arguments import NEW_FILE, Option, Verb, number, whole
+from qtarget.cli import setup
+from qtarget.cli.arguments import ABOVE_ZERO, NEW_FILE, Option, Verb, whole
 from qtarget.errors import ConfigError
 
-VERB = Verb(
-    "plan",
-    """\
-Memory on each GPU, steps, floating-point operations by part, and what a teacher cache would save. No weights are loaded,
-nothing is trained. Formulas: docs/plan.md.""",
-)
+VERB = Verb("plan", __doc__)
 _SAMPLE = 512  # rows whose lengths are looked at
 _ROOM = 0.9  # of a GPU's memory
-_ABOVE_ZERO = number(0, open_low=True)
 
 
 @VERB.command(
     Option("gpus", "GPUs of the run", whole(1), 8),
-    Option("gpu_memory", "GiB of each; a tenth of it is left to CUDA, NCCL and the allocator", _ABOVE_ZERO, 80.0),
-    Option(
-        "tflops",
-        "10^12 operations a second that a GPU keeps up in training, to turn operations into hours",
-        _ABOVE_ZERO,
-    ),
-    Option(
-        "row_tokens", "tokens of a row on average, where rows are not at hand (else max_length is taken)", _ABOVE_ZERO
-    ),
-    Option("supervised_tokens", "of them, those with a label (else all)", _ABOVE_ZERO),
+    Option("gpu_memory", "GiB of each; a tenth of it is left to CUDA, NCCL and the allocator", ABOVE_ZERO, 80.0),
+    Option("tflops", "10^12 operations a second of a GPU in training, to turn operations into hours", ABOVE_ZERO),
+    Option("row_tokens", "mean tokens of a row, where rows are not at hand (else max_length)", ABOVE_ZERO),
+    Option("supervised_tokens", "of them, those with a label (else all)", ABOVE_ZERO),
     Option("k", "tokens a cache would keep of the teacher", whole(1), 64),
     Option("json", "also write the figures to a file", NEW_FILE),
     settings=True,
@@ -106,7 +99,6 @@ def _sample(rest: Sequence[str]) -> list[tuple[int, int]]:
     """(tokens, of these supervised) of some rows, through the trainer's own preparation, without weights."""
     import datasets as hub
 
-    from qtarget.cli import setup
     from qtarget.teachers.agreement.measure import spread
 
     hub.disable_progress_bars()
@@ -180,8 +172,6 @@ def _figures(found: Any, options: Any, rows: Any) -> dict[str, Any]:
 
 
 def _steps(found: Any, batch: float) -> int | None:
-    import math
-
     if found.steps is not None:
         return found.steps.total
     config = found.asked.config

@@ -1,4 +1,4 @@
-"""``qtarget targets``: the objectives, as a table or one by one."""
+"""``qtarget targets``: the objectives: what each trusts, where the rest goes, defaults, needs and source."""
 
 from __future__ import annotations
 
@@ -8,24 +8,22 @@ from typing import Any
 from qtarget.cli.arguments import Option, Verb
 from qtarget.errors import ConfigError
 
-VERB = Verb(
-    "targets",
-    "The objectives: what each trusts, where the rest goes, defaults, what it needs and where it comes from.",
-    bare=True,
-)
+VERB = Verb("targets", __doc__, bare=True)
 _JSON = Option("json", "as JSON")
 
 
-@VERB.command(_JSON, about="all of them, a line each")
+@VERB.command(_JSON)
 def every(options: Any) -> int:
+    """All of them, a line each."""
     from qtarget.targets import presets
 
     _table([_record(name) for name in presets.names()], options.json)
     return 0
 
 
-@VERB.command(_JSON, word="show", about="one of them in full", takes="NAME")
+@VERB.command(_JSON, word="show", takes="NAME")
 def one(options: Any) -> int:
+    """One of them in full."""
     from qtarget.targets import presets
 
     if len(options.words) != 1:

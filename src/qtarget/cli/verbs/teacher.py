@@ -1,4 +1,10 @@
-"""``qtarget teacher``: does a teacher agree with the student and with the labels, before it teaches."""
+"""``qtarget teacher``: does a teacher agree with the student and with the labels, before it teaches.
+
+It is asked about the run's own rows: how well student and teacher explain the labels, how far they are from each other,
+where the teacher is sure of another token than the label, and a verdict by rule of thumb. The teacher is whatever the
+config trains with: a model, teachers, teacher_cache, teacher_context or teacher_ema_decay. A target that needs no teacher
+is checked with kd, where the config names a teacher.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +12,11 @@ import json
 import sys
 from typing import Any
 
-from qtarget.cli import terminal
+from qtarget.cli import setup, terminal
 from qtarget.cli.arguments import NEW_FILE, Option, Verb, whole
 from qtarget.errors import ConfigError
 
-VERB = Verb(
-    "teacher",
-    """\
-Ask the teacher of a run about its own rows before training with it: how well student and teacher explain the labels, how
-far they are from each other, where the teacher is sure of another token than the label, and a verdict by rule of thumb.
-
-The teacher is whatever the config trains with: a model, teachers, teacher_cache, teacher_context or teacher_ema_decay. A
-target that needs no teacher is checked with kd, where the config names a teacher.""",
-)
+VERB = Verb("teacher", __doc__)
 
 
 @VERB.command(
@@ -30,7 +28,6 @@ target that needs no teacher is checked with kd, where the config names a teache
 def check(options: Any) -> int:
     terminal.refuse_processes("qtarget teacher check")
     rows, out = options.rows, options.json
-    from qtarget.cli import setup
     from qtarget.teachers.agreement import measure as agreement
 
     asked = setup.read(options.words, setup.MEASURES, trains=False)
@@ -67,8 +64,6 @@ def _ask_a_teacher(config: Any) -> None:
             "teacher_cache or teacher_ema_decay"
         )
     print(f"target {objectives[0]} asks no teacher; the one that is named is checked with target kd")
-    from qtarget.cli import setup
-
     for name, value in {"target": "kd", **setup.NO_TARGET}.items():
         setattr(config, name, value)
 

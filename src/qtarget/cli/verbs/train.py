@@ -1,4 +1,9 @@
-"""``qtarget train``: a model, a dataset and a target from a YAML file and flags."""
+"""``qtarget train``: fine-tune a model toward a target, from a YAML file and flags.
+
+Keys of the file and flags are TRL's names and those below; flags win. Peers' spellings of an objective (use_dft_loss,
+use_eaft, gem_beta, ...) are read too. On several GPUs: accelerate launch -m qtarget train --config FILE, or torchrun
+--nproc_per_node N -m qtarget train --config FILE.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qtarget.cli import fields, terminal
+from qtarget.cli import fields, setup, terminal
 from qtarget.cli.arguments import Option, Verb, whole
 from qtarget.errors import ConfigError
 
-VERB = Verb(
-    "train",
-    """\
-Fine-tune a model toward a target. Keys of the file and flags are TRL's names and those below; flags win. Peers'
-spellings of an objective (use_dft_loss, use_eaft, gem_beta, ...) are read too. On several GPUs: accelerate launch -m
-qtarget train --config FILE, or torchrun --nproc_per_node N -m qtarget train --config FILE.""",
-    more=fields.common,
-)
+VERB = Verb("train", __doc__, more=fields.common)
 
 
 @VERB.command(
@@ -28,8 +26,6 @@ qtarget train --config FILE, or torchrun --nproc_per_node N -m qtarget train --c
     settings=True,
 )
 def run(options: Any) -> int:
-    from qtarget.cli import setup
-
     if options.help_all:
         print(VERB.help(fields.every()), end="")
         return 0
@@ -41,8 +37,8 @@ def run(options: Any) -> int:
         return 0
     if options.gpus is not None:
         raise ConfigError(
-            f"gpus is {options.gpus} without --dry_run; a run takes its number of processes from accelerate launch "
-            "--num_processes, or torchrun --nproc_per_node"
+            f"gpus is {str(options.gpus)!r} without --dry_run; a run takes its number of processes from accelerate "
+            "launch --num_processes, or torchrun --nproc_per_node"
         )
     asked = setup.read(options.words)
     if terminal.is_main():
@@ -62,7 +58,7 @@ def run(options: Any) -> int:
 
 
 def train(trainer: Any, asked: Any) -> int:
-    from qtarget.cli import recipe, setup, summary
+    from qtarget.cli import recipe, summary
 
     config, script = asked.config, asked.script
     evaluated = trainer.eval_dataset is not None

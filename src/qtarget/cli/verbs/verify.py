@@ -1,4 +1,13 @@
-"""``qtarget verify``: what the trainer promises, held against the user's own model, rows, target and config."""
+"""``qtarget verify``: hold the trainer's promises against your own model, data, target and config.
+
+The gradient is p - Q and autograd's; micro-batches, padding, packing, chunks and processes leave it unchanged; the masks
+train the answer and its end and nothing of the prompt; the teacher sees the same ids; the target becomes its neighbours
+where it must; what bf16 costs; the memory of a step against the estimate. Nothing is trained and nothing is written but
+the JSON.
+
+torchrun --nproc_per_node 2 -m qtarget verify --config FILE compares several processes with one as well.
+Exit status: 0 no check failed, 1 some did, 2 something is wrong with what was asked for.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +18,11 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from qtarget.cli import terminal
+from qtarget.cli import setup, terminal
 from qtarget.cli.arguments import Kind, Option, Verb, whole, writable
 from qtarget.errors import ConfigError
 
-VERB = Verb(
-    "verify",
-    """\
-Hold the trainer's promises against your own model, data, target and config, before a run is trusted with them: the
-gradient is p - Q and autograd's; micro-batches, padding, packing, chunks and processes leave it unchanged; the masks
-train the answer and its end and nothing of the prompt; the teacher sees the same ids; the target becomes its neighbours
-where it must; what bf16 costs; the memory of a step against the estimate. Nothing is trained and nothing is written but
-the JSON.
-
-torchrun --nproc_per_node 2 -m qtarget verify --config FILE compares several processes with one as well.
-Exit status: 0 no check failed, 1 some did, 2 something is wrong with what was asked for.""",
-)
+VERB = Verb("verify", __doc__)
 # Rows stay whole and in their order; no rounding but that of float32.
 _FIXED: dict[str, Any] = {
     "bf16": False,
@@ -52,7 +50,6 @@ _MARKS = {"pass": "green", "fail": "bold red", "not applicable": "dim"}
     settings=True,
 )
 def run(options: Any) -> int:
-    from qtarget.cli import setup
     from qtarget.verification import verify
 
     with tempfile.TemporaryDirectory() as folder:  # a trainer makes its output_dir when it is made
@@ -109,7 +106,6 @@ def _finite(value: Any) -> Any:
 
 def _subject(rest: list[str], fixed: dict[str, Any], rows: int, keep_dtype: bool) -> Any:
     """The subject of a config: its trainer on some rows, built as training builds it."""
-    from qtarget.cli import setup
     from qtarget.verification import Subject
 
     _refuse([engine for name, engine in _ENGINES.items() if os.environ.get(name, "").lower() == "true"])
