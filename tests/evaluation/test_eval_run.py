@@ -339,7 +339,7 @@ def test_the_time_left_is_told(capsys, monkeypatch):
     """On a terminal by the bar; elsewhere once, after the first batch."""
     clock = iter([0.0, 30.0])
     monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock, 99.0))
-    step = cli_eval._telling(40)
+    step = cli_eval._progress(40)
     step(10)
     step(20)
     told = capsys.readouterr().out

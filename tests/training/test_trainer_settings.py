@@ -139,7 +139,7 @@ def test_a_teacher_as_one_mapping_is_stored_flat(tmp_path):
     assert made == beside and made.to_dict() == beside.to_dict() and made.teacher is None
     assert config(tmp_path, teacher="org/a").teacher_model_name_or_path == "org/a"
     assert config(tmp_path, teacher='{"cache": "kept"}').teacher_cache == "kept"
-    assert [member.name for member in config(tmp_path, teacher={"models": {"a": 1.0}}).pooled_teachers()] == ["a"]
+    assert [member.name for member in config(tmp_path, teacher={"models": {"a": 1.0}}).pool_members()] == ["a"]
     assert replace(made, max_steps=3).teacher_model_name_or_path == "org/a"
 
 

@@ -7,10 +7,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtarget.errors import ConfigError, loading, reason
 from qtarget.planning.shapes import is_path
+
+if TYPE_CHECKING:
+    from qtarget.cli.settings import Settings
 
 # What a verb decides whatever the config says. One that measures trains, evaluates, writes and pushes nothing.
 MEASURES: dict[str, Any] = {
@@ -46,7 +49,7 @@ class Run:
         datasets: {"train": ..., "test": ...}. notes: what peers' spellings became.
     """
 
-    settings: Any
+    settings: Settings
     config: Any
     model: Any
     script: Any
@@ -120,7 +123,7 @@ def raise_together(faults: list[str]) -> None:
         raise ConfigError(list(dict.fromkeys(faults)))
 
 
-def _training_config(settings: Any):
+def _training_config(settings: Settings):
     """The QTargetConfig and notes on spellings; None where it cannot be built, with the reason among the faults."""
     from qtarget.targets import peers
     from qtarget.targets.schedule import ScheduledTarget

@@ -67,6 +67,6 @@ class TimeLeft:
     def __init__(self, total: int, before: int = 0):
         self._total, self._before, self._started = total, before, time.monotonic()
 
-    def told(self, done: int) -> str:
+    def estimate(self, done: int) -> str:
         left = (time.monotonic() - self._started) * (self._total - done) / (done - self._before)
         return duration(left)

@@ -69,7 +69,7 @@ def build(options: Any) -> int:
     cache_build.check_folder(folder, plan, k, dtype, about)
     if options.coverage is not None:
         k, about["coverage"] = cache_build.needed_for(trainer, plan, options.coverage)
-        _tell_coverage(k, about["coverage"])
+        _show_coverage(k, about["coverage"])
     if k > trainer._vocab_size:
         raise ConfigError(f"k is {k}, more than the vocabulary's {trainer._vocab_size} tokens; keep fewer")
     megabytes = plan.megabytes(k, dtype)
@@ -105,7 +105,7 @@ def _config_value(rest: Sequence[str], name: str) -> Any:
     return settings.read(rest).values["training"].get(name)
 
 
-def _tell_coverage(k: int, found: dict[str, Any]) -> None:
+def _show_coverage(k: int, found: dict[str, Any]) -> None:
     needed = ", ".join(f"{percent} % of tokens need {n} or fewer" for percent, n in found["needed_k"].items())
     kept = ", ".join(f"{n}: {mass:.4f}" for n, mass in found["kept_mass"].items())
     print(f"coverage   k = {k} keeps a mean mass of {found['coverage']:g} ({found['sampled_tokens']} tokens looked at)")

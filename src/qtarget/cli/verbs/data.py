@@ -37,15 +37,15 @@ def measure_weights(options: Any) -> int:
     """
     from qtarget.signals import origin, weights
 
-    asked = _run(options)
-    originals = asked.datasets
-    weights.check(asked.config, asked.model, options.fixed)
+    run = _read_run(options)
+    originals = run.datasets
+    weights.check(run.config, run.model, options.fixed)
     about = {
-        "reference": origin.reference_of(asked.config, asked.model),
-        "weights_temperature": asked.config.weights_temperature if options.fixed else None,
+        "reference": origin.reference_of(run.config, run.model),
+        "weights_temperature": run.config.weights_temperature if options.fixed else None,
     }
     return _measured(
-        asked,
+        run,
         options.output,
         ("weights", weights.column_of(options.fixed), about),
         lambda trainer, tell, step: weights.tables(trainer, originals, options.fixed, tell, step),
@@ -59,10 +59,10 @@ def measure_old_logps(options: Any) -> int:
     """
     from qtarget.signals import old_logps
 
-    return _measured(_run(options), options.output, ("old_logps", old_logps.COLUMN, {}), old_logps.tables)
+    return _measured(_read_run(options), options.output, ("old_logps", old_logps.COLUMN, {}), old_logps.tables)
 
 
-def _run(options: Any, **how: Any) -> Any:
+def _read_run(options: Any, **how: Any) -> setup.Run:
     """The run of the config: rows one by one, no target or teacher, since the column a target needs is what is made."""
     terminal.refuse_processes("qtarget data")
     fixed = {**setup.MEASURES, **setup.NO_TARGET, **setup.NO_TEACHER, "target": None, "psft_refresh": 8}
@@ -70,17 +70,17 @@ def _run(options: Any, **how: Any) -> Any:
     return setup.read(options.words, fixed, trains=False, **how)
 
 
-def _measured(asked: Any, folder: Path, made: tuple[str, str, dict[str, Any]], tables: Callable) -> int:
+def _measured(run: setup.Run, folder: Path, made: tuple[str, str, dict[str, Any]], tables: Callable) -> int:
     """Write the splits with a column measured by forward passes. ``made``: kind, column, further settings."""
     from qtarget.signals import manifest, scoring
 
     kind, column, about = made
-    originals = asked.datasets
+    originals = run.datasets
     numbered = scoring.numbered(originals, column)
-    settings = _settings(asked, kind, column, about)
+    settings = _settings(run, kind, column, about)
     manifest.free(folder, settings)
-    asked.datasets = numbered
-    trainer = setup.build(asked)
+    run.datasets = numbered
+    trainer = setup.build(run)
     ready = scoring.prepared(trainer)
     count = sum(map(len, ready.values()))
     tokens = sum(scoring.supervised(labels) for rows in ready.values() for labels in rows["labels"])
@@ -104,18 +104,18 @@ def _measured(asked: Any, folder: Path, made: tuple[str, str, dict[str, Any]], t
     return 0
 
 
-def _settings(asked: Any, kind: str, column: str, about: dict[str, Any]) -> dict[str, Any]:
+def _settings(run: setup.Run, kind: str, column: str, about: dict[str, Any]) -> dict[str, Any]:
     from qtarget.signals import manifest, origin
 
-    script = asked.script
+    script = run.script
     dataset = {
         "name": script.dataset_name,
         "config": script.dataset_config,
-        "rows": {split: len(rows) for split, rows in asked.datasets.items()},
+        "rows": {split: len(rows) for split, rows in run.datasets.items()},
     }
-    tokenizer = origin.tokenizer_of(asked.config, asked.model)
+    tokenizer = origin.tokenizer_of(run.config, run.model)
     return manifest.describe(
-        kind, [column], asked.config, asked.model, tokenizer, {"dataset": dataset, "dtype": asked.model.dtype, **about}
+        kind, [column], run.config, run.model, tokenizer, {"dataset": dataset, "dtype": run.model.dtype, **about}
     )
 
 
@@ -155,16 +155,16 @@ def search_critical(options: Any) -> int:
     from qtarget.signals.decoding import Greedy
     from qtarget.signals.progress import Progress
 
-    asked = _run(options, trainable=False)
-    rows = _prompt_rows(asked)
+    run = _read_run(options, trainable=False)
+    rows = _prompt_rows(run)
     verifiers.check(options.verifier, rows.column_names)
     shaping = ("verifier", "verifier_timeout", "alternatives", "max_new_tokens")
     about = {**{name: getattr(options, name) for name in shaping}, "content": _content(rows)}
-    asked.datasets = {"train": rows}
-    settings = _settings(asked, "critical", critical.COLUMN, about)
+    run.datasets = {"train": rows}
+    settings = _settings(run, "critical", critical.COLUMN, about)
     manifest.free(folder, settings)
-    asked.datasets = {"train": _stand_in()}
-    trainer = setup.build(asked)
+    run.datasets = {"train": _stand_in()}
+    trainer = setup.build(run)
     greedy = Greedy(trainer, options.max_new_tokens)
     prompts = [*critical.prompts_of(greedy, rows)]
     manifest.begin(folder, settings)
@@ -177,27 +177,27 @@ def search_critical(options: Any) -> int:
     )
     with verifiers.Judge(options.verifier, options.verifier_timeout) as judge:
         search = critical.Search(greedy, judge, rows, prompts, options.alternatives, options.batch_size, progress)
-        search.run(_telling(len(rows), len(progress.done)))
+        search.run(_progress(len(rows), len(progress.done)))
     counts = critical.report(progress.done.values())
-    source = asked.config.source_column
+    source = run.config.source_column
     others = {source: rows[source]} if source in rows.column_names else {}
     made = critical.table(progress.done, prompts, others)
     manifest.finish(folder, settings, {"train": made}, {"report": counts})
     file.unlink()
     _report(counts, judge.last_error)
-    longer = sum(len(ids) > (asked.config.max_length or len(ids)) for ids in made["input_ids"])
+    longer = sum(len(ids) > (run.config.max_length or len(ids)) for ids in made["input_ids"])
     if longer:
         print(
-            f"note       {longer} rows are longer than max_length {asked.config.max_length}, at which training cuts them"
+            f"note       {longer} rows are longer than max_length {run.config.max_length}, at which training cuts them"
         )
     _show_next(folder, critical.COLUMN)
     return 0
 
 
-def _prompt_rows(asked: Any) -> Any:
+def _prompt_rows(run: setup.Run) -> Any:
     from datasets import Dataset
 
-    rows = asked.datasets["train"]
+    rows = run.datasets["train"]
     if not isinstance(rows, Dataset):
         raise ConfigError("dataset_streaming is true, but rows of a stream have no number; set it to false")
     if not {"prompt", "messages", "conversations"} & set(rows.column_names):
@@ -223,17 +223,17 @@ def _content(rows: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _telling(total: int, before: int) -> Callable[[int, int], None]:
+def _progress(total: int, before: int) -> Callable[[int, int], None]:
     """The bar, and an estimate once the first right answer was searched: those that are wrong take next to no time."""
-    advance, left, told = terminal.bar(total, "critical"), terminal.TimeLeft(total, before), False
+    advance, left, printed = terminal.bar(total, "critical"), terminal.TimeLeft(total, before), False
     advance(before)
 
     def step(done: int, searched: int) -> None:
-        nonlocal told
-        if searched and not told:
-            told = True
+        nonlocal printed
+        if searched and not printed:
+            printed = True
             print(
-                f"about {left.told(done)} for the other {total - done} problems, by the first {done - before}",
+                f"about {left.estimate(done)} for the other {total - done} problems, by the first {done - before}",
                 flush=True,
             )
         advance(done)

@@ -120,7 +120,7 @@ def _evaluate(options: Any) -> int:
             sampler: Any = sampling_vllm.VllmSampler(options.model, options.revision, options.dtype, **common)
         else:
             sampler = sampling.Sampler(options.model, options.revision, options.dtype, device=_device(), **common)
-        work.sample(sampler, _telling(share) if rank == 0 else lambda done: None)
+        work.sample(sampler, _progress(share) if rank == 0 else lambda done: None)
     if rank > 0:
         return 0
     work.wait()
@@ -154,14 +154,14 @@ def _rescore(options: Any) -> int:
     manifest = running.finished(options.rescore)
     total = sum(about["problems"] for about in manifest["tasks"].values()) * (manifest["n"] + 1)
     made, changed = running.rescore(
-        options.rescore, options.verifier_timeout, options.verifier_processes, _telling(total), options.verifier
+        options.rescore, options.verifier_timeout, options.verifier_processes, _progress(total), options.verifier
     )
     _show(made, None)
     print(f"verdicts   {changed} changed of {total}")
     return 0
 
 
-def _telling(total: int) -> Callable[[int], None]:
+def _progress(total: int) -> Callable[[int], None]:
     """A bar with the time left on a terminal; elsewhere an estimate after the first batch."""
     advance, left, first = terminal.bar(total, "answers"), terminal.TimeLeft(total), True
     advance(0)
@@ -169,7 +169,7 @@ def _telling(total: int) -> Callable[[int], None]:
     def step(done: int) -> None:
         nonlocal first
         if first and not sys.stderr.isatty() and done < total:
-            print(f"about {left.told(done)} for the other {total - done} answers, by the first {done}", flush=True)
+            print(f"about {left.estimate(done)} for the other {total - done} answers, by the first {done}", flush=True)
         first = False
         advance(done)
 

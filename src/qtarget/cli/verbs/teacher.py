@@ -30,13 +30,13 @@ def check(options: Any) -> int:
     rows, out = options.rows, options.json
     from qtarget.teachers.agreement import measure as agreement
 
-    asked = setup.read(options.words, setup.MEASURES, trains=False)
-    _ask_a_teacher(asked.config)
-    asked.datasets.pop("test", None)
-    train = asked.datasets["train"]
+    run = setup.read(options.words, setup.MEASURES, trains=False)
+    _ask_a_teacher(run.config)
+    run.datasets.pop("test", None)
+    train = run.datasets["train"]
     if hasattr(train, "select"):  # what is not looked at need not be tokenised
-        asked.datasets["train"] = train.select(agreement.spread(len(train), rows))
-    trainer = setup.build(asked)
+        run.datasets["train"] = train.select(agreement.spread(len(train), rows))
+    trainer = setup.build(run)
     count, tokens = agreement.estimate(trainer, rows)
     print(f"{count} rows, {tokens} supervised tokens", flush=True)
     made = _measured(trainer, rows)

@@ -25,7 +25,7 @@ VERB = Verb("train", __doc__, more=fields.common)
     Option("help_all", "this help with every setting"),
     settings=True,
 )
-def run(options: Any) -> int:
+def train_model(options: Any) -> int:
     if options.help_all:
         print(VERB.help(fields.every()), end="")
         return 0
@@ -40,15 +40,15 @@ def run(options: Any) -> int:
             f"gpus is {str(options.gpus)!r} without --dry_run; a run takes its number of processes from accelerate "
             "launch --num_processes, or torchrun --nproc_per_node"
         )
-    asked = setup.read(options.words)
+    run = setup.read(options.words)
     if terminal.is_main():
-        _print_settings(asked)
-    trainer = setup.build(asked)
+        _print_settings(run)
+    trainer = setup.build(run)
     from qtarget.training import checkpoints
 
     try:
-        with checkpoints.told("what the run leaves", asked.config.output_dir):
-            return train(trainer, asked)
+        with checkpoints.told("what the run leaves", run.config.output_dir):
+            return train(trainer, run)
     except ConfigError:
         print(file=sys.stderr)  # leave the progress bar's line
         raise
@@ -57,10 +57,10 @@ def run(options: Any) -> int:
 # -- the run -----------------------------------------------------------------------------------------------------
 
 
-def train(trainer: Any, asked: Any) -> int:
+def train(trainer: Any, run: setup.Run) -> int:
     from qtarget.cli import recipe, summary
 
-    config, script = asked.config, asked.script
+    config, script = run.config, run.script
     evaluated = trainer.eval_dataset is not None
     before = summary.at_start(trainer) if evaluated else {}
     result = trainer.train(resume_from_checkpoint=setup.resume(config.resume_from_checkpoint))
@@ -71,8 +71,8 @@ def train(trainer: Any, asked: Any) -> int:
     if trainer.accelerator.is_main_process:
         folder = Path(config.output_dir)
         (folder / "target.json").write_text(json.dumps(trainer.args.resolve_objective().to_config(), indent=2) + "\n")
-        if asked.settings.notes:
-            recipe.write(folder, asked.settings.notes, asked.settings.given_by("flag"))
+        if run.settings.notes:
+            recipe.write(folder, run.settings.notes, run.settings.given_by("flag"))
         if evaluated:
             (folder / "before_after.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
         # After the last evaluation, whose figures it shows. A folder is no data set of the hub to link to.
@@ -87,16 +87,16 @@ def train(trainer: Any, asked: Any) -> int:
     return 0
 
 
-def _print_settings(asked: Any) -> None:
+def _print_settings(run: setup.Run) -> None:
     """Each setting with its origin; of TRL's many, those that were given or that the help table shows."""
-    settings, given = asked.settings, asked.settings.origin
+    settings, given = run.settings, run.settings.origin
     names = [*fields.names(), *(name for name in given if name not in fields.names())]
     width = max(len(name) for name in names)
     print("settings")
     for name in names:
-        holder = next((h for h in (asked.config, asked.model, asked.script) if hasattr(h, name)), None)
+        holder = next((h for h in (run.config, run.model, run.script) if hasattr(h, name)), None)
         value = getattr(holder, name) if holder is not None else settings.spelled.get(name)
         if name in given or value is not None:
             print(f"  {name:<{width}}  {fields.shown(value):<40}  {given.get(name, 'default')}")
-    for note in asked.notes:
+    for note in run.notes:
         print(f"note: {note}")

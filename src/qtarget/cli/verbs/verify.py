@@ -49,7 +49,7 @@ _MARKS = {"pass": "green", "fail": "bold red", "not applicable": "dim"}
     ),
     settings=True,
 )
-def run(options: Any) -> int:
+def verify_run(options: Any) -> int:
     from qtarget.verification import verify
 
     with tempfile.TemporaryDirectory() as folder:  # a trainer makes its output_dir when it is made
@@ -109,17 +109,17 @@ def _subject(rest: list[str], fixed: dict[str, Any], rows: int, keep_dtype: bool
     from qtarget.verification import Subject
 
     _refuse([engine for name, engine in _ENGINES.items() if os.environ.get(name, "").lower() == "true"])
-    asked = setup.read(rest, fixed, trains=False)
-    _refuse([name for name in ("fsdp", "deepspeed") if getattr(asked.config, name, None)])
+    run = setup.read(rest, fixed, trains=False)
+    _refuse([name for name in ("fsdp", "deepspeed") if getattr(run.config, name, None)])
     if not keep_dtype:
-        asked.model.dtype = "float32"
-        asked.config.model_init_kwargs = {**(asked.config.model_init_kwargs or {}), "dtype": "float32"}
-    asked.datasets.pop("test", None)
-    asked.datasets["train"], raw = _some(asked.datasets["train"], rows, asked.config.source_column)
-    trainer = setup.build(asked)
+        run.model.dtype = "float32"
+        run.config.model_init_kwargs = {**(run.config.model_init_kwargs or {}), "dtype": "float32"}
+    run.datasets.pop("test", None)
+    run.datasets["train"], raw = _some(run.datasets["train"], rows, run.config.source_column)
+    trainer = setup.build(run)
     if not keep_dtype:
         _in_float32(trainer)
-    return Subject(trainer, raw, _estimate(asked, trainer), asked.config.packing_strategy)
+    return Subject(trainer, raw, _estimate(run, trainer), run.config.packing_strategy)
 
 
 def _refuse(engines: list[str]) -> None:
@@ -160,7 +160,7 @@ def _in_float32(trainer: Any) -> None:
             model.float()
 
 
-def _estimate(asked: Any, trainer: Any) -> Callable[[int, int], int | None]:
+def _estimate(run: setup.Run, trainer: Any) -> Callable[[int, int], int | None]:
     """(positions, supervised tokens) → bytes a step takes beyond models and optimiser. The one place that knows how."""
     from qtarget.planning import memory, shapes
 
@@ -176,7 +176,7 @@ def _estimate(asked: Any, trainer: Any) -> Callable[[int, int], int | None]:
         teachers, references = (
             [held(model)] if model is not None else [] for model in (trainer._others.teacher, trainer._others.reference)
         )
-        if student is None or None in [*teachers, *references] or asked.model.use_peft:
+        if student is None or None in [*teachers, *references] or run.model.use_peft:
             return None
         work = memory.Workload(
             student[0],
