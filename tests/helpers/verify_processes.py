@@ -22,7 +22,7 @@ def own_labels_only(patch: pytest.MonkeyPatch) -> None:
     """Each process divides by its own labels."""
 
     def count(self, batches, device):
-        return denominator.count(batches, self.args.denominator, self._objective).to(device)
+        return denominator.count(batches, self.args.denominator, self.objective).to(device)
 
     patch.setattr(QTargetTrainer, "_get_num_items_in_batch", count)
 

@@ -57,7 +57,7 @@ def test_right_after_a_refresh_psft_is_sft(tmp_path):
 def test_only_adapters_are_copied_under_lora(tmp_path):
     peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     made = trained(tiny.taught(), tmp_path, peft_config=peft_config, target="psft", psft_refresh=2)
-    kept = made._others.old_policy._kept
+    kept = made.aux.old_policy._kept
     assert kept and all("lora_" in name for name in kept)
 
 
@@ -158,9 +158,8 @@ def test_weights_at_the_start_are_one_and_clamped_later(tmp_path):
     assert history(made, "trust")[0] == pytest.approx(1, abs=1e-6)
     assert "weights online" in made.describe() and "reference" in made.describe()
     far = trainer(tiny.taught(), tmp_path, reference_model=tiny.llama(3), target="iw-sft", weights="online")
-    batch = next(iter(far.get_train_dataloader()))
-    labels = batch.pop("labels")
-    assert float(far._others.online_weights(far.model, batch, labels, 50.0).max()) == 16
+    batch = far.rows.batch(next(iter(far.get_train_dataloader())))
+    assert float(far.aux.online_weights(far.student, batch, 50.0).max()) == 16
 
 
 def test_a_column_is_not_asked_for_online(tmp_path):

@@ -191,7 +191,7 @@ def _need_faults(config: Any) -> list[str]:
 
 def _resume_faults(config: Any) -> list[str]:
     """What can be seen of a checkpoint without models; the trainer looks again with them."""
-    from qtarget.training import checkpoint_files, checkpoints, checks, run_identity
+    from qtarget.training import checkpoints, checks, run_identity
 
     folder = checks.checkpoint_folder(resume(config.resume_from_checkpoint), config.output_dir)
     if folder is None and str(config.resume_from_checkpoint).lower() == "true":
@@ -203,7 +203,7 @@ def _resume_faults(config: Any) -> list[str]:
         ]
     if folder is None:
         return []
-    if broken := checkpoint_files.faults(folder):
+    if broken := checkpoints.unreadable_files(folder):
         return broken
     settings = run_identity.identity(config, config.resolve_objective(), {})
     known = {name: value for name, value in settings.items() if name not in ("teacher", "reference")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
@@ -14,6 +14,9 @@ from trl.data_utils import _tokenize, is_conversational_from_value, maybe_conver
 from qtarget.errors import ConfigError
 from qtarget.models.forward import accepted
 from qtarget.models.frozen import evaluation_mode
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 
 class Greedy:
@@ -26,11 +29,11 @@ class Greedy:
         trainer: a QTargetTrainer. max_new_tokens: of one call.
     """
 
-    def __init__(self, trainer: Any, max_new_tokens: int):
-        self._trainer, self._tokenizer = trainer, trainer._tokenizer
+    def __init__(self, trainer: QTargetTrainer, max_new_tokens: int):
+        self._trainer, self._tokenizer = trainer, trainer.tokenizer
         self._model = trainer.accelerator.unwrap_model(trainer.model)
-        self._base = trainer._base_model()
-        self._vocab = trainer._vocab_size
+        self._base = trainer.student.base
+        self._vocab = trainer.vocab_size
         self.max_new_tokens = max_new_tokens
         own = getattr(self._base.generation_config, "eos_token_id", None)
         ends = {self._tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}

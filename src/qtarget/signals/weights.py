@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Value
 from torch import Tensor
@@ -18,6 +18,9 @@ from qtarget.errors import ConfigError
 from qtarget.signals import origin
 from qtarget.signals.scoring import ROW, label_logps, prepared, reference, student
 from qtarget.teachers.vocabulary import vocabulary_difference
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 _LARGEST = 16.0
 
@@ -61,7 +64,7 @@ def _other_tokens(config: Any, model: Any, name: str) -> str | None:
 
 
 def tables(
-    trainer: Any,
+    trainer: QTargetTrainer,
     originals: dict[str, Dataset],
     fixed: bool,
     tell: Callable[[float], object],

@@ -165,6 +165,14 @@ class ContextJoin:
         )
 
 
+def read_before(join: CacheJoin | ContextJoin | None, row: Mapping[str, Any]) -> tuple[list[int], int]:
+    """(ids a context teacher reads before a prepared row, where the row's own begin); ([], 0) without a context."""
+    if not isinstance(join, ContextJoin):
+        return [], 0
+    first = next((uid for uid in row[join.column] if uid >= 0), None)
+    return ([], 0) if first is None else join.row_of(first)
+
+
 def _documents(uid: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """(row of the batch, its columns) for each document, also where a batch holds one twice."""
     for b, line in enumerate(uid):

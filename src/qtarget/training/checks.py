@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from qtarget.errors import ConfigError
 from qtarget.targets.objective import Objective
 from qtarget.teachers import settings as teacher_settings
 from qtarget.training import checkpoints
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 _NAMES = {
     "weight": "weights",
@@ -292,9 +295,9 @@ def _sets(train: Any, evaluated: Any) -> list[tuple[str, Any, bool]]:
     return [("train", train, True), *((name, dataset, False) for name, dataset in named)]
 
 
-def prepared(trainer: Any) -> list[str]:
-    """Every fault of a trainer that has its data and its model."""
-    if trainer._is_vision_dataset:
+def prepared(trainer: QTargetTrainer, images: bool) -> list[str]:
+    """Every fault of a trainer that has its data and its model. ``images``: whether its dataset holds some."""
+    if images:
         return ["the dataset holds images; only text can be trained with a target: use TRL's SFTTrainer"]
     faults = []
     for name, dataset, _ in _sets(trainer.train_dataset, trainer.eval_dataset):

@@ -107,7 +107,7 @@ def _readings(subject: Subject) -> Iterator[Reading]:
 
 
 def _read(subject: Subject, row: Row, raw: Mapping[str, Any]) -> Reading | None:
-    tokenizer, ids = subject.trainer._tokenizer, list(row["input_ids"])
+    tokenizer, ids = subject.trainer.tokenizer, list(row["input_ids"])
     if not getattr(tokenizer, "is_fast", False):
         return None
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -46,6 +46,7 @@ def build(options: Any) -> int:
     from qtarget.teachers import settings as teacher_settings
     from qtarget.teachers.cache import build as cache_build
     from qtarget.teachers.cache import scorers as cache_scorers
+    from qtarget.training.trainer import RowsTrainer
 
     server, dtype = options.server is not None, options.cache_dtype
     fixed = setup.row_by_row(options.words, target="sft" if server else "kd")
@@ -60,7 +61,7 @@ def build(options: Any) -> int:
         )
     if server and run.config.teacher_model_name_or_path is None:
         raise ConfigError("--server needs teacher_model_name_or_path too: the served model's name, for its tokenizer")
-    trainer = setup.build(run, cache_build.RowsTrainer, weights=False)
+    trainer = setup.build(run, RowsTrainer, weights=False)
     plan = cache_build.plan(trainer, options.shard_tokens)
     scorer, about = None, cache_build.about(trainer)
     if server:
@@ -70,8 +71,8 @@ def build(options: Any) -> int:
     if options.coverage is not None:
         k, about["coverage"] = cache_build.needed_for(trainer, plan, options.coverage)
         _show_coverage(k, about["coverage"])
-    if k > trainer._vocab_size:
-        raise ConfigError(f"k is {k}, more than the vocabulary's {trainer._vocab_size} tokens; keep fewer")
+    if k > trainer.vocab_size:
+        raise ConfigError(f"k is {k}, more than the vocabulary's {trainer.vocab_size} tokens; keep fewer")
     megabytes = plan.megabytes(k, dtype)
     cache_build.check_room(folder, megabytes)
     repeated = f" ({plan.repeated} more are the same as another)" if plan.repeated else ""

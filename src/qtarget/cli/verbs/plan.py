@@ -99,7 +99,7 @@ def _sample(rest: Sequence[str]) -> list[tuple[int, int]]:
     """(tokens, of these supervised) of some rows, through the trainer's own preparation, without weights."""
     import datasets as hub
 
-    from qtarget.teachers.agreement.measure import spread
+    from qtarget.teachers.agreement.measure import evenly_spaced
 
     hub.disable_progress_bars()
     with tempfile.TemporaryDirectory() as scratch:  # a trainer makes its output folder
@@ -108,7 +108,7 @@ def _sample(rest: Sequence[str]) -> list[tuple[int, int]]:
         if run.script.dataset_streaming:
             return []
         train = run.datasets["train"]
-        run.datasets = {"train": train.select(spread(len(train), _SAMPLE))}
+        run.datasets = {"train": train.select(evenly_spaced(len(train), _SAMPLE))}
         rows = setup.build(run, weights=False).train_dataset
         return [(len(row["input_ids"]), sum(label != -100 for label in row["labels"][1:])) for row in rows]
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtarget.cli import setup, terminal
 from qtarget.cli.arguments import NEW_FILE, Option, Verb, whole
 from qtarget.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 VERB = Verb("teacher", __doc__)
 
@@ -35,7 +38,7 @@ def check(options: Any) -> int:
     run.datasets.pop("test", None)
     train = run.datasets["train"]
     if hasattr(train, "select"):  # what is not looked at need not be tokenised
-        run.datasets["train"] = train.select(agreement.spread(len(train), rows))
+        run.datasets["train"] = train.select(agreement.evenly_spaced(len(train), rows))
     trainer = setup.build(run)
     count, tokens = agreement.estimate(trainer, rows)
     print(f"{count} rows, {tokens} supervised tokens", flush=True)
@@ -68,7 +71,7 @@ def _ask_a_teacher(config: Any) -> None:
         setattr(config, name, value)
 
 
-def _measured(trainer: Any, rows: int) -> Any:
+def _measured(trainer: QTargetTrainer, rows: int) -> Any:
     from rich.console import Console
     from rich.progress import Progress
 

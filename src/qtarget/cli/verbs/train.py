@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtarget.cli import fields, setup, terminal
 from qtarget.cli.arguments import Option, Verb, whole
 from qtarget.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 VERB = Verb("train", __doc__, more=fields.common)
 
@@ -47,7 +50,7 @@ def train_model(options: Any) -> int:
     from qtarget.training import checkpoints
 
     try:
-        with checkpoints.told("what the run leaves", run.config.output_dir):
+        with checkpoints.storage_errors("what the run leaves", run.config.output_dir):
             return train(trainer, run)
     except ConfigError:
         print(file=sys.stderr)  # leave the progress bar's line
@@ -57,7 +60,7 @@ def train_model(options: Any) -> int:
 # -- the run -----------------------------------------------------------------------------------------------------
 
 
-def train(trainer: Any, run: setup.Run) -> int:
+def train(trainer: QTargetTrainer, run: setup.Run) -> int:
     from qtarget.cli import recipe, summary
 
     config, script = run.config, run.script

@@ -16,11 +16,14 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtarget.cli import setup, terminal
 from qtarget.cli.arguments import Kind, Option, Verb, whole, writable
 from qtarget.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 VERB = Verb("verify", __doc__)
 # Rows stay whole and in their order; no rounding but that of float32.
@@ -135,7 +138,7 @@ def _some(train: Any, rows: int, source_column: str) -> tuple[Any, list[dict[str
     """(a dataset of so many rows, the same rows)."""
     from datasets import Dataset
 
-    from qtarget.teachers.agreement.measure import spread
+    from qtarget.teachers.agreement.measure import evenly_spaced
 
     if hasattr(train, "select"):
         of_source: dict[Any, list[int]] = {}
@@ -143,7 +146,7 @@ def _some(train: Any, rows: int, source_column: str) -> tuple[Any, list[dict[str
         for number, source in enumerate(sources):
             of_source.setdefault(source, []).append(number)
         each = -(-rows // len(of_source)) if of_source else rows  # some of every source
-        some = train.select(sorted(group[i] for group in of_source.values() for i in spread(len(group), each)))
+        some = train.select(sorted(group[i] for group in of_source.values() for i in evenly_spaced(len(group), each)))
     else:
         some = Dataset.from_list(list(train.take(rows)))
     if not len(some):
@@ -151,16 +154,14 @@ def _some(train: Any, rows: int, source_column: str) -> tuple[Any, list[dict[str
     return some, [dict(row) for row in some]
 
 
-def _in_float32(trainer: Any) -> None:
+def _in_float32(trainer: QTargetTrainer) -> None:
     """Every model that is no quantised one; what is loaded in half precision keeps its values."""
-    others = trainer._others
-    teachers = [] if others.teacher_source is None else [model for _, model in others.teacher_source.models]
-    for model in (trainer.model, others.reference, *teachers):
-        if model is not None and not getattr(model, "is_quantized", False):
+    for model in (trainer.model, *(one.model for one in trainer.aux.models)):
+        if not getattr(model, "is_quantized", False):
             model.float()
 
 
-def _estimate(run: setup.Run, trainer: Any) -> Callable[[int, int], int | None]:
+def _estimate(run: setup.Run, trainer: QTargetTrainer) -> Callable[[int, int], int | None]:
     """(positions, supervised tokens) → bytes a step takes beyond models and optimiser. The one place that knows how."""
     from qtarget.planning import memory, shapes
 
@@ -172,10 +173,10 @@ def _estimate(run: setup.Run, trainer: Any) -> Callable[[int, int], int | None]:
             return None
 
     def of_step(positions: int, supervised: int) -> int | None:
-        student = held(trainer._base_model())
-        teachers, references = (
-            [held(model)] if model is not None else [] for model in (trainer._others.teacher, trainer._others.reference)
-        )
+        student = held(trainer.student.base)
+        aux = trainer.aux
+        teachers = [] if aux.teacher is None else [held(one.base) for one in aux.teacher.models[:1]]
+        references = [] if aux.reference is None else [held(aux.reference.base)]
         if student is None or None in [*teachers, *references] or run.model.use_peft:
             return None
         work = memory.Workload(

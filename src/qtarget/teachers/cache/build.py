@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,11 @@ from qtarget.teachers.cache import shards
 from qtarget.teachers.cache.index import KEY_BYTES, row_key, supervised_positions
 from qtarget.teachers.cache.reader import INDEX
 from qtarget.teachers.cache.scorers import LiveScorer, Scorer, teacher_log_probs
+from qtarget.teachers.joins import read_before
 from qtarget.training.trainer import QTargetTrainer
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 # Tokens of a shard are between these, some 256 shards in all where that lies between.
 _FEWEST, _MOST = 1 << 14, 1 << 20
@@ -69,15 +73,9 @@ def bytes_per_token(k: int, dtype: str = "float16") -> int:
     return k * (4 + np.dtype(dtype).itemsize) + 4
 
 
-class RowsTrainer(QTargetTrainer):
-    """Prepares rows and asks the teacher; its student may be without weights, and nothing is trained."""
-
-    _always_opens_teacher = True
-
-
-def about(trainer: Any) -> dict[str, Any]:
+def about(trainer: QTargetTrainer) -> dict[str, Any]:
     """The manifest's part on tokenizer, preparation, context and teacher."""
-    tokenizer, args = trainer._tokenizer, trainer.args
+    tokenizer, args = trainer.tokenizer, trainer.args
     (end, *_) = [*sorted(teacher_settings.end_tokens(args)), None]
     return {
         **teacher_settings.what_decides_rows(args, tokenizer, trainer.completion_only_loss),
@@ -86,7 +84,7 @@ def about(trainer: Any) -> dict[str, Any]:
     }
 
 
-def plan(trainer: Any, shard_tokens: int | None = None) -> Plan:
+def plan(trainer: QTargetTrainer, shard_tokens: int | None = None) -> Plan:
     """Read the prepared rows of all datasets of a trainer whose packing is off.
 
     Raises:
@@ -102,7 +100,7 @@ def plan(trainer: Any, shard_tokens: int | None = None) -> Plan:
             tokens = len(supervised_positions(row["labels"]))
             if not tokens:
                 continue
-            key = row_key(row["input_ids"], row["labels"], _context(trainer, row))
+            key = row_key(row["input_ids"], row["labels"], read_before(trainer.rows.join, row)[0])
             if key in keys:
                 repeated += 1
                 continue
@@ -124,29 +122,23 @@ def plan(trainer: Any, shard_tokens: int | None = None) -> Plan:
     return Plan(rows, np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES), groups, repeated)
 
 
-def datasets_of(trainer: Any) -> dict[str, Any]:
+def datasets_of(trainer: QTargetTrainer) -> dict[str, Any]:
     """The prepared datasets by name: train, and what is evaluated."""
     evaluated = trainer.eval_dataset
     named = evaluated if isinstance(evaluated, dict) else {"eval": evaluated}
     return {name: data for name, data in {"train": trainer.train_dataset, **named}.items() if data is not None}
 
 
-def _context(trainer: Any, row: dict[str, Any]) -> list[int]:
-    """What the teacher reads before the row, where it has a context of its own."""
-    uids = trainer._uids
-    if uids is None:
-        return []
-    return uids.row_of(next(uid for uid in row[uids.column] if uid >= 0))[0]
-
-
-def needed_for(trainer: Any, plan: Plan, coverage: float, sample_rows: int = 64) -> tuple[int, dict[str, Any]]:
+def needed_for(
+    trainer: QTargetTrainer, plan: Plan, coverage: float, sample_rows: int = 64
+) -> tuple[int, dict[str, Any]]:
     """k whose mean kept mass reaches ``coverage`` on a sample of rows, and the distribution of what tokens need.
 
     Returns:
         (k, {"percentiles of needed k": {p: k}, "kept mass": {k: mean}, "tokens": n}).
     """
     every = max(1, len(plan.rows) // sample_rows)
-    total, needed = torch.zeros(trainer._vocab_size, dtype=torch.float64), []
+    total, needed = torch.zeros(trainer.vocab_size, dtype=torch.float64), []
     for row in range(0, len(plan.rows), every):
         for log_p, _ in teacher_log_probs(trainer, [_row(trainer, plan.rows[row])]):
             mass = log_p.exp().sort(-1, descending=True).values.cumsum(-1)
@@ -163,7 +155,7 @@ def needed_for(trainer: Any, plan: Plan, coverage: float, sample_rows: int = 64)
 
 
 def build(
-    trainer: Any,
+    trainer: QTargetTrainer,
     folder: str | Path,
     made: Plan,
     k: int,
@@ -287,7 +279,7 @@ def check_folder(folder: Path, made: Plan, k: int | None, dtype: str, about: dic
 
 
 def _write_shard(
-    trainer: Any, folder: Path, made: Plan, number: int, score: Scorer, dtype: str, batch_size: int
+    trainer: QTargetTrainer, folder: Path, made: Plan, number: int, score: Scorer, dtype: str, batch_size: int
 ) -> dict[str, Any]:
     ids, logprobs, tails = [], [], []
     group = made.shards[number]
@@ -307,11 +299,11 @@ def _write_shard(
     return {**line, "tokens": len(arrays["tail"])}
 
 
-def _row(trainer: Any, row: Row) -> dict[str, Any]:
+def _row(trainer: QTargetTrainer, row: Row) -> dict[str, Any]:
     return datasets_of(trainer)[row.dataset][row.number]
 
 
-def seconds_for(trainer: Any, made: Plan, batch_size: int) -> float:
+def seconds_for(trainer: QTargetTrainer, made: Plan, batch_size: int) -> float:
     """Estimated seconds of a build: one batch of rows of middling length, timed after a first that warms up."""
     by_length = sorted(range(len(made.rows)), key=lambda row: made.rows[row].length)
     middle = by_length[max(0, len(by_length) // 2 - batch_size // 2) :][:batch_size]
