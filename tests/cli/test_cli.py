@@ -420,7 +420,7 @@ def test_all_faults_of_the_options_at_once():
     assert done.stderr.splitlines() == [
         "qtarget plan: gpus is 'none'; use a whole number from 1",
         "qtarget plan: k is 0; use a whole number from 1",
-        "qtarget plan: tflops is -1.0; use a number above 0",
+        "qtarget plan: tflops is -1; use a number above 0",
     ]
 
 

@@ -447,8 +447,8 @@ def test_prompts():
         ({"prompt": "caht"}, "prompt is 'caht'; did you mean 'chat'?"),
         ({"backend": "vllm"}, "backend is 'vllm', but vllm is not installed"),
         ({"dtype": "fp4"}, "dtype is 'fp4'"),
-        ({"problem": "3"}, "option is 'problem'; did you mean 'problems'?"),
-        ({"verifier_timeout": "0"}, "verifier_timeout is 0.0"),
+        ({"problem": "3"}, "option of eval is '--problem'; did you mean '--problems'?"),
+        ({"verifier_timeout": "0"}, "verifier_timeout is 0;"),
     ],
 )
 def test_refusals(model, file, tmp_path, capsys, changed, sentence):

@@ -149,11 +149,11 @@ class Command:
             name, equals, value = word.removeprefix("--").partition("=")
             name = "output" if word == "-o" else name.replace("-", "_")
             if not (word.startswith("--") or word == "-o") or name not in known:
-                others.append(word)
                 if word.startswith("-") and not self.settings:
                     faults += unknown(f"option of {verb}", f"--{name}", [f"--{name}" for name in known]).faults
-                elif not self.settings and not self.takes:
+                elif not self.settings and not self.takes and not (others and others[-1].startswith("-")):
                     faults.append(f"{word!r} stands alone; write options of {verb} as --name value")
+                others.append(word)
             elif known[name].kind is FLAG:
                 values[name] = True
             elif (text := value if equals else next(pending, None)) is None:
