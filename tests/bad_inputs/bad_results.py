@@ -151,7 +151,7 @@ CASES = [
     asked("an-unknown-prompt", "no such style", ["--prompt", "chatt"], "prompt is 'chatt'; did you mean 'chat'?"),
     asked("an-unknown-dtype", "no such precision", ["--dtype", "int4"], "dtype is 'int4'"),
     asked("an-unknown-backend", "no such backend", ["--backend", "tgi"], "backend is 'tgi'"),
-    asked("an-unknown-option", "a typo", ["--top-k", "5"], "option is 'top-k'"),
+    asked("an-unknown-option", "a typo", ["--top-k", "5"], "option of eval is '--top_k'"),
     asked(
         "an-unknown-verifier", "no such verifier", ["--verifier", "maths"], "verifier is 'maths'; did you mean 'math'?"
     ),
