@@ -1,4 +1,4 @@
-"""Settings are described once, in their config's docstring: its entries are the help of the fields, flags and docs.
+"""Settings are described once, in their config's docstring; help and docs are made of it.
 
 Only text is read here, so that ``qtarget train --help`` need not import torch.
 """

@@ -1,4 +1,4 @@
-"""``qtarget VERB``: pick the verb and turn errors a user can mend into one sentence and exit status 2."""
+"""``qtarget VERB``: finds the verb, and prints a user's mistake as one sentence (exit 2)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from qtarget.cli import terminal
 from qtarget.cli.arguments import Verb
-from qtarget.errors import ConfigError, unknown
+from qtarget.errors import QTargetError, unknown
 
 # verb → (what it does, an example)
 VERBS = {
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest.remove("--debug")
     try:
         return _verb(verb)(rest)
-    except ConfigError as error:
+    except QTargetError as error:
         if debug:
             raise
         if terminal.is_main():

@@ -1,5 +1,6 @@
-"""What a verb takes, declared once beside the function that does it: words are read by it and help is printed from it.
+"""What a verb takes, declared once, beside the function that does it.
 
+Words are read by the declaration and help is printed from it, docstrings included.
 Neither argparse nor typer stands here: words that are no option of a verb are settings of a training run, every fault is
 to be shown at once and in a sentence that mends it, and help must answer in a tenth of a second.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from qtarget.errors import ConfigError, check_range, unknown
+from qtarget.errors import ConfigError, check_range, raise_together, unknown
 
 _WIDTH, _MARGIN = 120, 34
 
@@ -168,8 +169,7 @@ class Command:
             for option in self.options
             if option.mend and not values[option.name]
         ]
-        if faults:
-            raise ConfigError(faults)
+        raise_together(faults)
         return SimpleNamespace(**values, words=others)
 
     def usage(self, verb: str) -> str:

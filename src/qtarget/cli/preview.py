@@ -1,4 +1,4 @@
-"""Everything of a recipe that can be checked without weights: for ``qtarget train --dry_run`` and ``qtarget plan``."""
+"""Checks a recipe without weights, for `qtarget train --dry_run` and `qtarget plan`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.cli import recipe, setup
-from qtarget.errors import ConfigError, loading
+from qtarget.errors import ConfigError, loading, raise_together
 from qtarget.planning import memory, shapes, workload
 from qtarget.planning import steps as arithmetic
 from qtarget.planning.workload import Frozen
@@ -52,7 +52,7 @@ def look(arguments: Sequence[str], gpus: int) -> Found:
     steps = arithmetic.of(rows, gpus, config) if rows is not None and unpacked else None
     given_epochs = "num_train_epochs" in asked.settings.origin
     faults += arithmetic.faults(steps, batch, gpus, config, notes.get("expected_batch"), given_epochs)
-    setup.raise_together(faults)
+    raise_together(faults)
     return Found(asked, gpus, student, others, rows, where, batch, steps, untold)
 
 

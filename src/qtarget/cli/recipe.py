@@ -1,4 +1,4 @@
-"""What a recipe says of itself: a name, where each value comes from, what is still to pin. Training reads none of it.
+"""The notes in a recipe, which training ignores: name, sources of values, what to pin.
 
 The notes are checked with the settings, looked at by ``qtarget train --dry_run`` and kept in the run's recipe.json.
 """

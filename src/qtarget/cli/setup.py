@@ -1,4 +1,4 @@
-"""From a config file and flags to a trainer: what every verb shares that starts from a training config."""
+"""From a config file and flags to a trainer, for every verb that starts from a config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtarget.errors import ConfigError, loading, reason
+from qtarget.errors import ConfigError, QTargetError, loading, raise_together, reason
 from qtarget.planning.shapes import is_path
 
 if TYPE_CHECKING:
@@ -118,11 +118,6 @@ def row_by_row(arguments: Sequence[str], **more: Any) -> dict[str, Any]:
     return fixed
 
 
-def raise_together(faults: list[str]) -> None:
-    if faults:
-        raise ConfigError(list(dict.fromkeys(faults)))
-
-
 def _training_config(settings: Settings):
     """The QTargetConfig and notes on spellings; None where it cannot be built, with the reason among the faults."""
     from qtarget.targets import peers
@@ -191,9 +186,9 @@ def _need_faults(config: Any) -> list[str]:
 
 def _resume_faults(config: Any) -> list[str]:
     """What can be seen of a checkpoint without models; the trainer looks again with them."""
-    from qtarget.training import checkpoints, checks, run_identity
+    from qtarget.training import checkpoints, run_identity
 
-    folder = checks.checkpoint_folder(resume(config.resume_from_checkpoint), config.output_dir)
+    folder = checkpoints.to_resume_from(resume(config.resume_from_checkpoint), config.output_dir)
     if folder is None and str(config.resume_from_checkpoint).lower() == "true":
         if not (passed_over := checkpoints.passed_over(config.output_dir)):
             return []  # a run killed before its first checkpoint starts anew by the same command
@@ -297,7 +292,7 @@ def build(run: Run, kind: Any = None, weights: bool = True) -> Any:
         else:
             student, settings["processing_class"] = _without_weights(model, config)
         return (kind or QTargetTrainer)(student, config, **settings)
-    except ConfigError:
+    except QTargetError:
         raise
     except UnicodeDecodeError as error:
         name = run.script.dataset_name

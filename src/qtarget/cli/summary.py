@@ -1,4 +1,4 @@
-"""What a run shows at its end: held-out figures before and after, the picture, the next command."""
+"""What a run prints at its end: held-out figures, the picture, the next command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What verbs print with: bars, tables and the width of a terminal, or of a pipe that has none."""
+"""What verbs print with: bars, tables, and a width for pipes, which have none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From tokenised, labelled rows to what the collator gets: columns spread, rows cut, dropped, shuffled and packed.
+"""Cuts, drops, shuffles and packs tokenised rows, with all their columns alike.
 
 TRL cuts and packs input_ids and labels and leaves every other column behind, so these steps are done here, in TRL's
 order and with TRL's packing, for all columns alike; without columns the result is TRL's own, row by row.
@@ -15,7 +15,7 @@ from datasets import Dataset
 from trl.data_utils import get_dataset_column_names, pack_dataset
 
 from qtarget.data.columns import TokenColumns
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Preparation:
         if self.join is None or self.join.column in columns.made:
             return dataset, columns
         if "seq_lengths" in get_dataset_column_names(dataset):
-            raise ConfigError(
+            raise DataError(
                 f"the {name} dataset is packed already (column seq_lengths), so its teacher cannot be found row by row; "
                 "give the rows as they are and set packing: true"
             )

@@ -1,4 +1,4 @@
-"""From a text and a problem's row to a verdict: two parsed answers, two judgements. Runs in a Judge's process.
+"""Grades a text against a problem's row, strictly and leniently, in a Judge's process.
 
 A grader's name: ``math`` (answer: the gold expression), ``choice`` (options: their texts; answer: the letter),
 ``reasoning_gym:NAME`` (answer, metadata), or ``my_pkg.my_module:function`` of (text, row). The last returns a bool, or

@@ -1,4 +1,4 @@
-"""The benchmarks of ``math5``, ``med10`` and ``hle``: where they are on the hub, and how many items the papers used.
+"""The benchmarks of ``math5``, ``med10`` and ``hle``: where they are, and their sizes.
 
 The counts are those behind the published numbers; another count is another benchmark and is refused. None of these
 could be downloaded where this was written: ids, columns and splits are from cards and lists, the counts are the check.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, DataError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -86,7 +86,7 @@ def rows(name: str) -> list[dict[str, Any]]:
     kept = [row for row in _loaded(name, benchmark) if benchmark.keep(row)]
     if len(kept) not in benchmark.counts:
         wanted = " or ".join(f"{count}" for count in benchmark.counts)
-        raise ConfigError(
+        raise DataError(
             f"task is {name!r}, but {benchmark.hub} gives {len(kept)} items and the published numbers are from {wanted}; "
             f"{_own_file(benchmark)}"
         )
@@ -94,7 +94,7 @@ def rows(name: str) -> list[dict[str, Any]]:
     found = [read(row) for row in kept]
     if None in found:
         at = found.index(None)
-        raise ConfigError(
+        raise DataError(
             f"task is {name!r}, but row {at} of {benchmark.hub} has columns {', '.join(kept[at])} that are not understood"
             f"; {_own_file(benchmark)}"
         )

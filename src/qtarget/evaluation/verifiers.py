@@ -1,4 +1,4 @@
-"""Whether a text answers a row rightly, decided in a process of its own that can be killed.
+"""Does a text answer a row rightly: decided in a process that can be killed.
 
 A verifier is a function of (text, row) that returns a bool; row is a dict of the dataset's columns. Three kinds are
 named on the command line:
@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qtarget.errors import ConfigError, unknown
+from qtarget.errors import ConfigError, DataError, unknown
 from qtarget.evaluation.extraction import final_answer
 
 # How long a verifier may take to be imported; some import torch on a busy machine.
@@ -66,7 +66,7 @@ def check(name: str, columns: list[str] | None = None) -> None:
         raise unknown("verifier", name, _KINDS)
     for column in reads:
         if columns is not None and column not in columns:
-            raise ConfigError(
+            raise DataError(
                 f"verifier is {name!r}, which reads the column {column!r}, but the rows have {', '.join(columns)}; add "
                 "it, or name a verifier of your own: my_pkg.my_module:function"
             )

@@ -1,4 +1,4 @@
-"""One forward pass of student, teacher and reference over a run's own rows, kept as a record.
+"""Records one forward pass of student, teacher and reference on a run's own rows.
 
 Rows come from the trainer's own preparation (template, mask, cutting; packing off), and hidden states from its own
 wrapped forward. Logits exist for a chunk of supervised tokens at a time and never for a batch.
@@ -6,7 +6,6 @@ wrapped forward. Logits exist for a chunk of supervised tokens at a time and nev
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qtarget import __version__
+from qtarget import __version__, files
 from qtarget.data.text import text_of
 from qtarget.errors import ConfigError
 from qtarget.lens.record import FILES, OTHERS, SIGNALS, Writer
@@ -57,17 +56,13 @@ def folder_faults(folder: Path) -> list[str]:
         return [f"output is {str(folder)!r}, which holds a capture; name another folder, or delete that one"]
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         return [f"output is {str(folder)!r}, which is not an empty folder; name another one"]
-    partial = _partial(folder)
+    partial = files.partial_of(folder)
     own = {*FILES, "manifest.json"}
     if partial.exists() and (not partial.is_dir() or any(file.name not in own for file in partial.iterdir())):
         return [
             f"output is {str(folder)!r}, and {str(partial)!r}, where it is made, holds other files; name another one"
         ]
     return []
-
-
-def _partial(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".partial")
 
 
 def estimate(trainer: QTargetTrainer, rows: int, top_k: int) -> tuple[int, int, float]:
@@ -79,7 +74,6 @@ def estimate(trainer: QTargetTrainer, rows: int, top_k: int) -> tuple[int, int, 
     return len(chosen), tokens, tokens * (ids * 4 * (2 + others) + 40) / 2**20
 
 
-@torch.no_grad()
 def capture(
     trainer: QTargetTrainer,
     folder: str | Path,
@@ -100,14 +94,26 @@ def capture(
         ConfigError: see ``check``.
     """
     check(trainer, rows, top_k, folder)
+    folder = Path(folder)
+    with files.whole(folder) as partial:  # a capture that was interrupted is no record
+        _write(trainer, partial, rows, top_k, about or {}, progress)
+    return folder
+
+
+@torch.no_grad()
+def _write(
+    trainer: QTargetTrainer,
+    folder: Path,
+    rows: int,
+    top_k: int,
+    about: dict[str, Any],
+    progress: Callable[[int], object],
+) -> None:
     aux = trainer.auxiliary(_models(trainer))
     names = [name for name in OTHERS if aux.has(name)]
     have = set(trainer.rows.columns.carried) & set(trainer.train_dataset.column_names)
     present = [name for name in SIGNALS if name in have]
-    folder = Path(folder)
-    partial = _partial(folder)  # a capture that was interrupted is no record
-    shutil.rmtree(partial, ignore_errors=True)
-    writer = Writer(partial, names, present)
+    writer = Writer(folder, names, present)
     size = trainer.args.per_device_eval_batch_size
     done, student = 0, trainer.student
     with evaluation_mode(student.model):
@@ -132,11 +138,9 @@ def capture(
         "tokenizer": tokenizer_hash(tokenizer),
         "chat_template": template_hash(tokenizer),
         "eos_token_ids": _end_tokens(trainer),
-        **(about or {}),
+        **about,
     }
     writer.close(manifest, lambda index: text_of(tokenizer, index), tokenizer.all_special_ids)
-    partial.rename(folder)
-    return folder
 
 
 def _models(trainer: QTargetTrainer) -> frozenset[str]:

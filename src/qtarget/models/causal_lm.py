@@ -1,4 +1,4 @@
-"""A causal language model that is asked about a batch: hidden states and head, log-probabilities of labels."""
+"""Asks any causal language model about a batch: its head, or the labels' log-probabilities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss inside a model's own forward, so that DDP, FSDP2, DeepSpeed and checkpointing hooks run around it.
+"""The loss inside a model's own forward, where DDP, FSDP2 and DeepSpeed hooks run.
 
 A patched model called with ``qtarget=call`` runs its backbone and hands the last hidden states to the call instead of
 forming logits. Everything the call holds crosses mixed-precision wrappers in one opaque object: such wrappers cast

@@ -1,4 +1,4 @@
-"""Models that are only read: a teacher by name, a frozen copy of the start, or the student with its adapters off."""
+"""Models that are only read: by name, a copy of the start, or with adapters off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shapes of models that can be known without loading them: from a config at hand, or from what was published."""
+"""Shapes of models known without loading them: from a config, or as published."""
 
 from __future__ import annotations
 

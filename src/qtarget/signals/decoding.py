@@ -1,4 +1,4 @@
-"""A run's prompts, what its model answers greedily, and the tokens it would have taken second."""
+"""Greedy answers to a run's prompts, and the tokens the model would have taken second."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 from trl.data_utils import _tokenize, is_conversational_from_value, maybe_convert_to_chatml
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, DataError
 from qtarget.models.forward import accepted
 from qtarget.models.frozen import evaluation_mode
 
@@ -78,7 +78,7 @@ class Greedy:
             ids = _tokenize(self._trainer.processing_class, given)["input_ids"] if given else []
         ids = list(ids)
         if not ids:
-            raise ConfigError(f"row {number} of the train split has an empty prompt; take the row out")
+            raise DataError(f"row {number} of the train split has an empty prompt; take the row out")
         longest = getattr(self._base.config.get_text_config(), "max_position_embeddings", None)
         if longest and len(ids) + 2 * self.max_new_tokens > longest:
             raise ConfigError(

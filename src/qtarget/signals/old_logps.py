@@ -1,4 +1,4 @@
-"""psft's signal, a number per token: log p of each label under the model as it starts (arXiv:2508.17784).
+"""psft's signal: log p of each label under the model as it starts (arXiv:2508.17784).
 
 The rows are written as the trainer prepared them, as token ids: a number per token belongs to those tokens only.
 """

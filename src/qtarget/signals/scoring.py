@@ -1,4 +1,4 @@
-"""log p of a run's own labels, row by row: rows as the trainer prepares them, models as it forwards them."""
+"""log p of a run's own labels, row by row, as the trainer prepares and forwards them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, DataError
 from qtarget.models.frozen import evaluation_mode
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def numbered(datasets: dict[str, Any], column: str) -> dict[str, Dataset]:
         if not isinstance(dataset, Dataset):
             raise ConfigError("dataset_streaming is true, but rows of a stream have no number; set it to false")
         if column in dataset.column_names:
-            raise ConfigError(f"the {name} split has a column {column!r} already; take it out, or train on it as it is")
+            raise DataError(f"the {name} split has a column {column!r} already; take it out, or train on it as it is")
     return {name: dataset.add_column(ROW, list(range(len(dataset)))) for name, dataset in datasets.items()}
 
 

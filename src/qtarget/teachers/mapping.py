@@ -1,4 +1,4 @@
-"""The teacher's settings as one mapping, ``teacher: {model: org/name, context: ...}``, which is stored flat."""
+"""The teacher's settings as one mapping, `teacher: {model: ...}`, which is stored flat."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from qtarget.errors import ConfigError, unknown
+from qtarget.errors import ConfigError, raise_together, unknown
 
 # key of the mapping → the setting it stands for
 SETTINGS = {
@@ -38,8 +38,9 @@ def flat(value: Any) -> dict[str, Any]:
         raise ConfigError(
             f"teacher is {value!r}; write a folder or hub id, or a mapping, as in {{model: org/name, tail: even}}"
         )
-    if wrong := [unknown("teacher's key", key, SETTINGS) for key in value if key not in SETTINGS]:
-        raise ConfigError([fault for error in wrong for fault in error.faults])
+    raise_together(
+        fault for key in value if key not in SETTINGS for fault in unknown("teacher's key", key, SETTINGS).faults
+    )
     return {SETTINGS[key]: inner for key, inner in value.items()}
 
 

@@ -1,4 +1,4 @@
-"""What a run's teacher asks for before a step is trained: the right cache, a context, the same tokens, the same end."""
+"""Checks a run's teacher before training: the right cache, context, tokens and end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qtarget.targets import Target, presets
 from qtarget.teachers.cache import manifest as manifests
 from qtarget.teachers.cache.reader import CachedTeacher
 from qtarget.teachers.context import Context, read_template
-from qtarget.teachers.fingerprints import template_hash, tokenizer_hash, weights_hash
+from qtarget.teachers.fingerprints import named, template_hash, tokenizer_hash
 from qtarget.teachers.joins import CacheJoin, ContextJoin, RowsThatAsk
 from qtarget.teachers.vocabulary import real_vocabulary_size, vocabulary_difference
 
@@ -102,12 +102,8 @@ def named_teacher(args: Any) -> dict[str, Any]:
     """The teacher that settings name, as a cache's manifest holds it."""
     if args.teachers is not None:
         pool = args.pool_members()
-        return {"pool": [{"weight": one.weight, **_named(one.name, one.revision)} for one in pool]}
-    return _named(args.teacher_model_name_or_path, args.teacher_model_revision)
-
-
-def _named(name: str, revision: str | None) -> dict[str, Any]:
-    return {"name": name, "revision": revision, "weights": weights_hash(name, revision)}
+        return {"pool": [{"weight": one.weight, **named(one.name, one.revision)} for one in pool]}
+    return {**named(args.teacher_model_name_or_path, args.teacher_model_revision)}
 
 
 def describe(teacher: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Where a run's teacher comes from: a model, a pool of models, the student's own average, or a cache.
+"""The run's teacher, wherever it comes from, asked about a batch.
 
 Each gives a distribution for every supervised position of the student's batch. Models are forwarded without gradient, in
 evaluation mode and before the student; under a context they read their own prompt and then the student's ids.

@@ -17,6 +17,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from qtarget.data.batch import Batch
 from qtarget.errors import ConfigError, loading
 from qtarget.losses import Head, TopK
+from qtarget.losses.log_probs import importance_weight
 from qtarget.models.causal_lm import CausalLM, Inputs
 from qtarget.models.frozen import (
     evaluation_mode,
@@ -188,7 +189,7 @@ class AuxiliaryModels:
         zeros = gap.new_zeros(int(document.max()) + 1)
         total = zeros.index_add(0, document.flatten(), gap.flatten())
         count = zeros.index_add(0, document.flatten(), trained.double().flatten()).clamp(min=1)
-        return (temperature * total / count).exp().clamp(0, 16).float()[document]
+        return importance_weight(total / count, temperature).float()[document]
 
 
 def _copy_of_the_start(student: nn.Module) -> nn.Module:

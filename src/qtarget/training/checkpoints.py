@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or not there, whatever kills the run while one is written or deleted.
+"""Checkpoints that are complete or not there, even if the run is killed meanwhile.
 
 A checkpoint is written as ``_unfinished/checkpoint-N`` in the run's folder and renamed once its last file is there, so
 every ``checkpoint-N`` is whole: for qtarget, for Transformers and for a script that copies folders. It also lists its
@@ -10,30 +10,30 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME, safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 
-from qtarget import json_text
-from qtarget.errors import ConfigError, reason
+from qtarget import files
+from qtarget.errors import StorageError, raise_together, reason
 
 if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
 
+logger = logging.getLogger(__name__)
+
 # Where a checkpoint is written, and where it goes to be deleted. Transformers leaves _* out of uploads to the hub.
 UNFINISHED = "_unfinished"
 FILES = "qtarget_files.json"
-# What the file system itself refuses. Another OSError is a fault of something else.
-_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ESTALE)
-
 # What a run that goes on unpickles, up to tensors. Copies of weights that a target keeps are looked at when they are
 # loaded; training_args.bin and a callback's own files are never read.
 _PICKLED = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "pytorch_model*.bin", "adapter_model.bin")
@@ -48,7 +48,7 @@ def fault(folder: str | Path) -> str | None:
     if not (folder / TRAINER_STATE_NAME).is_file():
         return f"{TRAINER_STATE_NAME} is missing"
     try:
-        listed: dict[str, int] = json_text.loads((folder / FILES).read_bytes())
+        listed: dict[str, int] = files.loads((folder / FILES).read_bytes())
     except FileNotFoundError:  # another program's, which writes its state last
         return None
     except (ValueError, OSError) as error:
@@ -91,7 +91,7 @@ def unreadable_files(folder: str | Path) -> list[str]:
     folder = Path(folder)
     told, state = f"resume_from_checkpoint is {str(folder)!r}", folder / TRAINER_STATE_NAME
     try:
-        if not isinstance(json_text.loads(state.read_bytes()), dict):
+        if not isinstance(files.loads(state.read_bytes()), dict):
             raise ValueError("it holds no mapping")
     except (OSError, ValueError) as error:
         return [f"{told}, whose {TRAINER_STATE_NAME} cannot be read ({error}); name another checkpoint"]
@@ -108,6 +108,52 @@ def unreadable_files(folder: str | Path) -> list[str]:
         except Exception as error:  # a pickle that is none may make anything of the unpickler
             found.append(f"{told}, whose {file.name} cannot be loaded: {reason(error)}; name another checkpoint")
     return found
+
+
+def to_resume_from(resume_from_checkpoint: Any, output_dir: Any) -> str | None:
+    """The folder a run would resume from: the one that is named, for True the last whole one, or None.
+
+    Raises:
+        StorageError: the one that is named is not whole.
+    """
+    if isinstance(resume_from_checkpoint, str | Path):
+        folder = Path(resume_from_checkpoint)
+        if not folder.is_dir():
+            raise StorageError(f"resume_from_checkpoint is {str(folder)!r}, which is no folder; {_whole_one(folder)}")
+        if (why := fault(folder)) is not None:
+            raise StorageError(
+                f"resume_from_checkpoint is {str(folder)!r}, which is not whole: {why}; {_whole_one(folder)}"
+            )
+        return str(folder)
+    if not resume_from_checkpoint or not Path(output_dir).is_dir():
+        return None
+    whole = last(output_dir)
+    return None if whole is None else str(whole)
+
+
+def _whole_one(folder: Path) -> str:
+    whole = last(folder.parent)
+    return "start anew in another output_dir" if whole is None else f"the last whole one is {str(whole)!r}"
+
+
+def begin(trainer: QTargetTrainer, run: str, resume_from_checkpoint: Any) -> str | None:
+    """Before a run starts: can its folder be written, and which checkpoint does it go on from.
+
+    Raises:
+        StorageError: the folder cannot be written, or a file of the checkpoint cannot be loaded.
+    """
+    if trainer.args.should_save:
+        raise_together(unwritable(run), StorageError)
+    folder = to_resume_from(resume_from_checkpoint, run)
+    if resume_from_checkpoint is True and trainer.is_world_process_zero():
+        for sentence in passed_over(run):
+            logger.warning(sentence)
+        if folder is None:
+            logger.warning(f"{run} holds no checkpoint to resume from: the run starts at step 0")
+    raise_together([] if folder is None else unreadable_files(folder), StorageError)
+    if trainer.args.should_save:
+        clear(run)
+    return folder
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
@@ -177,7 +223,7 @@ def storage_errors(what: str, run: str | Path) -> Iterator[None]:
         what: could not be written. run: the run's folder.
 
     Raises:
-        ConfigError: the disk is full, the folder cannot be written any more, a file would be too large.
+        StorageError: the disk is full, the folder cannot be written any more, a file would be too large.
     """
     try:
         yield
@@ -190,7 +236,7 @@ def storage_errors(what: str, run: str | Path) -> Iterator[None]:
         mend = "there is no checkpoint yet, so start anew"
         if whole is not None:
             mend = f"go on from the last whole checkpoint, {whole.name}, with --resume_from_checkpoint true"
-        raise ConfigError(
+        raise StorageError(
             f"{what} could not be written to {str(run)!r}: {refusal}; make room or mend the folder's rights, then {mend}"
         ) from error
 
@@ -199,7 +245,7 @@ def _refusal(error: BaseException | None, run: Path) -> str | None:
     """What the file system said, or None where it is not the file system that speaks, or of what was only read."""
     while error is not None:
         text = str(error)
-        if isinstance(error, OSError) and error.errno in _REFUSED:
+        if isinstance(error, OSError) and error.errno in files.REFUSED:
             inside = error.filename is None or run in Path(os.fsdecode(error.filename)).absolute().parents
             rights = error.errno in (errno.EACCES, errno.EPERM)
             return None if rights and not inside else os.strerror(error.errno or 0)

@@ -1,4 +1,4 @@
-"""QTargetConfig: TRL's SFTConfig with a target."""
+"""``QTargetConfig``: TRL's SFTConfig with a target."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trl import SFTConfig
 
 from qtarget.data.columns import columns_for
 from qtarget.docstrings import with_help
-from qtarget.errors import ConfigError, check_range, faults_of, unknown
+from qtarget.errors import ConfigError, check_range, faults_of, raise_together, unknown
 from qtarget.losses.engine import BACKENDS
 from qtarget.targets import Target, presets
 from qtarget.targets.objective import Objective
@@ -138,8 +138,7 @@ class QTargetConfig(SFTConfig):
     loss_type: str | None = None  # type: ignore[assignment]
 
     def __post_init__(self):
-        if faults := [*mapping.spread(self), *ranges.faults(self)]:
-            raise ConfigError(faults)
+        raise_together([*mapping.spread(self), *ranges.faults(self)])
         if self.bf16 is None and not self.fp16 and not _has_bf16_units(self.use_cpu):
             self.bf16 = False
         elif self.bf16 and not _has_bf16_units(self.use_cpu):
@@ -161,8 +160,7 @@ class QTargetConfig(SFTConfig):
         faults += self._refresh_faults()
         faults += faults_of(check_range, "weights_temperature", self.weights_temperature, 0, open_low=True)
         faults += faults_of(self._check, self.resolve_objective) + faults_of(self._check, self.resolve_eval_objective)
-        if faults:
-            raise ConfigError(list(dict.fromkeys(faults)))
+        raise_together(faults)
 
     def _teacher_faults(self) -> list[str]:
         faults = faults_of(context.read_template, self.teacher_context) + faults_of(self.pool_members)
@@ -212,8 +210,7 @@ class QTargetConfig(SFTConfig):
             for target in objective.finals()
             if self.denominator == "kept" and not known & target.requires
         ]
-        if faults:
-            raise ConfigError(faults)
+        raise_together(faults)
 
     def resolve_objective(self) -> Objective:
         """What these settings train; sft where they name nothing. Raises where they contradict each other."""
@@ -245,7 +242,8 @@ class QTargetConfig(SFTConfig):
         try:
             return Objective.single(self.eval_target)
         except ConfigError as error:
-            raise ConfigError([f"eval_target: {fault}" for fault in error.faults]) from None
+            error.during("eval_target")
+            raise
 
     def models_for(self, requires: Iterable[str]) -> frozenset[str]:
         """Of what targets require, what is a model: teacher, reference, old_policy (psft's copy of the student).

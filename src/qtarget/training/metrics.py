@@ -1,4 +1,4 @@
-"""Statistics that can be compared: each is a (sum, count) over tokens, micro-batches and processes."""
+"""Statistics as (sum, count) over tokens, micro-batches and processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qtarget import json_text
+from qtarget import files
 from qtarget.data.batch import Batch
 from qtarget.data.columns import SOURCE_ID
 from qtarget.errors import loading
@@ -137,7 +137,7 @@ class TokenMeter:
         if not (folder / COUNTS).is_file():
             return None
         with loading("resume_from_checkpoint", str(folder), COUNTS):
-            counts = json_text.loads((folder / COUNTS).read_bytes())
+            counts = files.loads((folder / COUNTS).read_bytes())
             self._lines_logged = int(counts["lines_logged"])
             return int(counts["num_tokens"])
 

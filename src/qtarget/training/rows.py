@@ -1,4 +1,4 @@
-"""From a dataset's rows to the batches a step takes: TRL's preparation, with qtarget's columns beside the tokens."""
+"""From a dataset's rows to batches: TRL's preparation, with qtarget's columns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qtarget.data.batch import Batch
 from qtarget.data.columns import REFERENCE, UID, TokenColumnCollator, TokenColumns
 from qtarget.data.preparation import Preparation
 from qtarget.data.validation import checked_texts, checked_tokens
-from qtarget.errors import ConfigError
+from qtarget.errors import DataError, raise_together
 from qtarget.targets.objective import Objective
 from qtarget.teachers.cache import reader
 from qtarget.teachers.joins import CacheJoin, ContextJoin, RowsThatAsk
@@ -74,11 +74,11 @@ class RowPreparer:
             tokenise: TRL's ``_prepare_dataset``. name: of the dataset, "train" for the one that is trained.
 
         Raises:
-            ConfigError: a row that cannot be trained, a missing column, a cache that lacks a row; each names the row.
+            DataError: a row that cannot be trained, a missing column, a cache that lacks a row; each names the row.
         """
         objective = self._objective if name == "train" else self._eval_objective
         columns = get_dataset_column_names(dataset)
-        checks.raise_together(checks.missing_columns(name, columns, objective, args, name != "train"))
+        raise_together(checks.missing_columns(name, columns, objective, args, name != "train"))
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         kwargs: Any = args.dataset_kwargs or {}
         if formatting_func is None and not kwargs.get("skip_prepare_dataset"):
@@ -90,7 +90,7 @@ class RowPreparer:
         try:
             dataset = tokenise(dataset, processing_class, tokenise_only, False, formatting_func, name)
         except TemplateError as error:
-            raise ConfigError(
+            raise DataError(
                 f"the chat template cannot be applied to a row of the {name} dataset: {error}; mend that row or "
                 "the template (chat_template_path)"
             ) from error

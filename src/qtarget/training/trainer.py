@@ -1,4 +1,4 @@
-"""QTargetTrainer: TRL's SFTTrainer with the loss of a target, computed by the engine."""
+"""``QTargetTrainer``: TRL's SFTTrainer with the loss of a target."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trl import SFTTrainer
 
 from qtarget.data.batch import Batch
 from qtarget.data.columns import REFERENCE, SOURCE_ID, columns_for, columns_of
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, raise_together
 from qtarget.losses import Head, TopK, engine
 from qtarget.models.causal_lm import CausalLM
 from qtarget.models.forward import LossCall, accepted, add_target_forward
@@ -98,7 +98,7 @@ class QTargetTrainer(HostHooks):
         args = QTargetConfig.of(model, args, target)
         objectives = self.objective, self.eval_objective = args.resolve_objective(), args.resolve_eval_objective()
         given = teacher_model is not None, reference_model is not None
-        checks.raise_together(checks.before_loading(model, args, *objectives, kwargs, *given))
+        raise_together(checks.before_loading(model, args, *objectives, kwargs, *given))
         for warning in checks.unused_teacher(args, objectives, given[0]):
             logger.warning(warning)
         engine.choose(args.loss_backend, args.device, torch.float32, "loss_backend")
@@ -111,7 +111,7 @@ class QTargetTrainer(HostHooks):
             super().__init__(model, args, **kwargs)  # type: ignore[arg-type]
         # The trainer divides by the accumulation steps itself only where each micro-batch brings its own mean.
         self.loss_is_scaled_for_ga = args.denominator != "micro_batch"  # type: ignore[assignment]
-        checks.raise_together(checks.prepared(self, self._is_vision_dataset))
+        raise_together(checks.prepared(self, self._is_vision_dataset))
         self.data_collator = self.rows.collator(self.data_collator)
         add_target_forward(CausalLM(self.model, 0).base)
         self.vocab_size = real_vocabulary_size(self.tokenizer)
@@ -260,7 +260,8 @@ class QTargetTrainer(HostHooks):
         try:
             output = model(**batch.inputs, qtarget=call)
         except ConfigError as error:
-            raise ConfigError([f"step {step + 1}: {fault}" for fault in error.faults]) from error
+            error.during(f"step {step + 1}")
+            raise
         loss = self._scaled(output, num_items_in_batch, training)
         if training:
             self.meter.add(output.record.stats, batch, step + 1)
@@ -337,23 +338,16 @@ class QTargetTrainer(HostHooks):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         run = str(self.args.output_dir)
-        if self.args.should_save:
-            checks.raise_together(checkpoints.unwritable(run))
-        folder = checks.checkpoint_folder(resume_from_checkpoint, run)
-        if resume_from_checkpoint is True and self.is_world_process_zero():
-            for sentence in checkpoints.passed_over(run):
-                logger.warning(sentence)
-            if folder is None:
-                logger.warning(f"{run} holds no checkpoint to resume from: the run starts at step 0")
-        checks.raise_together([] if folder is None else checkpoints.unreadable_files(folder))
-        if self.args.should_save:
-            checkpoints.clear(run)
+        folder = checkpoints.begin(self, run, resume_from_checkpoint)
         for snapshot in self.aux.snapshots:
             snapshot.forget()
         if folder is not None:
             self._resume(Path(folder))
         self.accelerator.print(self.describe())
-        self._print_agreement()
+        if self.args.teacher_check_rows and self.reads_teacher:
+            from qtarget.teachers.agreement import measure  # it takes a trainer
+
+            self.accelerator.print(measure.before_training(self))
         with checkpoints.storage_errors("what the run leaves", run):
             return super().train(folder, *args, **kwargs)
 
@@ -371,19 +365,6 @@ class QTargetTrainer(HostHooks):
         if self.is_world_process_zero():
             run_identity.write(folder, self.identity())
             self.meter.save(folder, self._total_train_tokens)
-
-    def _print_agreement(self) -> None:
-        """A line on how far student and teacher agree, before anything is trained."""
-        from qtarget.teachers.agreement import measure as agreement
-
-        if not self.args.teacher_check_rows or not self.reads_teacher:
-            return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # the student is not in pieces yet, and may not fit whole
-            self.accelerator.print(
-                "student and teacher are not compared here: run qtarget teacher check on one process"
-            )
-            return
-        self.accelerator.print(agreement.measure(self, self.args.teacher_check_rows).short())
 
     @contextlib.contextmanager
     def evaluating(self, target: Target | str | dict) -> Iterator[QTargetTrainer]:

@@ -1,4 +1,4 @@
-"""Do teacher and reference see what the student sees, and is what they say about it what the loss is given."""
+"""Do teacher and reference see what the student sees, and does the loss get their answer?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does the way a step is cut leave its gradient alone: micro-batches, padding, packing, chunks, processes."""
+"""Is the gradient the same however a step is cut into micro-batches, chunks, processes?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a trainer should give, from nothing of its own: documents read one at a time, the models' own logits, float64.
+"""What a trainer should give, worked out in float64 from nothing of the trainer's own.
 
 A document is forwarded alone, without padding, neighbours or chunks, through ``model(input_ids).logits``; the loss is
 ``qtarget.target_loss`` in float64 and its gradient is autograd's. Teacher and reference are asked the same way.
@@ -19,6 +19,7 @@ from torch import Tensor
 from qtarget.data.batch import Batch
 from qtarget.data.columns import REFERENCE, columns_for, columns_of
 from qtarget.losses import Head, TopK, target_distribution, target_loss
+from qtarget.losses.log_probs import importance_weight
 from qtarget.models.forward import HeadTransform, head_parameters
 from qtarget.models.frozen import adapters_off
 from qtarget.targets import Target
@@ -130,7 +131,7 @@ class Oracle:
             else:
                 reference = label_log_p(others["reference"], labels[places])
             gap = (log_p - reference).mean()
-            made["weight"] = (args.weights_temperature * gap).exp().clamp(0, 16).expand(len(places))
+            made["weight"] = importance_weight(gap, args.weights_temperature).expand(len(places))
         return made
 
     def numbers(self, row: Row, places: Tensor) -> Tensor:

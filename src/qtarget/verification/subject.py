@@ -1,4 +1,4 @@
-"""What is verified: a trainer on a few rows of the user's own, stepped through its own functions and watched.
+"""A trainer on a few of the user's own rows, stepped through its own functions, watched.
 
 Everything here goes through the trainer: its collator, its count of labels, its ``training_step``. What it should give is
 worked out in ``oracle``, which shares none of that.

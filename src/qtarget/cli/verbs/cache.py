@@ -1,4 +1,7 @@
-"""``qtarget cache``: ask a teacher once about every supervised token, and train from its answers as often as you like."""
+"""``qtarget cache``: asks a teacher once, keeps its answers on disk, and checks them.
+
+A teacher is asked about every supervised token of a dataset, and trained from as often as you like.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ _K = 64
     Option("cache_dtype", "of the log-probs", one_of("float16", "float32"), "float16"),
     Option("batch_size", "rows of a forward pass", whole(1), 8),
     Option("shard_tokens", "supervised tokens of a file", whole(1)),
-    Option("server", "URL of a vLLM or OpenAI-compatible server, asked instead of loading the teacher", NAME),
+    Option("server", "URL of a vLLM server, asked instead of loading the teacher", NAME),
     Option("server_model", "what the server calls the teacher", NAME),
     word="build",
     settings=True,

@@ -1,7 +1,7 @@
-"""``qtarget compare``: paired differences between folders that qtarget eval wrote, of the same problems and settings.
+"""``qtarget compare``: paired differences between result folders.
 
-All are compared with the first. An ARM is DIR, NAME=DIR, or NAME=DIR,DIR,... with one folder for each training seed, in
-the same order for every arm.
+Folders that qtarget eval wrote, of the same problems and settings, are compared with the first one. An ARM is DIR,
+NAME=DIR, or NAME=DIR,DIR,... with one folder for each training seed, in the same order for every arm.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ VERB = Verb("compare", __doc__)
     takes="ARM ARM ...",
 )
 def run(options: Any) -> int:
-    from qtarget.evaluation import compare, compare_report, records
+    from qtarget import files
+    from qtarget.evaluation import compare, compare_report
 
     made = compare.compare(options.words, options.bootstrap, options.seed)
     _show(made)
     folder = options.output
     if folder is not None:
         try:
-            records.write(folder / "compare.md", compare_report.markdown(made))
-            records.write(folder / "compare.html", compare_report.html(made))
-            records.write(folder / "compare.json", compare_report.as_json(made))
+            files.write(folder / "compare.md", compare_report.markdown(made), report=False)
+            files.write(folder / "compare.html", compare_report.html(made), report=False)
+            files.write(folder / "compare.json", compare_report.as_json(made), report=False)
         except OSError as error:
             raise ConfigError(f"output is {str(folder)!r}, which cannot be written ({error.strerror})") from error
         print(f"page       {folder / 'compare.html'}")

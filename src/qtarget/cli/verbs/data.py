@@ -1,7 +1,7 @@
-"""``qtarget data``: measure the columns that iw-sft, psft and cft train on, with the run's own model and rows.
+"""``qtarget data``: measures the columns that iw-sft, psft and cft train on.
 
-The folder is a dataset: name it as dataset_name. Its signal.json says what it was made from, and a run that differs in
-that is refused.
+They are measured with the run's own model and rows. The folder is a dataset: name it as dataset_name. Its signal.json
+says what it was made from, and a run that differs in that is refused.
 """
 
 from __future__ import annotations

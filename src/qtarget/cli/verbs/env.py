@@ -1,4 +1,4 @@
-"""``qtarget env``: versions and devices; paste them into a bug report."""
+"""``qtarget env``: prints the versions and hardware that a bug report needs."""
 
 from __future__ import annotations
 

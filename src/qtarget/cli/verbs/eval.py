@@ -132,14 +132,10 @@ def _evaluate(options: Any) -> int:
 
 def _settings(options: Any) -> dict[str, Any]:
     """What the samples depend on, in the order in which a difference is named."""
-    from qtarget.teachers.fingerprints import weights_hash
+    from qtarget.teachers.fingerprints import named
 
-    weights = weights_hash(options.model, options.revision)
     names = ("n", "temperature", "top_p", "max_new_tokens", "seed", "prompt", "backend", "dtype", "batch_size")
-    return {
-        "model": {"name": options.model, "revision": options.revision, "weights": weights},
-        **{name: getattr(options, name) for name in names},
-    }
+    return {"model": named(options.model, options.revision), **{name: getattr(options, name) for name in names}}
 
 
 def _device() -> Any:

@@ -1,4 +1,4 @@
-"""``qtarget plan``: what a run takes, before anything is rented.
+"""``qtarget plan``: what a run takes in memory, time and operations, known beforehand.
 
 Memory on each GPU, steps, floating-point operations by part, and what a teacher cache would save. No weights are loaded,
 nothing is trained. Formulas: docs/plan.md.

@@ -1,4 +1,7 @@
-"""``qtarget targets``: the objectives: what each trusts, where the rest goes, defaults, needs and source."""
+"""``qtarget targets``: the objectives, as a table or one by one.
+
+What each trusts, where the rest goes, defaults, what it needs and where it comes from.
+"""
 
 from __future__ import annotations
 

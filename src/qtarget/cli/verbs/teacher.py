@@ -1,4 +1,4 @@
-"""``qtarget teacher``: does a teacher agree with the student and with the labels, before it teaches.
+"""``qtarget teacher``: does a teacher agree with the student and the labels?
 
 It is asked about the run's own rows: how well student and teacher explain the labels, how far they are from each other,
 where the teacher is sure of another token than the label, and a verdict by rule of thumb. The teacher is whatever the

@@ -1,4 +1,4 @@
-"""``qtarget verify``: hold the trainer's promises against your own model, data, target and config.
+"""``qtarget verify``: checks the trainer's promises on your own model, rows and config.
 
 The gradient is p - Q and autograd's; micro-batches, padding, packing, chunks and processes leave it unchanged; the masks
 train the answer and its end and nothing of the prompt; the teacher sees the same ids; the target becomes its neighbours

@@ -1,4 +1,4 @@
-"""Does a run's teacher agree with its student and with its labels, on the run's own rows, and is it likely to help?
+"""Do a run's teacher, its student and its labels agree on the run's own rows?
 
 Rows come from the trainer's own preparation and the teacher is asked as in training, wherever it comes from. Dense
 log-probabilities exist for a chunk of supervised tokens at a time and never for a batch; what is kept of a token is some
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qtarget.data.text import text_of
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, DataError
 from qtarget.losses import TopK
 from qtarget.losses.log_probs import log_probs
 from qtarget.models.frozen import evaluation_mode
@@ -70,6 +70,13 @@ def measure(
             tally.add(chosen[begin : begin + size])
             progress(min(begin + size, len(chosen)))
     return tally.agreement(rows)
+
+
+def before_training(trainer: QTargetTrainer) -> str:
+    """The line a run prints on how far student and teacher agree."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # the student is whole yet, and may not fit
+        return "student and teacher are not compared here: run qtarget teacher check on one process"
+    return measure(trainer, trainer.args.teacher_check_rows).short()
 
 
 def estimate(trainer: QTargetTrainer, rows: int) -> tuple[int, int]:
@@ -176,7 +183,7 @@ class _Tally:
 
     def agreement(self, rows: int) -> Agreement:
         if not self.parts:
-            raise ConfigError(
+            raise DataError(
                 f"rows is {rows}, and none of the rows looked at has a supervised token that the teacher is asked about; "
                 "look at more rows, or check completion_only_loss, assistant_only_loss and max_length"
             )

@@ -1,4 +1,4 @@
-"""Build a teacher cache: rows as the trainer prepares them, the teacher's k likeliest tokens at every supervised one.
+"""Builds a teacher cache: the teacher's k likeliest tokens at every supervised one.
 
 The plan comes first and is the same on every start: unique rows in the order of the datasets, cut into shards. A shard is
 written whole or not at all, so an interrupted build goes on at the first that is missing and ends with the same bytes.
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from qtarget import __version__
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, DataError, StorageError
 from qtarget.teachers import settings as teacher_settings
 from qtarget.teachers.cache import manifest as manifests
 from qtarget.teachers.cache import shards
@@ -107,7 +107,7 @@ def plan(trainer: QTargetTrainer, shard_tokens: int | None = None) -> Plan:
             keys[key] = len(rows)
             rows.append(Row(name, number, tokens, len(row["input_ids"])))
     if not rows:
-        raise ConfigError("no row has a supervised token; there is nothing to ask a teacher about")
+        raise DataError("no row has a supervised token; there is nothing to ask a teacher about")
     size = shard_tokens or min(_MOST, max(_FEWEST, sum(row.tokens for row in rows) // 256))
     groups: list[list[int]] = [[]]
     filled = 0
@@ -175,8 +175,8 @@ def build(
         progress: called with the tokens of each shard that is there.
 
     Raises:
-        ConfigError: another build is at work in the folder, it holds a cache of something else, the disk is full, or the
-            teacher gives NaN. Shards already written stay.
+        StorageError: another build is at work in the folder, it holds a cache of something else, or the disk is full.
+        DataError: the teacher gives NaN. Shards already written stay.
     """
     folder = Path(folder)
     check_folder(folder, made, k, dtype, about)  # before anything is made there
@@ -208,7 +208,7 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise ConfigError(
+        raise StorageError(
             f"output is {str(folder)!r}, where another qtarget cache build is at work; wait for it, or name another "
             "folder"
         ) from None
@@ -231,7 +231,7 @@ def _begin(folder: Path, made: Plan, k: int, dtype: str, about: dict[str, Any]) 
         manifest = {**fresh, "index": index, "shards": []}
         manifests.write(folder, manifest)
         return manifest
-    manifest = manifests.read(folder)
+    manifest = {**manifests.read(folder)}
     for number, line in enumerate(manifest["shards"]):
         if shards.fault(folder, line) is not None:  # it and what follows is made anew
             del manifest["shards"][number:]
@@ -255,15 +255,15 @@ def _fresh(made: Plan, k: int | None, dtype: str, about: dict[str, Any]) -> dict
 
 
 def check_folder(folder: Path, made: Plan, k: int | None, dtype: str, about: dict[str, Any]) -> None:
-    """Raise ConfigError where a build may not have a folder; ``k``: None where it is not known yet."""
+    """Raise StorageError where a build may not have a folder; ``k``: None where it is not known yet."""
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ConfigError(f"output is {str(folder)!r}, which is a file; name a new folder")
+        raise StorageError(f"output is {str(folder)!r}, which is a file; name a new folder")
     if not (folder / manifests.FILE).exists():
         begun = {INDEX, f"{INDEX}.partial", f"{manifests.FILE}.partial", ".building"}
         if any(file.name not in begun for file in folder.iterdir()):
-            raise ConfigError(f"output is {str(folder)!r}, which holds other files; name a new folder")
+            raise StorageError(f"output is {str(folder)!r}, which holds other files; name a new folder")
         return
     manifest = manifests.read(folder)
     left_out = ("state", "program", *(("k",) if k is None else ()))
@@ -275,7 +275,7 @@ def check_folder(folder: Path, made: Plan, k: int | None, dtype: str, about: dic
     if difference is None and not np.array_equal(have["keys"], made.keys):
         difference = "the rows are not those it was begun with: text, order or context changed; name another folder"
     if difference is not None:
-        raise ConfigError(f"output is {str(folder)!r}, which holds a teacher cache: {difference}")
+        raise StorageError(f"output is {str(folder)!r}, which holds a teacher cache: {difference}")
 
 
 def _write_shard(
@@ -287,7 +287,7 @@ def _write_shard(
         rows = [made.rows[row] for row in group[begin : begin + batch_size]]
         for row, (top, kept, tail) in zip(rows, score([_row(trainer, row) for row in rows]), strict=True):
             if not (np.isfinite(kept).all() and not np.isnan(tail).any()):
-                raise ConfigError(
+                raise DataError(
                     f"the teacher gives NaN for row {row.number} of the {row.dataset} dataset; check that row, or load "
                     "the teacher in float32 or bfloat16 (teacher_model_init_kwargs: {dtype: ...})"
                 )
@@ -319,11 +319,11 @@ def seconds_for(trainer: QTargetTrainer, made: Plan, batch_size: int) -> float:
 
 
 def check_room(folder: str | Path, megabytes: float) -> None:
-    """Raise ConfigError where the disk has no room for the cache."""
+    """Raise StorageError where the disk has no room for the cache."""
     existing = next(parent for parent in (Path(folder).absolute(), *Path(folder).absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free / 2**20
     if megabytes > free:
-        raise ConfigError(
+        raise StorageError(
             f"output is {str(folder)!r}, where {free:.0f} MB are free and the cache needs {megabytes:.0f}; keep fewer "
             "tokens (--k), or name a folder on a larger disk"
         )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, DataError
 from qtarget.losses import TopK, target_distribution, target_loss
 from qtarget.losses.log_probs import log_probs
 from qtarget.models.frozen import evaluation_mode
@@ -129,7 +129,7 @@ def examine(trainer: QTargetTrainer, cache: CachedTeacher, rows: int, asked: Any
         cache: opened. rows: how many, evenly over the set. asked: the run's own target.
 
     Raises:
-        ConfigError: a row that the cache does not have.
+        DataError: a row that the cache does not have.
     """
     data = trainer.train_dataset
     count = min(rows, len(data))
@@ -179,7 +179,7 @@ def _places(
         before, _ = read_before(trainer.rows.join, row)
         places = cache.places(row["input_ids"], row["labels"], before)
         if places is None:
-            raise ConfigError(
+            raise DataError(
                 f"row {number} of the train dataset is not in the teacher cache {str(cache.folder)!r}: it was added or "
                 "changed since; build a cache for these rows"
             )
