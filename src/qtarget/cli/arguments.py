@@ -1,8 +1,8 @@
 """What a verb takes, declared once, beside the function that does it.
 
-Words are read by the declaration and help is printed from it, docstrings included.
-Neither argparse nor typer stands here: words that are no option of a verb are settings of a training run, every fault is
-to be shown at once and in a sentence that mends it, and help must answer in a tenth of a second.
+Words are read by the declaration and help is printed from it, docstrings included. Neither argparse nor typer stands
+here: words that are no option of a verb are settings of a training run, every fault is to be shown at once and in a
+sentence that mends it, and help must answer in a tenth of a second.
 """
 
 from __future__ import annotations

@@ -10,11 +10,14 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtarget.cli import setup, terminal
 from qtarget.cli.arguments import ABOVE_ZERO, FOLDER, NAME, Option, Verb, whole
 from qtarget.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 VERB = Verb("data", __doc__)
 _OUTPUT = Option(
@@ -44,12 +47,11 @@ def measure_weights(options: Any) -> int:
         "reference": origin.reference_of(run.config, run.model),
         "weights_temperature": run.config.weights_temperature if options.fixed else None,
     }
-    return _measured(
-        run,
-        options.output,
-        ("weights", weights.column_of(options.fixed), about),
-        lambda trainer, tell, step: weights.tables(trainer, originals, options.fixed, tell, step),
-    )
+
+    def tables(trainer: QTargetTrainer, tell: Callable, step: Callable) -> Any:
+        return weights.tables(trainer, originals, options.fixed, tell, step)
+
+    return _measured(run, options.output, ("weights", weights.column_of(options.fixed), about), tables)
 
 
 @VERB.command(_OUTPUT, word="oldlogps", settings=True)
