@@ -35,6 +35,11 @@ class CausalLM:
         self.base: Any = self.unwrapped if get_base is None else get_base()
 
     @property
+    def name(self) -> str:
+        """What it was loaded as, else its class."""
+        return self.base.config._name_or_path or type(self.base).__name__
+
+    @property
     def transform(self) -> HeadTransform:
         """What the architecture does to hidden @ weight.T."""
         return HeadTransform.of(self.base.config)
