@@ -5,6 +5,7 @@ A teacher is asked about every supervised token of a dataset, and trained from a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -12,21 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.cli import setup, terminal
-from qtarget.cli.arguments import FLAG, FOLDER, NAME, NEW_FILE, Option, Verb, number, one_of, whole
+from qtarget.cli.arguments import FLAG, FOLDER, NAME, NEW_FILE, Kind, Option, Verb, one_of, whole
 from qtarget.errors import ConfigError
 
 VERB = Verb("cache", __doc__)
 _K = 64
 
 
+def _share(name: str, text: Any) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise ConfigError(f"{name} is {text}; use a share of the teacher's mass above 0 and below 1")
+
+
+_SHARE = Kind("X", _share)
+
+
 @VERB.command(
     Option("output", "folder of the cache; unset: teacher_cache of the config", FOLDER),
     Option("k", f"how many likeliest tokens are kept at each label; unset: {_K}", whole(1)),
-    Option(
-        "coverage",
-        "in place of k: the k whose mean kept mass reaches this share on a sample of rows",
-        number(0, 1, open_low=True, open_high=True),
-    ),
+    Option("coverage", "in place of k: the k whose mean kept mass reaches this share on a sample of rows", _SHARE),
     Option("cache_dtype", "of the log-probs", one_of("float16", "float32"), "float16"),
     Option("batch_size", "rows of a forward pass", whole(1), 8),
     Option("shard_tokens", "supervised tokens of a file", whole(1)),
