@@ -54,6 +54,7 @@ def capture_rows(options: Any) -> int:
     Option("run", "a run trained with lens_every: its maps are played", FOLDER),
     Option("config", "refuse a capture of another model, tokenizer or template than this names", FILE),
     Option("rows", "rows shown at most", whole(1), 300),
+    Option("target", "also on the page", TEXT),
     word="report",
     takes="DIR",
 )
@@ -73,7 +74,7 @@ def report(options: Any) -> int:
             )
         read.manifest["history"] = history.frames(options.run)
     try:
-        page.write(read, out, max_rows=options.rows)
+        page.write(read, out, max_rows=options.rows, target=_target(options.target))
     except OSError as error:
         raise ConfigError(
             f"output is {str(out)!r}, which cannot be written ({error.strerror}); name a file in a folder you own"
@@ -109,10 +110,9 @@ def _check_config(read: Any, config: Path | None) -> None:
 def show(options: Any) -> int:
     """A row in the terminal, and the tokens that are taught most."""
     folder = _capture_folder(options)
-    from qtarget.lens import record
+    from qtarget.lens import page_targets, record
     from qtarget.lens import terminal as lens
     from qtarget.targets import Target
-    from qtarget.targets.yaml_form import names_code
 
     read, target = record.read(folder), _target(options.target)
     console = terminal.console(_WIDTH)
@@ -120,13 +120,10 @@ def show(options: Any) -> int:
         console.print(lens.comparison(read, target))
         return 0
     if target is None:
-        asked = read.manifest.get("target") or "sft"
-        try:
-            if names_code(asked):  # a capture may be somebody else's: what it names is not imported
-                console.print(f"note: the capture's target {asked} is code and is not run; name it with --target")
-                asked = "sft"
-            target = Target.from_config(asked)
-        except ConfigError:  # on a schedule or by source
+        name, target = next(iter(page_targets.of_run(read).items()), ("sft", "sft"))
+        if isinstance(target, str):
+            if name != "sft":
+                console.print(f"note: the capture's target {name} is not shown: {target}", markup=False)
             target = Target.from_config("sft")
     lens.show(read, target, options.row, console)
     return 0
