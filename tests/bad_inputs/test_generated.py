@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import qtarget as qt
 import tiny
-from qtarget.cli import options, recipe, yaml_text
+from qtarget.cli import arguments, recipe, yaml_text
 from qtarget.data.columns import TokenColumns
 from qtarget.data.validation import checked_texts, checked_tokens
 from qtarget.errors import ConfigError
@@ -199,12 +199,21 @@ def test_any_notes_of_a_recipe_are_read_or_refused(fields):
     assert all(isinstance(fault, str) and fault for fault in recipe.faults(notes, fields))
 
 
+VERB = arguments.Verb("verb", "a verb of its own")
+VERB.command(
+    arguments.Option("rows", "a number", arguments.whole(1), 1),
+    arguments.Option("output", "a folder", arguments.FOLDER),
+    arguments.Option("all", "a flag"),
+    settings=True,
+)(lambda options: 0)
+
+
 @many("words")
 @given(st.lists(TEXTS.map(str), max_size=5), NUMBERS, ANYTHING)
 def test_any_words_are_options_or_refused(words, number, value):
-    refused_or(lambda: options.take(words, {"rows": 1, "output": None}, ["all"]))
-    refused_or(lambda: options.whole("rows", value, 1))
-    refused_or(lambda: options.number("rows", number))
+    refused_or(lambda: VERB.commands[""].read("verb", words))
+    refused_or(lambda: arguments.whole(1).read("rows", value))
+    refused_or(lambda: arguments.number().read("rows", number))
     refused_or(lambda: read_pool(value))
     refused_or(lambda: read_template(value))
 

@@ -16,8 +16,9 @@ from reasoning_gym.factory import DATASETS
 
 import tiny
 from qtarget import files
-from qtarget.cli import eval as cli_eval
+from qtarget.cli import terminal
 from qtarget.cli.__main__ import main
+from qtarget.cli.verbs import eval as cli_eval
 from qtarget.errors import ConfigError
 from qtarget.evaluation import graders, records, running, sampling, suites, tasks
 
@@ -338,8 +339,8 @@ def test_a_verifier_may_say_what_it_read():
 def test_the_time_left_is_told(capsys, monkeypatch):
     """On a terminal by the bar; elsewhere once, after the first batch."""
     clock = iter([0.0, 30.0])
-    monkeypatch.setattr(cli_eval.time, "monotonic", lambda: next(clock, 99.0))
-    step = cli_eval._telling(40)
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock, 99.0))
+    step = cli_eval._progress(40)
     step(10)
     step(20)
     told = capsys.readouterr().out
@@ -447,8 +448,8 @@ def test_prompts():
         ({"prompt": "caht"}, "prompt is 'caht'; did you mean 'chat'?"),
         ({"backend": "vllm"}, "backend is 'vllm', but vllm is not installed"),
         ({"dtype": "fp4"}, "dtype is 'fp4'"),
-        ({"problem": "3"}, "option is 'problem'; did you mean 'problems'?"),
-        ({"verifier_timeout": "0"}, "verifier_timeout is 0.0"),
+        ({"problem": "3"}, "option of eval is '--problem'; did you mean '--problems'?"),
+        ({"verifier_timeout": "0"}, "verifier_timeout is 0;"),
     ],
 )
 def test_refusals(model, file, tmp_path, capsys, changed, sentence):

@@ -26,11 +26,9 @@ from typing import Any
 import torch
 
 import tiny
-from qtarget.cli import (
-    train,  # noqa: F401  imported once, by the server
-)
 from qtarget.cli.__main__ import main
-from qtarget.training import QTargetTrainer, checkpoints, trainer  # noqa: F401  # noqa: F401
+from qtarget.cli.verbs import train  # noqa: F401  imported once, by the server
+from qtarget.training import QTargetTrainer, checkpoints, trainer  # noqa: F401
 
 STEPS, SAVED_EVERY = 10, 3
 COMMON = (

@@ -295,7 +295,7 @@ def test_other_targets_need_other_forwards(at_hand, capsys, tmp_path):
         (["--gpus", 0], "gpus is 0; use a whole number from 1"),
         (["--gpus", "two"], "gpus is 'two'; use a whole number from 1"),
         (["--gpu_memory", -1], "gpu_memory is -1; use a number above 0"),
-        (["--gpu_memory", "nan"], "gpu_memory is nan; use a number above 0"),
+        (["--gpu_memory", "nan"], "gpu_memory is nan; use a number"),
         (["--gpu_memory", "much"], "gpu_memory is 'much'; use a number"),
         (["--tflops", 0], "tflops is 0; use a number above 0"),
         (["--k", 0], "k is 0; use a whole number from 1"),

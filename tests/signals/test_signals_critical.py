@@ -362,7 +362,7 @@ def test_other_settings_do_not_go_on(world, tmp_path, monkeypatch, capsys):
         ),
         ("last_number", ["--alternatives", "0"], "alternatives is 0; use a whole number from 1"),
         ("last_number", ["--batch_size", "many"], "batch_size is 'many'; use a whole number from 1"),
-        ("last_number", ["--verifier_timeout", "0"], "verifier_timeout is 0.0; use a number above 0"),
+        ("last_number", ["--verifier_timeout", "0"], "verifier_timeout is 0; use a number above 0"),
         ("last_number", ["--max_new_tokens", "200"], "the model has 256 positions; lower max_new_tokens"),
         ("last_numbr", [], "signal_verifiers has no 'last_numbr'"),
     ],

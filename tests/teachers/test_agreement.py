@@ -16,7 +16,7 @@ from rich.console import Console
 import tiny
 from qtarget import ConfigError
 from qtarget.cli import __main__ as cli
-from qtarget.cli import teacher as verb
+from qtarget.cli.verbs import teacher as verb
 from qtarget.teachers.agreement import measure as agreement
 from qtarget.teachers.cache import build as cache_build
 from runs import labels_of, logits_of, rows, tokenised, trainer, weights

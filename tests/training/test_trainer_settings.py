@@ -1,6 +1,7 @@
 """What the settings say, what is refused, and when."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,6 +122,57 @@ def test_no_settings_at_all(tmp_path, monkeypatch):
 def test_arguments_by_position_as_in_trl(tmp_path):
     made = QTargetTrainer(tiny.llama(), config(tmp_path), None, tiny.texts(4), None, tiny.tokenizer())
     assert len(made.train_dataset) == 4
+
+
+# -- the teacher as one mapping ------------------------------------------------------------------------------------
+
+
+def test_a_teacher_as_one_mapping_is_stored_flat(tmp_path):
+    mapping = {"model": "org/a", "init_kwargs": {"dtype": "bfloat16"}, "tail": "even", "ema_decay": None}
+    made = config(tmp_path, teacher=mapping)
+    beside = config(
+        tmp_path,
+        teacher_model_name_or_path="org/a",
+        teacher_model_init_kwargs={"dtype": "bfloat16"},
+        teacher_tail="even",
+    )
+    assert made == beside and made.to_dict() == beside.to_dict() and made.teacher is None
+    assert config(tmp_path, teacher="org/a").teacher_model_name_or_path == "org/a"
+    assert config(tmp_path, teacher='{"cache": "kept"}').teacher_cache == "kept"
+    assert [member.name for member in config(tmp_path, teacher={"models": {"a": 1.0}}).pool_members()] == ["a"]
+    assert replace(made, max_steps=3).teacher_model_name_or_path == "org/a"
+
+
+def test_a_teacher_in_both_forms(tmp_path):
+    assert config(tmp_path, teacher={"tail": "even"}, teacher_tail="even").teacher_tail == "even"
+    with pytest.raises(ConfigError) as error:
+        config(tmp_path, teacher={"model": "org/a", "cache": "kept"}, teacher_model_name_or_path="org/b")
+    assert error.value.faults == [
+        "teacher.model is 'org/a' and teacher_model_name_or_path is 'org/b'; keep one of them"
+    ]
+
+
+@pytest.mark.parametrize(
+    "value, sentence",
+    [
+        ({"modle": "org/a"}, "teacher's key is 'modle'; did you mean 'model'?"),
+        (["org/a"], "teacher is ['org/a']; write a folder or hub id, or a mapping"),
+        ({"ema_decay": 2}, "teacher_ema_decay is 2; use a number from 0 below 1"),
+        ({"tail": "evne"}, "teacher_tail is 'evne'; did you mean 'even'?"),
+    ],
+)
+def test_a_teacher_mapping_that_is_wrong(value, sentence, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        config(tmp_path, teacher=value)
+    assert error.value.faults[0].startswith(sentence) and len(error.value.faults) == 1
+
+
+def test_a_teacher_mapping_trains(tmp_path):
+    """Its settings are the ones that a checkpoint holds."""
+    tiny.llama(1).save_pretrained(tmp_path / "teacher")
+    tiny.tokenizer().save_pretrained(tmp_path / "teacher")
+    made = trained(tiny.llama(), tmp_path, target="kd", teacher=str(tmp_path / "teacher"))
+    assert made.args.teacher_model_name_or_path == str(tmp_path / "teacher")
 
 
 # -- precision -------------------------------------------------------------------------------------

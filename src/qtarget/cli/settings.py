@@ -15,6 +15,7 @@ from typing import Any
 
 from qtarget.cli import yaml_text
 from qtarget.errors import ConfigError
+from qtarget.teachers import mapping
 
 
 @dataclass
@@ -60,7 +61,7 @@ def read(arguments: Sequence[str]) -> Settings:
     settings = Settings()
     flags = _flags(arguments, settings.faults)
     config_file = flags.pop("config", None)
-    given: list[tuple[str, str, Any]] = []
+    given: _Given = []
     if config_file is True or isinstance(config_file, list):
         raise ConfigError("--config stands without its value or with several; write --config FILE")
     if config_file is not None:
@@ -76,27 +77,50 @@ def read(arguments: Sequence[str]) -> Settings:
         for f in dataclasses.fields(cls)
         if f.init
     }
-    for origin, key, value in given:
+    for origin, key, value in _with_flat_teacher(given, settings.faults):
         if origin == "file" and key in recipe.NOTES:
             continue
-        if key in where:
-            group, hint = where[key]
-            try:
+        try:
+            if key in where:
+                group, hint = where[key]
                 settings.values[group][key] = _as(hint, value, key)
-            except ConfigError as error:
-                settings.faults += error.faults
-                continue
-        elif key in peers.KEYS:
-            try:
+            elif key in peers.KEYS:
                 settings.spelled[key] = _yaml(value, key) if isinstance(value, str) else value
-            except ConfigError as error:
-                settings.faults += error.faults
-                continue
+            else:
+                place = f"key in {config_file}" if origin == "file" else "flag"
+                raise ConfigError(_unknown_key(place, key, origin, where))
+        except ConfigError as error:
+            settings.faults += error.faults
         else:
-            place = f"key in {config_file}" if origin == "file" else "flag"
-            settings.faults.append(_unknown_key(place, key, origin, where))
+            settings.origin[key] = origin
+    return settings
+
+
+_Given = list[tuple[str, str, Any]]  # (origin, key, value)
+
+
+def _with_flat_teacher(given: _Given, faults: list[str]) -> _Given:
+    """``teacher: {model: ...}`` and ``--teacher.model`` as the settings they stand for, where they stand."""
+    named = {(origin, key): value for origin, key, value in given}
+    settings: _Given = []
+    for origin, key, value in given:
+        if key != "teacher" and not key.startswith("teacher."):
+            settings.append((origin, key, value))
             continue
-        settings.origin[key] = origin
+        try:
+            if key != "teacher":
+                value = {key.removeprefix("teacher."): value}
+            elif isinstance(value, str) and value.lstrip().startswith("{"):
+                value = _yaml(value, key)
+            inside = mapping.flat(value)
+        except ConfigError as error:
+            faults += error.faults
+            continue
+        for setting, inner in inside.items():
+            beside = named.setdefault((origin, setting), inner)
+            if str(beside) != str(inner):  # flags are text
+                faults.append(mapping.twice(setting, inner, beside))
+            settings.append((origin, setting, inner))
     return settings
 
 

@@ -1,39 +1,37 @@
-"""``qtarget targets``: the objectives, as a table or one by one."""
+"""``qtarget targets``: the objectives, as a table or one by one.
+
+What each trusts, where the rest goes, defaults, what it needs and where it comes from.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from typing import Any
 
-from qtarget.errors import ConfigError, unknown
+from qtarget.cli.arguments import Option, Verb
+from qtarget.errors import ConfigError
 
-_HELP = """\
-usage: qtarget targets [--json]
-       qtarget targets show NAME [--json]
-
-The objectives: what each trusts, where the rest goes, defaults, what it needs and where it comes from.
-"""
+VERB = Verb("targets", __doc__, bare=True)
+_JSON = Option("json", "as JSON")
 
 
-def run(arguments: Sequence[str]) -> int:
-    words = [word for word in arguments if not word.startswith("-")]
-    flags = [word for word in arguments if word.startswith("-")]
-    if "-h" in flags or "--help" in flags:
-        print(_HELP, end="")
-        return 0
-    for flag in flags:
-        if flag != "--json":
-            raise unknown("option of targets", flag, ("--json", "--help"))
+@VERB.command(_JSON)
+def every(options: Any) -> int:
+    """All of them, a line each."""
     from qtarget.targets import presets
 
-    if not words:
-        _table("--json" in flags)
-    elif words[0] == "show" and len(words) == 2:
-        _show(presets.describe(words[1]).name, "--json" in flags)
-    elif words[0] == "show":
+    _table([_record(name) for name in presets.names()], options.json)
+    return 0
+
+
+@VERB.command(_JSON, word="show", takes="NAME")
+def one(options: Any) -> int:
+    """One of them in full."""
+    from qtarget.targets import presets
+
+    if len(options.words) != 1:
         raise ConfigError("targets show takes one name, as in: qtarget targets show target-sft")
-    else:
-        raise unknown("word after targets", words[0], ("show",))
+    _show(_record(presets.describe(options.words[0]).name), options.json)
     return 0
 
 
@@ -55,10 +53,7 @@ def _record(name: str) -> dict:
     }
 
 
-def _table(as_json: bool) -> None:
-    from qtarget.targets import presets
-
-    records = [_record(name) for name in presets.names()]
+def _table(records: list[dict], as_json: bool) -> None:
     if as_json:
         print(json.dumps(records, ensure_ascii=False, indent=2))
         return
@@ -86,14 +81,14 @@ def _flow(value: object) -> str:
     return "null" if value is None else str(value)
 
 
-def _show(name: str, as_json: bool) -> None:
-    record = _record(name)
+def _show(record: dict, as_json: bool) -> None:
     if as_json:
         print(json.dumps(record, ensure_ascii=False, indent=2))
         return
     from rich.console import Console
 
     parameters = ", ".join(f"{key}: {value}" for key, value in record["parameters"].items())
+    name = record["name"]
     written = f"{{preset: {name}, {parameters}}}" if parameters else name
     console = Console(highlight=False)
     console.print(f"[bold]{name}[/bold]  {record['summary']}\n", soft_wrap=True)

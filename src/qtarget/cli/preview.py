@@ -1,4 +1,4 @@
-"""``qtarget train --dry_run``: checks a recipe without weights, and writes nothing."""
+"""Checks a recipe without weights, for `qtarget train --dry_run` and `qtarget plan`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from qtarget.cli import recipe, setup
 from qtarget.errors import ConfigError, loading, raise_together
 from qtarget.planning import memory, shapes, workload
 from qtarget.planning import steps as arithmetic
-from qtarget.planning.steps import GPUS
 from qtarget.planning.workload import Frozen
-
-__all__ = ["GPUS", "run"]
 
 GIB = 2**30
 
@@ -59,8 +56,8 @@ def look(arguments: Sequence[str], gpus: int) -> Found:
     return Found(asked, gpus, student, others, rows, where, batch, steps, untold)
 
 
-def run(arguments: Sequence[str], gpus: int) -> int:
-    """Check and tell. Returns 0; raises ConfigError with every contradiction found."""
+def show(arguments: Sequence[str], gpus: int) -> None:
+    """Check and print. Raises ConfigError with every contradiction found."""
     found = look(arguments, gpus)
     asked, student, others, steps = found.asked, found.student, found.others, found.steps
     notes, config = asked.settings.notes, asked.config
@@ -81,7 +78,6 @@ def run(arguments: Sequence[str], gpus: int) -> int:
     show_memory(found)
     _show_notes(notes, found.untold)
     print("nothing contradicts itself")
-    return 0
 
 
 # -- what is looked at -------------------------------------------------------------------------------------------
@@ -111,7 +107,7 @@ def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, l
             others.append(Frozen("teacher", name, revision, shape, shapes.frozen_bytes(kwargs, shape, config.use_cpu)))
         faults += teacher_settings.settings_faults(config)
         known_shapes = [other.shape for other in others]
-        known = [_tokens_of(shape) for shape in known_shapes]
+        known = [shape and shape.tokenizer for shape in known_shapes]
         if all(Path(name).is_dir() for name in [model.model_name_or_path, *(other.name for other in others)]):
             faults += _tokenizer_faults(asked) if student is not None and None not in known_shapes else []
         elif student is not None and student.tokenizer and all(known):
@@ -132,10 +128,6 @@ def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, l
         if shape is None:
             untold.append(f"the memory of {name}: it has no config here, and its shape is not in qtarget's table")
     return student, others, untold
-
-
-def _tokens_of(shape: shapes.Shape | None) -> str | None:
-    return None if shape is None else shape.tokenizer
 
 
 def _tokenizer_faults(asked: setup.Run) -> list[str]:

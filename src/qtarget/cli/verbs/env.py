@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Sequence
+from typing import Any
 
-_HELP = """\
-usage: qtarget env
+from qtarget.cli.arguments import Verb
 
-Print versions and devices; paste it into a bug report.
-"""
+VERB = Verb("env", __doc__, bare=True)
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed", "vllm", "liger-kernel")
 
 
-def run(arguments: Sequence[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(_HELP, end="")
-        return 0
+@VERB.command()
+def show(options: Any) -> int:
     import torch
 
     from qtarget import __version__

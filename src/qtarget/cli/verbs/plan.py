@@ -1,4 +1,8 @@
-"""``qtarget plan``: what a run takes in memory, time and operations, known beforehand."""
+"""``qtarget plan``: what a run takes in memory, time and operations, known beforehand.
+
+Memory on each GPU, steps, floating-point operations by part, and what a teacher cache would save. No weights are loaded,
+nothing is trained. Formulas: docs/plan.md.
+"""
 
 from __future__ import annotations
 
@@ -6,54 +10,40 @@ import json
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qtarget.cli import options
+from qtarget.cli import setup
+from qtarget.cli.arguments import ABOVE_ZERO, NEW_FILE, Option, Verb, whole
 from qtarget.errors import ConfigError
 
-_HELP = """\
-usage: qtarget plan --config FILE [--gpus 8] [--gpu_memory 80] [--tflops N] [--row_tokens N] [--supervised_tokens N]
-                    [--k 64] [--json FILE] [--any_field value ...]
-
-Memory on each GPU, steps, floating-point operations by part, and what a teacher cache would save. No weights are loaded,
-nothing is trained. Formulas: docs/plan.md.
-
-  --gpus               GPUs of the run
-  --gpu_memory         GiB of each; a tenth of it is left to CUDA, NCCL and the allocator
-  --tflops             10^12 operations a second that a GPU keeps up in training, to turn operations into hours
-  --row_tokens         tokens of a row on average, where rows are not at hand (else max_length is taken)
-  --supervised_tokens  of them, those with a label (else all)
-  --k                  tokens a cache would keep of the teacher
-  --json               also write the figures to a file
-"""
+VERB = Verb("plan", __doc__)
 _SAMPLE = 512  # rows whose lengths are looked at
 _ROOM = 0.9  # of a GPU's memory
 
 
-@dataclass(frozen=True)
-class Options:
-    gpus: int
-    gpu_memory: float
-    tflops: float | None
-    row_tokens: float | None
-    supervised_tokens: float | None
-    k: int
-    json: str | None
+@VERB.command(
+    Option("gpus", "GPUs of the run", whole(1), 8),
+    Option("gpu_memory", "GiB of each; a tenth of it is left to CUDA, NCCL and the allocator", ABOVE_ZERO, 80.0),
+    Option("tflops", "10^12 operations a second of a GPU in training, to turn operations into hours", ABOVE_ZERO),
+    Option("row_tokens", "mean tokens of a row, where rows are not at hand (else max_length)", ABOVE_ZERO),
+    Option("supervised_tokens", "of them, those with a label (else all)", ABOVE_ZERO),
+    Option("k", "tokens a cache would keep of the teacher", whole(1), 64),
+    Option("json", "also write the figures to a file", NEW_FILE),
+    settings=True,
+)
+def run(options: Any) -> int:
+    rows, supervised = options.row_tokens, options.supervised_tokens
+    if supervised is not None and (rows is None or supervised > rows):
+        raise ConfigError(
+            f"supervised_tokens is {supervised:g}"
+            + (f", more than row_tokens, {rows:g}" if rows is not None else " without row_tokens")
+            + "; give the tokens of a row and, of these, those with a label"
+        )
+    from qtarget.cli import preview
 
-
-def run(arguments: Sequence[str]) -> int:
-    if not arguments or "-h" in arguments or "--help" in arguments:
-        print(_HELP, end="")
-        return 0
-    own = {"gpus": 8, "gpu_memory": 80, "tflops": None, "row_tokens": None, "supervised_tokens": None}
-    given, rest = options.take(arguments, {**own, "k": 64, "json": None})
-    asked = _checked(given)
-
-    from qtarget.cli import dry_run
-
-    found = dry_run.look(rest, asked.gpus)
+    found = preview.look(options.words, options.gpus)
     if found.student is None or any(other.shape is None for other in found.others):
         unknown = [found.asked.model.model_name_or_path] if found.student is None else []
         unknown += [other.name for other in found.others if other.shape is None]
@@ -63,59 +53,28 @@ def run(arguments: Sequence[str]) -> int:
         )
     if not found.asked.config.max_length:
         raise ConfigError("max_length is not set, so rows have any length; set it, as memory grows with it")
-    if asked.json is not None:
-        options.writable("json", Path(asked.json))
-    figures = _figures(found, asked, _lengths(found, asked, rest))
-    _show(found, asked, figures)
-    if asked.json is not None:
-        Path(asked.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    figures = _figures(found, options, _lengths(found, options))
+    _show(found, options, figures)
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0
-
-
-def _checked(given: dict[str, Any]) -> Options:
-    def above_zero(name: str) -> float | None:
-        if given[name] is None:
-            return None
-        value = options.number(name, given[name])
-        if not 0 < value < float("inf"):
-            raise ConfigError(f"{name} is {given[name]}; use a number above 0")
-        return value
-
-    rows, supervised = above_zero("row_tokens"), above_zero("supervised_tokens")
-    if supervised is not None and (rows is None or supervised > rows):
-        raise ConfigError(
-            f"supervised_tokens is {supervised:g}"
-            + (f", more than row_tokens, {rows:g}" if rows is not None else " without row_tokens")
-            + "; give the tokens of a row and, of these, those with a label"
-        )
-    memory = above_zero("gpu_memory")
-    assert memory is not None
-    return Options(
-        options.whole("gpus", given["gpus"], 1),
-        memory,
-        above_zero("tflops"),
-        rows,
-        supervised,
-        options.whole("k", given["k"], 1),
-        given["json"],
-    )
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------
 
 
-def _lengths(found: Any, asked: Options, rest: Sequence[str]) -> Any:
+def _lengths(found: Any, options: Any) -> Any:
     """Lengths of the rows: as told, as a sample of the rows at hand has them, or max_length."""
     from qtarget.planning.workload import Rows
 
     config = found.asked.config
     longest = config.max_length
-    if asked.row_tokens is not None:
-        length = min(asked.row_tokens, longest)
-        supervised = length if asked.supervised_tokens is None else min(asked.supervised_tokens, length)
+    if options.row_tokens is not None:
+        length = min(options.row_tokens, longest)
+        supervised = length if options.supervised_tokens is None else min(options.supervised_tokens, length)
         return Rows(length, length, supervised, "as given")
     local = Path(found.asked.model.model_name_or_path).is_dir() and Path(found.asked.script.dataset_name).exists()
-    sample = _sample(rest) if local else []
+    sample = _sample(options.words) if local else []
     if not sample:
         return Rows(
             longest, longest, longest, f"not known: every row is taken to have max_length, {longest}, all labels"
@@ -140,13 +99,11 @@ def _sample(rest: Sequence[str]) -> list[tuple[int, int]]:
     """(tokens, of these supervised) of some rows, through the trainer's own preparation, without weights."""
     import datasets as hub
 
-    from qtarget.cli import cache, setup
     from qtarget.teachers.agreement.measure import evenly_spaced
 
     hub.disable_progress_bars()
-    others = dict.fromkeys(("teacher_model_name_or_path", "teachers", "teacher_context", "teacher_ema_decay"))
     with tempfile.TemporaryDirectory() as scratch:  # a trainer makes its output folder
-        fixed = cache.fixed_settings(rest, target="sft", output_dir=scratch, **others)
+        fixed = setup.row_by_row(rest, target="sft", output_dir=scratch, **setup.NO_TEACHER)
         run = setup.read(rest, fixed, trains=False)
         if run.script.dataset_streaming:
             return []
@@ -159,17 +116,17 @@ def _sample(rest: Sequence[str]) -> list[tuple[int, int]]:
 # -- figures -------------------------------------------------------------------------------------------------------
 
 
-def _figures(found: Any, asked: Options, rows: Any) -> dict[str, Any]:
+def _figures(found: Any, options: Any, rows: Any) -> dict[str, Any]:
     """All of a plan, in bytes, tokens and operations, as ``--json`` writes it."""
-    from qtarget.cli import dry_run
+    from qtarget.cli import preview
     from qtarget.planning import flops, memory, workload
 
     config, model = found.asked.config, found.asked.model
-    work = dry_run.workload_of(found)
+    work = preview.workload_of(found)
     assert work is not None  # run() has looked
-    work = replace(work, gpu_memory=int(asked.gpu_memory * 2**30))
-    room = _ROOM * asked.gpu_memory * 2**30
-    kinds = dry_run.layouts(found.gpus)
+    work = replace(work, gpu_memory=int(options.gpu_memory * 2**30))
+    room = _ROOM * options.gpu_memory * 2**30
+    kinds = preview.layouts(found.gpus)
     held = {
         kind: {
             "parts": memory.estimate(work, kind),
@@ -186,7 +143,7 @@ def _figures(found: Any, asked: Options, rows: Any) -> dict[str, Any]:
     total = _steps(found, batch)
     figures: dict[str, Any] = {
         "gpus": found.gpus,
-        "gpu_memory_gib": asked.gpu_memory,
+        "gpu_memory_gib": options.gpu_memory,
         "rows": found.rows,
         "row": {
             "tokens": rows.length,
@@ -204,19 +161,17 @@ def _figures(found: Any, asked: Options, rows: Any) -> dict[str, Any]:
         "steps": total,
         "memory": held,
         "teacher_share": flops.teacher_share(step),
-        "cache": _cache(found, work, asked.k, rows, step, batch, total),
+        "cache": _cache(found, work, options.k, rows, step, batch, total),
         "not_counted": workload.notes(config, model, found.student),
     }
     if total is not None:
         figures["flops"] = total * sum(step.values())
-        if asked.tflops is not None:
-            figures["gpu_hours"] = figures["flops"] / (asked.tflops * 1e12) / 3600
+        if options.tflops is not None:
+            figures["gpu_hours"] = figures["flops"] / (options.tflops * 1e12) / 3600
     return figures
 
 
 def _steps(found: Any, batch: float) -> int | None:
-    import math
-
     if found.steps is not None:
         return found.steps.total
     config = found.asked.config
@@ -229,7 +184,7 @@ def _cache(
     found: Any, work: Any, k: int, rows: Any, step: dict[str, float], batch: float, total: int | None
 ) -> dict[str, Any] | None:
     """What a cache in place of the teacher's models would change; None where there are none to replace."""
-    from qtarget.cli import dry_run
+    from qtarget.cli import preview
     from qtarget.planning import memory
     from qtarget.teachers.cache import build as cache_build
 
@@ -243,7 +198,7 @@ def _cache(
         "bytes": None,
         "build_flops": None,
         "passes": None,
-        "most": {kind: memory.peak(replace(work, teachers=[]), kind) for kind in dry_run.layouts(found.gpus)},
+        "most": {kind: memory.peak(replace(work, teachers=[]), kind) for kind in preview.layouts(found.gpus)},
     }
     if found.rows is not None:
         made["bytes"] = found.rows * rows.supervised * each
@@ -256,21 +211,21 @@ def _cache(
 # -- what is told --------------------------------------------------------------------------------------------------
 
 
-def _show(found: Any, asked: Options, figures: dict[str, Any]) -> None:
-    from qtarget.cli import dry_run
-    from qtarget.cli.dry_run import GIB, tell
+def _show(found: Any, options: Any, figures: dict[str, Any]) -> None:
+    from qtarget.cli import preview
+    from qtarget.cli.preview import GIB, tell
 
     config, notes = found.asked.config, found.asked.settings.notes
     plural = "s" if found.gpus > 1 else ""
-    print(f"plan for {found.gpus} GPU{plural} of {asked.gpu_memory:g} GiB: no weights are loaded, nothing is trained")
+    print(f"plan for {found.gpus} GPU{plural} of {options.gpu_memory:g} GiB: no weights are loaded, nothing is trained")
     if "name" in notes:
         tell("recipe", notes["name"])
     tell("target", config.resolve_objective().describe())
     model = found.asked.model
-    tell("model", dry_run.model_line(model.model_name_or_path, model.model_revision, found.student))
+    tell("model", preview.model_line(model.model_name_or_path, model.model_revision, found.student))
     for other in found.others:
-        tell(other.role, dry_run.model_line(other.name, other.revision, other.shape))
-    tell("batch", dry_run.batch_line(config, found.gpus, found.batch))
+        tell(other.role, preview.model_line(other.name, other.revision, other.shape))
+    tell("batch", preview.batch_line(config, found.gpus, found.batch))
     row, step = figures["row"], figures["step"]
     tell(
         "rows", f"{row['tokens']:,.0f} tokens, {row['with_padding']:,.0f} with padding, {row['supervised']:,.0f} labels"
@@ -282,29 +237,29 @@ def _show(found: Any, asked: Options, figures: dict[str, Any]) -> None:
     if config.packing:
         tell("steps", "not known: the number of rows is not known here" if steps is None else f"about {steps}, packed")
     else:
-        tell("steps", dry_run.steps_line(config, found.steps))
+        tell("steps", preview.steps_line(config, found.steps))
     if steps is not None:
-        hours = f"; {figures['gpu_hours']:,.1f} GPU hours at {asked.tflops:g}e12 a second" if asked.tflops else ""
+        hours = f"; {figures['gpu_hours']:,.1f} GPU hours at {options.tflops:g}e12 a second" if options.tflops else ""
         tell("run", f"{_operations(figures['flops'])} operations{hours}")
     print("\noperations of a step")
     for name, value in step["flops"].items():
         if value:
             print(f"  {name:<24}{_operations(value):>10}{value / whole:>8.1%}")
     print()
-    dry_run.show_memory(found)
-    kinds = dry_run.layouts(found.gpus)
-    room = _ROOM * asked.gpu_memory
-    for number, (kind, held) in enumerate(figures["memory"].items()):
+    preview.show_memory(found)
+    kinds = preview.layouts(found.gpus)
+    room = _ROOM * options.gpu_memory
+    for i, (kind, held) in enumerate(figures["memory"].items()):
         left = room - held["most"] / GIB
         told = f"fits, {left:.1f} GiB to spare" if held["fits"] else f"does not fit, {-left:.1f} GiB too much"
-        tell("" if number else "fits", f"{kinds[kind]}: {told} of the {room:g} that a run may use")
+        tell("" if i else "fits", f"{kinds[kind]}: {told} of the {room:g} that a run may use")
     _show_cache(figures, kinds)
     for line in [*figures["not_counted"], *found.untold]:
         tell("unknown", line)
 
 
 def _show_cache(figures: dict[str, Any], kinds: dict[str, str]) -> None:
-    from qtarget.cli.dry_run import GIB, tell
+    from qtarget.cli.preview import GIB, tell
 
     cache, share = figures["cache"], figures["teacher_share"]
     if cache is None:

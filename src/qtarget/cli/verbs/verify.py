@@ -1,4 +1,13 @@
-"""``qtarget verify``: checks the trainer's promises on your own model, rows and config."""
+"""``qtarget verify``: checks the trainer's promises on your own model, rows and config.
+
+The gradient is p - Q and autograd's; micro-batches, padding, packing, chunks and processes leave it unchanged; the masks
+train the answer and its end and nothing of the prompt; the teacher sees the same ids; the target becomes its neighbours
+where it must; what bf16 costs; the memory of a step against the estimate. Nothing is trained and nothing is written but
+the JSON.
+
+torchrun --nproc_per_node 2 -m qtarget verify --config FILE compares several processes with one as well.
+Exit status: 0 no check failed, 1 some did, 2 something is wrong with what was asked for.
+"""
 
 from __future__ import annotations
 
@@ -6,48 +15,21 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from qtarget.cli import options
+from qtarget.cli import setup, terminal
+from qtarget.cli.arguments import Kind, Option, Verb, whole, writable
 from qtarget.errors import ConfigError
 
 if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
 
-_HELP = """\
-usage: qtarget verify --config FILE [--rows 8] [--json FILE] [--keep_dtype] [--any_field value ...]
-       torchrun --nproc_per_node 2 -m qtarget verify --config FILE     several processes against one as well
-
-Hold the trainer's promises against your own model, data, target and config, before a run is trusted with them: the
-gradient is p - Q and autograd's; micro-batches, padding, packing, chunks and processes leave it unchanged; the masks
-train the answer and its end and nothing of the prompt; the teacher sees the same ids; the target becomes its neighbours
-where it must; what bf16 costs; the memory of a step against the estimate. Nothing is trained and nothing is written but
-the JSON.
-
-  --rows 8        rows looked at, evenly spread over the training set (the first of a stream)
-  --json FILE     every figure; - writes it to the screen in place of the table
-  --keep_dtype    leave models in the dtype they are configured with; else all are compared in float32, where rounding
-                  hides nothing (twice the memory of bf16)
-
-Exit status: 0 no check failed, 1 some did, 2 something is wrong with what was asked for.
-"""
-# What the verb decides whatever the config says: nothing is trained, evaluated, written or pushed; rows stay whole and in
-# their order; no rounding but that of float32.
+VERB = Verb("verify", __doc__)
+# Rows stay whole and in their order; no rounding but that of float32.
 _FIXED: dict[str, Any] = {
-    "packing": False,
-    "padding_free": False,
-    "shuffle_dataset": False,
-    "gradient_checkpointing": False,
     "bf16": False,
     "fp16": False,
-    "eval_strategy": "no",
-    "load_best_model_at_end": False,
-    "resume_from_checkpoint": None,
-    "lens_every": None,
-    "push_to_hub": False,
-    "teacher_check_rows": 0,
     "torch_compile": False,
     "report_to": "none",
     "disable_tqdm": True,
@@ -56,30 +38,36 @@ _ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpee
 _MARKS = {"pass": "green", "fail": "bold red", "not applicable": "dim"}
 
 
-def run(arguments: Sequence[str]) -> int:
-    words = list(arguments)
-    if not words or "-h" in words or "--help" in words:
-        print(_HELP, end="")
-        return 0
-    own, rest = options.take(words, {"rows": 8, "json": None}, flags=("keep_dtype",))
-    rows = options.whole("rows", own["rows"], 1)
-    out = None if own["json"] in (None, "-") else Path(own["json"])
-    if out is not None:
-        options.writable("json", out)
+@VERB.command(
+    Option("rows", "rows looked at, evenly spread over the training set (the first of a stream)", whole(1), 8),
+    Option(
+        "json",
+        "every figure; - writes it to the screen in place of the table",
+        Kind("FILE", lambda name, text: text if text == "-" else writable(name, text)),
+    ),
+    Option(
+        "keep_dtype",
+        "leave models in the dtype they are configured with; else all are compared in float32, where rounding hides "
+        "nothing (twice the memory of bf16)",
+    ),
+    settings=True,
+)
+def verify_run(options: Any) -> int:
     from qtarget.verification import verify
 
     with tempfile.TemporaryDirectory() as folder:  # a trainer makes its output_dir when it is made
-        subject = _subject(rest, {**_FIXED, "output_dir": folder}, rows, own["keep_dtype"])
+        fixed = {**setup.MEASURES, **setup.ONE_BY_ONE, **_FIXED, "output_dir": folder}
+        subject = _subject(options.words, fixed, options.rows, options.keep_dtype)
         made = _verified(verify, subject)
-    if _is_main():
-        if out is not None:
-            out.write_text(_json(made), encoding="utf-8")
-        if own["json"] == "-":
+    if terminal.is_main():
+        if options.json == "-":
             print(_json(made), end="")
         else:
+            if options.json is not None:
+                options.json.write_text(_json(made), encoding="utf-8")
             _show(made)
-            if out is not None:
-                print(f"figures    {out}")
+            if options.json is not None:
+                print(f"figures    {options.json}")
     return int(_failed_anywhere(made, subject))
 
 
@@ -91,7 +79,7 @@ def _failed_anywhere(made: Any, subject: Any) -> bool:
     from accelerate.utils import gather_object
 
     everywhere = gather_object([made.failed])
-    if _is_main():
+    if terminal.is_main():
         for process, failed in enumerate(everywhere):
             if process and failed != made.failed:
                 print(
@@ -116,30 +104,25 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _is_main() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 # -- what is verified --------------------------------------------------------------------------------------------
 
 
 def _subject(rest: list[str], fixed: dict[str, Any], rows: int, keep_dtype: bool) -> Any:
     """The subject of a config: its trainer on some rows, built as training builds it."""
-    from qtarget.cli import setup
     from qtarget.verification import Subject
 
     _refuse([engine for name, engine in _ENGINES.items() if os.environ.get(name, "").lower() == "true"])
-    asked = setup.read(rest, fixed, trains=False)
-    _refuse([name for name in ("fsdp", "deepspeed") if getattr(asked.config, name, None)])
+    run = setup.read(rest, fixed, trains=False)
+    _refuse([name for name in ("fsdp", "deepspeed") if getattr(run.config, name, None)])
     if not keep_dtype:
-        asked.model.dtype = "float32"
-        asked.config.model_init_kwargs = {**(asked.config.model_init_kwargs or {}), "dtype": "float32"}
-    asked.datasets.pop("test", None)
-    asked.datasets["train"], raw = _some(asked.datasets["train"], rows, asked.config.source_column)
-    trainer = setup.build(asked)
+        run.model.dtype = "float32"
+        run.config.model_init_kwargs = {**(run.config.model_init_kwargs or {}), "dtype": "float32"}
+    run.datasets.pop("test", None)
+    run.datasets["train"], raw = _some(run.datasets["train"], rows, run.config.source_column)
+    trainer = setup.build(run)
     if not keep_dtype:
         _in_float32(trainer)
-    return Subject(trainer, raw, _estimate(asked, trainer), asked.config.packing_strategy)
+    return Subject(trainer, raw, _estimate(run, trainer), run.config.packing_strategy)
 
 
 def _refuse(engines: list[str]) -> None:
@@ -178,7 +161,7 @@ def _in_float32(trainer: QTargetTrainer) -> None:
             model.float()
 
 
-def _estimate(asked: Any, trainer: QTargetTrainer) -> Callable[[int, int], int | None]:
+def _estimate(run: setup.Run, trainer: QTargetTrainer) -> Callable[[int, int], int | None]:
     """(positions, supervised tokens) → bytes a step takes beyond models and optimiser. The one place that knows how."""
     from qtarget.planning import memory, shapes
 
@@ -194,7 +177,7 @@ def _estimate(asked: Any, trainer: QTargetTrainer) -> Callable[[int, int], int |
         aux = trainer.aux
         teachers = [] if aux.teacher is None else [held(one.base) for one in aux.teacher.models[:1]]
         references = [] if aux.reference is None else [held(aux.reference.base)]
-        if student is None or None in [*teachers, *references] or asked.model.use_peft:
+        if student is None or None in [*teachers, *references] or run.model.use_peft:
             return None
         work = memory.Workload(
             student[0],
@@ -222,18 +205,16 @@ def _verified(verify: Callable[..., Any], subject: Any) -> Any:
     from rich.console import Console
     from rich.progress import Progress
 
-    shown = _is_main() and sys.stderr.isatty()
+    shown = terminal.is_main() and sys.stderr.isatty()
     with Progress(console=Console(stderr=True), transient=True, disable=not shown) as bar:
         task = bar.add_task("verifying", total=None)
         return verify(subject, progress=lambda name: bar.update(task, description=name))
 
 
 def _show(made: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else 122, highlight=False)
+    console = terminal.console(122)
     about = made.about
     console.print(
         Text(
@@ -244,9 +225,9 @@ def _show(made: Any) -> None:
     )
     if about["not_among_the_rows"]:
         console.print(Text(f"not among these rows: {'; '.join(about['not_among_the_rows'])}; look at more with --rows"))
-    table = Table(box=None, pad_edge=False)
-    for heading in ("check", "", "figures"):
-        table.add_column(heading, no_wrap=heading != "figures")
+    table = terminal.table("check", "", "figures", left=("check", "", "figures"))
+    for column in table.columns[:2]:
+        column.no_wrap = True
     for check, finding in made.found:
         status = Text("n/a" if finding.status == "not applicable" else finding.status, style=_MARKS[finding.status])
         table.add_row(Text(check.name), status, Text(finding.told))
