@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.cli import recipe, setup
+from qtarget.cli.settings import Settings
 from qtarget.errors import ConfigError, loading
 from qtarget.planning import memory, shapes, workload
 from qtarget.planning import steps as arithmetic
@@ -79,7 +80,7 @@ def run(arguments: Sequence[str], gpus: int) -> int:
     tell("steps", steps_line(config, steps))
     tell("clipping", _clipping_line(config))
     show_memory(found)
-    _show_notes(notes, found.untold)
+    _show_notes(asked.settings, found.untold)
     print("nothing contradicts itself")
     return 0
 
@@ -254,15 +255,17 @@ def workload_of(found: Found) -> memory.Workload | None:
     return workload.of_memory(config, asked.model, asked.settings.origin, found.student, found.others, found.gpus)
 
 
-def _show_notes(notes: dict[str, Any], untold: list[str]) -> None:
-    entries = {name: recipe.origin(text) for name, text in notes.get("provenance", {}).items()}
-    known = {name: found for name, found in entries.items() if found is not None}
-    if known:
-        counts = Counter(found[0] for found in known.values())
-        tell("values", ", ".join(f"{number} {origin}" for origin, number in sorted(counts.items())))
-        ours = [name for name, found in known.items() if found[0] == "ours"]
-        tell("ours", ", ".join(ours) or "none")
-    if notes.get("to_pin"):
-        tell("to pin", ", ".join(notes["to_pin"]) + ": they name branches, which move")
+def _show_notes(settings: Settings, untold: list[str]) -> None:
+    """Where values come from, what is still to pin, and what nobody knows."""
+    notes, flags = settings.notes, settings.given_by("flag")
+    # A flag took the place of the file's value, whose origin is then nobody's.
+    origins = {name: text for name, text in notes.get("provenance", {}).items() if name.split(".")[0] not in flags}
+    if origins:
+        words = {name: next(word for word in recipe.ORIGINS if text.startswith(word)) for name, text in origins.items()}
+        counts = [f"{number} {word}" for word, number in sorted(Counter(words.values()).items())]
+        tell("values", ", ".join([*counts, *[f"by flag: {', '.join(flags)}"] * bool(flags)]))
+        tell("ours", ", ".join(name for name, word in words.items() if word == "ours") or "none")
+    if to_pin := recipe.to_pin({**settings.given_by("file"), **notes, **flags}):
+        tell("to pin", ", ".join(to_pin) + ": they name branches, which move")
     for what in [*notes.get("unknown", []), *untold]:
         tell("unknown", what)
