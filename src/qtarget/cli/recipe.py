@@ -1,4 +1,4 @@
-"""What a recipe says of itself: a name, what its rows are made from, where each value comes from. Training reads none of it.
+"""What a recipe says of itself: its name, its rows, where each value comes from. Training reads none of it.
 
 Notes are keys of the YAML file. Where a value comes from is the comment behind it. Both are shown by
 ``qtarget train --dry_run`` and written into the run's recipe.json.

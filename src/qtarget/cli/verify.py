@@ -184,9 +184,10 @@ def _estimate(asked: Any, trainer: Any) -> Callable[[int, int], int | None]:
     def held(model: Any) -> Any:
         """(shape, bytes of a number) of a model by its name; None where it cannot be looked up."""
         try:
-            return shapes.find("model", str(model.config._name_or_path)), model.dtype.itemsize
+            shape = shapes.find("model", str(model.config._name_or_path))
         except (ConfigError, AttributeError):
             return None
+        return None if shape is None else (shape, model.dtype.itemsize)
 
     def of_step(positions: int, supervised: int) -> int | None:
         student = held(trainer._base_model())
