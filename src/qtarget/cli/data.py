@@ -26,8 +26,9 @@ was made from, and a run that differs in that is refused.
             psft_refresh: never
   critical  the model's own right answers to your prompts as token ids with critical, a mask of the tokens that decide;
             for cft. A search that was stopped goes on with the same command
-              --verifier NAME     reasoning_gym:TASK, math_verify (both judge by the column answer), or your own function
-                                  of (text, row): my_pkg.my_module:function
+              --verifier NAME     reasoning_gym:TASK, math_verify (both judge by the column answer, an unmarked text as a
+                                  whole), math, choice (what the text marks), or your own function of (text, row):
+                                  my_pkg.my_module:function
               --alternatives 2    how many next likeliest tokens are tried in place of each token
               --max_new_tokens 256, --batch_size 16
               --verifier_timeout 10   seconds; a call that takes longer counts as wrong

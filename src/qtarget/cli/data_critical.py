@@ -31,14 +31,15 @@ def run(words: list[str]) -> int:
     timeout = options.number("verifier_timeout", own["verifier_timeout"])
     check_range("verifier_timeout", timeout, 0, open_low=True)
     from qtarget.cli import setup
-    from qtarget.evaluation import verifiers
+    from qtarget.evaluation import graders
+    from qtarget.evaluation.grading import Grader
     from qtarget.signals import critical, manifest
     from qtarget.signals.decoding import Greedy
     from qtarget.signals.progress import Progress
 
     asked = setup.read(rest, data.FIXED, trains=False, trainable=False)
     rows = _prompt_rows(asked)
-    verifiers.check(own["verifier"], rows.column_names)
+    graders.check(own["verifier"], rows.column_names)
     about = {
         "verifier": own["verifier"],
         "verifier_timeout": timeout,
@@ -61,8 +62,10 @@ def run(words: list[str]) -> int:
         f"token of a right answer up to {numbers['alternatives']} answers of up to {numbers['max_new_tokens']} tokens",
         flush=True,
     )
-    with verifiers.Judge(own["verifier"], timeout) as judge:
-        search = critical.Search(greedy, judge, rows, prompts, numbers["alternatives"], numbers["batch_size"], progress)
+    with Grader(own["verifier"], timeout, whole_text=True) as grader:
+        search = critical.Search(
+            greedy, grader, rows, prompts, numbers["alternatives"], numbers["batch_size"], progress
+        )
         search.run(_telling(len(rows), len(progress.done)))
     counts = critical.report(progress.done.values())
     source = asked.config.source_column
@@ -70,7 +73,7 @@ def run(words: list[str]) -> int:
     made = critical.table(progress.done, prompts, others)
     manifest.finish(folder, settings, {"train": made}, {"report": counts})
     file.unlink()
-    _report(counts, judge.last_error)
+    _report(counts, grader.last_error)
     longer = sum(len(ids) > (asked.config.max_length or len(ids)) for ids in made["input_ids"])
     if longer:
         print(

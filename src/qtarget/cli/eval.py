@@ -20,11 +20,11 @@ Sample n answers to each problem and a greedy one, judge them, and score: avg@n,
 without an answer, entropy. A run that was killed goes on with the same command. accelerate launch or torchrun shares
 the batches among processes.
 
-  --tasks NAME,...          any reasoning-gym task, math5, med10, hle, one of their benchmarks, or FILE.jsonl with
-                            prompt and answer
+  --tasks NAME,...          any reasoning-gym task, or FILE.jsonl with prompt and answer; experimental, for never run:
+                            math5, med10, hle, or one of their benchmarks
   --n 16                    samples a problem; 0 for the greedy answer alone
   --temperature 1 --top_p 1 --max_new_tokens 1024 --seed 0
-  --verifier NAME           of files: math, choice, reasoning_gym:TASK, or your own function of (text, row):
+  --verifier NAME           of files: math, math_verify, choice, reasoning_gym:TASK, or your own function of (text, row):
                             my_pkg.my_module:function
   --problems N              of each task; of generated ones 100 without it, of others all
   --task_seed 0             of generated problems
