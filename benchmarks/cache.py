@@ -47,8 +47,10 @@ import qtarget as qt
 from qtarget import QTargetConfig, QTargetTrainer
 from qtarget.cli import cache as cache_verb
 from qtarget.cli import setup
-from qtarget.teachers.cache import INDEX, CachedTeacher
-from qtarget.training import cache_build, cache_doctor, cache_scorers
+from qtarget.teachers.cache import build as cache_build
+from qtarget.teachers.cache import doctor as cache_doctor
+from qtarget.teachers.cache import scorers as cache_scorers
+from qtarget.teachers.cache.reader import INDEX, CachedTeacher
 
 PARTS = ("engine", "step", "disk", "error")
 ENGINE_K = 64

@@ -5,7 +5,7 @@
 R_t is time over that of the matmuls no method can do without: student's logits, dH and dW, and a teacher's logits where
 there is one. A card is two numbers, the rate of its bf16 matmuls and the rate of its copies. To the matmuls come
 
-- the bytes of the two kernels: BYTES a logit, which tests/test_engine_device.py counts in Triton's interpreter;
+- the bytes of the two kernels: BYTES a logit, which tests/losses/test_engine_device.py counts in Triton's interpreter;
 - half of what float32 logits write more than bf16 ones would: an epilogue is partly hidden behind the next tile;
 - dW beyond what a bf16 result would write, as the engine cuts its work (``sizes.device_sizes``), the pass that scales and
   casts it, and the cast of a float32 head;

@@ -16,7 +16,7 @@ import tiny
 from qtarget.errors import ConfigError
 from qtarget.evaluation import records
 from qtarget.lens import page
-from qtarget.targets.config import names_code
+from qtarget.targets.yaml_form import names_code
 from qtarget.teachers.context import Context
 from runs import tokenised, trainer
 
@@ -129,7 +129,7 @@ def test_remote_code_is_off_and_told_where_it_is_on(tmp_path, caplog):
 
 
 def test_remote_code_of_a_teacher_is_told():
-    from qtarget.training.identity import trusted_code
+    from qtarget.training.run_identity import trusted_code
 
     args = qt.QTargetConfig(
         "x", target="kd", teacher_model_name_or_path="a/b", teacher_model_init_kwargs={"dtype": "auto"}
@@ -208,7 +208,7 @@ def test_an_ordinary_run_name_is_taken(name):
 
 @pytest.mark.parametrize(("name", "what"), list(product(["../x", "/etc/passwd", "a/b", "..\\x"], ["shard", "index"])))
 def test_a_cache_reads_files_of_its_folder_only(name, what, tmp_path):
-    from qtarget.teachers import shards
+    from qtarget.teachers.cache import shards
 
     (tmp_path / "x").write_bytes(b"1234")
     folder = tmp_path / "cache"

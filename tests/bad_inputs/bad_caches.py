@@ -12,7 +12,7 @@ import numpy as np
 from bad_models import cut, without, write
 from bench import Bench, Case
 
-from qtarget.teachers import shards
+from qtarget.teachers.cache import shards
 
 SHARD = "shard-00000.safetensors"
 

@@ -20,14 +20,14 @@ import qtarget as qt
 import tiny
 from qtarget.cli import options, recipe, yaml_text
 from qtarget.data.columns import TokenColumns
-from qtarget.data.rows import checked_texts, checked_tokens
+from qtarget.data.validation import checked_texts, checked_tokens
 from qtarget.errors import ConfigError
 from qtarget.evaluation import records, tasks
 from qtarget.lens import record
 from qtarget.targets.schedule import ScheduledTarget
-from qtarget.teachers import manifest as manifests
-from qtarget.teachers import shards
-from qtarget.teachers.cache import CachedTeacher
+from qtarget.teachers.cache import manifest as manifests
+from qtarget.teachers.cache import shards
+from qtarget.teachers.cache.reader import CachedTeacher
 from qtarget.teachers.context import read_template
 from qtarget.teachers.pool import read_pool
 from qtarget.training import checkpoint_files, ranges
@@ -388,12 +388,12 @@ def test_any_bytes_of_results_are_read_or_refused(copies, name, change):
     damage(),
 )
 def test_any_bytes_of_a_checkpoint_are_read_or_named(copies, name, change):
-    from qtarget.training import identity
+    from qtarget.training import run_identity
 
     folder = copies / "stopped" / "checkpoint-1"
     with damaged(folder, name, change):
         assert all(isinstance(fault, str) and fault for fault in checkpoint_files.faults(folder))
-        assert all(isinstance(fault, str) and fault for fault in identity.differences(folder, {}))
+        assert all(isinstance(fault, str) and fault for fault in run_identity.differences(folder, {}))
 
 
 def test_the_world_s_own_files_are_right(world):

@@ -78,7 +78,9 @@ def _build(words: list[str]) -> int:
     from rich.progress import Progress
 
     from qtarget.cli import setup
-    from qtarget.training import cache_build, cache_scorers, teacher_setup
+    from qtarget.teachers import settings as teacher_settings
+    from qtarget.teachers.cache import build as cache_build
+    from qtarget.teachers.cache import scorers as cache_scorers
 
     server = given["server"] is not None
     run = setup.read(rest, fixed_settings(rest, **({"target": "sft"} if server else {})), trains=False)
@@ -109,7 +111,7 @@ def _build(words: list[str]) -> int:
     cache_build.check_room(folder, megabytes)
     repeated = f" ({plan.repeated} more are the same as another)" if plan.repeated else ""
     print(f"rows       {len(plan.rows)}{repeated}, {plan.tokens} supervised tokens, as {len(plan.shards)} files")
-    print(f"teacher    {teacher_setup.describe(about['teacher'])}")
+    print(f"teacher    {teacher_settings.describe(about['teacher'])}")
     time = "" if server else f", about {_time(cache_build.seconds_for(trainer, plan, settings['batch_size']))}"
     print(f"size       {megabytes:.1f} MB for k = {k}, {given['cache_dtype']}, in {folder}{time}", flush=True)
     with Progress(disable=not sys.stderr.isatty()) as bar:
@@ -134,7 +136,7 @@ def _build(words: list[str]) -> int:
 
 def _checked(given: dict[str, Any]) -> dict[str, Any]:
     """The options of a build in their types, before anything is loaded."""
-    from qtarget.teachers.manifest import DTYPES
+    from qtarget.teachers.cache.manifest import DTYPES
 
     if given["k"] is not None and given["coverage"] is not None:
         raise ConfigError("--k and --coverage are both given; keep one of them")
@@ -178,9 +180,9 @@ def _inspect(words: list[str]) -> int:
     given, rest = options.take(words, {}, ["verify"])
     if len(rest) != 1:
         raise ConfigError(f"{' '.join(rest) or 'nothing'} was named where the folder of one cache is asked for")
-    from qtarget.teachers import manifest as manifests
-    from qtarget.teachers.cache import CachedTeacher
-    from qtarget.training import teacher_setup
+    from qtarget.teachers import settings as teacher_settings
+    from qtarget.teachers.cache import manifest as manifests
+    from qtarget.teachers.cache.reader import CachedTeacher
 
     manifest = manifests.read(rest[0])
     size = sum(line["bytes"] for line in manifest["shards"]) / 2**20
@@ -188,7 +190,7 @@ def _inspect(words: list[str]) -> int:
     preparation = ", ".join(f"{name} {value}" for name, value in manifest["preparation"].items())
     lines = {
         "state": manifest["state"] + ("" if done == planned else f": {done} of {planned} files"),
-        "teacher": teacher_setup.describe(manifest["teacher"]),
+        "teacher": teacher_settings.describe(manifest["teacher"]),
         "context": manifest["teacher_context"] or "none: it reads what the student reads",
         "rows": f"{manifest['rows']}, {manifest['tokens']} supervised tokens",
         "kept": f"{manifest['k']} tokens each, {manifest['dtype']}, {size:.1f} MB in {done} files",
@@ -212,7 +214,7 @@ def _doctor(words: list[str]) -> int:
     folder = given["cache"] or _config_value(rest, "teacher_cache")
     if folder is None:
         raise ConfigError("teacher_cache is not set; name the folder as --cache DIR, or as teacher_cache in the config")
-    from qtarget.teachers.cache import CachedTeacher
+    from qtarget.teachers.cache.reader import CachedTeacher
 
     cache = CachedTeacher(folder)
     cache.check_files(checksums=True)
@@ -221,7 +223,7 @@ def _doctor(words: list[str]) -> int:
     from rich.console import Console
 
     from qtarget.cli import setup
-    from qtarget.training import cache_doctor
+    from qtarget.teachers.cache import doctor as cache_doctor
 
     asked = _config_value(rest, "target")
     named = _config_value(rest, "teacher_model_name_or_path") or _config_value(rest, "teachers")

@@ -90,7 +90,7 @@ def run(arguments: Sequence[str], gpus: int) -> int:
 
 def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, list[Frozen], list[str]]:
     """(the student's shape, each frozen model, what could not be told)."""
-    from qtarget.training import teacher_setup
+    from qtarget.teachers import settings as teacher_settings
 
     config, model = asked.config, asked.model
     requires = config.resolve_objective().requires | config.resolve_eval_objective().requires
@@ -107,10 +107,10 @@ def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, l
     others: list[Frozen] = []
     if "teacher" in models and config.teacher_cache is None and config.teacher_ema_decay is None:
         field = "teachers" if config.teachers is not None else "teacher_model_name_or_path"
-        for name, revision, kwargs in teacher_setup.named_models(config):
+        for name, revision, kwargs in teacher_settings.named_models(config):
             shape = find(field, name, revision)
             others.append(Frozen("teacher", name, revision, shape, shapes.frozen_bytes(kwargs, shape, config.use_cpu)))
-        faults += teacher_setup.settings_faults(config)
+        faults += teacher_settings.settings_faults(config)
         shapes_known = student is not None and all(other.shape is not None for other in others)
         if all(Path(name).is_dir() for name in [model.model_name_or_path, *(other.name for other in others)]):
             faults += _tokenizer_faults(asked) if shapes_known else []
@@ -127,7 +127,7 @@ def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, l
 def _tokenizer_faults(asked: setup.Run) -> list[str]:
     from transformers import AutoTokenizer
 
-    from qtarget.training import teacher_setup
+    from qtarget.teachers import settings as teacher_settings
 
     name = asked.model.model_name_or_path
     try:
@@ -135,7 +135,7 @@ def _tokenizer_faults(asked: setup.Run) -> list[str]:
             tokenizer = AutoTokenizer.from_pretrained(name)
     except ConfigError as error:
         return error.faults
-    return teacher_setup.tokenizer_faults(asked.config, tokenizer)
+    return teacher_settings.tokenizer_faults(asked.config, tokenizer)
 
 
 def _rows(asked: setup.Run, faults: list[str]) -> tuple[int | None, str]:

@@ -155,7 +155,7 @@ def _show(words: list[str]) -> int:
     (folder,), given = _options(words, ("row", "target"), ("all",))
     from qtarget.lens import record, terminal
     from qtarget.targets import Target
-    from qtarget.targets.config import names_code
+    from qtarget.targets.yaml_form import names_code
 
     read, target = record.read(folder), _target(given.get("target"))
     console = _console()
@@ -195,8 +195,8 @@ def _loss(words: list[str]) -> int:
     import torch
     from rich.table import Table
 
-    from qtarget.targets.config import load_object
     from qtarget.targets.induced import RULES, induced_target
+    from qtarget.targets.yaml_form import load_object
 
     sys.path.insert(0, "")  # a loss in the present folder, as `python -m` would find it
     loss = load_object(given["loss"], "loss")

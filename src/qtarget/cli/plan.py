@@ -139,7 +139,7 @@ def _sample(rest: Sequence[str]) -> list[tuple[int, int]]:
     import datasets as hub
 
     from qtarget.cli import cache, setup
-    from qtarget.training.agreement import spread
+    from qtarget.teachers.agreement.measure import spread
 
     hub.disable_progress_bars()
     others = dict.fromkeys(("teacher_model_name_or_path", "teachers", "teacher_context", "teacher_ema_decay"))
@@ -229,7 +229,7 @@ def _cache(
     """What a cache in place of the teacher's models would change; None where there are none to replace."""
     from qtarget.cli import dry_run
     from qtarget.planning import memory
-    from qtarget.training import cache_build
+    from qtarget.teachers.cache import build as cache_build
 
     if not any(other.role == "teacher" for other in found.others):
         return None

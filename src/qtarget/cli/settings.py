@@ -55,7 +55,7 @@ def groups() -> dict[str, type]:
 def read(arguments: Sequence[str]) -> Settings:
     """Collect settings from ``--config FILE`` and ``--field value`` flags; faults are kept, not raised."""
     from qtarget.cli import recipe
-    from qtarget.targets import spellings
+    from qtarget.targets import peers
 
     settings = Settings()
     flags = _flags(arguments, settings.faults)
@@ -88,7 +88,7 @@ def read(arguments: Sequence[str]) -> Settings:
             except ConfigError as error:
                 settings.faults += error.faults
                 continue
-        elif key in spellings.KEYS:
+        elif key in peers.KEYS:
             try:
                 settings.spelled[key] = _yaml(value, key) if isinstance(value, str) else value
             except ConfigError as error:

@@ -85,13 +85,13 @@ def raise_together(faults: list[str]) -> None:
 
 def _training_config(settings: Any):
     """The QTargetConfig and notes on spellings; None where it cannot be built, with the reason among the faults."""
-    from qtarget.targets import spellings
+    from qtarget.targets import peers
     from qtarget.targets.schedule import ScheduledTarget
     from qtarget.training import QTargetConfig
 
     values, notes = dict(settings.values["training"]), []
     try:
-        spelled = spellings.read(settings.spelled)
+        spelled = peers.read(settings.spelled)
         if spelled is not None:
             if values.get("target") is not None and ScheduledTarget.read(values["target"]) != ScheduledTarget.read(
                 spelled.target.to_config()
@@ -151,7 +151,7 @@ def _need_faults(config: Any) -> list[str]:
 
 def _resume_faults(config: Any) -> list[str]:
     """What can be seen of a checkpoint without models; the trainer looks again with them."""
-    from qtarget.training import checkpoint_files, checkpoints, checks, identity
+    from qtarget.training import checkpoint_files, checkpoints, checks, run_identity
 
     folder = checks.checkpoint_folder(resume(config.resume_from_checkpoint), config.output_dir)
     if folder is None and str(config.resume_from_checkpoint).lower() == "true":
@@ -165,9 +165,9 @@ def _resume_faults(config: Any) -> list[str]:
         return []
     if broken := checkpoint_files.faults(folder):
         return broken
-    settings = identity.identity(config, config.resolve_objective(), {})
+    settings = run_identity.identity(config, config.resolve_objective(), {})
     known = {name: value for name, value in settings.items() if name not in ("teacher", "reference")}
-    return identity.differences(folder, known, partly=True)
+    return run_identity.differences(folder, known, partly=True)
 
 
 def _adapter_faults(model: Any) -> list[str]:

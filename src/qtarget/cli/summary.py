@@ -56,7 +56,7 @@ def at_start(trainer: Any) -> dict[str, float]:
 
 def show(trainer: Any, before: dict[str, float], after: dict[str, float], folder: Path) -> None:
     """Print the table and the next command, and draw the run's curves."""
-    from qtarget.training import curves
+    from qtarget.cli import curves
 
     if before and after:
         _table(before, after)

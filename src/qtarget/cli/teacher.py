@@ -62,7 +62,7 @@ def _check(words: list[str]) -> int:
     if out is not None:
         options.writable("json", out)
     from qtarget.cli import setup
-    from qtarget.training import agreement
+    from qtarget.teachers.agreement import measure as agreement
 
     asked = setup.read(rest, _FIXED, trains=False)
     _ask_a_teacher(asked.config)
@@ -106,7 +106,7 @@ def _measured(trainer: Any, rows: int) -> Any:
     from rich.console import Console
     from rich.progress import Progress
 
-    from qtarget.training import agreement
+    from qtarget.teachers.agreement import measure as agreement
 
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("comparing", total=None)

@@ -152,7 +152,7 @@ def _some(train: Any, rows: int, source_column: str) -> tuple[Any, list[dict[str
     """(a dataset of so many rows, the same rows)."""
     from datasets import Dataset
 
-    from qtarget.training.agreement import spread
+    from qtarget.teachers.agreement.measure import spread
 
     if hasattr(train, "select"):
         of_source: dict[Any, list[int]] = {}

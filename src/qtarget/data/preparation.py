@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class Preparation:
     """How rows are cut and packed; the fields are SFTConfig's.
 
-    ``uids`` marks tokens for a teacher that is joined to them by uid; see ``qtarget.teachers.uids``.
+    ``uids`` marks tokens for a teacher that is joined to them by uid; see ``qtarget.teachers.joins``.
     """
 
     max_length: int | None

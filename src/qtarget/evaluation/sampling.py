@@ -21,7 +21,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from qtarget.errors import ConfigError, loading
-from qtarget.teachers.frozen import load_frozen
+from qtarget.models.frozen import load_frozen
 
 GREEDY = "greedy"
 # Tokens that end a turn in the families at hand. They stop an answer where the tokenizer has them, whatever the model

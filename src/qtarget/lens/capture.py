@@ -20,10 +20,10 @@ from qtarget.errors import ConfigError
 from qtarget.lens.record import FILES, OTHERS, SIGNALS, Writer
 from qtarget.losses import Head, TopK
 from qtarget.losses.log_probs import log_probs
+from qtarget.models.frozen import evaluation_mode
 from qtarget.teachers.fingerprints import template_hash, tokenizer_hash
-from qtarget.teachers.frozen import evaluation_mode
-from qtarget.training.other_models import OtherModels
-from qtarget.training.teacher_setup import teacher_named_by
+from qtarget.teachers.settings import teacher_named_by
+from qtarget.training.auxiliary import AuxiliaryModels
 
 # Supervised tokens whose logits are formed at a time; [256, vocabulary] float32 is 50 MB at 49,152.
 _CHUNK = 256
@@ -113,7 +113,7 @@ def capture(
         for batch in _batches(_rows(trainer, rows), size):
             inputs = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in batch]))
             labels = inputs.pop("labels")
-            columns = trainer.take_columns(inputs)
+            columns = trainer.pop_columns(inputs)
             heads: dict[str, Head | TopK] = {"student": others._head(model, inputs)}
             heads |= others.heads(model, inputs, frozenset(names), labels, columns)
             tokens = _tokens(heads, labels, {name: columns[name] for name in present}, top_k, trainer._vocab_size, done)
@@ -140,13 +140,13 @@ def capture(
     return folder
 
 
-def _others(trainer: Any) -> OtherModels:
+def _others(trainer: Any) -> AuxiliaryModels:
     """The trainer's own models beside the student, and those its settings name though its target needs none."""
     args, have = trainer.args, trainer._others
     requires = _models(trainer)
     if all(getattr(have, name) is not None or _is_adapters_off(have, name) for name in requires):
         return have
-    return OtherModels(args, trainer.accelerator, trainer.model, requires, trainer._tokenizer, None, None)
+    return AuxiliaryModels(args, trainer.accelerator, trainer.model, requires, trainer._tokenizer, None, None)
 
 
 def _models(trainer: Any) -> frozenset[str]:
@@ -155,7 +155,7 @@ def _models(trainer: Any) -> frozenset[str]:
     return frozenset((trainer._objective.requires | named) & set(OTHERS))
 
 
-def _is_adapters_off(others: OtherModels, name: str) -> bool:
+def _is_adapters_off(others: AuxiliaryModels, name: str) -> bool:
     return name == "reference" and others.has_adapters
 
 

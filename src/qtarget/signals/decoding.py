@@ -12,8 +12,8 @@ from transformers import GenerationConfig
 from trl.data_utils import _tokenize, is_conversational_from_value, maybe_convert_to_chatml
 
 from qtarget.errors import ConfigError
-from qtarget.teachers.frozen import evaluation_mode
-from qtarget.training.forward import accepted
+from qtarget.models.forward import accepted
+from qtarget.models.frozen import evaluation_mode
 
 
 class Greedy:

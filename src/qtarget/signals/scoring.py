@@ -11,8 +11,8 @@ from datasets import Dataset
 from torch import Tensor
 
 from qtarget.errors import ConfigError
-from qtarget.teachers.frozen import adapters_off, evaluation_mode
-from qtarget.training.other_models import OtherModels
+from qtarget.models.frozen import adapters_off, evaluation_mode
+from qtarget.training.auxiliary import AuxiliaryModels
 
 # The number of an original row, which follows it through the trainer's preparation. No dataset has this name.
 ROW = "qtarget_row"
@@ -78,7 +78,7 @@ def reference(trainer: Any) -> Ask:
                 return trainer._others._label_logps(model, inputs, labels)
 
         return without
-    others = OtherModels(
+    others = AuxiliaryModels(
         trainer.args, trainer.accelerator, trainer.model, frozenset({"reference"}), trainer._tokenizer, None, None
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from qtarget.errors import ConfigError
 from qtarget.signals import origin
 from qtarget.signals.scoring import ROW, label_logps, prepared, reference, student
-from qtarget.teachers.same_vocabulary import vocabulary_difference
+from qtarget.teachers.vocabulary import vocabulary_difference
 
 _LARGEST = 16.0
 

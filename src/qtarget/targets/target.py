@@ -177,13 +177,13 @@ class Target:
         ``"my_pkg.my_module:my_target"`` | a peer's spelling such as ``{use_eaft_loss: true}``. A mapping may also hold
         ``share: 0.5``, half this target and half plain SFT.
         """
-        from qtarget.targets.config import target_from_config
+        from qtarget.targets.yaml_form import target_from_config
 
         return target_from_config(config)
 
     def to_config(self) -> str | dict:
         """The YAML form; ``Target.from_config(target.to_config()) == target``."""
-        from qtarget.targets.config import target_to_config
+        from qtarget.targets.yaml_form import target_to_config
 
         return target_to_config(self)
 

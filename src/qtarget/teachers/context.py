@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtarget.errors import ConfigError, unknown
-from qtarget.teachers.rows import supervised_positions
+from qtarget.teachers.cache.index import supervised_positions
 
 _LONGEST, _LARGEST_POWER = 1_000_000, 1000
 _PLACES = ("prompt", "system")

@@ -20,7 +20,7 @@ _KEYS = ("model_name_or_path", "weight", "revision", "init_kwargs")
 
 
 @dataclass(frozen=True)
-class PooledTeacher:
+class PoolMember:
     """One teacher of a pool, by name."""
 
     name: str
@@ -29,7 +29,7 @@ class PooledTeacher:
     init_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def read_pool(value: Any) -> list[PooledTeacher]:
+def read_pool(value: Any) -> list[PoolMember]:
     """The setting ``teachers``: {name: weight}, or a list of {model_name_or_path, weight, revision, init_kwargs}.
 
     Raises:
@@ -60,7 +60,7 @@ def read_pool(value: Any) -> list[PooledTeacher]:
                 "{dtype: bfloat16}"
             )
             continue
-        pool.append(PooledTeacher(str(entry["model_name_or_path"]), float(weight), entry.get("revision"), dict(kwargs)))
+        pool.append(PoolMember(str(entry["model_name_or_path"]), float(weight), entry.get("revision"), dict(kwargs)))
     total = sum(teacher.weight for teacher in pool)
     if not faults and abs(total - 1) > 1e-6:
         faults.append(

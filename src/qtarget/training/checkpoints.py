@@ -179,7 +179,7 @@ def _refusal(error: BaseException | None, run: Path) -> str | None:
     return None
 
 
-class CheckpointsTrainer(SFTTrainer):
+class AtomicCheckpoints(SFTTrainer):
     """TRL's trainer with checkpoints that are complete or not there; its subclass says what else goes into one."""
 
     _is_writing = False

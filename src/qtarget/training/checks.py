@@ -16,8 +16,9 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 
 from qtarget.data.columns import REFERENCE, SOURCE_ID
 from qtarget.errors import ConfigError
-from qtarget.training import checkpoints, teacher_setup
-from qtarget.training.objective import Objective
+from qtarget.targets.objective import Objective
+from qtarget.teachers import settings as teacher_settings
+from qtarget.training import checkpoints
 
 _NAMES = {
     "weight": "weights",
@@ -254,7 +255,7 @@ def before_loading(
     faults += adapter_on_head(getattr(kwargs.get("peft_config"), "target_modules", None))
     faults += reference_column(args, column_sets(objective, eval_objective, kwargs), reference_given)[1]
     if any("teacher" in o.requires for o in objectives):
-        faults += teacher_setup.settings_faults(args)
+        faults += teacher_settings.settings_faults(args)
     for name, dataset, trained in _sets(kwargs.get("train_dataset"), kwargs.get("eval_dataset")):
         columns = getattr(dataset, "column_names", None)
         if dataset is None or isinstance(columns, dict):
@@ -269,9 +270,9 @@ def before_loading(
         if args.assistant_only_loss:
             faults += no_generation_markers(tokenizer, args)
         if reads_teacher and args.teacher_cache is not None:
-            faults += teacher_setup.cache_faults(args, tokenizer)
+            faults += teacher_settings.cache_faults(args, tokenizer)
         if reads_teacher:
-            faults += teacher_setup.tokenizer_faults(args, tokenizer)
+            faults += teacher_settings.tokenizer_faults(args, tokenizer)
     return faults
 
 

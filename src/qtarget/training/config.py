@@ -18,11 +18,11 @@ from qtarget.data.columns import columns_for
 from qtarget.errors import ConfigError, check_range, unknown
 from qtarget.losses.engine import BACKENDS
 from qtarget.targets import Target, presets
+from qtarget.targets.objective import Objective
 from qtarget.targets.schedule import ScheduledTarget
 from qtarget.teachers import context
-from qtarget.teachers.pool import PooledTeacher, read_pool
+from qtarget.teachers.pool import PoolMember, read_pool
 from qtarget.training import ranges
-from qtarget.training.objective import Objective
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ class QTargetConfig(SFTConfig):
 
     def _teacher_faults(self) -> list[str]:
         faults = []
-        for read in (lambda: context.read_template(self.teacher_context), self.pooled_teachers):
+        for read in (lambda: context.read_template(self.teacher_context), self.pool_members):
             try:
                 read()
             except ConfigError as error:
@@ -266,7 +266,7 @@ class QTargetConfig(SFTConfig):
     def names_teacher(self) -> bool:
         return bool(self.teacher_settings)
 
-    def pooled_teachers(self) -> list[PooledTeacher]:
+    def pool_members(self) -> list[PoolMember]:
         """The teachers of ``teachers``; none where it is unset. Raises ConfigError with every fault."""
         return read_pool(self.teachers)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qtarget.data.columns import SOURCE_ID, columns_of
-from qtarget.training.objective import Objective
+from qtarget.targets.objective import Objective
 
 
 def count(batches: Iterable[Mapping[str, Tensor]], denominator: str, objective: Objective) -> Tensor:

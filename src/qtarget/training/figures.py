@@ -13,12 +13,12 @@ from trl import SFTTrainer
 from qtarget import json_text
 from qtarget.data.columns import SOURCE_ID
 from qtarget.errors import loading
-from qtarget.training import identity, model_card
+from qtarget.targets.objective import Objective
+from qtarget.teachers.settings import teacher_named_by
+from qtarget.training import model_card, run_identity
 from qtarget.training.config import QTargetConfig
 from qtarget.training.history import History
 from qtarget.training.metrics import TokenSums, update_against_sft
-from qtarget.training.objective import Objective
-from qtarget.training.teacher_setup import teacher_named_by
 
 # Log lines that carry the learning rate at which plain SFT's step would be matched.
 _LINES_WITH_MATCHING_RATE = 5
@@ -91,14 +91,14 @@ class FiguresTrainer(SFTTrainer):
 
     def describe(self) -> str:
         """One line: the targets, their formulas, the denominator and where the other models come from."""
-        return identity.describe(self.args, self._objective, self._identity())
+        return run_identity.describe(self.args, self._objective, self._identity())
 
     def _identity(self) -> dict[str, Any]:
         """What decides what is trained; see ``identity``."""
         others = self._others
         teacher = others.teacher_name or teacher_named_by(self.args, self._uids)
         own = {"teacher": teacher, "reference": self._reference_named()}
-        return identity.identity(self.args, self._objective, own)
+        return run_identity.identity(self.args, self._objective, own)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
@@ -111,7 +111,7 @@ class FiguresTrainer(SFTTrainer):
             for name, data in {"train": self.train_dataset, **evaluated}.items()
             if data is not None
         }
-        trusted = identity.trusted_code(self.args)
+        trusted = run_identity.trusted_code(self.args)
         part = model_card.section(self._objective, self._identity(), rows, self.state.log_history, trusted)
         card.write_text(model_card.insert(card.read_text(encoding="utf-8"), part), encoding="utf-8")
 

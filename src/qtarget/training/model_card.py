@@ -9,7 +9,7 @@ from typing import Any
 
 from qtarget import __version__
 from qtarget.targets import presets
-from qtarget.training.objective import Objective
+from qtarget.targets.objective import Objective
 
 _VERSIONS = ("qtarget", "trl", "transformers", "torch", "datasets", "accelerate", "peft")
 _FIGURES = ("loss", "nll", "ce_q", "trust", "residual_mass", "update", "update_vs_sft", "entropy", "accuracy")

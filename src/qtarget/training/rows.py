@@ -13,15 +13,15 @@ from trl.data_utils import get_dataset_column_names
 
 from qtarget.data.columns import UID, TokenColumns
 from qtarget.data.preparation import Preparation
-from qtarget.data.rows import checked_texts, checked_tokens
+from qtarget.data.validation import checked_texts, checked_tokens
 from qtarget.errors import ConfigError
-from qtarget.teachers import cache
-from qtarget.teachers.same_vocabulary import real_vocabulary_size
-from qtarget.teachers.uids import CachedUids, ContextUids, RowsThatAsk
+from qtarget.targets.objective import Objective
+from qtarget.teachers.cache import reader
+from qtarget.teachers.joins import CacheJoin, ContextJoin, RowsThatAsk
+from qtarget.teachers.settings import open_uids
+from qtarget.teachers.vocabulary import real_vocabulary_size
 from qtarget.training import checks
 from qtarget.training.config import QTargetConfig
-from qtarget.training.objective import Objective
-from qtarget.training.teacher_setup import open_uids
 
 
 class ColumnsTrainer(SFTTrainer):
@@ -31,13 +31,13 @@ class ColumnsTrainer(SFTTrainer):
     _objective: Objective
     _eval_objective: Objective
     _columns: TokenColumns
-    _uids: CachedUids | ContextUids | None
+    _uids: CacheJoin | ContextJoin | None
     rows_without_labels: dict[str, int]
     _always_opens_teacher = False
 
-    def take_columns(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def pop_columns(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The per-token columns of a batch, taken out of what the model is called with."""
-        names = [*self._columns.carried, UID, *cache.COLUMNS]
+        names = [*self._columns.carried, UID, *reader.COLUMNS]
         return {name: inputs.pop(name) for name in names if name in inputs}
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
@@ -109,6 +109,6 @@ class ColumnsTrainer(SFTTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Columns keep their digits: DeepSpeed would cast whatever is a float to its own precision."""
         inputs = dict(inputs)
-        columns = self.take_columns(inputs)
+        columns = self.pop_columns(inputs)
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         return prepared | {name: column.to(self.args.device) for name, column in columns.items()}

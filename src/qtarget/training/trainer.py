@@ -16,30 +16,30 @@ from trl import SFTTrainer
 from qtarget.data.columns import REFERENCE, SOURCE_ID, UID, TokenColumnCollator, TokenColumns, columns_for, columns_of
 from qtarget.errors import ConfigError
 from qtarget.losses import engine
+from qtarget.models.forward import LossCall, accepted, add_target_forward, check_head_transform
+from qtarget.models.frozen import evaluation_mode
 from qtarget.targets import Target
-from qtarget.teachers.frozen import evaluation_mode
-from qtarget.teachers.same_vocabulary import real_vocabulary_size
-from qtarget.teachers.uids import CachedUids, ContextUids
-from qtarget.training import checkpoint_files, checkpoints, checks, compiling, denominator, identity
-from qtarget.training.batches import BatchesTrainer
-from qtarget.training.checkpoints import CheckpointsTrainer
-from qtarget.training.config import QTargetConfig
-from qtarget.training.figures import FiguresTrainer
-from qtarget.training.forward import LossCall, accepted, add_target_forward, check_head_transform
-from qtarget.training.history import History
-from qtarget.training.metrics import TokenSums
-from qtarget.training.objective import Objective
-from qtarget.training.other_models import OtherModels
-from qtarget.training.rows import ColumnsTrainer
-from qtarget.training.teacher_setup import (
+from qtarget.targets.objective import Objective
+from qtarget.teachers.joins import CacheJoin, ContextJoin
+from qtarget.teachers.settings import (
     told_of_end_tokens,
     with_label_alone,
 )
+from qtarget.teachers.vocabulary import real_vocabulary_size
+from qtarget.training import checkpoint_files, checkpoints, checks, compiling, denominator, run_identity
+from qtarget.training.auxiliary import AuxiliaryModels
+from qtarget.training.checkpoints import AtomicCheckpoints
+from qtarget.training.config import QTargetConfig
+from qtarget.training.figures import FiguresTrainer
+from qtarget.training.history import History
+from qtarget.training.host_repairs import HostRepairs
+from qtarget.training.metrics import TokenSums
+from qtarget.training.rows import ColumnsTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class QTargetTrainer(ColumnsTrainer, FiguresTrainer, BatchesTrainer, CheckpointsTrainer):
+class QTargetTrainer(ColumnsTrainer, FiguresTrainer, HostRepairs, AtomicCheckpoints):
     """Fine-tune toward a designed target; otherwise TRL's ``SFTTrainer``, with the same arguments.
 
     The loss is computed inside the model's own forward from its last hidden states; logits are never held.
@@ -82,7 +82,7 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, BatchesTrainer, Checkpoints
         self._reads_reference_column = checks.reference_column(args, sets, reference_model is not None)[0]
         self._columns = self._columns_to_carry(args)
         self.rows_without_labels: dict[str, int] = {}
-        self._uids: CachedUids | ContextUids | None = None
+        self._uids: CacheJoin | ContextJoin | None = None
         objectives = self._objective, self._eval_objective
         given = teacher_model is not None, reference_model is not None
         checks.raise_together(checks.before_loading(model, args, *objectives, kwargs, *given))
@@ -98,12 +98,12 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, BatchesTrainer, Checkpoints
         self.data_collator = TokenColumnCollator(
             self.data_collator,
             [*self._columns.carried, UID],
-            self._uids.gather if isinstance(self._uids, CachedUids) else None,
+            self._uids.gather if isinstance(self._uids, CacheJoin) else None,
         )
         add_target_forward(self._base_model())
         self._vocab_size = real_vocabulary_size(self._tokenizer)
         requires = self._models_for(self._objective.requires | self._eval_objective.requires)
-        self._others = OtherModels(
+        self._others = AuxiliaryModels(
             args, self.accelerator, self.model, requires, self._tokenizer, teacher_model, reference_model, self._uids
         )
         self._label_only = self._end_tokens_taught_by_label()
@@ -184,7 +184,7 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, BatchesTrainer, Checkpoints
         objective = self._objective if training else self._eval_objective
         targets = objective.at(self._step, self._total_steps)
         requires = frozenset().union(*(target.requires for target in targets))
-        columns = self.take_columns(inputs)
+        columns = self.pop_columns(inputs)
         labels = inputs["labels"]
         model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
         if not self._transform_checked:
@@ -282,7 +282,7 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, BatchesTrainer, Checkpoints
         for kept in self._others.kept_weights:
             kept.forget()
         if folder is not None:
-            identity.check(folder, self._identity())
+            run_identity.check(folder, self._identity())
             for kept in self._others.kept_weights:
                 kept.load(folder)
             self._read_counts(Path(folder))
@@ -314,7 +314,7 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, BatchesTrainer, Checkpoints
         for kept in self._others.kept_weights:
             kept.save(folder)
         if self.is_world_process_zero():
-            identity.write(folder, self._identity())
+            run_identity.write(folder, self._identity())
             self._write_counts(folder)
 
     @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 from qtarget.data.columns import columns_of
 from qtarget.data.preparation import Preparation
 from qtarget.verification.check import Check, Finding, expect, not_applicable, within, worst
-from qtarget.verification.oracle import Oracle, at
+from qtarget.verification.expected import Oracle, at
 from qtarget.verification.subject import Gradient, Row, Subject, distance, relative
 
 # A chunk of this many tokens leaves a last one that is shorter.

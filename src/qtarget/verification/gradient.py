@@ -7,7 +7,7 @@ import torch
 from qtarget.data.columns import columns_of
 from qtarget.verification import formulas
 from qtarget.verification.check import FAIL, Check, Finding, not_applicable, within, worst
-from qtarget.verification.oracle import Oracle, at
+from qtarget.verification.expected import Oracle, at
 from qtarget.verification.subject import Subject, distance, relative
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from qtarget.data.columns import columns_of
 from qtarget.losses import Head
+from qtarget.models.forward import HeadTransform, head_parameters
 from qtarget.targets import Target, presets
-from qtarget.training.forward import HeadTransform, head_parameters
 from qtarget.verification.check import Check, Finding, within, worst
-from qtarget.verification.oracle import Oracle, at
+from qtarget.verification.expected import Oracle, at
 from qtarget.verification.subject import Subject, relative
 
 

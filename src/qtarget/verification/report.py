@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtarget.errors import ConfigError
-from qtarget.verification import beside, cuts, gradient, masks, neighbours, resources
+from qtarget.verification import auxiliary, cuts, gradient, masks, neighbours, resources
 from qtarget.verification.check import FAIL, NOT_APPLICABLE, PASS, Check, Finding
 from qtarget.verification.subject import Subject
 
@@ -19,7 +19,7 @@ CHECKS: list[Check] = [
     *gradient.CHECKS,
     *cuts.CHECKS,
     *masks.CHECKS,
-    *beside.CHECKS,
+    *auxiliary.CHECKS,
     *neighbours.CHECKS,
     *resources.CHECKS,
 ]

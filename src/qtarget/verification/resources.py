@@ -11,7 +11,7 @@ from torch import Tensor
 from qtarget.data.columns import columns_of
 from qtarget.losses import Head
 from qtarget.verification.check import Check, Finding, expect, not_applicable, within
-from qtarget.verification.oracle import Oracle, at
+from qtarget.verification.expected import Oracle, at
 from qtarget.verification.subject import Subject, relative
 
 # Twice what rounding a result to bfloat16's 8 bits does: on a GPU what the last product reads is rounded too.

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from qtarget.losses import Head, TopK, linear_target_loss
+from qtarget.models.forward import HeadTransform, LossCall, head_parameters
 from qtarget.targets import Target
-from qtarget.training.agreement import spread
-from qtarget.training.forward import HeadTransform, LossCall, head_parameters
+from qtarget.teachers.agreement.measure import spread
 from qtarget.verification import peak
 
 Gradient = dict[str, Tensor]

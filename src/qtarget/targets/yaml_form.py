@@ -1,0 +1,211 @@
+"""Targets to and from what YAML holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qtarget.errors import ConfigError, check_range, unknown
+from qtarget.targets import peers, presets
+from qtarget.targets.residual import POOLS, Pool, as_pool
+from qtarget.targets.target import Target
+from qtarget.targets.trust import RULES, FunctionRule, Rule, as_rule
+
+_PARTS = ("trust", "residual", "scale", "value")
+_SHARE = "share"
+
+
+def target_from_config(config: object) -> Target:
+    """See ``Target.from_config``."""
+    if isinstance(config, Target):
+        return config
+    if isinstance(config, str):
+        return _from_name(config, {})
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"target is {config!r}; use a name such as 'dft', a mapping, or my_pkg.my_module:my_target")
+    config = dict(config)
+    if strange := [key for key in config if not isinstance(key, str)]:
+        raise ConfigError(f"target has the key {strange[0]!r}; keys are names")
+    if _SHARE in config:
+        share = config.pop(_SHARE)
+        return target_from_config(config).with_share(share)
+    if "preset" in config:
+        name = config.pop("preset")
+        mixed = [key for key in config if key in _PARTS]
+        if mixed and name in presets.names():
+            raise ConfigError(f"target names the preset {name!r} and also {', '.join(mixed)}; use one or the other")
+        return _from_name(name, config)
+    if any(key in config for key in _PARTS):
+        for key in config:
+            if key not in _PARTS:
+                raise unknown("key of target", key, _PARTS)
+        return Target(
+            trust=_part(config.get("trust", 1.0), RULES, as_rule, "trust"),
+            residual=_residual(config.get("residual", "student")),
+            scale=None if config.get("scale") is None else _part(config["scale"], RULES, as_rule, "scale"),
+            value=config.get("value", "kl"),
+        )
+    spelled = peers.read(config)
+    if spelled is not None:
+        return spelled.target
+    raise ConfigError(
+        f"target is {config!r}; give preset: NAME, or trust: and residual: (presets: {', '.join(presets.names())})"
+    )
+
+
+def target_to_config(target: Target) -> str | dict:
+    """See ``Target.to_config``."""
+    if target.share != 1:
+        whole = target_to_config(target.with_share(1.0))
+        return {**({"preset": whole} if isinstance(whole, str) else whole), _SHARE: target.share}
+    if target.name in presets.names():
+        if not target.hyperparameters:
+            return target.name
+        return {"preset": target.name, **target.hyperparameters}
+    if ":" in target.name:
+        return {"preset": target.name, **target.hyperparameters} if target.hyperparameters else target.name
+    terms = [_written(pool, factor) for factor, pool in target.terms]
+    config: dict[str, Any] = {
+        "trust": _rule_to_config(target.trust),
+        "residual": _written(target.terms[0][1]) if [f for f, _ in target.terms] == [1.0] else terms,
+    }
+    if target.scale is not None:
+        config["scale"] = _rule_to_config(target.scale)
+    if target.value != "kl":
+        config["value"] = target.value
+    return config
+
+
+def names_code(config: object) -> bool:
+    """Whether reading this configuration would import a module."""
+    if isinstance(config, Mapping):
+        return any(names_code(part) for pair in config.items() for part in pair)
+    if isinstance(config, (list, tuple)):
+        return any(map(names_code, config))
+    return isinstance(config, str) and ":" in config
+
+
+def load_object(path: str, field: str) -> Any:
+    """What ``my_pkg.my_module:name`` points to. Importing runs the module: only for a path that the user wrote.
+
+    Raises:
+        ConfigError: it is no such path, or the module cannot be imported, whatever it raises.
+    """
+    module_name, _, attribute = path.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+        raise ConfigError(f"{field} is {path!r}; write the path of an object, my_pkg.my_module:name")
+    try:
+        module = importlib.import_module(module_name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # what a module does when it is imported is its own: it may even exit
+        why = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"{field} is {path!r}, but importing {module_name} failed: {why}; mend that, or check the path"
+        ) from error
+    if not hasattr(module, attribute):
+        raise ConfigError(f"{field} is {path!r}, but {module_name} has no {attribute!r}; name something it has")
+    return getattr(module, attribute)
+
+
+def _from_name(name: object, hyperparameters: dict) -> Target:
+    if not isinstance(name, str):
+        raise ConfigError(f"target is {name!r}; use a name such as 'dft'")
+    if ":" not in name:
+        return presets.build(name, **hyperparameters)
+    made = load_object(name, "target")
+    if not isinstance(made, Target):
+        if not callable(made):
+            raise ConfigError(f"target is {name!r}, which is neither a Target nor a function that returns one")
+        made = _call(made, hyperparameters, f"target {name}")
+    if not isinstance(made, Target):
+        raise ConfigError(f"target is {name!r}, which returned {type(made).__name__}, not a Target")
+    return made.named(name, hyperparameters)
+
+
+def _call(build: Callable, parameters: Mapping, field: str) -> Any:
+    try:
+        known = inspect.signature(build).parameters
+    except ValueError:
+        known = None
+    if known is not None:
+        for parameter in parameters:
+            if parameter not in known:
+                raise unknown(f"parameter of {field}", parameter, known)
+    try:
+        return build(**parameters)
+    except ConfigError:
+        raise
+    except Exception as error:  # a function of the user's own, or parameters of a kind it cannot take
+        raise ConfigError(
+            f"{field} failed with {type(error).__name__}: {error}; mend it or its parameters (--debug shows where)"
+        ) from error
+
+
+def _part(value: object, table: Mapping[str, Callable], convert: Callable, field: str) -> Any:
+    """A rule or pool: ``name`` | ``{name: {parameter: value}}`` | a number | ``my_pkg.my_module:name``."""
+    parameters: Mapping = {}
+    if isinstance(value, Mapping):
+        if len(value) != 1:
+            raise ConfigError(
+                f"{field} is {dict(value)!r}; write one name with its parameters, as in entropy: {{top_k: 20}}"
+            )
+        [(value, parameters)] = value.items()
+        parameters = parameters or {}
+        if not isinstance(parameters, Mapping) or not all(isinstance(key, str) for key in parameters):
+            raise ConfigError(f"{field}.{value} is {parameters!r}; write its parameters as name: value")
+    if not isinstance(value, str):
+        return convert(value)
+    if ":" in value:
+        made = load_object(value, field)
+        if isinstance(made, (Rule, Pool)):
+            return made
+        if convert is as_rule and not isinstance(made, type) and not parameters:
+            return FunctionRule(made, path=value)
+        return convert(_call(made, parameters, f"{field} {value}"))
+    if value not in table:
+        raise unknown(field, value, table)
+    parameters = {
+        key: _part(inner, RULES, as_rule, f"{field}.{key}") if key == "trust" else inner
+        for key, inner in parameters.items()
+    }
+    return convert(_call(table[value], parameters, f"{field} {value}"))
+
+
+def _residual(value: object) -> Any:
+    """A pool, or a list of pools each with an optional ``weight`` beside its name."""
+    if not isinstance(value, (list, tuple)):
+        return _part(value, POOLS, as_pool, "residual")
+    terms = []
+    for entry in value:
+        if not isinstance(entry, (Mapping, str, Pool)):
+            raise ConfigError(f"residual holds {entry!r}; write a name, or a name with its parameters")
+        entry = dict(entry) if isinstance(entry, Mapping) else {entry: {}}
+        factor = check_range("weight of a residual", entry.pop("weight", 1.0))
+        terms.append((factor, _part(entry, POOLS, as_pool, "residual")))
+    return terms
+
+
+def _written(pool: Pool, factor: float = 1.0) -> str | dict:
+    name, parameters = pool.written
+    if factor == 1.0:
+        return {name: dict(parameters)} if parameters else name
+    return {"weight": factor, name: dict(parameters)}
+
+
+def _rule_to_config(rule: Rule) -> str | dict:
+    if isinstance(rule, FunctionRule):
+        function: Any = rule.function
+        return rule.path or f"{function.__module__}:{function.__qualname__}"
+    own = RULES.get(rule.name) is not type(rule)  # a subclass inherits the name of a rule it is not
+    name = f"{type(rule).__module__}:{type(rule).__qualname__}" if own else rule.name
+    if not dataclasses.is_dataclass(rule):
+        return name
+    parameters = {}
+    for field in dataclasses.fields(rule):
+        value = getattr(rule, field.name)
+        parameters[field.name] = _rule_to_config(value) if isinstance(value, Rule) else value
+    return {name: parameters} if parameters else name

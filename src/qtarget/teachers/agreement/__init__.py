@@ -1,0 +1,1 @@
+"""How student, teacher and labels agree, before a run trusts a teacher."""

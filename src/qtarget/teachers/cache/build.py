@@ -1,0 +1,337 @@
+"""Build a teacher cache: rows as the trainer prepares them, the teacher's k likeliest tokens at every supervised one.
+
+The plan comes first and is the same on every start: unique rows in the order of the datasets, cut into shards. A shard is
+written whole or not at all, so an interrupted build goes on at the first that is missing and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qtarget import __version__
+from qtarget.errors import ConfigError
+from qtarget.teachers import settings as teacher_settings
+from qtarget.teachers.cache import manifest as manifests
+from qtarget.teachers.cache import shards
+from qtarget.teachers.cache.index import KEY_BYTES, row_key, supervised_positions
+from qtarget.teachers.cache.reader import INDEX
+from qtarget.teachers.cache.scorers import LiveScorer, Scorer, teacher_log_probs
+from qtarget.training.trainer import QTargetTrainer
+
+# Tokens of a shard are between these, some 256 shards in all where that lies between.
+_FEWEST, _MOST = 1 << 14, 1 << 20
+
+
+@dataclass
+class Row:
+    """A row of the plan: which dataset, which of its rows, how many supervised tokens and tokens in all."""
+
+    dataset: str
+    number: int
+    tokens: int
+    length: int
+
+
+@dataclass
+class Plan:
+    """What a build is going to do.
+
+    Attributes:
+        rows: unique rows with supervised tokens. keys: [R, 16] uint8. shards: numbers of the rows of each shard.
+        repeated: rows that were there before with the same ids, mask and context.
+    """
+
+    rows: list[Row]
+    keys: np.ndarray
+    shards: list[list[int]]
+    repeated: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(row.tokens for row in self.rows)
+
+    def megabytes(self, k: int, dtype: str) -> float:
+        """Size on disk."""
+        return self.tokens * bytes_per_token(k, dtype) / 2**20
+
+
+def bytes_per_token(k: int, dtype: str = "float16") -> int:
+    """On disk: an int32 id and a log-probability for each of k, and a float32 tail."""
+    return k * (4 + np.dtype(dtype).itemsize) + 4
+
+
+class RowsTrainer(QTargetTrainer):
+    """Prepares rows and asks the teacher; its student may be without weights, and nothing is trained."""
+
+    _always_opens_teacher = True
+
+
+def about(trainer: Any) -> dict[str, Any]:
+    """The manifest's part on tokenizer, preparation, context and teacher."""
+    tokenizer, args = trainer._tokenizer, trainer.args
+    (end, *_) = [*sorted(teacher_settings.end_tokens(args)), None]
+    return {
+        **teacher_settings.what_decides_rows(args, tokenizer, trainer.completion_only_loss),
+        "end_token": end,
+        "teacher": teacher_settings.named_teacher(args),
+    }
+
+
+def plan(trainer: Any, shard_tokens: int | None = None) -> Plan:
+    """Read the prepared rows of all datasets of a trainer whose packing is off.
+
+    Raises:
+        ConfigError: a stream, or no supervised token at all.
+    """
+    rows: list[Row] = []
+    keys: dict[bytes, int] = {}
+    repeated = 0
+    for name, dataset in datasets_of(trainer).items():
+        if not hasattr(dataset, "__len__"):
+            raise ConfigError("dataset_streaming is on; a cache is built of a dataset that is read whole")
+        for number, row in enumerate(dataset):
+            tokens = len(supervised_positions(row["labels"]))
+            if not tokens:
+                continue
+            key = row_key(row["input_ids"], row["labels"], _context(trainer, row))
+            if key in keys:
+                repeated += 1
+                continue
+            keys[key] = len(rows)
+            rows.append(Row(name, number, tokens, len(row["input_ids"])))
+    if not rows:
+        raise ConfigError("no row has a supervised token; there is nothing to ask a teacher about")
+    size = shard_tokens or min(_MOST, max(_FEWEST, sum(row.tokens for row in rows) // 256))
+    groups: list[list[int]] = [[]]
+    filled = 0
+    for number, row in enumerate(rows):
+        if groups[-1] and filled + row.tokens > size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(number)
+        filled += row.tokens
+    for group in groups:  # rows of a length together: less padding
+        group.sort(key=lambda number: (-rows[number].length, number))
+    return Plan(rows, np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES), groups, repeated)
+
+
+def datasets_of(trainer: Any) -> dict[str, Any]:
+    """The prepared datasets by name: train, and what is evaluated."""
+    evaluated = trainer.eval_dataset
+    named = evaluated if isinstance(evaluated, dict) else {"eval": evaluated}
+    return {name: data for name, data in {"train": trainer.train_dataset, **named}.items() if data is not None}
+
+
+def _context(trainer: Any, row: dict[str, Any]) -> list[int]:
+    """What the teacher reads before the row, where it has a context of its own."""
+    uids = trainer._uids
+    if uids is None:
+        return []
+    return uids.row_of(next(uid for uid in row[uids.column] if uid >= 0))[0]
+
+
+def needed_for(trainer: Any, plan: Plan, coverage: float, sample_rows: int = 64) -> tuple[int, dict[str, Any]]:
+    """k whose mean kept mass reaches ``coverage`` on a sample of rows, and the distribution of what tokens need.
+
+    Returns:
+        (k, {"percentiles of needed k": {p: k}, "kept mass": {k: mean}, "tokens": n}).
+    """
+    every = max(1, len(plan.rows) // sample_rows)
+    total, needed = torch.zeros(trainer._vocab_size, dtype=torch.float64), []
+    for row in range(0, len(plan.rows), every):
+        for log_p, _ in teacher_log_probs(trainer, [_row(trainer, plan.rows[row])]):
+            mass = log_p.exp().sort(-1, descending=True).values.cumsum(-1)
+            needed.append(((mass < coverage).sum(-1) + 1).clamp(max=mass.shape[1]).cpu())
+            total += mass.sum(0, dtype=torch.float64).cpu()
+    counts = torch.cat(needed)
+    mean = total / len(counts)
+    enough = (mean >= coverage).nonzero()
+    k = int(enough[0]) + 1 if len(enough) else len(mean)
+    percentiles = {str(p): int(counts.double().quantile(p / 100, interpolation="higher")) for p in (50, 90, 99, 100)}
+    shown = sorted({1, 4, 16, 64, 256, k} & set(range(1, len(mean) + 1)))
+    kept = {str(n): round(float(mean[n - 1]), 5) for n in shown}
+    return k, {"coverage": coverage, "sampled_tokens": len(counts), "needed_k": percentiles, "kept_mass": kept}
+
+
+def build(
+    trainer: Any,
+    folder: str | Path,
+    made: Plan,
+    k: int,
+    *,
+    dtype: str = "float16",
+    about: dict[str, Any],
+    scorer: Scorer | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> Path:
+    """Write the cache, or go on with one that was interrupted.
+
+    Args:
+        trainer: a QTargetTrainer with packing off and its teacher loaded (or a scorer in its place).
+        folder: where it goes. made: the plan. k: tokens kept. dtype: of the log-probabilities.
+        about: the manifest's part on teacher, tokenizer and preparation.
+        progress: called with the tokens of each shard that is there.
+
+    Raises:
+        ConfigError: another build is at work in the folder, it holds a cache of something else, the disk is full, or the
+            teacher gives NaN. Shards already written stay.
+    """
+    folder = Path(folder)
+    check_folder(folder, made, k, dtype, about)  # before anything is made there
+    folder.mkdir(parents=True, exist_ok=True)
+    score = scorer or LiveScorer(trainer, k)
+    with _alone(folder):
+        check_folder(folder, made, k, dtype, about)  # another build may have been here since
+        manifest = _begin(folder, made, k, dtype, about)
+        for number, group in enumerate(made.shards):
+            if number < len(manifest["shards"]):
+                progress(sum(made.rows[row].tokens for row in group))
+                continue
+            line = _write_shard(trainer, folder, made, number, score, dtype, batch_size)
+            manifest["shards"].append(line)
+            if len(manifest["shards"]) == len(made.shards):
+                manifest["state"] = "complete"
+            manifests.write(folder, manifest)
+            progress(line["tokens"])
+    return folder
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One builder in a folder at a time; the lock goes with its process, however that ends."""
+    from filelock import FileLock, Timeout
+
+    path = folder / ".building"
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"output is {str(folder)!r}, where another qtarget cache build is at work; wait for it, or name another "
+            "folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        path.unlink(missing_ok=True)
+
+
+def _begin(folder: Path, made: Plan, k: int, dtype: str, about: dict[str, Any]) -> dict[str, Any]:
+    """The manifest to go on with: a new one, or that of an interrupted build of exactly this."""
+    counts = np.array([row.tokens for row in made.rows], np.int32)
+    starts = np.zeros(len(counts), np.int64)
+    order = np.array([row for group in made.shards for row in group])
+    starts[order] = np.cumsum([0, *counts[order][:-1]])
+    fresh = _fresh(made, k, dtype, about)
+    if not (folder / manifests.FILE).exists():
+        index = shards.write_arrays(folder / INDEX, {"keys": made.keys, "counts": counts, "starts": starts})
+        manifest = {**fresh, "index": index, "shards": []}
+        manifests.write(folder, manifest)
+        return manifest
+    manifest = manifests.read(folder)
+    for number, line in enumerate(manifest["shards"]):
+        if shards.fault(folder, line) is not None:  # it and what follows is made anew
+            del manifest["shards"][number:]
+            manifest["state"] = "building"
+            break
+    return manifest
+
+
+def _fresh(made: Plan, k: int | None, dtype: str, about: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "format": manifests.FORMAT,
+        "program": f"qtarget {__version__}",
+        "state": "building",
+        **about,
+        "k": k,
+        "dtype": dtype,
+        "rows": len(made.rows),
+        "tokens": made.tokens,
+        "planned_shards": len(made.shards),
+    }
+
+
+def check_folder(folder: Path, made: Plan, k: int | None, dtype: str, about: dict[str, Any]) -> None:
+    """Raise ConfigError where a build may not have a folder; ``k``: None where it is not known yet."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"output is {str(folder)!r}, which is a file; name a new folder")
+    if not (folder / manifests.FILE).exists():
+        begun = {INDEX, f"{INDEX}.partial", f"{manifests.FILE}.partial", ".building"}
+        if any(file.name not in begun for file in folder.iterdir()):
+            raise ConfigError(f"output is {str(folder)!r}, which holds other files; name a new folder")
+        return
+    manifest = manifests.read(folder)
+    left_out = ("state", "program", *(("k",) if k is None else ()))
+    wanted = {name: value for name, value in _fresh(made, k, dtype, about).items() if name not in left_out}
+    difference = manifests.first_difference(
+        manifest, wanted, "name another folder, or build with what it was begun with"
+    )
+    have = shards.map_arrays(folder / INDEX)
+    if difference is None and not np.array_equal(have["keys"], made.keys):
+        difference = "the rows are not those it was begun with: text, order or context changed; name another folder"
+    if difference is not None:
+        raise ConfigError(f"output is {str(folder)!r}, which holds a teacher cache: {difference}")
+
+
+def _write_shard(
+    trainer: Any, folder: Path, made: Plan, number: int, score: Scorer, dtype: str, batch_size: int
+) -> dict[str, Any]:
+    ids, logprobs, tails = [], [], []
+    group = made.shards[number]
+    for begin in range(0, len(group), batch_size):
+        rows = [made.rows[row] for row in group[begin : begin + batch_size]]
+        for row, (top, kept, tail) in zip(rows, score([_row(trainer, row) for row in rows]), strict=True):
+            if not (np.isfinite(kept).all() and not np.isnan(tail).any()):
+                raise ConfigError(
+                    f"the teacher gives NaN for row {row.number} of the {row.dataset} dataset; check that row, or load "
+                    "the teacher in float32 or bfloat16 (teacher_model_init_kwargs: {dtype: ...})"
+                )
+            ids.append(top)
+            logprobs.append(kept.astype(dtype))
+            tails.append(tail)
+    arrays = {"ids": np.concatenate(ids), "logprobs": np.concatenate(logprobs), "tail": np.concatenate(tails)}
+    line = shards.write_arrays(folder / f"shard-{number:05d}.safetensors", arrays)
+    return {**line, "tokens": len(arrays["tail"])}
+
+
+def _row(trainer: Any, row: Row) -> dict[str, Any]:
+    return datasets_of(trainer)[row.dataset][row.number]
+
+
+def seconds_for(trainer: Any, made: Plan, batch_size: int) -> float:
+    """Estimated seconds of a build: one batch of rows of middling length, timed after a first that warms up."""
+    by_length = sorted(range(len(made.rows)), key=lambda row: made.rows[row].length)
+    middle = by_length[max(0, len(by_length) // 2 - batch_size // 2) :][:batch_size]
+    rows = [_row(trainer, made.rows[row]) for row in middle]
+    score = LiveScorer(trainer, 1)
+    for _ in score(rows[:1]):
+        pass
+    begin = time.perf_counter()
+    for _ in score(rows):
+        pass
+    spent = time.perf_counter() - begin
+    return spent * sum(row.length for row in made.rows) / max(1, sum(made.rows[row].length for row in middle))
+
+
+def check_room(folder: str | Path, megabytes: float) -> None:
+    """Raise ConfigError where the disk has no room for the cache."""
+    existing = next(parent for parent in (Path(folder).absolute(), *Path(folder).absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free / 2**20
+    if megabytes > free:
+        raise ConfigError(
+            f"output is {str(folder)!r}, where {free:.0f} MB are free and the cache needs {megabytes:.0f}; keep fewer "
+            "tokens (--k), or name a folder on a larger disk"
+        )

@@ -1,0 +1,239 @@
+"""What a run's teacher asks for before a step is trained: the right cache, a context, the same tokens, the same end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from qtarget.errors import ConfigError, loading
+from qtarget.targets import Target, presets
+from qtarget.teachers.cache import manifest as manifests
+from qtarget.teachers.cache.reader import CachedTeacher
+from qtarget.teachers.context import Context, read_template
+from qtarget.teachers.fingerprints import template_hash, tokenizer_hash, weights_hash
+from qtarget.teachers.joins import CacheJoin, ContextJoin, RowsThatAsk
+from qtarget.teachers.vocabulary import real_vocabulary_size, vocabulary_difference
+
+logger = logging.getLogger(__name__)
+
+
+# -- how tokens find their teacher -------------------------------------------------------------------------------
+
+
+def open_uids(
+    args: Any,
+    tokenizer: Any,
+    chat_template: str | None,
+    completion_only_loss: bool,
+    asking: RowsThatAsk | None = None,
+) -> CacheJoin | ContextJoin | None:
+    """How the tokens of a run are joined to its teacher; None where it reads the student's own batch.
+
+    Args:
+        args: QTargetConfig. tokenizer: the student's. chat_template: in place of the tokenizer's own.
+        completion_only_loss: as the trainer resolved it. asking: the rows whose target asks a teacher; None for all.
+
+    Raises:
+        ConfigError: a cache built for something else, with the first difference.
+    """
+    if args.teacher_cache is None and args.teacher_context is None:
+        return None
+    if args.teacher_cache is None:
+        templates = read_template(args.teacher_context)
+        assert templates is not None
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        return ContextJoin(Context(templates, tokenizer, chat_template), pad, asking)
+    cache = CachedTeacher(args.teacher_cache, args.teacher_tail)
+    wanted = what_decides_rows(args, tokenizer, completion_only_loss)
+    if args.teacher_context is None:  # the cache's own
+        del wanted["teacher_context"]
+    if difference := manifests.first_difference(cache.manifest, wanted):
+        raise ConfigError(f"teacher_cache is {args.teacher_cache!r}: {difference}")
+    templates = cache.manifest["teacher_context"]
+    return CacheJoin(cache, None if templates is None else Context(templates, tokenizer, chat_template), asking)
+
+
+def settings_faults(args: Any) -> list[str]:
+    """Settings under which rows do not find their teacher."""
+    faults = []
+    if args.teacher_cache is None and args.teacher_context is None:
+        return []
+    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        faults.append(
+            "dataset_kwargs.skip_prepare_dataset is on, but teacher_cache and teacher_context find the teacher of a row "
+            "while rows are prepared; leave it out"
+        )
+    if args.teacher_cache is None and args.packing and args.packing_strategy != "bfd":
+        faults.append(
+            f"packing_strategy is {args.packing_strategy!r}, which goes on with a row in the next sequence, where "
+            "its teacher_context is no longer before it; use bfd, or build a teacher cache with this context"
+        )
+    return faults
+
+
+def what_decides_rows(args: Any, tokenizer: Any, completion_only_loss: bool) -> dict[str, Any]:
+    """The part of a cache's manifest that says which ids and labels rows become, and what the teacher reads."""
+    splits = args.packing and args.packing_strategy != "bfd"
+    return {
+        "tokenizer": tokenizer_hash(tokenizer),
+        "chat_template": template_hash(tokenizer),
+        "vocab_size": real_vocabulary_size(tokenizer),
+        "teacher_context": read_template(args.teacher_context),
+        "preparation": {
+            "max_length": None if splits else args.max_length,
+            "truncation_mode": "keep_start" if args.packing else args.truncation_mode,
+            "completion_only_loss": bool(completion_only_loss),
+            "assistant_only_loss": bool(args.assistant_only_loss),
+            "dataset_text_field": args.dataset_text_field,
+            "eos_token": tokenizer.eos_token,
+        },
+    }
+
+
+# -- which teacher -----------------------------------------------------------------------------------------------
+
+
+def named_teacher(args: Any) -> dict[str, Any]:
+    """The teacher that settings name, as a cache's manifest holds it."""
+    if args.teachers is not None:
+        pool = args.pool_members()
+        return {"pool": [{"weight": one.weight, **_named(one.name, one.revision)} for one in pool]}
+    return _named(args.teacher_model_name_or_path, args.teacher_model_revision)
+
+
+def _named(name: str, revision: str | None) -> dict[str, Any]:
+    return {"name": name, "revision": revision, "weights": weights_hash(name, revision)}
+
+
+def describe(teacher: Mapping[str, Any]) -> str:
+    """A line on a teacher of a manifest."""
+    if "pool" in teacher:
+        return " + ".join(f"{one['weight']:g} {describe(one)}" for one in teacher["pool"])
+    return f"{teacher['name']} (revision {teacher['revision'] or 'default'}, weights {teacher['weights'] or 'unknown'})"
+
+
+def teacher_named_by(args: Any, uids: CacheJoin | ContextJoin | None) -> str | None:
+    """What a checkpoint and the log say of a teacher that is not one named model; None where it is, or there is none."""
+    if isinstance(uids, CacheJoin):
+        manifest = uids.cache.manifest
+        return (
+            f"{describe(manifest['teacher'])}, from a cache of its {manifest['k']} likeliest tokens "
+            f"({manifest['index']['checksum'][:8]})"
+        )
+    if args.teacher_ema_decay is not None:
+        return f"the average of the student's own weights, decay {args.teacher_ema_decay:g}"
+    return describe(named_teacher(args)) if args.teachers is not None else None
+
+
+def cache_faults(args: Any, tokenizer: Any) -> list[str]:
+    """What can be seen to be wrong with a cache before models and rows are loaded."""
+    try:
+        cache = CachedTeacher(args.teacher_cache)
+        cache.check_files()
+    except ConfigError as error:
+        return error.faults
+    # With chat_template_path the tokenizer is not yet what it will be: it is compared when rows are prepared.
+    wanted: dict[str, Any] = {} if args.chat_template_path else {"tokenizer": tokenizer_hash(tokenizer)}
+    if named_models(args):
+        named, had = named_teacher(args), cache.manifest["teacher"]
+        if "pool" in named or "pool" in had:
+            wanted["teacher"] = named
+        elif had.get("weights") is None:  # a server does not say
+            wanted["teacher"] = {"name": named["name"]}
+        elif had["weights"] != named["weights"]:  # the same weights may lie in another folder now
+            wanted["teacher"] = named
+    difference = manifests.first_difference(cache.manifest, wanted)
+    return [] if difference is None else [f"teacher_cache is {args.teacher_cache!r}: {difference}"]
+
+
+def tokenizer_faults(args: Any, tokenizer: Any) -> list[str]:
+    """A named teacher whose ids mean other tokens, or whose tokenizer cannot be loaded."""
+    setting = "teachers" if args.teachers is not None else "teacher_model_name_or_path"
+    faults = []
+    for name, revision, kwargs in named_models(args):
+        try:
+            with loading(setting, name, "tokenizer"):
+                teacher = teacher_tokenizer(name, revision, kwargs)
+        except ConfigError as error:
+            faults += error.faults
+            continue
+        if (difference := vocabulary_difference(tokenizer, teacher)) is not None:
+            faults.append(
+                f"{setting} is {name!r}, which has another tokenizer: {difference}; use a teacher of the same family"
+            )
+    return faults
+
+
+def named_models(args: Any) -> list[tuple[str, str | None, dict[str, Any]]]:
+    """(name, revision, init_kwargs) of each model that the settings name as teacher."""
+    if args.teachers is not None:
+        return [(one.name, one.revision, one.init_kwargs) for one in args.pool_members()]
+    if args.teacher_model_name_or_path is None:
+        return []
+    return [(args.teacher_model_name_or_path, args.teacher_model_revision, args.teacher_model_init_kwargs or {})]
+
+
+def end_tokens(args: Any, given: Any = None, own: int | None = None) -> set[int]:
+    """The tokens that the named teachers, or a model that was handed over, end a text with.
+
+    Of a named teacher it is its tokenizer's. A model handed over may list several in its settings, and which it uses is
+    not known: where the student's ``own`` is among them, the two are taken to agree.
+    """
+    if given is None:
+        ends = {teacher_tokenizer(*named).eos_token_id for named in named_models(args)}
+        return ends - {None}
+    for settings in (getattr(given, "generation_config", None), getattr(given, "config", None)):
+        ids = getattr(settings, "eos_token_id", None)
+        if ids is not None:
+            several = [*map(int, ids)] if isinstance(ids, list | tuple) else [int(ids)]
+            return {own if own in several else several[0]}
+    return set()
+
+
+def teacher_tokenizer(name: str, revision: str | None, init_kwargs: Mapping[str, Any]) -> Any:
+    return AutoTokenizer.from_pretrained(
+        name,
+        revision=revision or init_kwargs.get("revision") or "main",
+        trust_remote_code=bool(init_kwargs.get("trust_remote_code", False)),
+    )
+
+
+# -- end tokens --------------------------------------------------------------------------------------------------
+
+
+def told_of_end_tokens(tokenizer: Any, own: int, theirs: int, setting: str) -> int | None:
+    """Say that teacher and data end with different tokens. Returns the one that is taught by its label alone, or None.
+
+    A base model is trained to end with its end of text and an instruct teacher ends with its end of turn, so that the
+    teacher's word on the last position is mass on the wrong token.
+    """
+    mine, other = (tokenizer.convert_ids_to_tokens(index) for index in (own, theirs))
+    what = {
+        "label": f"tokens {mine!r} are taught by their label alone",
+        "map": "the two are exchanged in the teacher",
+        "keep": f"nothing is done about it, and tokens {mine!r} are taught to be {other!r} as far as the target says",
+    }[setting]
+    logger.warning(
+        "the data end with %r (id %d) and the teacher with %r (id %d): %s (teacher_end_token: %s)",
+        *(mine, own, other, theirs, what, setting),
+    )
+    return own if setting == "label" else None
+
+
+def with_label_alone(
+    targets: list[Target], source: Tensor | None, labels: Tensor, token: int
+) -> tuple[list[Target], Tensor | None]:
+    """Targets and the number of each label's target, with plain SFT where a teacher would be asked about ``token``.
+
+    Args:
+        targets: in the order of their numbers. source: numbers of the labels' shape, or None for all 0.
+    """
+    asked = [number for number, target in enumerate(targets) if "teacher" in target.requires]
+    numbers = torch.zeros_like(labels) if source is None else source
+    alone = (labels == token) & torch.isin(numbers, torch.tensor(asked, device=labels.device, dtype=numbers.dtype))
+    return [*targets, presets.build("sft")], numbers.masked_fill(alone, len(targets))

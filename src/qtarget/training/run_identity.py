@@ -1,0 +1,122 @@
+"""What a run is, kept in its checkpoints: a resumed run must train the same objective toward the same teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qtarget import json_text
+from qtarget.errors import ConfigError
+from qtarget.targets.objective import Objective
+
+FILE = "qtarget.json"
+
+
+def identity(args: Any, objective: Objective, own: Mapping[str, str | None]) -> dict[str, Any]:
+    """The settings that decide what is trained, as JSON holds them.
+
+    Args:
+        args: QTargetConfig. own: what to call a teacher or reference that ``args`` does not name.
+    """
+    requires = objective.requires
+    models = args.models_for(requires)
+    settings = {
+        "targets" if objective.sources else "target": objective.to_config(),
+        "denominator": args.denominator,
+    }
+    for role in ("teacher", "reference"):
+        name = getattr(args, f"{role}_model_name_or_path")
+        revision = getattr(args, f"{role}_model_revision") or "default"
+        named = f"{name} (revision {revision})" if name else own.get(role)
+        settings[role] = named if role in models else None
+    if "teacher" in models and args.teacher_cache is not None:
+        settings["teacher"] = own.get("teacher")
+    if "teacher" in models:
+        settings |= {
+            name: getattr(args, name)
+            for name, default in (
+                ("teacher_context", None),
+                ("teacher_end_token", "label"),
+                ("teacher_tail", "student"),
+            )
+            if getattr(args, name) != default
+        }
+    if objective.sources:
+        settings["source_column"] = args.source_column
+    if "weight" in requires:
+        settings["weights"] = args.weights
+        if args.weights == "online":
+            settings["weights_temperature"] = args.weights_temperature
+    if "old_policy" in requires:
+        settings["psft_refresh"] = args.psft_refresh
+    return json.loads(json.dumps(settings, default=str))
+
+
+def describe(args: Any, objective: Objective, settings: dict[str, Any]) -> str:
+    """One line: the targets, their formulas, the denominator and where the other models come from."""
+    parts = [objective.describe(), f"denominator {args.denominator}"]
+    parts += [f"{role} {settings[role]}" for role in ("teacher", "reference") if settings[role] is not None]
+    if "weights" in settings:
+        parts.append(f"weights {args.weights}")
+    if settings.get("psft_refresh") == "never":
+        parts.append("old policy from column old_logps, which is not the paper's schedule: it is never refreshed")
+    elif "psft_refresh" in settings:
+        parts.append(f"old policy copied every {args.psft_refresh} steps")
+    if trusted := trusted_code(args):
+        parts.append(f"trust_remote_code is on: code that came with {' and '.join(trusted)} is run")
+    return "; ".join(parts)
+
+
+def trusted_code(args: Any) -> list[str]:
+    """The models whose own code a run may run, because the user said so."""
+    asked = {
+        "the model": args.trust_remote_code or _trusts(args.model_init_kwargs),
+        "the teacher": _trusts(args.teacher_model_init_kwargs)
+        or any(_trusts(t.init_kwargs) for t in args.pool_members()),
+        "the reference": _trusts(args.reference_model_init_kwargs),
+    }
+    return [who for who, on in asked.items() if on]
+
+
+def _trusts(init_kwargs: Any) -> bool:
+    return isinstance(init_kwargs, Mapping) and bool(init_kwargs.get("trust_remote_code"))
+
+
+def write(folder: str | Path, settings: dict[str, Any]) -> None:
+    (Path(folder) / FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def differences(folder: str | Path, settings: dict[str, Any], partly: bool = False) -> list[str]:
+    """Sentences on what a checkpoint was trained with and this run is not; none for a checkpoint of another program.
+
+    ``partly``: settings that are not given are not compared.
+    """
+    file = Path(folder) / FILE
+    if not file.is_file():
+        return []
+    try:
+        saved = json_text.loads(file.read_bytes())
+        if not isinstance(saved, dict):
+            raise ValueError("it holds no mapping")
+    except (OSError, ValueError) as error:
+        return [
+            f"{file} cannot be read ({error}), so that nobody knows what it trained; resume from another checkpoint"
+        ]
+    return [
+        f"{name} is {_shown(settings.get(name))}, but the checkpoint {str(folder)!r} was trained with "
+        f"{_shown(saved.get(name))}; resume with that, or start anew from the model with another output_dir"
+        for name in {**settings, **saved}
+        if saved.get(name) != settings.get(name) and not (partly and name not in settings)
+    ]
+
+
+def check(folder: str | Path, settings: dict[str, Any]) -> None:
+    """Raise ConfigError with every difference."""
+    if faults := differences(folder, settings):
+        raise ConfigError(faults)
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else repr(value) if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,150 @@
+"""Do teacher and reference see what the student sees, and is what they say about it what the loss is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtarget.losses import TopK
+from qtarget.teachers.joins import CacheJoin, ContextJoin
+from qtarget.verification.check import Check, Finding, expect, not_applicable, worst
+from qtarget.verification.expected import Oracle, label_log_p
+from qtarget.verification.subject import Subject
+
+# Of log-probabilities, absolute: float32 through a whole model, and half precision.
+_CLOSE, _CLOSE_IN_HALF = 5e-3, 0.25
+
+
+def teacher(subject: Subject) -> Finding:
+    if "teacher" not in subject.requires:
+        return not_applicable("the target asks no teacher")
+    source = subject.trainer._others.teacher_source
+    if isinstance(source.uids, CacheJoin):
+        return _cached(subject, source)
+    models = [model for _, model in source.models] or [subject.model]
+    return _asked(subject, "teacher", models, source)
+
+
+def reference(subject: Subject) -> Finding:
+    trainer = subject.trainer
+    if "reference" not in subject.requires:
+        return not_applicable("the target asks no reference")
+    return _asked(subject, "reference", [trainer._others.reference or subject.model], None)
+
+
+def _asked(subject: Subject, name: str, models: list[Any], source: Any) -> Finding:
+    """Watch what reaches the embeddings, and hold what comes out against the model's own logits of a document alone."""
+    trainer, batch = subject.trainer, subject.step.batch
+    inputs = trainer._prepare_inputs(dict(batch))
+    labels = inputs.pop("labels")
+    columns = trainer.pop_columns(inputs)
+    seen: list[Tensor] = []
+
+    def watch(module: nn.Module, given: Any) -> None:
+        seen.append(given[0].detach())
+
+    hooks = [trainer._others.base(model).get_input_embeddings().register_forward_pre_hook(watch) for model in models]
+    try:
+        with subject.without_dropout(), torch.no_grad():
+            trainer._others.heads(subject.model, inputs, frozenset({name}), labels, columns)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    context = source is not None and isinstance(source.uids, ContextJoin)
+    wrong = [_differences(subject, ids, labels, source if context else None, columns) for ids in seen]
+    error, count = _of_labels(subject, name)
+    allowed = _CLOSE if subject.dtype in (torch.float32, torch.float64) else _CLOSE_IN_HALF
+    if not count:
+        return not_applicable(f"no label among the rows looked at asks the {name}; look at more rows")
+    read = len(seen) >= len(models) and not any(wrong)
+    what = "its own prompt, then the student's ids" if context else "the student's ids"
+    told = f"{what}: {sum(wrong)} differ" if seen else "nothing was read"
+    told += f"; log p of {count} labels off by {error:.1e} at most"
+    return expect(
+        read and error <= allowed, told, differing_ids=sum(wrong), labels=count, log_p_error=error, allowed=allowed
+    )
+
+
+def _differences(subject: Subject, ids: Tensor, labels: Tensor, source: Any, columns: dict[str, Tensor]) -> int:
+    """How many ids that a model read are not the student's."""
+    student = subject.step.batch["input_ids"].to(ids.device)
+    if source is None:
+        mask = subject.step.batch.get("attention_mask", torch.ones_like(student)).to(ids.device).bool()
+        ids = ids[:, -student.shape[1] :]
+        return int((ids != student)[mask].sum()) if ids.shape == student.shape else student.numel()
+    _, (b, t, d, at) = source.uids.batch(student, labels, columns[source.uids.column])
+    if len(ids) <= int(d.max()) or ids.shape[1] <= int(at.max()):
+        return len(t)
+    # A label may be the last that is read: what the teacher had before it is the student's token before it.
+    first = torch.zeros_like(t, dtype=torch.bool)
+    first[1:] = (d[1:] == d[:-1]) & (t[1:] == t[:-1] + 1)
+    return int((ids[d, at] != student[b, t - 1])[first].sum())
+
+
+def _of_labels(subject: Subject, name: str) -> tuple[float, int]:
+    """(the largest difference of log p_y between what the loss was given and the model's own logits, labels)."""
+    oracle, count = Oracle(subject), 0
+    errors: list[float] = []
+    own = oracle.sampled[0].get(name)
+    for chosen, target in oracle.of_target():
+        head = subject.heads_at(chosen).get(name)
+        if name not in target.requires or own is None or head is None:
+            continue
+        on = chosen.to(subject.device)
+        labels = subject.sample.labels[chosen].to(subject.device)
+        given = oracle.dense(head, oracle.sampled_logits[on])
+        width = min(given.shape[1], own.shape[1])
+        gap = label_log_p(given[:, :width], labels) - label_log_p(own[on][:, :width], labels)
+        errors.append(float(gap.abs().max()))
+        count += len(labels)
+    return (errors[worst(dict(enumerate(errors)))] if errors else 0.0), count
+
+
+def _offsets(subject: Subject, trained: Tensor) -> list[int]:
+    """For each trained place, the padding before its row."""
+    offsets = subject.offsets(subject.step.batch)
+    return [offsets[row] for row, _ in trained.nonzero().tolist()]
+
+
+def _cached(subject: Subject, source: Any) -> Finding:
+    """Every supervised token has a place of its own in the cache, and what stands there is what the loss was given."""
+    batch = subject.step.batch
+    trained = batch["labels"][:, 1:] != -100
+    uids = batch[source.uids.column][:, 1:][trained]
+    given = subject.step.call.others.get("teacher")
+    asked = uids[uids >= 0]
+    missing = sum(  # of the labels whose target asks the teacher
+        "teacher" in subject.targets[subject.number_of(subject.rows[row], place + 1 - offset)].requires
+        for offset, (row, place) in zip(_offsets(subject, trained), trained.nonzero().tolist(), strict=True)
+        if int(batch[source.uids.column][row, place + 1]) < 0
+    )
+    if not len(asked) and not missing:
+        return not_applicable("no label among the rows looked at asks the teacher; look at more rows")
+    twice = len(asked) - len(asked.unique())
+    wanted = source.uids.cache.gather(batch[source.uids.column][:, 1:][trained])
+    same = isinstance(given, TopK) and all(
+        torch.equal(own[trained.to(own.device)].cpu(), there)
+        for own, there in zip((given.ids, given.logprobs), list(wanted.values())[:2], strict=True)
+    )
+    holds = same and missing == 0  # rows that are repeated in the data have one place in the cache
+    told = f"{len(asked)} labels have a place in the cache, {missing} have none, {twice} share one"
+    told += "" if same else "; what the loss was given is not what stands there"
+    return expect(holds, told, labels=len(asked), missing=missing, shared=twice)
+
+
+CHECKS = [
+    Check(
+        "teacher sees the same ids",
+        "the teacher reads the ids the student reads, and the loss is given what it says of them",
+        "the teacher is asked about other tokens: check its tokenizer and teacher_context, or build its cache anew",
+        teacher,
+    ),
+    Check(
+        "reference sees the same ids",
+        "the reference reads the ids the student reads, and the loss is given what it says of them",
+        "the reference is asked about other tokens: check its tokenizer and how it is loaded",
+        reference,
+    ),
+]

@@ -1,0 +1,198 @@
+"""What the doctor says of a cache, against the same by hand; a cache that a server filled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+import caches
+import tiny
+from caches import VOCAB, build, contents, data, refused, teacher
+from fake_server import FakeServer, status
+from qtarget.cli.__main__ import main
+from qtarget.teachers.cache.index import supervised_positions
+from qtarget.teachers.cache.reader import CachedTeacher
+from qtarget.teachers.server import client as server_module
+from runs import labels_of, logits_of, rows
+
+K = 16
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return caches.world(tmp_path_factory.mktemp("doctor"))
+
+
+@pytest.fixture(scope="module")
+def some(world) -> Path:
+    return build(world, world / "some", "--k", K, "--shard_tokens", 100)
+
+
+def examined(world: Path, folder: Path, out: Path, *more: object) -> dict:
+    words = ["cache", "doctor", "--config", world / "config.yaml", "--cache", folder, "--json", out, *more]
+    assert main([str(word) for word in words]) == 0
+    return json.loads(out.read_text())
+
+
+def taught(p: torch.Tensor, p_y: torch.Tensor, delta: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:
+    mixed = p.sqrt() * t.sqrt()
+    guided = mixed / mixed.sum(-1, keepdim=True)
+    return {"kd": t, "kd-hybrid": 0.5 * delta + 0.5 * t, "target-sft": p_y * delta + (1 - p_y) * guided}
+
+
+def by_hand(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
+    """Errors of Q and of the gradient in float64, one row at a time, from the definitions."""
+    cache, student, live = CachedTeacher(folder), tiny.taught().double().eval(), teacher(torch.float64)
+    weight = student.lm_head.weight.detach()
+    made: dict[tuple[str, str], dict[str, list]] = {}
+    for row in rows(Dataset.from_list(data())):
+        got = cache.gather(torch.tensor(cache.places(row["input_ids"], row["labels"])))
+        at, y = supervised_positions(row["labels"]), labels_of(row)
+        ids, kept = got["teacher_ids"][at].long(), got["teacher_logprobs"][at].double().exp()
+        mass = got["teacher_tail_logprob"][at].double().exp()
+        p = logits_of(student, row).detach().softmax(-1)
+        t = logits_of(live, row).detach().softmax(-1)
+        delta = torch.nn.functional.one_hot(y, VOCAB).double()
+        outside = torch.ones_like(p).scatter(1, ids, 0.0)
+        p_y = p.gather(1, y[:, None])
+        for tail, shape in (("student", p * outside), ("even", outside)):
+            c = (shape / shape.sum(-1, keepdim=True) * mass[:, None]).scatter(1, ids, kept)
+            c = c / c.sum(-1, keepdim=True)  # what was kept was rounded
+            live_q, cached_q = taught(p, p_y, delta, t), taught(p, p_y, delta, c)
+            for name, q in live_q.items():
+                parts = made.setdefault((name, tail), {"off": [], "g": []})
+                parts["off"].append(cached_q[name] - q)
+                parts["g"].append(p - q)
+    return {
+        key: {
+            "q_mean": float(torch.cat(parts["off"]).abs().sum(-1).mean() / 2),
+            "q_max": float(torch.cat(parts["off"]).abs().sum(-1).max() / 2),
+            "logit_gradient": float(torch.cat(parts["off"]).norm() / torch.cat(parts["g"]).norm()),
+            "hidden_gradient": float(
+                (torch.cat(parts["off"]) @ weight).norm() / (torch.cat(parts["g"]) @ weight).norm()
+            ),
+        }
+        for key, parts in made.items()
+    }
+
+
+def test_errors_are_those_of_the_definitions(world, some, tmp_path, capsys):
+    report = examined(world, some, tmp_path / "report.json")
+    assert report["rows"] == 24 and report["same_teacher"]
+    wanted = by_hand(some)
+    assert {(line["target"], line["tail"]) for line in report["targets"]} == set(wanted)
+    for line in report["targets"]:
+        for name, value in wanted[line["target"], line["tail"]].items():
+            assert line[name] == pytest.approx(value, rel=1e-3), (line["target"], line["tail"], name)
+    said = capsys.readouterr().out
+    assert "mass outside the k" in said and "target-sft" in said and "bound" in said
+
+
+def test_the_bound_holds_and_is_no_larger_than_the_mass_outside(world, some, tmp_path):
+    report = examined(world, some, tmp_path / "report.json")
+    by_name = {(line["target"], line["tail"]): line for line in report["targets"]}
+    for (target, tail), line in by_name.items():
+        assert line["holds"] == (None if tail == "even" else True), target
+        if tail == "student":
+            assert line["q_mean"] < line["bound_mean"] and line["q_max"] <= line["bound_max"]
+    assert by_name["kd", "student"]["bound_mean"] == pytest.approx(report["lost_mass"]["mean"], rel=0.02)
+
+
+def test_the_whole_vocabulary_has_no_error(world, tmp_path):
+    folder = build(world, tmp_path / "whole", "--k", VOCAB, "--cache_dtype", "float32")
+    report = examined(world, folder, tmp_path / "report.json", "--rows", 5)
+    assert report["rows"] == 5 and report["lost_mass"]["max"] < 1e-6
+    assert all(line["q_max"] < 1e-5 and line["logit_gradient"] < 1e-4 for line in report["targets"])
+
+
+def test_the_runs_own_target_is_looked_at_too(world, some, tmp_path):
+    own = "{preset: target-sft, eta: 0.9}"
+    report = examined(world, some, tmp_path / "report.json", "--target", own, "--rows", 3)
+    names = [line["target"] for line in report["targets"]]
+    assert any("eta=0.9" in name for name in names) and "target-sft" in names
+
+
+def test_another_live_teacher(world, some, tmp_path, capsys):
+    report = examined(world, some, tmp_path / "r.json", "--teacher_model_name_or_path", world / "other", "--rows", 4)
+    assert not report["same_teacher"]
+    assert "NOT THE ONE THIS CACHE WAS BUILT WITH" in capsys.readouterr().out
+
+
+def test_rows_it_does_not_have(world, some, tmp_path, capsys):
+    changed = data()
+    changed[0]["completion"][0]["content"] += "!"
+    folder = caches.write_rows(tmp_path / "changed", changed)
+    words = ["cache", "doctor", "--config", world / "config.yaml", "--cache", some, "--dataset_name", folder]
+    assert "row 0 of the train dataset is not in the teacher cache" in refused(capsys, *words)
+    assert "rows is 0" in refused(capsys, *words, "--rows", 0)
+
+
+# -- from a server -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(server_module.TeacherServer, "_backoff", 0.01, raising=False)
+    with FakeServer(teacher(), names=["large"], max_logprobs=20) as server:
+        yield server
+
+
+@pytest.mark.parametrize("form", ["prompt_logprobs", "echo"])
+@pytest.mark.parametrize("context", [None, "{{ prompt }} ({{ hint }})"])
+def test_filled_by_a_server(form, context, world, served, tmp_path):
+    """The same tokens as from the loaded teacher, and the same log-probabilities to float32."""
+    served.forms = {form}
+    more = ["--k", K, "--cache_dtype", "float32", *(["--teacher_context", context] if context else [])]
+    live = build(world, tmp_path / "live", *more)
+    asked = build(world, tmp_path / "asked", *more, "--server", served.url)
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (live, asked)]
+    assert manifests[0]["tokens"] == manifests[1]["tokens"]
+    assert manifests[1]["teacher"]["served_as"] == "large"
+    a, b = CachedTeacher(live), CachedTeacher(asked)
+    assert a.index.keys.tolist() == b.index.keys.tolist()
+    every = torch.arange(len(a))
+    one, other = a.gather(every), b.gather(every)
+    assert (one["teacher_ids"] == other["teacher_ids"]).double().mean() > 0.999, "ties may fall otherwise"
+    assert torch.allclose(one["teacher_logprobs"], other["teacher_logprobs"], atol=2e-5)
+    assert torch.allclose(one["teacher_tail_logprob"].exp(), other["teacher_tail_logprob"].exp(), atol=1e-5)
+
+
+def test_a_server_that_gives_up_in_the_middle(world, served, tmp_path, capsys):
+    """What was captured stays, and the next build asks only for the rest."""
+    more = ["--k", K, "--shard_tokens", 60, "--server", served.url]
+    uninterrupted = build(world, tmp_path / "whole", *more)
+    all_asked = len(served.asked)
+    served.asked.clear()
+    count = iter(range(100))
+    served.tamper = lambda choices: choices.clear() if next(count) > 5 else None
+    words = ["cache", "build", "--config", world / "config.yaml", "-o", tmp_path / "c", *more]
+    said = refused(capsys, *words)
+    assert "choices" in said or "answer" in said
+    there = [*(tmp_path / "c").glob("shard-*")]
+    assert there and json.loads((tmp_path / "c" / "manifest.json").read_text())["state"] == "building"
+    served.asked.clear()
+    served.tamper = lambda choices: None
+    build(world, tmp_path / "c", *more)
+    assert len(served.asked) < all_asked
+    assert contents(tmp_path / "c") == contents(uninterrupted)
+
+
+def test_a_busy_server_is_asked_again(world, served, tmp_path):
+    served.faults = iter([status(429), status(503), status(500)])
+    folder = build(world, tmp_path / "c", "--k", K, "--server", served.url)
+    assert json.loads((folder / "manifest.json").read_text())["state"] == "complete"
+
+
+def test_a_server_that_cannot(world, served, tmp_path, capsys):
+    words = ["cache", "build", "--config", world / "config.yaml", "-o", tmp_path / "c", "--server", served.url]
+    assert "--max-logprobs" in refused(capsys, *words, "--k", 21)
+    assert "large" in refused(capsys, *words, "--k", K, "--server_model", "small")
+    assert "with --server give --k" in refused(capsys, *words, "--coverage", 0.9)
+    said = refused(capsys, *words, "--k", K, "--teacher_model_name_or_path", "none")
+    assert "--server needs teacher_model_name_or_path too" in said
+    assert not (tmp_path / "c").exists()
