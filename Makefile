@@ -19,7 +19,7 @@ BENCH_ARGS ?=
 SOAK_ARGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick soak test-distributed eval-demo audit gpu-bench gpu-check
+.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick soak house docs-tree test-distributed eval-demo audit gpu-bench gpu-check
 
 help: ## this list
 	@printf 'qtarget: supervised fine-tuning toward a target you choose\n\n'
@@ -112,6 +112,12 @@ check: $(VENV)/.ready ## lint, format, types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+house: $(VENV)/.ready ## the house in figures: what reaches where, what is described twice, how long it is; against limits
+	@$(BIN)/python scripts/house.py
+
+docs-tree: $(VENV)/.ready ## the tree in docs/architecture.md, from the first lines of the modules' docstrings
+	@$(BIN)/python scripts/docs_tree.py
 
 # pip-audit lives in an environment of its own, and asks an advisory service about the names and versions of the lock.
 audit: ## known vulnerabilities of the locked dependencies (asks pypi.org and its advisory service)

@@ -51,6 +51,7 @@ from qtarget.teachers.cache import build as cache_build
 from qtarget.teachers.cache import doctor as cache_doctor
 from qtarget.teachers.cache import scorers as cache_scorers
 from qtarget.teachers.cache.reader import INDEX, CachedTeacher
+from qtarget.training.trainer import RowsTrainer
 
 PARTS = ("engine", "step", "disk", "error")
 ENGINE_K = 64
@@ -167,7 +168,7 @@ class Bench:
     @property
     def asked(self) -> AskedOnce:
         if self._asked is None:
-            trainer = setup.build(self.read(), cache_build.RowsTrainer, weights=False)
+            trainer = setup.build(self.read(), RowsTrainer, weights=False)
             self._asked = AskedOnce(trainer, max(ERROR_KS))
         return self._asked
 

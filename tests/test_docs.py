@@ -6,6 +6,7 @@ import dataclasses
 import doctest
 import importlib.util
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import docs_tree
 import qtarget as qt
 import tiny
 from qtarget.targets import presets, residual, target, trust
@@ -103,6 +105,26 @@ def test_links_of_the_pages_lead_somewhere():
     for page in (ROOT / "docs").glob("*.md"):
         for link in re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_tree_is_that_of_the_docstrings():
+    assert docs_tree.faults() == []
+    assert docs_tree.page() == docs_tree.PAGE.read_text(encoding="utf-8"), "make docs-tree"
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_names_in_a_page_exist(page):
+    """``kernels.py`` or ``benchmarks/engine.py``, and ``qtarget.training.config``; ``my_...`` are the reader's own."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    there = {"/".join(file.split("/")[at:]) for file in tracked for at in range(file.count("/") + 1)}
+    named = set(re.findall(r"(?<![\w./-])(?:\.\./)?([\w/-]+\.py)\b", text))
+    assert sorted(name for name in named if name not in there and not name.startswith("my_")) == []
+    for name in set(re.findall(r"\bqtarget(?:\.\w+){2,}", text)):
+        pkgutil.resolve_name(name)
 
 
 def test_trls_own_script_with_two_lines_changed(tmp_path):

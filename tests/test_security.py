@@ -13,8 +13,8 @@ import pytest
 
 import qtarget as qt
 import tiny
+from qtarget import files
 from qtarget.errors import ConfigError
-from qtarget.evaluation import records
 from qtarget.lens import page
 from qtarget.targets.yaml_form import names_code
 from qtarget.teachers.context import Context
@@ -187,12 +187,12 @@ CLIMBING = ["..", "../x", "../../etc/passwd", "/etc/passwd", "a/../../b", "a/b",
 
 @pytest.mark.parametrize("name", CLIMBING)
 def test_a_task_s_name_is_a_file_s_name(name):
-    assert not records.is_plain(name)
+    assert not files.is_plain(name)
 
 
 @pytest.mark.parametrize("name", ["sums", "t[*]", "tom & ann", "...", "a..b", "naïve"])
 def test_an_ordinary_name_is_taken(name):
-    assert records.is_plain(name)
+    assert files.is_plain(name)
 
 
 @pytest.mark.parametrize("name", ["../x", "..", "/x", "a/../../b", "C:\\x", "..\\x", "a\nb", "a\0b"])

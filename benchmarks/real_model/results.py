@@ -69,6 +69,7 @@ def key(arm: str, seed: int) -> Cell:
 
 def unpack(cell: dict[str, Any], folder: Path) -> Path:
     """The result folder of ``qtarget eval`` again."""
+    from qtarget import files
     from qtarget.evaluation import records, sampling
 
     about = cell["eval"]["tasks"][TASK]
@@ -99,8 +100,8 @@ def unpack(cell: dict[str, Any], folder: Path) -> Path:
                     "verifier_version": about["verifier_version"],
                 }
             )
-    records.write(folder / "problems" / f"{TASK}.jsonl", "".join(map(records.line, asked)))
-    records.write(folder / "samples" / f"{TASK}.jsonl", "".join(map(records.line, samples)))
+    files.write(folder / "problems" / f"{TASK}.jsonl", "".join(map(files.line, asked)))
+    files.write(folder / "samples" / f"{TASK}.jsonl", "".join(map(files.line, samples)))
     records.write_manifest(folder, cell["eval"])
     return folder
 

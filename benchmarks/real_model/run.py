@@ -177,7 +177,7 @@ def eval_words(settings: Settings, model: Path, tasks: Path, out: Path) -> list[
 
 def check_teacher(settings: Settings, results: Path, scratch: Path, model: Path = MODEL) -> None:
     """``qtarget teacher check`` of the first seed's demonstrations, a file a condition."""
-    from qtarget.evaluation import records
+    from qtarget import files
 
     for condition in CONDITIONS:
         file = results / f"teacher_{condition}.json"
@@ -190,7 +190,7 @@ def check_teacher(settings: Settings, results: Path, scratch: Path, model: Path 
         _, *words = train_words(cell, settings, work, model)
         qtarget("teacher", "check", *words, "--rows", settings.rows, "--json", work / "check.json")
         made = {"settings": shared_settings(settings), "check": json.loads((work / "check.json").read_text())}
-        records.write(file, json.dumps({**made, "machine": machine()}, indent=1, ensure_ascii=False) + "\n")
+        files.write(file, json.dumps({**made, "machine": machine()}, indent=1, ensure_ascii=False) + "\n")
         shutil.rmtree(work)
 
 
@@ -254,12 +254,12 @@ def rounded(value: Any) -> Any:
 
 def write(file: Path, made: dict[str, Any]) -> None:
     """All or nothing; an answer a line, so that the file can be read and a change seen."""
-    from qtarget.evaluation import records
+    from qtarget import files
 
     answers = made["answers"]
     lines = ",\n".join(f"  {json.dumps(p)}: {json.dumps(a, ensure_ascii=False)}" for p, a in answers.items())
     rest = json.dumps({k: v for k, v in made.items() if k != "answers"}, indent=1, ensure_ascii=False)
-    records.write(file, rest.removesuffix("\n}") + ',\n "answers": {\n' + lines + "\n }\n}\n")
+    files.write(file, rest.removesuffix("\n}") + ',\n "answers": {\n' + lines + "\n }\n}\n")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,10 @@ _WHERE = {
     "QTargetConfig": "qtarget.training",
     "QTargetTrainer": "qtarget.training",
     "ConfigError": "qtarget.errors",
+    "DataError": "qtarget.errors",
+    "NonFiniteLogits": "qtarget.errors",
+    "QTargetError": "qtarget.errors",
+    "StorageError": "qtarget.errors",
 }
 _MODULES = {
     "presets": "qtarget.targets.presets",
@@ -34,11 +38,15 @@ _MODULES = {
 
 __all__ = [
     "ConfigError",
+    "DataError",
     "Head",
     "InducedTarget",
     "LossOutput",
+    "NonFiniteLogits",
     "QTargetConfig",
+    "QTargetError",
     "QTargetTrainer",
+    "StorageError",
     "Target",
     "TopK",
     "induced_target",
@@ -52,7 +60,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from qtarget.errors import ConfigError
+    from qtarget.errors import ConfigError, DataError, NonFiniteLogits, QTargetError, StorageError
     from qtarget.losses import Head, LossOutput, TopK, linear_target_loss, target_distribution, target_loss
     from qtarget.targets import Target, presets, residual, trust
     from qtarget.targets.induced import InducedTarget, induced_target

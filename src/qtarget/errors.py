@@ -7,6 +7,10 @@ import difflib
 import math
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qtarget.losses.inputs import Tokens
 
 # Names that an error lists.
 _LISTED = 30
@@ -14,8 +18,8 @@ _LISTED = 30
 _LONGEST = 400
 
 
-class ConfigError(ValueError):
-    """One or several faults in what the user asked for, shown together.
+class QTargetError(Exception):
+    """Beneath it stands every error that qtarget raises on purpose; one or several faults, shown together.
 
     Args:
         faults: sentences, each naming a field, its value and the mend.
@@ -24,6 +28,53 @@ class ConfigError(ValueError):
     def __init__(self, faults: str | Sequence[str]):
         self.faults = [faults] if isinstance(faults, str) else list(faults)
         super().__init__("\n".join(self.faults))
+
+    def during(self, what: str) -> None:
+        """Put ``what`` before each fault; the kind of the error and its attributes stay."""
+        self.faults = [f"{what}: {fault}" for fault in self.faults]
+        self.args = ("\n".join(self.faults),)
+
+
+class ConfigError(QTargetError, ValueError):
+    """A setting or argument that cannot be. The kinds below are ConfigErrors too, so that catching it catches them."""
+
+
+class DataError(ConfigError):
+    """Rows or columns that cannot be trained on, or do not belong to the run."""
+
+
+class StorageError(ConfigError):
+    """A file or folder that cannot be written or read: a full disk, missing rights, a damaged file, another's folder."""
+
+
+class NonFiniteLogits(ConfigError):
+    """NaN or infinite logits at a supervised token.
+
+    Args:
+        what: whose logits. token: number of the supervised token. tokens: the batch's ``Tokens``.
+
+    Attributes:
+        row, position: where in the labels; ``position`` is None where they have one dimension.
+    """
+
+    def __init__(self, what: str, token: int, tokens: Tokens):
+        place = token if tokens.index is None else int(tokens.index[token])
+        self.what = what
+        self.row: int = place
+        self.position: int | None = None
+        if len(tokens.shape) > 1:
+            self.row, self.position = divmod(place, tokens.shape[-1])
+        where = f"row {self.row}" + ("" if self.position is None else f", position {self.position}")
+        super().__init__(
+            f"{what} are NaN or infinite at {where}; lower the learning rate, check the data of that row, "
+            "or train in float32 or bfloat16 instead of float16"
+        )
+
+
+def raise_together(faults: Iterable[str], kind: type[QTargetError] = ConfigError) -> None:
+    """Raise one error with every fault, each once; nothing where there is none."""
+    if faults := list(dict.fromkeys(faults)):
+        raise kind(faults)
 
 
 def unknown(field: str, got: object, valid: Iterable[str]) -> ConfigError:
@@ -74,7 +125,7 @@ def loading(field: str, name: object, what: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except ConfigError:
+    except QTargetError:
         raise
     except Exception as error:  # a missing file, broken JSON, half a file, another shape: many kinds
         if "trust_remote_code" in str(error):
@@ -95,24 +146,3 @@ def reason(error: BaseException) -> str:
     text = text or type(error).__name__
     # What it is about stands at the beginning, what to do at the end.
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
-
-
-class NonFiniteLogits(ConfigError):
-    """NaN or infinite logits at a supervised token.
-
-    Args:
-        what: whose logits. token: number of the supervised token. tokens: the batch's ``Tokens``.
-    """
-
-    def __init__(self, what: str, token: int, tokens):
-        place = token if tokens.index is None else int(tokens.index[token])
-        self.what = what
-        self.row: int = place
-        self.position: int | None = None
-        if len(tokens.shape) > 1:
-            self.row, self.position = divmod(place, tokens.shape[-1])
-        where = f"row {self.row}" + ("" if self.position is None else f", position {self.position}")
-        super().__init__(
-            f"{what} are NaN or infinite at {where}; lower the learning rate, check the data of that row, "
-            "or train in float32 or bfloat16 instead of float16"
-        )

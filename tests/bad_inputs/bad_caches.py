@@ -141,6 +141,20 @@ CASES = [
     trained("a-part-missing", "no k", manifest(k=...), "manifest.json cannot be read"),
     trained("another-part-missing", "no teacher", manifest(teacher=...), "manifest.json cannot be read"),
     trained(
+        "a-part-nobody-knows",
+        "a field of somebody else's",
+        manifest(colour="red"),
+        "manifest.json cannot be read",
+        "colour is 'red', and no such file has a field of that name",
+    ),
+    trained(
+        "a-shard-without-tokens",
+        "words for a count, inside a list",
+        line(tokens="many"),
+        "manifest.json cannot be read",
+        "shards[0].tokens is 'many', which should be a valid integer",
+    ),
+    trained(
         "unfinished",
         "a build that was stopped",
         manifest(state="building"),

@@ -114,6 +114,7 @@ CASES = [
     reported("a-size-of-nothing", "a vocabulary of 0", manifest(vocab_size=0), "manifest.json", "vocab_size is 0"),
     reported("no-top-k", "no top_k", manifest(top_k=...), "manifest.json", "top_k"),
     reported("counts-missing", "no tokens", manifest(tokens=...), "manifest.json", "tokens"),
+    reported("a-part-nobody-knows", "a field of somebody else's", manifest(colour=3), "cannot be read", "colour is 3"),
     reported("other-counts", "a capture cut short", manifest(rows=99), "where its manifest says", "capture again"),
     reported("no-tokens-file", "a file is missing", without(TOKENS), f"{TOKENS} cannot be read", "capture again"),
     reported("half-a-file", "a file cut in half", cut(TOKENS), f"{TOKENS} cannot be read", "capture again"),

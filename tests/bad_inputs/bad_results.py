@@ -255,6 +255,7 @@ CASES = [
         "temperature is 0.5 in",
         "compare runs of one setting",
     ),
+    compared("a-part-nobody-knows", "a field of somebody else's", manifest(colour=3), "cannot be read", "colour is 3"),
     compared("no-digest", "a task without a digest", about(digest=...), "eval.json cannot be read", "digest"),
     compared(
         "a-task-that-climbs",

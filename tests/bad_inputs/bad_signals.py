@@ -58,6 +58,7 @@ CASES = [
         "signal.json cannot be read",
     ),
     trained("an-unknown-kind", "a kind nobody makes", manifest(kind="magic"), "signal.json cannot be read"),
+    trained("a-part-nobody-knows", "a field of somebody else's", manifest(colour=3), "cannot be read", "colour is 3"),
     trained("no-files", "no list of files", manifest(files=...), "signal.json cannot be read", "files"),
     trained(
         "no-preprocessing", "no settings", manifest(preprocessing=...), "signal.json cannot be read", "preprocessing"

@@ -1,6 +1,6 @@
 """The table of docs/reliability.md: cases by kind. Run from the repository's root:
 
-PYTHONPATH=src:tests:tests/bad_inputs python tests/bad_inputs/count.py
+PYTHONPATH=src:tests/helpers:tests/bad_inputs python tests/bad_inputs/count.py
 """
 
 from pathlib import Path

@@ -30,7 +30,7 @@ from qtarget.teachers.cache import shards
 from qtarget.teachers.cache.reader import CachedTeacher
 from qtarget.teachers.context import read_template
 from qtarget.teachers.pool import read_pool
-from qtarget.training import checkpoint_files, ranges
+from qtarget.training import checkpoints, ranges
 
 # How many of each; together 10,000.
 EXAMPLES = {
@@ -392,7 +392,7 @@ def test_any_bytes_of_a_checkpoint_are_read_or_named(copies, name, change):
 
     folder = copies / "stopped" / "checkpoint-1"
     with damaged(folder, name, change):
-        assert all(isinstance(fault, str) and fault for fault in checkpoint_files.faults(folder))
+        assert all(isinstance(fault, str) and fault for fault in checkpoints.unreadable_files(folder))
         assert all(isinstance(fault, str) and fault for fault in run_identity.differences(folder, {}))
 
 
@@ -401,6 +401,6 @@ def test_the_world_s_own_files_are_right(world):
     cache = CachedTeacher(world / "cache")
     cache.check_files(checksums=True)
     assert len(record.read(world / "capture")) and records.read_manifest(world / "results")
-    assert checkpoint_files.faults(world / "stopped" / "checkpoint-1") == []
+    assert checkpoints.unreadable_files(world / "stopped" / "checkpoint-1") == []
     assert yaml.safe_load((world / "config.yaml").read_text())["target"] == "target-sft"
     assert tiny.tokenizer()

@@ -11,6 +11,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from qtarget import files
 from qtarget.cli.__main__ import main
 from qtarget.errors import ConfigError
 from qtarget.evaluation import compare, compare_report, records, scores
@@ -56,7 +57,7 @@ def results(folder, right_pn, task="sums", grader="math", version="v1", first=0,
                 "verifier_version": version,
             }
         )
-    records.write(folder / "samples" / f"{task}.jsonl", "".join(map(records.line, rows)))
+    files.write(folder / "samples" / f"{task}.jsonl", "".join(map(files.line, rows)))
     records.finish(folder, {})
     return folder
 

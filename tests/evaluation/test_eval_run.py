@@ -15,6 +15,7 @@ import pytest
 from reasoning_gym.factory import DATASETS
 
 import tiny
+from qtarget import files
 from qtarget.cli import eval as cli_eval
 from qtarget.cli.__main__ import main
 from qtarget.errors import ConfigError
@@ -222,7 +223,7 @@ def test_rescoring_needs_no_model(finished, tmp_path, capsys):
     shutil.copytree(finished, folder)
     rows = lines(folder)
     rows[1] |= {"text": "so 0", "finish": "stop", "strict": False}
-    (folder / "samples" / "sums.jsonl").write_text("".join(map(records.line, rows)))
+    (folder / "samples" / "sums.jsonl").write_text("".join(map(files.line, rows)))
     assert main(["eval", "--rescore", str(folder), "--verifier", "signal_verifiers:last_number"]) == 0
     assert "verdicts   1 changed of 20" in capsys.readouterr().out
     assert lines(folder)[1]["strict"] is True
@@ -257,7 +258,7 @@ def test_faults_of_verifiers_are_counted_and_shown(model, file, tmp_path, capsys
     rows = lines(folder)
     for row, text in zip(rows, ["hang", "raise", "die", "right"], strict=False):
         row |= {"text": text, "finish": "stop"}
-    (folder / "samples" / "sums.jsonl").write_text("".join(map(records.line, rows)))
+    (folder / "samples" / "sums.jsonl").write_text("".join(map(files.line, rows)))
     capsys.readouterr()
     again = ["eval", "--rescore", str(folder), "--verifier", "signal_verifiers:moody", "--verifier_timeout", "2"]
     assert main(again) == 0

@@ -32,9 +32,11 @@ from transformers import AutoModelForCausalLM
 import tiny
 from qtarget import ConfigError, presets
 from qtarget.models import forward
-from qtarget.models.forward import LossCall, add_target_forward, check_head_transform
+from qtarget.models.causal_lm import CausalLM
+from qtarget.models.forward import LossCall, add_target_forward
 from qtarget.targets.target import Target
 from qtarget.teachers.cache import build as cache_build
+from qtarget.training.trainer import RowsTrainer
 from runs import Weights, distance, moved, rows, trainer, weights
 
 STEPS, ROWS = 10, 4
@@ -90,7 +92,7 @@ def prepare(folder: Path) -> None:
     tiny.tokenizer().save_pretrained(folder / "teacher")
     tiny.llama(tied=False).save_pretrained(folder / "plain")
     named = {"teacher_model_name_or_path": str(folder / "teacher"), "target": "kd"}
-    asking = trainer(tiny.taught(), folder / "asking", data(), kind=cache_build.RowsTrainer, **named)
+    asking = trainer(tiny.taught(), folder / "asking", data(), kind=RowsTrainer, **named)
     plan = cache_build.plan(asking, 1000)
     settings = {"dtype": "float32", "about": cache_build.about(asking)}
     cache_build.build(asking, folder / "cache", plan, 16, **settings)
@@ -126,15 +128,15 @@ def sharded(case: str, folder: Path, head: str):
     made = made_for(case, folder, processes=2)
     before = weights(made.model)
     shard(made.model.train(), head)
-    if made._others.teacher is not None:
-        shard(made._others.teacher, head)
+    for other in made.aux.models:
+        shard(other.model, head)
     made.current_gradient_accumulation_steps = 1
     return made, before
 
 
 def step(made: Any, batch: dict[str, Any]) -> None:
     batch = made._prepare_inputs(batch)
-    count = made._get_num_items_in_batch([batch], made.args.device)
+    count = made.denominator([batch])
     made.compute_loss(made.model, batch, num_items_in_batch=count).backward()
 
 
@@ -182,11 +184,12 @@ def gathers(folder: Path, head: str) -> dict[str, list[int]]:
     DTensor.full_tensor, forward.linear_target_loss = counting, chunked
     try:
         found: dict[str, list[int]] = {"student": [], "teacher": [], "chunks": []}
-        made._transform_checked = True  # a check of the first batch, which asks once more
+        made._heads_checked = True  # a check of the first batch, which asks once more
         for batch in itertools.islice(made.get_train_dataloader(), 2):
             counted.clear(), chunks.clear()
             step(made, batch)
-            shapes = {"student": made.model.lm_head.weight.shape, "teacher": made._others.teacher.lm_head.weight.shape}
+            (teacher,) = made.aux.teacher.models
+            shapes = {"student": made.model.lm_head.weight.shape, "teacher": teacher.base.lm_head.weight.shape}
             for name, shape in shapes.items():
                 found[name].append(counted.count(shape))
             found["chunks"].append(sum(chunks))
@@ -214,7 +217,8 @@ def vocabulary_parallel() -> tuple[Weights, Weights]:
     parallelize_module(split, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
     weight: Any = split.lm_head.weight
     assert isinstance(weight, DTensor) and weight.placements[0].is_shard(0)
-    check_head_transform(split, split, {"input_ids": torch.tensor([rows(tiny.conversations(1))[0]["input_ids"]])})
+    ids = torch.tensor([rows(tiny.conversations(1))[0]["input_ids"]])
+    CausalLM(split, len(tiny.tokenizer())).check_head({"input_ids": ids})
     return loss_and_gradients(split, presets.build("dft")), loss_and_gradients(plain, presets.build("dft"))
 
 
@@ -229,7 +233,7 @@ def by_a_tp_plan(folder: Path) -> dict[str, str]:
         add_target_forward(model)
     ids = {"input_ids": torch.tensor([rows(tiny.conversations(1))[0]["input_ids"]])}
     try:
-        check_head_transform(split, split, ids)
+        CausalLM(split, len(tiny.tokenizer())).check_head(ids)
     except ConfigError as error:
         return {"refused": str(error)}
     got, wanted = (loss_and_gradients(model, presets.build("dft")) for model in (split, plain))

@@ -27,10 +27,8 @@ class FakeServer:
 
     Args:
         max_logprobs: the limit on k, as vLLM's --max-logprobs.
-        forms: which of "prompt_logprobs" and "echo" it knows; a field it does not know is ignored.
-        strict: an unknown form is refused with 400 instead.
-        names_ids: whether it knows return_tokens_as_token_ids.
-        generates: whether an echo ends with the generated token.
+        speaks: whether it knows prompt_logprobs; a field it does not know is ignored.
+        strict: an unknown field is refused with 400 instead.
         key: asked for as a bearer token.
     """
 
@@ -39,15 +37,12 @@ class FakeServer:
         model: torch.nn.Module,
         names: Iterable[str] = ("teacher",),
         max_logprobs: int = 20,
-        forms: Iterable[str] = ("prompt_logprobs", "echo"),
+        speaks: bool = True,
         strict: bool = False,
-        names_ids: bool = True,
-        generates: bool = True,
         key: str | None = None,
     ):
         self.model, self.names, self.max_logprobs = model, list(names), max_logprobs
-        self.forms, self.strict = set(forms), strict
-        self.names_ids, self.generates, self.key = names_ids, generates, key
+        self.speaks, self.strict, self.key = speaks, strict, key
         self.faults: Iterator[Fault] = iter(())
         self.tamper: Callable[[list[dict[str, Any]]], object] = lambda choices: None
         self.asked: list[dict[str, Any]] = []
@@ -70,13 +65,10 @@ class FakeServer:
         """The status and the words for a request this server does not take."""
         if body["model"] not in self.names:
             return 404, f"no model {body['model']} here"
-        if self.strict:
-            for form in ("prompt_logprobs", "echo"):
-                if form in body and form not in self.forms:
-                    return 400, f"unknown field {form}"
-        for field, what in (("prompt_logprobs", "prompt"), ("logprobs", "sample")):
-            if body.get(field, 0) > self.max_logprobs:
-                return 400, f"{what} logprobs of {body[field]}, which is greater than max allowed: {self.max_logprobs}."
+        if self.strict and not self.speaks:
+            return 400, "unknown field prompt_logprobs"
+        if (k := body.get("prompt_logprobs", 0)) > self.max_logprobs:
+            return 400, f"prompt logprobs of {k}, which is greater than max allowed: {self.max_logprobs}."
         return None
 
     def complete(self, body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -85,26 +77,10 @@ class FakeServer:
     @torch.no_grad()
     def scores(self, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:
         logp_nv = self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
-        if "prompt_logprobs" in body and "prompt_logprobs" in self.forms:
-            k = body["prompt_logprobs"]
-            return {
-                "prompt_logprobs": [None, *(_mapping(row, own, k) for row, own in zip(logp_nv, ids[1:], strict=False))]
-            }
-        if "echo" not in body or "echo" not in self.forms:
+        if not self.speaks:
             return {"logprobs": None}
-        written = _as_id if self.names_ids and body.get("return_tokens_as_token_ids") else _as_text
-        shown = [*ids, int(logp_nv[-1].argmax())] if self.generates and body["max_tokens"] else ids
-        top = [_mapping(row, own, body["logprobs"]) for row, own in zip(logp_nv, shown[1:], strict=False)]
-        return {
-            "logprobs": {
-                "tokens": [written(token) for token in shown],
-                "token_logprobs": [None, *(row[str(own)]["logprob"] for row, own in zip(top, shown[1:], strict=True))],
-                "top_logprobs": [
-                    None,
-                    *({written(int(key)): entry["logprob"] for key, entry in row.items()} for row in top),
-                ],
-            }
-        }
+        k = body["prompt_logprobs"]
+        return {"prompt_logprobs": [None, *(_mapping(row, own, k) for row, own in zip(logp_nv, ids[1:], strict=False))]}
 
 
 def _mapping(logp_v: torch.Tensor, own: int, k: int) -> dict[str, dict[str, Any]]:
@@ -118,10 +94,6 @@ def _mapping(logp_v: torch.Tensor, own: int, k: int) -> dict[str, dict[str, Any]
         }
         for token in tokens
     }
-
-
-def _as_id(token: int) -> str:
-    return f"token_id:{token}"
 
 
 def _as_text(token: int) -> str:

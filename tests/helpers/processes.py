@@ -20,17 +20,18 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from test_trainer_old_policy import LR, by_hand
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import layouts
 import tiny
+from old_policy import LR, by_hand
 from qtarget.models import forward
 from qtarget.teachers.cache import build as cache_build
 from qtarget.training import history
 from qtarget.training import trainer as trainer_module
+from qtarget.training.trainer import RowsTrainer
 from runs import Weights, distance, moved, trainer, weights
 
 FOLDER = Path(tempfile.mkdtemp())
@@ -72,13 +73,11 @@ def from_a_cache() -> Iterator[tuple[str, Weights, Weights]]:
     for layout in ("padded", "bfd", "wrapped", "padding_free"):
         length = layouts.LAYOUTS[layout].get("max_length", 1024) if layout in ("padded", "bfd") else None
         rows = layouts.data().remove_columns(["old_logps"])
-        made = trainer(
-            layouts.student(), FOLDER, rows, kind=cache_build.RowsTrainer, target="kd", max_length=length, **named
-        )
+        made = trainer(layouts.student(), FOLDER, rows, kind=RowsTrainer, target="kd", max_length=length, **named)
         plan = cache_build.plan(made, 100)
         if not int(os.environ["RANK"]):
             settings = {"dtype": "float32", "about": cache_build.about(made)}
-            cache_build.build(made, folder / layout, plan, made._vocab_size, **settings)
+            cache_build.build(made, folder / layout, plan, made.vocab_size, **settings)
         dist.barrier()
         wanted = layouts.by_autograd("target-sft", layout) if layout != "wrapped" else None
         for accumulation in (1, 2):
@@ -140,13 +139,12 @@ def sharded(
     made = layouts.made_for(name, layout, FOLDER, untied if policy is None else in_float32, **settings)
     layouts.in_one_step(made, accumulation, processes=2)
     shard(made.model.train(), head, policy)
-    for other in (made._others.teacher, made._others.reference):
-        if other is not None:
-            shard(other if policy is None else other.float(), head, policy)
+    for other in made.aux.models:
+        shard(other.model if policy is None else other.model.float(), head, policy)
     made.current_gradient_accumulation_steps = accumulation
     batches = [made._prepare_inputs(batch) for batch in made.get_train_dataloader()]
     assert len(batches) == accumulation
-    return made, batches, made._get_num_items_in_batch(batches, made.args.device)
+    return made, batches, made.denominator(batches)
 
 
 def by_fully_shard(
@@ -207,8 +205,7 @@ def figures_under_bf16() -> tuple[Weights, Weights]:
     """sft's loss is the mean of the nll, and both leave the forward with all their digits."""
     made, batches, _ = sharded("sft", "bfd", 1, "root", BF16)
     loss = made.compute_loss(made.model, batches[0])
-    nll = made._sums["train"]._sums["nll"]
-    return {"loss": loss.detach()[None]}, {"loss": (nll[0] / nll[1])[None]}
+    return {"loss": loss.detach()[None]}, {"loss": torch.tensor([made.meter.read("train")["nll"]]).double()}
 
 
 def columns_under_bf16() -> tuple[Weights, Weights]:

@@ -1,6 +1,8 @@
 """``qtarget verify`` in every process of a launcher: as it is, then with faults between processes. Run by torchrun.
 
-torchrun --nproc_per_node 2 tests/helpers/verify_processes.py FOLDER WORD...    writes FOLDER/right.json and FOLDER/MUTANT.json
+torchrun --nproc_per_node 2 tests/helpers/verify_processes.py FOLDER WORD...
+
+writes FOLDER/right.json and FOLDER/MUTANT.json
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ def own_labels_only(patch: pytest.MonkeyPatch) -> None:
     """Each process divides by its own labels."""
 
     def count(self, batches, device):
-        return denominator.count(batches, self.args.denominator, self._objective).to(device)
+        return denominator.count(batches, self.args.denominator, self.objective).to(device)
 
     patch.setattr(QTargetTrainer, "_get_num_items_in_batch", count)
 

@@ -179,7 +179,7 @@ def test_rows_are_evenly_spread(tmp_path):
     wanted = by_hand(full_logits(tiny.taught()), full_logits(other()), some)
     assert agreement.estimate(made, 3) == (3, wanted["tokens"])
     assert_same(agreement.measure(made, 3).to_dict(), wanted)
-    assert agreement.spread(10, 4) == [0, 2, 5, 7] and agreement.spread(3, 200) == [0, 1, 2]
+    assert agreement.evenly_spaced(10, 4) == [0, 2, 5, 7] and agreement.evenly_spaced(3, 200) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_the_students_own_average_starts_as_the_student(tmp_path):
     got = agreement.measure(made, 4)
     assert got.own_average and got.kl_teacher_student == 0 and got.judgement == "identical"
     assert "it is the student's own average, which starts as the student" in got.verdict
-    assert made._others.average.taken_at is None, "the average was moved"
+    assert made.aux.average.taken_at is None, "the average was moved"
 
 
 def test_nothing_is_changed(tmp_path):

@@ -142,11 +142,9 @@ def served(monkeypatch):
         yield server
 
 
-@pytest.mark.parametrize("form", ["prompt_logprobs", "echo"])
 @pytest.mark.parametrize("context", [None, "{{ prompt }} ({{ hint }})"])
-def test_filled_by_a_server(form, context, world, served, tmp_path):
+def test_filled_by_a_server(context, world, served, tmp_path):
     """The same tokens as from the loaded teacher, and the same log-probabilities to float32."""
-    served.forms = {form}
     more = ["--k", K, "--cache_dtype", "float32", *(["--teacher_context", context] if context else [])]
     live = build(world, tmp_path / "live", *more)
     asked = build(world, tmp_path / "asked", *more, "--server", served.url)

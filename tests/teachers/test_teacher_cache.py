@@ -23,7 +23,6 @@ import qtarget as qt
 import tiny
 from caches import VOCAB, build, contents, data, refused, teacher, write_rows
 from qtarget.cli.__main__ import main
-from qtarget.teachers.cache import shards
 from qtarget.teachers.cache.index import supervised_positions
 from qtarget.teachers.cache.reader import CachedTeacher
 from runs import logits_of, moved, rows, trainer, weights
@@ -408,7 +407,7 @@ def test_the_disk_fills_up(world, some, tmp_path, capsys, monkeypatch):
             raise OSError(28, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr(shards.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     start = ["cache", "build", "--config", world / "config.yaml", "-o", tmp_path / "c", "--k", K, "--shard_tokens", 100]
     assert "cannot be written: the disk is full" in refused(capsys, *start)
     monkeypatch.undo()

@@ -341,7 +341,7 @@ STEPS = {"max_steps": 3, "num_train_epochs": 9, "learning_rate": LR}
 
 
 def kept_of(made):
-    return made._others.average._kept
+    return made.aux.average._kept
 
 
 @functools.cache
@@ -530,9 +530,7 @@ def test_modes_are_given_back(decay, tmp_path):
     for _ in range(2):
         made.compute_loss(made.model, dict(batch))
         assert {name: module.training for name, module in model.named_modules()} == modes
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        asked = made._others.heads(made.model, inputs, frozenset({"teacher"}), batch["labels"], {})
-        hidden.append(asked["teacher"].hidden)
+        hidden.append(made.ask(made.rows.batch(batch), {"teacher"})["teacher"].hidden)
     assert torch.equal(*hidden)
     alive = [model(input_ids=batch["input_ids"]).logits for _ in range(2)]
     assert not torch.equal(*alive), "without dropout this would show nothing"
@@ -614,11 +612,11 @@ def test_a_column_in_place_of_the_reference(layout, reference_folder, tmp_path):
         reference_model_name_or_path=reference_folder,
         reference_model_init_kwargs=DOUBLE,
     )
-    assert named._others.reference is not None
+    assert named.aux.reference is not None
     wanted = online_by_hand(documents, means(documents))
     for accumulation in (1, 2):
         made, got = in_one_step(tmp_path, data, layout, accumulation)
-        assert made._others.reference is None
+        assert made.aux.reference is None
         assert_same_change(got, wanted, 1e-6)  # weights and columns cross the loss in float32
         assert distance(got, by_model)[0] < 1e-6
     shifted = means(documents)[1:] + means(documents)[:1]
@@ -629,7 +627,7 @@ def test_a_column_beside_conversations(tmp_path):
     data = tiny.conversations(4)
     documents = rows(data)
     made, got = in_one_step(tmp_path, data.add_column("reference_logp", means(documents)), "padded", 2)
-    assert made._others.reference is None
+    assert made.aux.reference is None
     assert_same_change(got, online_by_hand(documents, means(documents)), 1e-6)
 
 

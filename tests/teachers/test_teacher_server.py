@@ -1,4 +1,4 @@
-"""A teacher behind HTTP: true log-probabilities in both wire formats, and one sentence for everything else."""
+"""A teacher behind HTTP: true log-probabilities in vLLM's wire format, and one sentence for everything else."""
 
 import email.utils
 import itertools
@@ -17,7 +17,6 @@ from qtarget.errors import ConfigError
 from qtarget.teachers.server.client import TeacherServer
 
 V, K = len(tiny.tokenizer()), 8
-BOTH = pytest.mark.parametrize("form", ["prompt_logprobs", "echo"])
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +79,9 @@ def refused(call, pattern):
 # What is asked and answered
 
 
-@BOTH
 @pytest.mark.parametrize("k", [1, 8, 20])
-def test_scores_are_the_models_own(model, serve, form, k):
-    server = serve(forms=[form])
+def test_scores_are_the_models_own(model, serve, k):
+    server = serve()
     scored = ready(server, k=k).score(sequences())
     assert len(server.asked) == 1
     inside = []
@@ -101,28 +99,17 @@ def test_scores_are_the_models_own(model, serve, form, k):
     assert any(inside) and not all(inside)  # so both k and k + 1 entries were read
 
 
-@BOTH
-def test_what_is_sent(serve, form):
-    server = serve(forms=[form])
+def test_what_is_sent(serve):
+    server = serve()
     ready(server).score(sequences())
     body = server.asked[0]
     assert body.pop("prompt") == sequences()
     common = {"model": "teacher", "max_tokens": 1, "temperature": 0, "add_special_tokens": False}
-    own = {"prompt_logprobs": {"prompt_logprobs": K}}.get(
-        form, {"echo": True, "logprobs": K, "return_tokens_as_token_ids": True}
-    )
-    assert body == common | own
+    assert body == common | {"prompt_logprobs": K}
 
 
-def test_an_echo_may_end_without_a_generated_token(serve):
-    with_it, without = serve(forms=["echo"]), serve(forms=["echo"], generates=False)
-    for a, b in zip(ready(with_it).score(sequences()), ready(without).score(sequences()), strict=True):
-        np.testing.assert_array_equal(a.ids, b.ids)
-
-
-@BOTH
-def test_choices_in_another_order(serve, form):
-    server = serve(forms=[form])
+def test_choices_in_another_order(serve):
+    server = serve()
     asking = ready(server)
     plain = asking.score(sequences())
     moved = []
@@ -130,18 +117,6 @@ def test_choices_in_another_order(serve, form):
     for a, b in zip(plain, asking.score(sequences()), strict=True):
         np.testing.assert_array_equal(a.ids, b.ids)
     assert moved == [3, 2, 1, 0]
-
-
-def test_prompt_logprobs_is_the_first_choice(serve):
-    server = serve()
-    ready(server).score(sequences())
-    assert "prompt_logprobs" in server.asked[0] and "echo" not in server.asked[0]
-
-
-def test_a_server_that_refuses_unknown_fields_is_asked_for_an_echo(serve):
-    server = serve(forms=["echo"], strict=True)
-    ready(server).score(sequences())
-    assert "echo" in server.asked[0]
 
 
 @pytest.mark.parametrize("tail", ["", "/", "/v1", "/v1/"])
@@ -220,40 +195,37 @@ def test_nothing_listens():
     refused(client(url, retries=2).check, pattern)
 
 
-def test_neither_form(serve):
+def test_a_server_without_prompt_logprobs(serve):
     pattern = (
-        r"neither prompt_logprobs nor echo with token ids \(prompt_logprobs: .*no such list; echo: .*no logprobs\); "
+        r"^url is '\S+', which gives no prompt_logprobs with token ids \(the answer has no such list\); serve .* vLLM$"
     )
-    refused(client(serve(forms=[]).url).check, pattern)
-    strict = client(serve(forms=[], strict=True).url)
-    refused(strict.check, r"neither .*refused with 400, \"unknown field prompt_logprobs\"; echo: .*unknown field echo")
+    refused(client(serve(speaks=False).url).check, pattern)
+    strict = client(serve(speaks=False, strict=True).url)
+    refused(strict.check, r"\(it refuses with 400, \"unknown field prompt_logprobs\"\); serve the teacher with vLLM$")
 
 
-def test_text_tokens(serve):
-    asking = client(serve(forms=["echo"], names_ids=False).url)
-    refused(
-        asking.check, r"neither .* echo with token ids \(.*echo: tokens are text and no token ids, as '.*'\); serve "
-    )
-
-
-def test_text_tokens_that_look_like_ids(serve):
-    """The text "5" is no id."""
-    server = serve(forms=["echo"])
+def test_a_server_that_no_longer_gives_them(serve):
+    server = serve()
     asking = ready(server)
-    server.tamper = lambda choices: choices[0]["logprobs"]["tokens"].__setitem__(0, "5")
-    refused(lambda: asking.score(sequences()), r"^echo was answered .* now tokens are text and no token ids, as '5'; ")
+    server.speaks = False
+    refused(lambda: asking.score(sequences()), r"^prompt_logprobs was answered by \S+ before and now .* no such list; ")
 
 
-@pytest.mark.parametrize("forms", [["prompt_logprobs"], ["echo"], ["prompt_logprobs", "echo"]])
-def test_a_limit_below_k(serve, forms):
-    server = serve(forms=forms, max_logprobs=5)
+def test_text_for_an_id(serve):
+    """The text "five" is no id."""
+    server = serve()
+    server.tamper = lambda choices: choices[0]["prompt_logprobs"][1].update(five={"logprob": -1.0})
+    refused(client(server.url).check, r"\(position 1 has 'five', which is text and no token id\); serve ")
+
+
+def test_a_limit_below_k(serve):
+    server = serve(max_logprobs=5)
     pattern = (
         rf"^k is {K}, and \S+ was started with a smaller --max-logprobs \(400, \".* logprobs of {K}, which is greater "
         rf"than max allowed: 5\"\); start it with --max-logprobs {K}, or ask for a smaller k$"
     )
     refused(client(server.url).check, pattern)
-    asked = [body.get("prompt_logprobs", body.get("logprobs")) for body in server.asked]
-    assert set(asked) == {K}  # never with a smaller k
+    assert {body["prompt_logprobs"] for body in server.asked} == {K}  # never with a smaller k
 
 
 def keep(entries, n):
@@ -262,7 +234,7 @@ def keep(entries, n):
 
 
 def test_a_server_that_caps_k_in_silence(serve):
-    server = serve(forms=["prompt_logprobs"])
+    server = serve()
     server.tamper = lambda choices: [keep(row, 5) for c in choices for row in c["prompt_logprobs"] if row]
     pattern = rf"^prompt_logprobs of sequence 0 has 5 entries at position 1 where k is {K}; .*--max-logprobs {K}"
     refused(client(server.url).check, pattern)
@@ -271,122 +243,72 @@ def test_a_server_that_caps_k_in_silence(serve):
 # Answers that do not fit what was sent. `rows` is the list of positions of the second sequence, 13 tokens long.
 
 
-def mapping_of(choices, form):
-    choice = choices[1]
-    return choice["prompt_logprobs"] if form == "prompt_logprobs" else choice["logprobs"]["top_logprobs"]
-
-
-def put(rows, form, token, logprob):
+def put(rows, token, logprob):
     """One more entry at position 4."""
-    if form == "prompt_logprobs":
-        rows[4][str(token)] = {"logprob": logprob, "rank": 1, "decoded_token": "x"}
-    else:
-        rows[4][f"token_id:{token}"] = logprob
+    rows[4][str(token)] = {"logprob": logprob, "rank": 1, "decoded_token": "x"}
 
 
-def change(rows, form, logprob):
+def change(rows, logprob):
     """The last entry of position 4, which is not the sequence's own token."""
-    key = list(rows[4])[-1]
-    rows[4][key] = {"logprob": logprob, "rank": K} if form == "prompt_logprobs" else logprob
+    rows[4][list(rows[4])[-1]] = {"logprob": logprob, "rank": K}
 
 
 TAMPERED = {
     "too few": (
-        lambda rows, form: rows.__delitem__(slice(12, None)),
+        lambda rows: rows.__delitem__(slice(12, None)),
         r"sequence 1 has 12 positions where 13 tokens were sent; .*truncates",
     ),
-    "too few entries": (lambda rows, form: keep(rows[4], 5), rf"has 5 entries at position 4 where k is {K}; "),
-    "id above": (lambda rows, form: put(rows, form, V, -1.0), rf"names token {V} at position 4, outside .* of {V}; "),
-    "id below": (lambda rows, form: put(rows, form, -1, -1.0), rf"names token -1 at position 4, outside .* of {V}; "),
-    "id huge": (lambda rows, form: put(rows, form, 2**40, -1.0), rf"names token {2**40} at position 4, outside "),
-    "NaN": (lambda rows, form: change(rows, form, math.nan), r"log-probability nan at position 4, .* finite .*; look"),
-    "infinite": (lambda rows, form: change(rows, form, -math.inf), r"log-probability -inf at position 4, "),
-    "huge": (lambda rows, form: change(rows, form, -(10**400)), r"log-probability -10+ at position 4, "),
-    "positive": (lambda rows, form: change(rows, form, 0.5), r"log-probability 0\.5 at position 4, "),
-    "null": (lambda rows, form: change(rows, form, None), r"log-probability None at position 4, "),
-    "text": (lambda rows, form: change(rows, form, "-1"), r"log-probability '-1' at position 4, "),
+    "too few entries": (lambda rows: keep(rows[4], 5), rf"has 5 entries at position 4 where k is {K}; "),
+    "id above": (lambda rows: put(rows, V, -1.0), rf"names token {V} at position 4, outside .* of {V}; "),
+    "id below": (lambda rows: put(rows, -1, -1.0), rf"names token -1 at position 4, outside .* of {V}; "),
+    "id huge": (lambda rows: put(rows, 2**40, -1.0), rf"names token {2**40} at position 4, outside "),
+    "NaN": (lambda rows: change(rows, math.nan), r"log-probability nan at position 4, .* finite .*; look"),
+    "infinite": (lambda rows: change(rows, -math.inf), r"log-probability -inf at position 4, "),
+    "huge": (lambda rows: change(rows, -(10**400)), r"log-probability -10+ at position 4, "),
+    "positive": (lambda rows: change(rows, 0.5), r"log-probability 0\.5 at position 4, "),
+    "null": (lambda rows: change(rows, None), r"log-probability None at position 4, "),
+    "text": (lambda rows: change(rows, "-1"), r"log-probability '-1' at position 4, "),
     "mass": (
-        lambda rows, form: change(rows, form, 0.0),
+        lambda rows: change(rows, 0.0),
         r"likeliest tokens at position 4 a probability of 1\.\d+ together",
     ),
 }
 
 
-@BOTH
 @pytest.mark.parametrize("tamper, pattern", TAMPERED.values(), ids=TAMPERED)
-def test_an_answer_that_does_not_fit(serve, form, tamper, pattern):
-    server = serve(forms=[form])
+def test_an_answer_that_does_not_fit(serve, tamper, pattern):
+    server = serve()
     asking = ready(server)
-    server.tamper = lambda choices: tamper(mapping_of(choices, form), form)
+    server.tamper = lambda choices: tamper(choices[1]["prompt_logprobs"])
     message = refused(lambda: asking.score(sequences()), pattern)
-    assert form in message and "sequence 1" in message
+    assert "prompt_logprobs" in message and "sequence 1" in message
     assert len(server.asked) == 1  # a whole answer is not asked for again
 
 
 def test_too_many_positions(serve):
-    server = serve(forms=["prompt_logprobs"])
+    server = serve()
     asking = ready(server)
     server.tamper = lambda choices: choices[1]["prompt_logprobs"].append({})
     refused(lambda: asking.score(sequences()), r"^prompt_logprobs of sequence 1 has 14 positions where 13 tokens were ")
 
 
-def test_too_many_echoed(serve):
-    server = serve(forms=["echo"])
-    asking = ready(server)
-    server.tamper = lambda choices: choices[1]["logprobs"]["tokens"].insert(0, "token_id:0")
-    refused(lambda: asking.score(sequences()), r"^tokens of echo of sequence 1 has 15 positions where 13 tokens were ")
-
-
 def test_other_tokens_in_prompt_logprobs(serve):
-    server = serve(forms=["prompt_logprobs"])
+    server = serve()
     asking = ready(server)
     own = sequences()[1][4]
     server.tamper = lambda choices: (
-        put(choices[1]["prompt_logprobs"], "prompt_logprobs", V - 1, -30.0)
-        or choices[1]["prompt_logprobs"][4].pop(str(own))
+        put(choices[1]["prompt_logprobs"], V - 1, -30.0) or choices[1]["prompt_logprobs"][4].pop(str(own))
     )
     pattern = rf"^prompt_logprobs of sequence 1 has no such entry at position 4 where token {own} was sent, so "
     refused(lambda: asking.score(sequences()), pattern + r"http\S+ answers with other tokens; serve a model with the ")
 
 
-def test_other_tokens_in_an_echo(serve):
-    server = serve(forms=["echo"])
-    asking = ready(server)
-    own = sequences()[1][4]
-    server.tamper = lambda choices: choices[1]["logprobs"]["tokens"].__setitem__(4, f"token_id:{own + 1}")
-    pattern = (
-        rf"^echo of sequence 1 has token {own + 1} at position 4 where token {own} was sent, so http\S+ answers with "
-    )
-    refused(lambda: asking.score(sequences()), pattern + r"other tokens; ")
-
-
-def test_a_begin_token_put_before_an_echo(serve):
-    """With the generated token cut, the count is right and every token is one late."""
-    server = serve(forms=["echo"], generates=False)
-    asking = ready(server)
-    server.tamper = lambda choices: [
-        choice["logprobs"][field].insert(0, "token_id:0" if field == "tokens" else None)
-        for choice in choices
-        for field in choice["logprobs"]
-    ]
-    refused(lambda: asking.score(sequences()), r"^echo of sequence 0 has token 0 at position 0 where .* other tokens; ")
-
-
 def test_positions_one_early(serve):
-    server = serve(forms=["prompt_logprobs"])
+    server = serve()
     asking = ready(server)
     server.tamper = lambda choices: choices[1]["prompt_logprobs"].append(choices[1]["prompt_logprobs"].pop(0))
     refused(
         lambda: asking.score(sequences()), r"^prompt_logprobs of sequence 1 has entries at position 0, .* other tokens"
-    )
-
-
-def test_an_echo_whose_lists_disagree(serve):
-    server = serve(forms=["echo"])
-    asking = ready(server)
-    server.tamper = lambda choices: choices[1]["logprobs"]["token_logprobs"].__setitem__(4, -50.0)
-    refused(
-        lambda: asking.score(sequences()), r"^echo of sequence 1 gives token \d+ the log-probabilities -50 and -\S+ at "
     )
 
 

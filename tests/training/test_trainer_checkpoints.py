@@ -259,7 +259,7 @@ def test_a_file_that_may_not_grow(config, tmp_path):
 
 def test_what_is_no_fault_of_the_disk_is_left_alone(tmp_path):
     for error in (RuntimeError("a shape is wrong"), FileNotFoundError(2, "No such file", "x"), OSError("odd")):
-        with pytest.raises(type(error)), checkpoints.told("it", tmp_path):
+        with pytest.raises(type(error)), checkpoints.storage_errors("it", tmp_path):
             raise error
-    with pytest.raises(PermissionError), checkpoints.told("it", tmp_path):
+    with pytest.raises(PermissionError), checkpoints.storage_errors("it", tmp_path):
         raise PermissionError(13, "Permission denied", "/elsewhere/rows.jsonl")

@@ -45,7 +45,7 @@ def check_numbers_lie_on_their_tokens(made, name):
     seen = 0
     for batch in batches(made):
         ids = batch["input_ids"]
-        real = batch["attention_mask"] == 1 if "attention_mask" in batch else ids != made._tokenizer.pad_token_id
+        real = batch["attention_mask"] == 1 if "attention_mask" in batch else ids != made.tokenizer.pad_token_id
         assert batch[name].shape == ids.shape and batch[name].dtype == torch.float32
         assert torch.equal(batch[name], SIGN.get(name, 1.0) * torch.where(real, ids, 0).float())
         seen += int(real.sum())

@@ -14,6 +14,7 @@ from published import CASES
 from qtarget import ConfigError, QTargetConfig, QTargetTrainer
 from qtarget.data.columns import TokenColumnCollator
 from qtarget.models import forward
+from qtarget.models.causal_lm import CausalLM
 from qtarget.training import auxiliary
 from runs import (
     assert_same_change,
@@ -79,14 +80,13 @@ def test_a_teacher_joined_by_position_is_noticed(monkeypatch, tmp_path):
 def test_a_teacher_under_another_mask_is_noticed(layout, monkeypatch, tmp_path):
     """An invented all-ones mask and no positions: the teacher would read across documents."""
     wanted = layouts.by_autograd("target-sft", layout)
-    real = auxiliary.AuxiliaryModels._head
+    real = CausalLM.head
 
-    def invented(self, model, inputs):
-        return real(
-            self, model, {"input_ids": inputs["input_ids"], "attention_mask": torch.ones_like(inputs["input_ids"])}
-        )
+    def invented(self, inputs):
+        ids = inputs["input_ids"]
+        return real(self, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
-    monkeypatch.setattr(auxiliary.AuxiliaryModels, "_head", invented)
+    monkeypatch.setattr(CausalLM, "head", invented)
     assert distance(layouts.by_trainer("target-sft", layout, 1, tmp_path), wanted)[0] > 1e-3
 
 
@@ -177,7 +177,7 @@ def test_rows_that_lost_their_labels_are_counted(tmp_path, caplog):
     gone = sum(place >= limit for place in first)
     with caplog.at_level(logging.WARNING, "qtarget"):
         made = trainer(tiny.llama(), tmp_path, data, max_length=limit)
-    assert made.rows_without_labels == {"train": gone} and len(made.train_dataset) == 8 - gone
+    assert made.rows.without_labels == {"train": gone} and len(made.train_dataset) == 8 - gone
     assert f"{gone} of 8 rows of the train dataset have no supervised token left, cut at max_length" in caplog.text
     assert "they are dropped" in caplog.text
 
@@ -188,7 +188,7 @@ def test_rows_that_lost_their_labels_in_a_packed_set(tmp_path, caplog):
     )
     with caplog.at_level(logging.WARNING, "qtarget"):
         made = trainer(tiny.llama(), tmp_path, data, packing=True, max_length=128)
-    assert made.rows_without_labels == {"train": 1} and "1 of 4 rows of the train dataset" in caplog.text
+    assert made.rows.without_labels == {"train": 1} and "1 of 4 rows of the train dataset" in caplog.text
     assert "they teach nothing" in caplog.text
 
 
@@ -199,7 +199,7 @@ def test_rows_that_lost_their_labels_in_a_stream(tmp_path, caplog):
     made = trainer(tiny.llama(), tmp_path, data.to_iterable_dataset(), num_train_epochs=1)
     with caplog.at_level(logging.WARNING, "qtarget"):
         seen = sum(len(batch["labels"]) for batch in made.get_train_dataloader())
-    assert seen == 3 and made.rows_without_labels == {"train": 1}
+    assert seen == 3 and made.rows.without_labels == {"train": 1}
     assert "1 of 3 rows of the train dataset have no supervised token left" in caplog.text
 
 

@@ -195,7 +195,7 @@ def test_a_reference_that_moves_is_noticed(tmp_path):
     """A reference that shares the student's weights is right at the first step and wrong at the second."""
     case, data = CASE["asft:kl_weight=0.8"], tiny.conversations(4)
     made = trainer(tiny.taught(), tmp_path, target=target_of(case), max_steps=2, learning_rate=0.3)
-    made._others.reference.load_state_dict(made.model.state_dict(), assign=True)
+    made.aux.reference.model.load_state_dict(made.model.state_dict(), assign=True)
     before = weights(made.model)
     made.train()
     got = moved(before, made.model)

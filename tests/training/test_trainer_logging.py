@@ -191,7 +191,7 @@ def test_evaluation_is_a_mean_over_tokens(name, tmp_path):
         per_device_eval_batch_size=3,
     )
     if "reference_logits" in case.needs:
-        made._others.reference.load_state_dict(tiny.taught(seed=9).state_dict())
+        made.aux.reference.model.load_state_dict(tiny.taught(seed=9).state_dict())
         reference = tiny.taught(seed=9).double().eval()
         case_loss = case.loss
 
@@ -280,7 +280,7 @@ def test_evaluating_with_a_model_that_is_not_there(tmp_path):
             pass
     with pytest.raises(ConfigError, match="target is 'kdd'; did you mean 'kd'"), made.evaluating("kdd"):
         pass
-    assert made._eval_objective.targets[None].final == qt.preset("sft")
+    assert made.eval_objective.targets[None].final == qt.preset("sft")
 
 
 @pytest.mark.parametrize("make", [tiny.llama, tiny.no_kwargs], ids=lambda make: make.__name__)

@@ -102,19 +102,19 @@ def test_base_is_untouched_by_training(more, tmp_path):
     made = trained(model, tmp_path, target="asft", max_steps=3, learning_rate=0.3)
     with torch.no_grad(), made.model.eval().disable_adapter():
         assert torch.equal(logits_of(made.model, row), start)
-    assert made._others.reference is None, "no copy of the model is held beside its adapters"
+    assert made.aux.reference is None, "no copy of the model is held beside its adapters"
 
 
-def ask_twice(others):
+def ask_twice(aux):
     """Fail where the reference's answer is a matter of chance."""
-    ask = others.heads
+    ask = aux.ask
 
-    def heads(*args):
+    def twice(*args):
         first, second = ask(*args), ask(*args)
         assert torch.equal(first["reference"].hidden, second["reference"].hidden)
         return second
 
-    others.heads = heads
+    aux.ask = twice
 
 
 @pytest.mark.parametrize("peft_config", [lora(lora_dropout=0.5), None], ids=["adapters off", "frozen copy"])
@@ -124,7 +124,7 @@ def test_dropout_is_off_in_the_reference_and_on_in_the_student(peft_config, tmp_
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     made = trainer(model, tmp_path, peft_config=peft_config, target="sft-kl", max_steps=2)
-    ask_twice(made._others)
+    ask_twice(made.aux)
     made.train()
     assert all(module.training for module in made.model.modules()), "the reference's forward left dropout off"
 

@@ -8,7 +8,8 @@ from peft import LoraConfig
 import layouts
 import qtarget as qt
 import tiny
-from published import label_log_p, psft
+from old_policy import LR, by_hand
+from published import label_log_p
 from qtarget import ConfigError
 from runs import (
     assert_same_change,
@@ -21,33 +22,10 @@ from runs import (
     moved,
     rows,
     tokenised,
-    trainable,
     trained,
     trainer,
     weights,
 )
-
-LR = 0.3
-
-
-def by_hand(model, data, steps, interval):
-    """psft with the old policy taken before steps 0, interval, 2·interval, ..., by autograd on full logits."""
-    model = model.eval()
-    before = weights(model)
-    for step in range(steps):
-        if step % interval == 0:
-            with torch.no_grad():
-                old = [label_log_p(logits_of(model, row), labels_of(row)) for row in data]
-        losses = [
-            psft(logits_of(model, row), labels_of(row), clip=0.2, clip_high=0.2, old_logps=then)
-            for row, then in zip(data, old, strict=True)
-        ]
-        model.zero_grad()
-        (torch.cat(losses).sum() / count(data)).backward()
-        with torch.no_grad():
-            for parameter in trainable(model).values():
-                parameter -= LR * parameter.grad
-    return moved(before, model)
 
 
 @pytest.mark.parametrize("interval", [2, 3, 100])
@@ -79,7 +57,7 @@ def test_right_after_a_refresh_psft_is_sft(tmp_path):
 def test_only_adapters_are_copied_under_lora(tmp_path):
     peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     made = trained(tiny.taught(), tmp_path, peft_config=peft_config, target="psft", psft_refresh=2)
-    kept = made._others.old_policy._kept
+    kept = made.aux.old_policy._kept
     assert kept and all("lora_" in name for name in kept)
 
 
@@ -180,9 +158,8 @@ def test_weights_at_the_start_are_one_and_clamped_later(tmp_path):
     assert history(made, "trust")[0] == pytest.approx(1, abs=1e-6)
     assert "weights online" in made.describe() and "reference" in made.describe()
     far = trainer(tiny.taught(), tmp_path, reference_model=tiny.llama(3), target="iw-sft", weights="online")
-    batch = next(iter(far.get_train_dataloader()))
-    labels = batch.pop("labels")
-    assert float(far._others.online_weights(far.model, batch, labels, 50.0).max()) == 16
+    batch = far.rows.batch(next(iter(far.get_train_dataloader())))
+    assert float(far.aux.online_weights(far.student, batch, 50.0).max()) == 16
 
 
 def test_a_column_is_not_asked_for_online(tmp_path):

@@ -289,4 +289,4 @@ def test_kept_tokens_are_counted_by_their_own_target(tmp_path):
         for row in data
         for label, critical in zip(row["labels"][1:], row["critical"][1:], strict=True)
     )
-    assert float(made._get_num_items_in_batch(batch, made.args.device)) == kept
+    assert float(made.denominator(batch)) == kept

@@ -268,7 +268,8 @@ def test_everything_by_name(folders, tmp_path):
     args = config(tmp_path, target="kd", teacher_model_name_or_path=folders["teacher"])
     made = QTargetTrainer(folders["student"], args, train_dataset=tiny.conversations(4))
     made.train()
-    assert not made._others.teacher.training and not any(p.requires_grad for p in made._others.teacher.parameters())
+    (teacher,) = (one.model for one in made.aux.teacher.models)
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
 def test_a_teacher_with_another_tokenizer(folders, tmp_path):
@@ -288,13 +289,13 @@ def test_a_teacher_with_another_tokenizer(folders, tmp_path):
 def test_an_unneeded_teacher_is_not_loaded(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="qtarget"):
         made = trainer(tiny.llama(), tmp_path, target="dft", teacher_model_name_or_path=NOWHERE)
-    assert made._others.teacher is None
+    assert made.aux.teacher is None
     assert "a teacher is given, but target dft does not need it; it is not loaded" in caplog.text
 
 
 def test_at_eta_zero_no_teacher_is_needed(tmp_path):
     made = trained(tiny.llama(), tmp_path, target={"preset": "target-sft", "eta": 0.0})
-    assert made._others.teacher is None
+    assert made.aux.teacher is None
 
 
 def test_a_teacher_for_evaluation_only(tmp_path):
@@ -307,7 +308,7 @@ def test_a_teacher_for_evaluation_only(tmp_path):
         eval_target="kd",
         teacher_model=tiny.llama(1, width=48),
     )
-    assert made._others.teacher is not None and made.evaluate()["eval_residual_mass"] == 1
+    assert made.aux.teacher is not None and made.evaluate()["eval_residual_mass"] == 1
 
 
 def test_a_reference_by_name(folders, tmp_path):

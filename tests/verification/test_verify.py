@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -25,8 +26,7 @@ from qtarget.losses.engine.buffers import Scratch
 from qtarget.models import forward
 from qtarget.targets import presets
 from qtarget.training import QTargetTrainer, denominator
-from qtarget.training import auxiliary as other_models_module
-from qtarget.training import trainer as trainer_module
+from qtarget.training.auxiliary import AuxiliaryModels
 from qtarget.verification import Subject, formulas, peak, report, resources
 
 HERE = Path(__file__).parents[1] / "helpers"
@@ -294,7 +294,12 @@ def dropped_tail(patch: pytest.MonkeyPatch) -> None:
 
 def padded_rows_of_the_head(patch: pytest.MonkeyPatch) -> None:
     """Rows of the head that stand for no token counted as tokens."""
-    patch.setattr(trainer_module, "real_vocabulary_size", lambda tokenizer: None)
+    real = forward.LossCall.__init__
+
+    def made(self, targets, labels, columns, others, vocab_size, *more):
+        real(self, targets, labels, columns, others, None, *more)
+
+    patch.setattr(forward.LossCall, "__init__", made)
 
 
 def relabelled(patch: pytest.MonkeyPatch, change: Callable[[list[int], list[int]], list[int]]) -> None:
@@ -342,14 +347,15 @@ def labels_moved_by_the_collator(patch: pytest.MonkeyPatch) -> None:
 
 
 def other_ids(patch: pytest.MonkeyPatch, role: str) -> None:
-    real = other_models_module.AuxiliaryModels.heads
+    real = AuxiliaryModels.ask
 
-    def heads_of(self, model, inputs, requires, labels, columns):
-        if role in requires:
-            inputs = inputs | {"input_ids": inputs["input_ids"].roll(-1, -1)}
-        return real(self, model, inputs, requires, labels, columns)
+    def ask(self, student, batch, of):
+        if role in of:
+            inputs = batch.inputs | {"input_ids": batch.inputs["input_ids"].roll(-1, -1)}
+            batch = dataclasses.replace(batch, inputs=inputs)
+        return real(self, student, batch, of)
 
-    patch.setattr(other_models_module.AuxiliaryModels, "heads", heads_of)
+    patch.setattr(AuxiliaryModels, "ask", ask)
 
 
 def a_teacher_that_reads_on(patch: pytest.MonkeyPatch) -> None:
@@ -602,9 +608,7 @@ def test_the_documentation_lists_the_faults():
         what = " ".join((mutant.__doc__ or "").rstrip(".").split())
         lines.append(f"| {what} | {', '.join(name for name in NAMES if name in caught_by)} |")
     text = (HERE.parent / "docs" / "verify.md").read_text()
-    shown = text.split("<!-- mutants: checked by tests/verification/test_verify.py -->\n")[1].split(
-        "<!-- end of mutants -->"
-    )[0]
+    shown = text.split("<!-- mutants: checked by test_verify.py -->\n")[1].split("<!-- end of mutants -->")[0]
     assert shown.splitlines() == lines
     assert all(f"| {name} |" in text for name in NAMES)
 

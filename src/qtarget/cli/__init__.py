@@ -1,1 +1,1 @@
-"""The command line, a small file a verb. Heavy imports happen inside the verbs, so that --help answers at once."""
+"""The command line: one file for each verb; heavy imports wait until a verb runs."""

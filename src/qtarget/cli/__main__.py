@@ -1,4 +1,4 @@
-"""``qtarget VERB``: pick the verb and turn errors a user can mend into one sentence and exit status 2."""
+"""``qtarget VERB``: finds the verb, and prints a user's mistake as one sentence (exit 2)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from qtarget.errors import ConfigError
+from qtarget.errors import QTargetError
 
 HELP = """\
 qtarget: choose what each token is taught, see it, and train toward it.
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest.remove("--debug")
     try:
         return _verb(verb)(rest)
-    except ConfigError as error:
+    except QTargetError as error:
         if debug:
             raise
         if int(os.environ.get("RANK", "0")) == 0:

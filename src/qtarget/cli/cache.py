@@ -1,4 +1,4 @@
-"""``qtarget cache``: a teacher asked once, kept on disk, and checked."""
+"""``qtarget cache``: asks a teacher once, keeps its answers on disk, and checks them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Ask a teacher once about every supervised token of a dataset, and train from its
             of the gradient that comes of it
 
 --k keeps so many tokens; --coverage takes the k whose mean kept mass reaches that share on a sample of rows. The folder
-is -o, or the config's teacher_cache. --server asks a vLLM or OpenAI-compatible server instead of loading the teacher.
+is -o, or the config's teacher_cache. --server asks a vLLM server instead of loading the teacher.
 """
 # What a build decides, whatever the config says; packing and shuffling change no row.
 _FIXED: dict[str, Any] = {
@@ -94,7 +94,9 @@ def _build(words: list[str]) -> int:
         )
     if server and run.config.teacher_model_name_or_path is None:
         raise ConfigError("--server needs teacher_model_name_or_path too: the served model's name, for its tokenizer")
-    trainer = setup.build(run, cache_build.RowsTrainer, weights=False)
+    from qtarget.training.trainer import RowsTrainer
+
+    trainer = setup.build(run, RowsTrainer, weights=False)
     plan = cache_build.plan(trainer, settings["shard_tokens"])
     scorer, about = None, cache_build.about(trainer)
     if server:
@@ -105,8 +107,8 @@ def _build(words: list[str]) -> int:
     if settings["coverage"] is not None:
         k, about["coverage"] = cache_build.needed_for(trainer, plan, settings["coverage"])
         _tell_coverage(k, about["coverage"])
-    if k > trainer._vocab_size:
-        raise ConfigError(f"k is {k}, more than the vocabulary's {trainer._vocab_size} tokens; keep fewer")
+    if k > trainer.vocab_size:
+        raise ConfigError(f"k is {k}, more than the vocabulary's {trainer.vocab_size} tokens; keep fewer")
     megabytes = plan.megabytes(k, given["cache_dtype"])
     cache_build.check_room(folder, megabytes)
     repeated = f" ({plan.repeated} more are the same as another)" if plan.repeated else ""

@@ -33,16 +33,17 @@ def run(arguments: Sequence[str]) -> int:
 
         raise unknown("option", wrong[0].removeprefix("--").partition("=")[0], [*_OPTIONS])
     draws, seed = options.whole("bootstrap", own["bootstrap"], 100), options.whole("seed", own["seed"], 0)
-    from qtarget.evaluation import compare, compare_report, records
+    from qtarget import files
+    from qtarget.evaluation import compare, compare_report
 
     made = compare.compare(rest, draws, seed)
     _tell(made)
     if own["output"] is not None:
         folder = Path(own["output"])
         try:
-            records.write(folder / "compare.md", compare_report.markdown(made))
-            records.write(folder / "compare.html", compare_report.html(made))
-            records.write(folder / "compare.json", compare_report.as_json(made))
+            files.write(folder / "compare.md", compare_report.markdown(made), report=False)
+            files.write(folder / "compare.html", compare_report.html(made), report=False)
+            files.write(folder / "compare.json", compare_report.as_json(made), report=False)
         except OSError as error:
             raise ConfigError(f"output is {str(folder)!r}, which cannot be written ({error.strerror})") from error
         print(f"page       {folder / 'compare.html'}")

@@ -1,4 +1,4 @@
-"""``qtarget data``: the columns that iw-sft, psft and cft train on, measured with the run's own model and rows."""
+"""``qtarget data``: measures the columns that iw-sft, psft and cft train on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``qtarget data critical``: the search for the tokens that cft trains on."""
+"""``qtarget data critical``: searches for the tokens that cft trains on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``qtarget train --dry_run``: everything of a recipe that can be checked without weights. Nothing is written."""
+"""``qtarget train --dry_run``: checks a recipe without weights, and writes nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from qtarget.cli import recipe, setup
 from qtarget.cli.settings import Settings
-from qtarget.errors import ConfigError, loading
+from qtarget.errors import ConfigError, loading, raise_together
 from qtarget.planning import memory, shapes, workload
 from qtarget.planning import steps as arithmetic
 from qtarget.planning.steps import GPUS
@@ -56,7 +56,7 @@ def look(arguments: Sequence[str], gpus: int) -> Found:
     steps = arithmetic.of(rows, gpus, config) if rows is not None and unpacked else None
     given_epochs = "num_train_epochs" in asked.settings.origin
     faults += arithmetic.faults(steps, batch, gpus, config, notes.get("expected_batch"), given_epochs)
-    setup.raise_together(faults)
+    raise_together(faults)
     return Found(asked, gpus, student, others, rows, where, batch, steps, untold)
 
 

@@ -1,4 +1,4 @@
-"""``qtarget env``: what a bug report needs."""
+"""``qtarget env``: prints the versions and hardware that a bug report needs."""
 
 from __future__ import annotations
 

@@ -169,12 +169,11 @@ def _evaluate(own: dict[str, Any], asked: dict[str, Any]) -> int:
 
 def _settings(own: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """What the samples depend on, in the order in which a difference is named."""
-    from qtarget.teachers.fingerprints import weights_hash
+    from qtarget.teachers.fingerprints import named
 
-    model = {"name": own["model"], "revision": own["revision"], "weights": weights_hash(own["model"], own["revision"])}
     numbers = {name: asked[name] for name in ("n", "temperature", "top_p", "max_new_tokens", "seed")}
     names = {name: own[name] for name in ("prompt", "backend", "dtype")}
-    return {"model": model, **numbers, **names, "batch_size": asked["batch_size"]}
+    return {"model": named(own["model"], own["revision"]), **numbers, **names, "batch_size": asked["batch_size"]}
 
 
 def _device() -> Any:

@@ -1,4 +1,4 @@
-"""The settings most runs touch, with their defaults, for help that answers without importing TRL.
+"""The settings that most runs touch, for a --help that answers without importing TRL.
 
 A test holds this table against ``QTargetConfig``, TRL's ``ModelConfig`` and ``ScriptArguments``.
 """

@@ -1,4 +1,4 @@
-"""``qtarget plan``: what a run takes, before anything is rented: memory, steps, operations, what a cache would save."""
+"""``qtarget plan``: what a run takes in memory, time and operations, known beforehand."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _sample(rest: Sequence[str]) -> list[tuple[int, int]]:
     import datasets as hub
 
     from qtarget.cli import cache, setup
-    from qtarget.teachers.agreement.measure import spread
+    from qtarget.teachers.agreement.measure import evenly_spaced
 
     hub.disable_progress_bars()
     others = dict.fromkeys(("teacher_model_name_or_path", "teachers", "teacher_context", "teacher_ema_decay"))
@@ -149,7 +149,7 @@ def _sample(rest: Sequence[str]) -> list[tuple[int, int]]:
         if run.script.dataset_streaming:
             return []
         train = run.datasets["train"]
-        run.datasets = {"train": train.select(spread(len(train), _SAMPLE))}
+        run.datasets = {"train": train.select(evenly_spaced(len(train), _SAMPLE))}
         rows = setup.build(run, weights=False).train_dataset
         return [(len(row["input_ids"]), sum(label != -100 for label in row["labels"][1:])) for row in rows]
 

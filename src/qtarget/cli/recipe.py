@@ -1,4 +1,4 @@
-"""What a recipe says of itself: its name, its rows, where each value comes from. Training reads none of it.
+"""The notes in a recipe, which training ignores: name, rows, where values come from.
 
 Notes are keys of the YAML file. Where a value comes from is the comment behind it. Both are shown by
 ``qtarget train --dry_run`` and written into the run's recipe.json.

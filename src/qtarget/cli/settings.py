@@ -1,4 +1,4 @@
-"""Settings from a YAML file and flags: TRL's names, flags win, unknown keys are errors with the nearest valid name."""
+"""Reads settings from a YAML file and flags, under TRL's names; flags win."""
 
 from __future__ import annotations
 

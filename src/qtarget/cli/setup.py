@@ -1,4 +1,4 @@
-"""From a config file and flags to a trainer: what every verb shares that starts from a training config."""
+"""From a config file and flags to a trainer, for every verb that starts from a config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtarget.errors import ConfigError, loading, reason
+from qtarget.errors import ConfigError, QTargetError, loading, raise_together, reason
 from qtarget.planning.shapes import is_path
 
 
@@ -78,11 +78,6 @@ def check(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains:
     return Run(settings, config, model, script, {}, notes)
 
 
-def raise_together(faults: list[str]) -> None:
-    if faults:
-        raise ConfigError(list(dict.fromkeys(faults)))
-
-
 def _training_config(settings: Any):
     """The QTargetConfig and notes on spellings; None where it cannot be built, with the reason among the faults."""
     from qtarget.targets import peers
@@ -112,7 +107,7 @@ def _training_config(settings: Any):
 
 def _of_transformers(error: Exception, values: dict[str, Any]) -> str:
     """A refusal of TRL or Transformers, which may not say which setting it is about."""
-    text = one_line(error)
+    text = reason(error)
     said = [name for name, value in values.items() if name in text or any(one in text for one in _words(value))]
     if isinstance(error, ImportError) and values.get("deepspeed"):
         said = ["deepspeed"]
@@ -151,7 +146,7 @@ def _need_faults(config: Any) -> list[str]:
 
 def _resume_faults(config: Any) -> list[str]:
     """What can be seen of a checkpoint without models; the trainer looks again with them."""
-    from qtarget.training import checkpoint_files, checkpoints, checks, run_identity
+    from qtarget.training import checkpoints, checks, run_identity
 
     folder = checks.checkpoint_folder(resume(config.resume_from_checkpoint), config.output_dir)
     if folder is None and str(config.resume_from_checkpoint).lower() == "true":
@@ -163,7 +158,7 @@ def _resume_faults(config: Any) -> list[str]:
         ]
     if folder is None:
         return []
-    if broken := checkpoint_files.faults(folder):
+    if broken := checkpoints.unreadable_files(folder):
         return broken
     settings = run_identity.identity(config, config.resolve_objective(), {})
     known = {name: value for name, value in settings.items() if name not in ("teacher", "reference")}
@@ -214,7 +209,7 @@ def load_datasets(script: Any, faults: list[str], **how: Any) -> dict[str, Any]:
     try:
         splits = load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming, **how)
     except Exception as error:  # datasets raises many kinds, all of them about what was asked for
-        faults.append(f"dataset_name is {script.dataset_name!r}, which cannot be loaded: {one_line(error)}")
+        faults.append(f"dataset_name is {script.dataset_name!r}, which cannot be loaded: {reason(error)}")
         return {}
     if script.dataset_train_split not in splits:
         faults.append(
@@ -257,17 +252,17 @@ def build(run: Run, kind: Any = None, weights: bool = True) -> Any:
         else:
             student, settings["processing_class"] = _without_weights(model, config)
         return (kind or QTargetTrainer)(student, config, **settings)
-    except ConfigError:
+    except QTargetError:
         raise
     except UnicodeDecodeError as error:
         name = run.script.dataset_name
         raise ConfigError(f"dataset_name is {name!r}, which is not UTF-8 ({error}); save it as that") from error
     except OSError as error:
         raise ConfigError(
-            f"model_name_or_path is {model.model_name_or_path!r}, which cannot be loaded: {one_line(error)}"
+            f"model_name_or_path is {model.model_name_or_path!r}, which cannot be loaded: {reason(error)}"
         ) from error
     except (ValueError, ImportError) as error:  # TRL's and Transformers' own refusals
-        raise ConfigError(one_line(error)) from error
+        raise ConfigError(reason(error)) from error
     except Exception as error:
         if not _comes_of_loading(error):
             raise
@@ -315,7 +310,3 @@ def _without_weights(model: Any, config: Any) -> tuple[Any, Any]:
 
 def resume(value: Any) -> Any:
     return True if str(value).lower() == "true" else value
-
-
-def one_line(error: BaseException) -> str:
-    return reason(error)

@@ -1,9 +1,12 @@
-"""What a run shows at its end: held-out figures before and after, the picture, the next command."""
+"""What a run prints at its end: held-out figures, the picture, the next command."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 # (statistic of evaluation, what it is called in the table)
 _ROWS = [
@@ -21,7 +24,7 @@ _ROWS = [
 _DRIFT_ROWS = 64  # how far student and teacher are apart is read off that many held-out rows
 
 
-def evaluate(trainer: Any) -> dict[str, float]:
+def evaluate(trainer: QTargetTrainer) -> dict[str, float]:
     """Held-out figures without their prefix; with a teacher also how far the student is from it."""
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     if trainer.evaluates_teacher:
@@ -33,7 +36,7 @@ def evaluate(trainer: Any) -> dict[str, float]:
     return metrics
 
 
-def at_start(trainer: Any) -> dict[str, float]:
+def at_start(trainer: QTargetTrainer) -> dict[str, float]:
     """Held-out figures before training; under FSDP and DeepSpeed they are filled in when training begins.
 
     Such an engine cuts the student in pieces then, and evaluating earlier would cut it twice. A run that goes on from a
@@ -54,7 +57,7 @@ def at_start(trainer: Any) -> dict[str, float]:
     return figures
 
 
-def show(trainer: Any, before: dict[str, float], after: dict[str, float], folder: Path) -> None:
+def show(trainer: QTargetTrainer, before: dict[str, float], after: dict[str, float], folder: Path) -> None:
     """Print the table and the next command, and draw the run's curves."""
     from qtarget.cli import curves
 
@@ -89,7 +92,7 @@ def _table(before: dict[str, float], after: dict[str, float]) -> None:
     Console().print(table)
 
 
-def _about_drift(trainer: Any, before: dict[str, float], after: dict[str, float]) -> str:
+def _about_drift(trainer: QTargetTrainer, before: dict[str, float], after: dict[str, float]) -> str:
     drift_before, drift_after = before["teacher_kl"], after["teacher_kl"]
     text = f"Student and teacher were {abs(drift_before):.4f} nats apart at the start and {drift_after:.4f} at the end."
     if drift_before < 1e-6 and "target-sft" in {t.name for t in trainer.args.resolve_objective().finals()}:

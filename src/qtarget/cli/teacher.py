@@ -1,4 +1,4 @@
-"""``qtarget teacher``: does a teacher agree with the student and with the labels, before it teaches."""
+"""``qtarget teacher``: does a teacher agree with the student and the labels?"""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtarget.cli import options
 from qtarget.errors import ConfigError, unknown
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 _HELP = """\
 usage: qtarget teacher check --config FILE [--rows 200] [--json FILE] [--any_field value ...]
@@ -69,7 +72,7 @@ def _check(words: list[str]) -> int:
     asked.datasets.pop("test", None)
     train = asked.datasets["train"]
     if hasattr(train, "select"):  # what is not looked at need not be tokenised
-        asked.datasets["train"] = train.select(agreement.spread(len(train), rows))
+        asked.datasets["train"] = train.select(agreement.evenly_spaced(len(train), rows))
     trainer = setup.build(asked)
     count, tokens = agreement.estimate(trainer, rows)
     print(f"{count} rows, {tokens} supervised tokens", flush=True)
@@ -102,7 +105,7 @@ def _ask_a_teacher(config: Any) -> None:
         setattr(config, name, value)
 
 
-def _measured(trainer: Any, rows: int) -> Any:
+def _measured(trainer: QTargetTrainer, rows: int) -> Any:
     from rich.console import Console
     from rich.progress import Progress
 

@@ -8,10 +8,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtarget.cli import fields
 from qtarget.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 _USAGE = """\
 usage: qtarget train --config FILE [--any_field value ...]
@@ -49,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     from qtarget.training import checkpoints
 
     try:
-        with checkpoints.told("what the run leaves", asked.config.output_dir):
+        with checkpoints.storage_errors("what the run leaves", asked.config.output_dir):
             return _train(trainer, asked)
     except ConfigError:
         print(file=sys.stderr)  # leave the progress bar's line
@@ -59,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
 # -- the run -----------------------------------------------------------------------------------------------------
 
 
-def _train(trainer: Any, asked: Any) -> int:
+def _train(trainer: QTargetTrainer, asked: Any) -> int:
     from qtarget.cli import recipe, setup, summary
 
     config, script = asked.config, asked.script

@@ -1,4 +1,4 @@
-"""``qtarget verify``: what the trainer promises, held against the user's own model, rows, target and config."""
+"""``qtarget verify``: checks the trainer's promises on your own model, rows and config."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtarget.cli import options
 from qtarget.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 _HELP = """\
 usage: qtarget verify --config FILE [--rows 8] [--json FILE] [--keep_dtype] [--any_field value ...]
@@ -152,7 +155,7 @@ def _some(train: Any, rows: int, source_column: str) -> tuple[Any, list[dict[str
     """(a dataset of so many rows, the same rows)."""
     from datasets import Dataset
 
-    from qtarget.teachers.agreement.measure import spread
+    from qtarget.teachers.agreement.measure import evenly_spaced
 
     if hasattr(train, "select"):
         of_source: dict[Any, list[int]] = {}
@@ -160,7 +163,7 @@ def _some(train: Any, rows: int, source_column: str) -> tuple[Any, list[dict[str
         for number, source in enumerate(sources):
             of_source.setdefault(source, []).append(number)
         each = -(-rows // len(of_source)) if of_source else rows  # some of every source
-        some = train.select(sorted(group[i] for group in of_source.values() for i in spread(len(group), each)))
+        some = train.select(sorted(group[i] for group in of_source.values() for i in evenly_spaced(len(group), each)))
     else:
         some = Dataset.from_list(list(train.take(rows)))
     if not len(some):
@@ -168,16 +171,14 @@ def _some(train: Any, rows: int, source_column: str) -> tuple[Any, list[dict[str
     return some, [dict(row) for row in some]
 
 
-def _in_float32(trainer: Any) -> None:
+def _in_float32(trainer: QTargetTrainer) -> None:
     """Every model that is no quantised one; what is loaded in half precision keeps its values."""
-    others = trainer._others
-    teachers = [] if others.teacher_source is None else [model for _, model in others.teacher_source.models]
-    for model in (trainer.model, others.reference, *teachers):
-        if model is not None and not getattr(model, "is_quantized", False):
+    for model in (trainer.model, *(one.model for one in trainer.aux.models)):
+        if not getattr(model, "is_quantized", False):
             model.float()
 
 
-def _estimate(asked: Any, trainer: Any) -> Callable[[int, int], int | None]:
+def _estimate(asked: Any, trainer: QTargetTrainer) -> Callable[[int, int], int | None]:
     """(positions, supervised tokens) → bytes a step takes beyond models and optimiser. The one place that knows how."""
     from qtarget.planning import memory, shapes
 
@@ -190,10 +191,10 @@ def _estimate(asked: Any, trainer: Any) -> Callable[[int, int], int | None]:
         return None if shape is None else (shape, model.dtype.itemsize)
 
     def of_step(positions: int, supervised: int) -> int | None:
-        student = held(trainer._base_model())
-        teachers, references = (
-            [held(model)] if model is not None else [] for model in (trainer._others.teacher, trainer._others.reference)
-        )
+        student = held(trainer.student.base)
+        aux = trainer.aux
+        teachers = [] if aux.teacher is None else [held(one.base) for one in aux.teacher.models[:1]]
+        references = [] if aux.reference is None else [held(aux.reference.base)]
         if student is None or None in [*teachers, *references] or asked.model.use_peft:
             return None
         work = memory.Workload(

@@ -1,4 +1,4 @@
-"""YAML that somebody else may have written: the safe loader, every key once, and no more than fits on some pages."""
+"""A safe YAML loader for strangers' files: no key twice, no more than fits on some pages."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Rows → token ids, labels and per-token columns. TRL tokenises and labels; what it does not carry is carried here."""
+"""Rows to token ids, labels and per-token columns: what TRL's preparation leaves behind."""

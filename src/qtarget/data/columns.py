@@ -1,4 +1,4 @@
-"""Per-token columns beside input_ids: weight, critical, old_logps, uid and a row's data source.
+"""Numbers that travel with each token: weight, critical, old_logps, uid and the data source.
 
 They are aligned with labels, before the shift. ``spread`` gives every row one number per token, once and early, so that
 cutting, dropping, shuffling and packing move them with their tokens; ``TokenColumnCollator`` pads or joins them as TRL's
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from qtarget.errors import ConfigError
+from qtarget.errors import DataError
 from qtarget.targets import Target
 
 # What a target requires → the dataset column that carries it.
@@ -87,7 +87,7 @@ class TokenColumns:
         """The row's columns with one number per token.
 
         Raises:
-            ConfigError: a column of another length, a NaN or negative weight, a mask that is not 0 and 1, a source
+            DataError: a column of another length, a NaN or negative weight, a mask that is not 0 and 1, a source
                 without a target; each names the row.
         """
         length = len(row["input_ids"])
@@ -95,12 +95,13 @@ class TokenColumns:
         for name in self.names:
             try:
                 spread[name] = _spread(name, row[name], row["labels"])
-            except ConfigError as error:
-                raise ConfigError(f"row {number} of the {dataset_name} dataset: {error.faults[0]}") from None
+            except DataError as error:
+                error.during(f"row {number} of the {dataset_name} dataset")
+                raise
         if self.sources and SOURCE_ID not in row:
             source = row[self.source_column]
             if str(source) not in self.sources:
-                raise ConfigError(
+                raise DataError(
                     f"row {number} of the {dataset_name} dataset: {self.source_column} is {source!r}, which targets does "
                     f"not name; add it there (it has {', '.join(self.sources)})"
                 )
@@ -112,19 +113,19 @@ def _spread(name: str, value: Any, labels: Sequence[int]) -> list:
     """One number per token. What stands at a token that is not trained is not looked at; NaN or None there becomes 0."""
     if isinstance(value, (Number, bool)) or value is None:
         if name in _PER_TOKEN_ONLY:
-            raise ConfigError(f"column {name} holds {value!r} for a whole row; it needs one number per token")
+            raise DataError(f"column {name} holds {value!r} for a whole row; it needs one number per token")
         value = [value] * len(labels)
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise ConfigError(f"column {name} holds {value!r}; give one number per input_id, or one number per row")
+        raise DataError(f"column {name} holds {value!r}; give one number per input_id, or one number per row")
     value = list(value)
     if len(value) != len(labels):
-        raise ConfigError(
+        raise DataError(
             f"column {name} has {len(value)} numbers for {len(labels)} tokens; give one per input_id (pre-tokenised "
             "rows), or one number per row"
         )
     if _is_whole(name):
         if odd := [number for number in value if isinstance(number, bool) or not isinstance(number, int)]:
-            raise ConfigError(f"column {name} holds {odd[0]!r}; it names tokens, use whole numbers")
+            raise DataError(f"column {name} holds {odd[0]!r}; it names tokens, use whole numbers")
         return value
     return [_checked(name, number, label != -100) for number, label in zip(value, labels, strict=True)]
 
@@ -141,15 +142,13 @@ def _checked(name: str, number: Any, trained: bool) -> float:
     if not trained:
         return float(number) if finite else 0.0
     if not finite:
-        raise ConfigError(f"column {name} holds {number!r} at a supervised token; every number must be finite")
+        raise DataError(f"column {name} holds {number!r} at a supervised token; every number must be finite")
     if name == "weight" and number < 0:
-        raise ConfigError(f"column weight holds {number:g}; weights must be 0 or more")
+        raise DataError(f"column weight holds {number:g}; weights must be 0 or more")
     if name in _LOG_PROBABILITIES and number > 1e-3:  # a little more than rounding makes of 0
-        raise ConfigError(
-            f"column {name} holds {number:g}; a log-probability is 0 or less: write log p, not p or −log p"
-        )
+        raise DataError(f"column {name} holds {number:g}; a log-probability is 0 or less: write log p, not p or −log p")
     if name == "critical" and number not in (0, 1):
-        raise ConfigError(f"column critical holds {number!r}; it is a mask of tokens, use 0 and 1")
+        raise DataError(f"column critical holds {number!r}; it is a mask of tokens, use 0 and 1")
     return float(number)
 
 
@@ -201,7 +200,7 @@ def _places(ids: torch.Tensor, rows: list) -> list[tuple[int, int]]:
         places = [(0, sum(lengths[:number])) for number in range(len(rows))]
     for (row, begin), own in zip(places, rows, strict=True):
         if row >= len(ids) or ids[row, begin : begin + len(own)].tolist() != list(own):
-            raise ConfigError(
+            raise DataError(
                 "the data collator moved or changed the tokens of a row, and its columns would no longer lie on them; "
                 "pad on the right, one row per example"
             )

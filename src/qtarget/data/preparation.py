@@ -1,4 +1,4 @@
-"""From tokenised, labelled rows to what the collator gets: columns spread, rows cut, dropped, shuffled and packed.
+"""Cuts, drops, shuffles and packs tokenised rows, with all their columns alike.
 
 TRL cuts and packs input_ids and labels and leaves every other column behind, so these steps are done here, in TRL's
 order and with TRL's packing, for all columns alike; without columns the result is TRL's own, row by row.
@@ -15,7 +15,7 @@ from datasets import Dataset
 from trl.data_utils import get_dataset_column_names, pack_dataset
 
 from qtarget.data.columns import TokenColumns
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class Preparation:
     """How rows are cut and packed; the fields are SFTConfig's.
 
-    ``uids`` marks tokens for a teacher that is joined to them by uid; see ``qtarget.teachers.joins``.
+    ``join`` marks tokens for a teacher that is not joined to them by position; see ``qtarget.teachers.joins``.
     """
 
     max_length: int | None
@@ -35,7 +35,7 @@ class Preparation:
     seed: int
     num_proc: int | None
     columns: TokenColumns = field(default_factory=TokenColumns)
-    uids: Any = None
+    join: Any = None
 
     def __call__(self, dataset: Any, name: str, report: dict[str, int]) -> Any:
         """The rows ready for the collator.
@@ -63,15 +63,15 @@ class Preparation:
 
     def _mark(self, dataset: Any, name: str, columns: TokenColumns) -> tuple[Any, TokenColumns]:
         """The dataset with its tokens' uids, and its columns; a dataset marked before is left as it is."""
-        if self.uids is None or self.uids.column in columns.made:
+        if self.join is None or self.join.column in columns.made:
             return dataset, columns
         if "seq_lengths" in get_dataset_column_names(dataset):
-            raise ConfigError(
+            raise DataError(
                 f"the {name} dataset is packed already (column seq_lengths), so its teacher cannot be found row by row; "
                 "give the rows as they are and set packing: true"
             )
-        dataset = self.uids.mark(dataset, name, self.seen, **self._map("Finding the teacher of", name, dataset))
-        return dataset, replace(columns, made=(self.uids.column,))
+        dataset = self.join.mark(dataset, name, self.seen, **self._map("Finding the teacher of", name, dataset))
+        return dataset, replace(columns, made=(self.join.column,))
 
     @property
     def seen(self) -> slice:

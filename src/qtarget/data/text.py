@@ -1,4 +1,4 @@
-"""What a token reads as."""
+"""How a single token is shown as text."""
 
 from __future__ import annotations
 

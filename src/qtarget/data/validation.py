@@ -1,4 +1,4 @@
-"""What a row must look like before it is tokenised, and after: TRL trains some of what it should refuse, silently."""
+"""Refuses wrong rows before and after tokenisation; TRL trains some of them silently."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, DataError
 
 _MASKS = ("completion_mask", "assistant_masks")
 _BATCH = 10_000  # rows looked at at once
@@ -25,7 +25,7 @@ def checked_texts(dataset: Any, name: str, text_field: str) -> Any:
         dataset: before TRL's preparation. name: what errors call it. text_field: the column of plain text.
 
     Raises:
-        ConfigError: the first row whose text is no text, or whose messages are no messages.
+        DataError: the first row whose text is no text, or whose messages are no messages.
     """
     columns = getattr(dataset, "column_names", None)
     if not columns or "input_ids" in columns or {"image", "images"} & set(columns):
@@ -35,11 +35,11 @@ def checked_texts(dataset: Any, name: str, text_field: str) -> Any:
     def look(row: Mapping[str, Any], number: int) -> None:
         for column in looked_at:
             if fault := _text_fault(column, row[column]):
-                raise ConfigError(f"row {number} of the {name} dataset: {fault}")
+                raise DataError(f"row {number} of the {name} dataset: {fault}")
         if {"prompt", "completion"} <= set(looked_at) and isinstance(row["prompt"], str) != isinstance(
             row["completion"], str
         ):
-            raise ConfigError(
+            raise DataError(
                 f"row {number} of the {name} dataset: prompt is {_shown(row['prompt'])} and completion "
                 f"{_shown(row['completion'])}; write text in both, or messages in both"
             )
@@ -71,7 +71,7 @@ def _readable(name: str) -> Iterator[None]:
     except ValueError as error:
         if isinstance(error, ConfigError) or "duplicate field names" not in str(error):
             raise
-        raise ConfigError(
+        raise DataError(
             f"a row of the {name} dataset holds a mapping with two fields of one name; write texts, messages or token ids"
         ) from error
 
@@ -114,7 +114,7 @@ def checked_tokens(dataset: Any, name: str, vocab_size: int) -> Any:
         name: what errors call it. vocab_size: real tokens of the vocabulary.
 
     Raises:
-        ConfigError: the first row with an id outside the vocabulary, or as many labels as it has no ids.
+        DataError: the first row with an id outside the vocabulary, or as many labels as it has no ids.
     """
     have = getattr(dataset, "column_names", None) or ()
     columns = [column for column in ("input_ids", "labels", *_MASKS, "seq_lengths") if column in have]
@@ -123,7 +123,7 @@ def checked_tokens(dataset: Any, name: str, vocab_size: int) -> Any:
 
     def look(row: Mapping[str, Any], number: int) -> None:
         if fault := _token_fault({column: row[column] for column in columns}, vocab_size):
-            raise ConfigError(f"row {number} of the {name} dataset: {fault}")
+            raise DataError(f"row {number} of the {name} dataset: {fault}")
 
     if isinstance(dataset, Dataset):
         begin = 0

@@ -1,1 +1,1 @@
-"""Whether a model answers rightly: tasks, seeded sampling, verdicts in killable processes, scores, paired comparison."""
+"""Does a model answer rightly: tasks, seeded sampling, verdicts, scores, comparison."""

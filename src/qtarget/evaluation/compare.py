@@ -1,4 +1,4 @@
-"""Paired comparison of result folders: the same problems, seeds and settings; differences per problem, then a bootstrap.
+"""Compares result folders on the same problems and seeds, with bootstrap intervals.
 
 An arm is one folder, or several that differ in their training seed alone. Every arm is compared with the first. Three
 levels are drawn: training seeds (where an arm has several; arms are paired by their order), problems, samples.
@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.errors import ConfigError
+from qtarget import files
+from qtarget.errors import ConfigError, StorageError
 from qtarget.evaluation import records, running, scores
 
 # To be told apart in four of five repetitions at 95 %: (1.96 + 0.84)² standard errors squared.
@@ -121,9 +122,7 @@ def read(words: Sequence[str]) -> tuple[list[Arm], dict[str, Any]]:
             there = running.finished(folder)
             told = "prompt_style" in first and "prompt_style" in there  # older folders do not say
             ignored = records.UNCOMPARED if told else (*records.UNCOMPARED, "prompt_style")
-            found = records.difference(first, there, ignored)
-            if found is not None:
-                setting, was, now = found
+            for setting, was, now in files.differences(first, there, ignored=ignored):
                 raise ConfigError(
                     f"{setting} is {now!r} in {str(folder)!r} and {was!r} in {str(named[0][1][0])!r}; compare "
                     "runs of one setting: run qtarget eval again, or --rescore where the verifier version differs"
@@ -138,7 +137,7 @@ def _groups(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
         held = records.samples(folder, task)
         version = manifest["tasks"][task]["verifier_version"]
         if other := next((r for r in held if r["verifier_version"] != version), None):
-            raise ConfigError(
+            raise StorageError(
                 f"{str(folder)!r} has verdicts of verifier version {other['verifier_version']!r} beside {version!r} in "
                 f"task {task}: a re-scoring was broken off; run qtarget eval --rescore {folder} again"
             )
@@ -148,7 +147,7 @@ def _groups(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
         asked = ["greedy", *range(manifest["n"])]
         lacking = next((id for id in wanted if [r["sample"] for r in groups.get(id, ())] != asked), None)
         if lacking is not None or len(groups) != len(wanted):
-            raise ConfigError(
+            raise StorageError(
                 f"{str(folder)!r} has {whole.get(lacking or '', 0)} of {manifest['n'] + 1} answers to problem {lacking} "
                 f"of task {task}; its samples were changed: run qtarget eval into another folder"
             )

@@ -1,4 +1,4 @@
-"""A comparison as Markdown, and as one HTML file that needs neither network nor script: tables and plots in SVG.
+"""A comparison as Markdown, and as one HTML file without network or script.
 
 Names of arms, tasks and folders are a stranger's text: escaped wherever they stand.
 """

@@ -1,4 +1,4 @@
-"""Whether two mathematical answers are the same: as text, as exact numbers, member by member, else by math-verify."""
+"""Are two mathematical answers equal: as text, as numbers, by members, by math-verify?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""From a text and a problem's row to a verdict: the registry of graders. What they do runs in a Grader's process.
+r"""The registry of graders: from a text and a problem's row to a verdict.
 
 A grader's name, as ``--verifier`` takes it:
 
@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qtarget.errors import ConfigError, unknown
+from qtarget.errors import ConfigError, DataError, unknown
 from qtarget.evaluation import equality, extraction
 from qtarget.evaluation.extraction import final_answer
 
@@ -83,7 +83,7 @@ def check(name: str, columns: Sequence[str] | None = None) -> None:
             raise unknown("verifier reasoning_gym", task, DATASETS)
     for column in kind.reads:
         if columns is not None and column not in columns:
-            raise ConfigError(
+            raise DataError(
                 f"verifier is {name!r}, which reads the column {column!r}, but the rows have {', '.join(columns)}; add "
                 f"it, or name a verifier of your own: {_OWN}"
             )

@@ -1,4 +1,4 @@
-"""A grader in a process of its own, which can be killed: a text may take any time or memory to judge."""
+"""A grader in a process of its own, which can be killed: judging may take any time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From tasks and a sampler to a finished folder: plan, sample, judge, write; and judge again without a model."""
+"""Runs an evaluation into a folder, and grades a finished folder again without a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.errors import ConfigError
+from qtarget import files
+from qtarget.errors import ConfigError, StorageError
 from qtarget.evaluation import graders, records, scores
 from qtarget.evaluation.grading import Grader
 from qtarget.evaluation.tasks import Problem, Task
@@ -253,7 +254,8 @@ def rescore(
         verifier: the one function of the user's own that may be imported; what a folder names is not run for that alone.
 
     Raises:
-        ConfigError: the folder is unfinished, damaged or no folder of results, or it names code that the user does not.
+        StorageError: the folder is unfinished, damaged or no folder of results.
+        ConfigError: it names code that the user does not.
     """
     manifest = finished(folder)
     changed = done = 0
@@ -277,7 +279,7 @@ def rescore(
             (old["strict"], old["lenient"]) != (new["strict"], new["lenient"])
             for old, new in zip(held, judged, strict=True)
         )
-        records.write(folder / "samples" / f"{name}.jsonl", "".join(map(records.line, judged)))
+        files.write(folder / "samples" / f"{name}.jsonl", "".join(map(files.line, judged)))
         about["verifier_version"] = version
     made = score(folder, {name: about["suite"] for name, about in manifest["tasks"].items()}, manifest["n"])
     records.write_manifest(folder, manifest)
@@ -296,12 +298,12 @@ def _check_rescored(folder: Path, task: str, grader: str, verifier: str | None) 
     for number, row in enumerate(rows.values(), start=1):
         if missing := [column for column in graders.reads(grader) if column not in row]:
             file = folder / "problems" / f"{task}.jsonl"
-            raise ConfigError(
+            raise StorageError(
                 f"{file} is damaged in line {number}; its row has no {missing[0]}: run qtarget eval again"
             )
     for record in records.samples(folder, task):
         if record["problem"] not in rows:
-            raise ConfigError(
+            raise StorageError(
                 f"{str(folder)!r} has answers to problem {record['problem']!r} of task {task}, which it does not ask; "
                 "run qtarget eval into another folder"
             )
@@ -311,11 +313,11 @@ def finished(folder: Path) -> dict[str, Any]:
     """The manifest of a finished folder, or ConfigError."""
     manifest = records.read_manifest(folder)
     if manifest is None:
-        raise ConfigError(
+        raise StorageError(
             f"{str(folder)!r} holds no results (no {records.FILE}); name a folder that qtarget eval wrote"
         )
     if not manifest["finished"]:
-        raise ConfigError(
+        raise StorageError(
             f"{str(folder)!r} is unfinished; run the same qtarget eval command again, it goes on where it stopped"
         )
     return manifest

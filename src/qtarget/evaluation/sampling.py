@@ -1,4 +1,4 @@
-"""Completions whose randomness belongs to the sample: not to its place in a batch, the batch's size or the process.
+"""Samples completions that depend on each sample's own seed, never on the batch.
 
 The number that decides a token is the t-th of a counter-based generator (Philox) keyed by a hash of (run seed, task,
 problem, sample). The token is read off the cumulative distribution over the real vocabulary in the order of the ids,

@@ -1,4 +1,4 @@
-"""The same requests answered by vLLM, where it is installed. Written from its documentation, never run here.
+"""The same requests answered by vLLM, where it is installed; not run so far.
 
 vLLM takes a seed per request but draws from it in its own way: its samples are other ones than Transformers', and depend
 on its version. Entropies are unknown: vLLM gives log-probabilities of likely tokens only.

@@ -1,4 +1,4 @@
-"""avg@n, pass@k, maj@n and their intervals. Verdicts are [problems, n] arrays of 0 and 1; problems are the unit.
+"""avg@n, pass@k, maj@n and intervals, from verdicts [problems, n] of 0 and 1.
 
 avg@n is the mean over problems of the share of right samples: it estimates pass@1 without bias, whatever n.
 pass@k from n ≥ k samples of which c are right: 1 − C(n−c, k)/C(n, k) (Chen et al. 2021, arXiv:2107.03374).

@@ -1,4 +1,4 @@
-"""Experimental: the benchmarks of ``math5``, ``med10`` and ``hle``, where on the hub they are and what they hold.
+"""Experimental: the benchmarks of ``math5``, ``med10`` and ``hle`` on the hub.
 
 The numbers of items are those behind the published scores; another number is another benchmark and is refused. None of
 these has been run, for none could be downloaded where this was written: ids, columns and splits are from cards and
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, DataError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -87,7 +87,7 @@ def rows(name: str) -> list[dict[str, Any]]:
     kept = [row for row in _loaded(name, benchmark) if benchmark.keep(row)]
     if len(kept) not in benchmark.counts:
         wanted = " or ".join(f"{count}" for count in benchmark.counts)
-        raise ConfigError(
+        raise DataError(
             f"task is {name!r}, but {benchmark.hub} gives {len(kept)} items and the published numbers are from {wanted}; "
             f"{_own_file(benchmark)}"
         )
@@ -95,7 +95,7 @@ def rows(name: str) -> list[dict[str, Any]]:
     found = [read(row) for row in kept]
     if None in found:
         at = found.index(None)
-        raise ConfigError(
+        raise DataError(
             f"task is {name!r}, but row {at} of {benchmark.hub} has columns {', '.join(kept[at])} that are not understood"
             f"; {_own_file(benchmark)}"
         )

@@ -1,4 +1,4 @@
-"""Tasks: problems with prompts and golds, and the grader that judges them."""
+"""Tasks: problems with prompts and right answers, and the grader that judges them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qtarget import json_text
-from qtarget.errors import ConfigError, unknown
+from qtarget import files
+from qtarget.errors import ConfigError, DataError, StorageError, unknown
 from qtarget.evaluation import graders, suites
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -113,7 +113,7 @@ def _task(
     graders.check(grader)
     rows = rows[:count]
     if not rows:
-        raise ConfigError(f"task is {name!r}, which has no problem; give it one row or more")
+        raise DataError(f"task is {name!r}, which has no problem; give it one row or more")
     own = _INSTRUCTIONS.get(kind, "") if instruction is None else instruction
     return Task(label, grader, graders.version(grader), _problems(rows), own, suite)
 
@@ -131,33 +131,33 @@ def _generated_rows(name: str, count: int, seed: int) -> list[dict[str, Any]]:
 
 def _file_rows(file: Path, verifier: str) -> list[dict[str, Any]]:
     if not file.is_file():
-        raise ConfigError(f"task is {str(file)!r}, which is no file; name a file of JSON lines with prompt and answer")
+        raise StorageError(f"task is {str(file)!r}, which is no file; name a file of JSON lines with prompt and answer")
     rows = []
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"task is {str(file)!r}, which cannot be read ({error}); save it as UTF-8 text") from None
+        raise StorageError(f"task is {str(file)!r}, which cannot be read ({error}); save it as UTF-8 text") from None
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json_text.loads(line)
+            row = files.loads(line)
         except ValueError as error:
-            raise ConfigError(f"{file}, line {number}, is no JSON ({error}); mend or delete that line") from None
+            raise DataError(f"{file}, line {number}, is no JSON ({error}); mend or delete that line") from None
         needed = ("prompt", "options", "answer") if verifier == "choice" else ("prompt", "answer")
         missing = [key for key in needed if not isinstance(row, dict) or key not in row]
         if missing:
-            raise ConfigError(
+            raise DataError(
                 f"{file}, line {number}, has no {missing[0]!r}; each line is an object with {', '.join(needed)}"
             )
         if not _is_prompt(row["prompt"]):
-            raise ConfigError(f"{file}, line {number}, has the prompt {row['prompt']!r}; write a text or chat messages")
+            raise DataError(f"{file}, line {number}, has the prompt {row['prompt']!r}; write a text or chat messages")
         if row["answer"] is None:
-            raise ConfigError(f"{file}, line {number}, has the answer None; write what is right, or take the line out")
+            raise DataError(f"{file}, line {number}, has the answer None; write what is right, or take the line out")
         if verifier == "choice":
             read = suites.choice_row({**row, "question": str(row["prompt"])})
             if read is None:
-                raise ConfigError(
+                raise DataError(
                     f"{file}, line {number}, has the answer {row['answer']!r} and options {row['options']!r}; write a "
                     "list of texts, and the letter of one"
                 )
@@ -191,7 +191,7 @@ def _problems(rows: list[dict[str, Any]]) -> list[Problem]:
         seen[name] = seen.get(name, 0) + 1
         if seen[name] > 1:
             if "id" in row:
-                raise ConfigError(f"id {name!r} stands twice among the problems; give each its own")
+                raise DataError(f"id {name!r} stands twice among the problems; give each its own")
             name += f"#{seen[name]}"
         made.append(Problem(name, prompt, row))
     return made
@@ -232,7 +232,7 @@ def prompt_ids(tokenizer: Any, style: str, problem: Problem, instruction: str) -
             messages[-1]["content"] = f"{messages[-1]['content']}\n{instruction}"
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     elif not isinstance(prompt, str):
-        raise ConfigError(f"prompt is {style!r}, but problem {problem.id} has chat messages; use --prompt chat")
+        raise DataError(f"prompt is {style!r}, but problem {problem.id} has chat messages; use --prompt chat")
     elif style == "plain":
         ids = tokenizer(f"{prompt}\n{instruction}\n" if instruction else prompt)["input_ids"]
     else:
@@ -256,7 +256,7 @@ def prompts(
         for problem in task.problems:
             ids = prompt_ids(tokenizer, style, problem, task.instruction)
             if not ids:
-                raise ConfigError(f"problem {problem.id} of task {task.name} has an empty prompt; take it out")
+                raise DataError(f"problem {problem.id} of task {task.name} has an empty prompt; take it out")
             if positions and len(ids) + max_new_tokens > positions:
                 room = positions - len(ids)
                 mend = f"use {room} or less" if room > 0 else "take the problem out"

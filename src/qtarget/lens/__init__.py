@@ -1,1 +1,1 @@
-"""See what a target teaches, token by token: capture once, then replay any target without a model."""
+"""What a target teaches, token by token: capture once, replay any target without a model."""

@@ -1,4 +1,4 @@
-"""Where the data lie between "the model knows them" and "they are news to it", and which targets tend to suit there.
+"""Recommends targets from how well the model already knows the data.
 
 What is said rests on published comparisons and on the figures of the record, both of which are shown with it. The
 thresholds are between published cases and were not tuned: they are heuristics, and advice is not a promise.

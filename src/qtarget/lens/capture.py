@@ -1,4 +1,4 @@
-"""One forward pass of student, teacher and reference over a run's own rows, kept as a record.
+"""Records one forward pass of student, teacher and reference on a run's own rows.
 
 Rows come from the trainer's own preparation (template, mask, cutting; packing off), and hidden states from its own
 wrapped forward. Logits exist for a chunk of supervised tokens at a time and never for a batch.
@@ -6,15 +6,14 @@ wrapped forward. Logits exist for a chunk of supervised tokens at a time and nev
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from qtarget import __version__
+from qtarget import __version__, files
 from qtarget.data.text import text_of
 from qtarget.errors import ConfigError
 from qtarget.lens.record import FILES, OTHERS, SIGNALS, Writer
@@ -23,22 +22,24 @@ from qtarget.losses.log_probs import log_probs
 from qtarget.models.frozen import evaluation_mode
 from qtarget.teachers.fingerprints import template_hash, tokenizer_hash
 from qtarget.teachers.settings import teacher_named_by
-from qtarget.training.auxiliary import AuxiliaryModels
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 # Supervised tokens whose logits are formed at a time; [256, vocabulary] float32 is 50 MB at 49,152.
 _CHUNK = 256
 
 
-def check(trainer: Any, rows: int, top_k: int, folder: str | Path) -> None:
+def check(trainer: QTargetTrainer, rows: int, top_k: int, folder: str | Path) -> None:
     """Raise ConfigError where these settings cannot be captured."""
     faults = []
-    vocab = trainer._vocab_size
+    vocab = trainer.vocab_size
     if rows < 1:
         faults.append(f"rows is {rows}; capture one row or more")
     if not 1 <= top_k <= vocab:
         faults.append(f"top_k is {top_k}; use a number from 1 to the vocabulary's {vocab} tokens")
     faults += folder_faults(Path(folder))
-    longest = getattr(trainer._base_model().config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(trainer.student.base.config.get_text_config(), "max_position_embeddings", None)
     for number, row in enumerate(_rows(trainer, rows) if not faults else ()):
         if longest and len(row["input_ids"]) > longest:
             faults.append(
@@ -55,7 +56,7 @@ def folder_faults(folder: Path) -> list[str]:
         return [f"output is {str(folder)!r}, which holds a capture; name another folder, or delete that one"]
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         return [f"output is {str(folder)!r}, which is not an empty folder; name another one"]
-    partial = _partial(folder)
+    partial = files.partial_of(folder)
     own = {*FILES, "manifest.json"}
     if partial.exists() and (not partial.is_dir() or any(file.name not in own for file in partial.iterdir())):
         return [
@@ -64,11 +65,7 @@ def folder_faults(folder: Path) -> list[str]:
     return []
 
 
-def _partial(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".partial")
-
-
-def estimate(trainer: Any, rows: int, top_k: int) -> tuple[int, int, float]:
+def estimate(trainer: QTargetTrainer, rows: int, top_k: int) -> tuple[int, int, float]:
     """(rows, supervised tokens, megabytes on disk at most)."""
     chosen = [*_rows(trainer, rows)]
     tokens = sum(sum(label != -100 for label in row["labels"][1:]) for row in chosen)
@@ -77,9 +74,8 @@ def estimate(trainer: Any, rows: int, top_k: int) -> tuple[int, int, float]:
     return len(chosen), tokens, tokens * (ids * 4 * (2 + others) + 40) / 2**20
 
 
-@torch.no_grad()
 def capture(
-    trainer: Any,
+    trainer: QTargetTrainer,
     folder: str | Path,
     *,
     rows: int = 64,
@@ -98,74 +94,68 @@ def capture(
         ConfigError: see ``check``.
     """
     check(trainer, rows, top_k, folder)
-    others = _others(trainer)
-    names = [name for name in OTHERS if getattr(others, name, None) is not None or _is_adapters_off(others, name)]
-    have = set(trainer._columns.carried) & set(trainer.train_dataset.column_names)
-    present = [name for name in SIGNALS if name in have]
     folder = Path(folder)
-    partial = _partial(folder)  # a capture that was interrupted is no record
-    shutil.rmtree(partial, ignore_errors=True)
-    writer = Writer(partial, names, present)
+    with files.whole(folder) as partial:  # a capture that was interrupted is no record
+        _write(trainer, partial, rows, top_k, about or {}, progress)
+    return folder
+
+
+@torch.no_grad()
+def _write(
+    trainer: QTargetTrainer,
+    folder: Path,
+    rows: int,
+    top_k: int,
+    about: dict[str, Any],
+    progress: Callable[[int], object],
+) -> None:
+    aux = trainer.auxiliary(_models(trainer))
+    names = [name for name in OTHERS if aux.has(name)]
+    have = set(trainer.rows.columns.carried) & set(trainer.train_dataset.column_names)
+    present = [name for name in SIGNALS if name in have]
+    writer = Writer(folder, names, present)
     size = trainer.args.per_device_eval_batch_size
-    done, model = 0, trainer.accelerator.unwrap_model(trainer.model)
-    base = trainer._base_model()
-    with evaluation_mode(model):
+    done, student = 0, trainer.student
+    with evaluation_mode(student.model):
         for batch in _batches(_rows(trainer, rows), size):
-            inputs = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in batch]))
-            labels = inputs.pop("labels")
-            columns = trainer.pop_columns(inputs)
-            heads: dict[str, Head | TopK] = {"student": others._head(model, inputs)}
-            heads |= others.heads(model, inputs, frozenset(names), labels, columns)
-            tokens = _tokens(heads, labels, {name: columns[name] for name in present}, top_k, trainer._vocab_size, done)
-            writer.add([_row(done + i, row, labels[i]) for i, row in enumerate(batch)], tokens)
+            asked = trainer.batch(batch)
+            heads = aux.ask(student, asked, {"student", *names})
+            columns = {name: asked.columns[name] for name in present}
+            tokens = _tokens(heads, asked.labels, columns, top_k, trainer.vocab_size, done)
+            writer.add([_row(done + i, row, asked.labels[i]) for i, row in enumerate(batch)], tokens)
             done += len(batch)
             progress(done)
-    tokenizer = trainer._tokenizer
+    tokenizer = trainer.tokenizer
     manifest = {
         "program": f"qtarget {__version__}",
-        "model": base.config._name_or_path or type(base).__name__,
+        "model": student.base.config._name_or_path or type(student.base).__name__,
         "teacher": _named(trainer, "teacher") if "teacher" in names else None,
         "reference": _named(trainer, "reference") if "reference" in names else None,
-        "target": trainer._objective.to_config(),
-        "vocab_size": trainer._vocab_size,
+        "target": trainer.objective.to_config(),
+        "vocab_size": trainer.vocab_size,
         "top_k": top_k,
         "max_length": trainer.args.max_length,
         "tokenizer": tokenizer_hash(tokenizer),
         "chat_template": template_hash(tokenizer),
         "eos_token_ids": _end_tokens(trainer),
-        **(about or {}),
+        **about,
     }
     writer.close(manifest, lambda index: text_of(tokenizer, index), tokenizer.all_special_ids)
-    partial.rename(folder)
-    return folder
 
 
-def _others(trainer: Any) -> AuxiliaryModels:
-    """The trainer's own models beside the student, and those its settings name though its target needs none."""
-    args, have = trainer.args, trainer._others
-    requires = _models(trainer)
-    if all(getattr(have, name) is not None or _is_adapters_off(have, name) for name in requires):
-        return have
-    return AuxiliaryModels(args, trainer.accelerator, trainer.model, requires, trainer._tokenizer, None, None)
-
-
-def _models(trainer: Any) -> frozenset[str]:
+def _models(trainer: QTargetTrainer) -> frozenset[str]:
     """Of teacher and reference, what the run's target needs or its settings name."""
     named = {name for name in OTHERS if getattr(trainer.args, f"{name}_model_name_or_path")}
-    return frozenset((trainer._objective.requires | named) & set(OTHERS))
+    return frozenset((trainer.objective.requires | named) & set(OTHERS))
 
 
-def _is_adapters_off(others: AuxiliaryModels, name: str) -> bool:
-    return name == "reference" and others.has_adapters
-
-
-def _named(trainer: Any, role: str) -> str:
-    own = teacher_named_by(trainer.args, trainer._uids) if role == "teacher" else None
+def _named(trainer: QTargetTrainer, role: str) -> str:
+    own = teacher_named_by(trainer.args, trainer.rows.join) if role == "teacher" else None
     name = getattr(trainer.args, f"{role}_model_name_or_path") or f"the {role} of the run"
     return own or f"{name} (revision {getattr(trainer.args, f'{role}_model_revision') or 'default'})"
 
 
-def _rows(trainer: Any, rows: int) -> Iterator[dict[str, Any]]:
+def _rows(trainer: QTargetTrainer, rows: int) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(trainer.train_dataset):
         if number == rows:
             return
@@ -264,10 +254,10 @@ def differences(manifest: dict[str, Any], model: str, tokenizer: Any) -> list[st
     ]
 
 
-def _end_tokens(trainer: Any) -> list[int]:
+def _end_tokens(trainer: QTargetTrainer) -> list[int]:
     """Ids that end a turn: the tokenizer's and the generation config's."""
-    ids = {trainer._tokenizer.eos_token_id}
-    generation = getattr(trainer._base_model(), "generation_config", None)
+    ids = {trainer.tokenizer.eos_token_id}
+    generation = getattr(trainer.student.base, "generation_config", None)
     own = getattr(generation, "eos_token_id", None)
     ids.update(own if isinstance(own, list) else [own])
     return sorted(index for index in ids if index is not None)

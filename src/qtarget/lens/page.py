@@ -1,4 +1,4 @@
-"""The page of ``qtarget lens report``: one HTML file that needs no network and replays every target by itself.
+"""Builds the page of ``qtarget lens report``: one HTML file that needs no network.
 
 The record is thinned to what the page shows and packed into a JSON block; the files of ``page/`` are put around it. What
 a token says is a stranger's text: it stands in JSON with ``<`` escaped, and the page writes it with ``textContent``.
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, StorageError
 from qtarget.lens.record import Record
 from qtarget.targets import presets
 
@@ -200,7 +200,7 @@ class _Kept:
         (at_label,) = (self.ids == labels[token_of]).nonzero()
         self.label_at = (np.arange(len(self.ids)) - np.repeat(self._starts(), self.counts))[at_label]
         if len(self.label_at) != len(tokens):
-            raise ConfigError("a token's label is not among its ids; this capture was not made by this program")
+            raise StorageError("a token's label is not among its ids; this capture was not made by this program")
 
     def _flat(self, record: Record, name: str, tokens: list[int], dtype: type) -> np.ndarray:
         lists = record.tokens[name]

@@ -1,4 +1,4 @@
-"""What a capture keeps: a folder with three Parquet files and a manifest. docs/lens.md describes it for other tools.
+"""The folder that a capture leaves: three Parquet files and a manifest (docs/lens.md).
 
     manifest.json     format, model, teacher, reference, tokenizer, settings, counts
     rows.parquet      a line per row:   row, input_ids, supervised
@@ -11,24 +11,50 @@ log-probabilities stand at all of them, and what is left over is its tail.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
-from qtarget import json_text
-from qtarget.errors import ConfigError
+from qtarget import files
+from qtarget.errors import StorageError
 from qtarget.lens import record_values
 
 FORMAT = 1
 OTHERS = ("teacher", "reference")
 SIGNALS = ("weight", "critical", "old_logps")
 FILES = ("rows.parquet", "tokens.parquet", "vocab.parquet")
+
+Count = Annotated[int, Field(ge=0)]
+
+
+@with_config(**files.CLOSED)
+class Manifest(TypedDict):
+    """``manifest.json``: who was captured, of what vocabulary, with which settings, and how much there is."""
+
+    format: int
+    program: str
+    model: str
+    teacher: str | None
+    reference: str | None
+    target: Any
+    vocab_size: Annotated[int, Field(ge=1)]
+    top_k: Annotated[int, Field(ge=1)]
+    max_length: int | None
+    tokenizer: str
+    chat_template: str | None
+    eos_token_ids: list[int]
+    dataset: NotRequired[str | None]
+    split: NotRequired[str]
+    rows: Count
+    tokens: Count
+
 
 ROW_SCHEMA = pa.schema([("row", pa.int32()), ("input_ids", pa.list_(pa.int32())), ("supervised", pa.list_(pa.bool_()))])
 VOCAB_SCHEMA = pa.schema([("id", pa.int32()), ("text", pa.string()), ("special", pa.bool_())])
@@ -139,14 +165,14 @@ class Writer:
         )
         pq.write_table(table, self.folder / "vocab.parquet", compression="zstd")
         whole = {"format": FORMAT, **manifest, **self.counts}
-        (self.folder / "manifest.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+        files.write_json(self.folder / "manifest.json", whole)
 
 
 def read(folder: str | Path) -> Record:
     """A record from its folder.
 
     Raises:
-        ConfigError: no record there, one of another format, a truncated or foreign file, or no token in it.
+        StorageError: no record there, one of another format, a truncated or foreign file, or no token in it.
     """
     folder = Path(folder)
     manifest = _manifest(folder)
@@ -156,7 +182,7 @@ def read(folder: str | Path) -> Record:
             tables[name] = pq.read_table(folder / name)
         except (OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())
-            raise ConfigError(
+            raise StorageError(
                 f"{folder / name} cannot be read ({reason}); capture again: qtarget lens capture"
             ) from None
     _check_columns(folder, tables)
@@ -172,12 +198,12 @@ def read(folder: str | Path) -> Record:
             f"{len(record)} tokens in {len(record.rows)} rows",
             f"{manifest['tokens']} in {manifest['rows']}",
         )
-        raise ConfigError(f"{folder} holds {counted} where its manifest says {said}; it was cut short: capture again")
+        raise StorageError(f"{folder} holds {counted} where its manifest says {said}; it was cut short: capture again")
     if not len(record):
-        raise ConfigError(f"{folder} holds no supervised token; capture rows that have some")
+        raise StorageError(f"{folder} holds no supervised token; capture rows that have some")
     if fault := record_values.fault(record):
         file, what = fault
-        raise ConfigError(f"{folder / file}: {what}; it is no capture of this program, or was changed: capture again")
+        raise StorageError(f"{folder / file}: {what}; it is no capture of this program, or was changed: capture again")
     return record
 
 
@@ -192,11 +218,11 @@ def _typed(file: Path, table: pa.Table) -> pa.Table:
             column = table[field_.name].combine_chunks().cast(field_.type)
         except pa.ArrowException as error:
             reason = " ".join(str(error).split())
-            raise ConfigError(
+            raise StorageError(
                 f"{file}: column {field_.name} holds no {field_.type} ({reason}); it is no capture of this program"
             ) from None
         if column.null_count or (pa.types.is_list(field_.type) and column.flatten().null_count):
-            raise ConfigError(f"{file}: column {field_.name} holds null; it is no capture of this program")
+            raise StorageError(f"{file}: column {field_.name} holds null; it is no capture of this program")
         columns.append(column)
     return pa.Table.from_arrays(columns, schema=schema)
 
@@ -204,18 +230,10 @@ def _typed(file: Path, table: pa.Table) -> pa.Table:
 def _manifest(folder: Path) -> dict[str, Any]:
     file = folder / "manifest.json"
     if not file.is_file():
-        raise ConfigError(f"{str(folder)!r} is no capture: it has no manifest.json; make one with qtarget lens capture")
-    try:
-        manifest = json_text.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}); capture again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        got = manifest.get("format") if isinstance(manifest, dict) else manifest
-        raise ConfigError(f"{file} has format {got!r}, and this version reads {FORMAT}; capture again")
-    for name in ("vocab_size", "top_k", "rows", "tokens"):
-        value = manifest.get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < (name in ("vocab_size", "top_k")):
-            raise ConfigError(f"{file}: {name} is {value!r}, which is no count; capture again")
+        raise StorageError(
+            f"{str(folder)!r} is no capture: it has no manifest.json; make one with qtarget lens capture"
+        )
+    manifest: dict[str, Any] = files.load(file, Manifest, "capture again", FORMAT)
     return manifest
 
 
@@ -229,7 +247,7 @@ def _check_columns(folder: Path, tables: dict[str, pa.Table]) -> None:
     }
     for name, table in tables.items():
         if missing := sorted(wanted[name] - set(table.column_names)):
-            raise ConfigError(
+            raise StorageError(
                 f"{folder / name} lacks the columns {', '.join(missing)}; it is no capture of this program"
             )
 

@@ -1,4 +1,4 @@
-"""Whether the numbers of a capture can be what a model said: a file may be somebody else's, or have been edited."""
+"""Could a capture's numbers come from a model? The file may be a stranger's, or edited."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any target from a record, without a model: what it would have taught, and how far the missing tails may matter.
+"""Applies any target to a record, without a model, and bounds the error of missing tails.
 
 A record keeps every model's log-probabilities at the ids of a token and the mass outside them. What a target does there
 is computed as written; a residual's share of the tail is bounded from that mass, from the largest probability that can

@@ -1,4 +1,4 @@
-"""A record in the terminal: tokens coloured by trust, the tokens that are taught most, and the targets compared."""
+"""Shows a record in the terminal: coloured tokens, what is taught most, all targets."""
 
 from __future__ import annotations
 

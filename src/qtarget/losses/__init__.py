@@ -1,4 +1,4 @@
-"""Compute the loss of a target: the full-logits oracle, and the engine that never forms a [tokens, vocab] tensor."""
+"""The loss of a target: an oracle on full logits, and an engine that never holds them."""
 
 from qtarget.losses.full_logits import target_distribution, target_loss
 from qtarget.losses.heads import Head, TopK

@@ -1,4 +1,4 @@
-"""The oracle: full logits, any dtype including float64, written to be read. Every fast path is measured against it."""
+"""The oracle: the loss from full logits in any dtype; every fast path is held against it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks and shapes shared by the oracle and the engine: from what a user passes to supervised tokens only."""
+"""Checks a user's tensors and picks the supervised tokens, for oracle and engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine: hidden states × head weight → loss and gradients, without a [tokens, vocab] tensor."""
+"""``linear_target_loss``: hidden states × head → loss and gradients, in chunks."""
 
 from __future__ import annotations
 

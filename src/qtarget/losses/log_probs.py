@@ -1,4 +1,4 @@
-"""Dense log-probabilities of a few tokens, for reports; training never forms them."""
+"""Dense log-probabilities of a few tokens, for reports, which training never forms; and iw-sft's weight of a sequence."""
 
 from __future__ import annotations
 
@@ -38,3 +38,15 @@ def log_probs(other: Head | TopK, at: tuple[Tensor, ...], vocab: int, student: T
         dense = student + (tail - outside_lse)[:, None]
     dense = dense.scatter(1, ids, kept).clamp(min=_NOTHING)
     return dense - dense.logsumexp(-1, keepdim=True)  # what was kept was rounded
+
+
+def importance_weight(gap: Tensor, temperature: float) -> Tensor:
+    """iw-sft's weight of a sequence: exp(temperature · gap), at most 16 as in the paper's code (arXiv:2507.12856).
+
+    Args:
+        gap: mean over its supervised tokens of log p_θ − log p_ref.
+
+    >>> importance_weight(torch.tensor([0.0, 1e4]), 1.0)
+    tensor([ 1., 16.])
+    """
+    return (temperature * gap).exp().clamp(max=16)

@@ -1,4 +1,4 @@
-"""What every loss returns."""
+"""``LossOutput``, which every loss returns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss inside a model's own forward, so that DDP, FSDP2, DeepSpeed and checkpointing hooks run around it.
+"""The loss inside a model's own forward, where DDP, FSDP2 and DeepSpeed hooks run.
 
 A patched model called with ``qtarget=call`` runs its backbone and hands the last hidden states to the call instead of
 forming logits. Everything the call holds crosses mixed-precision wrappers in one opaque object: such wrappers cast
@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,6 @@ from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from qtarget.data.columns import SOURCE_ID, columns_of
-from qtarget.errors import ConfigError
 from qtarget.losses import Head, TopK, linear_target_loss
 from qtarget.models.sharded_head import whole
 from qtarget.targets import Target
@@ -53,7 +51,7 @@ class HeadTransform:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-class Figures:
+class TokenRecord:
     """What a loss says of itself: its value and per-token statistics of the shifted labels' shape, without a graph."""
 
     def __init__(self, loss: Tensor, stats: dict[str, Tensor]):
@@ -65,19 +63,19 @@ class Figures:
 class TargetLossOutput(ModelOutput):
     """What leaves the wrapped forward, which mixed precision may round on the way out (``output_dtype``).
 
-    loss: a scalar with a graph. aux_loss: of a mixture of experts, unweighted. figures: opaque, so that no digit of them
+    loss: a scalar with a graph. aux_loss: of a mixture of experts, unweighted. record: opaque, so that none of its digits
     is lost.
     """
 
     loss: Tensor | None = None
     aux_loss: Tensor | None = None
-    figures: Figures | None = None
+    record: TokenRecord | None = None
 
     @property
     def exact_loss(self) -> Tensor:
         """The loss with its graph and with every digit of its value."""
-        assert self.loss is not None and self.figures is not None
-        exact = self.figures.loss
+        assert self.loss is not None and self.record is not None
+        exact = self.record.loss
         rounded = self.loss.to(exact.dtype)
         return rounded + (exact - rounded.detach())
 
@@ -152,11 +150,11 @@ class LossCall:
             stats=self.stats,
             backend=self.backend,
         )
-        return TargetLossOutput(loss=output.loss, figures=Figures(output.loss, output.stats))
+        return TargetLossOutput(loss=output.loss, record=TokenRecord(output.loss, output.stats))
 
 
 class StatesCall:
-    """Ask a patched model for its last hidden states and its head: see ``states_and_head``.
+    """Ask a patched model for its last hidden states and its head: see ``CausalLM``.
 
     ``gathered``: set by the model where its head was a shard, so that what is handed out is whole and stays valid.
     """
@@ -205,21 +203,6 @@ def add_target_forward(model: nn.Module) -> None:
     model._qtarget_forward = True  # type: ignore[assignment]
 
 
-@torch.no_grad()
-def states_and_head(call: Any, base: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(last hidden states, weight and bias of the head, whole) of a teacher, a reference or the student as it is now.
-
-    ``call``: the patched model, wrapped where it is; ``base``: the causal language model inside.
-    """
-    asked = StatesCall()
-    states = call(**inputs, qtarget=asked)
-    weight, bias = head_parameters(base)
-    if isinstance(weight, DTensor) and not asked.gathered:
-        # FSDP2 gathered the head itself and freed it when the forward ended
-        return states.hidden, whole(weight, states.hidden), None if bias is None else whole(bias, states.hidden)
-    return states.hidden, states.weight, states.bias
-
-
 def _load_balancing_loss(model: Any, router_logits: Any, attention_mask: Tensor | None) -> Any:
     """The auxiliary loss of a mixture of experts, as the architecture's own forward computes it (arXiv:2101.03961)."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -243,49 +226,3 @@ def accepted(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return inputs
     return {name: value for name, value in inputs.items() if name in parameters}
-
-
-@torch.no_grad()
-def check_head_transform(
-    call: Any, base: nn.Module, inputs: dict[str, Any], mixed_precision: bool = False, tokens: int = 16
-) -> None:
-    """Compare logits rebuilt from hidden states with the model's own on a few tokens of the first row.
-
-    ``mixed_precision``: the call computes in half precision and returns float32, so that dtypes do not tell.
-    NaN is left to the loss, which names step and row. Of a row with several documents the first is looked at: a model
-    that is called without this trainer's settings may let them see each other.
-
-    Raises:
-        ConfigError: they differ; the architecture does something to its logits that is not known here.
-    """
-    few = {"input_ids": inputs["input_ids"][:1, :tokens]}
-    if "position_ids" in inputs:
-        starts = (inputs["position_ids"][0, 1:tokens] == 0).nonzero()
-        tokens = int(starts[0]) + 1 if len(starts) else tokens
-        few = {name: inputs[name][:1, :tokens] for name in ("input_ids", "position_ids")}
-    own = call(**few).logits.float()
-    hidden, weight, bias = states_and_head(call, base, few)
-    transform = HeadTransform.of(base.config)
-    rebuilt = hidden.float() @ weight.float().T
-    if bias is not None:
-        rebuilt = rebuilt + bias.float()
-    rebuilt = transform.apply(rebuilt)[:, -own.shape[1] :]
-    if rebuilt.shape != own.shape:
-        raise ConfigError(
-            f"{type(base).__name__}'s head has {rebuilt.shape[-1]} rows in this process and the model {own.shape[-1]} "
-            "tokens: it is split over processes in a form that cannot be gathered here; leave tensor parallelism out "
-            "(tp_plan), or shard with FSDP2"
-        )
-    if own.isnan().any():
-        return
-    difference = (own - rebuilt).abs()
-    rounded = mixed_precision or hidden.dtype not in (torch.float32, torch.float64)
-    allowed = (5e-2 if rounded else 1e-3) * (1 + float(own.abs().max()))
-    if not float(difference.max()) <= allowed:
-        place = divmod(int(difference.argmax()), own.shape[-1])
-        raise ConfigError(
-            f"{type(base).__name__}'s logits cannot be rebuilt from its hidden states: token {place[0]}, id {place[1]} "
-            f"is {float(own.flatten()[difference.argmax()]):.4f} in the model and "
-            f"{float(rebuilt.flatten()[difference.argmax()]):.4f} from hidden states × head (scale {transform.scale}, "
-            f"softcap {transform.softcap}); this architecture is not supported"
-        )

@@ -1,8 +1,9 @@
-"""Models that are only read: a teacher by name, a frozen copy of the start, or the student with its adapters off."""
+"""Models that are only read: by name, a copy of the start, or with adapters off."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from qtarget.errors import ConfigError
+from qtarget.models.forward import add_target_forward, head_parameters
 
 
 def load_frozen(name_or_path: str, revision: str | None, init_kwargs: dict | None, device: torch.device) -> nn.Module:
@@ -60,3 +62,64 @@ def adapters_off(model: Any) -> Iterator[None]:
         raise ConfigError("the reference is the model with its adapters off, but the model has no adapters")
     with evaluation_mode(model), model.disable_adapter():
         yield
+
+
+def place_as_student(model: nn.Module, role: str, accelerator: Any, device: torch.device) -> nn.Module:
+    """The model frozen, on the student's device or in pieces as the student is, and able to hand out hidden states.
+
+    Args:
+        model: a causal language model. role: teacher or reference, as errors call it. accelerator: the run's.
+
+    Raises:
+        ConfigError: ``device_map`` left its head where it cannot be multiplied beside the student's.
+    """
+    placed = getattr(model, "hf_device_map", None)
+    freeze(model)
+    add_target_forward(model)
+    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
+        from trl.models.utils import prepare_deepspeed
+
+        return prepare_deepspeed(model, accelerator)
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        return _sharded(model, accelerator)
+    if placed is None:
+        return model.to(device)
+    head = head_parameters(model)[0]
+    if head.device != device and head.device.type != torch.device(device).type:
+        raise ConfigError(
+            f"{role}_model_init_kwargs.device_map left the {role}'s head on {head.device.type!r}, where it cannot be "
+            f"multiplied beside the student's on {str(device)!r}; leave device_map out, or map the head to that device"
+        )
+    return model
+
+
+def _sharded(model: nn.Module, accelerator: Any) -> nn.Module:
+    """By FSDP, layer by layer as the student is."""
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version == 1:
+        from trl.models.utils import prepare_fsdp
+
+        sharded: Any = prepare_fsdp(model, accelerator)
+        return sharded
+    # TRL's would make one group of it, so that every forward gathers the whole model.
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    policy = plugin.auto_wrap_policy  # set to the layers of whichever model comes first
+    try:
+        return fsdp2_prepare_model(accelerator, model).eval()
+    finally:
+        plugin.auto_wrap_policy = policy
+
+
+def name_and_fingerprint(model: Any) -> str:
+    """What to call a model that was handed over and not named: its name if it has one, and its weights."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    return f"{name}, weights {fingerprint(model)}"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Eight digits that tell other weights of the same shape: of the first numbers of every parameter."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().flatten()[:64].double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:8]

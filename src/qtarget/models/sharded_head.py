@@ -1,4 +1,4 @@
-"""The head's weight as a whole tensor where it is sharded over processes, with the gradient sent back right."""
+"""The whole weight of a head that is sharded over processes, with the right gradient."""
 
 from __future__ import annotations
 

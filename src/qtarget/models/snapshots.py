@@ -1,5 +1,6 @@
-"""Copies of the trainable weights, put in their place for a forward without gradient: psft's old policy, and the
-student's own average as its teacher. Under LoRA they are copies of the adapters.
+"""Copies of the trainable weights, put in place for a forward: old policy and average.
+
+Under LoRA they are copies of the adapters.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from qtarget.errors import ConfigError, loading
+from qtarget.errors import ConfigError, StorageError, loading
 
 
 class WeightSnapshot:
@@ -96,10 +97,10 @@ class WeightSnapshot:
             torch.save({"taken_at": self.taken_at, "weights": self._kept}, self._file(folder))
 
     def load(self, folder: str | Path) -> None:
-        """Raises ConfigError where the checkpoint holds no such copies, or copies of other weights."""
+        """Raises StorageError where the checkpoint holds no such copies, or copies of other weights."""
         path = self._file(folder)
         if not path.is_file():
-            raise ConfigError(
+            raise StorageError(
                 f"resume_from_checkpoint is {str(folder)!r}, which holds no {self.what} ({path.name}); resume from a "
                 f"checkpoint that a run with this {self.setting} wrote, on as many processes"
             )
@@ -109,7 +110,7 @@ class WeightSnapshot:
                 raise ValueError("it holds no weights with the step they were taken at")
         trainable = self._trainable()
         if saved["weights"].keys() != trainable.keys():
-            raise ConfigError(
+            raise StorageError(
                 f"resume_from_checkpoint is {str(folder)!r}, whose {self.what} has other trainable weights than this "
                 "model; resume with the same adapters"
             )

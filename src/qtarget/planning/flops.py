@@ -1,4 +1,4 @@
-"""Floating-point operations of an optimiser step over all GPUs, by part. The formulas are written out in docs/plan.md.
+"""Floating-point operations of an optimiser step (formulas: docs/plan.md).
 
 Matrix products and attention are counted, two operations for a multiplication and an addition; norms, activations, the
 optimiser and the engine's row-wise mathematics are not. Causal attention counts the half that is needed.

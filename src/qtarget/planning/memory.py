@@ -1,5 +1,4 @@
-"""How much memory a run takes on each GPU, by arithmetic. The formulas are written out in docs/plan.md, and
-benchmarks/plan.py holds them against measured memory.
+"""Memory a run takes on each GPU, by arithmetic (docs/plan.md; benchmarks/plan.py measures).
 
 One place for every estimate: `qtarget plan`, `qtarget train --dry_run` and whoever holds a measured step against it ask
 ``estimate`` for the parts, ``peak`` for the most at one time and ``stages`` for what a process can measure of itself.

@@ -1,4 +1,4 @@
-"""Shapes of models without their weights: from the config.json of a folder, or from the hub's."""
+"""Shapes of models without their weights: by the config.json of a folder or the hub."""
 
 from __future__ import annotations
 

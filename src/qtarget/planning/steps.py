@@ -1,4 +1,4 @@
-"""How many steps a run takes: the arithmetic of Accelerate's sampler and Transformers' trainer."""
+"""How many steps a run takes, as Accelerate and Transformers count them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Signals that a target trains on, measured beforehand: reference log-probs, old log-probs, critical tokens."""
+"""Columns that a target trains on, measured beforehand from the run's own model and rows."""

@@ -1,4 +1,4 @@
-"""cft's signal: which tokens of the model's own right answers decide that they are right (arXiv:2510.10974).
+"""cft's signal: the tokens that decide whether an answer is right (arXiv:2510.10974).
 
 For each prompt the model answers greedily, and the right answers are kept. A token y_t is critical iff every alternative
 ends in a wrong answer, where an alternative is one of the next likeliest tokens at t (the paper's: the second and the
@@ -18,7 +18,7 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
-from qtarget.errors import ConfigError
+from qtarget.errors import DataError
 from qtarget.evaluation.grading import Grader
 from qtarget.signals.decoding import Greedy
 from qtarget.signals.progress import Progress
@@ -146,7 +146,7 @@ def report(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Counts over all problems; ``tokens`` are those of right answers without their end tokens.
 
     Raises:
-        ConfigError: no answer is right, or no token is critical.
+        DataError: no answer is right, or no token is critical.
     """
     records = [*records]
     right = [record for record in records if record["correct"]]
@@ -161,12 +161,12 @@ def report(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
     verifier = f"the verifier took too long {counts['timeouts']} times and failed {counts['errors']} times"
     if not right:
-        raise ConfigError(
+        raise DataError(
             f"no greedy answer is right: of {counts['problems']} problems {counts['ended']} were answered to the end and "
             f"0 correctly, {verifier}; raise max_new_tokens, check the verifier, or take a model that can answer some"
         )
     if not counts["critical"]:
-        raise ConfigError(
+        raise DataError(
             f"no token is critical: of {counts['problems']} problems {counts['correct']} were answered correctly, and "
             f"each of their {counts['tokens']} tokens can be replaced without harm, {verifier}; check that the verifier "
             "refuses wrong answers, or take harder problems"

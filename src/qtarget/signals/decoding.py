@@ -1,19 +1,22 @@
-"""A run's prompts, what its model answers greedily, and the tokens it would have taken second."""
+"""Greedy answers to a run's prompts, and the tokens the model would have taken second."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
 from trl.data_utils import _tokenize, is_conversational_from_value, maybe_convert_to_chatml
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, DataError
 from qtarget.models.forward import accepted
 from qtarget.models.frozen import evaluation_mode
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 
 class Greedy:
@@ -26,11 +29,11 @@ class Greedy:
         trainer: a QTargetTrainer. max_new_tokens: of one call.
     """
 
-    def __init__(self, trainer: Any, max_new_tokens: int):
-        self._trainer, self._tokenizer = trainer, trainer._tokenizer
+    def __init__(self, trainer: QTargetTrainer, max_new_tokens: int):
+        self._trainer, self._tokenizer = trainer, trainer.tokenizer
         self._model = trainer.accelerator.unwrap_model(trainer.model)
-        self._base = trainer._base_model()
-        self._vocab = trainer._vocab_size
+        self._base = trainer.student.base
+        self._vocab = trainer.vocab_size
         self.max_new_tokens = max_new_tokens
         own = getattr(self._base.generation_config, "eos_token_id", None)
         ends = {self._tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
@@ -75,7 +78,7 @@ class Greedy:
             ids = _tokenize(self._trainer.processing_class, given)["input_ids"] if given else []
         ids = list(ids)
         if not ids:
-            raise ConfigError(f"row {number} of the train split has an empty prompt; take the row out")
+            raise DataError(f"row {number} of the train split has an empty prompt; take the row out")
         longest = getattr(self._base.config.get_text_config(), "max_position_embeddings", None)
         if longest and len(ids) + 2 * self.max_new_tokens > longest:
             raise ConfigError(

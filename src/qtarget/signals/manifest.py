@@ -1,4 +1,4 @@
-"""``signal.json``: what a folder of signals was made from, and whether a run may train on it.
+"""``signal.json``: what a folder of signals was made from; may a run train on it?
 
 The file is written when the work starts, with ``finished: false``, and again when the data files stand: a folder
 without it, or with other settings, is somebody else's.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
-from qtarget import __version__, json_text
-from qtarget.errors import ConfigError
-from qtarget.signals.origin import named, other_model, reference_of, tokenizer_of
-from qtarget.teachers.fingerprints import template_hash, tokenizer_hash
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
+
+from qtarget import __version__, files
+from qtarget.errors import ConfigError, StorageError
+from qtarget.signals.origin import model_of, other_model, reference_of, tokenizer_of
+from qtarget.teachers.fingerprints import Model, template_hash, tokenizer_hash
 
 FILE = "signal.json"
 # Settings of a run that decide which tokens a row becomes and which of them are labels.
@@ -31,6 +33,44 @@ PREPROCESSING = (
 VERBS = {"weights": "weights", "old_logps": "oldlogps", "critical": "critical"}
 # What two manifests of one command may differ in.
 _RESULTS = ("finished", "rows", "dropped", "files", "report", "program")
+_MEND = "make the folder again with qtarget data"
+
+
+@with_config(**files.CLOSED)
+class Source(TypedDict):
+    """The dataset whose rows were measured, and how many each split has."""
+
+    name: str | None
+    config: str | None
+    rows: dict[str, int]
+
+
+@with_config(**files.CLOSED)
+class Manifest(TypedDict):
+    """``signal.json``: what every kind has; then what weights, what critical, and what a finished folder has."""
+
+    kind: Literal["weights", "old_logps", "critical"]
+    columns: Annotated[list[str], Field(min_length=1)]
+    program: str
+    model: Model
+    tokenizer: str
+    chat_template: str | None
+    preprocessing: dict[str, Any]
+    chat_template_path: str | None
+    dataset: Source
+    dtype: str | None
+    finished: bool
+    reference: NotRequired[Model]
+    weights_temperature: NotRequired[float | None]
+    verifier: NotRequired[str]
+    verifier_timeout: NotRequired[float]
+    alternatives: NotRequired[int]
+    max_new_tokens: NotRequired[int]
+    content: NotRequired[str]
+    dropped: NotRequired[dict[str, int]]
+    report: NotRequired[dict[str, Any]]
+    rows: NotRequired[dict[str, int]]
+    files: NotRequired[dict[str, str]]
 
 
 # -- made from ---------------------------------------------------------------------------------------------------
@@ -48,7 +88,7 @@ def describe(kind: str, columns: list[str], config: Any, model: Any, tokenizer: 
         "kind": kind,
         "columns": columns,
         "program": f"qtarget {__version__}",
-        "model": named(model.model_name_or_path, model.model_revision),
+        "model": model_of(model),
         "tokenizer": tokenizer_hash(tokenizer),
         "chat_template": template_hash(tokenizer),
         "preprocessing": {name: getattr(config, name) for name in PREPROCESSING},
@@ -65,46 +105,32 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
     free(folder, settings)
     if read(folder) is None:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder, {**settings, "finished": False})
+        files.write_json(folder / FILE, {**settings, "finished": False})
 
 
 def free(folder: Path, settings: dict[str, Any]) -> None:
     """Whether a command may have a folder: it is empty, or the same command has begun there.
 
     Raises:
-        ConfigError: it holds anything else; names the first setting that differs.
+        StorageError: it holds anything else. ConfigError: another run; names the first setting that differs.
     """
     there = read(folder)
     if there is None:
-        own = {f"{FILE}.partial"}  # killed as it began
+        own = {files.partial_of(Path(FILE)).name}  # killed as it began
         if folder.exists() and (not folder.is_dir() or any(file.name not in own for file in folder.iterdir())):
-            raise ConfigError(f"output is {str(folder)!r}, which is not an empty folder; name another one")
+            raise StorageError(f"output is {str(folder)!r}, which is not an empty folder; name another one")
         return
     if there.get("finished"):
-        raise ConfigError(
+        raise StorageError(
             f"output is {str(folder)!r}, which holds finished rows of qtarget data {VERBS[there['kind']]}; "
             "name another folder, or delete that one"
         )
     wanted = json.loads(json.dumps(settings))
-    for name, was, now in _differences(there, wanted):
+    for name, now, was in files.differences(wanted, there, ignored=_RESULTS):
         raise ConfigError(
             f"output is {str(folder)!r}, which holds an unfinished run with {name} {was!r}, and this one has {now!r}; go "
             "on with the settings it was started with, or name another folder"
         )
-
-
-def _differences(there: dict[str, Any], wanted: dict[str, Any], prefix: str = ""):
-    """(setting, its value there, the value wanted), in the order of ``wanted``."""
-    for name in [*wanted, *(name for name in there if name not in wanted)]:
-        was, now = there.get(name), wanted.get(name)
-        if not prefix and name in _RESULTS:
-            continue
-        if isinstance(was, dict) and isinstance(now, dict):
-            if was.get("weights") and was["weights"] == now.get("weights"):  # one model by two names
-                continue
-            yield from _differences(was, now, f"{prefix}{name}.")
-        elif was != now:
-            yield prefix + name, was, now
 
 
 def finish(folder: Path, settings: dict[str, Any], tables: dict[str, Any], results: dict[str, Any]) -> None:
@@ -113,27 +139,13 @@ def finish(folder: Path, settings: dict[str, Any], tables: dict[str, Any], resul
     Args:
         tables: split → datasets.Dataset. results: what else the manifest says, such as counts.
     """
-    files = {}
+    digests = {}
     for split, table in tables.items():
-        partial = folder / f"{split}.partial"
-        table.to_parquet(partial)
-        _to_disk(partial)
-        partial.rename(folder / f"{split}.parquet")
-        files[f"{split}.parquet"] = checksum(folder / f"{split}.parquet")
+        with files.whole(folder / f"{split}.parquet") as partial:
+            table.to_parquet(partial)
+        digests[f"{split}.parquet"] = checksum(folder / f"{split}.parquet")
     rows = {split: len(table) for split, table in tables.items()}
-    _write(folder, {**settings, **results, "rows": rows, "files": files, "finished": True})
-
-
-def _write(folder: Path, manifest: dict[str, Any]) -> None:
-    partial = folder / f"{FILE}.partial"
-    partial.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _to_disk(partial)
-    partial.rename(folder / FILE)
-
-
-def _to_disk(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
+    files.write_json(folder / FILE, {**settings, **results, "rows": rows, "files": digests, "finished": True})
 
 
 def checksum(file: Path) -> str:
@@ -145,36 +157,21 @@ def checksum(file: Path) -> str:
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
-def read(folder: str | Path) -> dict[str, Any] | None:
+def read(folder: str | Path) -> Manifest | None:
     """The manifest of a folder; None where there is none.
 
     Raises:
-        ConfigError: it cannot be read.
+        StorageError: it cannot be read.
     """
     file = Path(folder) / FILE
     if not file.is_file():
         return None
-    try:
-        manifest = json_text.loads(file.read_bytes())
-        if not isinstance(manifest, dict) or manifest.get("kind") not in VERBS:
-            raise ValueError("it is no manifest of signals")
-        _check(manifest)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}); make the folder again with qtarget data") from error
+    manifest: Manifest = files.load(file, Manifest, _MEND)
+    if manifest["finished"] and "files" not in manifest:
+        raise StorageError(f"{file} cannot be read (it has no files); {_MEND}")
+    if foreign := [name for name in manifest.get("files", {}) if not files.is_plain(name)]:
+        raise StorageError(f"{file} cannot be read (files names {foreign[0]!r}, which is no file in it); {_MEND}")
     return manifest
-
-
-def _check(manifest: dict[str, Any]) -> None:
-    """Raise ValueError where a part is missing or of another kind: a folder may be somebody else's."""
-    kinds: dict[str, type] = {"columns": list, "tokenizer": str, "model": dict, "preprocessing": dict}
-    for name, kind in (kinds | ({"files": dict} if manifest.get("finished") else {})).items():
-        if not isinstance(manifest.get(name), kind):
-            raise ValueError(f"{name} is {manifest.get(name)!r}")
-    if not manifest["columns"] or not isinstance(manifest["model"].get("name"), str):
-        raise ValueError(f"columns is {manifest['columns']!r}, model {manifest['model']!r}")
-    for name in manifest.get("files", {}):
-        if not name or Path(name).name != name or "\\" in name or "\0" in name:
-            raise ValueError(f"it names the file {name!r}, which is no name of a file in the folder")
 
 
 def check(folder: str | Path, config: Any, model: Any) -> list[str]:
@@ -203,7 +200,7 @@ def check(folder: str | Path, config: Any, model: Any) -> list[str]:
         return error.faults
 
 
-def _changed_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
+def _changed_files(folder: Path, manifest: Manifest) -> list[str]:
     again = f"make the folder again with qtarget data {VERBS[manifest['kind']]}"
     faults = []
     for name, digest in manifest["files"].items():
@@ -218,14 +215,14 @@ def _changed_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
     return faults
 
 
-def _is_read(manifest: dict[str, Any], config: Any) -> bool:
+def _is_read(manifest: Manifest, config: Any) -> bool:
     requires = config.resolve_objective().requires | config.resolve_eval_objective().requires
     if manifest["kind"] != "weights":
         return True  # the rows are token ids: another tokenizer would train on other text, whatever the target
     return "weight" in requires and (config.weights == "online") == ("reference_logp" in manifest["columns"])
 
 
-def _differences_from_run(folder: Path, manifest: dict[str, Any], config: Any, model: Any) -> list[str]:
+def _differences_from_run(folder: Path, manifest: Manifest, config: Any, model: Any) -> list[str]:
     column = manifest["columns"][0]
     made = f"but column {column} of {str(folder)!r} was made with"
     again = f"make it again: qtarget data {VERBS[manifest['kind']]}"
@@ -250,7 +247,7 @@ def _differences_from_run(folder: Path, manifest: dict[str, Any], config: Any, m
                 )
     requires = config.resolve_objective().requires
     if manifest["kind"] == "old_logps" and "old_policy" in requires and config.psft_refresh == "never":
-        now = named(model.model_name_or_path, model.model_revision)
+        now = model_of(model)
         if other_model(manifest["model"], now):
             faults.append(
                 f"model_name_or_path is {now['name']!r}, {made} {manifest['model']['name']!r}, and psft starts from the "

@@ -1,4 +1,4 @@
-"""psft's signal, a number per token: log p of each label under the model as it starts (arXiv:2508.17784).
+"""psft's signal: log p of each label under the model as it starts (arXiv:2508.17784).
 
 The rows are written as the trainer prepared them, as token ids: a number per token belongs to those tokens only.
 """
@@ -6,16 +6,19 @@ The rows are written as the trainer prepared them, as token ids: a number per to
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, List, Value
 
 from qtarget.signals.scoring import ROW, label_logps, prepared, student
 
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
+
 COLUMN = "old_logps"
 
 
-def tables(trainer: Any, tell: Callable[[float], object], step: Callable[[], object]) -> dict[str, Dataset]:
+def tables(trainer: QTargetTrainer, tell: Callable[[float], object], step: Callable[[], object]) -> dict[str, Dataset]:
     """The splits as input_ids, labels and old_logps, with what else a row holds one value of, such as its source.
 
     old_logps: float32, one per label before the shift, 0 where none is trained.

@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.errors import ConfigError
-from qtarget.teachers.fingerprints import weights_hash
+from qtarget.teachers.fingerprints import Model, named
 
 
-def named(name: str, revision: str | None) -> dict[str, Any]:
-    """A model by its name and, where they are known, what tells its weights from others."""
-    return {"name": name, "revision": revision or "main", "weights": weights_hash(name, revision)}
+def model_of(model: Any) -> Model:
+    """A run's model as it starts. ``model``: TRL's ModelConfig."""
+    return named(model.model_name_or_path, model.model_revision or "main")
 
 
-def reference_of(config: Any, model: Any) -> dict[str, Any]:
-    """``named`` of a run's reference: its own, or the model as it starts."""
+def reference_of(config: Any, model: Any) -> Model:
+    """A run's reference: its own, or the model as it starts."""
     if config.reference_model_name_or_path:
-        return named(config.reference_model_name_or_path, config.reference_model_revision)
-    return named(model.model_name_or_path, model.model_revision)
+        return named(config.reference_model_name_or_path, config.reference_model_revision or "main")
+    return model_of(model)
 
 
 def tokenizer_of(config: Any, model: Any) -> Any:
@@ -49,7 +49,7 @@ def tokenizer_of(config: Any, model: Any) -> Any:
     return tokenizer
 
 
-def other_model(was: dict[str, Any], now: dict[str, Any]) -> bool:
+def other_model(was: Model, now: Model) -> bool:
     """Told by the weights where both are known, for a folder may move; else by name and revision."""
     if was["weights"] and now["weights"]:
         return was["weights"] != now["weights"]

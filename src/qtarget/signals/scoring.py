@@ -1,18 +1,20 @@
-"""log p of a run's own labels, row by row: rows as the trainer prepares them, models as it forwards them."""
+"""log p of a run's own labels, row by row, as the trainer prepares and forwards them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
-from qtarget.errors import ConfigError
-from qtarget.models.frozen import adapters_off, evaluation_mode
-from qtarget.training.auxiliary import AuxiliaryModels
+from qtarget.errors import ConfigError, DataError
+from qtarget.models.frozen import evaluation_mode
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 # The number of an original row, which follows it through the trainer's preparation. No dataset has this name.
 ROW = "qtarget_row"
@@ -31,11 +33,11 @@ def numbered(datasets: dict[str, Any], column: str) -> dict[str, Dataset]:
         if not isinstance(dataset, Dataset):
             raise ConfigError("dataset_streaming is true, but rows of a stream have no number; set it to false")
         if column in dataset.column_names:
-            raise ConfigError(f"the {name} split has a column {column!r} already; take it out, or train on it as it is")
+            raise DataError(f"the {name} split has a column {column!r} already; take it out, or train on it as it is")
     return {name: dataset.add_column(ROW, list(range(len(dataset)))) for name, dataset in datasets.items()}
 
 
-def prepared(trainer: Any) -> dict[str, Dataset]:
+def prepared(trainer: QTargetTrainer) -> dict[str, Dataset]:
     """The splits as the trainer prepared them: those rows that have a label to train, in the order of the originals."""
     splits = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
     ready = {}
@@ -54,44 +56,35 @@ def supervised(labels: list[int]) -> int:
     return sum(label != -100 for label in labels[1:])
 
 
-def student(trainer: Any) -> Ask:
+def student(trainer: QTargetTrainer) -> Ask:
     """The run's model as it starts."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.student
 
     def ask(inputs: dict[str, Any], labels: Tensor) -> Tensor:
-        trainer._check_transform(model, inputs)
-        with evaluation_mode(model):
-            return trainer._others._label_logps(model, inputs, labels)
+        trainer.check_heads(inputs)
+        with evaluation_mode(model.model):
+            return model.label_log_p(inputs, labels)
 
     return ask
 
 
-def reference(trainer: Any) -> Ask:
+def reference(trainer: QTargetTrainer) -> Ask:
     """The run's reference: its own model, the model without its adapters, or the model as it starts."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if not trainer.args.reference_model_name_or_path:
-        if not hasattr(model, "disable_adapter"):
-            return student(trainer)
-
-        def without(inputs: dict[str, Any], labels: Tensor) -> Tensor:
-            with adapters_off(model):
-                return trainer._others._label_logps(model, inputs, labels)
-
-        return without
-    others = AuxiliaryModels(
-        trainer.args, trainer.accelerator, trainer.model, frozenset({"reference"}), trainer._tokenizer, None, None
-    )
+    model = trainer.student
+    if not trainer.args.reference_model_name_or_path and not trainer.aux.has_adapters:
+        return student(trainer)
+    aux = trainer.auxiliary({"reference"})
 
     def ask(inputs: dict[str, Any], labels: Tensor) -> Tensor:
-        others.check_head_transforms(inputs)
-        return others._label_logps(others.reference, inputs, labels)
+        aux.check_heads(inputs)
+        return aux.reference_log_p(model, inputs, labels)
 
     return ask
 
 
 @torch.no_grad()
 def label_logps(
-    trainer: Any, rows: Dataset, asks: list[Ask], tell: Callable[[float], object] = lambda seconds: None
+    trainer: QTargetTrainer, rows: Dataset, asks: list[Ask], tell: Callable[[float], object] = lambda seconds: None
 ) -> Iterator[tuple[int, list[Tensor]]]:
     """Place of a row in ``rows``, and for each model log p of its labels, float32 [length], 0 where none is trained.
 
@@ -106,9 +99,8 @@ def label_logps(
         started = time.monotonic()
         # What the loss would run under: a log-prob of other precision would not be that of the model that is trained.
         with trainer.compute_loss_context_manager():
-            inputs = trainer._prepare_inputs(trainer.data_collator([_tokens(rows[place]) for place in places]))
-            labels = inputs.pop("labels")
-            found = [ask(inputs, labels).float().cpu() + 0.0 for ask in asks]  # no −0
+            batch = trainer.batch(_tokens(rows[place]) for place in places)
+            found = [ask(batch.inputs, batch.labels).float().cpu() + 0.0 for ask in asks]  # no −0
         if not begin:
             longest = sum(lengths[place] for place in places)
             tell((time.monotonic() - started) * sum(lengths) / longest)

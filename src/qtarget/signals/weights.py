@@ -1,4 +1,4 @@
-"""iw-sft's signal, a number per row: the reference's mean log p, or the weight itself (arXiv:2507.12856).
+"""iw-sft's signal: a row's weight, or the reference's mean log p (arXiv:2507.12856).
 
 The weight of a sequence is w = exp(temperature · mean over its supervised tokens of (log p_θ − log p_ref)), clamped to
 [0, 16] as in the paper's code. p_θ moves, p_ref does not: with the column ``reference_logp`` a run needs no second model.
@@ -7,19 +7,20 @@ With the column ``weight`` w is that of the model as it starts, and stays.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Value
 from torch import Tensor
 
 from qtarget.errors import ConfigError
+from qtarget.losses.log_probs import importance_weight
 from qtarget.signals import origin
 from qtarget.signals.scoring import ROW, label_logps, prepared, reference, student
 from qtarget.teachers.vocabulary import vocabulary_difference
 
-_LARGEST = 16.0
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 
 def column_of(fixed: bool) -> str:
@@ -34,7 +35,7 @@ def check(config: Any, model: Any, fixed: bool) -> None:
             "fixed is true, but reference_model_name_or_path is not set, so that the model is its own reference and all "
             "weights are 1; name another reference, or leave --fixed out"
         )
-    ours, theirs = origin.named(model.model_name_or_path, model.model_revision), origin.reference_of(config, model)
+    ours, theirs = origin.model_of(model), origin.reference_of(config, model)
     if fixed and not origin.other_model(ours, theirs):
         raise ConfigError(
             f"fixed is true, but reference_model_name_or_path is {name!r}, the model itself, so that all weights are 1; "
@@ -61,7 +62,7 @@ def _other_tokens(config: Any, model: Any, name: str) -> str | None:
 
 
 def tables(
-    trainer: Any,
+    trainer: QTargetTrainer,
     originals: dict[str, Dataset],
     fixed: bool,
     tell: Callable[[float], object],
@@ -80,22 +81,14 @@ def tables(
         labels = rows["labels"]
         for place, logps in label_logps(trainer, rows, asks, tell):
             means = [_mean(line, labels[place]) for line in logps]
-            values[place] = weight(means[1] - means[0], trainer.args.weights_temperature) if fixed else means[0]
+            gap = means[-1] - means[0]
+            values[place] = float(importance_weight(gap, trainer.args.weights_temperature) if fixed else means[0])
             step()
         kept = originals[split].select(rows[ROW])
         made[split] = kept.add_column(column_of(fixed), values, feature=Value("float32"))
     return made
 
 
-def weight(gap: float, temperature: float) -> float:
-    """exp(temperature · gap), clamped to [0, 16].
-
-    >>> weight(0.0, 1.0), weight(1e4, 1.0)
-    (1.0, 16.0)
-    """
-    return min(math.exp(min(temperature * gap, _LARGEST)), _LARGEST)  # the inner one, so that exp does not overflow
-
-
-def _mean(logps: Tensor, labels: list[int]) -> float:
+def _mean(logps: Tensor, labels: list[int]) -> Tensor:
     trained = [i for i, label in enumerate(labels) if i and label != -100]
-    return float(logps[trained].double().mean())
+    return logps[trained].double().mean()

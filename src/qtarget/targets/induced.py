@@ -1,4 +1,4 @@
-"""Any loss to its target: Q = p − ∂L/∂z, what the loss asks the model to become in this step (arXiv:2606.11189)."""
+"""From any loss to its target: Q = p − ∂L/∂z, what the loss asks for (arXiv:2606.11189)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peers' spellings of an objective, read with that peer's defaults and scale.
+"""Other libraries' settings for an objective, read with that library's defaults.
 
 Each reader returns the target and a note saying what the spelling became. A spelling that no preset gives exactly is
 refused with the nearest one.

@@ -1,5 +1,4 @@
-"""The named objectives. One entry here is all a new one needs: names, errors, the command line, the YAML form, the
-docs table and the test matrix read this file.
+"""The named objectives, an entry each: names, YAML, help, docs and tests read this file.
 
 A preset is a composition of a trust rule and a residual with the published defaults. ``g = a (p − δ) + Σ b (p − R)``
 is its gradient on the logits; everything in a, b and R is held constant.
@@ -87,7 +86,8 @@ def build(name: str, /, **hyperparameters: object) -> Target:
     try:
         target = entry.build(**hyperparameters)
     except ConfigError as error:
-        raise ConfigError([f"target {entry.name}: {fault}" for fault in error.faults]) from None
+        error.during(f"target {entry.name}")
+        raise
     return target.named(entry.name, {**known, **hyperparameters})
 
 

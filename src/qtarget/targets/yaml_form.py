@@ -1,4 +1,4 @@
-"""Targets to and from what YAML holds."""
+"""Targets from and to what YAML holds: names, mappings, import paths."""
 
 from __future__ import annotations
 

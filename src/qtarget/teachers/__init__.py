@@ -1,1 +1,1 @@
-"""Where other distributions come from: a live teacher, a frozen reference."""
+"""Where a teacher's distribution comes from: a live model, a pool, a cache, a server."""

@@ -1,4 +1,4 @@
-"""A teacher that reads more than the student: a worked solution, a system prompt, retrieved text.
+"""A teacher that reads more than the student: a solution, a system prompt, retrieved text.
 
 The teacher's sequence is its own prompt, made by a template over the row's columns, followed by exactly the student's
 token ids from the first supervised one on, so that teacher and student are joined by ids and nothing is tokenised twice.
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qtarget.errors import ConfigError, unknown
+from qtarget.errors import ConfigError, DataError, unknown
 from qtarget.teachers.cache.index import supervised_positions
 
 _LONGEST, _LARGEST_POWER = 1_000_000, 1000
@@ -116,7 +116,7 @@ class Context:
         """Where the student's ids go on behind the teacher's prompt: after the row's own prompt."""
         same = next((i for i, (a, b) in enumerate(zip(own, input_ids, strict=False)) if a != b), len(own))
         if first < same:
-            raise ConfigError(
+            raise DataError(
                 "teacher_context replaces the prompt, but tokens of the prompt are supervised; set completion_only_loss "
                 "or assistant_only_loss"
             )
@@ -128,7 +128,7 @@ class Context:
         content = _text_of(turns[asked[-1]]["content"]) if asked else ""
         if "prompt" in self.templates:
             if not asked:
-                raise ConfigError("teacher_context.prompt is set, but a row has no user message before its answer")
+                raise DataError("teacher_context.prompt is set, but a row has no user message before its answer")
             turns[asked[-1]]["content"] = self._render("prompt", row, {"prompt": content})
         if "system" in self.templates:
             said = self._render("system", row, {"prompt": content})

@@ -1,4 +1,4 @@
-"""What tells one tokenizer, chat template or set of weights from another: short hashes for manifests."""
+"""Short hashes that tell tokenizers, chat templates and weights apart."""
 
 from __future__ import annotations
 
@@ -7,9 +7,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import with_config
+from typing_extensions import TypedDict
+
+from qtarget import files
+
 # Weight files are sampled: this many pieces of that many bytes, evenly over each file, its first and last included.
 _PIECES, _PIECE_BYTES = 64, 64 * 1024
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
+
+
+@with_config(**files.CLOSED)
+class Model(TypedDict):
+    """A model in a manifest: by its name and, where they are known, what tells its weights from others."""
+
+    name: str
+    revision: str | None
+    weights: str | None
+
+
+def named(name: str, revision: str | None) -> Model:
+    return {"name": name, "revision": revision, "weights": weights_hash(name, revision)}
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -1,4 +1,4 @@
-"""Which teacher belongs to which token: a whole number per token, made before rows are cut, shuffled and packed.
+"""Numbers every token, so that its teacher's answer is found after cutting and packing.
 
 Rows are marked as the model will see them, whole and in any order. The column's name tells which source made it, so that
 a dataset marked for another cache or another run is never taken for this one's.
@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, DataError
 from qtarget.teachers.cache.reader import CachedTeacher
 from qtarget.teachers.context import Context
 
@@ -55,7 +55,7 @@ class CacheJoin:
         """The dataset with the column; rows are looked up by what ``cut`` leaves of them.
 
         Raises:
-            ConfigError: a row the cache does not have.
+            DataError: a row the cache does not have.
         """
         return dataset.map(self._marked, with_indices=True, fn_kwargs={"name": name, "cut": cut}, **map_settings)
 
@@ -68,7 +68,7 @@ class CacheJoin:
             before = _in_row(number, name, _before, self.context, row, ids, labels)[0]
         places = self.cache.places(ids, labels, before)
         if places is None:
-            raise ConfigError(
+            raise DataError(
                 f"row {number} of the {name} dataset is not in the teacher cache {str(self.cache.folder)!r} (it has "
                 f"{len(self.cache.index)} rows): the row, its mask or its context was added or changed since; build a "
                 "cache for these rows"
@@ -165,6 +165,14 @@ class ContextJoin:
         )
 
 
+def read_before(join: CacheJoin | ContextJoin | None, row: Mapping[str, Any]) -> tuple[list[int], int]:
+    """(ids a context teacher reads before a prepared row, where the row's own begin); ([], 0) without a context."""
+    if not isinstance(join, ContextJoin):
+        return [], 0
+    first = next((uid for uid in row[join.column] if uid >= 0), None)
+    return ([], 0) if first is None else join.row_of(first)
+
+
 def _documents(uid: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """(row of the batch, its columns) for each document, also where a batch holds one twice."""
     for b, line in enumerate(uid):
@@ -186,7 +194,8 @@ def _in_row(number: int, name: str, function: Any, *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except ConfigError as error:
-        raise ConfigError(f"row {number} of the {name} dataset: {error.faults[0]}") from None
+        error.during(f"row {number} of the {name} dataset")
+        raise
 
 
 def _within(values: list[int], length: int, cut: slice) -> list[int]:

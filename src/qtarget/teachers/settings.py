@@ -1,4 +1,4 @@
-"""What a run's teacher asks for before a step is trained: the right cache, a context, the same tokens, the same end."""
+"""Checks a run's teacher before training: the right cache, context, tokens and end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qtarget.targets import Target, presets
 from qtarget.teachers.cache import manifest as manifests
 from qtarget.teachers.cache.reader import CachedTeacher
 from qtarget.teachers.context import Context, read_template
-from qtarget.teachers.fingerprints import template_hash, tokenizer_hash, weights_hash
+from qtarget.teachers.fingerprints import named, template_hash, tokenizer_hash
 from qtarget.teachers.joins import CacheJoin, ContextJoin, RowsThatAsk
 from qtarget.teachers.vocabulary import real_vocabulary_size, vocabulary_difference
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 # -- how tokens find their teacher -------------------------------------------------------------------------------
 
 
-def open_uids(
+def open_join(
     args: Any,
     tokenizer: Any,
     chat_template: str | None,
@@ -102,12 +102,8 @@ def named_teacher(args: Any) -> dict[str, Any]:
     """The teacher that settings name, as a cache's manifest holds it."""
     if args.teachers is not None:
         pool = args.pool_members()
-        return {"pool": [{"weight": one.weight, **_named(one.name, one.revision)} for one in pool]}
-    return _named(args.teacher_model_name_or_path, args.teacher_model_revision)
-
-
-def _named(name: str, revision: str | None) -> dict[str, Any]:
-    return {"name": name, "revision": revision, "weights": weights_hash(name, revision)}
+        return {"pool": [{"weight": one.weight, **named(one.name, one.revision)} for one in pool]}
+    return {**named(args.teacher_model_name_or_path, args.teacher_model_revision)}
 
 
 def describe(teacher: Mapping[str, Any]) -> str:
@@ -117,10 +113,10 @@ def describe(teacher: Mapping[str, Any]) -> str:
     return f"{teacher['name']} (revision {teacher['revision'] or 'default'}, weights {teacher['weights'] or 'unknown'})"
 
 
-def teacher_named_by(args: Any, uids: CacheJoin | ContextJoin | None) -> str | None:
+def teacher_named_by(args: Any, join: CacheJoin | ContextJoin | None) -> str | None:
     """What a checkpoint and the log say of a teacher that is not one named model; None where it is, or there is none."""
-    if isinstance(uids, CacheJoin):
-        manifest = uids.cache.manifest
+    if isinstance(join, CacheJoin):
+        manifest = join.cache.manifest
         return (
             f"{describe(manifest['teacher'])}, from a cache of its {manifest['k']} likeliest tokens "
             f"({manifest['index']['checksum'][:8]})"
@@ -206,12 +202,22 @@ def teacher_tokenizer(name: str, revision: str | None, init_kwargs: Mapping[str,
 # -- end tokens --------------------------------------------------------------------------------------------------
 
 
-def told_of_end_tokens(tokenizer: Any, own: int, theirs: int, setting: str) -> int | None:
-    """Say that teacher and data end with different tokens. Returns the one that is taught by its label alone, or None.
+def label_only_end_token(own: int | None, theirs: int | None, setting: str) -> int | None:
+    """The data's end token, where the teacher ends with another and its word on that position is not taken; or None.
 
     A base model is trained to end with its end of text and an instruct teacher ends with its end of turn, so that the
     teacher's word on the last position is mass on the wrong token.
+
+    Args:
+        own: the data's. theirs: the teacher's, None where it is not known. setting: teacher_end_token.
     """
+    return own if theirs not in (None, own) and setting == "label" else None
+
+
+def log_end_tokens(tokenizer: Any, own: int | None, theirs: int | None, setting: str) -> None:
+    """Warn that teacher and data end with different tokens, and what is done about it."""
+    if own is None or theirs in (None, own):
+        return
     mine, other = (tokenizer.convert_ids_to_tokens(index) for index in (own, theirs))
     what = {
         "label": f"tokens {mine!r} are taught by their label alone",
@@ -222,10 +228,9 @@ def told_of_end_tokens(tokenizer: Any, own: int, theirs: int, setting: str) -> i
         "the data end with %r (id %d) and the teacher with %r (id %d): %s (teacher_end_token: %s)",
         *(mine, own, other, theirs, what, setting),
     )
-    return own if setting == "label" else None
 
 
-def with_label_alone(
+def split_end_tokens(
     targets: list[Target], source: Tensor | None, labels: Tensor, token: int
 ) -> tuple[list[Target], Tensor | None]:
     """Targets and the number of each label's target, with plain SFT where a teacher would be asked about ``token``.

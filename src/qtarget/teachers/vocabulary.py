@@ -1,4 +1,4 @@
-"""Whether two tokenizers give the same ids to the same tokens, which a teacher's distribution depends on."""
+"""Do two tokenizers give the same ids to the same tokens?"""
 
 from __future__ import annotations
 

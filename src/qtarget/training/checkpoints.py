@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or not there, whatever kills the run while one is written or deleted.
+"""Checkpoints that are complete or not there, even if the run is killed meanwhile.
 
 A checkpoint is written as ``_unfinished/checkpoint-N`` in the run's folder and renamed once its last file is there, so
 every ``checkpoint-N`` is whole: for qtarget, for Transformers and for a script that copies folders. It also lists its
@@ -12,23 +12,28 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-from transformers.trainer import TRAINER_STATE_NAME
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINER_STATE_NAME, safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
-from trl import SFTTrainer
 
-from qtarget import json_text
-from qtarget.errors import ConfigError
+from qtarget import files
+from qtarget.errors import StorageError, reason
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 # Where a checkpoint is written, and where it goes to be deleted. Transformers leaves _* out of uploads to the hub.
 UNFINISHED = "_unfinished"
 FILES = "qtarget_files.json"
-# What the file system itself refuses. Another OSError is a fault of something else.
-_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ESTALE)
+# What a run that goes on unpickles, up to tensors. Copies of weights that a target keeps are looked at when they are
+# loaded; training_args.bin and a callback's own files are never read.
+_PICKLED = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "pytorch_model*.bin", "adapter_model.bin")
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
@@ -40,7 +45,7 @@ def fault(folder: str | Path) -> str | None:
     if not (folder / TRAINER_STATE_NAME).is_file():
         return f"{TRAINER_STATE_NAME} is missing"
     try:
-        listed: dict[str, int] = json_text.loads((folder / FILES).read_bytes())
+        listed: dict[str, int] = files.loads((folder / FILES).read_bytes())
     except FileNotFoundError:  # another program's, which writes its state last
         return None
     except (ValueError, OSError) as error:
@@ -76,6 +81,30 @@ def passed_over(run: str | Path) -> list[str]:
             break
         said.append(f"{folder} is not whole ({why}): it is passed over")
     return said
+
+
+def unreadable_files(folder: str | Path) -> list[str]:
+    """Sentences on files that cannot be read or are pickles of more than tensors; none where all can be loaded."""
+    folder = Path(folder)
+    told, state = f"resume_from_checkpoint is {str(folder)!r}", folder / TRAINER_STATE_NAME
+    try:
+        if not isinstance(files.loads(state.read_bytes()), dict):
+            raise ValueError("it holds no mapping")
+    except (OSError, ValueError) as error:
+        return [f"{told}, whose {TRAINER_STATE_NAME} cannot be read ({error}); name another checkpoint"]
+    found = []
+    pickled = {file for name in _PICKLED for file in folder.glob(name)}
+    for file in sorted(pickled | {*folder.glob("*.safetensors")}):
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+            else:
+                with safe_globals():
+                    torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+        except Exception as error:  # a pickle that is none may make anything of the unpickler
+            found.append(f"{told}, whose {file.name} cannot be loaded: {reason(error)}; name another checkpoint")
+    return found
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
@@ -138,28 +167,28 @@ def unwritable(folder: str | Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def told(what: str, run: str | Path) -> Iterator[None]:
+def storage_errors(what: str, run: str | Path) -> Iterator[None]:
     """Turn what the file system refuses into a sentence that names the checkpoint to go on from.
 
     Args:
         what: could not be written. run: the run's folder.
 
     Raises:
-        ConfigError: the disk is full, the folder cannot be written any more, a file would be too large.
+        StorageError: the disk is full, the folder cannot be written any more, a file would be too large.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = _refusal(error, Path(run).absolute())
-        if reason is None:
+        refusal = _refusal(error, Path(run).absolute())
+        if refusal is None:
             raise
         clear(run)
         whole = last(run)
         mend = "there is no checkpoint yet, so start anew"
         if whole is not None:
             mend = f"go on from the last whole checkpoint, {whole.name}, with --resume_from_checkpoint true"
-        raise ConfigError(
-            f"{what} could not be written to {str(run)!r}: {reason}; make room or mend the folder's rights, then {mend}"
+        raise StorageError(
+            f"{what} could not be written to {str(run)!r}: {refusal}; make room or mend the folder's rights, then {mend}"
         ) from error
 
 
@@ -167,7 +196,7 @@ def _refusal(error: BaseException | None, run: Path) -> str | None:
     """What the file system said, or None where it is not the file system that speaks, or of what was only read."""
     while error is not None:
         text = str(error)
-        if isinstance(error, OSError) and error.errno in _REFUSED:
+        if isinstance(error, OSError) and error.errno in files.REFUSED:
             inside = error.filename is None or run in Path(os.fsdecode(error.filename)).absolute().parents
             rights = error.errno in (errno.EACCES, errno.EPERM)
             return None if rights and not inside else os.strerror(error.errno or 0)
@@ -179,66 +208,74 @@ def _refusal(error: BaseException | None, run: Path) -> str | None:
     return None
 
 
-class AtomicCheckpoints(SFTTrainer):
-    """TRL's trainer with checkpoints that are complete or not there; its subclass says what else goes into one."""
+class AtomicCheckpoints:
+    """Writes a trainer's checkpoints: complete or not there.
 
-    _is_writing = False
+    Attributes:
+        writing: whether the host is writing one now, into a folder that is no checkpoint yet.
+    """
 
-    def write_into_checkpoint(self, folder: Path) -> None:
-        """Write what a resumed run needs beside Transformers' files; called in every process."""
+    def __init__(self) -> None:
+        self.writing = False
 
-    def _get_output_dir(self, trial: Any) -> str:
-        run: str = super()._get_output_dir(trial)
-        return os.path.join(run, UNFINISHED) if self._is_writing else run
+    def folder(self, run: str) -> str:
+        """Where the host writes: ``run``, or a folder in it that is no checkpoint yet."""
+        return os.path.join(run, UNFINISHED) if self.writing else run
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Later, from the finished checkpoint: an upload in the background needs a folder that stays."""
-        if not self._is_writing:
-            super()._push_from_checkpoint(checkpoint_folder)
+    def save(
+        self,
+        trainer: QTargetTrainer,
+        run: Path,
+        write: Callable[[], object],
+        push: Callable[[str], object],
+    ) -> None:
+        """A checkpoint of the step that is done.
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        run = Path(super()._get_output_dir(trial))
-        finished = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        Args:
+            run: the run's folder. write: the host's own part. push: uploads a finished one; an upload in the background
+                needs a folder that stays.
+        """
+        finished = run / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
         written = run / UNFINISHED / finished.name
-        with told(f"step {self.state.global_step}: the checkpoint", run):
-            if self._is_first_here():
+        wait = trainer.accelerator.wait_for_everyone
+        # Nodes may keep folders of their own.
+        first_here = trainer.is_local_process_zero()
+        with storage_errors(f"step {trainer.state.global_step}: the checkpoint", run):
+            if first_here:
                 clear(run)
-            self.accelerator.wait_for_everyone()
-            self._is_writing = True
+            wait()
+            self.writing = True
             try:
-                super()._save_checkpoint(model, trial)
+                write()
             finally:
-                self._is_writing = False
-            self._name_best(run, finished, written)
-            self.write_into_checkpoint(written)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
+                self.writing = False
+            _name_best(trainer, run, finished, written)
+            trainer.write_into_checkpoint(written)
+            wait()
+            if trainer.is_world_process_zero():
                 list_files(written)
-            self.accelerator.wait_for_everyone()
-            puts = self.is_world_process_zero()
-            if self._is_first_here() and not (written / FILES).exists():  # a node whose folder is its own
+            wait()
+            puts = trainer.is_world_process_zero()
+            if first_here and not (written / FILES).exists():  # a node whose folder is its own
                 puts = True
                 list_files(written)
-            self.accelerator.wait_for_everyone()
+            wait()
             if puts:
                 put(written, finished)
-            self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(finished))
-        if self.args.should_save:
-            rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+            wait()
+        if trainer.args.push_to_hub:
+            push(str(finished))
+        if trainer.args.should_save:
+            rotate(run, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
 
-    def _is_first_here(self) -> bool:
-        """The first process of each node: nodes may keep folders of their own."""
-        return self.is_local_process_zero()
 
-    def _name_best(self, run: Path, finished: Path, written: Path) -> None:
-        """Where the best checkpoint will be: Transformers looked for it beside the one being written."""
-        strategies = SaveStrategy.STEPS, SaveStrategy.EPOCH, SaveStrategy.BEST
-        if not self.state.best_global_step or self.args.save_strategy not in strategies:
-            return
-        best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-        if best == finished or best.exists():
-            self.state.best_model_checkpoint = str(best)
-        if self.args.should_save:
-            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+def _name_best(trainer: QTargetTrainer, run: Path, finished: Path, written: Path) -> None:
+    """Where the best checkpoint will be: Transformers looked for it beside the one being written."""
+    strategies = SaveStrategy.STEPS, SaveStrategy.EPOCH, SaveStrategy.BEST
+    if not trainer.state.best_global_step or trainer.args.save_strategy not in strategies:
+        return
+    best = run / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.best_global_step}"
+    if best == finished or best.exists():
+        trainer.state.best_model_checkpoint = str(best)
+    if trainer.args.should_save:
+        trainer.state.save_to_json(str(written / TRAINER_STATE_NAME))

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before a step is trained, most of it before weights are loaded.
+"""What can be known to be wrong before a step is trained.
 
 Each check returns sentences; those at the end put them together and raise.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,10 +15,13 @@ from transformers import AutoTokenizer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from qtarget.data.columns import REFERENCE, SOURCE_ID
-from qtarget.errors import ConfigError
+from qtarget.errors import DataError, StorageError
 from qtarget.targets.objective import Objective
 from qtarget.teachers import settings as teacher_settings
 from qtarget.training import checkpoints
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 _NAMES = {
     "weight": "weights",
@@ -29,12 +32,6 @@ _MENDS = {
     "weight": "add it, set weights: online, or choose another target",
     "old_logps": "add it, set psft_refresh to a number of steps, or choose another target",
 }
-
-
-def raise_together(faults: Iterable[str]) -> None:
-    """Raise one ConfigError with every fault, each once."""
-    if faults := list(dict.fromkeys(faults)):
-        raise ConfigError(faults)
 
 
 def missing_teacher(args: Any, objectives: Iterable[Objective], teacher_given: bool) -> list[str]:
@@ -292,9 +289,9 @@ def _sets(train: Any, evaluated: Any) -> list[tuple[str, Any, bool]]:
     return [("train", train, True), *((name, dataset, False) for name, dataset in named)]
 
 
-def prepared(trainer: Any) -> list[str]:
-    """Every fault of a trainer that has its data and its model."""
-    if trainer._is_vision_dataset:
+def prepared(trainer: QTargetTrainer, images: bool) -> list[str]:
+    """Every fault of a trainer that has its data and its model. ``images``: whether its dataset holds some."""
+    if images:
         return ["the dataset holds images; only text can be trained with a target: use TRL's SFTTrainer"]
     faults = []
     for name, dataset, _ in _sets(trainer.train_dataset, trainer.eval_dataset):
@@ -315,7 +312,7 @@ def packed_batch(inputs: Mapping[str, Any]) -> None:
     if positions is None or mask is None or mask.ndim != 2:
         return
     if bool(((positions[:, 1:] == 0) & (mask[:, 1:] == 1)).any()):
-        raise ConfigError(
+        raise DataError(
             "the batch is packed (position_ids start again inside a row) and has a two-dimensional attention_mask, "
             "under which documents see each other; leave attention_mask out of a packed batch"
         )
@@ -325,14 +322,14 @@ def checkpoint_folder(resume_from_checkpoint: Any, output_dir: Any) -> str | Non
     """The folder a run would resume from: the one that is named, for True the last whole one, or None.
 
     Raises:
-        ConfigError: the one that is named is not whole.
+        StorageError: the one that is named is not whole.
     """
     if isinstance(resume_from_checkpoint, str | Path):
         folder = Path(resume_from_checkpoint)
         if not folder.is_dir():
-            raise ConfigError(f"resume_from_checkpoint is {str(folder)!r}, which is no folder; {_whole_one(folder)}")
+            raise StorageError(f"resume_from_checkpoint is {str(folder)!r}, which is no folder; {_whole_one(folder)}")
         if (fault := checkpoints.fault(folder)) is not None:
-            raise ConfigError(
+            raise StorageError(
                 f"resume_from_checkpoint is {str(folder)!r}, which is not whole: {fault}; {_whole_one(folder)}"
             )
         return str(folder)

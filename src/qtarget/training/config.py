@@ -1,4 +1,4 @@
-"""QTargetConfig: TRL's SFTConfig with a target."""
+"""``QTargetConfig``: TRL's SFTConfig with a target."""
 
 from __future__ import annotations
 
@@ -327,7 +327,8 @@ class QTargetConfig(SFTConfig):
         try:
             return Objective.single(self.eval_target)
         except ConfigError as error:
-            raise ConfigError([f"eval_target: {fault}" for fault in error.faults]) from None
+            error.during("eval_target")
+            raise
 
     def models_for(self, requires: Iterable[str]) -> frozenset[str]:
         """Of what targets require, what is a model: teacher, reference, old_policy (psft's copy of the student).

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qtarget.data.columns import SOURCE_ID, columns_of
 from qtarget.targets.objective import Objective
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
+
+
+def of_step(trainer: QTargetTrainer, batches: Sequence[Mapping[str, Tensor]], device: torch.device) -> Tensor | None:
+    """Over all micro-batches and processes; None where each micro-batch has its own."""
+    if trainer.args.denominator == "micro_batch" or not batches:
+        return None
+    total = count(batches, trainer.args.denominator, trainer.objective).to(device)
+    if trainer.args.world_size > 1:
+        total = trainer.accelerator.gather(total).sum() / trainer.get_tp_size()
+    return total.float()
 
 
 def count(batches: Iterable[Mapping[str, Tensor]], denominator: str, objective: Objective) -> Tensor:

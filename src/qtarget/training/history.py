@@ -1,4 +1,4 @@
-"""The map of (p_y, entropy) over a run: how many tokens lie where, and what they were taught, every so many steps.
+"""A map of (p_y, entropy) every so many steps, for the lens page to play.
 
 Made from the statistics of the loss itself, at no second forward pass. ``lens_history.parquet`` in the run's folder has a
 line per cell that holds a token:
@@ -13,7 +13,6 @@ grows with the run. Which maps are kept depends on the step alone, so a resumed 
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from qtarget.errors import ConfigError, reason
+from qtarget import files
+from qtarget.errors import StorageError, reason
 
 BINS = 20
 MAPS = 256
@@ -100,10 +100,8 @@ class History(TrainerCallback):
             schema=SCHEMA,
         )
         before = self._before(step)
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._file.with_suffix(".partial")
-        pq.write_table(table if before is None else pa.concat_tables([before, table]), partial, compression="zstd")
-        os.replace(partial, self._file)
+        with files.whole(self._file, report=False) as partial:
+            pq.write_table(table if before is None else pa.concat_tables([before, table]), partial, compression="zstd")
 
     def _before(self, step: int) -> pa.Table | None:
         """Maps of earlier steps that stay: a resumed run goes on, and what it does again is written anew."""
@@ -121,14 +119,14 @@ def frames(folder: str | Path) -> list[dict[str, Any]]:
         read = pq.read_table(file)
         table = pa.Table.from_arrays([read[name].cast(SCHEMA.field(name).type) for name in SCHEMA.names], SCHEMA.names)
     except (OSError, pa.ArrowException, KeyError) as error:
-        raise ConfigError(f"{file} cannot be read ({reason(error)}); train again with lens_every") from None
+        raise StorageError(f"{file} cannot be read ({reason(error)}); train again with lens_every") from None
     lines = table.to_pylist()
     made: dict[int, dict[str, Any]] = {}
     for line in lines:
         if any(line[name] is None for name in SCHEMA.names) or not all(
             0 <= line[n] < BINS for n in ("p_bin", "entropy_bin")
         ):
-            raise ConfigError(
+            raise StorageError(
                 f"{file} has a cell at p_bin {line['p_bin']}, entropy_bin {line['entropy_bin']}, which the map of {BINS} "
                 "by as many has not; train again with lens_every"
             )

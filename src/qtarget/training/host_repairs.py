@@ -1,88 +1,126 @@
-"""Which micro-batches make an optimiser step, after a resume and on a stream too.
+"""What goes wrong in Transformers and Accelerate around a step, repaired.
 
-Three things go wrong there in Transformers 5.23. A finished run that is resumed trains one step more. On a stream, whose
-length is not known, a pass that does not end with a full step adds its last micro-batches to the gradient of the next
-pass's first step with a denominator of their own, so that step is up to twice as long; a pass shorter than a step never
-ends. And a stream that is resumed in its second pass or later skips all batches so far in the first pass, which ends
-meanwhile: the run goes on with the beginning of the second, whatever it had trained of it.
+Three things are wrong with the micro-batches of a step in Transformers 5.23. A finished run that is resumed trains one
+step more. On a stream, whose length is not known, a pass that does not end with a full step adds its last micro-batches
+to the gradient of the next pass's first step with a denominator of their own, so that step is up to twice as long; a pass
+shorter than a step never ends. And a stream that is resumed in its second pass or later skips all batches so far in the
+first pass, which ends meanwhile: the run goes on with the beginning of the second, whatever it had trained of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import has_length
-from trl import SFTTrainer
 
 from qtarget.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qtarget.training.config import QTargetConfig
+    from qtarget.training.trainer import QTargetTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class HostRepairs(SFTTrainer):
-    """TRL's trainer with the right micro-batches in every optimiser step."""
+class StepBatches:
+    """The right micro-batches in every optimiser step of a trainer."""
 
-    _pass: Iterator | None = None
-    _begins_within = False  # a resumed run's first pass
-    _told = False
+    def __init__(self) -> None:
+        self._pass: Iterator | None = None
+        self._begins_within = False  # a resumed run's first pass
+        self._warned = False
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+    def of_step(
+        self,
+        trainer: QTargetTrainer,
+        host: Callable[..., Any],
+        count: Callable[..., Any],
+        batches: Iterator,
+        num_batches: int,
+        device: torch.device,
+    ) -> tuple[list, Any]:
         """The micro-batches of a step and their denominator.
 
         None where the run is at its end, and where a pass over a stream has too few left for a whole step.
 
+        Args:
+            host: its ``get_batch_samples``. count: its ``_get_num_items_in_batch``. batches: of the present pass.
+
         Raises:
             ConfigError: a whole pass over a stream holds less than one step.
         """
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
+        if trainer.state.global_step >= trainer.state.max_steps:
+            trainer.control.should_training_stop = True
             return [], None
-        if has_length(self.train_dataset):
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = [*itertools.islice(epoch_iterator, num_batches)]
-        if batches and len(batches) < num_batches:
-            if self._pass is not epoch_iterator and not self._begins_within:
+        if has_length(trainer.train_dataset):
+            samples: tuple[list, Any] = host(batches, num_batches, device)
+            return samples
+        taken = [*itertools.islice(batches, num_batches)]
+        if taken and len(taken) < num_batches:
+            if self._pass is not batches and not self._begins_within:
                 raise ConfigError(
                     f"gradient_accumulation_steps is {num_batches}, but a pass over the streamed dataset holds "
-                    f"{len(batches)} micro-batches; lower it, or read the dataset whole: dataset_streaming: false"
+                    f"{len(taken)} micro-batches; lower it, or read the dataset whole: dataset_streaming: false"
                 )
-            if not self._told:
-                self._told = True
+            if not self._warned:
+                self._warned = True
                 logger.warning(
-                    f"the last {len(batches)} micro-batches of each pass over the stream are left out: they do not fill "
+                    f"the last {len(taken)} micro-batches of each pass over the stream are left out: they do not fill "
                     f"an optimiser step of {num_batches}"
                 )
-            batches = []
-        self._pass, self._begins_within = epoch_iterator, False
-        return batches, self._get_num_items_in_batch(batches, device) if batches else None
+            taken = []
+        self._pass, self._begins_within = batches, False
+        return taken, count(taken, device) if taken else None
 
-    def _init_training_state(
-        self,
-        max_steps: int,
-        num_update_steps_per_epoch: int,
-        num_train_epochs: int,
-        resume_from_checkpoint: str | None,
-        trial: Any,
-    ) -> tuple[int, int]:
-        """Passes finished, and micro-batches trained of the present one."""
-        finished, trained = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
-        if resume_from_checkpoint is None or has_length(self.train_dataset) or self.args.ignore_data_skip:
+    def resumed(self, trainer: QTargetTrainer, finished: int, trained: int, checkpoint: str | None) -> tuple[int, int]:
+        """Passes finished, and micro-batches trained of the present one; of a stream worked out anew."""
+        if checkpoint is None or has_length(trainer.train_dataset) or trainer.args.ignore_data_skip:
             return finished, trained
         # On a stream the epoch is the passes finished, and the steps of this one over those of the whole run: never none
         # of them, since a checkpoint comes after a step, and all of them where the run ended in its first pass.
-        saved = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+        saved = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
         epoch = saved.epoch or 0.0
         passes = max(math.ceil(epoch) - 1, 0)
         steps = round((epoch - passes) * saved.max_steps)
         self._begins_within = steps > 0
-        return passes, steps * self.args.gradient_accumulation_steps
+        return passes, steps * trainer.args.gradient_accumulation_steps
+
+
+def leave_out_repeated(trainer: QTargetTrainer, inputs: dict[str, Any]) -> None:
+    """Accelerate fills the last batch of all processes with rows that were there already: these lose their labels.
+
+    Where packed rows of one process stand in one line, part of them repeated, they are counted as they come.
+    """
+    state, labels = trainer.accelerator.gradient_state, inputs["labels"]
+    if trainer.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder < 1:
+        return
+    loader: Any = state.active_dataloader
+    in_a_line = len(labels) == 1 and "position_ids" in inputs and hasattr(loader.dataset, "__len__")
+    size = trainer.args.eval_batch_size if in_a_line else len(labels)
+    real = min(max(state.remainder - trainer.accelerator.process_index * size, 0), size)
+    if not in_a_line or not real:
+        labels[real:] = -100
+    elif real < size:
+        starts = (inputs["position_ids"][0] == 0).nonzero().flatten()
+        if len(starts) == size:
+            labels[:, starts[real] :] = -100
+
+
+@contextlib.contextmanager
+def as_plain_nll(args: QTargetConfig) -> Iterator[None]:
+    """Show TRL the settings of its plain loss while it sets itself up: the loss is the target's from then on."""
+    kept = args.loss_type, args.label_smoothing_factor
+    args.loss_type, args.label_smoothing_factor = "nll", 0.0
+    try:
+        yield
+    finally:
+        args.loss_type, args.label_smoothing_factor = kept

@@ -5,15 +5,36 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qtarget import __version__
 from qtarget.targets import presets
 from qtarget.targets.objective import Objective
+from qtarget.training import run_identity
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 _VERSIONS = ("qtarget", "trl", "transformers", "torch", "datasets", "accelerate", "peft")
 _FIGURES = ("loss", "nll", "ce_q", "trust", "residual_mass", "update", "update_vs_sft", "entropy", "accuracy")
 _BEFORE = "### Framework versions"
+
+
+def complete(trainer: QTargetTrainer) -> None:
+    """Add the part to the card that the host has just written."""
+    card = Path(str(trainer.args.output_dir)) / "README.md"
+    if not trainer.is_world_process_zero() or not card.is_file():
+        return
+    evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
+    rows = {
+        name: f"{len(data)} rows" if hasattr(data, "__len__") else "a stream"
+        for name, data in {"train": trainer.train_dataset, **evaluated}.items()
+        if data is not None
+    }
+    trusted = run_identity.trusted_code(trainer.args)
+    part = section(trainer.objective, trainer.identity(), rows, trainer.state.log_history, trusted)
+    card.write_text(insert(card.read_text(encoding="utf-8"), part), encoding="utf-8")
 
 
 def section(

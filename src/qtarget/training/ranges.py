@@ -1,4 +1,4 @@
-"""Numbers and names among the settings: TRL and Transformers let wrong ones pass, or do not say which setting it is."""
+"""Refuses numbers and names among the settings that TRL and Transformers let pass."""
 
 from __future__ import annotations
 

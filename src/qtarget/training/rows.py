@@ -1,70 +1,100 @@
-"""From a dataset's rows to the batches a step takes: TRL's preparation, with qtarget's columns beside the tokens."""
+"""From a dataset's rows to batches: TRL's preparation, with qtarget's columns."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from torch import Tensor
-from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
-from qtarget.data.columns import UID, TokenColumns
+from qtarget.data.batch import Batch
+from qtarget.data.columns import REFERENCE, UID, TokenColumnCollator, TokenColumns
 from qtarget.data.preparation import Preparation
 from qtarget.data.validation import checked_texts, checked_tokens
-from qtarget.errors import ConfigError
+from qtarget.errors import DataError, raise_together
 from qtarget.targets.objective import Objective
 from qtarget.teachers.cache import reader
 from qtarget.teachers.joins import CacheJoin, ContextJoin, RowsThatAsk
-from qtarget.teachers.settings import open_uids
+from qtarget.teachers.settings import open_join
 from qtarget.teachers.vocabulary import real_vocabulary_size
 from qtarget.training import checks
 from qtarget.training.config import QTargetConfig
 
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
-class ColumnsTrainer(SFTTrainer):
-    """TRL's trainer whose per-token columns follow the tokens into every batch; its subclass trains."""
 
-    args: QTargetConfig
-    _objective: Objective
-    _eval_objective: Objective
-    _columns: TokenColumns
-    _uids: CacheJoin | ContextJoin | None
-    rows_without_labels: dict[str, int]
-    _always_opens_teacher = False
+class RowPreparer:
+    """Prepares rows and takes their columns to the batch.
 
-    def pop_columns(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """The per-token columns of a batch, taken out of what the model is called with."""
-        names = [*self._columns.carried, UID, *reader.COLUMNS]
-        return {name: inputs.pop(name) for name in names if name in inputs}
+    Args:
+        args: the run's. objective, eval_objective: what is trained, and what evaluation reports.
+        reads_reference_column: whether iw-sft's reference is a column. opens_teacher: even where no target asks one.
 
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """TRL's preparation, with the steps that would leave columns behind done for all columns alike."""
-        objective = self._objective if dataset_name == "train" else self._eval_objective
-        checks.raise_together(
-            checks.missing_columns(
-                dataset_name, get_dataset_column_names(dataset), objective, args, dataset_name != "train"
-            )
-        )
-        vocab_size = real_vocabulary_size(getattr(processing_class, "tokenizer", processing_class))
-        if formatting_func is None and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            dataset = checked_texts(dataset, dataset_name, args.dataset_text_field)
-            dataset = checked_tokens(dataset, dataset_name, vocab_size)
+    Attributes:
+        columns: those that follow the tokens. join: how tokens find a teacher that is not joined by position, or None.
+            Both are complete once the first rows are prepared.
+        without_labels: dataset → its rows that have no supervised token left.
+    """
+
+    def __init__(
+        self,
+        args: QTargetConfig,
+        objective: Objective,
+        eval_objective: Objective,
+        reads_reference_column: bool = False,
+        opens_teacher: bool = False,
+    ):
+        self._objective, self._eval_objective, self._opens_teacher = objective, eval_objective, opens_teacher
+        names = args.columns_for(objective.requires | eval_objective.requires)
+        names += [REFERENCE] if reads_reference_column else []
+        self.columns = TokenColumns(tuple(names), tuple(objective.sources), args.source_column)
+        self.join: CacheJoin | ContextJoin | None = None
+        self.without_labels: dict[str, int] = {}
+
+    # -- preparation ---------------------------------------------------------------------------------------------
+
+    def prepare(
+        self,
+        trainer: QTargetTrainer,
+        tokenise: Callable[..., Any],
+        dataset: Any,
+        processing_class: Any,
+        args: QTargetConfig,
+        packing: bool,
+        formatting_func: Any,
+        name: str,
+    ) -> Any:
+        """TRL's preparation, with the steps that would leave columns behind done for all columns alike.
+
+        Args:
+            tokenise: TRL's ``_prepare_dataset``. name: of the dataset, "train" for the one that is trained.
+
+        Raises:
+            DataError: a row that cannot be trained, a missing column, a cache that lacks a row; each names the row.
+        """
+        objective = self._objective if name == "train" else self._eval_objective
+        columns = get_dataset_column_names(dataset)
+        raise_together(checks.missing_columns(name, columns, objective, args, name != "train"))
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        kwargs: Any = args.dataset_kwargs or {}
+        if formatting_func is None and not kwargs.get("skip_prepare_dataset"):
+            dataset = checked_texts(dataset, name, args.dataset_text_field)
+            dataset = checked_tokens(dataset, name, real_vocabulary_size(tokenizer))
+        # TRL would cut, pack and shuffle input_ids and labels alone.
         tokenise_only = copy.copy(args)
         tokenise_only.max_length, tokenise_only.shuffle_dataset = None, False
         try:
-            dataset = super()._prepare_dataset(
-                dataset, processing_class, tokenise_only, False, formatting_func, dataset_name
-            )
+            dataset = tokenise(dataset, processing_class, tokenise_only, False, formatting_func, name)
         except TemplateError as error:
-            raise ConfigError(
-                f"the chat template cannot be applied to a row of the {dataset_name} dataset: {error}; mend that row or "
+            raise DataError(
+                f"the chat template cannot be applied to a row of the {name} dataset: {error}; mend that row or "
                 "the template (chat_template_path)"
             ) from error
-        self._open_teacher(args, processing_class)
-        asks = "teacher" in objective.requires or self._always_opens_teacher
+        self._open_join(trainer, args, tokenizer)
         prepare = Preparation(
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
@@ -73,42 +103,58 @@ class ColumnsTrainer(SFTTrainer):
             shuffle=args.shuffle_dataset,
             seed=args.seed,
             num_proc=args.dataset_num_proc,
-            columns=self._columns,
-            uids=self._uids if asks else None,
+            columns=self.columns,
+            join=self.join if self._asks(objective.requires) else None,
         )
-        return prepare(dataset, dataset_name, self.rows_without_labels)
+        return prepare(dataset, name, self.without_labels)
 
-    def _open_teacher(self, args: QTargetConfig, tokenizer: Any) -> None:
-        """Once, before the first rows are prepared: how tokens find a teacher that is not joined by position."""
-        requires = self._objective.requires | self._eval_objective.requires
-        if self._uids is None and ("teacher" in requires or self._always_opens_teacher):
-            tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-            self._uids = open_uids(
-                args, tokenizer, self.chat_template, self.completion_only_loss, self._asking_rows(args)
-            )
-        if self._uids is not None:
-            self._columns = replace(self._columns, made=(self._uids.column,))
+    def _asks(self, requires: frozenset[str]) -> bool:
+        return "teacher" in requires or self._opens_teacher
+
+    def _open_join(self, trainer: QTargetTrainer, args: QTargetConfig, tokenizer: Any) -> None:
+        """Once, before the first rows are prepared."""
+        if self.join is None and self._asks(self._objective.requires | self._eval_objective.requires):
+            template, completion_only = trainer.chat_template, trainer.completion_only_loss
+            self.join = open_join(args, tokenizer, template, completion_only, self._asking_rows(args))
+        if self.join is not None:
+            self.columns = replace(self.columns, made=(self.join.column,))
 
     def _asking_rows(self, args: QTargetConfig) -> RowsThatAsk | None:
         """The data sources whose target asks a teacher; None where every row may."""
-        if not self._objective.sources or args.eval_target is not None or self._always_opens_teacher:
+        if not self._objective.sources or args.eval_target is not None or self._opens_teacher:
             return None
         named = self._objective.targets.items()
         return RowsThatAsk(args.source_column, frozenset(str(name) for name, t in named if "teacher" in t.requires))
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        kept: list[str] = self._signature_columns or []
-        carried = [*self._columns.carried, UID]
-        self._signature_columns = [*kept, *(name for name in carried if name not in kept)]  # type: ignore[assignment]
+    # -- batches -------------------------------------------------------------------------------------------------
 
-    def _reject_skip_prepare_without_labels(self, datasets: dict[str, Any], data_collator: Any) -> None:
-        """TRL's guard knows its own collator only, which this trainer wraps."""
-        super()._reject_skip_prepare_without_labels(datasets, getattr(data_collator, "inner", data_collator))
+    @property
+    def _carried(self) -> list[str]:
+        return [*self.columns.carried, UID]
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Columns keep their digits: DeepSpeed would cast whatever is a float to its own precision."""
-        inputs = dict(inputs)
-        columns = self.pop_columns(inputs)
-        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
-        return prepared | {name: column.to(self.args.device) for name, column in columns.items()}
+    def signature(self, columns: list[str] | None) -> list[str]:
+        """The columns a dataset keeps: the host's and those that are carried."""
+        kept = columns or []
+        return [*kept, *(name for name in self._carried if name not in kept)]
+
+    def collator(self, inner: Any) -> TokenColumnCollator:
+        """The host's collator, with the columns."""
+        gather = self.join.gather if isinstance(self.join, CacheJoin) else None
+        return TokenColumnCollator(inner, self._carried, gather)
+
+    def on_device(self, to_device: Callable[..., dict[str, Any]], inputs: dict[str, Any]) -> dict[str, Any]:
+        """The host's ``_prepare_inputs``, past which columns keep their digits: DeepSpeed would cast every float."""
+        columns = {name: inputs[name] for name in self._names if name in inputs}
+        prepared = to_device({name: value for name, value in inputs.items() if name not in columns})
+        device = prepared["input_ids"].device
+        return prepared | {name: column.to(device) for name, column in columns.items()}
+
+    @property
+    def _names(self) -> list[str]:
+        return [*self._carried, *reader.COLUMNS]
+
+    def batch(self, inputs: dict[str, Any]) -> Batch:
+        """What a step is given, taken apart."""
+        columns = {name: inputs[name] for name in self._names if name in inputs}
+        rest = {name: value for name, value in inputs.items() if name not in columns and name != "labels"}
+        return Batch(rest, inputs["labels"], columns)

@@ -1,4 +1,4 @@
-"""What a run is, kept in its checkpoints: a resumed run must train the same objective toward the same teacher."""
+"""What a run trains, written into its checkpoints; another run may not resume it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qtarget import json_text
-from qtarget.errors import ConfigError
+from pydantic import with_config
+from typing_extensions import TypedDict
+
+from qtarget import files
+from qtarget.errors import ConfigError, StorageError
 from qtarget.targets.objective import Objective
 
 FILE = "qtarget.json"
+
+
+@with_config(strict=True)
+class Saved(TypedDict, total=False):
+    """``qtarget.json`` of a checkpoint. A field that only one of two runs has is a difference between them."""
+
+    target: str | dict[str, Any]
+    targets: dict[str, Any]
+    denominator: str
+    teacher: str | None
+    reference: str | None
+    teacher_context: str | dict[str, Any]
+    teacher_end_token: str
+    teacher_tail: str
+    source_column: str
+    weights: str
+    weights_temperature: float
+    psft_refresh: int | str
 
 
 def identity(args: Any, objective: Objective, own: Mapping[str, str | None]) -> dict[str, Any]:
@@ -97,18 +118,13 @@ def differences(folder: str | Path, settings: dict[str, Any], partly: bool = Fal
     if not file.is_file():
         return []
     try:
-        saved = json_text.loads(file.read_bytes())
-        if not isinstance(saved, dict):
-            raise ValueError("it holds no mapping")
-    except (OSError, ValueError) as error:
-        return [
-            f"{file} cannot be read ({error}), so that nobody knows what it trained; resume from another checkpoint"
-        ]
+        saved = files.load(file, Saved, "so nothing says what it trained; resume from another checkpoint")
+    except StorageError as error:
+        return error.faults
     return [
-        f"{name} is {_shown(settings.get(name))}, but the checkpoint {str(folder)!r} was trained with "
-        f"{_shown(saved.get(name))}; resume with that, or start anew from the model with another output_dir"
-        for name in {**settings, **saved}
-        if saved.get(name) != settings.get(name) and not (partly and name not in settings)
+        f"{name} is {_shown(now)}, but the checkpoint {str(folder)!r} was trained with {_shown(was)}; resume with that, "
+        "or start anew from the model with another output_dir"
+        for name, now, was in files.differences(settings, saved, partly=partly, nested=False)
     ]
 
 

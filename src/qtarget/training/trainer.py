@@ -1,10 +1,11 @@
-"""QTargetTrainer: TRL's SFTTrainer with the loss of a target, computed by the engine."""
+"""``QTargetTrainer``: TRL's SFTTrainer with the loss of a target."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
 import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +14,31 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
-from qtarget.data.columns import REFERENCE, SOURCE_ID, UID, TokenColumnCollator, TokenColumns, columns_for, columns_of
-from qtarget.errors import ConfigError
-from qtarget.losses import engine
-from qtarget.models.forward import LossCall, accepted, add_target_forward, check_head_transform
+from qtarget.data.batch import Batch
+from qtarget.data.columns import REFERENCE, SOURCE_ID, columns_for, columns_of
+from qtarget.errors import ConfigError, StorageError, raise_together
+from qtarget.losses import Head, TopK, engine
+from qtarget.models.causal_lm import CausalLM
+from qtarget.models.forward import LossCall, accepted, add_target_forward
 from qtarget.models.frozen import evaluation_mode
 from qtarget.targets import Target
 from qtarget.targets.objective import Objective
-from qtarget.teachers.joins import CacheJoin, ContextJoin
-from qtarget.teachers.settings import (
-    told_of_end_tokens,
-    with_label_alone,
-)
+from qtarget.teachers import settings as teacher_settings
 from qtarget.teachers.vocabulary import real_vocabulary_size
-from qtarget.training import checkpoint_files, checkpoints, checks, compiling, denominator, run_identity
+from qtarget.training import checkpoints, checks, compiling, run_identity
 from qtarget.training.auxiliary import AuxiliaryModels
 from qtarget.training.checkpoints import AtomicCheckpoints
 from qtarget.training.config import QTargetConfig
-from qtarget.training.figures import FiguresTrainer
 from qtarget.training.history import History
-from qtarget.training.host_repairs import HostRepairs
-from qtarget.training.metrics import TokenSums
-from qtarget.training.rows import ColumnsTrainer
+from qtarget.training.hooks import HostHooks
+from qtarget.training.host_repairs import StepBatches, as_plain_nll
+from qtarget.training.metrics import TokenMeter
+from qtarget.training.rows import RowPreparer
 
 logger = logging.getLogger(__name__)
 
 
-class QTargetTrainer(ColumnsTrainer, FiguresTrainer, HostRepairs, AtomicCheckpoints):
+class QTargetTrainer(HostHooks):
     """Fine-tune toward a designed target; otherwise TRL's ``SFTTrainer``, with the same arguments.
 
     The loss is computed inside the model's own forward from its last hidden states; logits are never held.
@@ -52,16 +51,37 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, HostRepairs, AtomicCheckpoi
         reference_model: the reference as a model; by default the model as it starts, or its adapters off.
         **kwargs: ``SFTTrainer``'s (train_dataset, eval_dataset, processing_class, peft_config, callbacks, ...).
 
+    Attributes:
+        objective, eval_objective: what is trained, and what evaluation reports.
+        rows: prepares datasets, and knows the per-token columns. aux: teacher, reference and old policy.
+        meter: what is logged. vocab_size: the tokens of the tokenizer; a head may be padded beyond them.
+        label_only_token: the end token that is taught by its label alone, or None.
+
     Raises:
         ConfigError: with every fault that can be found before weights are loaded.
 
     Logged beside the loss, as token-weighted means over micro-batches and processes: nll, ce_q, kl_q, trust,
     residual_mass, strength, update, update_vs_sft, entropy, accuracy, off_simplex_fraction, supervised_tokens; with data
     sources each also as ``SOURCE/name``; numbers on a schedule as ``target/name``.
+
+    Example:
+        >>> trainer = QTargetTrainer("org/model", QTargetConfig(target="dft"), train_dataset=rows)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
     """
 
     _tag_names = ["trl", "sft", "qtarget"]  # noqa: RUF012
     _name = "QTarget"
+    # Whether rows are joined to the teacher even where no target asks one.
+    opens_teacher = False
+    args: QTargetConfig
+    objective: Objective
+    eval_objective: Objective
+    # The host declares each as one of several kinds of which a user gives one.
+    model: Any
+    train_dataset: Any
+    eval_dataset: Any
+    data_collator: Any
+    processing_class: Any
 
     def __init__(
         self,
@@ -76,102 +96,133 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, HostRepairs, AtomicCheckpoi
         names = list(inspect.signature(SFTTrainer.__init__).parameters)[3:]  # after self, model, args
         kwargs.update(zip(names, positional, strict=False))
         args = QTargetConfig.of(model, args, target)
-        self._objective = args.resolve_objective()
-        self._eval_objective = args.resolve_eval_objective()
-        sets = checks.column_sets(self._objective, self._eval_objective, kwargs)
-        self._reads_reference_column = checks.reference_column(args, sets, reference_model is not None)[0]
-        self._columns = self._columns_to_carry(args)
-        self.rows_without_labels: dict[str, int] = {}
-        self._uids: CacheJoin | ContextJoin | None = None
-        objectives = self._objective, self._eval_objective
+        objectives = self.objective, self.eval_objective = args.resolve_objective(), args.resolve_eval_objective()
         given = teacher_model is not None, reference_model is not None
-        checks.raise_together(checks.before_loading(model, args, *objectives, kwargs, *given))
-        for warning in checks.unused_teacher(args, objectives, teacher_model is not None):
+        raise_together(checks.before_loading(model, args, *objectives, kwargs, *given))
+        for warning in checks.unused_teacher(args, objectives, given[0]):
             logger.warning(warning)
         engine.choose(args.loss_backend, args.device, torch.float32, "loss_backend")
+        sets = checks.column_sets(*objectives, kwargs)
+        self.reads_reference_column = checks.reference_column(args, sets, given[1])[0]
+        self.rows = RowPreparer(args, *objectives, self.reads_reference_column, self.opens_teacher)
+        self.step_batches, self.checkpoints = StepBatches(), AtomicCheckpoints()
         kwargs.pop("compute_loss_func", None)
-        with _as_plain_nll(args):
+        with as_plain_nll(args):
             super().__init__(model, args, **kwargs)  # type: ignore[arg-type]
         # The trainer divides by the accumulation steps itself only where each micro-batch brings its own mean.
         self.loss_is_scaled_for_ga = args.denominator != "micro_batch"  # type: ignore[assignment]
-        checks.raise_together(checks.prepared(self))
-        self.data_collator = TokenColumnCollator(
-            self.data_collator,
-            [*self._columns.carried, UID],
-            self._uids.gather if isinstance(self._uids, CacheJoin) else None,
-        )
-        add_target_forward(self._base_model())
-        self._vocab_size = real_vocabulary_size(self._tokenizer)
-        requires = self._models_for(self._objective.requires | self._eval_objective.requires)
-        self._others = AuxiliaryModels(
-            args, self.accelerator, self.model, requires, self._tokenizer, teacher_model, reference_model, self._uids
-        )
-        self._label_only = self._end_tokens_taught_by_label()
-        self._sums = {mode: TokenSums(self._columns.sources) for mode in ("train", "eval")}
-        self._transform_checked = False
-        self._backends: dict[int, str] = {}
-        self._lines_logged = 0
-        self._history = None
+        raise_together(checks.prepared(self, self._is_vision_dataset))
+        self.data_collator = self.rows.collator(self.data_collator)
+        add_target_forward(CausalLM(self.model, 0).base)
+        self.vocab_size = real_vocabulary_size(self.tokenizer)
+        roles = self._roles(self.objective.requires | self.eval_objective.requires)
+        self.aux = self._load(roles, teacher_model, reference_model, self.rows.join)
+        theirs = None if self.aux.teacher is None else self.aux.teacher.ends_with
+        ends = self.tokenizer.eos_token_id, theirs, args.teacher_end_token
+        teacher_settings.log_end_tokens(self.tokenizer, *ends)
+        self.label_only_token = teacher_settings.label_only_end_token(*ends)
+        history = None
         if args.lens_every:
-            self._history = History(str(args.output_dir), self._vocab_size, args.lens_every, self.accelerator)
-            self.add_callback(self._history)
+            history = History(str(args.output_dir), self.vocab_size, args.lens_every, self.accelerator)
+            self.add_callback(history)
+        self.meter = TokenMeter(self.rows.columns.sources, self.accelerator, history)
+        self._heads_checked = False
+        self._backends: dict[int, str] = {}
 
-    def _columns_to_carry(self, args: QTargetConfig) -> TokenColumns:
-        names = args.columns_for(self._objective.requires | self._eval_objective.requires)
-        names += [REFERENCE] if self._reads_reference_column else []
-        return TokenColumns(tuple(names), tuple(self._objective.sources), args.source_column)
+    # -- the models, asked about a batch -------------------------------------------------------------------------
 
-    def _models_for(self, requires: frozenset[str]) -> frozenset[str]:
+    @property
+    def tokenizer(self) -> Any:
+        """The text tokenizer, also where ``processing_class`` is a processor."""
+        return self._tokenizer
+
+    @property
+    def student(self) -> CausalLM:
+        """The model that is trained, as it is now."""
+        return CausalLM(self.model, self.vocab_size)
+
+    def batch(self, rows: Iterable[Mapping[str, Any]]) -> Batch:
+        """Prepared rows as a step would be given them: collated, on the device, columns beside the tokens.
+
+        Example:
+            >>> batch = trainer.batch([trainer.train_dataset[0]])  # doctest: +SKIP
+            >>> heads = trainer.ask(batch, {"student", "teacher"})  # doctest: +SKIP
+        """
+        return self.rows.batch(self._prepare_inputs(self.data_collator([dict(row) for row in rows])))
+
+    def ask(self, batch: Batch, of: Collection[str]) -> dict[str, Head | TopK]:
+        """Distributions at positions 0 to the last but one of a batch, [B, T − 1], without gradient.
+
+        Args:
+            of: some of student, teacher and reference, those that this trainer loaded. The student is asked in the mode
+                that it is in: turn dropout off with ``model.eval()``.
+        """
+        return self.aux.ask(self.student, batch, of)
+
+    def denominator(self, batches: Iterable[Mapping[str, Any]]) -> Tensor | None:
+        """What the summed loss of some collated micro-batches is divided by; None where each has its own count."""
+        return self._get_num_items_in_batch(list(batches), self.args.device)
+
+    def one_pass(self, rows_per_device: int) -> tuple[nn.Module, list[dict[str, Any]]]:
+        """The student as training wraps it, and the micro-batches of a pass over the training set in this process."""
+        self.args.per_device_train_batch_size = self._train_batch_size = rows_per_device
+        return self.accelerator.prepare(self._wrap_model(self.model)), list(self.get_train_dataloader())
+
+    def check_heads(self, inputs: dict[str, Any], student: CausalLM | None = None) -> None:
+        """Once: logits rebuilt from hidden states are the models' own, the student's and every other's.
+
+        Raises:
+            ConfigError: an architecture that does something to its logits that is not known here.
+        """
+        if self._heads_checked:
+            return
+        student = self.student if student is None else student
+        with evaluation_mode(student.model):
+            student.check_head(inputs, self.accelerator.mixed_precision != "no")
+        self.aux.check_heads(inputs)
+        self._heads_checked = True
+
+    def auxiliary(self, roles: Collection[str]) -> AuxiliaryModels:
+        """Teacher and reference, loaded as the settings name them where this trainer's target needs none."""
+        return self.aux if all(self.aux.has(role) for role in roles) else self._load(roles)
+
+    def _load(self, roles: Collection[str], *given: Any) -> AuxiliaryModels:
+        end = self.tokenizer.eos_token_id
+        return AuxiliaryModels(self.args, self.accelerator, self.student, roles, end, *given)
+
+    def _roles(self, requires: frozenset[str]) -> frozenset[str]:
         """The models that targets need; online weights against a column need no reference of their own."""
-        models = self.args.models_for(requires)
-        return models - {"reference"} if self._reads_reference_column and "reference" not in requires else models
-
-    # -- models --------------------------------------------------------------------------------------------------
-
-    def _base_model(self) -> nn.Module:
-        """The causal language model itself, without wrappers or adapters."""
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        roles = self.args.models_for(requires)
+        return roles - {"reference"} if self.reads_reference_column and "reference" not in requires else roles
 
     @property
     def reads_teacher(self) -> bool:
         """Whether there is a teacher to ask."""
-        return self._others.teacher_source is not None
+        return self.aux.teacher is not None
 
     @property
     def evaluates_teacher(self) -> bool:
-        """Whether the rows of evaluation find the teacher: by position always, by uid where their target asks one."""
-        return self.reads_teacher and (self._uids is None or "teacher" in self.args.resolve_eval_objective().requires)
+        """Whether the rows of evaluation find the teacher: by position always, by a join where their target asks one."""
+        return self.reads_teacher and (
+            self.rows.join is None or "teacher" in self.args.resolve_eval_objective().requires
+        )
 
-    def _end_tokens_taught_by_label(self) -> int | None:
-        """The student's end token, where the teacher ends with another and its word on that position is not taken."""
-        others, own = self._others, self._tokenizer.eos_token_id
-        if others.ends_with in (None, own) or own is None:
-            return None
-        return told_of_end_tokens(self._tokenizer, own, others.ends_with, self.args.teacher_end_token)
+    def release_models(self) -> None:
+        """Free the models that no target needs from the next step on."""
+        objectives = self.objective, self.eval_objective
+        ahead = frozenset().union(*(o.requires_from(self.state.global_step, self.total_steps) for o in objectives))
+        self.aux.release(self._roles(ahead))
+
+    def targets_now(self, training: bool = True) -> list[Target]:
+        """The targets of the next optimiser step, one per data source."""
+        return (self.objective if training else self.eval_objective).at(self.state.global_step, self.total_steps)
 
     # -- the loss ------------------------------------------------------------------------------------------------
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        """The denominator over all micro-batches and processes; None where each micro-batch has its own."""
-        if self.args.denominator == "micro_batch" or not batch_samples:
-            return None
-        count = denominator.count(batch_samples, self.args.denominator, self._objective).to(device)
-        if self.args.world_size > 1:
-            count = self.accelerator.gather(count).sum() / self.get_tp_size()
-        return count.float()
-
-    def _engine_backend(self) -> str:
-        """Who does the rows' mathematics: the same at every step of a run, and asked once."""
-        if self.args.loss_backend != "auto":
-            return self.args.loss_backend
-        steps = self._total_steps
-        if steps not in self._backends:
-            rows = steps * self.args.gradient_accumulation_steps * self.args.per_device_train_batch_size
-            logits = compiling.logits_of_run(self.train_dataset, rows, self._vocab_size or 0)
-            targets = list(self._objective.finals())
-            self._backends[steps] = compiling.backend(targets, self.accelerator.device, logits)
-        return self._backends[steps]
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run, on which schedules depend; 0 before it is known."""
+        return max(self.state.max_steps, 0)
 
     def compute_loss(
         self,
@@ -180,68 +231,68 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, HostRepairs, AtomicCheckpoi
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ):
-        training = model.training
-        objective = self._objective if training else self._eval_objective
-        targets = objective.at(self._step, self._total_steps)
+        training, step = model.training, self.state.global_step
+        targets = self.targets_now(training)
         requires = frozenset().union(*(target.requires for target in targets))
-        columns = self.pop_columns(inputs)
-        labels = inputs["labels"]
-        model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        if not self._transform_checked:
+        batch, student = self.rows.batch(inputs), CausalLM(model, self.vocab_size)
+        if not self._heads_checked:
             checks.packed_batch(inputs)
-            self._check_transform(model, model_inputs)
-        self._add_computed_columns(columns, model, model_inputs, labels, requires, training)
-        heads = self._others.heads(model, model_inputs, requires, labels, columns)
-        source = columns.get(SOURCE_ID) if objective.sources else None
-        if self._label_only is not None:
-            targets, source = with_label_alone(targets, source, labels, self._label_only)
-        read = {name: columns[name] for name in columns_of(*targets) if name in columns}
+            self.check_heads(batch.inputs, student)
+        if training:
+            self.aux.advance(step, requires)
+        self._add_computed_columns(batch, student, requires)
+        heads = self.aux.ask(student, batch, requires & {"teacher", "reference"})
+        source = batch.columns.get(SOURCE_ID) if len(targets) > 1 else None
+        if self.label_only_token is not None:
+            targets, source = teacher_settings.split_end_tokens(targets, source, batch.labels, self.label_only_token)
+        columns = {name: batch.columns[name] for name in columns_of(*targets) if name in batch.columns}
         call = LossCall(
             targets,
-            labels,
-            read if source is None else {**read, SOURCE_ID: source},
+            batch.labels,
+            columns if source is None else {**columns, SOURCE_ID: source},
             heads,
-            self._vocab_size,
+            self.vocab_size,
             num_items_in_batch,
             "all" if not training or self._logs_this_step() else "basic",
             self.aux_loss_enabled,
             self._engine_backend(),
         )
         try:
-            output = model(**model_inputs, qtarget=call)
+            output = model(**batch.inputs, qtarget=call)
         except ConfigError as error:
-            raise ConfigError([f"step {self._step + 1}: {fault}" for fault in error.faults]) from error
+            error.during(f"step {step + 1}")
+            raise
         loss = self._scaled(output, num_items_in_batch, training)
-        self._record(output, loss, labels, columns, training)
         if training:
+            self.meter.add(output.record.stats, batch, step + 1)
             self._count_tokens(inputs)
+        else:
+            self.meter.add_evaluated(output.record.stats, batch, loss)
+            self._metrics["eval"]["num_tokens"] = [self._total_train_tokens]
         if return_outputs:
             with torch.no_grad():
-                return loss, model(**accepted(self._base_model(), model_inputs))
+                return loss, model(**accepted(student.base, batch.inputs))
         return loss
 
-    def _add_computed_columns(
-        self,
-        columns: dict[str, Tensor],
-        model: nn.Module,
-        inputs: dict[str, Any],
-        labels: Tensor,
-        requires: frozenset[str],
-        training: bool,
-    ) -> None:
-        """psft's old policy and iw-sft's online weights: passes without gradient before the student's. The teacher's
-        average moves before it is asked."""
-        average = self._others.average
-        if average is not None and training:
-            average.update(self._step)
-        if self._others.old_policy is not None and "old_policy" in requires:
-            if training:
-                self._others.old_policy.refresh(self._step)
-            columns["old_logps"] = self._others.old_logps(model, inputs, labels)
+    def _add_computed_columns(self, batch: Batch, student: CausalLM, requires: frozenset[str]) -> None:
+        """psft's old policy and iw-sft's online weights: passes without gradient before the student's."""
+        if self.aux.old_policy is not None and "old_policy" in requires:
+            batch.columns["old_logps"] = self.aux.old_logps(student, batch)
         if self.args.weights == "online" and "weight" in requires:
-            columns["weight"] = self._others.online_weights(
-                model, inputs, labels, self.args.weights_temperature, columns.get(REFERENCE)
-            )
+            reference = batch.columns.get(REFERENCE)
+            weights = self.aux.online_weights(student, batch, self.args.weights_temperature, reference)
+            batch.columns["weight"] = weights
+
+    def _engine_backend(self) -> str:
+        """Who does the rows' mathematics: the same at every step of a run, and asked once."""
+        if self.args.loss_backend != "auto":
+            return self.args.loss_backend
+        steps = self.total_steps
+        if steps not in self._backends:
+            rows = steps * self.args.gradient_accumulation_steps * self.args.per_device_train_batch_size
+            logits = compiling.logits_of_run(self.train_dataset, rows, self.vocab_size or 0)
+            self._backends[steps] = compiling.backend(list(self.objective.finals()), self.accelerator.device, logits)
+        return self._backends[steps]
 
     def _scaled(self, output: Any, num_items: Tensor | int | None, training: bool) -> Tensor:
         """The loss as the trainer wants it: DDP averages what was divided by a count over all processes, and the
@@ -257,43 +308,74 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, HostRepairs, AtomicCheckpoi
             self._metrics[mode]["aux_loss"].append(mean.item())
         return loss
 
-    def _check_transform(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """Once: logits rebuilt from hidden states are the model's own, for the student and every other model."""
-        mixed = self.accelerator.mixed_precision != "no"
-        with evaluation_mode(model):
-            check_head_transform(model, self._base_model(), inputs, mixed)
-        self._others.check_head_transforms(inputs)
-        self._transform_checked = True
+    def _logs_this_step(self) -> bool:
+        step, interval = self.state.global_step + 1, self.state.logging_steps
+        return (self.args.logging_first_step and step == 1) or (bool(interval) and step % interval == 0)
+
+    def _count_tokens(self, inputs: dict[str, Any]) -> None:
+        """TRL's num_tokens: all tokens forwarded so far, padding left out."""
+        if "attention_mask" in inputs:
+            count = inputs["attention_mask"].sum()
+        else:
+            count = torch.tensor(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
+        self._total_train_tokens += int(self.accelerator.gather_for_metrics(count).sum()) // self._tp_size
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
     # -- the run -------------------------------------------------------------------------------------------------
 
+    def describe(self) -> str:
+        """One line: the targets, their formulas, the denominator and where the other models come from."""
+        return run_identity.describe(self.args, self.objective, self.identity())
+
+    def identity(self) -> dict[str, Any]:
+        """What decides what is trained, as a checkpoint holds it; see ``run_identity``."""
+        reference = "the column reference_logp" if self.reads_reference_column else self.aux.reference_name
+        named = {
+            "teacher": self.aux.teacher_name or teacher_settings.teacher_named_by(self.args, self.rows.join),
+            "reference": reference or "the adapters off",
+        }
+        return run_identity.identity(self.args, self.objective, named)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        run = str(self.args.output_dir)
         if self.args.should_save:
-            checks.raise_together(checkpoints.unwritable(str(self.args.output_dir)))
-        folder = checks.checkpoint_folder(resume_from_checkpoint, self.args.output_dir)
+            raise_together(checkpoints.unwritable(run), StorageError)
+        folder = checks.checkpoint_folder(resume_from_checkpoint, run)
         if resume_from_checkpoint is True and self.is_world_process_zero():
-            for said in checkpoints.passed_over(str(self.args.output_dir)):
-                logger.warning(said)
+            for sentence in checkpoints.passed_over(run):
+                logger.warning(sentence)
             if folder is None:
-                logger.warning(f"{self.args.output_dir} holds no checkpoint to resume from: the run starts at step 0")
-        checks.raise_together([] if folder is None else checkpoint_files.faults(folder))
+                logger.warning(f"{run} holds no checkpoint to resume from: the run starts at step 0")
+        raise_together([] if folder is None else checkpoints.unreadable_files(folder), StorageError)
         if self.args.should_save:
-            checkpoints.clear(str(self.args.output_dir))
-        for kept in self._others.kept_weights:
-            kept.forget()
+            checkpoints.clear(run)
+        for snapshot in self.aux.snapshots:
+            snapshot.forget()
         if folder is not None:
-            run_identity.check(folder, self._identity())
-            for kept in self._others.kept_weights:
-                kept.load(folder)
-            self._read_counts(Path(folder))
+            self._resume(Path(folder))
         self.accelerator.print(self.describe())
-        self._tell_agreement()
-        with checkpoints.told("what the run leaves", str(self.args.output_dir)):
+        self._print_agreement()
+        with checkpoints.storage_errors("what the run leaves", run):
             return super().train(folder, *args, **kwargs)
 
-    def _tell_agreement(self) -> None:
+    def _resume(self, folder: Path) -> None:
+        run_identity.check(folder, self.identity())
+        for snapshot in self.aux.snapshots:
+            snapshot.load(folder)
+        tokens = self.meter.load(folder)
+        self._total_train_tokens = self._total_train_tokens if tokens is None else tokens
+
+    def write_into_checkpoint(self, folder: Path) -> None:
+        """Write what a resumed run needs beside Transformers' files; called in every process."""
+        for snapshot in self.aux.snapshots:
+            snapshot.save(folder)
+        if self.is_world_process_zero():
+            run_identity.write(folder, self.identity())
+            self.meter.save(folder, self._total_train_tokens)
+
+    def _print_agreement(self) -> None:
         """A line on how far student and teacher agree, before anything is trained."""
-        from qtarget.training import agreement  # it needs this trainer's parts
+        from qtarget.teachers.agreement import measure as agreement
 
         if not self.args.teacher_check_rows or not self.reads_teacher:
             return
@@ -304,54 +386,31 @@ class QTargetTrainer(ColumnsTrainer, FiguresTrainer, HostRepairs, AtomicCheckpoi
             return
         self.accelerator.print(agreement.measure(self, self.args.teacher_check_rows).short())
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        objectives = self._objective, self._eval_objective
-        ahead = frozenset().union(*(o.requires_from(self._step, self._total_steps) for o in objectives))
-        self._others.release(self._models_for(ahead))
-        return super().training_step(*args, **kwargs)
-
-    def write_into_checkpoint(self, folder: Path) -> None:
-        for kept in self._others.kept_weights:
-            kept.save(folder)
-        if self.is_world_process_zero():
-            run_identity.write(folder, self._identity())
-            self._write_counts(folder)
-
     @contextlib.contextmanager
-    def evaluating(self, target: Target | str | dict):
+    def evaluating(self, target: Target | str | dict) -> Iterator[QTargetTrainer]:
         """Report another target for the duration, such as "kd" to see how far the teacher is.
 
         Raises:
             ConfigError: it needs a model or a column that this trainer did not load.
         """
         objective = Objective.single(target)
-        if missing := self._not_loaded(objective.requires):
+        there = {"teacher": self.evaluates_teacher, "reference": self.aux.has("reference")}
+        missing = [f"a {name}" for name, has in there.items() if name in objective.requires and not has]
+        names = self.rows.columns.names
+        missing += [f"column {name!r}" for name in columns_for(objective.requires) if name not in names]
+        if missing:
             raise ConfigError(
                 f"target {objective} needs {', '.join(missing)}, which this trainer did not load; name the target "
                 "in eval_target when you make the trainer"
             )
-        before, self._eval_objective = self._eval_objective, objective
+        before, self.eval_objective = self.eval_objective, objective
         try:
             yield self
         finally:
-            self._eval_objective = before
-
-    def _not_loaded(self, requires: frozenset[str]) -> list[str]:
-        others = self._others
-        loaded = {
-            "teacher": self.evaluates_teacher,
-            "reference": others.reference is not None or others.has_adapters,
-        }
-        missing = [f"a {name}" for name, there in loaded.items() if name in requires and not there]
-        return missing + [f"column {name!r}" for name in columns_for(requires) if name not in self._columns.names]
+            self.eval_objective = before
 
 
-@contextlib.contextmanager
-def _as_plain_nll(args: QTargetConfig):
-    """Show TRL the settings of its plain loss while it sets itself up: the loss is this trainer's from then on."""
-    kept = args.loss_type, args.label_smoothing_factor
-    args.loss_type, args.label_smoothing_factor = "nll", 0.0
-    try:
-        yield
-    finally:
-        args.loss_type, args.label_smoothing_factor = kept
+class RowsTrainer(QTargetTrainer):
+    """Prepares rows and asks the teacher; its student may be without weights, and nothing is trained."""
+
+    opens_teacher = True

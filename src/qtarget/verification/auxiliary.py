@@ -1,14 +1,17 @@
-"""Do teacher and reference see what the student sees, and is what they say about it what the loss is given."""
+"""Do teacher and reference see what the student sees, and does the loss get their answer?"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qtarget.data.batch import Batch
 from qtarget.losses import TopK
-from qtarget.teachers.joins import CacheJoin, ContextJoin
+from qtarget.models.causal_lm import CausalLM
+from qtarget.teachers.sources import Cached, WithContext
 from qtarget.verification.check import Check, Finding, expect, not_applicable, worst
 from qtarget.verification.expected import Oracle, label_log_p
 from qtarget.verification.subject import Subject
@@ -20,40 +23,36 @@ _CLOSE, _CLOSE_IN_HALF = 5e-3, 0.25
 def teacher(subject: Subject) -> Finding:
     if "teacher" not in subject.requires:
         return not_applicable("the target asks no teacher")
-    source = subject.trainer._others.teacher_source
-    if isinstance(source.uids, CacheJoin):
+    source = subject.trainer.aux.teacher
+    if isinstance(source, Cached):
         return _cached(subject, source)
-    models = [model for _, model in source.models] or [subject.model]
-    return _asked(subject, "teacher", models, source)
+    assert source is not None
+    models = source.models or [subject.trainer.student]
+    return _asked(subject, "teacher", models, source if isinstance(source, WithContext) else None)
 
 
 def reference(subject: Subject) -> Finding:
-    trainer = subject.trainer
     if "reference" not in subject.requires:
         return not_applicable("the target asks no reference")
-    return _asked(subject, "reference", [trainer._others.reference or subject.model], None)
+    return _asked(subject, "reference", [subject.trainer.aux.reference or subject.trainer.student], None)
 
 
-def _asked(subject: Subject, name: str, models: list[Any], source: Any) -> Finding:
+def _asked(subject: Subject, name: str, models: Sequence[CausalLM], context: WithContext | None) -> Finding:
     """Watch what reaches the embeddings, and hold what comes out against the model's own logits of a document alone."""
-    trainer, batch = subject.trainer, subject.step.batch
-    inputs = trainer._prepare_inputs(dict(batch))
-    labels = inputs.pop("labels")
-    columns = trainer.pop_columns(inputs)
+    batch = subject.trainer.batch(subject.rows)
     seen: list[Tensor] = []
 
     def watch(module: nn.Module, given: Any) -> None:
         seen.append(given[0].detach())
 
-    hooks = [trainer._others.base(model).get_input_embeddings().register_forward_pre_hook(watch) for model in models]
+    hooks = [model.base.get_input_embeddings().register_forward_pre_hook(watch) for model in models]
     try:
         with subject.without_dropout(), torch.no_grad():
-            trainer._others.heads(subject.model, inputs, frozenset({name}), labels, columns)
+            subject.trainer.ask(batch, {name})
     finally:
         for hook in hooks:
             hook.remove()
-    context = source is not None and isinstance(source.uids, ContextJoin)
-    wrong = [_differences(subject, ids, labels, source if context else None, columns) for ids in seen]
+    wrong = [_differences(subject, ids, batch, context) for ids in seen]
     error, count = _of_labels(subject, name)
     allowed = _CLOSE if subject.dtype in (torch.float32, torch.float64) else _CLOSE_IN_HALF
     if not count:
@@ -67,14 +66,14 @@ def _asked(subject: Subject, name: str, models: list[Any], source: Any) -> Findi
     )
 
 
-def _differences(subject: Subject, ids: Tensor, labels: Tensor, source: Any, columns: dict[str, Tensor]) -> int:
+def _differences(subject: Subject, ids: Tensor, batch: Batch, context: WithContext | None) -> int:
     """How many ids that a model read are not the student's."""
     student = subject.step.batch["input_ids"].to(ids.device)
-    if source is None:
+    if context is None:
         mask = subject.step.batch.get("attention_mask", torch.ones_like(student)).to(ids.device).bool()
         ids = ids[:, -student.shape[1] :]
         return int((ids != student)[mask].sum()) if ids.shape == student.shape else student.numel()
-    _, (b, t, d, at) = source.uids.batch(student, labels, columns[source.uids.column])
+    _, (b, t, d, at) = context.join.batch(student, batch.labels, batch.columns[context.join.column])
     if len(ids) <= int(d.max()) or ids.shape[1] <= int(at.max()):
         return len(t)
     # A label may be the last that is read: what the teacher had before it is the student's token before it.
@@ -108,22 +107,22 @@ def _offsets(subject: Subject, trained: Tensor) -> list[int]:
     return [offsets[row] for row, _ in trained.nonzero().tolist()]
 
 
-def _cached(subject: Subject, source: Any) -> Finding:
+def _cached(subject: Subject, source: Cached) -> Finding:
     """Every supervised token has a place of its own in the cache, and what stands there is what the loss was given."""
     batch = subject.step.batch
     trained = batch["labels"][:, 1:] != -100
-    uids = batch[source.uids.column][:, 1:][trained]
+    uids = batch[source.join.column][:, 1:][trained]
     given = subject.step.call.others.get("teacher")
     asked = uids[uids >= 0]
     missing = sum(  # of the labels whose target asks the teacher
         "teacher" in subject.targets[subject.number_of(subject.rows[row], place + 1 - offset)].requires
         for offset, (row, place) in zip(_offsets(subject, trained), trained.nonzero().tolist(), strict=True)
-        if int(batch[source.uids.column][row, place + 1]) < 0
+        if int(batch[source.join.column][row, place + 1]) < 0
     )
     if not len(asked) and not missing:
         return not_applicable("no label among the rows looked at asks the teacher; look at more rows")
     twice = len(asked) - len(asked.unique())
-    wanted = source.uids.cache.gather(batch[source.uids.column][:, 1:][trained])
+    wanted = source.join.cache.gather(batch[source.join.column][:, 1:][trained])
     same = isinstance(given, TopK) and all(
         torch.equal(own[trained.to(own.device)].cpu(), there)
         for own, there in zip((given.ids, given.logprobs), list(wanted.values())[:2], strict=True)

@@ -1,4 +1,4 @@
-"""What a check is and what it finds."""
+"""What a check is, and what it may find."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does the way a step is cut leave its gradient alone: micro-batches, padding, packing, chunks, processes."""
+"""Is the gradient the same however a step is cut into micro-batches, chunks, processes?"""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def pack(subject: Subject) -> list[Row]:
     """The rows packed by the run's own strategy, into sequences as long as half of them or the longest row."""
     trainer = subject.trainer
     lengths = [len(row["input_ids"]) for row in subject.rows]
-    carried = [name for name in trainer._columns.carried if all(name in row for row in subject.rows)]
+    carried = [name for name in trainer.rows.columns.carried if all(name in row for row in subject.rows)]
     names = ["input_ids", "labels", *carried]
     prepare = Preparation(
         max_length=max(max(lengths), -(-sum(lengths) // 2)),
@@ -90,7 +90,7 @@ def pack(subject: Subject) -> list[Row]:
         shuffle=False,
         seed=0,
         num_proc=None,
-        columns=trainer._columns,
+        columns=trainer.rows.columns,
     )
     rows = Dataset.from_list([{name: row[name] for name in names} for row in subject.rows])
     return [dict(row) for row in prepare(rows, "train", {})]
@@ -166,9 +166,7 @@ def world_size(subject: Subject) -> Finding:
     size = len(subject.rows) // (world * steps)
     used = size * world * steps  # a last batch would be filled up with rows from the front
     trainer.train_dataset = trainer.train_dataset.select(range(used))
-    trainer.args.per_device_train_batch_size = trainer._train_batch_size = size
-    wrapped = trainer.accelerator.prepare(trainer._wrap_model(subject.model))
-    batches = list(trainer.get_train_dataloader())
+    wrapped, batches = trainer.one_pass(size)
     got: Gradient = subject.gradient(batches, wrapped)
     error, worst = distance(got, Oracle(subject).gradient(subject.rows[:used]))
     error = float(trainer.accelerator.gather(torch.tensor([error], device=subject.device)).max())

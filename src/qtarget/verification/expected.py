@@ -1,4 +1,4 @@
-"""What a trainer should give, from nothing of its own: documents read one at a time, the models' own logits, float64.
+"""What a trainer should give, worked out in float64 from nothing of the trainer's own.
 
 A document is forwarded alone, without padding, neighbours or chunks, through ``model(input_ids).logits``; the loss is
 ``qtarget.target_loss`` in float64 and its gradient is autograd's. Teacher and reference are asked the same way.
@@ -6,20 +6,23 @@ A document is forwarded alone, without padding, neighbours or chunks, through ``
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qtarget.data.batch import Batch
 from qtarget.data.columns import REFERENCE, columns_for, columns_of
 from qtarget.losses import Head, TopK, target_distribution, target_loss
+from qtarget.losses.log_probs import importance_weight
 from qtarget.models.forward import HeadTransform, head_parameters
 from qtarget.models.frozen import adapters_off
 from qtarget.targets import Target
-from qtarget.teachers.joins import CacheJoin, ContextJoin
 from qtarget.verification.subject import Gradient, Row, Subject
 
 _TILE = 8192  # rows of the head cast to float64 at a time
@@ -68,55 +71,27 @@ class Oracle:
         return logits[:, -ids.shape[1] :]
 
     def _others(self, row: Row, ids: Tensor, labels: Tensor, places: Tensor, student: Tensor) -> dict[str, Tensor]:
-        made, others = {}, self.trainer._others
+        made, aux = {}, self.trainer.aux
         if "teacher" in self.subject.requires:
-            made["teacher"] = self._teacher(row, ids, labels, places, student)
+            assert aux.teacher is not None
+            batch = self.trainer.rows.batch(self.trainer.data_collator([dict(row)]))
+            batch = Batch({"input_ids": ids}, labels[None], batch.columns)
+            at = torch.zeros_like(places), places - 1
+            found = aux.teacher.logits(self._ask, self.model, batch, at)
+            made["teacher"] = self.dense(found, student) if isinstance(found, TopK) else found
         if self._asks_reference:
-            if others.reference is not None:
-                made["reference"] = self.logits(others.reference, ids)[0, places - 1]
-            else:
-                with adapters_off(self.model):
-                    made["reference"] = self.logits(self.model, ids)[0, places - 1]
+            with adapters_off(self.model) if aux.reference is None else contextlib.nullcontext():
+                model = self.model if aux.reference is None else aux.reference.model
+                made["reference"] = self.logits(model, ids)[0, places - 1]
         return made
+
+    def _ask(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        return self.logits(model, inputs["input_ids"], **{k: v for k, v in inputs.items() if k == "attention_mask"})
 
     @property
     def _asks_reference(self) -> bool:
         requires = self.trainer.args.models_for(self.subject.requires)
-        return "reference" in requires and not self.trainer._reads_reference_column
-
-    def _teacher(self, row: Row, ids: Tensor, labels: Tensor, places: Tensor, student: Tensor) -> Tensor:
-        source = self.trainer._others.teacher_source
-        if isinstance(source.uids, CacheJoin):
-            batch = self.trainer.data_collator([dict(row)])
-            kept, before = source.uids.cache.top_k(batch), (0, places.cpu() - 1)
-            tail = None if kept.tail_logprob is None else kept.tail_logprob[before]
-            kept = replace(kept, ids=kept.ids[before], logprobs=kept.logprobs[before], tail_logprob=tail)
-            return self.dense(kept, student)
-        more: dict[str, Tensor] = {}
-        at: tuple[Tensor, ...] = (torch.zeros_like(places), places - 1)
-        asked_at = torch.ones_like(places, dtype=torch.bool)
-        if isinstance(source.uids, ContextJoin):
-            uid = torch.tensor([row[source.uids.column]], device=self.device)
-            own, (_, t, d, at_own) = source.uids.batch(ids, labels[None], uid)
-            asked_at = torch.isin(places, t)  # rows of a source without a teacher are not asked about
-            order = t.argsort()
-            ids, at = own["input_ids"], (d[order], at_own[order])
-            more = {"attention_mask": own["attention_mask"]}
-        if source.average is not None:  # not moved yet: it is the student as it is
-            logits = self.logits(self.model, ids, **more)[at]
-        else:
-            asked = [(weight, self.logits(model, ids, **more)[at].double()) for weight, model in source.models]
-            width = min(self.subject.vocab, *(z.shape[-1] for _, z in asked))
-            logits = torch.stack([weight * z[:, :width] for weight, z in asked]).sum(0)
-        if source.exchanged is not None:
-            a, b = source.exchanged
-            logits = logits.clone()
-            logits[:, [a, b]] = logits[:, [b, a]]
-        if bool(asked_at.all()):
-            return logits
-        whole = logits.new_zeros(len(places), logits.shape[1])
-        whole[asked_at] = logits
-        return whole
+        return "reference" in requires and not self.trainer.reads_reference_column
 
     def dense(self, head: Head | TopK, student: Tensor) -> Tensor:
         """[n, real] float64 logits at n positions; k kept tokens as documented: the rest of the mass in the student's
@@ -151,12 +126,12 @@ class Oracle:
         if "old_logps" in needed and args.psft_refresh != "never":  # copied just now: r = 1
             made["old_logps"] = log_p
         if "weight" in needed and args.weights == "online":
-            if self.trainer._reads_reference_column:
+            if self.trainer.reads_reference_column:
                 reference = torch.tensor(row[REFERENCE], dtype=torch.float64, device=self.device)[places]
             else:
                 reference = label_log_p(others["reference"], labels[places])
             gap = (log_p - reference).mean()
-            made["weight"] = (args.weights_temperature * gap).exp().clamp(0, 16).expand(len(places))
+            made["weight"] = importance_weight(gap, args.weights_temperature).expand(len(places))
         return made
 
     def numbers(self, row: Row, places: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The fifteen objectives as their papers print them, plain PyTorch on full logits: the gradient is left to autograd.
+"""The fifteen objectives as their papers print them, on full logits, for autograd.
 
 Nothing here uses qtarget's weights, residuals or engine. logits [n, V] float64, labels [n] → loss [n]; ``detach`` is a
 stop gradient of the objective itself. ``given``: teacher and reference [n, V'] logits; weight, critical, old_logps [n];

@@ -1,4 +1,4 @@
-"""Is the gradient p − Q: token by token, against the published formula, and through the whole model."""
+"""Is the gradient p − Q: by token, by published formula, through the whole model?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do the masks train what they should: the answer and the token that ends it, nothing of the prompt.
+"""Do the masks train the answer and its end token, and nothing of the prompt?
 
 Rows are looked at as text: the prepared ids are decoded and their tokens' places in the text taken from the tokenizer;
 where the row's own messages stand in that text says what each token is of. Nothing of how the mask was made takes part.
@@ -107,7 +107,7 @@ def _readings(subject: Subject) -> Iterator[Reading]:
 
 
 def _read(subject: Subject, row: Row, raw: Mapping[str, Any]) -> Reading | None:
-    tokenizer, ids = subject.trainer._tokenizer, list(row["input_ids"])
+    tokenizer, ids = subject.trainer.tokenizer, list(row["input_ids"])
     if not getattr(tokenizer, "is_fast", False):
         return None
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

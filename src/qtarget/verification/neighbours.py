@@ -1,4 +1,4 @@
-"""Does the target become its neighbours where it must: eta 0 is dft, no smoothing is sft, a weight of 1 is none."""
+"""Does a target become its neighbour where it must: eta 0 is dft, no smoothing is sft?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The most memory a stretch of work takes beyond what was there: on CUDA by its allocator, on Linux by the process."""
+"""The most memory that a stretch of work takes, on CUDA by allocator, on Linux by process."""
 
 from __future__ import annotations
 

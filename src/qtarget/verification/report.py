@@ -1,4 +1,4 @@
-"""Every check over a subject, and what they found as lines, a table or JSON."""
+"""Runs every check on a subject; prints lines, a table or JSON."""
 
 from __future__ import annotations
 

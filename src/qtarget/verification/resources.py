@@ -1,4 +1,4 @@
-"""What half precision costs the loss, and whether a step takes the memory that was planned for it."""
+"""What half precision costs the loss, and whether memory stays within the plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is verified: a trainer on a few rows of the user's own, stepped through its own functions and watched.
+"""A trainer on a few of the user's own rows, stepped through its own functions, watched.
 
 Everything here goes through the trainer: its collator, its count of labels, its ``training_step``. What it should give is
 worked out in ``oracle``, which shares none of that.
@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from qtarget.losses import Head, TopK, linear_target_loss
 from qtarget.models.forward import HeadTransform, LossCall, head_parameters
 from qtarget.targets import Target
-from qtarget.teachers.agreement.measure import spread
+from qtarget.teachers.agreement.measure import evenly_spaced
 from qtarget.verification import peak
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 Gradient = dict[str, Tensor]
 Row = dict[str, Any]
@@ -77,7 +80,7 @@ class Subject:
 
     def __init__(
         self,
-        trainer: Any,
+        trainer: QTargetTrainer,
         raw: Sequence[Mapping[str, Any]],
         estimate: Callable[[int, int], int | None] | None = None,
         packing_strategy: str = "bfd",
@@ -86,7 +89,7 @@ class Subject:
         self.packing_strategy = packing_strategy
         self.rows: list[Row] = [dict(row) for row in trainer.train_dataset]
         self.model: Any = trainer.model
-        self.base: Any = trainer._base_model()
+        self.base: Any = trainer.student.base
         self.device = torch.device(trainer.args.device)
         self.processes = int(trainer.accelerator.num_processes)
         # Where numbers of a target are on a schedule, half way: both ends have their part in it.
@@ -100,8 +103,8 @@ class Subject:
     def targets(self) -> list[Target]:
         """The run's targets, one per data source; plain SFT last where the end token is taught by its label alone."""
         trainer = self.trainer
-        made = trainer._objective.at(trainer.state.global_step, trainer.state.max_steps)
-        return [*made, Target(trust=1.0).named("sft", {})] if trainer._label_only is not None else list(made)
+        made = trainer.objective.at(trainer.state.global_step, trainer.state.max_steps)
+        return [*made, Target(trust=1.0).named("sft", {})] if trainer.label_only_token is not None else list(made)
 
     @property
     def requires(self) -> frozenset[str]:
@@ -116,9 +119,7 @@ class Subject:
     @property
     def _models(self) -> list[Any]:
         """The student and every model beside it."""
-        others = self.trainer._others
-        teachers = [] if others.teacher_source is None else [model for _, model in others.teacher_source.models]
-        return [model for model in (self.model, others.reference, *teachers) if model is not None]
+        return [self.model, *(one.model for one in self.trainer.aux.models)]
 
     @property
     def rounding(self) -> float:
@@ -175,7 +176,7 @@ class Subject:
         trainer = self.trainer
         self.model.zero_grad(set_to_none=True)
         trainer.current_gradient_accumulation_steps = len(batches)
-        count = trainer._get_num_items_in_batch(list(batches), trainer.args.device)
+        count = trainer.denominator(batches)
         loss = 0.0
         with self.without_dropout(model):
             for batch in batches:
@@ -221,8 +222,8 @@ class Subject:
         picked: list[tuple[int, int]] = []
         for by_row in of_target.values():  # some of every target, from a few rows that have it
             rows = list(by_row)
-            places = [place for i in spread(len(rows), _ROWS) for place in by_row[rows[i]]]
-            picked += [places[i] for i in spread(len(places), max(1, _TOKENS // len(of_target)))]
+            places = [place for i in evenly_spaced(len(rows), _ROWS) for place in by_row[rows[i]]]
+            picked += [places[i] for i in evenly_spaced(len(places), max(1, _TOKENS // len(of_target)))]
         chosen = torch.tensor(sorted(picked), dtype=torch.int64)
         row, place = chosen.view(-1, 2).T
         number = torch.tensor([self.number_of(self.rows[r], p - offset[r]) for r, p in chosen.tolist()])
@@ -238,12 +239,12 @@ class Subject:
         """Which target is a token's: that of its source, or plain SFT for an end token taught by its label alone."""
         from qtarget.data.columns import SOURCE_ID
 
-        if self.trainer._label_only is not None and row["labels"][place] == self.trainer._label_only:
+        if self.trainer.label_only_token is not None and row["labels"][place] == self.trainer.label_only_token:
             return len(self.targets) - 1
         return int(row[SOURCE_ID][place]) if SOURCE_ID in row else 0
 
     def text_of(self, ids: Sequence[int]) -> str:
-        return repr(self.trainer._tokenizer.decode(list(ids)))
+        return repr(self.trainer.tokenizer.decode(list(ids)))
 
     # -- the engine ----------------------------------------------------------------------------------------------
 
@@ -300,7 +301,7 @@ class Subject:
     @functools.cached_property
     def vocab(self) -> int:
         """Tokens the tokenizer knows, whatever the head's padding; counted here and not asked of the trainer."""
-        tokenizer = self.trainer._tokenizer
+        tokenizer = self.trainer.tokenizer
         return 1 + max(index for index in tokenizer.get_vocab().values())
 
 

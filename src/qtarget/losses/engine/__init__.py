@@ -1,4 +1,4 @@
-"""The engine: chunk after chunk of tokens, logits in, gradient out, and the choice of who does the rows' mathematics."""
+"""The engine: a chunk of tokens at a time, logits in, gradient out; and its backends."""
 
 from __future__ import annotations
 

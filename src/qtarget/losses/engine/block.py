@@ -1,4 +1,4 @@
-"""The mathematics of one block of rows: logits in, weights, statistics and gradient out, in place.
+"""Row mathematics in place, for a CPU's cache: weights, statistics, gradient.
 
 Written for memory traffic: a block of rows stays in cache while some twenty elementwise passes run over it. The
 formulas are those of ``losses/full_logits.py``, against which every line here is tested.

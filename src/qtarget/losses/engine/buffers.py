@@ -1,4 +1,4 @@
-"""What a block of rows is made of: logits, other models' logits or top-k rows, buffers, and what is known of the student.
+"""What a block of rows is made of: logits, other models' logits, reused buffers.
 
 Shape suffixes: r rows of the block, v vocabulary, k kept ids of a top-k distribution.
 """

@@ -1,4 +1,4 @@
-"""What a call of the engine is given, and what it gives back."""
+"""The arguments and the result of one call of the engine."""
 
 from __future__ import annotations
 

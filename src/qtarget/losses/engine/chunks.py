@@ -1,4 +1,4 @@
-"""The loop: chunk after chunk of supervised tokens, logits in, gradient out, two matmuls back.
+"""The engine's loop over chunks of tokens: logits in, gradient out, two matmuls back.
 
 Tokens stand in the order of their targets, so a batch with several targets is cut like any other: one set of buffers,
 one dW. Where the rows' mathematics writes g over float32 logits (``block.py``, ``float32`` on a device) a chunk of

@@ -1,4 +1,4 @@
-"""A block of rows in two passes over its logits with plain torch on [r] numbers between them; no host read anywhere.
+"""Row mathematics on a device: two passes, plain torch on [r] between, no host reads.
 
 The passes are Triton's (``kernels.py``) or inductor's (``row_functions.py``); here is what both have in common: the
 target's weights, a top-k distribution's k entries, and the statistics. Written without slices by ``[]`` and ``[:,

@@ -1,4 +1,4 @@
-"""The two passes over a block's logits as Triton kernels: one program a row, for every target that is one difference.
+"""The two passes over a block's logits as Triton kernels, one program a row.
 
 They compute what ``row_functions.py`` says in PyTorch; names and form are in ``row_plan.py``. A student's target
 reads each float32 logit twice and writes a 16-bit gradient, 10 bytes; with another model's logits 18. Everything is

@@ -1,4 +1,4 @@
-"""The matmuls around the row mathematics: logits, dH and dW; in which dtype they multiply and where results are rounded.
+"""The matmuls for logits, dH and dW: in which dtype they multiply, where they round.
 
 On a device 16-bit inputs give float32 logits, and the gradient g is rounded to 16 bits once, before dH and dW: that
 loses about as much as bf16 weights do (1e-3 of dH and dW), where bf16 logits would lose two to a thousand times as

@@ -1,4 +1,4 @@
-"""Who runs the two passes over a block's logits: Triton's kernels, or the pure functions, compiled by inductor."""
+"""Who runs the two passes: Triton's kernels, or the pure functions through inductor."""
 
 from __future__ import annotations
 

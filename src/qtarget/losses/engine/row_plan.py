@@ -1,4 +1,4 @@
-"""A target as the row functions and kernels compute it: one difference of two distributions beside the label's pull.
+"""A target as kernels compute it: the label's pull, and a difference of two distributions.
 
     g = [label: −a (1 − p_y), else a p] + b (B − R)
     B = softmax(c_b z)        the student, c_b = 1, or the student at a temperature

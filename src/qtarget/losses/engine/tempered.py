@@ -1,4 +1,4 @@
-"""Distillation at a temperature in a block of rows, in place: one difference of two tempered distributions.
+"""Distillation at a temperature in a block of rows: one difference, in place.
 
 Its two residuals are b (p − R) and −b (p − B), B the student and R the teacher at the temperature. In float32 the two
 terms lose the digits of p that are not in their sum, which is b (B − R): where the teacher is 5e-3 nats away a

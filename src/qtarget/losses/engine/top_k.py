@@ -1,4 +1,4 @@
-"""A residual given by its k largest entries, with a tail in the student's shape: no dense row is ever formed.
+"""A residual given by its k largest entries and a tail in the student's shape.
 
 For the blocks of a CPU (``block.py``), and for two passes over logits from which the k entries have been taken out
 (``device_rows.py``). Shape suffixes: r rows of the block, v vocabulary, k kept ids.

@@ -1,4 +1,4 @@
-"""Who does a target's row mathematics in a call: two passes over the logits, or blocks in plain PyTorch."""
+"""Chooses the code for a target's rows: two passes over the logits, or plain blocks."""
 
 from __future__ import annotations
 

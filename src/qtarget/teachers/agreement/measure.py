@@ -1,4 +1,4 @@
-"""Does a run's teacher agree with its student and with its labels, on the run's own rows, and is it likely to help?
+"""Do a run's teacher, its student and its labels agree on the run's own rows?
 
 Rows come from the trainer's own preparation and the teacher is asked as in training, wherever it comes from. Dense
 log-probabilities exist for a chunk of supervised tokens at a time and never for a batch; what is kept of a token is some
@@ -11,13 +11,13 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from qtarget.data.text import text_of
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, DataError
 from qtarget.losses import TopK
 from qtarget.losses.log_probs import log_probs
 from qtarget.models.frozen import evaluation_mode
@@ -32,6 +32,9 @@ from qtarget.teachers.agreement.report import (
     Side,
 )
 
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
+
 # Supervised tokens whose log-probabilities are formed at a time; [256, vocabulary] float32 is 50 MB at 49,152.
 _CHUNK = 256
 
@@ -39,7 +42,7 @@ _MOST_CONFLICTING = 10
 
 
 def measure(
-    trainer: Any,
+    trainer: QTargetTrainer,
     rows: int,
     top_k: Sequence[int] = (1, 16, 64),
     progress: Callable[[int], object] = lambda done: None,
@@ -69,7 +72,7 @@ def measure(
     return tally.agreement(rows)
 
 
-def estimate(trainer: Any, rows: int) -> tuple[int, int]:
+def estimate(trainer: QTargetTrainer, rows: int) -> tuple[int, int]:
     """(rows, supervised tokens) that ``measure`` will look at. Raises ConfigError as it does."""
     _check(trainer, rows, (1,))
     chosen = _rows(trainer, rows)
@@ -77,19 +80,19 @@ def estimate(trainer: Any, rows: int) -> tuple[int, int]:
     return sum(map(_documents_in, chosen)), tokens
 
 
-def _check(trainer: Any, rows: int, top_k: Sequence[int]) -> None:
+def _check(trainer: QTargetTrainer, rows: int, top_k: Sequence[int]) -> None:
     for name, number in (("rows is", rows), *(("top_k holds", k) for k in top_k)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ConfigError(f"{name} {number!r}; use a whole number from 1")
     if not trainer.reads_teacher:
         raise ConfigError(
-            f"target {trainer._objective} has no teacher to compare with; name a target that asks one, such as kd, and "
+            f"target {trainer.objective} has no teacher to compare with; name a target that asks one, such as kd, and "
             "its teacher (teacher_model_name_or_path)"
         )
 
 
-def _rows(trainer: Any, rows: int) -> list[dict[str, Any]]:
-    """Prepared rows that hold about so many documents: evenly spread, or the first of a stream."""
+def _rows(trainer: QTargetTrainer, rows: int) -> list[dict[str, Any]]:
+    """Prepared rows that hold about so many documents: evenly evenly_spaced, or the first of a stream."""
     dataset = trainer.train_dataset
     if not hasattr(dataset, "__len__"):
         taken: list[dict[str, Any]] = []
@@ -99,14 +102,14 @@ def _rows(trainer: Any, rows: int) -> list[dict[str, Any]]:
             taken.append(row)
             documents += _documents_in(row)
         return taken
-    chosen = [dataset[place] for place in spread(len(dataset), rows)]
+    chosen = [dataset[place] for place in evenly_spaced(len(dataset), rows)]
     documents = sum(map(_documents_in, chosen))
     if documents <= max(rows, len(chosen)):
         return chosen
-    return [dataset[place] for place in spread(len(dataset), -(-rows * len(chosen) // documents))]
+    return [dataset[place] for place in evenly_spaced(len(dataset), -(-rows * len(chosen) // documents))]
 
 
-def spread(length: int, count: int) -> list[int]:
+def evenly_spaced(length: int, count: int) -> list[int]:
     """Up to ``count`` places of ``length``, evenly spread and the same on every call."""
     count = min(length, count)
     return [number * length // count for number in range(count)]
@@ -127,36 +130,35 @@ def _labels(row: dict[str, Any]) -> list[int]:
 class _Tally:
     """What is kept of each supervised token, and the figures made of it."""
 
-    def __init__(self, trainer: Any, top_k: list[int]):
-        self.trainer, self.others = trainer, trainer._others
-        self.top_k = [k for k in top_k if k <= trainer._vocab_size]
+    def __init__(self, trainer: QTargetTrainer, top_k: list[int]):
+        assert trainer.aux.teacher is not None
+        self.trainer, self.teacher = trainer, trainer.aux.teacher
+        self.top_k = [k for k in top_k if k <= trainer.vocab_size]
         self.cached_k: int | None = None
-        self.end: int | None = trainer._tokenizer.eos_token_id
+        self.end: int | None = trainer.tokenizer.eos_token_id
         self.parts: dict[str, list[Tensor]] = {}
         self.documents = self.touched = 0
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         trainer = self.trainer
-        inputs = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in rows]))
-        labels = inputs.pop("labels")
-        columns = trainer.pop_columns(inputs)
-        teacher = self.others.heads(trainer.model, inputs, frozenset({"teacher"}), labels, columns)["teacher"]
-        student = self.others._head(trainer.model, inputs)
+        batch = trainer.batch(rows)
+        heads = trainer.ask(batch, {"student", "teacher"})
+        student, teacher = heads["student"], heads["teacher"]
         if isinstance(teacher, TopK):
             self.cached_k = teacher.ids.shape[-1]
-        document = _document_of(inputs, labels) + self.documents
+        document = batch.documents() + self.documents
         self.documents = int(document.max()) + 1
-        shifted, document = labels[:, 1:], document[:, 1:]
+        shifted, document = batch.shifted, document[:, 1:]
         asked = shifted != -100
         if self._ends_differ:
-            self.touched += int((shifted == self.end).sum())
-            if trainer._label_only is not None:
-                asked = asked & (shifted != trainer._label_only)
+            self.touched += int(shifted.eq(torch.tensor(self.end)).sum())
+            if trainer.label_only_token is not None:
+                asked = asked & (shifted != trainer.label_only_token)
         places = asked.nonzero(as_tuple=True)
         for begin in range(0, len(places[0]), _CHUNK):
             at = tuple(place[begin : begin + _CHUNK] for place in places)
-            log_p = log_probs(student, at, trainer._vocab_size)
-            log_t = log_probs(teacher, at, trainer._vocab_size, log_p)
+            log_p = log_probs(student, at, trainer.vocab_size)
+            log_t = log_probs(teacher, at, trainer.vocab_size, log_p)
             kept = (teacher.ids[at].long(), teacher.log_tail()[at]) if isinstance(teacher, TopK) else None
             made = _of_chunk(log_p, log_t, kept, shifted[at], self._ks())
             for name, values in {**made, "row": document[at], "label": shifted[at]}.items():
@@ -165,7 +167,7 @@ class _Tally:
 
     @property
     def _ends_differ(self) -> bool:
-        return self.others.ends_with not in (None, self.end) and self.end is not None
+        return self.teacher.ends_with not in (None, self.end) and self.end is not None
 
     def _ks(self) -> list[int]:
         if self.cached_k is None:
@@ -174,7 +176,7 @@ class _Tally:
 
     def agreement(self, rows: int) -> Agreement:
         if not self.parts:
-            raise ConfigError(
+            raise DataError(
                 f"rows is {rows}, and none of the rows looked at has a supervised token that the teacher is asked about; "
                 "look at more rows, or check completion_only_loss, assistant_only_loss and max_length"
             )
@@ -211,7 +213,7 @@ class _Tally:
             places=tuple(self._places(tokens, conflict)),
             conflicting=tuple(self._conflicting(tokens, conflict)),
             end_token=self._end_token(),
-            own_average=self.others.average is not None,
+            own_average=self.teacher.average is not None,
         )
 
     def _places(self, tokens: dict[str, Tensor], conflict: Tensor) -> Iterable[Place]:
@@ -226,7 +228,7 @@ class _Tally:
 
     def _conflicting(self, tokens: dict[str, Tensor], conflict: Tensor) -> Iterable[Conflict]:
         def text(index: int) -> str:
-            return text_of(self.trainer._tokenizer, index)
+            return text_of(self.trainer.tokenizer, index)
 
         labels, instead = tokens["label"][conflict].tolist(), tokens["teacher_top"][conflict].tolist()
         everywhere = Counter(tokens["label"].tolist())
@@ -240,10 +242,10 @@ class _Tally:
     def _end_token(self) -> EndToken | None:
         if not self._ends_differ:
             return None
-        tokenizer, setting = self.trainer._tokenizer, self.trainer.args.teacher_end_token
-        own, other = self.end, self.others.ends_with
-        assert own is not None
-        left_out = 0 if self.trainer._label_only is None else self.touched
+        tokenizer, setting = self.trainer.tokenizer, self.trainer.args.teacher_end_token
+        own, other = self.end, self.teacher.ends_with
+        assert own is not None and other is not None
+        left_out = 0 if self.trainer.label_only_token is None else self.touched
         return EndToken(own, text_of(tokenizer, own), other, text_of(tokenizer, other), setting, self.touched, left_out)
 
 
@@ -283,15 +285,6 @@ def _of_chunk(
         made["lost"] = kept[1].float().exp()
         made["outside"] = (kept[0] != at_label).all(-1)
     return made
-
-
-def _document_of(inputs: dict[str, Any], labels: Tensor) -> Tensor:
-    """[B, T]: the number of each token's document in the batch; a padded row is one."""
-    starts = torch.zeros_like(labels)
-    if "position_ids" in inputs:
-        starts = (inputs["position_ids"] == 0).expand(labels.shape).long()
-    starts[:, 0] = 1
-    return starts.flatten().cumsum(0).view(labels.shape) - 1
 
 
 def _thirds(row: Tensor, end: Tensor) -> Tensor:

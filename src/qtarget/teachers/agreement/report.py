@@ -1,4 +1,4 @@
-"""What a comparison of teacher, student and labels found: figures, a verdict by rules of thumb, and both in words."""
+"""What a comparison of teacher, student and labels found: figures, verdict, words."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A teacher's answers on disk: built once, read by position, checked against the live teacher."""
+"""A teacher's answers on disk: built once, read by place, compared with the live teacher."""

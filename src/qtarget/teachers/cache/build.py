@@ -1,4 +1,4 @@
-"""Build a teacher cache: rows as the trainer prepares them, the teacher's k likeliest tokens at every supervised one.
+"""Builds a teacher cache: the teacher's k likeliest tokens at every supervised one.
 
 The plan comes first and is the same on every start: unique rows in the order of the datasets, cut into shards. A shard is
 written whole or not at all, so an interrupted build goes on at the first that is missing and ends with the same bytes.
@@ -12,20 +12,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from qtarget import __version__
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, DataError, StorageError
 from qtarget.teachers import settings as teacher_settings
 from qtarget.teachers.cache import manifest as manifests
 from qtarget.teachers.cache import shards
 from qtarget.teachers.cache.index import KEY_BYTES, row_key, supervised_positions
 from qtarget.teachers.cache.reader import INDEX
 from qtarget.teachers.cache.scorers import LiveScorer, Scorer, teacher_log_probs
+from qtarget.teachers.joins import read_before
 from qtarget.training.trainer import QTargetTrainer
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 # Tokens of a shard are between these, some 256 shards in all where that lies between.
 _FEWEST, _MOST = 1 << 14, 1 << 20
@@ -69,15 +73,9 @@ def bytes_per_token(k: int, dtype: str = "float16") -> int:
     return k * (4 + np.dtype(dtype).itemsize) + 4
 
 
-class RowsTrainer(QTargetTrainer):
-    """Prepares rows and asks the teacher; its student may be without weights, and nothing is trained."""
-
-    _always_opens_teacher = True
-
-
-def about(trainer: Any) -> dict[str, Any]:
+def about(trainer: QTargetTrainer) -> dict[str, Any]:
     """The manifest's part on tokenizer, preparation, context and teacher."""
-    tokenizer, args = trainer._tokenizer, trainer.args
+    tokenizer, args = trainer.tokenizer, trainer.args
     (end, *_) = [*sorted(teacher_settings.end_tokens(args)), None]
     return {
         **teacher_settings.what_decides_rows(args, tokenizer, trainer.completion_only_loss),
@@ -86,7 +84,7 @@ def about(trainer: Any) -> dict[str, Any]:
     }
 
 
-def plan(trainer: Any, shard_tokens: int | None = None) -> Plan:
+def plan(trainer: QTargetTrainer, shard_tokens: int | None = None) -> Plan:
     """Read the prepared rows of all datasets of a trainer whose packing is off.
 
     Raises:
@@ -102,14 +100,14 @@ def plan(trainer: Any, shard_tokens: int | None = None) -> Plan:
             tokens = len(supervised_positions(row["labels"]))
             if not tokens:
                 continue
-            key = row_key(row["input_ids"], row["labels"], _context(trainer, row))
+            key = row_key(row["input_ids"], row["labels"], read_before(trainer.rows.join, row)[0])
             if key in keys:
                 repeated += 1
                 continue
             keys[key] = len(rows)
             rows.append(Row(name, number, tokens, len(row["input_ids"])))
     if not rows:
-        raise ConfigError("no row has a supervised token; there is nothing to ask a teacher about")
+        raise DataError("no row has a supervised token; there is nothing to ask a teacher about")
     size = shard_tokens or min(_MOST, max(_FEWEST, sum(row.tokens for row in rows) // 256))
     groups: list[list[int]] = [[]]
     filled = 0
@@ -124,29 +122,23 @@ def plan(trainer: Any, shard_tokens: int | None = None) -> Plan:
     return Plan(rows, np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES), groups, repeated)
 
 
-def datasets_of(trainer: Any) -> dict[str, Any]:
+def datasets_of(trainer: QTargetTrainer) -> dict[str, Any]:
     """The prepared datasets by name: train, and what is evaluated."""
     evaluated = trainer.eval_dataset
     named = evaluated if isinstance(evaluated, dict) else {"eval": evaluated}
     return {name: data for name, data in {"train": trainer.train_dataset, **named}.items() if data is not None}
 
 
-def _context(trainer: Any, row: dict[str, Any]) -> list[int]:
-    """What the teacher reads before the row, where it has a context of its own."""
-    uids = trainer._uids
-    if uids is None:
-        return []
-    return uids.row_of(next(uid for uid in row[uids.column] if uid >= 0))[0]
-
-
-def needed_for(trainer: Any, plan: Plan, coverage: float, sample_rows: int = 64) -> tuple[int, dict[str, Any]]:
+def needed_for(
+    trainer: QTargetTrainer, plan: Plan, coverage: float, sample_rows: int = 64
+) -> tuple[int, dict[str, Any]]:
     """k whose mean kept mass reaches ``coverage`` on a sample of rows, and the distribution of what tokens need.
 
     Returns:
         (k, {"percentiles of needed k": {p: k}, "kept mass": {k: mean}, "tokens": n}).
     """
     every = max(1, len(plan.rows) // sample_rows)
-    total, needed = torch.zeros(trainer._vocab_size, dtype=torch.float64), []
+    total, needed = torch.zeros(trainer.vocab_size, dtype=torch.float64), []
     for row in range(0, len(plan.rows), every):
         for log_p, _ in teacher_log_probs(trainer, [_row(trainer, plan.rows[row])]):
             mass = log_p.exp().sort(-1, descending=True).values.cumsum(-1)
@@ -163,7 +155,7 @@ def needed_for(trainer: Any, plan: Plan, coverage: float, sample_rows: int = 64)
 
 
 def build(
-    trainer: Any,
+    trainer: QTargetTrainer,
     folder: str | Path,
     made: Plan,
     k: int,
@@ -183,8 +175,8 @@ def build(
         progress: called with the tokens of each shard that is there.
 
     Raises:
-        ConfigError: another build is at work in the folder, it holds a cache of something else, the disk is full, or the
-            teacher gives NaN. Shards already written stay.
+        StorageError: another build is at work in the folder, it holds a cache of something else, or the disk is full.
+        DataError: the teacher gives NaN. Shards already written stay.
     """
     folder = Path(folder)
     check_folder(folder, made, k, dtype, about)  # before anything is made there
@@ -216,7 +208,7 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise ConfigError(
+        raise StorageError(
             f"output is {str(folder)!r}, where another qtarget cache build is at work; wait for it, or name another "
             "folder"
         ) from None
@@ -239,7 +231,7 @@ def _begin(folder: Path, made: Plan, k: int, dtype: str, about: dict[str, Any]) 
         manifest = {**fresh, "index": index, "shards": []}
         manifests.write(folder, manifest)
         return manifest
-    manifest = manifests.read(folder)
+    manifest = {**manifests.read(folder)}
     for number, line in enumerate(manifest["shards"]):
         if shards.fault(folder, line) is not None:  # it and what follows is made anew
             del manifest["shards"][number:]
@@ -263,15 +255,15 @@ def _fresh(made: Plan, k: int | None, dtype: str, about: dict[str, Any]) -> dict
 
 
 def check_folder(folder: Path, made: Plan, k: int | None, dtype: str, about: dict[str, Any]) -> None:
-    """Raise ConfigError where a build may not have a folder; ``k``: None where it is not known yet."""
+    """Raise StorageError where a build may not have a folder; ``k``: None where it is not known yet."""
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ConfigError(f"output is {str(folder)!r}, which is a file; name a new folder")
+        raise StorageError(f"output is {str(folder)!r}, which is a file; name a new folder")
     if not (folder / manifests.FILE).exists():
         begun = {INDEX, f"{INDEX}.partial", f"{manifests.FILE}.partial", ".building"}
         if any(file.name not in begun for file in folder.iterdir()):
-            raise ConfigError(f"output is {str(folder)!r}, which holds other files; name a new folder")
+            raise StorageError(f"output is {str(folder)!r}, which holds other files; name a new folder")
         return
     manifest = manifests.read(folder)
     left_out = ("state", "program", *(("k",) if k is None else ()))
@@ -283,11 +275,11 @@ def check_folder(folder: Path, made: Plan, k: int | None, dtype: str, about: dic
     if difference is None and not np.array_equal(have["keys"], made.keys):
         difference = "the rows are not those it was begun with: text, order or context changed; name another folder"
     if difference is not None:
-        raise ConfigError(f"output is {str(folder)!r}, which holds a teacher cache: {difference}")
+        raise StorageError(f"output is {str(folder)!r}, which holds a teacher cache: {difference}")
 
 
 def _write_shard(
-    trainer: Any, folder: Path, made: Plan, number: int, score: Scorer, dtype: str, batch_size: int
+    trainer: QTargetTrainer, folder: Path, made: Plan, number: int, score: Scorer, dtype: str, batch_size: int
 ) -> dict[str, Any]:
     ids, logprobs, tails = [], [], []
     group = made.shards[number]
@@ -295,7 +287,7 @@ def _write_shard(
         rows = [made.rows[row] for row in group[begin : begin + batch_size]]
         for row, (top, kept, tail) in zip(rows, score([_row(trainer, row) for row in rows]), strict=True):
             if not (np.isfinite(kept).all() and not np.isnan(tail).any()):
-                raise ConfigError(
+                raise DataError(
                     f"the teacher gives NaN for row {row.number} of the {row.dataset} dataset; check that row, or load "
                     "the teacher in float32 or bfloat16 (teacher_model_init_kwargs: {dtype: ...})"
                 )
@@ -307,11 +299,11 @@ def _write_shard(
     return {**line, "tokens": len(arrays["tail"])}
 
 
-def _row(trainer: Any, row: Row) -> dict[str, Any]:
+def _row(trainer: QTargetTrainer, row: Row) -> dict[str, Any]:
     return datasets_of(trainer)[row.dataset][row.number]
 
 
-def seconds_for(trainer: Any, made: Plan, batch_size: int) -> float:
+def seconds_for(trainer: QTargetTrainer, made: Plan, batch_size: int) -> float:
     """Estimated seconds of a build: one batch of rows of middling length, timed after a first that warms up."""
     by_length = sorted(range(len(made.rows)), key=lambda row: made.rows[row].length)
     middle = by_length[max(0, len(by_length) // 2 - batch_size // 2) :][:batch_size]
@@ -327,11 +319,11 @@ def seconds_for(trainer: Any, made: Plan, batch_size: int) -> float:
 
 
 def check_room(folder: str | Path, megabytes: float) -> None:
-    """Raise ConfigError where the disk has no room for the cache."""
+    """Raise StorageError where the disk has no room for the cache."""
     existing = next(parent for parent in (Path(folder).absolute(), *Path(folder).absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free / 2**20
     if megabytes > free:
-        raise ConfigError(
+        raise StorageError(
             f"output is {str(folder)!r}, where {free:.0f} MB are free and the cache needs {megabytes:.0f}; keep fewer "
             "tokens (--k), or name a folder on a larger disk"
         )

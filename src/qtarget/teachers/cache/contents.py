@@ -1,5 +1,4 @@
-"""What stands in the files of a teacher cache, looked at before it is trained from: a checksum tells only that it is what
-somebody wrote."""
+"""Checks the numbers in a teacher cache; its checksum tells only that somebody wrote them."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qtarget.errors import ConfigError
+from qtarget.errors import StorageError
 from qtarget.teachers.cache.index import KEY_BYTES
 from qtarget.teachers.cache.shards import map_arrays
 
@@ -19,7 +18,7 @@ _MOST_MASS = 1.05
 
 
 def check_index(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise ConfigError where the index is of another shape, or leads to tokens the cache does not have."""
+    """Raise StorageError where the index is of another shape, or leads to tokens the cache does not have."""
     arrays = map_arrays(path)
     rows = manifest["rows"]
     _shapes(path, arrays, {"keys": ((rows, KEY_BYTES), "u1"), "counts": ((rows,), "<i4"), "starts": ((rows,), "<i8")})
@@ -32,7 +31,7 @@ def check_index(path: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def check_shard(path: Path, line: Mapping[str, Any], manifest: Mapping[str, Any], values: bool) -> None:
-    """Raise ConfigError where a shard is of another shape than the manifest says, or holds no log-probabilities.
+    """Raise StorageError where a shard is of another shape than the manifest says, or holds no log-probabilities.
 
     Args:
         line: of the manifest. values: look at every number, which reads the file.
@@ -68,5 +67,5 @@ def _shapes(path: Path, arrays: Mapping[str, np.ndarray], wanted: Mapping[str, t
             )
 
 
-def _fault(path: Path, what: str) -> ConfigError:
-    return ConfigError(f"{path} is not a file of this teacher cache: {what}; copy the cache again or build it anew")
+def _fault(path: Path, what: str) -> StorageError:
+    return StorageError(f"{path} is not a file of this teacher cache: {what}; copy the cache again or build it anew")

@@ -12,17 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, DataError
 from qtarget.losses import TopK, target_distribution, target_loss
 from qtarget.losses.log_probs import log_probs
 from qtarget.models.frozen import evaluation_mode
 from qtarget.targets import Target, presets
 from qtarget.teachers.cache.reader import IDS, LOGPROBS, TAIL, CachedTeacher
+from qtarget.teachers.joins import read_before
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 # Supervised tokens looked at together: a few [64, vocabulary] float32 are held at once.
 _CHUNK = 64
@@ -117,7 +121,7 @@ def targets_for(asked: Any) -> dict[str, Target]:
 
 
 @torch.no_grad()
-def examine(trainer: Any, cache: CachedTeacher, rows: int, asked: Any = None) -> Report:
+def examine(trainer: QTargetTrainer, cache: CachedTeacher, rows: int, asked: Any = None) -> Report:
     """Ask the live teacher about rows of a trainer's training set and compare.
 
     Args:
@@ -125,7 +129,7 @@ def examine(trainer: Any, cache: CachedTeacher, rows: int, asked: Any = None) ->
         cache: opened. rows: how many, evenly over the set. asked: the run's own target.
 
     Raises:
-        ConfigError: a row that the cache does not have.
+        DataError: a row that the cache does not have.
     """
     data = trainer.train_dataset
     count = min(rows, len(data))
@@ -138,16 +142,15 @@ def examine(trainer: Any, cache: CachedTeacher, rows: int, asked: Any = None) ->
         for begin in range(0, len(chosen), size):
             batch = [dict(data[number]) for number in chosen[begin : begin + size]]
             places = _places(trainer, cache, batch, chosen[begin : begin + size])
-            inputs = trainer._prepare_inputs(trainer.data_collator(batch))
-            labels = inputs.pop("labels")
-            columns = trainer.pop_columns(inputs)
-            student = trainer._others._head(trainer.model, inputs)
-            live = trainer._others.heads(trainer.model, inputs, frozenset({"teacher"}), labels, columns)["teacher"]
+            asked = trainer.batch(batch)
+            labels = asked.labels
+            heads = trainer.ask(asked, {"student", "teacher"})
+            student, live = heads["student"], heads["teacher"]
             padded = torch.full(labels.shape, -1)
             for line, own in zip(padded, places, strict=True):
                 line[: len(own)] = torch.tensor(own)
             gathered = {name: value.to(labels.device) for name, value in cache.gather(padded).items()}
-            row, place = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+            row, place = asked.supervised()
             every = max(1, -(-len(row) * len(chosen) // (len(batch) * _MOST_TOKENS)))
             row, place = row[::every], place[::every]
             for start in range(0, len(row), _CHUNK):
@@ -168,15 +171,15 @@ def examine(trainer: Any, cache: CachedTeacher, rows: int, asked: Any = None) ->
     )
 
 
-def _places(trainer: Any, cache: CachedTeacher, batch: list[dict[str, Any]], numbers: list[int]) -> list[list[int]]:
-    uids, found = trainer._uids, []
+def _places(
+    trainer: QTargetTrainer, cache: CachedTeacher, batch: list[dict[str, Any]], numbers: list[int]
+) -> list[list[int]]:
+    found = []
     for row, number in zip(batch, numbers, strict=True):
-        before: list[int] = []
-        if uids is not None:
-            before = uids.row_of(next((uid for uid in row[uids.column] if uid >= 0), 0))[0]
+        before, _ = read_before(trainer.rows.join, row)
         places = cache.places(row["input_ids"], row["labels"], before)
         if places is None:
-            raise ConfigError(
+            raise DataError(
                 f"row {number} of the train dataset is not in the teacher cache {str(cache.folder)!r}: it was added or "
                 "changed since; build a cache for these rows"
             )
@@ -185,7 +188,7 @@ def _places(trainer: Any, cache: CachedTeacher, batch: list[dict[str, Any]], num
 
 
 def _chunk(
-    trainer: Any,
+    trainer: QTargetTrainer,
     student: Any,
     live: Any,
     kept: dict[str, Tensor],
@@ -197,7 +200,7 @@ def _chunk(
     cache: CachedTeacher,
 ) -> Tensor:
     """Add a few tokens to the sums. Returns the largest gap of each between kept and live log-probabilities."""
-    vocab = trainer._vocab_size
+    vocab = trainer.vocab_size
     y = labels[:, 1:][at]
     log_p, log_t = log_probs(student, at, vocab), log_probs(live, at, vocab)
     ids, logprobs = kept[IDS].long(), kept[LOGPROBS].float()

@@ -1,4 +1,4 @@
-"""Which row is which, whatever its order: a key of what the student and the teacher read, and an index of keys.
+"""Finds rows in a cache by their contents, whatever their order.
 
 A row's key is a hash of its token ids, of which of them are supervised, and of the context its teacher reads before
 them. Text, template, tokenizer, mask, cut and context all come to it through these; the order of rows does not.

@@ -1,4 +1,4 @@
-"""A teacher read from disk: per supervised token its k likeliest tokens and the mass of the rest.
+"""A teacher read from disk: its k likeliest tokens, and the mass of the rest.
 
     manifest.json               what it is, with a checksum of every file
     index.safetensors           keys [R, 16] uint8, counts [R] int32, starts [R] int64: rows by what is in them
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtarget.errors import ConfigError
+from qtarget.errors import DataError, StorageError
 from qtarget.losses.heads import TopK
 from qtarget.teachers.cache import contents, shards
 from qtarget.teachers.cache import manifest as manifests
@@ -40,7 +40,7 @@ class CachedTeacher:
         swapped: (a, b): exchange these two ids, for end tokens that differ.
 
     Raises:
-        ConfigError: there is no complete cache.
+        StorageError: there is no complete cache.
     """
 
     def __init__(self, folder: str | Path, tail: str = "student", swapped: tuple[int, int] | None = None):
@@ -48,7 +48,7 @@ class CachedTeacher:
         self.manifest = manifests.read(folder)
         if self.manifest["state"] != "complete":
             done, todo = len(self.manifest["shards"]), self.manifest["planned_shards"]
-            raise ConfigError(
+            raise StorageError(
                 f"teacher_cache is {str(folder)!r}, which is not finished ({done} of {todo} files); run the same qtarget "
                 "cache build again, which goes on where it stopped"
             )
@@ -66,15 +66,15 @@ class CachedTeacher:
         return int(self._begins[-1])
 
     def check_files(self, checksums: bool | None = None) -> None:
-        """Raise ConfigError with the first file that is missing, cut short or changed.
+        """Raise StorageError with the first file that is missing, cut short or changed.
 
         ``checksums``: read every file; None does so up to 64 GB, above which each is read when it is first used.
         """
         every = not self._check_lazily if checksums is None else checksums
-        index = {**self.manifest["index"], "file": INDEX}  # the one that is read, whatever the manifest calls it
+        index: Any = {**self.manifest["index"], "file": INDEX}  # the one that is read, whatever the manifest calls it
         for number, line in enumerate([index, *self.manifest["shards"]]):
             if sentence := shards.fault(self.folder, line, every or number == 0):
-                raise ConfigError(f"teacher_cache: {sentence}")
+                raise StorageError(f"teacher_cache: {sentence}")
             if number == 0:
                 contents.check_index(self.folder / line["file"], self.manifest)
             else:
@@ -99,7 +99,7 @@ class CachedTeacher:
         wanted = np.flatnonzero(flat >= 0)
         at = flat[wanted]
         if len(at) and int(at.max()) >= len(self):
-            raise ConfigError(f"uid holds {int(at.max())}, but the teacher cache has {len(self)} tokens")
+            raise DataError(f"uid holds {int(at.max())}, but the teacher cache has {len(self)} tokens")
         dtype = np.dtype(self.manifest["dtype"])
         ids = np.zeros((len(flat), self.k), np.int32)
         logprobs = np.full((len(flat), self.k), -1e4, dtype)
@@ -124,7 +124,7 @@ class CachedTeacher:
         if number not in self._mapped:
             line = self.manifest["shards"][number]
             if self._check_lazily and (sentence := shards.fault(self.folder, line)):
-                raise ConfigError(f"teacher_cache: {sentence}")
+                raise StorageError(f"teacher_cache: {sentence}")
             if self._check_lazily:
                 contents.check_shard(self.folder / line["file"], line, self.manifest, values=True)
             self._mapped[number] = shards.map_arrays(self.folder / line["file"])

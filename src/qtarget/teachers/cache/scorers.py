@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,10 @@ from qtarget.errors import ConfigError
 from qtarget.losses.log_probs import log_probs
 from qtarget.teachers import settings as teacher_settings
 from qtarget.teachers.cache.index import supervised_positions
+from qtarget.teachers.joins import read_before
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
 
 # Supervised tokens whose logits are formed at a time: [256, vocabulary] float32 is 50 MB at 49,152.
 _CHUNK = 256
@@ -30,7 +34,7 @@ class Scorer(Protocol):
 class LiveScorer:
     """The k likeliest tokens from the trainer's own teacher, logits of a few tokens at a time."""
 
-    def __init__(self, trainer: Any, k: int):
+    def __init__(self, trainer: QTargetTrainer, k: int):
         self.trainer, self.k = trainer, k
 
     @torch.no_grad()
@@ -49,36 +53,32 @@ class LiveScorer:
             yield tuple(part[here] for part in joined[:3])
 
 
-def teacher_log_probs(trainer: Any, rows: list[dict[str, Any]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def teacher_log_probs(
+    trainer: QTargetTrainer, rows: list[dict[str, Any]]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """([c, vocab] log-probabilities, [c] number of the row) of the supervised tokens, a chunk at a time."""
-    inputs = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in rows]))
-    labels = inputs.pop("labels")
-    columns = trainer.pop_columns(inputs)
+    batch = trainer.batch(rows)
     with torch.no_grad():
-        if not getattr(trainer, "_teacher_checked", False):  # logits from hidden states × head must be the model's own
-            trainer._others.check_head_transforms(inputs)
-            trainer._teacher_checked = True
-        teacher = trainer._others.heads(trainer.model, inputs, frozenset({"teacher"}), labels, columns)["teacher"]
-        row, place = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+        trainer.aux.check_heads(batch.inputs)
+        teacher = trainer.ask(batch, {"teacher"})["teacher"]
+        row, place = batch.supervised()
         for begin in range(0, len(row), _CHUNK):
             at = row[begin : begin + _CHUNK], place[begin : begin + _CHUNK]
-            yield log_probs(teacher, at, trainer._vocab_size), at[0]
+            yield log_probs(teacher, at, trainer.vocab_size), at[0]
 
 
 class ServerScorer:
     """The k likeliest tokens from a server, which is sent the ids the teacher is to read."""
 
-    def __init__(self, trainer: Any, server: Any):
+    def __init__(self, trainer: QTargetTrainer, server: Any):
         self.trainer, self.server = trainer, server
 
     def __call__(self, rows: list[dict[str, Any]]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        uids = self.trainer._uids
         sequences, places = [], []
         for row in rows:
-            ids, positions = list(row["input_ids"]), supervised_positions(row["labels"])
-            if uids is not None:
-                before, begin = uids.row_of(next(uid for uid in row[uids.column] if uid >= 0))
-                ids, positions = [*before, *ids[begin:]], positions - begin + len(before)
+            before, begin = read_before(self.trainer.rows.join, row)
+            ids = [*before, *row["input_ids"][begin:]]
+            positions = supervised_positions(row["labels"]) - begin + len(before)
             sequences.append(ids)
             places.append(positions - 1)  # its first entry is that of token 1
         for scored, at in zip(self.server.score(sequences), places, strict=True):
@@ -88,7 +88,7 @@ class ServerScorer:
                 yield scored.ids[at], kept, np.maximum(np.log(rest), _LOWEST).astype(np.float32)
 
 
-def server_scorer(trainer: Any, url: str, model: str | None, k: int) -> tuple[ServerScorer, str]:
+def server_scorer(trainer: QTargetTrainer, url: str, model: str | None, k: int) -> tuple[ServerScorer, str]:
     """A scorer that asks a server, and what the server calls its model.
 
     Raises:
@@ -96,7 +96,7 @@ def server_scorer(trainer: Any, url: str, model: str | None, k: int) -> tuple[Se
     """
     from qtarget.teachers.server.client import TeacherServer
 
-    if faults := teacher_settings.tokenizer_faults(trainer.args, trainer._tokenizer):
+    if faults := teacher_settings.tokenizer_faults(trainer.args, trainer.tokenizer):
         raise ConfigError(faults)
-    server = TeacherServer(url, model, k=k, vocab_size=trainer._vocab_size)
+    server = TeacherServer(url, model, k=k, vocab_size=trainer.vocab_size)
     return ServerScorer(trainer, server), server.check()

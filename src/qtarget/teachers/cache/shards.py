@@ -1,10 +1,8 @@
-"""Files of a teacher cache: safetensors written whole or not at all, mapped for reading, with checksums."""
+"""A cache's safetensors files: written whole or not at all, mapped, with checksums."""
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,44 +12,17 @@ import numpy as np
 import xxhash
 from safetensors.numpy import save
 
-from qtarget import json_text
-from qtarget.errors import ConfigError
+from qtarget import files
+from qtarget.errors import StorageError
 
 _DTYPES = {"I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "U8": "u1"}
 _READ_BYTES = 1 << 22
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is complete or not there, and on the disk when this returns.
-
-    Raises:
-        ConfigError: the disk is full or the folder cannot be written; what was there before is as it was.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error.strerror or error)
-        raise ConfigError(
-            f"{path} cannot be written: {reason}; make room or choose another folder, and run the same command again: it "
-            "goes on with what is already there"
-        ) from error
-
-
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Write a safetensors file. Returns its line of the manifest: file, bytes, checksum."""
     data = save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
-    write_whole(path, data)
+    files.write(path, data)
     return {"file": path.name, "bytes": len(data), "checksum": xxhash.xxh3_128_hexdigest(data)}
 
 
@@ -60,7 +31,7 @@ def fault(folder: Path, line: Mapping[str, Any], checksum: bool = True) -> str |
 
     ``checksum``: read all of it; else only its size is looked at.
     """
-    if Path(line["file"]).name != line["file"] or "\\" in line["file"] or "\0" in line["file"]:
+    if not files.is_plain(line["file"]):
         return (
             f"the manifest names the shard {line['file']!r}; only a name without folders is read: build the cache anew"
         )
@@ -88,14 +59,14 @@ def map_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file, mapped and not read.
 
     Raises:
-        ConfigError: the file is not one.
+        StorageError: the file is not one.
     """
     try:
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > path.stat().st_size:
                 raise ValueError("its header is longer than the file")
-            header = json_text.loads(stream.read(length))
+            header = files.loads(stream.read(length))
         arrays = {}
         for name, entry in header.items():
             if name == "__metadata__":
@@ -112,4 +83,4 @@ def map_arrays(path: Path) -> dict[str, np.ndarray]:
                 arrays[name] = np.memmap(path, dtype=dtype, mode="r", offset=8 + length + begin, shape=shape)
         return arrays
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise ConfigError(f"{path} is not a file of a teacher cache: {error}; copy or build the cache anew") from error
+        raise StorageError(f"{path} is not a file of a teacher cache: {error}; copy or build the cache anew") from error

@@ -1,10 +1,7 @@
-"""A teacher behind HTTP: the top-k log-probabilities a vLLM or OpenAI-compatible server gives to prompt tokens.
+"""Asks a vLLM server for its top-k log-probabilities of prompt tokens.
 
 Tokens travel as ids both ways. Text is never decoded or encoded again, for one text has many spellings in ids: an answer
-whose tokens are text is refused. Two forms of the completions API are spoken, the first that the server knows:
-
-    prompt_logprobs   vLLM's extension: for each position a mapping from token id to log-probability
-    echo              the prompt comes back with its log-probabilities, its tokens written as "token_id:123"
+whose tokens are text is refused.
 
 Every answer is checked against what was sent before any of it is used: a cache is read for months, and a server that
 adds a token or serves another model answers as readily as the right one.
@@ -15,21 +12,21 @@ against vLLM itself.
 
 from __future__ import annotations
 
-import email.utils
 import json
 import logging
 import math
 import os
 import re
 import time
-from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
+from urllib3.exceptions import InvalidHeader
+from urllib3.util import Retry
 
 from qtarget.errors import ConfigError
-from qtarget.teachers.server.answers import FORMS, NotSpoken, Reader, Scored, is_whole
+from qtarget.teachers.server.answers import NotSpoken, Reader, Scored, is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -110,27 +107,28 @@ class TeacherServer:
         self._timeout, self._retries = timeout, retries
         self._key = key
         self._served: str | None = None
-        self._form: type[Reader] | None = None
+        self._speaks = False
         self._session = requests.Session()
         # As a callable and not a header: requests would replace a header by what ~/.netrc has for the host.
         self._session.auth = self._sign
 
     def check(self) -> str:
-        """Ask which models are served, and by a tiny request how the server gives log-probabilities.
+        """Ask which models are served, and by a tiny request whether the server gives log-probabilities.
 
         Returns:
             the served model's name.
 
         Raises:
-            ConfigError: the server cannot be reached, does not serve the model, gives neither prompt_logprobs nor echo
-                with token ids, or allows less than k.
+            ConfigError: the server cannot be reached, does not serve the model, gives no prompt_logprobs with token ids,
+                or allows less than k.
         """
-        self._served = self._form = None
+        self._served, self._speaks = None, False
         try:
             self._served = self._choose(self._request("/models", retries=min(self._retries, _FIRST_RETRIES)))
-            self._form = self._negotiate(self._served)
+            self._probe(self._served)
         except _Refused as refusal:
             raise self._refusal(refusal) from None
+        self._speaks = True
         return self._served
 
     def score(self, sequences: list[list[int]]) -> list[Scored]:
@@ -156,16 +154,14 @@ class TeacherServer:
                     )
         if not sequences:
             return []
-        if self._form is None or self._served is None:
-            self.check()
-        assert self._form is not None and self._served is not None
+        served = self._served if self._speaks and self._served is not None else self.check()
         try:
-            return self._ask(self._form, self._served, sequences)
+            return self._ask(served, sequences)
         except _Refused as refusal:
             raise self._refusal(refusal) from None
         except NotSpoken as lacking:
             raise ConfigError(
-                f"{self._form.name} was answered by {self._url} before and now {lacking}; "
+                f"prompt_logprobs was answered by {self._url} before and now {lacking}; "
                 "let no other server answer at that address"
             ) from None
 
@@ -176,8 +172,7 @@ class TeacherServer:
         names = [entry["id"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
         if not names:
             raise ConfigError(
-                f"url is {self._url!r}, which lists no model at /models; give the address of a vLLM or "
-                "OpenAI-compatible server"
+                f"url is {self._url!r}, which lists no model at /models; give the address of a vLLM server"
             )
         if self._model is None:
             if len(names) > 1:
@@ -189,30 +184,28 @@ class TeacherServer:
             )
         return self._model
 
-    def _negotiate(self, served: str) -> type[Reader]:
-        """The first form whose answer to a tiny request passes every check."""
-        why = []
-        for form in FORMS:
-            try:
-                self._ask(form, served, _PROBE)
-                return form
-            except NotSpoken as lacking:
-                why.append(f"{form.name}: {lacking}")
-            except _Refused as refusal:
-                # A strict server refuses a field it does not know; a limit on k would not be wider in another form.
-                if refusal.status not in (400, 422) or _LIMIT.search(refusal.said):
-                    raise
-                why.append(f"{form.name}: refused with {refusal}")
+    def _probe(self, served: str) -> None:
+        """A tiny request whose answer must pass every check."""
+        try:
+            self._ask(served, _PROBE)
+        except NotSpoken as lacking:
+            why = str(lacking)
+        except _Refused as refusal:  # a strict server refuses a field it does not know
+            if refusal.status not in (400, 422) or _LIMIT.search(refusal.said):
+                raise
+            why = f"it refuses with {refusal}"
+        else:
+            return
         raise ConfigError(
-            f"url is {self._url!r}, which gives neither prompt_logprobs nor echo with token ids ({'; '.join(why)}); "
-            "serve the teacher with vLLM"
+            f"url is {self._url!r}, which gives no prompt_logprobs with token ids ({why}); serve the teacher with vLLM"
         )
 
-    def _ask(self, form: type[Reader], served: str, sequences: list[list[int]]) -> list[Scored]:
+    def _ask(self, served: str, sequences: list[list[int]]) -> list[Scored]:
         prompt = [[int(token) for token in ids] for ids in sequences]
-        body = {"model": served, "prompt": prompt, "max_tokens": 1, "temperature": 0, **form.fields(self._k)}
+        body = {"model": served, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+        body |= {"prompt_logprobs": self._k, "add_special_tokens": False}
         choices = self._in_order(self._request("/completions", body), len(prompt))
-        reader = form(self._url, self._k, self._vocab_size)
+        reader = Reader(self._url, self._k, self._vocab_size)
         return [
             reader.read(choice, ids, number) for number, (choice, ids) in enumerate(zip(choices, prompt, strict=True))
         ]
@@ -223,7 +216,7 @@ class TeacherServer:
         if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
             raise ConfigError(
                 f"choices is missing from the answer of {self._url} ({self._shown(json.dumps(answer))}); give the "
-                "address of a vLLM or OpenAI-compatible server"
+                "address of a vLLM server"
             )
         indices = [choice.get("index") for choice in choices]
         order = {index: choice for index, choice in zip(indices, choices, strict=True) if is_whole(index)}
@@ -320,8 +313,8 @@ class TeacherServer:
             )
         if refusal.status == 404 or 300 <= refusal.status < 400:
             return ConfigError(
-                f"url is {self._url!r}, where no completions server answers ({refusal}); give the address of a vLLM or "
-                "OpenAI-compatible server"
+                f"url is {self._url!r}, where no completions server answers ({refusal}); give the address of a vLLM "
+                "server"
             )
         return ConfigError(
             f"url is {self._url!r}, which refuses the request ({refusal}); mend what it names, as sequences that are "
@@ -382,13 +375,7 @@ def _root(error: BaseException) -> str:
 
 def _retry_after(value: str | None) -> float:
     """Seconds a server asks to wait: a number or a date; 0 where it asks for nothing readable."""
-    if value is None:
-        return 0.0
-    if re.fullmatch(r"\s*[0-9]+(\.[0-9]+)?\s*", value, re.ASCII):
-        return float(value)
     try:
-        when = email.utils.parsedate_to_datetime(value)
-    except ValueError:
+        return 0.0 if value is None else Retry().parse_retry_after(value)
+    except InvalidHeader:
         return 0.0
-    when = when if when.tzinfo else when.replace(tzinfo=UTC)
-    return max(0.0, (when - datetime.now(UTC)).total_seconds())

@@ -1,0 +1,145 @@
+"""A causal language model that is asked about a batch: hidden states and head, log-probabilities of labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from qtarget.errors import ConfigError
+from qtarget.losses import Head
+from qtarget.models.forward import HeadTransform, LossCall, StatesCall, head_parameters
+from qtarget.models.frozen import adapters_off
+from qtarget.models.sharded_head import whole
+from qtarget.targets import presets
+
+Inputs = dict[str, Any]
+
+
+class CausalLM:
+    """A model through its own wrapped forward, so that the hooks of DDP, FSDP2 and DeepSpeed run.
+
+    Args:
+        model: as it is called, with whatever wraps it, its forward patched by ``add_target_forward``.
+        vocab_size: tokens of the student's tokenizer; a head may be padded beyond them.
+    """
+
+    def __init__(self, model: Any, vocab_size: int):
+        self.model, self.vocab_size = model, vocab_size
+        self.unwrapped: Any = extract_model_from_parallel(model)
+        get_base = getattr(self.unwrapped, "get_base_model", None)
+        # The causal language model itself, without wrappers or adapters.
+        self.base: Any = self.unwrapped if get_base is None else get_base()
+
+    @property
+    def transform(self) -> HeadTransform:
+        """What the architecture does to hidden @ weight.T."""
+        return HeadTransform.of(self.base.config)
+
+    @torch.no_grad()
+    def head(self, inputs: Inputs) -> Head:
+        """The distribution at positions 0 to the last but one, [B, T − 1], as hidden states and a head.
+
+        Raises:
+            ConfigError: the batch holds a token that the model has no embedding for.
+        """
+        self._check_ids(inputs["input_ids"])
+        hidden, weight, bias = self._states_and_head(inputs)
+        # Virtual tokens of prompt tuning come first: the last positions are the labels'.
+        hidden = hidden[:, -inputs["input_ids"].shape[1] :][:, :-1]
+        return Head(
+            hidden,
+            weight,
+            bias,
+            logit_scale=self.transform.scale,
+            logit_softcap=self.transform.softcap,
+            vocab_size=min(weight.shape[0], self.vocab_size),
+        )
+
+    @torch.no_grad()
+    def label_log_p(self, inputs: Inputs, labels: Tensor) -> Tensor:
+        """log p of each label, float32 [B, T] as ``labels``; 0 where nothing is trained."""
+        call = LossCall([presets.build("sft")], labels, {}, {}, self.vocab_size, None, "basic")
+        nll = self.model(**inputs, qtarget=call).record.stats["nll"]
+        return torch.nn.functional.pad(-nll.nan_to_num(0.0), (1, 0))
+
+    def without_adapters(self) -> WithoutAdapters:
+        """The model as it was before its adapters."""
+        return WithoutAdapters(self.model, self.vocab_size)
+
+    def _states_and_head(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(last hidden states, weight and bias of the head, whole)."""
+        asked = StatesCall()
+        states = self.model(**inputs, qtarget=asked)
+        weight, bias = head_parameters(self.base)
+        if isinstance(weight, DTensor) and not asked.gathered:
+            # FSDP2 gathered the head itself and freed it when the forward ended
+            return states.hidden, whole(weight, states.hidden), None if bias is None else whole(bias, states.hidden)
+        return states.hidden, states.weight, states.bias
+
+    def _check_ids(self, ids: Tensor) -> None:
+        """A model with fewer embeddings than the tokenizer has tokens cannot read them all."""
+        rows = self.base.get_input_embeddings().num_embeddings
+        if rows < self.vocab_size and int(ids.max()) >= rows:
+            raise ConfigError(
+                f"a teacher or reference has embeddings for {rows} tokens, fewer than the tokenizer's "
+                f"{self.vocab_size}, and the batch holds token {int(ids.max())}; use one with the same tokenizer"
+            )
+
+    @torch.no_grad()
+    def check_head(self, inputs: Inputs, mixed_precision: bool = False, tokens: int = 16) -> None:
+        """Compare logits rebuilt from hidden states with the model's own on a few tokens of the first row.
+
+        ``mixed_precision``: the call computes in half precision and returns float32, so that dtypes do not tell.
+        NaN is left to the loss, which names step and row. Of a row with several documents the first is looked at: a
+        model that is called without this trainer's settings may let them see each other.
+
+        Raises:
+            ConfigError: they differ; the architecture does something to its logits that is not known here.
+        """
+        self._check_ids(inputs["input_ids"])
+        few = {"input_ids": inputs["input_ids"][:1, :tokens]}
+        if "position_ids" in inputs:
+            starts = (inputs["position_ids"][0, 1:tokens] == 0).nonzero()
+            tokens = int(starts[0]) + 1 if len(starts) else tokens
+            few = {name: inputs[name][:1, :tokens] for name in ("input_ids", "position_ids")}
+        own = self.model(**few).logits.float()
+        hidden, weight, bias = self._states_and_head(few)
+        rebuilt = hidden.float() @ weight.float().T
+        if bias is not None:
+            rebuilt = rebuilt + bias.float()
+        rebuilt = self.transform.apply(rebuilt)[:, -own.shape[1] :]
+        if rebuilt.shape != own.shape:
+            raise ConfigError(
+                f"{type(self.base).__name__}'s head has {rebuilt.shape[-1]} rows in this process and the model "
+                f"{own.shape[-1]} tokens: it is split over processes in a form that cannot be gathered here; leave "
+                "tensor parallelism out (tp_plan), or shard with FSDP2"
+            )
+        if own.isnan().any():
+            return
+        difference = (own - rebuilt).abs()
+        rounded = mixed_precision or hidden.dtype not in (torch.float32, torch.float64)
+        allowed = (5e-2 if rounded else 1e-3) * (1 + float(own.abs().max()))
+        if not float(difference.max()) <= allowed:
+            place = divmod(int(difference.argmax()), own.shape[-1])
+            raise ConfigError(
+                f"{type(self.base).__name__}'s logits cannot be rebuilt from its hidden states: token {place[0]}, id "
+                f"{place[1]} is {float(own.flatten()[difference.argmax()]):.4f} in the model and "
+                f"{float(rebuilt.flatten()[difference.argmax()]):.4f} from hidden states × head (scale "
+                f"{self.transform.scale}, softcap {self.transform.softcap}); this architecture is not supported"
+            )
+
+
+class WithoutAdapters(CausalLM):
+    """A PEFT model as its base was, dropout off."""
+
+    def head(self, inputs: Inputs) -> Head:
+        with adapters_off(self.unwrapped):
+            return super().head(inputs)
+
+    def label_log_p(self, inputs: Inputs, labels: Tensor) -> Tensor:
+        with adapters_off(self.unwrapped):
+            return super().label_log_p(inputs, labels)
