@@ -1,4 +1,4 @@
-"""Files: written whole or not there, journals that outlive a kill, JSON of strangers, and what two records differ in."""
+"""Writes files whole or not at all, keeps journals, and reads JSON that strangers wrote."""
 
 from __future__ import annotations
 

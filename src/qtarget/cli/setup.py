@@ -146,9 +146,9 @@ def _need_faults(config: Any) -> list[str]:
 
 def _resume_faults(config: Any) -> list[str]:
     """What can be seen of a checkpoint without models; the trainer looks again with them."""
-    from qtarget.training import checkpoints, checks, run_identity
+    from qtarget.training import checkpoints, run_identity
 
-    folder = checks.checkpoint_folder(resume(config.resume_from_checkpoint), config.output_dir)
+    folder = checkpoints.to_resume_from(resume(config.resume_from_checkpoint), config.output_dir)
     if folder is None and str(config.resume_from_checkpoint).lower() == "true":
         if not (passed_over := checkpoints.passed_over(config.output_dir)):
             return []  # a run killed before its first checkpoint starts anew by the same command

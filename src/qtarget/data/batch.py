@@ -1,4 +1,4 @@
-"""A batch as models read it: their inputs, the labels, and one number per token of every column."""
+"""A batch as models read it: inputs, labels, and one number per token of every column."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def _write(
     tokenizer = trainer.tokenizer
     manifest = {
         "program": f"qtarget {__version__}",
-        "model": student.base.config._name_or_path or type(student.base).__name__,
+        "model": student.name,
         "teacher": _named(trainer, "teacher") if "teacher" in names else None,
         "reference": _named(trainer, "reference") if "reference" in names else None,
         "target": trainer.objective.to_config(),

@@ -1,4 +1,4 @@
-"""Dense log-probabilities of a few tokens, for reports, which training never forms; and iw-sft's weight of a sequence."""
+"""Forms dense log-probabilities of a few tokens, for reports; training never does."""
 
 from __future__ import annotations
 

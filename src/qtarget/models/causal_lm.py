@@ -1,4 +1,4 @@
-"""A causal language model that is asked about a batch: hidden states and head, log-probabilities of labels."""
+"""Asks any causal language model about a batch: its head, or the labels' log-probabilities."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ class CausalLM:
         get_base = getattr(self.unwrapped, "get_base_model", None)
         # The causal language model itself, without wrappers or adapters.
         self.base: Any = self.unwrapped if get_base is None else get_base()
+
+    @property
+    def name(self) -> str:
+        """What it was loaded as, else its class."""
+        return self.base.config._name_or_path or type(self.base).__name__
 
     @property
     def transform(self) -> HeadTransform:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,10 +24,12 @@ from transformers.trainer import TRAINER_STATE_NAME, safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 
 from qtarget import files
-from qtarget.errors import StorageError, reason
+from qtarget.errors import StorageError, raise_together, reason
 
 if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
+
+logger = logging.getLogger(__name__)
 
 # Where a checkpoint is written, and where it goes to be deleted. Transformers leaves _* out of uploads to the hub.
 UNFINISHED = "_unfinished"
@@ -105,6 +108,52 @@ def unreadable_files(folder: str | Path) -> list[str]:
         except Exception as error:  # a pickle that is none may make anything of the unpickler
             found.append(f"{told}, whose {file.name} cannot be loaded: {reason(error)}; name another checkpoint")
     return found
+
+
+def to_resume_from(resume_from_checkpoint: Any, output_dir: Any) -> str | None:
+    """The folder a run would resume from: the one that is named, for True the last whole one, or None.
+
+    Raises:
+        StorageError: the one that is named is not whole.
+    """
+    if isinstance(resume_from_checkpoint, str | Path):
+        folder = Path(resume_from_checkpoint)
+        if not folder.is_dir():
+            raise StorageError(f"resume_from_checkpoint is {str(folder)!r}, which is no folder; {_whole_one(folder)}")
+        if (why := fault(folder)) is not None:
+            raise StorageError(
+                f"resume_from_checkpoint is {str(folder)!r}, which is not whole: {why}; {_whole_one(folder)}"
+            )
+        return str(folder)
+    if not resume_from_checkpoint or not Path(output_dir).is_dir():
+        return None
+    whole = last(output_dir)
+    return None if whole is None else str(whole)
+
+
+def _whole_one(folder: Path) -> str:
+    whole = last(folder.parent)
+    return "start anew in another output_dir" if whole is None else f"the last whole one is {str(whole)!r}"
+
+
+def begin(trainer: QTargetTrainer, run: str, resume_from_checkpoint: Any) -> str | None:
+    """Before a run starts: can its folder be written, and which checkpoint does it go on from.
+
+    Raises:
+        StorageError: the folder cannot be written, or a file of the checkpoint cannot be loaded.
+    """
+    if trainer.args.should_save:
+        raise_together(unwritable(run), StorageError)
+    folder = to_resume_from(resume_from_checkpoint, run)
+    if resume_from_checkpoint is True and trainer.is_world_process_zero():
+        for sentence in passed_over(run):
+            logger.warning(sentence)
+        if folder is None:
+            logger.warning(f"{run} holds no checkpoint to resume from: the run starts at step 0")
+    raise_together([] if folder is None else unreadable_files(folder), StorageError)
+    if trainer.args.should_save:
+        clear(run)
+    return folder
 
 
 # -- writing -----------------------------------------------------------------------------------------------------

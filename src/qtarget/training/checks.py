@@ -15,10 +15,9 @@ from transformers import AutoTokenizer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from qtarget.data.columns import REFERENCE, SOURCE_ID
-from qtarget.errors import DataError, StorageError
+from qtarget.errors import DataError
 from qtarget.targets.objective import Objective
 from qtarget.teachers import settings as teacher_settings
-from qtarget.training import checkpoints
 
 if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
@@ -316,32 +315,6 @@ def packed_batch(inputs: Mapping[str, Any]) -> None:
             "the batch is packed (position_ids start again inside a row) and has a two-dimensional attention_mask, "
             "under which documents see each other; leave attention_mask out of a packed batch"
         )
-
-
-def checkpoint_folder(resume_from_checkpoint: Any, output_dir: Any) -> str | None:
-    """The folder a run would resume from: the one that is named, for True the last whole one, or None.
-
-    Raises:
-        StorageError: the one that is named is not whole.
-    """
-    if isinstance(resume_from_checkpoint, str | Path):
-        folder = Path(resume_from_checkpoint)
-        if not folder.is_dir():
-            raise StorageError(f"resume_from_checkpoint is {str(folder)!r}, which is no folder; {_whole_one(folder)}")
-        if (fault := checkpoints.fault(folder)) is not None:
-            raise StorageError(
-                f"resume_from_checkpoint is {str(folder)!r}, which is not whole: {fault}; {_whole_one(folder)}"
-            )
-        return str(folder)
-    if not resume_from_checkpoint or not Path(output_dir).is_dir():
-        return None
-    whole = checkpoints.last(output_dir)
-    return None if whole is None else str(whole)
-
-
-def _whole_one(folder: Path) -> str:
-    whole = checkpoints.last(folder.parent)
-    return "start anew in another output_dir" if whole is None else f"the last whole one is {str(whole)!r}"
 
 
 def _tokenizer_of(model: Any) -> Any:

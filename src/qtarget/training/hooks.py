@@ -1,4 +1,4 @@
-"""Every hook of TRL's trainer that is overridden, each handed on to the part of the trainer that owns its state.
+"""Hands each overridden hook of TRL's trainer on to the part that owns its state.
 
 A new version of TRL is this file's work: ``SFTTrainer`` changes its private hooks with every minor version.
 """

@@ -16,7 +16,7 @@ from trl import SFTTrainer
 
 from qtarget.data.batch import Batch
 from qtarget.data.columns import REFERENCE, SOURCE_ID, columns_for, columns_of
-from qtarget.errors import ConfigError, StorageError, raise_together
+from qtarget.errors import ConfigError, raise_together
 from qtarget.losses import Head, TopK, engine
 from qtarget.models.causal_lm import CausalLM
 from qtarget.models.forward import LossCall, accepted, add_target_forward
@@ -338,23 +338,16 @@ class QTargetTrainer(HostHooks):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         run = str(self.args.output_dir)
-        if self.args.should_save:
-            raise_together(checkpoints.unwritable(run), StorageError)
-        folder = checks.checkpoint_folder(resume_from_checkpoint, run)
-        if resume_from_checkpoint is True and self.is_world_process_zero():
-            for sentence in checkpoints.passed_over(run):
-                logger.warning(sentence)
-            if folder is None:
-                logger.warning(f"{run} holds no checkpoint to resume from: the run starts at step 0")
-        raise_together([] if folder is None else checkpoints.unreadable_files(folder), StorageError)
-        if self.args.should_save:
-            checkpoints.clear(run)
+        folder = checkpoints.begin(self, run, resume_from_checkpoint)
         for snapshot in self.aux.snapshots:
             snapshot.forget()
         if folder is not None:
             self._resume(Path(folder))
         self.accelerator.print(self.describe())
-        self._print_agreement()
+        if self.args.teacher_check_rows and self.reads_teacher:
+            from qtarget.teachers.agreement import measure  # it takes a trainer
+
+            self.accelerator.print(measure.before_training(self))
         with checkpoints.storage_errors("what the run leaves", run):
             return super().train(folder, *args, **kwargs)
 
@@ -372,19 +365,6 @@ class QTargetTrainer(HostHooks):
         if self.is_world_process_zero():
             run_identity.write(folder, self.identity())
             self.meter.save(folder, self._total_train_tokens)
-
-    def _print_agreement(self) -> None:
-        """A line on how far student and teacher agree, before anything is trained."""
-        from qtarget.teachers.agreement import measure as agreement
-
-        if not self.args.teacher_check_rows or not self.reads_teacher:
-            return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # the student is not in pieces yet, and may not fit whole
-            self.accelerator.print(
-                "student and teacher are not compared here: run qtarget teacher check on one process"
-            )
-            return
-        self.accelerator.print(agreement.measure(self, self.args.teacher_check_rows).short())
 
     @contextlib.contextmanager
     def evaluating(self, target: Target | str | dict) -> Iterator[QTargetTrainer]:

@@ -72,6 +72,13 @@ def measure(
     return tally.agreement(rows)
 
 
+def before_training(trainer: QTargetTrainer) -> str:
+    """The line a run prints on how far student and teacher agree."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # the student is whole yet, and may not fit
+        return "student and teacher are not compared here: run qtarget teacher check on one process"
+    return measure(trainer, trainer.args.teacher_check_rows).short()
+
+
 def estimate(trainer: QTargetTrainer, rows: int) -> tuple[int, int]:
     """(rows, supervised tokens) that ``measure`` will look at. Raises ConfigError as it does."""
     _check(trainer, rows, (1,))
