@@ -23,13 +23,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import qtarget as qt
 from qtarget.losses.engine.sizes import Sizes, device_sizes
 
 # Read and written for each logit by both kernels: float32 logits twice, another model's twice, a 16-bit gradient once.
 STUDENT, OTHER = 4 + 4 + 2, 8 + 8 + 2
-BYTES = dict.fromkeys(("sft", "dft", "beyond-log", "profit", "iw-sft", "cft", "psft", "eaft"), STUDENT)
-BYTES |= dict.fromkeys(("label-smoothing", "gem", "gem logsigmoid", "target-sft, top-k"), STUDENT)
-BYTES |= dict.fromkeys(("sft-kl", "asft", "kd", "kd at T = 2", "kd-hybrid", "target-sft"), OTHER)
+BYTES = {name: OTHER if {"teacher", "reference"} & qt.preset(name).requires else STUDENT for name in qt.presets.names()}
+BYTES |= {"gem logsigmoid": STUDENT, "target-sft, top-k": STUDENT, "kd at T = 2": OTHER}
 # torch's operations on [rows] for one more chunk of logits, as counted in the same tests, and for a call.
 SMALL = {"dft": 12, "eaft": 30, "gem": 17, "kd": 14, "target-sft": 13, "target-sft, top-k": 132}
 FIXED = 100

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "src" / "qtarget"
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- tree: written by make docs-tree -->", "<!-- end of tree -->"
 LONGEST = 90
+NAME = 20  # the column of names, as wide everywhere, so that a new file is one new line
 # Folders from what is computed to who asks for it; one that is not here comes after these.
 ORDER = ["targets", "losses", "data", "models", "teachers", "training", "lens", "signals", "evaluation", "verification"]
 ORDER += ["planning", "cli", "engine", "cache", "server", "agreement"]
@@ -44,8 +45,7 @@ def tree(folder: Path = PACKAGE, depth: int = 1) -> list[str]:
     """A line for each module of a folder, then those of the folders in it."""
     indent = "  " * depth
     modules = [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
-    width = max([len(path.name) for path in modules], default=0)
-    found = [f"{indent}{path.name:<{width}}  {shown(path)}" for path in modules]
+    found = [f"{indent}{path.name:<{NAME}} {shown(path)}" for path in modules]
     for below in sorted(filter(Path.is_dir, folder.iterdir()), key=_place):
         if (below / "__init__.py").exists():
             found += [f"{indent}{below.name}/  {shown(below / '__init__.py')}", *tree(below, depth + 1)]

@@ -77,6 +77,7 @@ def measures(root: Path) -> list[Measure]:
         Measure(
             f"lines of src ({LINES_BEFORE:,} at 13a65da)", sum(map(lines, source.files)), LINES_BEFORE - LINES_SAVED
         ),
+        Measure("of these with code on them", sum(map(counts.code_lines, source.files)), None),
         Measure(f"files over {LONGEST_FILE} lines", len(long), 0, long),
         crowded(source),
     ]

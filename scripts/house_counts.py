@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tokenize
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -13,6 +14,9 @@ TRAINER = "QTargetTrainer"
 CONFIG = "QTargetConfig"
 # What a variable, parameter or attribute that holds a trainer is called.
 NAMED_TRAINER = ("trainer", "_trainer")
+LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+# Transformers' own, which has no public name for it.
+NOT_OURS = ("_name_or_path",)
 BY_NAME = ("getattr", "setattr", "hasattr", "delattr", "object")  # the last: mock.patch.object
 # A description is a sentence; a setting beside one or two words is a table of choices or of values.
 SENTENCE_WORDS = 3
@@ -41,10 +45,6 @@ class Source:
             if isinstance(node, ast.ClassDef)
         }
 
-    @property
-    def trainer_file(self) -> Path:
-        return self.classes[TRAINER][0]
-
     def ancestors(self, name: str) -> list[str]:
         """The classes of src that a class inherits from, itself left out."""
         found: list[str] = []
@@ -65,6 +65,17 @@ class Source:
 
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def code_lines(path: Path) -> int:
+    """Lines that hold code: no blank lines, comments or docstrings."""
+    with tokenize.open(path) as file:
+        tokens = [token for token in tokenize.generate_tokens(file.readline) if token.type not in LAYOUT]
+    held = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            held -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return len(held)
 
 
 def last_name(node: ast.AST | None) -> str | None:
@@ -213,7 +224,7 @@ class PrivateUses(ast.NodeVisitor):
                     self.own.append((node, text))
 
     def _count(self, node: ast.AST, owner: ast.AST, name: str) -> None:
-        kind = self._kind(owner)
+        kind = None if name in NOT_OURS else self._kind(owner)
         if kind is None and name in self.source.private_names and last_name(owner) not in ("self", "cls"):
             kind = "part" if isinstance(owner, ast.Attribute) and last_name(owner.value) == "self" else "trainer"
             kind = None if isinstance(owner, ast.Call) and last_name(owner.func) == "super" else kind
@@ -226,7 +237,7 @@ def private_uses(source: Source, files: Iterable[Path]) -> tuple[list[str], list
     own, parts = [], []
     for path in files:
         uses = PrivateUses(source, parsed(path))
-        if path != source.trainer_file:
+        if path != source.classes[TRAINER][0]:
             own += [source.place(path, node, name) for node, name in uses.own]
         parts += [source.place(path, node, name) for node, name in uses.parts]
     return own, parts

@@ -40,7 +40,7 @@ def signatures() -> dict[str, list[str]]:
     found = {}
     for name, what in called.items():
         if not (inspect.isclass(what) and issubclass(what, Exception)):
-            found[name] = list(inspect.signature(what).parameters)
+            found[name] = [given for given in inspect.signature(what).parameters if not given.startswith("_")]
     del found["QTargetConfig"]  # its fields are listed by themselves
     return found
 
@@ -143,6 +143,7 @@ def test_signatures(contract):
 
 def test_presets(contract):
     assert json.loads(json.dumps(presets())) == contract["presets"]
+    assert qt.presets.names() == list(contract["presets"])
 
 
 def test_settings(contract):

@@ -121,6 +121,14 @@ def test_a_file_where_a_folder_should_be(tmp_path):
         files.write(tmp_path / "a" / "file", "a")
 
 
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path / "file.partial").mkdir()
+    (tmp_path / "file.partial" / "thesis.tex").write_text("years of work")
+    with pytest.raises(qt.StorageError, match=r"is first written as '.*file.partial', which is a folder; give that"):
+        files.write(tmp_path / "file", "a")
+    assert (tmp_path / "file.partial" / "thesis.tex").read_text() == "years of work"
+
+
 def test_another_fault_in_the_block_is_none_of_writing(tmp_path):
     with pytest.raises(FileNotFoundError), files.whole(tmp_path / "file") as partial:
         partial.write_text("a")
@@ -178,6 +186,11 @@ class Part(TypedDict):
 
 
 @with_config(**files.CLOSED)
+class Pool(TypedDict):
+    pool: list[Part]
+
+
+@with_config(**files.CLOSED)
 class Whole(TypedDict):
     format: int
     kind: Literal["a", "b"]
@@ -185,6 +198,7 @@ class Whole(TypedDict):
     by_name: dict[str, Part]
     share: NotRequired[float | None]
     place: NotRequired[int | str]
+    source: NotRequired[Part | Pool]
 
 
 GOOD = {"format": 1, "kind": "a", "parts": [{"name": "x", "size": 0}], "by_name": {"y": {"name": "y", "size": 1}}}
@@ -210,6 +224,9 @@ def test_a_record_is_given_back_as_it_is(more):
         ({"by_name": {"y": {"name": 5, "size": 1}}}, "by_name.y.name is 5, which should be a valid string"),
         ({"share": "half"}, "share is 'half', which should be a valid number"),
         ({"place": []}, "place is [], which should be a valid integer"),
+        ({"source": {"pool": [{"name": "x"}]}}, "source.pool[0] has no size"),
+        ({"source": {"name": "x"}}, "source has no size"),
+        ({"source": 3}, "source is 3, which should be a valid dictionary"),
         ({"kind": "c" * 999}, "kind is 'ccc"),
     ],
 )

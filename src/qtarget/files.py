@@ -9,7 +9,7 @@ import json
 import os
 import reprlib
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,13 @@ def whole(path: Path, report: bool = True) -> Iterator[Path]:
             knows what to go on from.
 
     Raises:
-        StorageError: the disk is full, or the folder cannot be written.
+        StorageError: the disk is full, the folder cannot be written, or a folder is where it would be written.
     """
     partial = partial_of(path)
+    if partial.is_dir():
+        raise StorageError(f"{path} is first written as {str(partial)!r}, which is a folder; give that another name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove(partial)
         yield partial
         for file in partial.rglob("*") if partial.is_dir() else [partial]:
             _to_disk(file)
@@ -148,12 +149,13 @@ def read_lines(file: Path, form: Any, mend: str, half_allowed: bool = False) -> 
     half = texts.pop()
     if half and not half_allowed:
         texts.append(half)
-    records = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            records.append(checked(loads(text), form))
-        except ValueError as error:
-            raise damaged(file, number, str(error), mend) from None
+    records: list[Any] = texts
+    for step in (loads, lambda value: checked(value, form)):  # a line that is no JSON is named first
+        for number, record in enumerate(records, start=1):
+            try:
+                records[number - 1] = step(record)
+            except ValueError as error:
+                raise damaged(file, number, str(error), mend) from None
     return records
 
 
@@ -207,7 +209,7 @@ def checked(value: Any, form: Any) -> Any:
     try:
         _validator(form).validate_python(value, strict=True)
     except pydantic.ValidationError as error:
-        raise ValueError(_fault(value, error.errors(include_url=False)[0])) from None
+        raise ValueError(_fault(value, error.errors(include_url=False))) from None
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
     return value
@@ -220,8 +222,10 @@ def _validator(form: Any) -> Any:
     return pydantic.TypeAdapter(form)
 
 
-def _fault(value: Any, error: Any) -> str:
+def _fault(value: Any, errors: Sequence[Any]) -> str:
     """What pydantic found, by the field's name in the file and the value it has there."""
+    # Of a field that may have several forms, the one it comes nearest to.
+    error = max((e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]), key=lambda e: len(e["loc"]))
     held, names = value, list[str]()
     for step in error["loc"]:  # pydantic also lists the kinds it tried, which are no part of the file
         if (isinstance(held, dict) and step in held) or (isinstance(held, list) and isinstance(step, int)):

@@ -191,6 +191,17 @@ CASES = [
         verb="show",
     ),
     reported("a-target-that-is-nonsense", "a number for a target: sft is shown", manifest(target=17), verb="show"),
+    reported(
+        "a-run's-parts-that-are-code",
+        "an import path among the parts of the run's target: not imported, named on the page",
+        manifest(run_targets={"mine": {"trust": "this:mine", "residual": "student"}}),
+    ),
+    reported(
+        "a-run's-parts-that-are-nonsense",
+        "parts that make no target: named on the page",
+        manifest(run_targets={"mine": {"trust": [1, 2]}, "yours": None, "ours": {"preset": "dft", "eta": {}}}),
+    ),
+    reported("a-run's-targets-that-are-a-list", "a list for the run's targets", manifest(run_targets=[1, 2])),
     shown(
         "no-such-row",
         "row 99",

@@ -249,7 +249,13 @@ def test_names_of_a_stranger_are_inert(tmp_path):
     hostile = "<script>alert(1)</script>\"' onload=x <img src=x onerror=alert(2)>"
     task = "<svg onload=alert(3)>\"'"
     for name in ("a", "b"):
-        results(tmp_path / name, verdicts(ord(name), 0.5), task=task, model={"name": hostile}, prompt=hostile)
+        results(
+            tmp_path / name,
+            verdicts(ord(name), 0.5),
+            task=task,
+            model={**SETTINGS["model"], "name": hostile},
+            prompt=hostile,
+        )
     arm = "<script>alert(1)</script><img onerror>\"'"  # an = would end the name
     made = compare.compare([str(tmp_path / "a"), f"{arm}={tmp_path / 'b'}"])
     page = compare_report.html(made)
@@ -301,7 +307,7 @@ def test_other_problems_or_settings_are_refused(tmp_path, capsys, changed, sente
 
 def test_other_models_and_batch_sizes_are_not(tmp_path):
     results(tmp_path / "a", verdicts(0, 0.5))
-    results(tmp_path / "b", verdicts(1, 0.5), model={"name": "other"}, batch_size=1)
+    results(tmp_path / "b", verdicts(1, 0.5), model={**SETTINGS["model"], "name": "other"}, batch_size=1)
     compare.compare([str(tmp_path / "a"), str(tmp_path / "b")])
 
 

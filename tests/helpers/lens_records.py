@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from published import label_log_p
 from qtarget.lens.record import Record
 
 
@@ -87,6 +88,23 @@ def from_logits(
         "reference": "made from logits" if reference is not None else None,
     }
     return Record(manifest, listed_rows, tokens, vocab)
+
+
+def of_everything(n: int, vocab: int = 300, k: int = 20, seed: int = 7) -> Record:
+    """A record with teacher, reference and every column."""
+    z = logits(n, vocab, seed)
+    labels = labels_for(z)
+    generator = torch.Generator().manual_seed(3)
+    return from_logits(
+        z,
+        labels,
+        k=k,
+        teacher=z + logits(n, vocab, 1, 1.5),
+        reference=z + logits(n, vocab, 2, 0.3),
+        weight=3 * torch.rand(n, generator=generator).double(),
+        critical=torch.randint(0, 2, (n,), generator=generator).double(),
+        old_logps=label_log_p(z, labels) - 0.3 * torch.randn(n, generator=generator).double(),
+    )
 
 
 def large(rows: int, length: int, ids: int = 33, vocab: int = 49_152, k: int = 20, seed: int = 0) -> Record:

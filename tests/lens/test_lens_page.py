@@ -3,21 +3,17 @@
 import base64
 import json
 import math
-import os
 import re
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import sync_playwright
 
 import lens_records
 import qtarget as qt
+from lens_pages import JS_FIGURES, Opened, chromium, near
 from lens_records import from_logits
-from published import CASES, label_log_p
 from qtarget import ConfigError
 from qtarget.lens import page
 from qtarget.lens.replay import Replay
@@ -25,14 +21,8 @@ from qtarget.lens.replay import Replay
 N, V, K = 1000, 300, 20
 Z = lens_records.logits(N, V, 7)
 Y = lens_records.labels_for(Z)
-generator = torch.Generator().manual_seed(3)
 MODELS = {"teacher": Z + lens_records.logits(N, V, 1, 1.5), "reference": Z + lens_records.logits(N, V, 2, 0.3)}
-COLUMNS = {
-    "weight": 3 * torch.rand(N, generator=generator).double(),
-    "critical": torch.randint(0, 2, (N,), generator=generator).double(),
-    "old_logps": label_log_p(Z, Y) - 0.3 * torch.randn(N, generator=generator).double(),
-}
-RECORD = from_logits(Z, Y, k=K, **MODELS, **COLUMNS)
+RECORD = lens_records.of_everything(N, V, K)
 REPLAY = Replay(RECORD)
 
 # What a token may hold. Each is the text of one id in the row of test_text_is_inert.
@@ -54,63 +44,11 @@ NASTY = {
     "accent": "\u0301",
     "nothing": "",
 }
-FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
-
-
-def chromium() -> str:
-    named = os.environ.get("CHROMIUM", "")
-    for name in (named, "chromium", "chromium-browser", "google-chrome"):
-        if name and (found := shutil.which(name)):
-            return found
-    pytest.fail("no Chromium found; install one with: make browser (or name yours: CHROMIUM=/path/to/chromium)")
-
-
-@pytest.fixture(scope="session")
-def browser():
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium(), args=[*FLAGS.split(), "--disable-sync"])
-        yield started
-        started.close()
-
-
-class Opened:
-    """A page from its file, with all it said and asked for."""
-
-    def __init__(self, browser, file, **context):
-        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context})
-        self.page = self.context.new_page()
-        self.said, self.asked = [], []
-        self.page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
-        self.page.on("pageerror", lambda error: self.said.append(f"error: {error}"))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.url = Path(file).as_uri()
-        self.page.goto(self.url)
-        self.page.wait_for_selector("html[data-ready]", timeout=30_000)
-
-    def close(self):
-        self.context.close()
-        assert self.said == [], "the console is empty"
-        assert [url for url in self.asked if not url.startswith("data:")] == [self.url], (
-            "nothing but the file is asked for"
-        )
 
 
 @pytest.fixture(scope="session")
 def file(tmp_path_factory):
     return page.write(RECORD, tmp_path_factory.mktemp("page") / "lens.html")
-
-
-@pytest.fixture
-def open_page(browser):
-    opened = []
-
-    def start(file, **context):
-        opened.append(Opened(browser, file, **context))
-        return opened[-1].page
-
-    yield start
-    for one in opened:
-        one.close()
 
 
 @pytest.fixture(scope="module")
@@ -121,120 +59,28 @@ def shared(browser, file):
     opened.close()
 
 
-# -- the numbers -------------------------------------------------------------------------------------------------
-
-EXTRA = [
-    ("target-sft", {"eta": 0.05}),
-    ("target-sft", {"eta": 0.93, "teacher_temperature": 3.0}),
-    ("kd", {"temperature": 6.0}),
-    ("kd-hybrid", {"kd_weight": 1.0, "temperature": 0.7}),
-    ("gem", {"beta": 1.6}),
-    ("eaft", {"top_k": 3, "power": 0.5}),
-    ("eaft", {"top_k": 40}),
-    ("label-smoothing", {"smoothing": 1.0}),
-]
-TARGETS = [(case.preset, case.hyperparameters) for case in CASES] + EXTRA
-JS_FIGURES = """([name, given]) => {
-  const { D } = lens;
-  const target = lens.buildTarget(D, name, { ...lens.defaultsOf(D, name), ...given });
-  const out = lens.figuresFor(D);
-  lens.replay(D, target, 0, D.n, out, lens.scratchFor(D));
-  const tokens = Array.from({ length: 40 }, (_, k) => k * 25).map((i) => {
-    const f = lens.tokenFigures(D, target, i);
-    const ids = Array.from(D.ids.slice(D.start[i], D.start[i + 1]), (id) => parseInt(D.vocab[id].slice(3)));
-    return { i, ids, q: [...f.q], qTail: f.qTail, residual: f.residual && [...f.residual], residualTail: f.residualTail };
-  });
-  const plain = Object.fromEntries(Object.entries(out).map(([key, values]) => [key, [...values]]));
-  return { ...plain, tokens, summary: lens.summarise(D, out), notes: target.notes };
-}"""
-
-
-def near(got, truth, what, weights=1.0):
-    """Within 1e-4, what the page's coding of log-probabilities is made for, times the weights where they exceed 1."""
-    got, truth = np.asarray(got, dtype=float), np.asarray(truth, dtype=float)
-    off = np.abs(got - truth) / np.maximum(np.maximum(1, np.abs(truth)), weights)
-    worst = off.argmax()
-    assert off.max() <= 1e-4, f"{what}: entry {worst} is {got.flat[worst]}, Python has {truth.flat[worst]}"
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("name, given", TARGETS, ids=lambda part: str(part))
-def test_the_page_computes_what_python_does(shared, name, given):
-    got = shared.evaluate(JS_FIGURES, [name, given])
-    figures = REPLAY.figures(qt.preset(name, **given))
-    # A pool's coefficient multiplies the log-probabilities, and with them what they are off by.
-    sharper = max([1.0, *(c for _, pool in qt.preset(name, **given).residual_terms for c in pool.terms.values())])
-    weights = (np.abs(figures.trust) + np.abs(figures.residual_mass)) * sharper
-    near(got["trust"], figures.trust, "trust")
-    near(got["mass"], figures.residual_mass, "residual mass")
-    near(got["update"], figures.update, "update", weights)
-    near(got["updateError"], figures.update_error, "error of the update", weights)
-    near(got["qError"], figures.q_error, "error of Q", weights)
-    # Q is off the simplex from −1e-6 on; an entry that close to the bound may fall on either side.
-    assert np.sum(np.asarray(got["off"]) != figures.off_simplex) <= 2
-    for token in got["tokens"]:
-        i = token["i"]
-        place = [int(np.flatnonzero(REPLAY.ids[i] == index)[0]) for index in token["ids"]]
-        assert len(place) == REPLAY.there[i].sum()
-        near(token["q"], figures.q[i, place], f"Q of token {i}", weights[i])
-        near(token["qTail"], figures.q_tail[i], f"tail of Q of token {i}", weights[i])
-        if token["residual"] is None:
-            assert np.isnan(figures.residual[i]).all()
-        else:
-            near(token["residual"], figures.residual[i, place], f"residual of token {i}", sharper)
-            near(token["residualTail"], figures.residual_tail[i], f"tail of the residual of token {i}", sharper)
-    summary = vars(REPLAY.summary(figures))
-    for key, value in summary.items():
-        if key in ("carries_90", "off_simplex"):  # counts of tokens
-            assert abs(got["summary"][key] - value) <= 2 / N
-        elif not math.isnan(value):
-            near(got["summary"][key], value, key)
-    assert len(got["notes"]) == len(figures.notes)
-
-
-@pytest.mark.browser
-def test_tails_below_the_floor_and_a_whole_vocabulary(open_page, tmp_path):
-    """Where all that is left weighs less than one kept token, and where nothing is left, the bounds are others."""
-    for k, vocab in ((20, 23), (24, 24)):
-        z = lens_records.logits(300, vocab, 9)
-        record = from_logits(z, lens_records.labels_for(z), teacher=z + lens_records.logits(300, vocab, 1), k=k)
-        view = open_page(page.write(record, tmp_path / "lens.html"))
-        for name, given in (("gem", {"beta": 0.4}), ("kd", {"temperature": 0.5}), ("kd", {}), ("target-sft", {})):
-            script = JS_FIGURES.replace("{ length: 40 }", "{ length: 0 }")
-            got, figures = view.evaluate(script, [name, given]), Replay(record).figures(qt.preset(name, **given))
-            near(got["update"], figures.update, "update", 5)
-            near(got["updateError"], figures.update_error, "error of the update", 5)
-            near(got["qError"], figures.q_error, "error of Q", 5)
-            assert k < vocab or max(got["updateError"]) < 1e-9
-
-
-@pytest.mark.browser
-def test_a_changed_formula_is_noticed(shared):
-    """The comparison above can fail: eta off by a hundredth, a lost tail."""
-    got = shared.evaluate(JS_FIGURES, ["target-sft", {"eta": 0.51}])
-    with pytest.raises(AssertionError, match="update"):
-        near(got["update"], REPLAY.figures(qt.preset("target-sft", eta=0.5)).update, "update")
-
-
 @pytest.mark.browser
 def test_every_preset_and_parameter_has_its_control(shared):
-    missing = shared.evaluate("""() => {
+    missing = shared.evaluate(
+        """(presets) => {
       const choose = (name) => {
         const select = document.getElementById('name-A');
         select.value = name;
         select.dispatchEvent(new Event('change'));
       };
       const lacking = [];
-      for (const { name, parameters } of lens.D.presets) {
+      for (const [name, parameters] of presets) {
         choose(name);
-        const hidden = Object.keys(parameters).filter((key) => !document.getElementById(`${key}-A`));
+        const hidden = parameters.filter((key) => !document.getElementById(`${key}-A`));
         lacking.push(...hidden.map((key) => `${name}.${key}`));
       }
       return lacking;
-    }""")
+    }""",
+        [[name, [*qt.presets.describe(name).parameters]] for name in qt.presets.names()],
+    )
     # Only one direction is there to choose; ProFiT's bounds come with its direction "middle".
     assert missing == ["profit.tau_low", "profit.tau_high", "sft-kl.direction", "asft.direction"]
-    assert shared.evaluate("lens.D.presets.map((p) => p.name)") == qt.presets.names()
+    assert shared.evaluate("lens.D.targets.map((p) => p.name)") == qt.presets.names()
 
 
 @pytest.mark.browser

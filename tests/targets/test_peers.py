@@ -125,6 +125,40 @@ def test_peer_spelling_that_is_refused(text, told):
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{use_dft_loss: true, preset: dft}",
+        "{use_dft_loss: true, trust: probability}",
+        "{mode: sft+kl, trust: {anchored: {kl_weight: 0.1}}, residual: reference}",
+    ],
+)
+def test_a_peers_key_beside_a_target_that_means_the_same(text):
+    config = yaml.safe_load(text)
+    beside = {key: value for key, value in config.items() if key not in peers.KEYS}
+    assert qt.Target.from_config(config) == qt.Target.from_config(beside)
+    spelled = {key: value for key, value in config.items() if key in peers.KEYS}
+    assert peers.read(spelled, beside).target == qt.Target.from_config(beside)  # as at the top of a config file
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{use_eaft: true, preset: dft}", "{use_dft_loss: true, trust: 0.5}", "{gem_beta: 0.5, preset: gem, beta: 0.7}"],
+)
+def test_a_peers_key_beside_another_target(text):
+    """Told alike inside ``target:`` and at the top of a config file."""
+    config = yaml.safe_load(text)
+    spelled = {key: value for key, value in config.items() if key in peers.KEYS}
+    beside = {key: value for key, value in config.items() if key not in peers.KEYS}
+    with pytest.raises(qt.ConfigError) as inside:
+        qt.Target.from_config(config)
+    with pytest.raises(qt.ConfigError) as above:
+        peers.read(spelled, beside)
+    assert str(inside.value) == str(above.value)
+    assert str(inside.value).startswith(f"target is {beside!r}, but ")
+    assert str(inside.value).endswith("keep one of them")
+
+
 @pytest.mark.parametrize("text", ["{}", "{use_dft_loss: false}", "{use_eaft_loss: false, eaft_alpha: 1.0}", "{lr: 1}"])
 def test_settings_that_spell_no_objective(text):
     assert peers.read(yaml.safe_load(text)) is None

@@ -1,8 +1,14 @@
 """Targets: what each needs, how YAML holds it, and rules of one's own."""
 
+import copy
+import doctest
+import importlib
 import inspect
+import json
 import math
-from dataclasses import dataclass
+import pickle
+import pkgutil
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -11,26 +17,11 @@ import yaml
 
 import qtarget as qt
 from published import CASES
+from qtarget import targets
 from qtarget.targets import TokenStats
 
 residual, trust = qt.residual, qt.trust
-NAMES = [
-    "sft",
-    "dft",
-    "beyond-log",
-    "profit",
-    "eaft",
-    "iw-sft",
-    "cft",
-    "label-smoothing",
-    "sft-kl",
-    "asft",
-    "psft",
-    "gem",
-    "kd",
-    "kd-hybrid",
-    "target-sft",
-]
+NAMES = qt.presets.names()
 every_preset = pytest.mark.parametrize("name", NAMES)
 
 
@@ -39,10 +30,6 @@ def through_yaml(target):
 
 
 # ---- presets
-
-
-def test_names():
-    assert qt.presets.names() == NAMES
 
 
 @every_preset
@@ -117,7 +104,7 @@ def test_requires_of_composed_targets():
 
 
 @pytest.mark.parametrize(
-    "pool, terms",
+    "pool, coefficients",
     [
         (residual.guided(eta=0.0), {"student": 1.0}),
         (residual.guided(eta=1.0), {"teacher": 1.0}),
@@ -128,9 +115,9 @@ def test_requires_of_composed_targets():
         (residual.pool(student=0.5, reference=0.5), {"student": 0.5, "reference": 0.5}),
     ],
 )
-def test_pools_drop_what_is_zero(pool, terms):
+def test_pools_drop_what_is_zero(pool, coefficients):
     """Never multiplied: 0 · (−inf) would be NaN."""
-    assert pool.terms == terms
+    assert pool.nonzero == coefficients
 
 
 # ---- to YAML and back
@@ -143,6 +130,20 @@ def test_preset_through_yaml(case):
     assert again == target
     assert str(again) == str(target)
     assert again.requires == target.requires
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_preset_in_parts(case):
+    """Trust, residual and scale with the numbers filled in are the same target, and so are their parts by themselves."""
+    target = qt.preset(case.preset, **case.hyperparameters)
+    parts = target.to_config(composed=True)
+    again = qt.Target.from_config(json.loads(json.dumps(parts)))
+    assert again == target and hash(again) == hash(target)
+    assert (again.requires, again.needs) == (target.requires, target.needs)
+    assert again.to_config() == again.to_config(composed=True) == parts
+    assert set(parts) <= {"trust", "residual", "scale", "value"}
+    half = replace(target, share=0.5)
+    assert qt.Target.from_config(half.to_config(composed=True)) == half
 
 
 def halved(stats):
@@ -296,6 +297,65 @@ def test_a_pool_made_directly_is_written_with_its_coefficients():
     assert through_yaml(target) == target
 
 
+@pytest.mark.parametrize("name", [*qt.trust.Rule.known, *qt.residual.Residual.known])
+def test_every_part_by_its_name(name):
+    """Written with its defaults and read again."""
+    is_rule = name in qt.trust.Rule.known
+    made = (trust if is_rule else residual).__dict__[name]()
+    target = qt.Target(made) if is_rule else qt.Target(0.5, made)
+    written = target.to_config()["trust" if is_rule else "residual"]
+    assert name in written
+    assert through_yaml(target) == target
+    assert made.label == name and isinstance(made.__doc__, str) and ">>> " in made.__doc__
+
+
+# ---- as values
+
+
+@every_preset
+def test_a_target_is_a_plain_value(name):
+    target = qt.preset(name)
+    written = eval(repr(target), {**vars(trust), **vars(residual), "Target": qt.Target})
+    for same in (written, copy.deepcopy(target), pickle.loads(pickle.dumps(target)), replace(target)):
+        assert same == target and hash(same) == hash(target)
+        assert (same.name, same.hyperparameters, same.formula) == (target.name, target.hyperparameters, target.formula)
+    half = replace(target, share=0.5)
+    assert half != target and half.name == name and half.formula == target.formula
+
+
+def test_a_copy_with_other_parts_loses_the_name():
+    target = qt.preset("target-sft", eta=0.3)
+    weighted = replace(target, scale=trust.trajectory_weight())
+    assert weighted.name == str(weighted) == "composed" and weighted.hyperparameters == {}
+    assert weighted.formula == "Q = γ δ + (1 − γ) π̃,  γ = probability,  π̃ = 1·guided"
+    assert weighted.to_config() == target.to_config(composed=True) | {"scale": "trajectory_weight"}
+    assert replace(weighted, residual=residual.uniform()).formula.endswith("π̃ = 1·uniform")
+    assert replace(target, scale=2, name="mine", formula="a formula").formula == "a formula"
+
+
+@pytest.mark.parametrize(
+    "given, text",
+    [
+        ([0.5], "residual holds 0.5; write a residual, or a list of (factor, residual)"),
+        ([("heavy", residual.teacher())], "weight of a residual is 'heavy'; use a number"),
+        (trust.probability(), "residual is Probability(); use one of guided"),
+        (0.5, "residual is 0.5; use one of guided"),
+    ],
+)
+def test_what_is_no_residual(given, text):
+    with pytest.raises(qt.ConfigError) as caught:
+        qt.Target(0.5, given)
+    assert text in str(caught.value)
+
+
+MODULES = [one.name for one in pkgutil.walk_packages(targets.__path__, "qtarget.targets.")]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstring_examples(module):
+    assert doctest.testmod(importlib.import_module(module)).failed == 0
+
+
 def test_a_target_is_its_own_config():
     assert qt.Target.from_config(mine) is mine
 
@@ -326,7 +386,7 @@ def test_defaults_are_left_out_of_nothing():
 )
 def test_target_of_one_s_own(config, target):
     read = qt.Target.from_config(config)
-    assert (read.trust, read.terms, read.scale) == (target.trust, target.terms, target.scale)
+    assert (read.trust, read.residual, read.scale) == (target.trust, target.residual, target.scale)
     assert read.to_config() == config
     assert through_yaml(read) == read
     assert str(read).startswith(f"{__name__}:")
@@ -383,7 +443,7 @@ def test_target_of_one_s_own(config, target):
         ),
         (
             f"{__name__}:not_a_target",
-            f"target is '{__name__}:not_a_target', which returned Pool, not a Target",
+            f"target is '{__name__}:not_a_target', which returned Teacher, not a Target",
         ),
         (
             {"preset": f"{__name__}:make_mine", "etta": 1},

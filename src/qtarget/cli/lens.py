@@ -12,7 +12,7 @@ from qtarget.errors import ConfigError, unknown
 
 _HELP = """\
 usage: qtarget lens capture --config FILE [--rows 64] [--top_k 20] -o DIR [--any_field value ...]
-       qtarget lens report DIR [-o lens.html] [--run RUN_FOLDER] [--config FILE]
+       qtarget lens report DIR [-o lens.html] [--run RUN_FOLDER] [--config FILE] [--target TARGET]
        qtarget lens show DIR [--row N] [--target TARGET] [--all]
        qtarget lens advise DIR [--target TARGET]
        qtarget lens --loss my_pkg.my_module:my_loss [--reduction sum|mean]
@@ -110,7 +110,7 @@ def _capture(words: list[str]) -> int:
 
 
 def _report(words: list[str]) -> int:
-    (folder,), given = _options(words, ("output", "run", "config", "rows"))
+    (folder,), given = _options(words, ("output", "run", "config", "rows", "target"))
     from qtarget.lens import page, record
 
     read = record.read(folder)
@@ -125,7 +125,8 @@ def _report(words: list[str]) -> int:
         read.manifest["history"] = history.frames(given["run"])
     out = Path(given.get("output", "lens.html"))
     try:
-        page.write(read, out, max_rows=options.whole("rows", given.get("rows", 300), 1))
+        rows = options.whole("rows", given.get("rows", 300), 1)
+        page.write(read, out, max_rows=rows, target=_target(given.get("target")))
     except OSError as error:
         raise ConfigError(
             f"output is {str(out)!r}, which cannot be written ({error.strerror}); name a file in a folder you own"
@@ -153,9 +154,8 @@ def _check_config(read: Any, config: str | None) -> None:
 
 def _show(words: list[str]) -> int:
     (folder,), given = _options(words, ("row", "target"), ("all",))
-    from qtarget.lens import record, terminal
+    from qtarget.lens import page_targets, record, terminal
     from qtarget.targets import Target
-    from qtarget.targets.yaml_form import names_code
 
     read, target = record.read(folder), _target(given.get("target"))
     console = _console()
@@ -163,13 +163,10 @@ def _show(words: list[str]) -> int:
         console.print(terminal.comparison(read, target))
         return 0
     if target is None:
-        asked = read.manifest.get("target") or "sft"
-        try:
-            if names_code(asked):  # a capture may be somebody else's: what it names is not imported
-                console.print(f"note: the capture's target {asked} is code and is not run; name it with --target")
-                asked = "sft"
-            target = Target.from_config(asked)
-        except ConfigError:  # on a schedule or by source
+        name, target = next(iter(page_targets.of_run(read).items()), ("sft", "sft"))
+        if isinstance(target, str):
+            if name != "sft":
+                console.print(f"note: the capture's target {name} is not shown: {target}", markup=False)
             target = Target.from_config("sft")
     row = None if "row" not in given else options.whole("row", given["row"], 0)
     terminal.show(read, target, row, console)

@@ -81,17 +81,12 @@ def check(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains:
 def _training_config(settings: Any):
     """The QTargetConfig and notes on spellings; None where it cannot be built, with the reason among the faults."""
     from qtarget.targets import peers
-    from qtarget.targets.schedule import ScheduledTarget
     from qtarget.training import QTargetConfig
 
     values, notes = dict(settings.values["training"]), []
     try:
-        spelled = peers.read(settings.spelled)
+        spelled = peers.read(settings.spelled, values.get("target"))
         if spelled is not None:
-            if values.get("target") is not None and ScheduledTarget.read(values["target"]) != ScheduledTarget.read(
-                spelled.target.to_config()
-            ):
-                raise ConfigError(f"target is {values['target']!r}, but {spelled.note}; keep one of them")
             values["target"] = spelled.target.to_config()
             notes.append(spelled.note)
     except ConfigError as error:

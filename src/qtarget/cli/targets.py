@@ -48,6 +48,7 @@ def _record(name: str) -> dict:
         "trusts": entry.trusts,
         "rest": entry.rest,
         "parameters": entry.parameters,
+        "parts": presets.build(name).to_config(composed=True),
         "needs": sorted(presets.build(name).requires),
         "source": entry.source,
         "aliases": list(entry.aliases),
@@ -76,6 +77,15 @@ def _table(as_json: bool) -> None:
     console.print("\nformula and parameters: qtarget targets show NAME", style="dim")
 
 
+def _flow(value: object) -> str:
+    """YAML on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_flow(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    return "null" if value is None else str(value)
+
+
 def _show(name: str, as_json: bool) -> None:
     record = _record(name)
     if as_json:
@@ -97,6 +107,7 @@ def _show(name: str, as_json: bool) -> None:
         ("source", record["source"]),
         ("also called", ", ".join(record["aliases"])),
         ("in a config", f"target: {written}"),
+        ("or in parts", f"target: {_flow(record['parts'])}"),
     ]
     for heading, text in rows:
         if text:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from qtarget.lens.page_targets import of_run
 from qtarget.lens.record import Record
 from qtarget.lens.replay import Replay
 from qtarget.targets import Target, presets
@@ -136,10 +137,10 @@ def _about_teacher(record: Record, replay: Replay, figures: dict[str, float], do
 def _warnings(record: Record, replay: Replay, target: Target | None) -> list[str]:
     """Settings that equal another objective, or teach nothing."""
     if target is None:
-        try:
-            target = Target.from_config(record.manifest.get("target") or "sft")
-        except ValueError:  # on a schedule or by source: there is no single target to look at
+        run = [*of_run(record).values()] or [presets.build("sft")]
+        if len(run) > 1 or not isinstance(run[0], Target):  # there is no single target to look at
             return []
+        target = run[0]
     needed = {"teacher", "reference"} & target.requires
     if not needed <= set(record.others):
         return [f"target {target} needs a {' and a '.join(sorted(needed))}, which was not captured"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from qtarget import __version__, files
 from qtarget.data.text import text_of
 from qtarget.errors import ConfigError
+from qtarget.lens.page_targets import recorded
 from qtarget.lens.record import FILES, OTHERS, SIGNALS, Writer
 from qtarget.losses import Head, TopK
 from qtarget.losses.log_probs import log_probs
@@ -95,7 +96,8 @@ def capture(
     """
     check(trainer, rows, top_k, folder)
     folder = Path(folder)
-    with files.whole(folder) as partial:  # a capture that was interrupted is no record
+    files.remove(files.partial_of(folder))  # a capture that was interrupted is no record
+    with files.whole(folder) as partial:
         _write(trainer, partial, rows, top_k, about or {}, progress)
     return folder
 
@@ -131,7 +133,7 @@ def _write(
         "model": student.name,
         "teacher": _named(trainer, "teacher") if "teacher" in names else None,
         "reference": _named(trainer, "reference") if "reference" in names else None,
-        "target": trainer.objective.to_config(),
+        **recorded(trainer.objective),
         "vocab_size": trainer.vocab_size,
         "top_k": top_k,
         "max_length": trainer.args.max_length,

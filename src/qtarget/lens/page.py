@@ -1,7 +1,7 @@
 """Builds the page of ``qtarget lens report``: one HTML file that needs no network.
 
-The record is thinned to what the page shows and packed into a JSON block; the files of ``page/`` are put around it. What
-a token says is a stranger's text: it stands in JSON with ``<`` escaped, and the page writes it with ``textContent``.
+The record is thinned to what the page shows and packed into a JSON block; the files of ``page_files/`` are put around it.
+What a token says is a stranger's text: it stands in JSON with ``<`` escaped, and the page writes it with ``textContent``.
 
 Log-probabilities are 16-bit codes with steps as wide as they may be: ``code = B ln(1 + x/A)`` for ``x = −log p``, with
 A = 0.2 and x ≥ 60 taken as 60. A probability is then off by 3e-5 at most, and an exponential is a look-up in a table of
@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from qtarget.errors import ConfigError, StorageError
+from qtarget.lens.page_targets import listed, packed
 from qtarget.lens.record import Record
-from qtarget.targets import presets
+from qtarget.targets import Target
 
-_FOLDER = Path(__file__).with_name("page")
+_FOLDER = Path(__file__).with_name("page_files")
 # In this order: each file uses names of those before it.
 _SCRIPTS = (
     "data.js",
@@ -48,11 +49,12 @@ _ENTRIES = 6_000_000
 _CODE_OFFSET, _CODE_END, _CODES = 0.2, 60.0, 65_535
 
 
-def html(record: Record, max_rows: int = 300) -> str:
+def html(record: Record, max_rows: int = 300, target: Target | None = None) -> str:
     """The page as text.
 
     Args:
         record: see ``record.read``. max_rows: so many of its first rows are in the page, which says so.
+        target: one more for the page, after those of the captured run; rules of its own are run.
 
     Raises:
         ConfigError: max_rows below 1, or no supervised token in those rows.
@@ -64,7 +66,7 @@ def html(record: Record, max_rows: int = 300) -> str:
         "script": "(() => {\n'use strict';\n"
         + "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in _SCRIPTS)
         + "})();",
-        "data": _json(_data(record, max_rows)),
+        "data": _json(_data(record, max_rows, target)),
     }
     parts["policy"] = (
         f"default-src 'none'; script-src '{_hash(parts['script'])}'; style-src '{_hash(parts['style'])}'; "
@@ -75,10 +77,10 @@ def html(record: Record, max_rows: int = 300) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
 
 
-def write(record: Record, path: str | Path, max_rows: int = 300) -> Path:
+def write(record: Record, path: str | Path, max_rows: int = 300, target: Target | None = None) -> Path:
     """Write the page to ``path`` and return it; see ``html``."""
     path = Path(path)
-    text = html(record, max_rows)
+    text = html(record, max_rows, target)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8", newline="\n")
     return path
@@ -101,17 +103,13 @@ def _json(value: object) -> str:
     return json.dumps(plain(value), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _packed(values: Any, dtype: str) -> str:
-    return base64.b64encode(np.asarray(values).astype(f"<{dtype}").tobytes()).decode()
-
-
 def _codes(log_p: np.ndarray) -> str:
     x = np.minimum(-np.minimum(log_p, 0.0), _CODE_END)
     steps = _CODES / math.log1p(_CODE_END / _CODE_OFFSET)
-    return _packed(np.rint(steps * np.log1p(x / _CODE_OFFSET)), "u2")
+    return packed(np.rint(steps * np.log1p(x / _CODE_OFFSET)), "u2")
 
 
-def _data(record: Record, max_rows: int) -> dict[str, Any]:
+def _data(record: Record, max_rows: int, target: Target | None) -> dict[str, Any]:
     """What stands in the page's JSON block; data.js reads it."""
     rows = record.rows[:max_rows]
     shown = {row["row"] for row in rows}
@@ -125,7 +123,7 @@ def _data(record: Record, max_rows: int) -> dict[str, Any]:
     width = "u2" if len(used) <= 1 << 16 else "u4"
 
     def indices(ids: Any) -> str:
-        return _packed(np.searchsorted(local, np.asarray(ids, dtype=np.int64)), width)
+        return packed(np.searchsorted(local, np.asarray(ids, dtype=np.int64)), width)
 
     number_of = {row["row"]: number for number, row in enumerate(rows)}
     names = ("log_p_y", "entropy", *(f"{other}_log_p_y" for other in record.others), *record.signals)
@@ -145,32 +143,23 @@ def _data(record: Record, max_rows: int) -> dict[str, Any]:
         "ends": None if ends is None else [place for place, index in enumerate(used) if index in set(ends)],
         "rows": {
             "number": [row["row"] for row in rows],
-            "length": _packed([len(row["input_ids"]) for row in rows], "u4"),
+            "length": packed([len(row["input_ids"]) for row in rows], "u4"),
             "ids": indices([*chain.from_iterable(row["input_ids"] for row in rows)]),
-            "supervised": _packed([*chain.from_iterable(row["supervised"] for row in rows)], "u1"),
+            "supervised": packed([*chain.from_iterable(row["supervised"] for row in rows)], "u1"),
         },
         "tokens": {
-            "row": _packed([number_of[record.tokens["row"][token]] for token in tokens], "u4"),
-            "position": _packed([record.tokens["position"][token] for token in tokens], "u4"),
-            "rank": _packed([record.tokens["rank"][token] for token in tokens], "u4"),
-            "count": _packed(kept.counts, "u2"),
-            "label": _packed(kept.label_at, "u2"),
+            "row": packed([number_of[record.tokens["row"][token]] for token in tokens], "u4"),
+            "position": packed([record.tokens["position"][token] for token in tokens], "u4"),
+            "rank": packed([record.tokens["rank"][token] for token in tokens], "u4"),
+            "count": packed(kept.counts, "u2"),
+            "label": packed(kept.label_at, "u2"),
             "ids": indices(kept.ids),
             "codes": {name: _codes(values) for name, values in kept.log_p.items()},
-            "tail": {name: _packed(values, "f4") for name, values in kept.tail.items()},
-            "floor": {name: _packed(values, "f4") for name, values in kept.floor.items()},
-            "numbers": {name: _packed([record.tokens[name][token] for token in tokens], "f4") for name in names},
+            "tail": {name: packed(values, "f4") for name, values in kept.tail.items()},
+            "floor": {name: packed(values, "f4") for name, values in kept.floor.items()},
+            "numbers": {name: packed([record.tokens[name][token] for token in tokens], "f4") for name in names},
         },
-        "presets": [
-            {
-                "name": entry.name,
-                "formula": entry.formula,
-                "summary": entry.summary,
-                "source": entry.source,
-                "parameters": entry.parameters,
-            }
-            for entry in map(presets.describe, presets.names())
-        ],
+        "targets": listed(record, tokens, target),
     }
 
 

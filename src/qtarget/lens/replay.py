@@ -15,7 +15,7 @@ import torch
 from qtarget.errors import ConfigError
 from qtarget.lens.record import OTHERS, Record
 from qtarget.targets import Target, TokenStats
-from qtarget.targets.residual import Pool
+from qtarget.targets.residual import Pool, Residual
 
 # A mean error of the update or of Q from which a figure is called unreliable: five percent of probability.
 UNRELIABLE = 0.05
@@ -24,7 +24,7 @@ _WITHOUT_COLUMN = {"weight": "1", "critical": "1", "old_logps": "the student's o
 
 
 @dataclass
-class Figures:
+class ReplayedTarget:
     """What a target does to each token of a record: arrays [tokens], float64, unless said otherwise.
 
     Attributes:
@@ -93,21 +93,15 @@ class Replay:
         self.p = np.exp(self.logps["student"])
         self.is_label = self.ids == np.asarray(record.tokens["label"])[:, None]
 
-    def figures(self, target: Target) -> Figures:
+    def figures(self, target: Target) -> ReplayedTarget:
         """What the target teaches each token.
 
         Raises:
             ConfigError: it needs a model that was not captured.
         """
-        for name in OTHERS:
-            if name in target.requires and name not in self.logps:
-                raise ConfigError(
-                    f"target {target} needs a {name}, which this capture has not; capture again with "
-                    f"{name}_model_name_or_path"
-                )
         notes: list[str] = []
-        pools = [(factor, *self._residual(pool)) for factor, pool in target.residual_terms]
-        a, b, unsure = self._weights(target, notes)
+        a, b, unsure = self.weights(target, notes)
+        pools = [self._residual(term.pool) for term in target.residual_terms]
         p, p_tail = self.p, self.tail["student"]
         left = 1 - a - sum(b, np.zeros_like(a))
         q = a[:, None] * self.is_label + left[:, None] * p
@@ -115,7 +109,7 @@ class Replay:
         q_error = unsure * (np.abs(a) + sum(np.abs(weight) for weight in b)) if b else unsure
         mixed, mixed_tail = np.zeros_like(q), np.zeros_like(a)
         most = np.abs(a) * p_tail
-        for weight, (_, R, R_tail, error, R_most) in zip(b, pools, strict=True):
+        for weight, (R, R_tail, error, R_most) in zip(b, pools, strict=True):
             q, q_tail = q + weight[:, None] * R, q_tail + weight * R_tail
             mixed, mixed_tail = mixed + weight[:, None] * R, mixed_tail + weight * R_tail
             q_error = q_error + np.abs(weight) * error
@@ -128,7 +122,7 @@ class Replay:
         with np.errstate(invalid="ignore", divide="ignore"):
             residual = np.where(mass[:, None] != 0, mixed / mass[:, None], np.nan)
             residual_tail = np.where(mass != 0, mixed_tail / mass, np.nan)
-        return Figures(
+        return ReplayedTarget(
             trust=a,
             residual_mass=mass,
             update=(np.abs(np.where(self.there, p - q, 0.0)).sum(1) + tail) / 2,
@@ -142,7 +136,7 @@ class Replay:
             notes=notes,
         )
 
-    def summary(self, figures: Figures) -> Summary:
+    def summary(self, figures: ReplayedTarget) -> Summary:
         """The target over all tokens."""
         update, sft = figures.update.mean(), -np.expm1(self.log_p_y).mean()
         ordered = np.sort(figures.update)[::-1].cumsum()
@@ -162,8 +156,18 @@ class Replay:
 
     # -- weights -------------------------------------------------------------------------------------------------
 
-    def _weights(self, target: Target, notes: list[str]) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
-        """(a, [b_j], by what share of themselves they are unsure)."""
+    def weights(self, target: Target, notes: list[str]) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+        """(a, [b_j], by what share of themselves they are unsure), [tokens] each; what was assumed goes into ``notes``.
+
+        Raises:
+            ConfigError: as ``figures``.
+        """
+        for name in OTHERS:
+            if name in target.requires and name not in self.logps:
+                raise ConfigError(
+                    f"target {target} needs a {name}, which this capture has not; capture again with "
+                    f"{name}_model_name_or_path"
+                )
         values = {
             "log_p_y": self.log_p_y,
             "rest_mass": -np.expm1(self.log_p_y),
@@ -179,7 +183,7 @@ class Replay:
                 notes.append(f"column {name} was not captured and is taken as {taken}")
         unsure = np.zeros_like(self.log_p_y)
         if "offset_mass" in target.needs:
-            values["offset_mass"], unsure = self._offset_mass(target.residual_terms[0][1])
+            values["offset_mass"], unsure = self._offset_mass(target.residual_terms[0].pool)
             unsure = unsure / values["offset_mass"]
 
         def top_k_entropy(k: int) -> torch.Tensor:
@@ -197,9 +201,11 @@ class Replay:
         a, b = target.weights(stats)
         return a.numpy(), [weight.numpy() for weight in b], unsure
 
-    def _offset_mass(self, pool: Pool) -> tuple[np.ndarray, np.ndarray]:
+    def _offset_mass(self, pool: Residual) -> tuple[np.ndarray, np.ndarray]:
         """Σ_v q_v w_v of a residual with an elementwise offset, and at most how far off it is: [tokens] each."""
-        plain = Pool(student=pool.student, teacher=pool.teacher, reference=pool.reference)
+        if pool.offset_slope is None:
+            return np.ones_like(self.log_p_y), np.zeros_like(self.log_p_y)
+        plain = Pool(**pool.nonzero)
         inside, whole = np.exp(self._scores(pool)).sum(1), np.exp(self._scores(plain)).sum(1)
         shown, low, high = self._tail(plain)
         middle, cap = self._tail_offsets(pool)
@@ -207,7 +213,7 @@ class Replay:
         most = np.maximum(*((inside + cap * tail) / (whole + tail) for tail in (low, high)))
         return mass, np.maximum(most - mass, mass - inside / (whole + high))
 
-    def _tail_offsets(self, pool: Pool) -> tuple[np.ndarray, np.ndarray]:
+    def _tail_offsets(self, pool: Residual) -> tuple[np.ndarray, np.ndarray]:
         """The offset w of a token outside the ids: of an average one, and the most it can be. [tokens] each."""
         assert pool.offset_slope is not None
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -217,23 +223,23 @@ class Replay:
 
     # -- residuals -----------------------------------------------------------------------------------------------
 
-    def _scores(self, pool: Pool) -> np.ndarray:
+    def _scores(self, pool: Residual) -> np.ndarray:
         """Pooled log-probabilities at the ids, up to a constant: [tokens, ids], −inf behind each list's end."""
         scores = np.zeros_like(self.p)
-        for name, coefficient in pool.terms.items():
+        for name, coefficient in pool.nonzero.items():
             scores = scores + coefficient * np.where(self.there, self.logps[name], 0.0)
         if pool.offset_slope is not None:
             scores = scores + _log_sigmoid(pool.offset_slope * (self.logps["student"] - self.log_p_y[:, None]))
         return np.where(self.there, scores, -np.inf)
 
-    def _tail(self, pool: Pool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _tail(self, pool: Residual) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What the pool's exponentials sum to outside the ids: (shown, at least, at most), [tokens] each."""
-        n, terms = self.outside, pool.terms
+        n, terms = self.outside, pool.nonzero
         masses = {name: np.where(n > 0, self.tail[name], 0.0) for name in terms}
         total = sum(terms.values())
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             if pool.offset_slope is not None:
-                plain = Pool(student=pool.student, teacher=pool.teacher, reference=pool.reference)
+                plain = Pool(**pool.nonzero)
                 shown, low, high = self._tail(plain)
                 middle, cap = self._tail_offsets(pool)
                 return shown * middle, np.zeros_like(low), high * cap
@@ -255,7 +261,7 @@ class Replay:
                 high = np.full_like(high, np.inf)
         return high, np.zeros_like(high), high
 
-    def _residual(self, pool: Pool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _residual(self, pool: Residual) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(R at the ids, its tail, at most off by in total variation, at most the tail)."""
         scores = self._scores(pool)
         shift = scores.max(1)

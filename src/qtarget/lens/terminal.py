@@ -12,7 +12,7 @@ from rich.text import Text
 from qtarget.data.text import visible
 from qtarget.errors import ConfigError
 from qtarget.lens.record import Record, rows_of
-from qtarget.lens.replay import Figures, Replay
+from qtarget.lens.replay import Replay, ReplayedTarget
 from qtarget.targets import Target, presets
 
 # From little to much, told apart by lightness alone: colour-blind readers and grey printers see the same order.
@@ -42,7 +42,7 @@ def show(record: Record, target: Target, row: int | None, console: Console) -> N
         console.print(f"note: {note}", markup=False)
 
 
-def _text(record: Record, entry: dict[str, Any], tokens: list[int], figures: Figures, coloured: bool) -> Text:
+def _text(record: Record, entry: dict[str, Any], tokens: list[int], figures: ReplayedTarget, coloured: bool) -> Text:
     by_position = {record.tokens["position"][token]: token for token in tokens}
     line = Text()
     for position, index in enumerate(entry["input_ids"]):
@@ -70,7 +70,7 @@ def _legend(console: Console) -> Text:
     return legend
 
 
-def _most_taught(record: Record, replay: Replay, figures: Figures, tokens: list[int], count: int = 12) -> Table:
+def _most_taught(record: Record, replay: Replay, figures: ReplayedTarget, tokens: list[int], count: int = 12) -> Table:
     table = Table(title="taught most", title_justify="left", box=None, pad_edge=False)
     for heading in ("position", "label", "p_y", "rank", "entropy", "trust", "update", "Q asks for"):
         table.add_column(heading, justify="left" if heading in ("label", "Q asks for") else "right")

@@ -19,7 +19,7 @@ from qtarget.losses.inputs import (
 )
 from qtarget.losses.output import LossOutput, simplex_tolerance
 from qtarget.targets import Target, TokenStats
-from qtarget.targets.residual import Pool
+from qtarget.targets.residual import Residual
 
 _HOW = {"teacher": "pass teacher_logits=", "reference": "pass reference_logits="}
 
@@ -60,20 +60,20 @@ def target_loss(
         ConfigError: an input the target needs is missing, a shape or value is wrong, or logits are not finite.
     """
     check_options(reduction, stats)
-    tokens, z, tilt = _tokens_and_tilt(
+    tokens, z, evaluated = _tokens_and_target(
         logits, labels, target, teacher_logits, reference_logits, old_logps, weight, critical, vocab_size, ignore_index
     )
     log_p = z.log_softmax(-1)
     nll = -log_p.gather(1, tokens.labels[:, None]).squeeze(1)
     # Cross-entropy with everything that shapes the target held constant has the gradient above; the value shown is
     # the published one, to which that gradient is added as a zero.
-    with_gradient = tilt.a * nll
-    for b, log_R in tilt.terms:
+    with_gradient = evaluated.a * nll
+    for b, log_R in evaluated.residuals:
         with_gradient = with_gradient + b * _cross_entropy(log_R.exp(), log_p)
-    per_token = _published_value(target, tilt, log_p.detach()) + (with_gradient - with_gradient.detach())
+    per_token = _published_value(target, evaluated, log_p.detach()) + (with_gradient - with_gradient.detach())
 
     double = z.dtype == torch.float64
-    statistics = _statistics(tilt, log_p.detach(), tokens.labels, simplex_tolerance(double), stats == "all")
+    statistics = _statistics(evaluated, log_p.detach(), tokens.labels, simplex_tolerance(double), stats == "all")
     stats_out = {name: tokens.spread(value, float("nan")) for name, value in statistics.items()}
     if reduction == "none":
         return LossOutput(tokens.spread(per_token, 0.0), stats_out)
@@ -104,16 +104,18 @@ def target_distribution(
     """
     if reading not in ("induced", "normalised"):
         raise ConfigError(f"reading is {reading!r}; use 'induced' or 'normalised'")
-    tokens, z, tilt = _tokens_and_tilt(
+    tokens, z, evaluated = _tokens_and_target(
         logits, labels, target, teacher_logits, reference_logits, old_logps, weight, critical, vocab_size, ignore_index
     )
     p = z.detach().softmax(-1)
     delta = F.one_hot(tokens.labels, p.shape[-1]).to(p.dtype)
     if reading == "induced":
-        Q = p - _logit_gradient(tilt, p, delta)
+        Q = p - _logit_gradient(evaluated, p, delta)
     else:
-        strength = tilt.a + sum(b for b, _ in tilt.terms)
-        Q = tilt.a[:, None] * delta + sum((b[:, None] * log_R.exp() for b, log_R in tilt.terms), torch.zeros_like(p))
+        strength = evaluated.a + sum(b for b, _ in evaluated.residuals)
+        Q = evaluated.a[:, None] * delta + sum(
+            (b[:, None] * log_R.exp() for b, log_R in evaluated.residuals), torch.zeros_like(p)
+        )
         Q = Q / strength.where(strength != 0, torch.full_like(strength, float("nan")))[:, None]
     out = Q.new_full((tokens.shape.numel(), Q.shape[-1]), float("nan"))
     out[slice(None) if tokens.index is None else tokens.index] = Q
@@ -121,23 +123,23 @@ def target_distribution(
 
 
 @dataclass
-class Tilt:
-    """What pulls on each token: the label with weight a [n], each residual with weight b [n] and log R [n, V]."""
+class EvaluatedTarget:
+    """A target's numbers for each token: a [n] of the label, b [n] and log R [n, V] of each residual."""
 
     a: Tensor
-    terms: list[tuple[Tensor, Tensor]]
+    residuals: list[tuple[Tensor, Tensor]]
     label_loss: Tensor
 
 
-def _logit_gradient(tilt: Tilt, p: Tensor, delta: Tensor) -> Tensor:
-    g = tilt.a[:, None] * (p - delta)
-    for b, log_R in tilt.terms:
+def _logit_gradient(evaluated: EvaluatedTarget, p: Tensor, delta: Tensor) -> Tensor:
+    g = evaluated.a[:, None] * (p - delta)
+    for b, log_R in evaluated.residuals:
         g = g + b[:, None] * (p - log_R.exp())
     return g
 
 
 @torch.no_grad()
-def _tilt(z: Tensor, tokens: Tokens, target: Target, others: dict[str, Tensor], real: int) -> Tilt:
+def _evaluate(z: Tensor, tokens: Tokens, target: Target, others: dict[str, Tensor], vocab_size: int) -> EvaluatedTarget:
     """Evaluate the trust rule and the residuals; nothing here has a gradient."""
     y = tokens.labels[:, None]
     log_p = z.log_softmax(-1)
@@ -149,43 +151,46 @@ def _tilt(z: Tensor, tokens: Tokens, target: Target, others: dict[str, Tensor], 
         **tokens.columns,
     }
     for name, logits in others.items():
-        log_other = logits[:, :real].log_softmax(-1)
-        log_other = F.pad(log_other, (0, real - log_other.shape[-1]), value=float("-inf"))
+        log_other = logits[:, :vocab_size].log_softmax(-1)
+        log_other = F.pad(log_other, (0, vocab_size - log_other.shape[-1]), value=float("-inf"))
         values[f"{name}_log_p_y"] = log_other.gather(1, y).squeeze(1)
 
     def top_k_entropy(k: int) -> Tensor:
         if k > z.shape[-1]:
             raise ConfigError(f"top_k is {k}, but the vocabulary has {z.shape[-1]} tokens; use a smaller top_k")
         top = z.topk(k, dim=-1).values
-        gap = top[:, :1] - top[:, 1:]
-        rest = (-gap).exp().sum(-1)  # to 1 for the likeliest: log1p keeps the digits of an entropy near 0
-        return rest.log1p() + (gap * (-gap).exp()).sum(-1) / (1 + rest)
+        gap = top - top[:, :1]
+        # Σ exp(gap) is 1 for the likeliest and the rest: log1p keeps the digits of an entropy near 0.
+        log_top = gap - gap[:, 1:].exp().sum(-1, keepdim=True).log1p()
+        return -(log_top.exp() * log_top).sum(-1)
 
     log_R, masses = [], []
-    for _, pool in target.residual_terms:
-        distribution, mass = _pool_distribution(pool, z, y, others, real)
+    for term in target.residual_terms:
+        distribution, mass = _pool_distribution(term.pool, z, y, others, vocab_size)
         log_R.append(distribution)
         masses.append(mass)
     if masses:
         values["offset_mass"] = masses[0]
     token_stats = TokenStats(values, top_k_entropy, target.needs)
     a, b = target.weights(token_stats)
-    return Tilt(a, list(zip(b, log_R, strict=True)), target.label_loss(token_stats))
+    return EvaluatedTarget(a, list(zip(b, log_R, strict=True)), target.label_loss(token_stats))
 
 
-def _pool_distribution(pool: Pool, z: Tensor, y: Tensor, others: dict[str, Tensor], real: int) -> tuple[Tensor, Tensor]:
+def _pool_distribution(
+    pool: Residual, z: Tensor, y: Tensor, others: dict[str, Tensor], vocab_size: int
+) -> tuple[Tensor, Tensor]:
     """(log R [n, V], mass [n] that an elementwise offset leaves of it)."""
-    covered = z.shape[-1] if pool.is_student_only else min([real, *(others[m].shape[-1] for m in pool.requires)])
+    support = z.shape[-1] if pool.is_student_only else min([vocab_size, *(others[m].shape[-1] for m in pool.requires)])
     logits = {"student": z, **others}
-    pooled = torch.zeros_like(z[:, :covered])
-    for name, coefficient in pool.terms.items():
-        pooled = pooled + coefficient * logits[name][:, :covered]
+    pooled = torch.zeros_like(z[:, :support])
+    for name, coefficient in pool.nonzero.items():
+        pooled = pooled + coefficient * logits[name][:, :support]
     mass = torch.ones_like(pooled[:, 0])
     if pool.offset_slope is not None:
-        offset = F.logsigmoid(pool.offset_slope * (z - z.gather(1, y)))[:, :covered]
+        offset = F.logsigmoid(pool.offset_slope * (z - z.gather(1, y)))[:, :support]
         mass = (pooled.softmax(-1) * offset.exp()).sum(-1)
         pooled = pooled + offset
-    return F.pad(pooled.log_softmax(-1), (0, z.shape[-1] - covered), value=float("-inf")), mass
+    return F.pad(pooled.log_softmax(-1), (0, z.shape[-1] - support), value=float("-inf")), mass
 
 
 def _cross_entropy(R: Tensor, log_p: Tensor) -> Tensor:
@@ -198,55 +203,57 @@ def _kl(log_R: Tensor, log_p: Tensor) -> Tensor:
     return torch.where(R > 0, R * (log_R - log_p), torch.zeros_like(R)).sum(-1)
 
 
-def _published_value(target: Target, tilt: Tilt, log_p: Tensor) -> Tensor:
+def _published_value(target: Target, evaluated: EvaluatedTarget, log_p: Tensor) -> Tensor:
     """The objective's value as its paper writes it, terms without a gradient left out."""
-    if not tilt.terms:
-        return tilt.label_loss
+    if not evaluated.residuals:
+        return evaluated.label_loss
     if target.value == "tempered_kl":  # b₁ = T·b, so b·T²·KL(R₁ ‖ R₂) = b₁·T·KL
-        (b, teacher), (_, student) = tilt.terms
-        temperature = target.residual_terms[0][0]
-        return tilt.label_loss + b * temperature * _kl(teacher, student)
+        (b, teacher), (_, student) = evaluated.residuals
+        temperature = target.residual_terms[0].factor
+        return evaluated.label_loss + b * temperature * _kl(teacher, student)
     if target.value == "kl":
-        return tilt.label_loss + sum(b * _kl(log_R, log_p) for b, log_R in tilt.terms)
-    return tilt.label_loss + sum(b * _cross_entropy(log_R.exp(), log_p) for b, log_R in tilt.terms)
+        return evaluated.label_loss + sum(b * _kl(log_R, log_p) for b, log_R in evaluated.residuals)
+    return evaluated.label_loss + sum(b * _cross_entropy(log_R.exp(), log_p) for b, log_R in evaluated.residuals)
 
 
 @torch.no_grad()
-def _statistics(tilt: Tilt, log_p: Tensor, labels: Tensor, tolerance: float, everything: bool) -> dict[str, Tensor]:
+def _statistics(
+    evaluated: EvaluatedTarget, log_p: Tensor, labels: Tensor, tolerance: float, with_kl: bool
+) -> dict[str, Tensor]:
     p = log_p.exp()
-    g = _logit_gradient(tilt, p, F.one_hot(labels, p.shape[-1]).to(p.dtype))
+    g = _logit_gradient(evaluated, p, F.one_hot(labels, p.shape[-1]).to(p.dtype))
     Q = p - g
     log_p_y = log_p.gather(1, labels[:, None]).squeeze(1)
-    mass = sum((b for b, _ in tilt.terms), torch.zeros_like(tilt.a))
+    mass = sum((b for b, _ in evaluated.residuals), torch.zeros_like(evaluated.a))
     off_simplex = (-tolerance > Q).any(-1)
     statistics = {
         "nll": -log_p_y,
         "ce_q": -(Q * log_p).sum(-1),
-        "trust": tilt.a,
+        "trust": evaluated.a,
         "residual_mass": mass,
-        "strength": tilt.a + mass,
+        "strength": evaluated.a + mass,
         "update": g.abs().sum(-1) / 2,
         "entropy": -(p * log_p).sum(-1),
         "accuracy": (log_p_y >= log_p.amax(-1)).to(p.dtype),
         "off_simplex_fraction": off_simplex.to(p.dtype),
     }
-    if everything:
+    if with_kl:
         Q = Q.clamp(min=0)
         kl_q = torch.special.xlogy(Q, Q).sum(-1) - (Q * log_p).sum(-1)
         statistics["kl_q"] = kl_q.masked_fill(off_simplex, float("nan"))
     return statistics
 
 
-def _tokens_and_tilt(
+def _tokens_and_target(
     logits, labels, target, teacher_logits, reference_logits, old_logps, weight, critical, vocab_size, ignore_index
-) -> tuple[Tokens, Tensor, Tilt]:
-    """Supervised rows of everything, checked, and what pulls on them."""
-    real = real_vocabulary(vocab_size, logits.shape[-1])
+) -> tuple[Tokens, Tensor, EvaluatedTarget]:
+    """Supervised rows of everything, checked, and the target's numbers for them."""
+    vocab_size = real_vocabulary(vocab_size, logits.shape[-1])
     given = {"teacher": teacher_logits, "reference": reference_logits}
     columns = {"old_logps": old_logps, "weight": weight, "critical": critical}
     check_requirements(target, {**given, **columns, "old_policy": old_logps}, _HOW)
     dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
-    tokens = supervised(labels, logits.shape[:-1], "logits", real, ignore_index, dtype, columns, [target])
+    tokens = supervised(labels, logits.shape[:-1], "logits", vocab_size, ignore_index, dtype, columns, [target])
     z = tokens.select(logits).to(dtype)
     _check_finite(z, "logits", tokens)
     others = {}
@@ -257,7 +264,7 @@ def _tokens_and_tilt(
             raise ConfigError(f"{name}_logits has shape {list(other.shape)}; labels ask for {list(labels.shape)} + [V]")
         others[name] = tokens.select(other.detach()).to(dtype)
         _check_finite(others[name], f"{name}_logits", tokens, allow_minus_infinity=True)
-    return tokens, z, _tilt(z.detach(), tokens, target, others, real)
+    return tokens, z, _evaluate(z.detach(), tokens, target, others, vocab_size)
 
 
 def _check_finite(z: Tensor, what: str, tokens: Tokens, allow_minus_infinity: bool = False) -> None:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from qtarget.errors import ConfigError, check_range
 from qtarget.targets import presets
+from qtarget.targets.schedule import ScheduledTarget
 from qtarget.targets.target import Target
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """A peer's spelling, read: the target and what to tell the user."""
+    """A peer's spelling, read: the target, and a note for the user on what it became."""
 
     target: Target
     note: str
@@ -166,11 +167,15 @@ _READERS: list[tuple[tuple[str, ...], Callable[[Mapping], Spelling | None]]] = [
 KEYS: frozenset[str] = frozenset(key for keys, _ in _READERS for key in keys)
 
 
-def read(config: Mapping) -> Spelling | None:
+def read(config: Mapping, target: object = None) -> Spelling | None:
     """The objective that peers' keys in ``config`` spell, or None where there are none.
 
+    Args:
+        config: peers' keys with their values; others are passed over.
+        target: what is written beside them as a target, if anything: it must mean the same.
+
     Raises:
-        ConfigError: the keys contradict each other, or spell something no preset gives exactly.
+        ConfigError: the keys contradict each other or ``target``, or spell something no preset gives exactly.
     """
     read_ones = [spelling for _, reader in _READERS if (spelling := reader(config)) is not None]
     if not read_ones:
@@ -179,4 +184,9 @@ def read(config: Mapping) -> Spelling | None:
         raise ConfigError(
             f"the settings name different objectives: {'; '.join(one.note for one in read_ones)}; keep one"
         )
-    return read_ones[0]
+    spelled = read_ones[0]
+    if target is not None:
+        beside = ScheduledTarget.read(target)
+        if beside.schedules or beside.final != spelled.target:
+            raise ConfigError(f"target is {target!r}, but {spelled.note}; keep one of them")
+    return spelled

@@ -8,6 +8,7 @@ A value depends on the step alone, so a resumed run goes on exactly where it sto
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -75,6 +76,9 @@ class ScheduledTarget:
         schedules: dict[tuple[str, ...], Schedule] = {}
         _collect(config, (), schedules)
         target = cls(config, schedules)
+        if not schedules:
+            _ = target.final  # built once; every step has it
+            return target
         for done in (0.0, 0.5, 1.0):  # the values are monotone between these
             target._try(done)
         return target
@@ -88,8 +92,6 @@ class ScheduledTarget:
         try:
             self._build(values)
         except ConfigError as error:
-            if not self.schedules:
-                raise
             shown = ", ".join(f"{'.'.join(place)} {s}" for place, s in self.schedules.items())
             raise ConfigError([f"on the schedule {shown}: {fault}" for fault in error.faults]) from None
 
@@ -101,6 +103,8 @@ class ScheduledTarget:
 
     def at(self, step: int, total_steps: int) -> Target:
         """The target for the optimiser step that follows ``step`` finished ones."""
+        if not self.schedules:
+            return self.final
         values = {place: schedule.at(step, total_steps) for place, schedule in self.schedules.items()}
         key = tuple(values.values())
         if key not in self._made:
@@ -138,7 +142,7 @@ class ScheduledTarget:
         if not self.schedules:
             return str(self.final)
         moving = ", ".join(f"{'.'.join(place)} {schedule}" for place, schedule in self.schedules.items())
-        return f"{self.final.with_share(1.0)} with {moving}"
+        return f"{dataclasses.replace(self.final, share=1.0)} with {moving}"
 
 
 def _warmup(config: dict) -> dict:

@@ -12,95 +12,106 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qtarget.errors import ConfigError, check_range
-from qtarget.targets import residual as residuals
-from qtarget.targets.residual import Pool
+from qtarget.targets.residual import Student, Term, as_pool
 from qtarget.targets.stats import STATISTICS, TokenStats
 from qtarget.targets.trust import Rule, as_rule
 
 # How the residual's part of the reported loss is written; the gradient is the same.
 VALUE_FORMS = ("kl", "ce", "tempered_kl")
+COMPOSED = "composed"
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True)
 class Target:
-    """What to learn from each token: trust × residual (× scale).
+    """What to learn from each token: trust × residual (× scale). ``dataclasses.replace`` makes one with other parts.
 
     Args:
         trust: a rule of ``qtarget.trust``, a number, or a function of the token's statistics.
-        residual: a pool of ``qtarget.residual``, or a list of (factor, pool).
+        residual: one of ``qtarget.residual``, or a list of (factor, residual); None: the student.
         scale: multiplies both parts; a number, a rule, or None for 1.
         value: how the reported loss writes the residual's part: "kl" b·KL(R‖p), "ce" b·CE(R, p), or "tempered_kl"
             b·T²·KL(R₁‖R₂) for a pair of residuals at temperature T. Gradients do not depend on it.
         share: how much of the target this is, from 0 to 1; the rest is plain SFT (a warm-up moves it from 0 to 1).
+        name, hyperparameters, formula: what it is called and shown as; ``qtarget.preset`` gives them. They take no part
+            in comparisons, and a copy with other parts loses them.
 
+    Raises:
+        ConfigError: a part is none, or out of its range.
+
+    >>> from dataclasses import replace
     >>> from qtarget.targets import residual, trust
     >>> target = Target(trust=trust.probability(), residual=residual.guided(eta=0.5))
     >>> sorted(target.requires)
     ['teacher']
+    >>> replace(target, residual=residual.student()).requires
+    frozenset()
     """
 
-    trust: Rule
-    terms: tuple[tuple[float, Pool], ...]
+    trust: Rule = 1.0  # type: ignore[assignment]
+    residual: tuple[Term, ...] = None  # type: ignore[assignment]
     scale: Rule | None = None
-    value: str = "kl"
-    share: float = 1.0
-    name: str = "composed"
-    hyperparameters: dict = field(default_factory=dict, compare=False)
+    value: str = field(default="kl", kw_only=True)
+    share: float = field(default=1.0, kw_only=True)
+    name: str = field(default=COMPOSED, kw_only=True, compare=False)
+    hyperparameters: dict = field(default_factory=dict, kw_only=True, compare=False)
+    formula: str = field(default="", kw_only=True, compare=False)
+    # The name and what it was given to: a copy with other parts is not what its name says.
+    _named: tuple = field(default=(), kw_only=True, compare=False, repr=False)
 
-    def __init__(
-        self,
-        trust: object = 1.0,
-        residual: Pool | Sequence[tuple[float, Pool]] | None = None,
-        scale: object = None,
-        *,
-        value: str = "kl",
-        share: float = 1.0,
-    ):
-        if value not in VALUE_FORMS:
-            raise ConfigError(f"value is {value!r}; use one of {', '.join(VALUE_FORMS)}")
-        rule = as_rule(trust)
-        written = [(1.0, residuals.student())] if residual is None else residual
-        if isinstance(written, (Pool,)) or callable(written):
-            written = [(1.0, residuals.as_pool(written))]
-        terms = tuple((float(factor), residuals.as_pool(pool)) for factor, pool in written)
-        set_ = object.__setattr__
-        set_(self, "trust", rule)
-        set_(self, "terms", terms)
-        set_(self, "scale", None if scale is None else as_rule(scale, "scale"))
-        if value == "tempered_kl" and _tempered(terms) is None:
+    if TYPE_CHECKING:  # what may be given; what is held stands above
+
+        def __init__(
+            self,
+            trust: object = 1.0,
+            residual: object = None,
+            scale: object = None,
+            *,
+            value: str = "kl",
+            share: float = 1.0,
+            name: str = COMPOSED,
+            hyperparameters: dict | None = None,
+            formula: str = "",
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        if self.value not in VALUE_FORMS:
+            raise ConfigError(f"value is {self.value!r}; use one of {', '.join(VALUE_FORMS)}")
+        self._set(
+            trust=as_rule(self.trust),
+            residual=_terms(self.residual),
+            scale=None if self.scale is None else as_rule(self.scale, "scale"),
+            share=check_range("share", self.share, 0, 1),
+        )
+        if self.value == "tempered_kl" and _tempered(self.residual) is None:
             raise ConfigError(
                 "value is 'tempered_kl'; it is for a pair of residuals whose weights cancel, the second of them the "
                 "student at a temperature: [(T, teacher(T)), (-T, tempered(T))]"
             )
-        set_(self, "value", value)
-        set_(self, "share", check_range("share", share, 0, 1))
-        set_(self, "name", "composed")
-        set_(self, "hyperparameters", {})
+        parts = (self.name, self.trust, self.residual, self.scale, self.value)
+        if self._named[:1] == parts[:1] and self._named != parts:
+            self._set(name=COMPOSED, hyperparameters={}, formula="")
+        self._set(_named=(self.name, *parts[1:]), formula=self.formula or self._composition())
 
-    def named(self, name: str, hyperparameters: dict) -> Target:
-        """The same target under a preset's name."""
-        copy = _copy(self)
-        object.__setattr__(copy, "name", name)
-        object.__setattr__(copy, "hyperparameters", dict(hyperparameters))
-        return copy
+    def _set(self, **fields: object) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
-    def with_share(self, share: float) -> Target:
-        """This target in part, plain SFT for the rest: g = share · g_target + (1 − share)(p − δ)."""
-        copy = _copy(self)
-        object.__setattr__(copy, "share", check_range("share", share, 0, 1))
-        return copy
+    def _composition(self) -> str:
+        parts = " + ".join(f"{factor:g}·{pool.label}" for factor, pool in self.residual)
+        return f"Q = γ δ + (1 − γ) π̃,  γ = {self.trust.name or 'function'},  π̃ = {parts}"
 
     @property
-    def residual_terms(self) -> tuple[tuple[float, Pool], ...]:
-        """The (factor, pool) pairs that have a gradient: neither the student itself nor a weight of zero."""
+    def residual_terms(self) -> tuple[Term, ...]:
+        """The terms that have a gradient: neither the student itself nor a weight of zero."""
         if self.trust.fixed_rest == 0 or self.share == 0:
             return ()
-        return tuple((factor, pool) for factor, pool in self.terms if factor != 0 and not pool.is_student)
+        return tuple(term for term in self.residual if term.factor != 0 and not term.pool.is_student)
 
     @property
     def tempered(self) -> float | None:
@@ -119,7 +130,7 @@ class Target:
     def requires(self) -> frozenset[str]:
         """Inputs this target cannot do without, by value: at eta=0 or kl_weight=0 no model is needed."""
         from_rules = {STATISTICS[name] for name in self.needs if STATISTICS.get(name)}
-        from_pools = {name for _, pool in self.residual_terms for name in pool.requires}
+        from_pools = {name for term in self.residual_terms for name in term.pool.requires}
         return frozenset(from_rules | from_pools)  # type: ignore[arg-type]
 
     @property
@@ -143,7 +154,7 @@ class Target:
             a, rest = scale * a, scale * rest
         if self.share != 1:
             a, rest = self.share * a + (1 - self.share), self.share * rest
-        return a, [factor * rest for factor, _ in self.residual_terms]
+        return a, [term.factor * rest for term in self.residual_terms]
 
     def label_loss(self, stats: TokenStats) -> Tensor:
         """The reported value of the label's part, [n]."""
@@ -153,16 +164,6 @@ class Target:
         if self.scale is not None:
             loss = self.scale(stats) * loss
         return loss if self.share == 1 else self.share * loss - (1 - self.share) * stats.log_p_y
-
-    @property
-    def formula(self) -> str:
-        """One line of mathematics: the preset's formula, or the parts of a composed target."""
-        from qtarget.targets import presets
-
-        if self.name in presets.names():
-            return presets.describe(self.name).formula
-        parts = " + ".join(f"{factor:g}·{pool.written[0]}" for factor, pool in self.terms)
-        return f"Q = γ δ + (1 − γ) π̃,  γ = {self.trust.name or 'function'},  π̃ = {parts}"
 
     def __str__(self) -> str:
         inside = ", ".join(f"{key}={value}" for key, value in self.hyperparameters.items())
@@ -181,30 +182,39 @@ class Target:
 
         return target_from_config(config)
 
-    def to_config(self) -> str | dict:
-        """The YAML form; ``Target.from_config(target.to_config()) == target``."""
+    def to_config(self, *, composed: bool = False) -> str | dict:
+        """The YAML form; ``Target.from_config(target.to_config()) == target``.
+
+        Args:
+            composed: a preset, too, as the trust, residual and scale it is made of, its numbers filled in.
+
+        >>> from qtarget.targets import presets
+        >>> presets.build("target-sft", eta=0.3).to_config(composed=True)
+        {'trust': 'probability', 'residual': {'guided': {'eta': 0.3, 'temperature': 1.0}}}
+        """
         from qtarget.targets.yaml_form import target_to_config
 
-        return target_to_config(self)
+        return target_to_config(self, composed)
 
 
-def _tempered(terms: Sequence[tuple[float, Pool]]) -> float | None:
-    if len(terms) != 2:
+def _terms(value: object) -> tuple[Term, ...]:
+    """What ``Target`` takes as its residual: one, a list of (factor, residual), or None for the student."""
+    if value is None:
+        return (Term(1.0, Student()),)
+    if not isinstance(value, (list, tuple)):
+        return (Term(1.0, as_pool(value)),)
+    terms = []
+    for entry in value:
+        if not isinstance(entry, (list, tuple)) or len(entry) != len(Term._fields):
+            raise ConfigError(f"residual holds {entry!r}; write a residual, or a list of (factor, residual)")
+        term = Term(*entry)
+        terms.append(Term(check_range("weight of a residual", term.factor), as_pool(term.pool)))
+    return tuple(terms)
+
+
+def _tempered(terms: Sequence[Term]) -> float | None:
+    if len(terms) != 2 or terms[0].factor != -terms[1].factor:
         return None
-    (first, _), (second, pool) = terms
-    cancels = (
-        first == -second
-        and pool.is_student_only
-        and not pool.is_student
-        and pool.offset_slope is None
-        and pool.student > 0
-    )
-    return pool.student if cancels else None
-
-
-def _copy(target: Target) -> Target:
-    """A copy whose fields may be set (``dataclasses.replace`` would call the friendlier ``__init__``)."""
-    copy = object.__new__(Target)
-    for name in ("trust", "terms", "scale", "value", "share", "name", "hyperparameters"):
-        object.__setattr__(copy, name, getattr(target, name))
-    return copy
+    pool = terms[1].pool
+    at_temperature = pool.is_student_only and not pool.is_student and pool.offset_slope is None
+    return pool.coefficient("student") if at_temperature and pool.coefficient("student") > 0 else None

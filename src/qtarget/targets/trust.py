@@ -1,8 +1,8 @@
 """Trust rules: how much of the target goes to the observed token.
 
-A rule is a small frozen value. It reads per-token statistics (``TokenStats``) and returns γ, a tensor [n]; the caller
-treats it as a constant, so nothing here detaches. A rule of your own is a class like these, or a plain function of the
-statistics decorated with ``needs``.
+A rule is a small frozen value. It reads per-token statistics (``TokenStats``, one tensor [n] each) and returns γ [n]; the
+caller treats it as a constant, so nothing here detaches. A rule of your own is a class like these, or a plain function of
+the statistics decorated with ``needs``.
 """
 
 from __future__ import annotations
@@ -16,28 +16,18 @@ import torch
 from torch import Tensor
 
 from qtarget.errors import ConfigError, check_range, unknown
+from qtarget.targets.parts import Part, named
 from qtarget.targets.stats import STATISTICS, TokenStats
 
-RULES: dict[str, type[Rule]] = {}
 
-
-def _named(name: str):
-    def add(cls):
-        cls.name = name
-        RULES[name] = cls
-        return cls
-
-    return add
-
-
-class Rule:
+class Rule(Part):
     """Base of the trust rules.
 
     ``weights`` gives the two numbers the loss works with: a, the weight of the label, and the weight of the residual.
     For most rules they are γ and 1 − γ.
     """
 
-    name: ClassVar[str] = ""
+    known: ClassVar[dict[str, type[Rule]]] = {}
     needs: ClassVar[frozenset[str]] = frozenset({"log_p_y"})
     can_be_zero: ClassVar[bool] = False  # some tokens may get a weight of exactly 0
 
@@ -59,16 +49,15 @@ class Rule:
         """The residual's weight where it is the same for every token, else None."""
         return None
 
-    @property
-    def label(self) -> str:
-        """What messages call it."""
-        return self.name or type(self).__name__
 
-
-@_named("constant")
+@named("constant")
 @dataclass(frozen=True)
 class Constant(Rule):
-    """The same trust for every token: γ = value. 1 is plain SFT; 1 − ε with a uniform residual is label smoothing."""
+    """The same trust for every token: γ = value. 1 is plain SFT; 1 − ε with a uniform residual is label smoothing.
+
+    >>> Constant(0.9)(TokenStats({"log_p_y": torch.tensor([0.5, 0.1]).log()}))
+    tensor([0.9000, 0.9000])
+    """
 
     value: float = 1.0
 
@@ -83,10 +72,14 @@ class Constant(Rule):
         return 1 - self.value
 
 
-@_named("probability")
+@named("probability")
 @dataclass(frozen=True)
 class Probability(Rule):
-    """The student's own probability of the label: γ = p_y (DFT arXiv:2508.05629, Target-SFT arXiv:2606.11189)."""
+    """The student's own probability of the label: γ = p_y (DFT arXiv:2508.05629, Target-SFT arXiv:2606.11189).
+
+    >>> Probability()(TokenStats({"log_p_y": torch.tensor([0.5, 0.1]).log()}))
+    tensor([0.5000, 0.1000])
+    """
 
     needs: ClassVar[frozenset[str]] = frozenset({"log_p_y", "rest_mass"})
 
@@ -97,12 +90,15 @@ class Probability(Rule):
         return stats.log_p_y.exp(), stats.rest_mass
 
 
-@_named("probability_power")
+@named("probability_power")
 @dataclass(frozen=True)
 class ProbabilityPower(Rule):
     """γ = p_y^alpha, the gradient of (1 − p_y^alpha)/alpha (Beyond-log family, arXiv:2510.00526).
 
     alpha = 0 is SFT, alpha = 1 has DFT's gradient, a negative alpha trusts rare labels above 1.
+
+    >>> ProbabilityPower(alpha=2.0)(TokenStats({"log_p_y": torch.tensor([0.5, 0.1]).log()}))
+    tensor([0.2500, 0.0100])
     """
 
     alpha: float = 1.0
@@ -119,12 +115,15 @@ class ProbabilityPower(Rule):
         return -torch.expm1(self.alpha * stats.log_p_y) / self.alpha
 
 
-@_named("probability_threshold")
+@named("probability_threshold")
 @dataclass(frozen=True)
 class ProbabilityThreshold(Rule):
-    """Train or drop by the label's probability (ProFiT, arXiv:2601.09195).
+    """Train or drop by the label's probability: γ = 1[p_y ≥ tau] (ProFiT, arXiv:2601.09195).
 
     direction "higher" keeps p_y >= tau, "lower" keeps p_y < tau, "middle" keeps tau_low <= p_y < tau_high.
+
+    >>> ProbabilityThreshold(tau=0.3)(TokenStats({"log_p_y": torch.tensor([0.5, 0.1]).log()}))
+    tensor([1., 0.])
     """
 
     can_be_zero: ClassVar[bool] = True
@@ -160,12 +159,16 @@ class ProbabilityThreshold(Rule):
         return keep.to(p_y.dtype)
 
 
-@_named("entropy")
+@named("entropy")
 @dataclass(frozen=True)
 class Entropy(Rule):
     """γ = (H_k / normalizer)^power, H_k the entropy of the renormalised top k (EAFT, arXiv:2601.02151).
 
     normalizer is "log_k" (the paper), a number (LLaMA-Factory uses 3.0) or "none" (axolotl; γ then reaches log k).
+
+    >>> undecided = TokenStats({"log_p_y": torch.zeros(1)}, top_k_entropy=lambda k: torch.tensor([math.log(k) / 2]))
+    >>> Entropy(top_k=5)(undecided)
+    tensor([0.5000])
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"log_p_y", "top_k_entropy"})
@@ -194,10 +197,14 @@ class Entropy(Rule):
         return (stats.top_k_entropy(self.top_k) / divisor) ** self.power
 
 
-@_named("trajectory_weight")
+@named("trajectory_weight")
 @dataclass(frozen=True)
 class TrajectoryWeight(Rule):
-    """γ = w, the importance weight of the row (iw-SFT, arXiv:2507.12856), given as data; w > 1 leaves the simplex."""
+    """γ = w, the importance weight of the row (iw-SFT, arXiv:2507.12856), given as data; w > 1 leaves the simplex.
+
+    >>> TrajectoryWeight()(TokenStats({"weight": torch.tensor([2.0, 0.5])}))
+    tensor([2.0000, 0.5000])
+    """
 
     can_be_zero: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"log_p_y", "weight"})
@@ -206,10 +213,14 @@ class TrajectoryWeight(Rule):
         return stats.weight
 
 
-@_named("token_mask")
+@named("token_mask")
 @dataclass(frozen=True)
 class TokenMask(Rule):
-    """γ = c, 1 where the token is critical and 0 where it is not (CFT, arXiv:2510.10974), given as data."""
+    """γ = c, 1 where the token is critical and 0 where it is not (CFT, arXiv:2510.10974), given as data.
+
+    >>> TokenMask()(TokenStats({"critical": torch.tensor([1.0, 0.0])}))
+    tensor([1., 0.])
+    """
 
     can_be_zero: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"log_p_y", "critical"})
@@ -218,12 +229,16 @@ class TokenMask(Rule):
         return stats.critical
 
 
-@_named("clipped_ratio")
+@named("clipped_ratio")
 @dataclass(frozen=True)
 class ClippedRatio(Rule):
     """γ = r where r < 1 + clip_high, else 0; r = p_y / p_old (PSFT, arXiv:2508.17784).
 
     The lower clip only shapes the reported value: with a positive advantage it never stops the gradient.
+
+    >>> now, before = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.5, 0.1]).log()
+    >>> ClippedRatio(clip=0.2)(TokenStats({"log_p_y": now, "old_logps": before}))
+    tensor([1., 0.])
     """
 
     can_be_zero: ClassVar[bool] = True
@@ -253,13 +268,16 @@ class ClippedRatio(Rule):
         return -torch.minimum(ratio, ratio.clamp(1 - self.clip, self.high))
 
 
-@_named("anchored")
+@named("anchored")
 @dataclass(frozen=True)
 class Anchored(Rule):
     """The label keeps the weight of ``trust`` and the residual gets a fixed weight beside it.
 
     a = trust, b = kl_weight, so γ = trust / (trust + kl_weight): SFT + KL (trust 1) and ASFT (trust p_y,
     arXiv:2509.23753). A negative weight pushes away from the residual: GEM (arXiv:2408.16673) is 1 and −1.
+
+    >>> Anchored(Constant(1.0), kl_weight=0.1).weights(TokenStats({"log_p_y": torch.zeros(2)}))
+    (tensor([1., 1.]), tensor([0.1000, 0.1000]))
     """
 
     trust: Rule = Constant()
@@ -288,10 +306,14 @@ class Anchored(Rule):
         return self.kl_weight
 
 
-@_named("offset_mass")
+@named("offset_mass")
 @dataclass(frozen=True)
 class OffsetMass(Rule):
-    """A scale, not a trust: the mass Σ_v q_v w_v of a residual with an elementwise offset (GEM's logsigmoid form)."""
+    """A scale, not a trust: the mass Σ_v q_v w_v of a residual with an elementwise offset (GEM's logsigmoid form).
+
+    >>> OffsetMass()(TokenStats({"offset_mass": torch.tensor([0.5])}))
+    tensor([0.5000])
+    """
 
     needs: ClassVar[frozenset[str]] = frozenset({"log_p_y", "offset_mass"})
 
@@ -349,7 +371,7 @@ def as_rule(value: object, field: str = "trust") -> Rule:
         return Constant(check_range(field, value))
     if callable(value):
         return FunctionRule(value)
-    raise ConfigError(f"{field} is {value!r}; use one of {', '.join(sorted(RULES))}, a number or a function")
+    raise ConfigError(f"{field} is {value!r}; use one of {', '.join(sorted(Rule.known))}, a number or a function")
 
 
 constant = Constant

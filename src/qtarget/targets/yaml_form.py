@@ -6,13 +6,15 @@ import dataclasses
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from qtarget.errors import ConfigError, check_range, unknown
 from qtarget.targets import peers, presets
-from qtarget.targets.residual import POOLS, Pool, as_pool
+from qtarget.targets.parts import Part
+from qtarget.targets.residual import Residual, Term, as_pool
 from qtarget.targets.target import Target
-from qtarget.targets.trust import RULES, FunctionRule, Rule, as_rule
+from qtarget.targets.trust import FunctionRule, Rule, as_rule
 
 _PARTS = ("trust", "residual", "scale", "value")
 _SHARE = "share"
@@ -31,7 +33,12 @@ def target_from_config(config: object) -> Target:
         raise ConfigError(f"target has the key {strange[0]!r}; keys are names")
     if _SHARE in config:
         share = config.pop(_SHARE)
-        return target_from_config(config).with_share(share)
+        return replace(target_from_config(config), share=share)
+    spelled = _peers_keys(config)
+    own = {key: value for key, value in config.items() if key not in spelled}
+    if (read := peers.read(spelled, own or None)) is not None and not own:
+        return read.target
+    config = own or config
     if "preset" in config:
         name = config.pop("preset")
         mixed = [key for key in config if key in _PARTS]
@@ -43,37 +50,41 @@ def target_from_config(config: object) -> Target:
             if key not in _PARTS:
                 raise unknown("key of target", key, _PARTS)
         return Target(
-            trust=_part(config.get("trust", 1.0), RULES, as_rule, "trust"),
+            trust=_part(config.get("trust", 1.0), Rule, "trust"),
             residual=_residual(config.get("residual", "student")),
-            scale=None if config.get("scale") is None else _part(config["scale"], RULES, as_rule, "scale"),
+            scale=None if config.get("scale") is None else _part(config["scale"], Rule, "scale"),
             value=config.get("value", "kl"),
         )
-    spelled = peers.read(config)
-    if spelled is not None:
-        return spelled.target
     raise ConfigError(
         f"target is {config!r}; give preset: NAME, or trust: and residual: (presets: {', '.join(presets.names())})"
     )
 
 
-def target_to_config(target: Target) -> str | dict:
+def _peers_keys(config: Mapping) -> dict[str, Any]:
+    """What is a peer's spelling, as it may also stand at the top of a config file: no part, no preset's parameter."""
+    taken = {*_PARTS, *(key for name in presets.names() for key in presets.describe(name).parameters)}
+    if "preset" not in config:
+        taken = {*_PARTS}
+    elif config["preset"] not in presets.names():  # a function of the user's own may take any name
+        return {}
+    return {key: value for key, value in config.items() if key in peers.KEYS and key not in taken}
+
+
+def target_to_config(target: Target, composed: bool = False) -> str | dict:
     """See ``Target.to_config``."""
     if target.share != 1:
-        whole = target_to_config(target.with_share(1.0))
+        whole = target_to_config(replace(target, share=1.0), composed)
         return {**({"preset": whole} if isinstance(whole, str) else whole), _SHARE: target.share}
-    if target.name in presets.names():
-        if not target.hyperparameters:
-            return target.name
-        return {"preset": target.name, **target.hyperparameters}
-    if ":" in target.name:
+    if not composed and (target.name in presets.names() or ":" in target.name):
         return {"preset": target.name, **target.hyperparameters} if target.hyperparameters else target.name
-    terms = [_written(pool, factor) for factor, pool in target.terms]
     config: dict[str, Any] = {
-        "trust": _rule_to_config(target.trust),
-        "residual": _written(target.terms[0][1]) if [f for f, _ in target.terms] == [1.0] else terms,
+        "trust": _part_to_config(target.trust),
+        "residual": _term_to_config(target.residual[0])
+        if [term.factor for term in target.residual] == [1.0]
+        else [_term_to_config(term) for term in target.residual],
     }
     if target.scale is not None:
-        config["scale"] = _rule_to_config(target.scale)
+        config["scale"] = _part_to_config(target.scale)
     if target.value != "kl":
         config["value"] = target.value
     return config
@@ -117,13 +128,15 @@ def _from_name(name: object, hyperparameters: dict) -> Target:
     if ":" not in name:
         return presets.build(name, **hyperparameters)
     made = load_object(name, "target")
+    if (entry := presets.written_as(name)) is not None:
+        return replace(presets.build(entry.name, **hyperparameters), name=name)
     if not isinstance(made, Target):
         if not callable(made):
             raise ConfigError(f"target is {name!r}, which is neither a Target nor a function that returns one")
         made = _call(made, hyperparameters, f"target {name}")
     if not isinstance(made, Target):
         raise ConfigError(f"target is {name!r}, which returned {type(made).__name__}, not a Target")
-    return made.named(name, hyperparameters)
+    return replace(made, name=name, hyperparameters=hyperparameters)
 
 
 def _call(build: Callable, parameters: Mapping, field: str) -> Any:
@@ -145,8 +158,9 @@ def _call(build: Callable, parameters: Mapping, field: str) -> Any:
         ) from error
 
 
-def _part(value: object, table: Mapping[str, Callable], convert: Callable, field: str) -> Any:
-    """A rule or pool: ``name`` | ``{name: {parameter: value}}`` | a number | ``my_pkg.my_module:name``."""
+def _part(value: object, kind: type[Rule] | type[Residual], field: str) -> Any:
+    """A rule or residual: ``name`` | ``{name: {parameter: value}}`` | a number | ``my_pkg.my_module:name``."""
+    convert: Callable[..., Any] = as_rule if kind is Rule else as_pool
     parameters: Mapping = {}
     if isinstance(value, Mapping):
         if len(value) != 1:
@@ -161,51 +175,48 @@ def _part(value: object, table: Mapping[str, Callable], convert: Callable, field
         return convert(value)
     if ":" in value:
         made = load_object(value, field)
-        if isinstance(made, (Rule, Pool)):
+        if isinstance(made, Part):
             return made
-        if convert is as_rule and not isinstance(made, type) and not parameters:
+        if kind is Rule and not isinstance(made, type) and not parameters:
             return FunctionRule(made, path=value)
         return convert(_call(made, parameters, f"{field} {value}"))
-    if value not in table:
-        raise unknown(field, value, table)
+    if value not in kind.known:
+        raise unknown(field, value, kind.known)
     parameters = {
-        key: _part(inner, RULES, as_rule, f"{field}.{key}") if key == "trust" else inner
-        for key, inner in parameters.items()
+        key: _part(inner, Rule, f"{field}.{key}") if key == "trust" else inner for key, inner in parameters.items()
     }
-    return convert(_call(table[value], parameters, f"{field} {value}"))
+    return convert(_call(kind.known[value], parameters, f"{field} {value}"))
 
 
 def _residual(value: object) -> Any:
-    """A pool, or a list of pools each with an optional ``weight`` beside its name."""
+    """A residual, or a list of them, each with an optional ``weight`` beside its name."""
     if not isinstance(value, (list, tuple)):
-        return _part(value, POOLS, as_pool, "residual")
+        return _part(value, Residual, "residual")
     terms = []
     for entry in value:
-        if not isinstance(entry, (Mapping, str, Pool)):
+        if not isinstance(entry, (Mapping, str, Residual)):
             raise ConfigError(f"residual holds {entry!r}; write a name, or a name with its parameters")
         entry = dict(entry) if isinstance(entry, Mapping) else {entry: {}}
         factor = check_range("weight of a residual", entry.pop("weight", 1.0))
-        terms.append((factor, _part(entry, POOLS, as_pool, "residual")))
+        terms.append((factor, _part(entry, Residual, "residual")))
     return terms
 
 
-def _written(pool: Pool, factor: float = 1.0) -> str | dict:
-    name, parameters = pool.written
-    if factor == 1.0:
-        return {name: dict(parameters)} if parameters else name
-    return {"weight": factor, name: dict(parameters)}
+def _term_to_config(term: Term) -> str | dict:
+    written = _part_to_config(term.pool)
+    if term.factor == 1.0:
+        return written
+    return {"weight": term.factor, **({written: {}} if isinstance(written, str) else written)}
 
 
-def _rule_to_config(rule: Rule) -> str | dict:
-    if isinstance(rule, FunctionRule):
-        function: Any = rule.function
-        return rule.path or f"{function.__module__}:{function.__qualname__}"
-    own = RULES.get(rule.name) is not type(rule)  # a subclass inherits the name of a rule it is not
-    name = f"{type(rule).__module__}:{type(rule).__qualname__}" if own else rule.name
-    if not dataclasses.is_dataclass(rule):
+def _part_to_config(part: Part) -> str | dict:
+    if isinstance(part, FunctionRule):
+        function: Any = part.function
+        return part.path or f"{function.__module__}:{function.__qualname__}"
+    own = part.known.get(part.name) is not type(part)  # a subclass inherits the name of a part it is not
+    name = f"{type(part).__module__}:{type(part).__qualname__}" if own else part.name
+    if not dataclasses.is_dataclass(part):
         return name
-    parameters = {}
-    for field in dataclasses.fields(rule):
-        value = getattr(rule, field.name)
-        parameters[field.name] = _rule_to_config(value) if isinstance(value, Rule) else value
+    values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+    parameters = {key: _part_to_config(value) if isinstance(value, Part) else value for key, value in values.items()}
     return {name: parameters} if parameters else name

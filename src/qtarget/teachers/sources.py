@@ -130,8 +130,8 @@ class SelfAverage(ModelSource):
             return replace(head, weight=head.weight.clone(), bias=None if head.bias is None else head.bias.clone())
 
     def logits_of(self, ask: AskLogits, student: Any, inputs: Inputs, at: Places) -> Tensor:
-        with self.average.in_place():
-            return ask(student, inputs)[at]
+        # Before the first step the average is the student as it is; weights put in place would break its graph.
+        return ask(student, inputs)[at]
 
 
 class WithExchangedIds(ModelSource):

@@ -11,7 +11,7 @@ from pydantic import with_config
 from typing_extensions import TypedDict
 
 from qtarget import files
-from qtarget.errors import ConfigError, StorageError
+from qtarget.errors import StorageError, raise_together
 from qtarget.targets.objective import Objective
 
 FILE = "qtarget.json"
@@ -130,8 +130,7 @@ def differences(folder: str | Path, settings: dict[str, Any], partly: bool = Fal
 
 def check(folder: str | Path, settings: dict[str, Any]) -> None:
     """Raise ConfigError with every difference."""
-    if faults := differences(folder, settings):
-        raise ConfigError(faults)
+    raise_together(differences(folder, settings))
 
 
 def _shown(value: Any) -> str:

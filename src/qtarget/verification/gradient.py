@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qtarget.data.columns import columns_of
-from qtarget.verification import formulas
+from qtarget.targets.presets import printed_loss
 from qtarget.verification.check import FAIL, Check, Finding, not_applicable, within, worst
 from qtarget.verification.expected import Oracle, at
 from qtarget.verification.subject import Subject, distance, relative
@@ -44,15 +44,17 @@ def published(subject: Subject) -> Finding:
     """The engine's gradient against autograd of each objective's printed loss."""
     sample, oracle = subject.sample, Oracle(subject)
     others, columns = oracle.sampled
-    errors = {}
+    errors, without = {}, []
     for chosen, target in oracle.of_target():
-        loss = formulas.of(target)
+        loss = printed_loss(target)
         if loss is None:
+            without.append(f"{target} has no printed loss")
             continue
         on = chosen.to(subject.device)
         labels = sample.labels[chosen].to(subject.device)
         logits = oracle.sampled_logits[on].clone().requires_grad_()
-        given = {**at(others, chosen), **at(columns, chosen), "vocab": subject.vocab}
+        models = {f"{name}_logits": z for name, z in at(others, chosen).items()}
+        given = {**models, **at(columns, chosen), "vocab_size": subject.vocab}
         with torch.enable_grad():
             (g,) = torch.autograd.grad(loss(logits, labels, given).sum(), logits)
         wanted = oracle.to_hidden(logits.detach(), g)
@@ -60,9 +62,10 @@ def published(subject: Subject) -> Finding:
         got, _ = subject.engine(sample.hidden[on], labels, target, subject.heads_at(chosen), read)
         errors[str(target)] = relative(got, wanted)
     if not errors:
-        return not_applicable("the target is composed and has no printed formula")
+        return not_applicable("; ".join(without))
     error = errors[worst(errors)]
-    return within(error, subject.rounding, f"{', '.join(errors)}: relative error {error:.1e}", **errors)
+    told = "; ".join([f"{', '.join(errors)}: relative error {error:.1e}", *without])
+    return within(error, subject.rounding, told, **errors)
 
 
 def step(subject: Subject) -> Finding:

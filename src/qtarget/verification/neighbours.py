@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def of(target: Target, padded: bool = False) -> Iterator[Neighbour]:
     """
     build, own, name = presets.build, target.hyperparameters, target.name
     sft, dft = build("sft"), build("dft")
-    yield Neighbour("share 0 is sft", target.with_share(0), sft)
+    yield Neighbour("share 0 is sft", replace(target, share=0), sft)
 
     def at_value(key: str, value: float, neighbour: Target | None) -> Neighbour:
         number = f"{value:g}"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qtarget.losses import Head, TopK, linear_target_loss
 from qtarget.models.forward import HeadTransform, LossCall, head_parameters
-from qtarget.targets import Target
+from qtarget.targets import Target, presets
 from qtarget.teachers.agreement.measure import evenly_spaced
 from qtarget.verification import peak
 
@@ -104,7 +104,7 @@ class Subject:
         """The run's targets, one per data source; plain SFT last where the end token is taught by its label alone."""
         trainer = self.trainer
         made = trainer.objective.at(trainer.state.global_step, trainer.state.max_steps)
-        return [*made, Target(trust=1.0).named("sft", {})] if trainer.label_only_token is not None else list(made)
+        return [*made, presets.build("sft")] if trainer.label_only_token is not None else list(made)
 
     @property
     def requires(self) -> frozenset[str]:

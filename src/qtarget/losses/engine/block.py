@@ -20,7 +20,7 @@ from qtarget.losses.engine.tempered import add_difference
 from qtarget.losses.engine.top_k import Outside, add_kept, cheap_rows, dense, sums
 from qtarget.losses.output import simplex_tolerance
 from qtarget.targets import Target, TokenStats
-from qtarget.targets.residual import Pool
+from qtarget.targets.residual import Residual
 
 # A probability from which a logarithm is read off: below it, the rounding of its exponent shows.
 _READABLE = 1e-12
@@ -53,9 +53,9 @@ class RowMath:
         if self.softcap is not None and self.gradient:
             capped = self.scratch.get("capped", *z.shape)
             torch.mul(z, 1 / self.softcap, out=capped).square_().neg_().add_(1)
-        kept = cheap_rows([pool for _, pool in self.target.residual_terms], rows)
+        kept = cheap_rows([term.pool for term in self.target.residual_terms], rows)
         student, outside = self._student(z, labels, kept)
-        masses = [self._offset_mass(pool, rows, student) for _, pool in self.target.residual_terms[:1]]
+        masses = [self._offset_mass(term.pool, rows, student) for term in self.target.residual_terms[:1]]
         a, b, label_loss = self._weights(rows, student, masses)
         statistics = label_statistics(student.log_p_y, student.entropy, student.is_top1, a, b)
         if not b:
@@ -63,7 +63,7 @@ class RowMath:
             self._student_gradient(z, labels, student, a, statistics)
         elif (c := self.target.tempered) is not None:  # b is T times a weight, and the value T² KL times it
             kl = self._tempered(rows, student, a, b[0], c, statistics)
-            loss = label_loss + self.target.residual_terms[0][0] * b[0] * kl
+            loss = label_loss + self.target.residual_terms[0].factor * b[0] * kl
         else:
             terms = self._add_residuals(rows, student, outside, a, b, statistics)
             values = [term.kl if self.target.value == "kl" else term.ce for term in terms]
@@ -170,7 +170,7 @@ class RowMath:
     ) -> list[Term]:
         """Write g = a (p − δ) + Σ b (p − R) over the logits, term by term."""
         z, y = rows.z, rows.labels[:, None]
-        pools = [pool for _, pool in self.target.residual_terms]
+        pools = [term.pool for term in self.target.residual_terms]
         g = z if len(pools) == 1 else self.scratch.get("g", *z.shape)
         at_label = -a * student.rest_mass
         terms = []
@@ -216,7 +216,7 @@ class RowMath:
     def _add_dense(
         self,
         j: int,
-        pool: Pool,
+        pool: Residual,
         rows: Rows,
         student: Student,
         weight: Tensor,
@@ -235,7 +235,8 @@ class RowMath:
         factor = self._pool_shift(pool, rows, student, shift)
         z_covered = z[:, :covered]
         torch.add(z_covered, shift, alpha=factor, out=R)
-        if pool.student == 0:  # the other models' logits themselves, not their difference to the student added back
+        if pool.coefficient("student") == 0:
+            # The other models' logits themselves, not their difference to the student added back.
             self._pooled(pool, rows, student, R)
         torch.softmax(R, -1, out=R)
         lse_shift = self._lse_shift(R, shift, factor, rows, student)
@@ -272,7 +273,7 @@ class RowMath:
         """Write g of distillation at a temperature over the logits. Returns KL(R ‖ B) of the tempered two."""
         z = rows.z
         pooled = self.scratch.get("work", z.shape[0], min(self.support))
-        self._pooled(self.target.residual_terms[0][1], rows, student, pooled)
+        self._pooled(self.target.residual_terms[0].pool, rows, student, pooled)
         found = add_difference(z, pooled, z, c, rows.labels, student, a, b, self.scratch)
         z.scatter_(1, rows.labels[:, None], (-a * student.rest_mass + b * found.at_label)[:, None])
         self._gradient_statistics(z, student, a, [b, -b], None, statistics)
@@ -295,14 +296,14 @@ class RowMath:
             lse_shift[at] = factor * shift[at].gather(1, at_top) + (z_top - top.log())
         return lse_shift
 
-    def _pool_shift(self, pool: Pool, rows: Rows, student: Student, out: Tensor) -> float:
+    def _pool_shift(self, pool: Residual, rows: Rows, student: Student, out: Tensor) -> float:
         """Pooled logits minus the student's, up to the factor returned.
 
         Formed from differences, so that a teacher near the student loses no digits.
         """
         z = rows.z[:, : out.shape[1]]
-        others = {name: c for name, c in pool.terms.items() if name != "student"}
-        excess = pool.student + sum(others.values()) - 1
+        others = {name: c for name, c in pool.nonzero.items() if name != "student"}
+        excess = pool.coefficient("student") + sum(others.values()) - 1
         if len(others) == 1 and abs(excess) < 1e-12 and pool.offset_slope is None:
             ((name, coefficient),) = others.items()
             logits = self._dense(rows, student, name, self.scratch.get(f"dense_{name}", *rows.z.shape))
@@ -325,10 +326,10 @@ class RowMath:
             out.add_(self._offset(pool, rows))
         return 1.0
 
-    def _pooled(self, pool: Pool, rows: Rows, student: Student, out: Tensor) -> None:
+    def _pooled(self, pool: Residual, rows: Rows, student: Student, out: Tensor) -> None:
         """Pooled logits of a pool without the student, exactly as its models give them."""
         out.zero_()
-        for name, coefficient in pool.terms.items():
+        for name, coefficient in pool.nonzero.items():
             logits = self._dense(rows, student, name, self.scratch.get(f"dense_{name}", *rows.z.shape))
             out.add_(logits[:, : out.shape[1]], alpha=coefficient)
 
@@ -341,15 +342,15 @@ class RowMath:
 
     # -- values --------------------------------------------------------------------------------------------------
 
-    def _offset(self, pool: Pool, rows: Rows) -> Tensor:
+    def _offset(self, pool: Residual, rows: Rows) -> Tensor:
         assert pool.offset_slope is not None
         z_y = rows.z.gather(1, rows.labels[:, None])
         return F.logsigmoid(pool.offset_slope * (rows.z - z_y))
 
-    def _offset_mass(self, pool: Pool, rows: Rows, student: Student) -> Tensor:
+    def _offset_mass(self, pool: Residual, rows: Rows, student: Student) -> Tensor:
         if pool.offset_slope is None:
             return torch.ones_like(student.p_y)
-        pooled = rows.z * pool.student
+        pooled = rows.z * pool.coefficient("student")
         return ((pooled + self._offset(pool, rows)).logsumexp(-1) - pooled.logsumexp(-1)).exp()
 
     def _ce_q(self, student: Student, terms: list[Term], a: Tensor, b: list[Tensor]) -> Tensor:

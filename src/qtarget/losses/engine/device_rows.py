@@ -221,7 +221,7 @@ class DeviceRows:
     def _residual_value(self, entropy: Tensor, found: dict[str, Tensor]) -> Tensor:
         """The residual's published value for a weight of one; see ``Target.value``. CE(R, p) = H(p) + Σ (B − R) log p."""
         if self.target.value == "tempered_kl":
-            return self.target.residual_terms[0][0] * found["kl"]
+            return self.target.residual_terms[0].factor * found["kl"]
         return found["kl"] if self.target.value == "kl" else found["cross"] + entropy
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qtarget.targets import Target
-from qtarget.targets.residual import Pool
+from qtarget.targets.residual import Residual
 
 # A logit that is not there. Finite: 0 · (−inf) would be NaN and need a branch in every sum.
 NEVER = -1.0e30
@@ -64,7 +64,7 @@ class RowPlan:
     c_b: float = 1.0
     slope: float | None = None
     other: str | None = None
-    pool: Pool | None = None
+    pool: Residual | None = None
 
     @property
     def is_pair(self) -> bool:
@@ -77,12 +77,13 @@ class RowPlan:
         terms = target.residual_terms
         if not terms:
             return RowPlan()
-        pool = terms[0][1]
+        pool = terms[0].pool
         c_b = target.tempered if len(terms) == 2 else 1.0
         names = sorted(pool.requires)
         if c_b is None or len(terms) > 2 or len(names) > 1:
             return None
-        if pool.offset_slope is not None and (names or pool.student <= 0):
+        if pool.offset_slope is not None and (names or pool.coefficient("student") <= 0):
             return None
         other = names[0] if names else None
-        return RowPlan(pool.student, pool.terms.get(other, 0.0) if other else 0.0, c_b, pool.offset_slope, other, pool)
+        c_o = pool.coefficient(other) if other else 0.0
+        return RowPlan(pool.coefficient("student"), c_o, c_b, pool.offset_slope, other, pool)

@@ -15,7 +15,7 @@ from torch import Tensor
 from qtarget.losses.engine.buffers import Rows, Scratch, Student, Term, TopKRows
 from qtarget.losses.engine.row_functions import derived, kl_terms
 from qtarget.losses.engine.row_plan import NEVER, TABLE
-from qtarget.targets.residual import Pool
+from qtarget.targets.residual import Residual
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Outside:
     padded: Tensor
 
 
-def cheap_rows(pools: list[Pool], rows: Rows) -> TopKRows | None:
+def cheap_rows(pools: list[Residual], rows: Rows) -> TopKRows | None:
     """The top-k distribution that some residual follows without a dense row: its tail and the pool are ∝ p outside."""
     for pool in pools:
         sources = [rows.aux[name] for name in pool.requires]
@@ -84,7 +84,7 @@ def sums(p: Tensor, z: Tensor, y: Tensor, p_y: Tensor, kept: TopKRows | None, re
 
 def add_kept(
     outside: Outside,
-    pool: Pool,
+    pool: Residual,
     rows: Rows,
     student: Student,
     weight: Tensor,
@@ -99,7 +99,7 @@ def add_kept(
     kept, z = outside.kept, rows.z
     rest = outside.mass.squeeze(1) * student.inv
     rest_nll = student.lse * rest - student.inv * outside.dot.squeeze(1)
-    (power,) = (c for name, c in pool.terms.items() if name != "student")
+    (power,) = (c for name, c in pool.nonzero.items() if name != "student")
     log_p_rk = student.log_p(z, kept.ids)
     p_rk = log_p_rk.exp()
     rest_log = rest.log()

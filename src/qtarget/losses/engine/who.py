@@ -14,7 +14,7 @@ from qtarget.losses.engine.passes import FunctionPasses, Passes, TritonPasses
 from qtarget.losses.engine.row_plan import RowPlan
 from qtarget.losses.heads import Head
 from qtarget.targets import Target
-from qtarget.targets.residual import Pool
+from qtarget.targets.residual import Residual
 
 logger = logging.getLogger(__name__)
 _told: set[str] = set()
@@ -59,10 +59,11 @@ def computes(call: EngineCall, target: Target, place: Place) -> RowMath | Device
 
 def computes_in_torch(call: EngineCall, target: Target, place: Place) -> RowMath:
     """Blocks in place, which every target and every device has."""
+    pools = [term.pool for term in target.residual_terms]
     return RowMath(
         target=target,
         vocab_size=call.vocab_size,
-        support=tuple(_support(call, pool, place.width) for _, pool in target.residual_terms),
+        support=tuple(_support(call, pool, place.width) for pool in pools),
         gradient=place.gradient,
         with_kl=call.with_kl,
         softcap=call.logit_softcap,
@@ -77,7 +78,7 @@ def tell(sentence: str) -> None:
         logger.warning(sentence)
 
 
-def _support(call: EngineCall, pool: Pool, width: int) -> int:
+def _support(call: EngineCall, pool: Residual, width: int) -> int:
     """Columns a residual covers: all of the head for a student-only pool, else the real vocabulary all models share."""
     if pool.is_student_only:
         return width

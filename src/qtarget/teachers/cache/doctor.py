@@ -214,7 +214,7 @@ def _chunk(
         live_q, live_loss, _ = _taught(log_p, y, target, log_t)
         pull = log_p.exp() - live_q
         of_live = _square(pull), _square(pull @ weight)
-        bounded = all(pool.keeps_student_shape for _, pool in target.residual_terms)
+        bounded = all(term.pool.keeps_student_shape for term in target.residual_terms)
         for tail in TAILS:
             q, loss, trust = _taught(log_p, y, target, log_c[tail])
             off = q - live_q

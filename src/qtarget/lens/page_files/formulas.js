@@ -1,5 +1,5 @@
 // What a target does to a token, from the kept ids alone: replay.py in JavaScript, with its bounds for the tails.
-// Pure functions of the record; nothing here knows of the page.
+// Pure functions of the record and a target of targets.js; nothing here knows of the page.
 
 const sigmoid = (x) => 1 / (1 + Math.exp(-x));
 /** x · y with 0 · ∞ = 0: nothing outside, whatever its exponent. */
@@ -8,15 +8,15 @@ const times = (x, y) => (y === 0 ? 0 : x * y);
 /** Room for one token's working; `q` and `R` are read by the bars. */
 function scratchFor(D) {
   const wide = () => new Float64Array(D.widest);
-  return { x: wide(), q: wide(), R: wide(), tail: new Float64Array(3), qTail: 0, RTail: 0, mass: 0 };
+  return { x: wide(), q: wide(), R: wide(), tail: new Float64Array(3), qTail: 0, RTail: 0, mass: 0, a: 0, b: 0, unsure: 0 };
 }
 
 /** What a pool's exponentials sum to outside the ids, into out: [shown, at least, at most]. */
-function tailOf(D, pool, i, out) {
+function tailOf(D, pool, slope, i, out) {
   const n = D.outside[i];
-  if (pool.slope !== undefined) {
-    tailOf(D, { student: pool.student }, i, out);
-    const [middle, cap] = tailOffsets(D, pool.slope, i);
+  if (slope !== null) {
+    tailOf(D, pool, null, i, out);
+    const [middle, cap] = tailOffsets(D, slope, i);
     out[0] *= middle;
     out[1] = 0;
     out[2] *= cap;
@@ -66,7 +66,7 @@ function tailOffsets(D, slope, i) {
 }
 
 /** Exponentials of the pool's scores at the ids into x; returns [their sum, the shift taken off the scores]. */
-function exponentials(D, pool, tables, i, x) {
+function exponentials(D, tables, slope, i, x) {
   const from = D.start[i];
   const count = D.start[i + 1] - from;
   let sum = 0;
@@ -76,16 +76,17 @@ function exponentials(D, pool, tables, i, x) {
   } else if (tables.length === 2) {
     const [{ codes, table }, { codes: others, table: second }] = tables;
     for (let k = 0; k < count; k++) sum += x[k] = table[codes[from + k]] * second[others[from + k]];
-  } else {
-    x.fill(1, 0, count); // no model: uniform
+  } else if (tables.length === 0) {
+    x.fill(1, 0, count); // uniform
     sum = count;
   }
+  // Three models, and what leaves the numbers' range, go the slower way.
   let shift = 0;
   if (!(sum > 1e-280 && sum < 1e280)) [sum, shift] = shifted(D, tables, from, count, x);
-  if (pool.slope !== undefined) {
+  if (slope !== null) {
     sum = 0;
     for (let k = 0; k < count; k++) {
-      sum += x[k] *= sigmoid(pool.slope * (D.value[D.codes.student[from + k]] - D.logPY[i]));
+      sum += x[k] *= sigmoid(slope * (D.value[D.codes.student[from + k]] - D.logPY[i]));
     }
   }
   return [sum, shift];
@@ -104,16 +105,17 @@ function shifted(D, tables, from, count, x) {
   return [sum, largest];
 }
 
-/** GEM's logsigmoid: Σ q w of the sharpened student, and by what share of itself it is unsure. */
-function offsetMass(D, { pool, whole }, tables, i, s) {
-  const [all, shift] = exponentials(D, pool, tables, i, s.x);
-  const [inside] = exponentials(D, whole, tables, i, s.x);
-  tailOf(D, pool, i, s.tail);
+/** The mass Σ q w of a residual with an offset; by what share of itself it is unsure goes into s.unsure. */
+function offsetMass(D, { pool, slope, tables }, i, s) {
+  const [all, shift] = exponentials(D, tables, null, i, s.x);
+  const [inside] = exponentials(D, tables, slope, i, s.x);
+  tailOf(D, pool, null, i, s.tail);
   const [shown, low, high] = s.tail.map((mass) => times(Math.exp(-shift), mass));
-  const [middle, cap] = tailOffsets(D, whole.slope, i);
+  const [middle, cap] = tailOffsets(D, slope, i);
   const mass = (inside + middle * shown) / (all + shown);
   const most = Math.max((inside + cap * low) / (all + low), (inside + cap * high) / (all + high));
-  return [mass, Math.max(most - mass, mass - inside / (all + high)) / mass];
+  s.unsure = Math.max(most - mass, mass - inside / (all + high)) / mass;
+  return mass;
 }
 
 /**
@@ -121,19 +123,11 @@ function offsetMass(D, { pool, whole }, tables, i, s) {
  * the scratch `s`.
  */
 function replay(D, target, from, to, out, s) {
-  const { trust, rest, terms, tables } = target;
+  const { terms } = target;
   const codes = D.codes.student;
   for (let i = from; i < to; i++) {
-    let a;
-    let b;
-    let unsure = 0;
-    if (target.offset) {
-      [a, unsure] = offsetMass(D, target.offset, tables[0], i, s);
-      b = a;
-    } else {
-      a = trust(i);
-      b = typeof rest === 'number' ? rest : rest(i);
-    }
+    target.weigh(i, s);
+    const { a, b, unsure } = s;
     out.trust[i] = a;
     if (terms.length === 0) {
       byLabelAlone(D, i, a, out, s);
@@ -156,17 +150,11 @@ function replay(D, target, from, to, out, s) {
     let parts = Math.abs(a);
     let error = 0;
     let most = Math.abs(a) * pTail;
-    for (let j = 0; j < terms.length; j++) {
-      const weight = terms[j].factor * b;
-      const [sum, shift] = exponentials(D, terms[j].pool, tables[j], i, x);
-      tailOf(D, terms[j].pool, i, s.tail);
-      let [shown, low, high] = s.tail;
-      if (shift !== 0) {
-        const scale = Math.exp(-shift);
-        shown = times(scale, shown);
-        low = times(scale, low);
-        high = times(scale, high);
-      }
+    for (const { factor, pool, slope, tables } of terms) {
+      const weight = factor * b;
+      const [sum, shift] = exponentials(D, tables, slope, i, x);
+      tailOf(D, pool, slope, i, s.tail);
+      const [shown, low, high] = shift === 0 ? s.tail : s.tail.map((mass) => times(Math.exp(-shift), mass));
       const here = shown === Infinity ? 1 : shown / (sum + shown);
       const least = low === Infinity ? 1 : low / (sum + low);
       const cap = high === Infinity ? 1 : high / (sum + high);

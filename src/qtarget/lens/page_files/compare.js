@@ -12,7 +12,7 @@ const COLUMNS = [
 
 /** Draws the table and fills it method by method; resolves when all are there. */
 async function compareView(D) {
-  const lines = D.presets.map((preset) => ({ name: preset.name, hyper: startOf(D, preset.name), row: el('tr') }));
+  const lines = D.targets.map(({ name, own }) => ({ name, own, hyper: startOf(D, name), row: el('tr') }));
   const said = el('p', { class: 'note', id: 'compare-said', 'aria-live': 'polite' });
   const notes = el('div');
   const heads = ['objective', ...COLUMNS.map(([text]) => text)];
@@ -24,7 +24,7 @@ async function compareView(D) {
       el(
         'table',
         { class: 'compare' },
-        el('caption', { class: 'unseen', text: 'Each objective at its default parameters, over all tokens' }),
+        el('caption', { class: 'unseen', text: 'Each objective over all tokens' }),
         el('thead', {}, el('tr', {}, ...heads.map((text) => el('th', { scope: 'col', text })))),
         el('tbody', {}, ...lines.map(({ row }) => row)),
       ),
@@ -33,18 +33,18 @@ async function compareView(D) {
     el('p', {
       class: 'note',
       text:
-        'At default parameters. “Rate” is the learning rate, relative to sft’s, at which plain SGD would move as much; Adam ' +
+        'At default parameters, a run’s own target at the run’s. “Rate” is the learning rate, relative to sft’s, at which plain SGD would move as much; Adam ' +
         'rescales by itself, so read it as a first guess. “90 % on” is the share of tokens that carry 90 % of the update.',
     }),
   );
-  for (const { name, row } of lines) row.append(el('th', { scope: 'row', text: name }));
+  for (const { name, own, row } of lines) row.append(el('th', { scope: 'row', text: own ? `${name}, ${own}` : name }));
   const out = figuresFor(D);
   const results = {};
   for (const [done, { name, hyper, row }] of lines.entries()) {
     said.textContent = `Summing ${name}, ${done} of ${lines.length} done`;
-    const lacks = lacking(D, name, hyper);
-    if (lacks.length) {
-      row.append(el('td', { class: 'muted', colspan: COLUMNS.length, text: `no ${lacks.join(' and no ')} captured` }));
+    const why = hindrance(D, name, hyper);
+    if (why) {
+      row.append(el('td', { class: 'muted', colspan: COLUMNS.length, text: why }));
       continue;
     }
     await idle();

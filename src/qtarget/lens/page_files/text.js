@@ -146,14 +146,14 @@ function paintText(D, state) {
     }
     list.setAttribute('aria-activedescendant', `t-${o.key}-${state.token}`);
     const named = whole.querySelector('.pane-name');
-    if (named) named.textContent = nameOf(o);
+    if (named) named.textContent = nameOf(D, o);
   }
 }
 
 /** "target-sft, eta 0.5" */
-function nameOf(o) {
-  const shown = Object.entries(o.hyper).filter(([name]) => isShown(o, name) && o.hyper[name] !== null);
-  return [o.name, ...shown.map(([name, value]) => `${name} ${value}`)].join(', ');
+function nameOf(D, o) {
+  const shown = shownParameters(D, o).filter((name) => o.hyper[name] !== null);
+  return [o.name, ...shown.map((name) => `${name} ${o.hyper[name]}`)].join(', ');
 }
 
 /** Scrolls the chosen token to the middle of its pane if it is out of view, without moving the page. */

@@ -25,12 +25,7 @@ function tokenFigures(D, target, i) {
   const count = D.start[i + 1] - D.start[i];
   const has = s.mass !== 0;
   return {
-    trust: out.trust[i],
-    mass: s.mass,
-    update: out.update[i],
-    updateError: out.updateError[i],
-    qError: out.qError[i],
-    off: out.off[i],
+    ...Object.fromEntries(Object.entries(out).map(([name, values]) => [name, values[i]])),
     q: s.q.slice(0, count),
     qTail: s.qTail,
     residual: has ? s.R.slice(0, count).map((x) => x / s.mass) : null,

@@ -19,11 +19,16 @@ function furthest(row) {
 
 const objective = (key, name) => ({ key, name, hyper: startOf(D, name), figures: figuresFor(D), target: null, summary: null, stop: () => {} });
 
+// The run's own target comes first, then sft beside it.
+const own = D.targets.filter((entry) => entry.own && !hindrance(D, entry.name, startOf(D, entry.name))).map(({ name }) => name);
+const usual = [D.codes.teacher ? 'target-sft' : 'dft', 'sft'];
+const [first, second] = [...own, ...(own.length ? usual.reverse() : usual).filter((name) => !own.includes(name))];
+
 const state = {
   ...start(),
   colour: 'trust',
-  A: objective('A', D.codes.teacher ? 'target-sft' : 'dft'),
-  B: objective('B', 'sft'),
+  A: objective('A', first),
+  B: objective('B', second),
   panes: [],
   map: null,
 };
@@ -120,7 +125,17 @@ function themeButton() {
   say();
 }
 
+/** Targets of the run, or of somebody's own, that the page cannot show, with the reason. */
+function drawMissing() {
+  const missing = D.targets
+    .filter(({ own, reason }) => own || reason)
+    .map(({ name }) => [name, hindrance(D, name, startOf(D, name))])
+    .filter(([, why]) => why);
+  byId('missing').replaceChildren(...missing.map(([name, why]) => el('p', { class: 'unreliable', text: `${name} is not shown: ${why}.` })));
+}
+
 drawHead();
+drawMissing();
 themeButton();
 for (const o of [state.A, state.B]) {
   objectiveCard(D, o, changed);
@@ -144,4 +159,4 @@ const ready = new Promise((resolve) => {
 });
 
 // For the tests, and for the curious: the formulas, the record and the state, from the console.
-globalThis.lens = { D, state, actions, ready, buildTarget, defaultsOf, figuresFor, lacking, replay, scratchFor, summarise, tokenFigures, visible };
+globalThis.lens = { D, state, actions, ready, buildTarget, figuresFor, hindrance, POOLS, RULES, replay, scratchFor, startOf, summarise, tokenFigures, visible };

@@ -34,29 +34,26 @@ function codeValues({ offset, end }) {
  * `codes[model]` stand beside them. `tail[model]` is the mass outside, `floor[model]` the log-probability none exceeds.
  */
 function readRecord(block) {
-  const Ids = block.wide ? Uint32Array : Uint16Array;
-  const t = block.tokens;
+  const { tokens: t, rows, code, wide, ...rest } = block; // what is packed is not held twice
+  const Ids = wide ? Uint32Array : Uint16Array;
   const numbers = {};
   for (const [name, text] of Object.entries(t.numbers)) numbers[name] = unpack(text, Float32Array);
   const models = ['student', ...block.others];
   const each = (make) => Object.fromEntries(models.map((name) => [name, make(name)]));
   const count = unpack(t.count, Uint16Array);
   const n = count.length;
-  const value = codeValues(block.code);
+  const value = codeValues(code);
   const logTail = each((name) => unpack(t.tail[name], Float32Array));
   const outside = Float64Array.from(count, (c) => block.vocabSize - c);
   const pY = Float64Array.from(numbers.log_p_y, Math.exp);
   const row = unpack(t.row, Uint32Array);
-  const length = unpack(block.rows.length, Uint32Array);
+  const length = unpack(rows.length, Uint32Array);
   const perRow = new Uint32Array(length.length);
   for (let i = 0; i < n; i++) perRow[row[i]]++;
   const D = {
+    ...rest,
     n,
     models,
-    others: block.others,
-    vocabSize: block.vocabSize,
-    topK: block.topK,
-    widest: block.widest,
     numbers,
     logPY: numbers.log_p_y,
     pY,
@@ -76,20 +73,13 @@ function readRecord(block) {
     position: unpack(t.position, Uint32Array),
     firstOfRow: starts(perRow),
     rows: {
-      number: block.rows.number,
+      number: rows.number,
       length,
       start: starts(length),
-      ids: unpack(block.rows.ids, Ids),
-      supervised: unpack(block.rows.supervised, Uint8Array),
+      ids: unpack(rows.ids, Ids),
+      supervised: unpack(rows.supervised, Uint8Array),
     },
-    vocab: block.vocab,
     special: new Set(block.special),
-    ends: block.ends,
-    about: block.about,
-    history: block.history,
-    presets: block.presets,
-    capturedRows: block.capturedRows,
-    dropped: block.dropped,
   };
   D.disagreement = disagreement(D);
   return D;

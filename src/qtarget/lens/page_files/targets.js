@@ -1,0 +1,162 @@
+// Trust rules and residuals under their names in targets/, and the targets that are made of them.
+//
+// A target is {weigh(i, s), terms, notes}: weigh puts the weights of label and residual of token i into s.a and s.b, and by
+// what share of themselves they are unsure into s.unsure. terms are [{factor, pool, slope, tables}]: a pool holds the
+// coefficients of the models' logits, slope that of an elementwise offset.
+
+// name → (D, parameters, target) → {trust(i, s), rest}: rest is the residual's weight, 1 − trust where it is not there.
+const RULES = {
+  constant: (D, { value }) => ({ trust: () => value, rest: 1 - value }),
+  probability: (D) => ({ trust: (i) => D.pY[i], rest: (i) => D.rest[i] }),
+  probability_power: (D, { alpha }) => ({ trust: (i) => Math.exp(alpha * D.logPY[i]) }),
+  probability_threshold: (D, { tau, direction, tau_low: low, tau_high: high }, { notes }) => {
+    if (direction === 'middle' && high <= low) notes.push('tau_high is not above tau_low: no token is kept');
+    const kept = { higher: (p) => p >= tau, lower: (p) => p < tau, middle: (p) => p >= low && p < high }[direction];
+    return { trust: (i) => (kept(D.pY[i]) ? 1 : 0) };
+  },
+  entropy: (D, { top_k: k, power, normalizer }, { notes }) => {
+    const divisor = normalizer === 'log_k' ? Math.log(k) : normalizer === 'none' ? 1 : Number(normalizer);
+    if (k > D.topK) notes.push(`top_k is ${k}, but only the ${D.topK} likeliest tokens are here; capture with --top_k ${k}`);
+    return { trust: (i) => (topKEntropy(D, i, k) / divisor) ** power };
+  },
+  trajectory_weight: (D, _, target) => ofColumn(D, 'weight', target),
+  token_mask: (D, _, target) => ofColumn(D, 'critical', target),
+  clipped_ratio: (D, { clip, clip_high: above }, { notes }) => {
+    const old = D.numbers.old_logps;
+    const high = 1 + (above ?? clip);
+    if (!old) notes.push('column old_logps was not captured and is taken as the student’s own, so r = 1');
+    const ratio = (i) => Math.exp(Math.min(20, D.logPY[i] - (old ?? D.logPY)[i])); // e^20 is far past any clip, and finite
+    return { trust: (i) => (ratio(i) < high ? ratio(i) : 0) };
+  },
+  anchored: (D, { trust, kl_weight: rest }, target) => ({ ...ruleOf(D, trust, target), rest }),
+  offset_mass: (D, _, { terms: [first] }) => ({ trust: (i, s) => (first.slope === null ? 1 : offsetMass(D, first, i, s)) }),
+  // A rule of somebody's own: its weights, computed in Python.
+  given: (D, { trust, rest, unsure }) => {
+    const [a, b, u] = [trust, rest, unsure].map((packed) => unpack(packed, Float32Array));
+    return { trust: (i) => a[i], rest: (i) => b[i], unsure: (i) => u[i] };
+  },
+};
+
+// name → parameters → coefficients of the models' logits, and perhaps an offset's slope.
+const POOLS = {
+  student: () => ({ student: 1 }),
+  uniform: () => ({}),
+  reference: () => ({ reference: 1 }),
+  teacher: ({ temperature }) => ({ teacher: 1 / temperature }),
+  guided: ({ eta, temperature }) => ({ student: 1 - eta, teacher: eta / temperature }),
+  tempered: ({ temperature }) => ({ student: 1 / temperature }),
+  sharpened: ({ beta, h }) => ({ student: 1 / beta, offset_slope: h === 'logsigmoid' ? 0.01 : null }),
+  pool: (coefficients) => coefficients,
+};
+
+/** [name, parameters] of `name` or `{name: parameters}`, with what it makes. */
+function lookUp(table, what, part) {
+  const [name, parameters] = typeof part === 'string' ? [part, {}] : Object.entries(part)[0];
+  if (!Object.hasOwn(table, name)) throw new Error(`this page does not know the ${what} ${name}`);
+  return [table[name], parameters];
+}
+
+function ruleOf(D, part, target) {
+  const [make, parameters] = lookUp(RULES, 'rule', part);
+  return make(D, parameters, target);
+}
+
+function ofColumn(D, name, { notes }) {
+  const column = D.numbers[name];
+  if (!column) notes.push(`column ${name} was not captured and is taken as 1`);
+  return { trust: column ? (i) => column[i] : () => 1 };
+}
+
+/** Entropy of the student's k likeliest, renormalised; they stand in front. */
+function topKEntropy(D, i, k) {
+  const codes = D.codes.student;
+  const end = Math.min(D.start[i + 1], D.start[i] + Math.min(k, D.topK));
+  let sum = 0;
+  let product = 0;
+  for (let at = D.start[i]; at < end; at++) {
+    const p = D.p[codes[at]];
+    sum += p;
+    product += p * D.value[codes[at]];
+  }
+  return Math.max(0, Math.log(sum) - product / sum);
+}
+
+/**
+ * The residuals of a form that have a gradient: a coefficient of zero is dropped and never multiplied, and so is the student
+ * itself, for p − R = 0.
+ */
+function termsOf(residual) {
+  return residual
+    .map((part) => {
+      const { weight: factor = 1, ...named } = typeof part === 'string' ? { [part]: {} } : part;
+      const [make, parameters] = lookUp(POOLS, 'residual', named);
+      const { offset_slope: slope = null, ...pool } = make(parameters);
+      return { factor, slope, pool: Object.fromEntries(Object.entries(pool).filter(([, c]) => c !== 0)) };
+    })
+    .filter(({ factor, slope, pool }) => factor !== 0 && (slope !== null || pool.student !== 1 || Object.keys(pool).length > 1));
+}
+
+/** A form with its numbers put in: {of: 'smoothing', times: −1, plus: 1} is 1 − smoothing. */
+function filledIn(part, hyper) {
+  if (Array.isArray(part)) return part.map((inner) => filledIn(inner, hyper));
+  if (part === null || typeof part !== 'object') return part;
+  if ('of' in part) return hyper[part.of] === null ? null : part.plus + part.times * hyper[part.of];
+  return Object.fromEntries(Object.entries(part).map(([key, inner]) => [key, filledIn(inner, hyper)]));
+}
+
+const entryOf = (D, name) => D.targets.find((entry) => entry.name === name);
+
+/** The composition of an entry at the choices made. */
+const formOf = (entry, hyper) =>
+  entry.forms.find(({ when }) => Object.entries(when).every(([name, value]) => String(value) === String(hyper[name])));
+
+/** Where the controls of an entry start; null: it follows another one. */
+const startOf = (D, name) => Object.fromEntries(Object.entries(entryOf(D, name).parameters).map(([key, { start }]) => [key, start]));
+
+function buildTarget(D, name, hyper) {
+  const entry = entryOf(D, name);
+  const { trust, residual, scale = null, share = 1 } = filledIn(formOf(entry, hyper), hyper);
+  const target = { name, hyper, notes: [...(entry.notes ?? [])], terms: termsOf(residual) };
+  const rule = ruleOf(D, trust, target);
+  const by = scale === null ? null : ruleOf(D, scale, target).trust;
+  if (rule.rest === 0 || share === 0) target.terms = [];
+  const rest = typeof rule.rest === 'number' ? () => rule.rest : rule.rest;
+  target.weigh = (i, s) => {
+    s.unsure = rule.unsure ? rule.unsure(i) : 0; // an offset's mass says its own
+    s.a = rule.trust(i, s);
+    s.b = rest ? rest(i, s) : 1 - s.a;
+    if (by) {
+      const times = by(i, s);
+      s.a *= times;
+      s.b *= times;
+    }
+    s.a = share * s.a + (1 - share);
+    s.b *= share;
+  };
+  for (const term of target.terms) term.tables = tablesOf(D, term.pool);
+  return target;
+}
+
+/** Why the page cannot show an entry, by the values of its parameters; '' where it can. */
+function hindrance(D, name, hyper) {
+  const { reason } = entryOf(D, name);
+  if (reason) return reason;
+  try {
+    const { terms } = buildTarget(D, name, hyper);
+    const lacks = ['teacher', 'reference'].filter((model) => !D.codes[model] && terms.some(({ pool }) => model in pool));
+    return lacks.length ? `no ${lacks.join(' and no ')} captured` : '';
+  } catch (error) {
+    return error.message;
+  }
+}
+
+/** exp(c · log p) of every code, for each model of a pool: an exponential an id becomes a look-up. */
+function tablesOf(D, pool) {
+  return D.models
+    .filter((model) => model in pool)
+    .map((model) => ({
+      codes: D.codes[model],
+      c: pool[model],
+      table: pool[model] === 1 ? D.p : D.value.map((x) => Math.exp(pool[model] * x)),
+    }));
+}

@@ -1,0 +1,138 @@
+"""The targets of a page as trust rules and residuals: a new preset needs no JavaScript.
+
+    {name, own, formula, summary, source, notes, parameters: {eta: {start, text, min, max, step}}, forms: [form]}
+    form     {when: {h: "linear"}, sliders: ["beta"], trust, residual, scale, share}, written as YAML has a target
+    or       {name, own, reason}: why it is not on the page
+
+A rule of somebody's own is evaluated here, and the page gets its weights token by token.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from qtarget.errors import reason
+from qtarget.lens import sliders
+from qtarget.lens.record import Record
+from qtarget.lens.replay import Replay
+from qtarget.targets import Target, presets
+from qtarget.targets.objective import Objective
+from qtarget.targets.yaml_form import names_code
+
+Entry = dict[str, Any]
+
+
+def packed(values: Any, dtype: str) -> str:
+    """Numbers as the page's unpack reads them."""
+    return base64.b64encode(np.asarray(values).astype(f"<{dtype}").tobytes()).decode()
+
+
+def recorded(objective: Objective) -> dict[str, Any]:
+    """Lines of a capture's manifest: the run's target, and where a page would have to run code for it, its parts."""
+    held = {}
+    for source, target in objective.targets.items():
+        config = target.final.to_config()
+        name = f"{target}" if source is None else f"{source}: {target}"
+        held[name] = sliders.composed(target.final) if names_code(config) else config
+    whole = objective.to_config()
+    return {"target": whole} | ({} if [*held.values()] == [whole] else {"run_targets": held})
+
+
+def of_run(record: Record) -> dict[str, Target | str]:
+    """The captured run's targets by name, or why one is not known. A capture may be somebody else's: no code is run."""
+    held, config = record.manifest.get("run_targets"), record.manifest.get("target")
+    if not isinstance(held, dict):
+        held = {} if config is None else {str(config): config}
+    found: dict[str, Target | str] = {}
+    for name, written in held.items():
+        if names_code(written):
+            found[name] = f"{_code(written)} is code, which is not run from a capture; name the target with --target"
+            continue
+        try:
+            target = Target.from_config(written)
+        except ValueError as error:
+            found[name] = f"{reason(error)}; capture again"
+        else:
+            found[str(target) if name == str(written) else name] = target
+    return found
+
+
+def listed(record: Record, tokens: Sequence[int], asked: Target | None = None) -> list[Entry]:
+    """The run's own targets, ``asked``, whose code may be run, and every preset.
+
+    Args:
+        record: see ``record.read``. tokens: those that the page shows.
+    """
+    entry = _Entries(record, tokens)
+    own: dict[str, tuple[str, Target | str]] = {name: ("this run", target) for name, target in of_run(record).items()}
+    if asked is not None:
+        name = str(asked)
+        kind, run = own.get(name, ("asked for", ""))
+        same = isinstance(run, str) or sliders.composed(run) == sliders.composed(asked)
+        own |= {name: (kind, asked)} if same else {f"{name}, asked for": ("asked for", asked)}
+    defaults = {str(target): target.name for target in map(presets.build, presets.names())}
+    entries = [
+        {"name": defaults.get(name, name), "own": kind, **entry.of(target)} for name, (kind, target) in own.items()
+    ]
+    shown = {entry["name"] for entry in entries}
+    return entries + [{"name": name, **entry.of(presets.build(name))} for name in presets.names() if name not in shown]
+
+
+class _Entries:
+    """What stands in an entry beside its name."""
+
+    def __init__(self, record: Record, tokens: Sequence[int]):
+        self.record, self.tokens = record, tokens
+
+    def of(self, target: Target | str) -> Entry:
+        if isinstance(target, str):
+            return {"reason": target, "parameters": {}}
+        form = sliders.composed(target)
+        code = _code(form)
+        if names_code(form["residual"]):
+            return {"reason": f"{code} has an offset that the page does not know", "parameters": {}}
+        known = target.name in presets.names()
+        preset = presets.describe(target.name) if known else presets.written_as(target.name)
+        entry: Entry = {"formula": target.formula, "summary": "", "source": "", "parameters": {}, "notes": []}
+        if preset is not None:
+            entry |= {"summary": preset.summary, "source": preset.source}
+        if code:
+            try:
+                form, notes = self._given(target, form)
+            except Exception as error:  # code of somebody else's
+                return {"reason": f"{code} failed: {reason(error)}", "parameters": {}}
+            return entry | {"forms": [form], "notes": [*notes, f"{code} was evaluated in Python and has no sliders"]}
+        if preset is None or target.share != 1:
+            form = sliders.of_parts(form, entry["parameters"])
+            return entry | {"forms": [{"when": {}, "sliders": [*entry["parameters"]], **form}]}
+        parameters, forms = sliders.of_preset(preset, target.hyperparameters)
+        numbers = {key: value for key, value in target.hyperparameters.items() if isinstance(value, (int, float))}
+        notes = [f"{key} stays at {value} on this page" for key, value in numbers.items() if key not in parameters]
+        return entry | {"parameters": parameters, "forms": forms, "notes": notes}
+
+    @cached_property
+    def _replay(self) -> Replay:
+        """Made only where it is needed, for it pads every list of the record."""
+        return Replay(self.record)
+
+    def _given(self, target: Target, form: Entry) -> tuple[Entry, list[str]]:
+        """The form with the weights of its rules in place of them, and notes on them."""
+        notes: list[str] = []
+        a, b, unsure = self._replay.weights(target, notes)
+        rest = b[0] / target.residual_terms[0].factor if b else np.zeros_like(a)
+        given = {"trust": a, "rest": rest, "unsure": unsure}
+        trust = {"given": {key: packed(values[self.tokens], "f4") for key, values in given.items()}}
+        return {"when": {}, "sliders": [], "trust": trust, "residual": form["residual"]}, notes
+
+
+def _code(config: Any) -> str:
+    """Every path of an object in a configuration."""
+    if isinstance(config, str):
+        return config if ":" in config else ""
+    parts = [*config, *config.values()] if isinstance(config, Mapping) else config if isinstance(config, list) else ()
+    return ", ".join(filter(None, map(_code, parts)))

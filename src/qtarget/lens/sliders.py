@@ -1,0 +1,188 @@
+"""Which sliders a target has on the page, and which of its numbers they move.
+
+A preset is built at values that nothing else has; a number of its form that is such a value h, 1 − h or −h becomes
+``{of: "smoothing", times: -1, plus: 1}``. The form is then checked against the preset at other values. Where the preset
+uses a hyperparameter in another way, it has no slider and stays as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qtarget.targets import Target
+from qtarget.targets.presets import Preset
+from qtarget.targets.yaml_form import names_code
+
+# What a slider covers, by the name of the hyperparameter: text, least, most, step.
+RANGES: dict[str, tuple[str, float, float, float]] = {
+    "eta": ("eta η, the teacher’s share of the residual", 0, 1, 0.01),
+    "alpha": ("alpha α, power of p_y", -1, 10, 0.1),
+    "tau": ("tau τ, threshold on p_y", 0, 1, 0.01),
+    "tau_low": ("tau_low, keep from this p_y", 0, 1, 0.01),
+    "tau_high": ("tau_high, keep below this p_y", 0, 1, 0.01),
+    "top_k": ("top_k, ids in the entropy", 2, 50, 1),
+    "power": ("power of the entropy", 0.1, 4, 0.1),
+    "kl_weight": ("kl_weight λ, weight beside the label", 0, 3, 0.01),
+    "smoothing": ("smoothing ε", 0, 1, 0.01),
+    "clip": ("clip", 0.01, 1, 0.01),
+    "clip_high": ("clip_high (as clip until moved)", 0.01, 2, 0.01),
+    "beta": ("beta β, temperature of the sharpened student", 0.1, 2, 0.05),
+    "temperature": ("temperature T", 0.25, 8, 0.05),
+    "teacher_temperature": ("teacher_temperature", 0.25, 8, 0.05),
+    "kd_weight": ("kd_weight λ, the teacher’s share", 0, 1, 0.01),
+}
+# The words a hyperparameter may be, each with the hyperparameters that then play no part.
+_CHOICES: dict[str, dict[Any, tuple[str, ...]]] = {
+    "direction": {"higher": (), "lower": (), "middle": ("tau",)},
+    "normalizer": {"log_k": (), "none": (), 3.0: ()},
+    "h": {"linear": (), "logsigmoid": ()},
+}
+# Of a default None: the number to start from, or the hyperparameter whose value it has until it is moved.
+_STARTS = {"tau_low": 0.1, "tau_high": 0.9}
+_FOLLOWS = {"clip_high": "clip"}
+_WAYS = ((1, 0), (-1, 1), (-1, 0))
+
+Values = dict[str, Any]
+
+
+def composed(target: Target) -> Values:
+    """The target as ``{trust, residual, scale, share}``, the residual a list. One of somebody's own is a pool there."""
+    config = target.to_config(composed=True)
+    assert isinstance(config, dict)
+    config.pop("value", None)  # how the loss is reported plays no part here
+    residual = config["residual"] if isinstance(config["residual"], list) else [config["residual"]]
+    for place, (factor, pool) in enumerate(target.residual):
+        if names_code(residual[place]) and pool.offset_slope is None:
+            residual[place] = {"weight": factor, "pool": pool.nonzero}
+    return config | {"residual": residual}
+
+
+def slider(name: str, value: float) -> Values:
+    """The control of a hyperparameter that stands at ``value``; of one that ``RANGES`` lacks, with a range around it."""
+    wide = (0, 1) if value == 0 else (0.01, 1) if 0 < value <= 1 else sorted((value / 10, 4 * value))
+    around = (
+        (min(1, value), 4 * value, 1) if isinstance(value, int) and value > 0 else (*wide, (wide[1] - wide[0]) / 100)
+    )
+    text, low, high, step = RANGES.get(name, (name, *around))
+    return {"text": text, "start": value, "min": min(low, value), "max": max(high, value), "step": step}
+
+
+def of_parts(part: Any, controls: Values, owner: str = "") -> Any:
+    """A composed form with a slider for every parameter of its parts that ``RANGES`` has; they go into ``controls``."""
+    if isinstance(part, list):
+        return [of_parts(inner, controls) for inner in part]
+    if not isinstance(part, Mapping):
+        return part
+    made = {}
+    for key, value in part.items():
+        if key in RANGES and isinstance(value, (int, float)) and RANGES[key][1] <= value <= RANGES[key][2]:
+            name = key if key not in controls else f"{key}_{len(controls) + 1}"
+            controls[name] = slider(key, value)
+            controls[name]["text"] += f" ({owner})"
+            made[key] = {"of": name, "times": 1, "plus": 0}
+        else:
+            made[key] = of_parts(value, controls, key)
+    return made
+
+
+def of_preset(preset: Preset, hyperparameters: Values) -> tuple[Values, list[Values]]:
+    """(controls by hyperparameter, forms), one form for each choice of the hyperparameters that are words."""
+    values = {**preset.parameters, **hyperparameters}
+    choices = {
+        name: [word for word in {**_CHOICES[name], values[name]: ()} if _accepted(preset, values | {name: word})]
+        for name in _CHOICES.keys() & values.keys()
+    }
+    choices = {name: words for name, words in choices.items() if len(words) > 1}
+    controls: Values = {name: {"start": values[name], "choices": words} for name, words in choices.items()}
+    forms = []
+    for words in itertools.product(*choices.values()):
+        when = dict(zip(choices, words, strict=True))
+        start = _accepted(preset, values | when)
+        if start is not None:  # else two choices that do not go together
+            idle = {*when, *(other for name, word in when.items() for other in _CHOICES[name].get(word, ()))}
+            form, moved = _form(preset, start, {name: start[name] for name in start if name not in idle})
+            forms.append({"when": when, "sliders": [*moved], **form})
+            controls |= moved
+    return {name: controls[name] for name in values if name in controls}, forms
+
+
+def _accepted(preset: Preset, values: Values) -> Values | None:
+    """These values as the preset takes them, a number in place of None or None; None where it takes neither."""
+    empty = {name: None for name, default in preset.parameters.items() if default is None}
+    numbers = {name: _STARTS[name] for name in empty if values[name] is None and name in _STARTS}
+    return next((v for v in (values | numbers, values | empty) if _built(preset, v) is not None), None)
+
+
+def _built(preset: Preset, values: Values) -> Target | None:
+    """The preset's target, or None where it refuses these values."""
+    try:
+        return preset.build(**values)
+    except Exception:  # a preset of somebody's own may fail as it likes
+        return None
+
+
+def _form(preset: Preset, values: Values, movable: Values) -> tuple[Values, Values]:
+    """(the form around these values, the sliders that move it), as many as the preset's use of them allows."""
+    controls: Values = {}
+    marks: Values = {}
+    for name, value in movable.items():
+        follows = _FOLLOWS.get(name) if value is None else None
+        number = values[follows] if follows else value
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            control = slider(name, number)
+            step = control["step"] if number + 4 * control["step"] <= control["max"] else -control["step"]
+            # Beside the start, which may be a special case, and not what another one or a part's own number is.
+            marks[name] = number + 3 * step if step == 1 else number + (3 + 0.1618 * (len(marks) + 1)) * step
+            controls[name] = control | ({"start": None, "follows": follows} if follows else {})
+    for chosen in (names for count in range(len(marks), 0, -1) for names in itertools.combinations(marks, count)):
+        target = _built(preset, values | {name: marks[name] for name in chosen})
+        if target is None:
+            continue
+        moving: set[str] = set()
+        form = _marked(composed(target), {name: marks[name] for name in chosen}, moving)
+        ranges = {name: (controls[name]["min"], values[name], marks[name], controls[name]["max"]) for name in chosen}
+        if moving == {*chosen} and _holds(preset, values, form, ranges):
+            return form, {name: controls[name] for name in chosen}
+    return composed(preset.build(**values)), {}
+
+
+def _marked(part: Any, marks: Mapping[str, float], moving: set[str]) -> Any:
+    """A form in which every number that comes from a mark says from which, which goes into ``moving``, and how."""
+    if isinstance(part, list):
+        return [_marked(inner, marks, moving) for inner in part]
+    if isinstance(part, Mapping):
+        return {key: _marked(inner, marks, moving) for key, inner in part.items()}
+    for (name, mark), (times, plus) in itertools.product(marks.items(), _WAYS):
+        if part == plus + times * mark:
+            moving.add(name)
+            return {"of": name, "times": times, "plus": plus}
+    return part
+
+
+def _holds(preset: Preset, values: Values, form: Values, ranges: Mapping[str, Iterable[Any]]) -> bool:
+    """Whether the form is what the preset builds, over the sliders' ranges."""
+    for point in itertools.product(*ranges.values()):
+        numbers = dict(zip(ranges, point, strict=True))
+        target = _built(preset, values | numbers)  # None as where tau_low is above tau_high
+        if target is not None and _meaning(target) != _meaning(Target.from_config(filled_in(form, numbers))):
+            return False
+    return True
+
+
+def _meaning(target: Target) -> tuple:
+    pools = [(factor, pool.nonzero, pool.offset_slope) for factor, pool in target.residual_terms]
+    return target.trust, target.scale, target.share, pools
+
+
+def filled_in(part: Any, numbers: Values) -> Any:
+    """A form with its numbers put in, as targets.js does it."""
+    if isinstance(part, list):
+        return [filled_in(inner, numbers) for inner in part]
+    if not isinstance(part, Mapping):
+        return part
+    if "of" in part:
+        number = numbers[part["of"]]
+        return None if number is None else part["plus"] + part["times"] * number
+    return {key: filled_in(inner, numbers) for key, inner in part.items()}

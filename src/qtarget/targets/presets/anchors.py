@@ -1,0 +1,136 @@
+"""Objectives that hold the student to more than the label: a reference, its old self."""
+
+from __future__ import annotations
+
+import torch
+
+from qtarget.errors import ConfigError, check_range, unknown
+from qtarget.targets import residual, trust
+from qtarget.targets.presets import printed
+from qtarget.targets.presets.entry import preset
+from qtarget.targets.presets.printed import kl_from, label_log_p, nll
+from qtarget.targets.target import Target
+
+
+def label_smoothing_loss(logits, labels, *, smoothing, vocab_size=None):
+    """(1 − ε)(−log p_y) + ε mean_v(−log p_v), the mean over the real vocabulary."""
+    log_p = logits.log_softmax(-1)
+    return (1 - smoothing) * nll(logits, labels) - smoothing * log_p[:, :vocab_size].mean(-1)
+
+
+@preset(
+    "label-smoothing",
+    formula="L = (1 − ε)(−log p_y) + ε CE(U, p);  a = 1 − ε, b = ε, R = U",
+    trusts="1 − ε",
+    rest="every token alike",
+    source="arXiv:1512.00567",
+    printed=label_smoothing_loss,
+)
+def label_smoothing(smoothing: float = 0.1) -> Target:
+    """Keep a share ε for every token alike, padded rows of the head left out (Transformers averages over them too)."""
+    check_range("smoothing", smoothing, 0, 1)
+    return Target(trust=trust.constant(1 - smoothing), residual=residual.uniform(), value="ce")
+
+
+def _beside_reference(label_loss, logits, kl_weight, reference, real):
+    if kl_weight == 0:
+        return label_loss
+    return label_loss + kl_weight * kl_from(reference, logits, real)
+
+
+def sft_kl_loss(logits, labels, *, kl_weight, direction, reference_logits=None, vocab_size=None):
+    """−log p_y + λ KL(π_ref ‖ π_θ)"""
+    return _beside_reference(nll(logits, labels), logits, kl_weight, reference_logits, vocab_size)
+
+
+@preset(
+    "sft-kl",
+    formula="L = −log p_y + λ KL(ref ‖ p);  a = 1, b = λ, R = ref",
+    trusts="every label fully",
+    rest="the reference, λ beside the label",
+    source="arXiv:2509.23753 (baseline)",
+    printed=sft_kl_loss,
+)
+def sft_kl(kl_weight: float = 0.1, direction: str = "forward") -> Target:
+    """Plain SFT with a spring back to the reference, KL(reference ‖ student) over the full vocabulary."""
+    _forward_only(direction)
+    check_range("kl_weight", kl_weight, 0)
+    return Target(trust=trust.anchored(trust.constant(1.0), kl_weight), residual=residual.reference())
+
+
+def asft_loss(logits, labels, *, kl_weight, direction, reference_logits=None, vocab_size=None):
+    """−sg(p_y) log p_y + λ KL(π_base ‖ π_θ)"""
+    return _beside_reference(printed.dft(logits, labels), logits, kl_weight, reference_logits, vocab_size)
+
+
+@preset(
+    "asft",
+    formula="L = −sg(p_y) log p_y + λ KL(ref ‖ p);  a = p_y, b = λ, R = ref",
+    trusts="p_y",
+    rest="the reference, λ beside the label",
+    source="arXiv:2509.23753",
+    printed=asft_loss,
+)
+def asft(kl_weight: float = 0.05, direction: str = "forward") -> Target:
+    """DFT with a spring back to the starting model."""
+    _forward_only(direction)
+    check_range("kl_weight", kl_weight, 0)
+    return Target(trust=trust.anchored(trust.probability(), kl_weight), residual=residual.reference())
+
+
+def _forward_only(direction: str) -> None:
+    if direction == "reverse":
+        raise ConfigError(
+            "direction is 'reverse'; only 'forward', KL(reference ‖ student), is available: "
+            "reverse KL is not of the form a(p − δ) + b(p − R)"
+        )
+    if direction != "forward":
+        raise unknown("direction", direction, ("forward",))
+
+
+def psft_loss(logits, labels, *, clip, clip_high, old_logps):
+    """−min(r, clip(r, 1 − ε, 1 + ε_high)), r = p_y / p_old(y)"""
+    ratio = (label_log_p(logits, labels) - old_logps).exp()
+    return -torch.minimum(ratio, ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high)))
+
+
+@preset(
+    "psft",
+    formula="L = −min(r, clip(r, 1 − clip, 1 + clip_high));  a = r·1[r < 1 + clip_high], r = p_y / p_old",
+    trusts="p_y / p_old, until clipped",
+    rest="the student",
+    source="arXiv:2508.17784",
+    printed=psft_loss,
+)
+def psft(clip: float = 0.2, clip_high: float | None = None) -> Target:
+    """PPO's clip on demonstrations (column old_logps); with r = 1 it is sft."""
+    return Target(trust=trust.clipped_ratio(clip, clip_high), residual=residual.student())
+
+
+def gem_loss(logits, labels, *, beta, h):
+    """Σ_v sg(q_v) w_v (log p_v − log p_y), q = softmax(z / β)
+
+    w = 1 (linear) or sg σ(0.01 (z_v − z_y)) (logsigmoid, the slope of the authors' code). At β = 1 the linear form's
+    CE(sg q, p) has q = p and a gradient of zero; such terms are left out of the reported value.
+    """
+    if beta == 1 and h == "linear":
+        return nll(logits, labels)
+    q = (logits / beta).softmax(-1).detach()
+    log_ratio = logits.log_softmax(-1) - label_log_p(logits, labels)[:, None]
+    w = 1.0 if h == "linear" else torch.sigmoid(0.01 * (logits - logits.gather(-1, labels[:, None]))).detach()
+    return (q * w * log_ratio).sum(-1)
+
+
+@preset(
+    "gem",
+    formula="L = CE(δ, p) − CE(q, p);  a = 1, b = −1, R = q = softmax(z/beta)",
+    trusts="every label fully",
+    rest="away from the sharpened student",
+    source="arXiv:2408.16673",
+    printed=gem_loss,
+)
+def gem(beta: float = 0.7, h: str = "linear") -> Target:
+    """Take mass from what the sharpened student favours and leave the rest diverse; signed, so Q leaves the simplex."""
+    rule = trust.anchored(trust.constant(1.0), -1.0)
+    scale = trust.offset_mass() if h == "logsigmoid" else None
+    return Target(trust=rule, residual=residual.sharpened(beta, h), scale=scale, value="ce")

@@ -1,0 +1,153 @@
+"""What the page computes in a browser is what the replay computes: every preset, every rule with every residual."""
+
+import inspect
+from dataclasses import dataclass
+
+import pytest
+
+import lens_records
+import qtarget as qt
+from lens_pages import JS_FIGURES, Opened, agrees, near
+from lens_records import from_logits
+from published import CASES
+from qtarget.lens import page
+from qtarget.lens.page_targets import listed
+from qtarget.lens.replay import Replay
+from qtarget.targets.residual import Residual
+from qtarget.targets.trust import Rule
+
+N = 1000
+RECORD = lens_records.of_everything(N)
+REPLAY = Replay(RECORD)
+
+EXTRA = [
+    ("target-sft", {"eta": 0.05}),
+    ("target-sft", {"eta": 0.93, "teacher_temperature": 3.0}),
+    ("kd", {"temperature": 6.0}),
+    ("kd-hybrid", {"kd_weight": 1.0, "temperature": 0.7}),
+    ("gem", {"beta": 1.6}),
+    ("eaft", {"top_k": 3, "power": 0.5}),
+    ("eaft", {"top_k": 40}),
+    ("label-smoothing", {"smoothing": 1.0}),
+]
+TARGETS = [(case.preset, case.hyperparameters) for case in CASES] + EXTRA
+
+
+@pytest.fixture(scope="module")
+def shared(browser, tmp_path_factory):
+    """One page for the tests that only compute."""
+    opened = Opened(browser, page.write(RECORD, tmp_path_factory.mktemp("page") / "lens.html"))
+    yield opened.page
+    opened.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("name, given", TARGETS, ids=lambda part: str(part))
+def test_the_page_computes_what_python_does(shared, name, given):
+    agrees(shared.evaluate(JS_FIGURES, [name, given]), qt.preset(name, **given), REPLAY)
+
+
+def doubt(stats):
+    return 2 * (-stats.entropy).exp() * stats.teacher_log_p_y.exp()
+
+
+doubt.needs = frozenset({"entropy", "teacher_log_p_y"})
+
+
+@dataclass(frozen=True)
+class Between(Residual):
+    share: float
+
+    @property
+    def coefficients(self):
+        return {"student": 1 - self.share, "reference": self.share}
+
+
+# Each rule and residual of the library, with parameters that are no defaults.
+PARAMETERS = {
+    "constant": {"value": 0.3},
+    "probability_power": {"alpha": 0.5},
+    "probability_threshold": {"tau": 0.2, "direction": "lower"},
+    "entropy": {"top_k": 7, "power": 2.0, "normalizer": 3.0},
+    "clipped_ratio": {"clip": 0.3},
+    "anchored": {"trust": qt.trust.entropy(5), "kl_weight": 0.7},
+    "teacher": {"temperature": 1.5},
+    "guided": {"eta": 0.3, "temperature": 2.0},
+    "tempered": {"temperature": 0.8},
+    "sharpened": {"beta": 0.6, "h": "logsigmoid"},
+    "pool": {"student": 0.5, "teacher": 0.3, "reference": 0.4},
+}
+RULE = {name: rule(**PARAMETERS.get(name, {})) for name, rule in Rule.known.items() if name != "offset_mass"}
+POOL = {name: pool(**PARAMETERS.get(name, {})) for name, pool in Residual.known.items()}
+SCALED = {
+    "half": qt.Target(0.9, qt.residual.teacher(), scale=0.5),
+    "by entropy": qt.Target(qt.trust.probability(), qt.residual.reference(), scale=qt.trust.entropy()),
+    "by the offset's mass": qt.Target(0.4, POOL["sharpened"], scale=qt.trust.offset_mass()),
+    "by the mass of no offset": qt.Target(0.4, qt.residual.teacher(), scale=qt.trust.offset_mass()),
+    "trust is the offset's mass": qt.Target(qt.trust.offset_mass(), POOL["sharpened"]),
+    "a share": qt.Target(qt.trust.probability(), qt.residual.guided(0.5), share=0.3),
+    "no share": qt.Target(qt.trust.probability(), qt.residual.guided(0.5), share=0.0),
+    "a residual of one's own": qt.Target(qt.trust.probability(), Between(0.7)),
+    "two residuals": qt.Target(0.4, [(0.7, qt.residual.teacher()), (-0.2, qt.residual.uniform())]),
+    "a residual of weight 0": qt.Target(0.4, [(0.0, qt.residual.teacher()), (1.0, qt.residual.student())]),
+    "a pool with a negative coefficient": qt.Target(0.4, qt.residual.pool(student=1.5, reference=-0.5)),
+    "a rule of one's own": qt.Target(doubt, qt.residual.guided(0.2), scale=0.5),
+    "a rule of one's own, in a share of two": qt.Target(
+        doubt, [(0.5, qt.residual.teacher()), (0.5, qt.residual.reference())], share=0.6
+    ),
+}
+
+
+def figures_of(view, target):
+    """Of a target that is put on the page."""
+    (entry,) = (e for e in listed(RECORD, range(N), target) if e.get("own"))
+    view.evaluate("entry => { lens.D.targets[0] = entry; }", {**entry, "name": "put there"})
+    return view.evaluate(JS_FIGURES, ["put there", {}])
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("rule", RULE)
+def test_a_rule_with_every_residual(shared, rule):
+    for pool in POOL.values():
+        target = qt.Target(RULE[rule], pool)
+        agrees(figures_of(shared, target), target, REPLAY)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("case", SCALED)
+def test_scales_shares_and_rules_of_ones_own(shared, case):
+    agrees(figures_of(shared, SCALED[case]), SCALED[case], REPLAY)
+
+
+@pytest.mark.browser
+def test_the_page_knows_every_rule_and_residual_of_the_library(shared):
+    """Who adds one to targets/ adds it to targets.js."""
+    assert {*shared.evaluate("Object.keys(lens.RULES)")} == {*Rule.known, "given"}
+    assert {*shared.evaluate("Object.keys(lens.POOLS)")} == {*Residual.known}
+    assert {*PARAMETERS} <= {*Rule.known, *Residual.known}
+    for name, part in {**Rule.known, **Residual.known}.items():
+        assert name in PARAMETERS or not inspect.signature(part).parameters, name
+
+
+@pytest.mark.browser
+def test_tails_below_the_floor_and_a_whole_vocabulary(open_page, tmp_path):
+    """Where all that is left weighs less than one kept token, and where nothing is left, the bounds are others."""
+    for k, vocab in ((20, 23), (24, 24)):
+        z = lens_records.logits(300, vocab, 9)
+        record = from_logits(z, lens_records.labels_for(z), teacher=z + lens_records.logits(300, vocab, 1), k=k)
+        view = open_page(page.write(record, tmp_path / "lens.html"))
+        for name, given in (("gem", {"beta": 0.4}), ("kd", {"temperature": 0.5}), ("kd", {}), ("target-sft", {})):
+            script = JS_FIGURES.replace("{ length: 40 }", "{ length: 0 }")
+            got, figures = view.evaluate(script, [name, given]), Replay(record).figures(qt.preset(name, **given))
+            near(got["update"], figures.update, "update", 5)
+            near(got["updateError"], figures.update_error, "error of the update", 5)
+            near(got["qError"], figures.q_error, "error of Q", 5)
+            assert k < vocab or max(got["updateError"]) < 1e-9
+
+
+@pytest.mark.browser
+def test_a_changed_formula_is_noticed(shared):
+    """The comparison above can fail: eta off by a hundredth, a lost tail."""
+    got = shared.evaluate(JS_FIGURES, ["target-sft", {"eta": 0.51}])
+    with pytest.raises(AssertionError, match="update"):
+        near(got["update"], REPLAY.figures(qt.preset("target-sft", eta=0.5)).update, "update")
