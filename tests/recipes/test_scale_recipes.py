@@ -130,7 +130,7 @@ def test_torchrun_lines_set_what_the_launcher_sets():
 
 
 @pytest.mark.parametrize("gpus, accumulation", [(8, 8), (32, 2)])
-def test_the_recipe_of_an_8b_student_and_a_32b_teacher(gpus, accumulation, tmp_path, capsys):
+def test_the_recipe_of_an_8b_student_and_a_32b_teacher(gpus, accumulation, tmp_path, capsys, hub_configs):
     """Checked by the dry run, on rows of our own; its figures are of the models' shapes."""
     tiny.conversations(300).to_json(tmp_path / "train.jsonl")
     words = f"--dataset_name {tmp_path} --dry_run --gpus {gpus} --gradient_accumulation_steps {accumulation}"
