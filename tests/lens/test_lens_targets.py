@@ -13,6 +13,7 @@ from qtarget.lens import capture, page, record, sliders
 from qtarget.lens.page_targets import listed, of_run, recorded
 from qtarget.lens.replay import Replay
 from qtarget.targets.objective import Objective
+from qtarget.targets.presets.entry import ENTRIES
 from runs import trainer
 
 N = 1000
@@ -144,10 +145,14 @@ def test_a_rule_of_somebodys_own(open_page, tmp_path, own):
 def test_what_this_page_does_not_know_is_named(open_page, tmp_path):
     """A rule that is in targets/ and not in targets.js."""
     view = open_page(page.write(of_a_run(COMPOSED), tmp_path / "lens.html"))
-    for part, form in (("rule odd", {"trust": {"odd": {}}}), ("residual odd", {"residual": ["odd"]})):
+    for told, form in (
+        ("the rule odd", {"trust": {"odd": {}}}),
+        ("the residual odd", {"residual": ["odd"]}),
+        ("what divergence is beside the residual uniform", {"residual": [{"uniform": {}, "divergence": "jsd"}]}),
+    ):
         changed = {"forms": [{"when": {}, "sliders": [], "trust": "probability", "residual": ["student"], **form}]}
         view.evaluate("changed => Object.assign(lens.D.targets[0], changed)", changed)
-        assert view.evaluate("lens.hindrance(lens.D, 'composed', {})") == f"this page does not know the {part}"
+        assert view.evaluate("lens.hindrance(lens.D, 'composed', {})") == f"this page does not know {told}"
 
 
 def test_a_rule_that_fails_is_named(own):
@@ -156,6 +161,12 @@ def test_a_rule_that_fails_is_named(own):
     assert told["reason"] == "my_targets:broken failed: RuntimeError: no number for this token"
     other = qt.Target(lambda stats: stats.teacher_log_p_y.exp(), qt.residual.student())
     assert "without declaring it" in entry(of_a_run(None), "composed", other)["reason"]
+
+
+def test_a_preset_that_fails_at_its_defaults_is_named(monkeypatch):
+    broken = qt.presets.Preset("broken", lambda eta=2.0: qt.Target(1.0, qt.residual.guided(eta)), "", "", "", "")
+    monkeypatch.setitem(ENTRIES, "broken", broken)
+    assert "broken failed: target broken: eta is 2.0" in entry(of_a_run(None), "broken")["reason"]
 
 
 def test_two_composed_targets_are_told_apart():
