@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qtarget.verification.check import Check, Finding, expect, not_applicable
-from qtarget.verification.cuts import labels_in_place
+from qtarget.verification.check import Finding, check, expect, not_applicable
 from qtarget.verification.subject import Row, Subject
 
 # An end of turn stands this many tokens after the answer's text at most: a template may put a space or a line first.
@@ -36,17 +35,35 @@ class Reading:
         return [place for place in places if self.row["labels"][place] != -100]
 
 
+@check(
+    "prompt is not trained",
+    "check completion_only_loss and assistant_only_loss, and the {% generation %} markers of the chat template",
+)
 def prompt(subject: Subject) -> Finding:
+    """Nothing of the prompt has a label."""
     if _everything_is_trained(subject):
-        return not_applicable(_WHY_ALL)
+        return not_applicable(
+            "the run trains every token: its rows have no prompt apart, or completion_only_loss is false"
+        )
     return _of_places(subject, "prompt", False)
 
 
+@check(
+    "answer is trained",
+    "check assistant_only_loss, the {% generation %} markers of the chat template, and labels in the rows themselves",
+)
 def answer(subject: Subject) -> Finding:
+    """Every token of the answers has a label."""
     return _of_places(subject, "answer", True)
 
 
+@check(
+    "end of turn is trained",
+    "the chat template puts the end of turn outside {% generation %}, or the tokenizer's eos_token is another: set "
+    "eos_token or chat_template_path; without it the model will not stop",
+)
 def end(subject: Subject) -> Finding:
+    """The token that ends an answer has a label, so that the model learns to stop."""
     readings = list(_readings(subject))
     ends = [(reading, place) for reading in readings for place in reading.ends]
     cut = sum(place is None for _, place in ends)
@@ -83,7 +100,6 @@ def _of_places(subject: Subject, what: str, trained: bool) -> Finding:
 
 # -- reading rows ------------------------------------------------------------------------------------------------
 
-_WHY_ALL = "the run trains every token: its rows have no prompt apart, or completion_only_loss is false"
 _WHY_NOT_FOUND = "what is asked and what is answered could not be found in the prepared rows"
 
 
@@ -169,30 +185,4 @@ def _said(value: Any, asked: bool | None) -> list[tuple[bool, str]]:
     return made
 
 
-CHECKS = [
-    Check(
-        "labels in place",
-        "a label is the id at its own place, in every layout of a batch",
-        "labels were shifted or moved before the collator: give rows whose labels stand beside their input_ids",
-        labels_in_place,
-    ),
-    Check(
-        "prompt is not trained",
-        "nothing of the prompt has a label",
-        "check completion_only_loss and assistant_only_loss, and the {% generation %} markers of the chat template",
-        prompt,
-    ),
-    Check(
-        "answer is trained",
-        "every token of the answers has a label",
-        "check assistant_only_loss, the {% generation %} markers of the chat template, and labels in the rows themselves",
-        answer,
-    ),
-    Check(
-        "end of turn is trained",
-        "the token that ends an answer has a label, so that the model learns to stop",
-        "the chat template puts the end of turn outside {% generation %}, or the tokenizer's eos_token is another: set "
-        "eos_token or chat_template_path; without it the model will not stop",
-        end,
-    ),
-]
+CHECKS = [prompt, answer, end]

@@ -1,7 +1,7 @@
 """A trainer on a few of the user's own rows, stepped through its own functions, watched.
 
 Everything here goes through the trainer: its collator, its count of labels, its ``training_step``. What it should give is
-worked out in ``oracle``, which shares none of that.
+worked out in ``expected``, which shares none of that.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qtarget.data.columns import SOURCE_ID, columns_of
 from qtarget.losses import Head, TopK, linear_target_loss
 from qtarget.models.forward import HeadTransform, LossCall, head_parameters
 from qtarget.targets import Target, presets
 from qtarget.teachers.agreement.measure import evenly_spaced
 from qtarget.verification import peak
+from qtarget.verification.check import worst
 
 if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
@@ -40,33 +42,36 @@ class Step:
 
     Attributes:
         batch: as the collator made it. call: what the model's forward was asked for. hidden, hidden_gradient: [B, T, d],
-            the last hidden states and what backward left on them. loss: as reported.
-        gradient: of every trained weight, on the CPU. bytes: the most memory it took beyond what was there, or None.
+            the last hidden states and what backward left on them. gradient: of every trained weight, on the CPU.
+        bytes: the most memory it took beyond what was there, or None.
     """
 
     batch: dict[str, Tensor]
     call: LossCall
     hidden: Tensor
     hidden_gradient: Tensor
-    loss: float
     gradient: Gradient
     bytes: int | None
 
 
 @dataclass
 class Sample:
-    """A few supervised tokens, [n] each.
+    """A few supervised tokens of one of the run's targets, [n] each.
 
     Attributes:
-        row: number of the prepared row. place: of the label in its row. labels: the labels. number: which of the run's
-            targets is theirs. hidden: [n, d] student's states that predict them.
+        number, target: which target. row: number of the prepared row. place: of the label in its row. labels: the labels.
+        student: the states that predict them, with the head. gradient: [n, d], what backward left on the states.
+        heads: teacher and reference, as the trainer asked them.
     """
 
+    number: int
+    target: Target
     row: Tensor
     place: Tensor
     labels: Tensor
-    number: Tensor
-    hidden: Tensor
+    student: Head
+    gradient: Tensor
+    heads: dict[str, Head | TopK]
 
 
 class Subject:
@@ -103,8 +108,8 @@ class Subject:
     def targets(self) -> list[Target]:
         """The run's targets, one per data source; plain SFT last where the end token is taught by its label alone."""
         trainer = self.trainer
-        made = trainer.objective.at(trainer.state.global_step, trainer.state.max_steps)
-        return [*made, presets.build("sft")] if trainer.label_only_token is not None else list(made)
+        targets = trainer.objective.at(trainer.state.global_step, trainer.state.max_steps)
+        return [*targets, *([presets.build("sft")] if trainer.label_only_token is not None else [])]
 
     @property
     def requires(self) -> frozenset[str]:
@@ -157,40 +162,38 @@ class Subject:
                 parameter.detach().sum()
         try:
             with peak.watched(self.device) as memory:
-                loss = self._run([batch], self.model)
+                self._run([batch], self.model)
         finally:
             for hook in hooks:
                 hook.remove()
         length = batch["labels"].shape[1]  # virtual tokens of prompt tuning come first
         hidden = seen["hidden"]
         states, gradient = (x.detach()[:, -length:] for x in (hidden, hidden.grad))
-        return Step(batch, seen["call"], states, gradient, loss, self._taken(self.model), memory.bytes)
+        return Step(batch, seen["call"], states, gradient, self.taken(), memory.bytes)
 
     def gradient(self, batches: Sequence[Mapping[str, Tensor]], model: nn.Module | None = None) -> Gradient:
         """Of one optimiser step over so many micro-batches, as the trainer forms it. ``model``: the student, wrapped."""
-        model = self.model if model is None else model
-        self._run(batches, model)
-        return self._taken(model)
+        self._run(batches, self.model if model is None else model)
+        return self.taken()
 
-    def _run(self, batches: Sequence[Mapping[str, Tensor]], model: Any) -> float:
+    def _run(self, batches: Sequence[Mapping[str, Tensor]], model: Any) -> None:
         trainer = self.trainer
         self.model.zero_grad(set_to_none=True)
         trainer.current_gradient_accumulation_steps = len(batches)
         count = trainer.denominator(batches)
-        loss = 0.0
         with self.without_dropout(model):
             for batch in batches:
-                loss += float(trainer.training_step(model, dict(batch), count))
-        return loss
+                trainer.training_step(model, dict(batch), count)
 
-    def _taken(self, model: Any) -> Gradient:
-        made = {
+    def taken(self) -> Gradient:
+        """What backward left on the trained weights, which it leaves no longer."""
+        gradient = {
             name: parameter.grad.detach().to("cpu", copy=True)
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad and parameter.grad is not None
         }
         self.model.zero_grad(set_to_none=True)
-        return made
+        return gradient
 
     @contextmanager
     def without_dropout(self, *models: Any) -> Iterator[None]:
@@ -212,23 +215,40 @@ class Subject:
     # -- tokens --------------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def sample(self) -> Sample:
-        labels = self.step.batch["labels"]
-        offset = self.offsets(self.step.batch)
-        of_target: dict[int, dict[int, list[tuple[int, int]]]] = {}  # number of the target → row → places
-        for r, t in (labels[:, 1:] != -100).nonzero().tolist():
-            target = self.number_of(self.rows[r], t + 1 - offset[r])
-            of_target.setdefault(target, {}).setdefault(r, []).append((r, t + 1))
-        picked: list[tuple[int, int]] = []
-        for by_row in of_target.values():  # some of every target, from a few rows that have it
-            rows = list(by_row)
-            places = [place for i in evenly_spaced(len(rows), _ROWS) for place in by_row[rows[i]]]
-            picked += [places[i] for i in evenly_spaced(len(places), max(1, _TOKENS // len(of_target)))]
-        chosen = torch.tensor(sorted(picked), dtype=torch.int64)
-        row, place = chosen.view(-1, 2).T
-        number = torch.tensor([self.number_of(self.rows[r], p - offset[r]) for r, p in chosen.tolist()])
-        hidden = self.step.hidden[row, place - 1]
-        return Sample(row, place - torch.tensor(offset)[row], labels[row, place], number, hidden)
+    def samples(self) -> list[Sample]:
+        """Some tokens of every target that the rows have, from a few of its rows."""
+        labels, offsets = self.step.batch["labels"], torch.tensor(self.offsets(self.step.batch))
+        positions: dict[int, dict[int, list[tuple[int, int]]]] = {}  # number of the target → row → (row, position)
+        for row, position, number in self.supervised(self.step.batch):
+            positions.setdefault(number, {}).setdefault(row, []).append((row, position))
+        samples = []
+        for number, by_row in sorted(positions.items()):
+            rows = list(by_row.values())
+            tokens = [token for i in evenly_spaced(len(rows), _ROWS) for token in rows[i]]
+            spread = evenly_spaced(len(tokens), max(1, _TOKENS // len(positions)))
+            row, position = torch.tensor([tokens[i] for i in spread]).T
+            before = (row, position - 1)  # what predicts the label
+            samples.append(
+                Sample(
+                    number,
+                    self.targets[number],
+                    row,
+                    position - offsets[row],
+                    labels[row, position].to(self.device),
+                    self._own_head(self.step.hidden[before]),
+                    self.step.hidden_gradient[before],
+                    {name: _head_at(head, before) for name, head in self.step.call.others.items()},
+                )
+            )
+        return samples
+
+    def supervised(self, batch: Mapping[str, Tensor]) -> list[tuple[int, int, int]]:
+        """(row, position of the label, number of its target) of every label of a padded batch of all rows."""
+        offsets = self.offsets(batch)
+        return [
+            (row, before + 1, self.number_of(self.rows[row], before + 1 - offsets[row]))
+            for row, before in (batch["labels"][:, 1:] != -100).nonzero().tolist()
+        ]
 
     def offsets(self, batch: Mapping[str, Tensor]) -> list[int]:
         """How many padding tokens stand before each row of a padded batch."""
@@ -237,8 +257,6 @@ class Subject:
 
     def number_of(self, row: Row, place: int) -> int:
         """Which target is a token's: that of its source, or plain SFT for an end token taught by its label alone."""
-        from qtarget.data.columns import SOURCE_ID
-
         if self.trainer.label_only_token is not None and row["labels"][place] == self.trainer.label_only_token:
             return len(self.targets) - 1
         return int(row[SOURCE_ID][place]) if SOURCE_ID in row else 0
@@ -248,49 +266,30 @@ class Subject:
 
     # -- the engine ----------------------------------------------------------------------------------------------
 
-    def heads_at(self, chosen: Tensor) -> dict[str, Head | TopK]:
-        """Teacher and reference, as the trainer asked them, at some tokens of the sample."""
-        sample, offset = self.sample, torch.tensor(self.offsets(self.step.batch))
-        row = sample.row[chosen]
-        at = (row, sample.place[chosen] + offset[row] - 1)
-        made: dict[str, Head | TopK] = {}
-        for name, head in self.step.call.others.items():
-            if isinstance(head, Head):
-                made[name] = replace(head, hidden=head.hidden[at])
-            else:
-                tail = None if head.tail_logprob is None else head.tail_logprob[at]
-                made[name] = replace(head, ids=head.ids[at], logprobs=head.logprobs[at], tail_logprob=tail)
-        return made
-
-    def engine(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        target: Target,
-        others: Mapping[str, Head | TopK],
-        columns: Mapping[str, Tensor],
-        dtype: torch.dtype | None = None,
-        chunk_rows: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(dH, dW) of the summed loss by the engine, the student's head in ``dtype`` where one is given."""
+    def _own_head(self, hidden: Tensor) -> Head:
         weight, bias = head_parameters(self.base)
         transform = HeadTransform.of(self.base.config)
-        hidden, weight = hidden.detach(), weight.detach()
-        if dtype is not None:
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-        hidden.requires_grad_()
-        weight = weight.clone().requires_grad_()
+        bias = None if bias is None else bias.detach()
+        return Head(hidden, weight.detach(), bias, transform.scale, transform.softcap)
+
+    def engine(
+        self, sample: Sample, given: Mapping[str, Tensor], chunk_rows: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(dH, dW) of a sample's summed loss by the engine, in the dtype of its student. ``given``: its columns."""
+        student, target = sample.student, sample.target
+        hidden, weight = (value.clone().requires_grad_() for value in (student.hidden, student.weight))
+        columns = {name: given[name].to(self.device) for name in columns_of(target) if name in given}
         out = linear_target_loss(
             hidden,
             weight,
-            labels.to(hidden.device),
+            sample.labels,
             target,
-            head_bias=None if bias is None else bias.detach().to(weight.dtype),
-            **{name: head for name, head in others.items() if name in target.requires},  # type: ignore[arg-type]
-            **{name: column.to(hidden.device) for name, column in columns.items()},  # type: ignore[arg-type]
+            head_bias=student.bias,
+            **{name: head for name, head in sample.heads.items() if name in target.requires},  # type: ignore[arg-type]
+            **columns,  # type: ignore[arg-type]
             vocab_size=min(self.vocab, weight.shape[0]),
-            logit_scale=transform.scale,
-            logit_softcap=transform.softcap,
+            logit_scale=student.logit_scale,
+            logit_softcap=student.logit_softcap,
             reduction="sum",
             chunk_rows=chunk_rows,
         )
@@ -301,8 +300,19 @@ class Subject:
     @functools.cached_property
     def vocab(self) -> int:
         """Tokens the tokenizer knows, whatever the head's padding; counted here and not asked of the trainer."""
-        tokenizer = self.trainer.tokenizer
-        return 1 + max(index for index in tokenizer.get_vocab().values())
+        return 1 + max(self.trainer.tokenizer.get_vocab().values())
+
+
+def supervised(row: Row) -> list[int]:
+    """Places of a row's labels that are trained: nothing predicts the first token."""
+    return [place for place, label in enumerate(row["labels"]) if place and label != -100]
+
+
+def _head_at(head: Head | TopK, at: tuple[Tensor, ...]) -> Head | TopK:
+    if isinstance(head, Head):
+        return replace(head, hidden=head.hidden[at])
+    tail = None if head.tail_logprob is None else head.tail_logprob[at]
+    return replace(head, ids=head.ids[at], logprobs=head.logprobs[at], tail_logprob=tail)
 
 
 def _mode_of(model: Any) -> Callable[..., Any]:
@@ -324,18 +334,10 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 
 def distance(got: Gradient, wanted: Gradient) -> tuple[float, str]:
     """(‖difference‖ / ‖wanted‖ over all weights, the weight with the largest share of the difference)."""
-    if got.keys() != wanted.keys():
-        odd = sorted(got.keys() ^ wanted.keys())
+    if odd := sorted(got.keys() ^ wanted.keys()):
         return math.inf, odd[0]
-    squares, size = {}, 0.0
-    for name, value in wanted.items():
-        squares[name] = float((got[name].double() - value.double()).square().sum())
-        size += float(value.double().square().sum())
-    if not squares:
+    if not wanted:
         return math.inf, "no weight"
-    total = sum(squares.values())
-    # ``max`` would pass over a NaN.
-    worst = next(
-        (name for name, square in squares.items() if math.isnan(square)), max(squares, key=lambda n: squares[n])
-    )
-    return math.sqrt(total / size) if size else math.sqrt(total), worst
+    squares = {name: float((got[name].double() - value.double()).square().sum()) for name, value in wanted.items()}
+    size = sum(float(value.double().square().sum()) for value in wanted.values())
+    return math.sqrt(sum(squares.values()) / (size or 1.0)), worst(squares)
