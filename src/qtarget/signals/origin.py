@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qtarget.errors import ConfigError
+from qtarget.errors import loading
 from qtarget.teachers.fingerprints import Model, named
 
 
@@ -32,13 +32,9 @@ def tokenizer_of(config: Any, model: Any) -> Any:
     from transformers import AutoTokenizer
 
     def load(field: str, name: str, revision: str | None = None) -> Any:
-        try:
-            return AutoTokenizer.from_pretrained(
-                name, revision=revision or "main", trust_remote_code=config.trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            why = " ".join(str(error).split())
-            raise ConfigError(f"{field} is {name!r}, whose tokenizer cannot be loaded: {why}") from error
+        with loading(field, name, "tokenizer"):
+            trusted = config.trust_remote_code
+            return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=trusted)
 
     tokenizer = load("model_name_or_path", model.model_name_or_path, model.model_revision)
     path = config.chat_template_path

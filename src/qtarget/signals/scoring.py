@@ -39,15 +39,13 @@ def numbered(datasets: dict[str, Any], column: str) -> dict[str, Dataset]:
 
 def prepared(trainer: QTargetTrainer) -> dict[str, Dataset]:
     """The splits as the trainer prepared them: those rows that have a label to train, in the order of the originals."""
-    splits = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
     ready = {}
-    for name, rows in splits.items():
+    for name, rows in {"train": trainer.train_dataset, "test": trainer.eval_dataset}.items():
         if rows is not None and len(rows):
-            trained = [place for place, labels in enumerate(rows["labels"]) if supervised(labels)]
             numbers = rows[ROW]
-            trained.sort(key=lambda place: numbers[place])
+            trained = [place for place, labels in enumerate(rows["labels"]) if supervised(labels)]
             if trained:
-                ready[name] = rows.select(trained)
+                ready[name] = rows.select(sorted(trained, key=lambda place: numbers[place]))
     return ready
 
 
@@ -83,30 +81,39 @@ def reference(trainer: QTargetTrainer) -> Ask:
 
 
 @torch.no_grad()
-def label_logps(
-    trainer: QTargetTrainer, rows: Dataset, asks: list[Ask], tell: Callable[[float], object] = lambda seconds: None
-) -> Iterator[tuple[int, list[Tensor]]]:
-    """Place of a row in ``rows``, and for each model log p of its labels, float32 [length], 0 where none is trained.
+def measured(
+    trainer: QTargetTrainer,
+    asks: list[Ask],
+    value_of: Callable[[list[int], list[Tensor]], Any],
+    tell: Callable[[float], object],
+    step: Callable[[], object],
+) -> Iterator[tuple[str, Dataset, list[Any]]]:
+    """(name, rows, a value for each row) of the prepared splits.
 
-    Rows come by length, the longest first, so that little is padded and a batch too large for the device is known at
-    once. ``tell`` gets an estimate of the seconds for all of them after the first batch.
+    Rows are asked by length, the longest first, so that little is padded and a batch too large for the device is known at
+    once.
+
+    Args:
+        trainer: a QTargetTrainer made on ``numbered`` rows. asks: the models.
+        value_of: (a row's labels, for each model log p of them, float32 [length], 0 where none is trained) → its value.
+        tell: gets an estimate of the seconds for a split after its first batch. step: called after each row.
     """
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    order = sorted(range(len(rows)), key=lambda place: -lengths[place])
     size = trainer.args.per_device_eval_batch_size
-    for begin in range(0, len(order), size):
-        places = order[begin : begin + size]
-        started = time.monotonic()
-        # What the loss would run under: a log-prob of other precision would not be that of the model that is trained.
-        with trainer.compute_loss_context_manager():
-            batch = trainer.batch(_tokens(rows[place]) for place in places)
-            found = [ask(batch.inputs, batch.labels).float().cpu() + 0.0 for ask in asks]  # no −0
-        if not begin:
-            longest = sum(lengths[place] for place in places)
-            tell((time.monotonic() - started) * sum(lengths) / longest)
-        for i, place in enumerate(places):
-            yield place, [logps[i, : lengths[place]] for logps in found]
-
-
-def _tokens(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("input_ids", "labels")}
+    for split, rows in prepared(trainer).items():
+        lengths, labels = [len(ids) for ids in rows["input_ids"]], rows["labels"]
+        values: list[Any] = [None] * len(rows)
+        order = sorted(range(len(rows)), key=lambda place: -lengths[place])
+        for begin in range(0, len(order), size):
+            places = order[begin : begin + size]
+            started = time.monotonic()
+            # What the loss would run under: a log-prob of other precision would not be that of the model that is trained.
+            with trainer.compute_loss_context_manager():
+                batch = trainer.batch({name: rows[place][name] for name in ("input_ids", "labels")} for place in places)
+                logps = [ask(batch.inputs, batch.labels).float().cpu() + 0.0 for ask in asks]  # no −0
+            if not begin:
+                longest = sum(lengths[place] for place in places)
+                tell((time.monotonic() - started) * sum(lengths) / longest)
+            for i, place in enumerate(places):
+                values[place] = value_of(labels[place], [line[i, : lengths[place]] for line in logps])
+                step()
+        yield split, rows, values

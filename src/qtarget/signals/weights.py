@@ -16,7 +16,7 @@ from torch import Tensor
 from qtarget.errors import ConfigError
 from qtarget.losses.log_probs import importance_weight
 from qtarget.signals import origin
-from qtarget.signals.scoring import ROW, label_logps, prepared, reference, student
+from qtarget.signals.scoring import ROW, measured, reference, student
 from qtarget.teachers.vocabulary import vocabulary_difference
 
 if TYPE_CHECKING:
@@ -48,17 +48,16 @@ def check(config: Any, model: Any, fixed: bool) -> None:
         )
 
 
-def _other_tokens(config: Any, model: Any, name: str) -> str | None:
+def _other_tokens(config: Any, model: Any, name: str) -> str:
+    """How the reference's tokenizer differs; nothing where it does not."""
     from transformers import AutoTokenizer
 
     try:
         theirs = AutoTokenizer.from_pretrained(name, revision=config.reference_model_revision or "main")
     except (OSError, ValueError):  # weights without a tokenizer beside them
-        return None
-    difference = vocabulary_difference(origin.tokenizer_of(config, model), theirs)
-    return (
-        None if difference is None else difference.replace("the student", "the model").replace("teacher", "reference")
-    )
+        return ""
+    difference = vocabulary_difference(origin.tokenizer_of(config, model), theirs) or ""
+    return difference.replace("the student", "the model").replace("teacher", "reference")
 
 
 def tables(
@@ -71,24 +70,18 @@ def tables(
     """The original rows with the column, those left out that have no supervised token.
 
     Args:
-        trainer: a QTargetTrainer made on ``scoring.numbered`` rows. originals: the splits as they were.
-        fixed: see ``column_of``. tell: see ``label_logps``. step: called after each row.
+        originals: the splits as they were. fixed: see ``column_of``. The others as in ``scoring.measured``.
     """
-    made = {}
+
+    def value_of(labels: list[int], logps: list[Tensor]) -> float:
+        trained = [place for place, label in enumerate(labels) if place and label != -100]
+        means = [line[trained].double().mean() for line in logps]
+        gap = means[-1] - means[0]
+        return float(importance_weight(gap, trainer.args.weights_temperature) if fixed else means[0])
+
     asks = [reference(trainer), *([student(trainer)] if fixed else [])]
-    for split, rows in prepared(trainer).items():
-        values = [0.0] * len(rows)
-        labels = rows["labels"]
-        for place, logps in label_logps(trainer, rows, asks, tell):
-            means = [_mean(line, labels[place]) for line in logps]
-            gap = means[-1] - means[0]
-            values[place] = float(importance_weight(gap, trainer.args.weights_temperature) if fixed else means[0])
-            step()
+    splits = {}
+    for split, rows, values in measured(trainer, asks, value_of, tell, step):
         kept = originals[split].select(rows[ROW])
-        made[split] = kept.add_column(column_of(fixed), values, feature=Value("float32"))
-    return made
-
-
-def _mean(logps: Tensor, labels: list[int]) -> Tensor:
-    trained = [i for i, label in enumerate(labels) if i and label != -100]
-    return logps[trained].double().mean()
+        splits[split] = kept.add_column(column_of(fixed), values, feature=Value("float32"))
+    return splits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -55,13 +56,10 @@ def _asked(subject: Subject, name: str, models: Sequence[CausalLM], context: Wit
     def watch(module: nn.Module, given: Any) -> None:
         seen.append(given[0].detach())
 
-    hooks = [model.base.get_input_embeddings().register_forward_pre_hook(watch) for model in models]
-    try:
-        with subject.without_dropout(), torch.no_grad():
-            subject.trainer.ask(batch, {name})
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, subject.without_dropout(), torch.no_grad():
+        for model in models:
+            hooks.enter_context(model.base.get_input_embeddings().register_forward_pre_hook(watch))
+        subject.trainer.ask(batch, {name})
     wrong = [_differences(subject, ids, batch, context) for ids in seen]
     error, count = _of_labels(subject, name)
     allowed = _CLOSE if subject.dtype in (torch.float32, torch.float64) else _CLOSE_IN_HALF

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from qtarget.data.preparation import Preparation
+from qtarget.models.forward import accepted
 from qtarget.verification.check import Finding, check, expect, not_applicable, within, worst
 from qtarget.verification.expected import Oracle
 from qtarget.verification.subject import Gradient, Row, Subject, distance, relative
@@ -41,10 +41,7 @@ def micro_batches(subject: Subject) -> Finding:
     return _against_one(subject, {name: [subject.collate(part) for part in parts] for name, parts in cuts.items()})
 
 
-@check(
-    "padding",
-    "padded positions take part: check the pad token, the attention mask and labels at padding",
-)
+@check("padding", "padded positions take part: check the pad token, the attention mask and labels at padding")
 def padding(subject: Subject) -> Finding:
     """How far rows are padded: the gradient is that of all rows in one micro-batch."""
     batch = subject.step.batch
@@ -87,19 +84,18 @@ def packing(subject: Subject) -> Finding:
     together = max(len(row["seq_lengths"]) for row in packed)
     if together < 2:
         return not_applicable("no two of the rows fit into one sequence")
-    cut = [_joined(subject, [row]) for row in packed]
-    if subject.trainer.args.denominator == "micro_batch":
-        cut = [_joined(subject, packed)]
-    found = _against_one(subject, {f"{len(subject.rows)} rows in {len(packed)} sequences": cut})
-    return dataclasses.replace(found, figures={**found.figures, "most_rows_in_a_sequence": together})
+    batches = [packed] if subject.trainer.args.denominator == "micro_batch" else [[row] for row in packed]
+    cut = [_joined(subject, rows) for rows in batches]
+    finding = _against_one(subject, {f"{len(subject.rows)} rows in {len(packed)} sequences": cut})
+    finding.figures["most_rows_in_a_sequence"] = together
+    return finding
 
 
 def pack(subject: Subject) -> list[Row]:
     """The rows packed by the run's own strategy, into sequences as long as half of them or the longest row."""
     trainer = subject.trainer
     lengths = [len(row["input_ids"]) for row in subject.rows]
-    carried = [name for name in trainer.rows.columns.carried if all(name in row for row in subject.rows)]
-    names = ["input_ids", "labels", *carried]
+    names = sorted({"input_ids", "labels", *trainer.rows.columns.carried}.intersection(*subject.rows))
     prepare = Preparation(
         max_length=max(max(lengths), -(-sum(lengths) // 2)),
         truncation_mode="keep_start",
@@ -129,26 +125,23 @@ def _no_positions(subject: Subject) -> str | None:
     """Why rows cannot be joined into one line; None where they can."""
     if not dataclasses.is_dataclass(getattr(subject.trainer.data_collator, "inner", None)):
         return "the collator is the user's own, which is not told to leave padding out"
-    parameters = inspect.signature(type(subject.base).forward).parameters
-    if "position_ids" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    if not accepted(subject.base, {"position_ids": None}):
         return f"{type(subject.base).__name__} takes no position_ids, by which documents are told apart"
     return None
 
 
 def _against_one(subject: Subject, cuts: Mapping[str, list[dict[str, Any]]]) -> Finding:
     """Each cut's gradient against that of all rows in one padded micro-batch."""
-    errors = {name: distance(subject.gradient(batches), subject.step.gradient) for name, batches in cuts.items()}
-    told = "; ".join(f"{name}: relative error {error:.1e}" for name, (error, _) in errors.items())
-    error, weight = errors[worst({name: error for name, (error, _) in errors.items()})]
-    if not error <= subject.rounding:
+    distances = {name: distance(subject.gradient(batches), subject.step.gradient) for name, batches in cuts.items()}
+    errors = {name: error for name, (error, _) in distances.items()}
+    told = "; ".join(f"{name}: relative error {error:.1e}" for name, error in errors.items())
+    largest, weight = distances[worst(errors)]
+    if not largest <= subject.rounding:
         told += f", most of it in {weight}"
-    return within(error, subject.rounding, told, **{name: error for name, (error, _) in errors.items()})
+    return within(largest, subject.rounding, told, **errors)
 
 
-@check(
-    "chunk size",
-    "the loss engine depends on its chunks: report it with qtarget env",
-)
+@check("chunk size", "the loss engine depends on its chunks: report it with qtarget env")
 def chunks(subject: Subject) -> Finding:
     """How many tokens the engine takes at a time leaves the gradient unchanged."""
     oracle = Oracle(subject)
@@ -159,9 +152,9 @@ def chunks(subject: Subject) -> Finding:
         for size in _CHUNKS:
             if size < len(sample.labels):
                 parts = subject.engine(sample, given, chunk_rows=size)
-                found = [relative(got, wanted) for got, wanted in zip(parts, whole, strict=True)]
-                found.append(errors.get(size, 0.0))
-                errors[size] = found[worst(dict(enumerate(found)))]
+                both = dict(enumerate(relative(got, wanted) for got, wanted in zip(parts, whole, strict=True)))
+                both[-1] = errors.get(size, 0.0)  # of the targets before
+                errors[size] = both[worst(both)]
     if not errors:
         return not_applicable("the rows have too few supervised tokens to be cut into chunks")
     told = "; ".join(f"{size} tokens: relative error {error:.1e}" for size, error in errors.items())
@@ -201,18 +194,17 @@ def world_size(subject: Subject) -> Finding:
 )
 def labels_in_place(subject: Subject) -> Finding:
     """A label is the id at its own place, in every layout of a batch."""
-    batches = {"padded": [subject.step.batch]}
+    layouts = {"padded": [subject.step.batch]}
     if _no_positions(subject) is None:
-        batches["padding-free"] = [_joined(subject, subject.rows)]
-        batches["packed"] = [_joined(subject, [row]) for row in pack(subject)]
-    wrong: dict[str, int] = {}
-    count = 0
-    for name, made in batches.items():
-        for batch in made:
+        layouts["padding-free"] = [_joined(subject, subject.rows)]
+        layouts["packed"] = [_joined(subject, [row]) for row in pack(subject)]
+    count, wrong = 0, dict.fromkeys(layouts, 0)
+    for name, batches in layouts.items():
+        for batch in batches:
             trained = batch["labels"] != -100
             count += int(trained.sum())
-            wrong[name] = wrong.get(name, 0) + int((batch["labels"] != batch["input_ids"])[trained].sum())
-    told = f"{count} labels in {', '.join(batches)} batches"
+            wrong[name] += int((batch["labels"] != batch["input_ids"])[trained].sum())
+    told = f"{count} labels in {', '.join(layouts)} batches"
     if any(wrong.values()):
         told += "; not the id at their place: " + ", ".join(f"{n} {name}" for name, n in wrong.items() if n)
     return expect(not any(wrong.values()), told, labels=count, **wrong)

@@ -65,8 +65,7 @@ class Oracle:
 
     def logits(self, model: torch.nn.Module, ids: Tensor, **more: Tensor) -> Tensor:
         """[B, T, V], whatever virtual tokens the model puts first."""
-        logits: Tensor = model(input_ids=ids, **more).logits
-        return logits[:, -ids.shape[1] :]
+        return model(input_ids=ids, **more).logits[:, -ids.shape[1] :]
 
     def _models(self, row: Row, ids: Tensor, labels: Tensor, document: Document) -> dict[str, Tensor]:
         given, args, aux = {}, self.trainer.args, self.trainer.aux

@@ -31,8 +31,8 @@ class Reading:
     answer: list[int] = field(default_factory=list)
     ends: list[int | None] = field(default_factory=list)
 
-    def trained(self, places: list[int]) -> list[int]:
-        return [place for place in places if self.row["labels"][place] != -100]
+    def is_trained(self, place: int) -> bool:
+        return self.row["labels"][place] != -100
 
 
 @check(
@@ -64,38 +64,34 @@ def answer(subject: Subject) -> Finding:
 )
 def end(subject: Subject) -> Finding:
     """The token that ends an answer has a label, so that the model learns to stop."""
-    readings = list(_readings(subject))
-    ends = [(reading, place) for reading in readings for place in reading.ends]
-    cut = sum(place is None for _, place in ends)
-    there = [(reading, place) for reading, place in ends if place is not None]
-    if not there:
-        return not_applicable(
-            "every answer that was found is cut off by max_length before its end" if cut else _WHY_NOT_FOUND, cut=cut
-        )
-    without = sum(place < 0 for _, place in there)
-    lost = sum(place >= 0 and not reading.trained([place]) for reading, place in there)
-    tokens = {reading.row["input_ids"][place] for reading, place in there if place >= 0}
-    told = f"{len(there) - without - lost} of {len(there)} answers end with a trained token"
+    ends = [(reading, place) for reading in _readings(subject) for place in reading.ends]
+    whole = [(reading, place) for reading, place in ends if place is not None]
+    cut = len(ends) - len(whole)
+    if not whole:
+        why = "every answer that was found is cut off by max_length before its end" if cut else _WHY_NOT_FOUND
+        return not_applicable(why, cut=cut)
+    without = sum(place < 0 for _, place in whole)
+    lost = sum(place >= 0 and not reading.is_trained(place) for reading, place in whole)
+    tokens = {reading.row["input_ids"][place] for reading, place in whole if place >= 0}
+    told = f"{len(whole) - without - lost} of {len(whole)} answers end with a trained token"
     told += "".join(f", {subject.text_of([token])}" for token in sorted(tokens)[:3])
     told += f"; {cut} more are cut off by max_length" if cut else ""
     told += f"; {without} end with no token of its own" if without else ""
-    return expect(not lost and not without, told, answers=len(there), untrained=lost, without_end=without, cut=cut)
+    return expect(not lost and not without, told, answers=len(whole), untrained=lost, without_end=without, cut=cut)
 
 
 def _of_places(subject: Subject, what: str, trained: bool) -> Finding:
-    count, odd, example = 0, [], None
+    count, wrong, example = 0, 0, ""
     for reading in _readings(subject):
         places = getattr(reading, what)
-        wrong = [place for place in places if (place in set(reading.trained(places))) != trained]
-        count += len(places)
-        odd += wrong
-        if wrong and example is None:
-            example = subject.text_of([reading.row["input_ids"][place] for place in wrong[:8]])
+        odd = [place for place in places if reading.is_trained(place) != trained]
+        count, wrong = count + len(places), wrong + len(odd)
+        if odd and not example:
+            example = f", as {subject.text_of([reading.row['input_ids'][place] for place in odd[:8]])}"
     if not count:
         return not_applicable(_WHY_NOT_FOUND)
-    told = f"{count} tokens of {what}s, {len(odd)} of them {'not trained' if trained else 'trained'}"
-    told += f", as {example}" if example else ""
-    return expect(not odd, told, tokens=count, wrong=len(odd))
+    told = f"{count} tokens of {what}s, {wrong} of them {'not trained' if trained else 'trained'}{example}"
+    return expect(not wrong, told, tokens=count, wrong=wrong)
 
 
 # -- reading rows ------------------------------------------------------------------------------------------------
@@ -165,24 +161,22 @@ def _end(tokenizer: Any, ids: list[int], spans: list[tuple[int, ...]], cursor: i
 def _parts(raw: Mapping[str, Any], text_field: str) -> list[tuple[bool, str]]:
     """(whether it is asked, its text) of each message of a row, in order."""
     if "prompt" in raw and "completion" in raw:
-        return [*_said(raw["prompt"], True), *_said(raw["completion"], False)]
-    if "messages" in raw:
-        return _said(raw["messages"], None)
-    if "conversations" in raw:
-        return _said([{"role": m.get("from"), "content": m.get("value")} for m in raw["conversations"]], None)
-    return _said(raw[text_field], False) if text_field in raw else []
+        return [*_texts(raw["prompt"], True), *_texts(raw["completion"], False)]
+    for name, asked in (("messages", None), ("conversations", None), (text_field, False)):
+        if name in raw:
+            return _texts(raw[name], asked)
+    return []
 
 
-def _said(value: Any, asked: bool | None) -> list[tuple[bool, str]]:
+def _texts(value: Any, asked: bool | None) -> list[tuple[bool, str]]:
     """``asked``: of every message alike, or None to tell by its role."""
-    messages = [{"content": value, "role": None}] if isinstance(value, str) else value
-    made = []
-    for message in messages:
-        content, role = message.get("content"), message.get("role")
+    texts = []
+    for message in [{"content": value}] if isinstance(value, str) else value:
+        content, role = message.get("content", message.get("value")), message.get("role", message.get("from"))
         if isinstance(content, str) and content.strip():
             answers = role in ("assistant", "gpt", "model") if asked is None else not asked
-            made.append((not answers, content.strip()))
-    return made
+            texts.append((not answers, content.strip()))
+    return texts
 
 
 CHECKS = [prompt, answer, end]

@@ -134,8 +134,7 @@ class Subject:
     # -- steps ---------------------------------------------------------------------------------------------------
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        batch: dict[str, Tensor] = self.trainer.data_collator([dict(row) for row in rows])
-        return batch
+        return self.trainer.data_collator([dict(row) for row in rows])
 
     @functools.cached_property
     def step(self) -> Step:
@@ -153,22 +152,17 @@ class Subject:
             if torch.is_grad_enabled() and isinstance(named.get("qtarget"), LossCall):
                 seen["call"] = named["qtarget"]
 
-        hooks = [
-            self.base.base_model.register_forward_hook(on_states),
-            self.model.register_forward_pre_hook(on_call, with_kwargs=True),
-        ]
         for model in self._models:  # weights that are mapped from a file are there once they are read
             for parameter in model.parameters():
                 parameter.detach().sum()
-        try:
-            with peak.watched(self.device) as memory:
-                self._run([batch], self.model)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with (
+            self.base.base_model.register_forward_hook(on_states),
+            self.model.register_forward_pre_hook(on_call, with_kwargs=True),
+            peak.watched(self.device) as memory,
+        ):
+            self._run([batch], self.model)
         length = batch["labels"].shape[1]  # virtual tokens of prompt tuning come first
-        hidden = seen["hidden"]
-        states, gradient = (x.detach()[:, -length:] for x in (hidden, hidden.grad))
+        states, gradient = (values.detach()[:, -length:] for values in (seen["hidden"], seen["hidden"].grad))
         return Step(batch, seen["call"], states, gradient, self.taken(), memory.bytes)
 
     def gradient(self, batches: Sequence[Mapping[str, Tensor]], model: nn.Module | None = None) -> Gradient:

@@ -157,7 +157,6 @@ def search_critical(options: Any) -> int:
     from qtarget.evaluation.grading import Grader
     from qtarget.signals import critical, manifest
     from qtarget.signals.decoding import Greedy
-    from qtarget.signals.progress import Progress
 
     run = _read_run(options, trainable=False)
     rows = _prompt_rows(run)
@@ -170,10 +169,10 @@ def search_critical(options: Any) -> int:
     run.datasets = {"train": _stand_in()}
     trainer = setup.build(run)
     greedy = Greedy(trainer, options.max_new_tokens)
-    prompts = [*critical.prompts_of(greedy, rows)]
+    prompts = [greedy.prompt(row, number) for number, row in enumerate(rows)]
     manifest.begin(folder, settings)
     file = folder / "progress.jsonl"
-    progress = Progress(file)
+    progress = critical.Progress(file)
     print(
         f"{len(rows)} rows, {sum(map(len, prompts))} tokens of prompts, {len(progress.done)} done before; for each "
         f"token of a right answer up to {options.alternatives} answers of up to {options.max_new_tokens} tokens",
