@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -71,6 +71,7 @@ class _Problem:
     verdicts: dict[str, bool] = field(default_factory=dict)  # many alternatives come back to the same text
 
 
+@dataclass
 class Search:
     """Finds the critical tokens of a list of problems.
 
@@ -80,47 +81,42 @@ class Search:
         progress: gets each finished problem.
     """
 
-    def __init__(
-        self,
-        greedy: Greedy,
-        grader: Grader,
-        rows: Sequence[Mapping[str, Any]],
-        prompts: Sequence[list[int]],
-        alternatives: int,
-        batch_size: int,
-        progress: Progress,
-    ):
-        self._greedy, self._grader, self._rows, self._prompts = greedy, grader, rows, prompts
-        self._count, self._batch_size, self._progress = alternatives, batch_size, progress
-        self._problems: dict[int, _Problem] = {}
-        self._tries: list[_Try] = []
-        self._searched = 0
+    greedy: Greedy
+    grader: Grader
+    rows: Sequence[Mapping[str, Any]]
+    prompts: Sequence[list[int]]
+    alternatives: int
+    batch_size: int
+    progress: Progress
+    _problems: dict[int, _Problem] = field(default_factory=dict, init=False)
+    _tries: list[_Try] = field(default_factory=list, init=False)
+    _searched: int = field(default=0, init=False)
 
     def run(self, step: Callable[[int, int], object] = lambda finished, right: None) -> None:
         """Search all problems that are not done.
 
         ``step`` gets, now and then, how many problems are finished, and how many right answers were searched in this run.
         """
-        waiting = iter([number for number in range(len(self._rows)) if number not in self._progress.done])
+        waiting = iter([number for number in range(len(self.rows)) if number not in self.progress.done])
         while True:
-            while len(self._tries) < self._batch_size and (group := [*islice(waiting, self._batch_size)]):
+            while len(self._tries) < self.batch_size and (group := [*islice(waiting, self.batch_size)]):
                 self._answer(group)
-                step(len(self._progress.done), self._searched)
+                step(len(self.progress.done), self._searched)
             if not self._tries:
                 return
-            self._try([heapq.heappop(self._tries) for _ in range(min(self._batch_size, len(self._tries)))])
-            step(len(self._progress.done), self._searched)
+            self._try([heapq.heappop(self._tries) for _ in range(min(self.batch_size, len(self._tries)))])
+            step(len(self.progress.done), self._searched)
 
     def _answer(self, group: list[int]) -> None:
         """Let the model answer, and line up the tokens of its right answers."""
-        answers = self._greedy([self._prompts[number] for number in group])
+        answers = self.greedy([self.prompts[number] for number in group])
         for number, answer in zip(group, answers, strict=True):
             problem = _Problem(number, answer)
             if not self._is_right(problem, answer):
-                ended = answer[-1] in self._greedy.ends
-                self._progress.add({"problem": number, "ended": ended, "correct": False, **problem.counts})
+                ended = answer[-1] in self.greedy.ends
+                self.progress.add({"problem": number, "ended": ended, "correct": False, **problem.counts})
                 continue
-            problem.alternatives = self._greedy.alternatives(self._prompts[number], answer, self._count)
+            problem.alternatives = self.greedy.alternatives(self.prompts[number], answer, self.alternatives)
             problem.critical = [*[None] * (len(answer) - 1), 0]
             self._problems[number] = problem
             for place in range(len(answer) - 1):
@@ -132,15 +128,15 @@ class Search:
         for number, place, which in tries:
             problem = self._problems[number]
             replaced.append([*problem.answer[:place], problem.alternatives[place][which]])
-        going_on = [i for i, answer in enumerate(replaced) if answer[-1] not in self._greedy.ends]
+        going_on = [i for i, answer in enumerate(replaced) if answer[-1] not in self.greedy.ends]
         if going_on:
-            rests = self._greedy([[*self._prompts[tries[i][0]], *replaced[i]] for i in going_on])
+            rests = self.greedy([[*self.prompts[tries[i][0]], *replaced[i]] for i in going_on])
             for i, rest in zip(going_on, rests, strict=True):
                 replaced[i] += rest
         for (number, place, which), answer in zip(tries, replaced, strict=True):
             problem = self._problems[number]
             right = self._is_right(problem, answer)
-            if not right and which + 1 < self._count:
+            if not right and which + 1 < self.alternatives:
                 heapq.heappush(self._tries, (number, place, which + 1))
             else:
                 problem.critical[place] = int(not right)
@@ -148,12 +144,12 @@ class Search:
 
     def _is_right(self, problem: _Problem, answer: list[int]) -> bool:
         """Whether an answer ends, and says what it should."""
-        if answer[-1] not in self._greedy.ends:
+        if answer[-1] not in self.greedy.ends:
             return False
-        text, grader = self._greedy.text(answer[:-1]), self._grader
+        text, grader = self.greedy.text(answer[:-1]), self.grader
         if text not in problem.verdicts:
             timeouts, errors = grader.timeouts, grader.errors
-            problem.verdicts[text] = grader(text, self._rows[problem.number])
+            problem.verdicts[text] = grader(text, self.rows[problem.number])
             problem.counts.update(timeouts=grader.timeouts - timeouts, errors=grader.errors - errors)
         return problem.verdicts[text]
 
@@ -163,19 +159,18 @@ class Search:
         self._problems.pop(problem.number)
         self._searched += 1
         tokens = {"answer": problem.answer, "critical": problem.critical}
-        self._progress.add({"problem": problem.number, "ended": True, "correct": True, **tokens, **problem.counts})
+        self.progress.add({"problem": problem.number, "ended": True, "correct": True, **tokens, **problem.counts})
 
 
 # -- results -----------------------------------------------------------------------------------------------------
 
 
-def report(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def report(records: Collection[Mapping[str, Any]]) -> dict[str, Any]:
     """Counts over all problems; ``tokens`` are those of right answers without their end tokens.
 
     Raises:
         DataError: no answer is right, or no token is critical.
     """
-    records = [*records]
     right = [record for record in records if record["correct"]]
     counts = {
         "problems": len(records),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 from trl.data_utils import _tokenize, is_conversational_from_value, maybe_convert_to_chatml
 
@@ -95,29 +95,22 @@ class Greedy:
 
     def __call__(self, beginnings: Sequence[Sequence[int]]) -> list[list[int]]:
         """How each goes on, its end token included; without one at the end where max_new_tokens were not enough."""
-        longest = max(map(len, beginnings))
+        lines = [torch.tensor(beginning) for beginning in beginnings]
+        ids = pad_sequence(lines, batch_first=True, padding_value=self._pad, padding_side="left")
+        mask = pad_sequence([torch.ones_like(line) for line in lines], batch_first=True, padding_side="left")
         device = self._trainer.args.device
-        ids = torch.full((len(beginnings), longest), self._pad)
-        mask = torch.zeros_like(ids)
-        for line, beginning in enumerate(beginnings):
-            ids[line, longest - len(beginning) :] = torch.tensor(beginning)
-            mask[line, longest - len(beginning) :] = 1
-        with evaluation_mode(self._model), self._own_settings():
-            out = self._model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
+        # generate() fills what it is not given from the model's settings; so those are replaced
+        before, self._base.generation_config = self._base.generation_config, self._settings
+        try:
+            with evaluation_mode(self._model):
+                out = self._model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
+        finally:
+            self._base.generation_config = before
         rests = []
-        for line in out[:, longest:].tolist():
+        for line in out[:, ids.shape[1] :].tolist():
             end = next((place for place, index in enumerate(line) if index in self.ends), len(line))
             rests.append(line[: end + 1])
         return rests
-
-    @contextlib.contextmanager
-    def _own_settings(self) -> Iterator[None]:
-        """generate() fills what it is not given from the model's settings; so those are replaced."""
-        before, self._base.generation_config = self._base.generation_config, self._settings
-        try:
-            yield
-        finally:
-            self._base.generation_config = before
 
     @torch.no_grad()
     def alternatives(self, prompt: Sequence[int], answer: Sequence[int], count: int) -> list[list[int]]:

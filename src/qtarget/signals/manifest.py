@@ -15,9 +15,8 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from qtarget import __version__, files
-from qtarget.errors import ConfigError, StorageError
-from qtarget.signals.origin import model_of, other_model, reference_of, tokenizer_of
-from qtarget.teachers.fingerprints import Model, template_hash, tokenizer_hash
+from qtarget.errors import ConfigError, StorageError, loading
+from qtarget.teachers.fingerprints import Model, named, template_hash, tokenizer_hash
 
 FILE = "signal.json"
 # Settings of a run that decide which tokens a row becomes and which of them are labels.
@@ -76,17 +75,63 @@ class Manifest(TypedDict):
 # -- made from ---------------------------------------------------------------------------------------------------
 
 
-def describe(kind: str, columns: list[str], config: Any, model: Any, tokenizer: Any, about: dict) -> dict[str, Any]:
+def model_of(model: Any) -> Model:
+    """A run's model as it starts. ``model``: TRL's ModelConfig."""
+    return named(model.model_name_or_path, model.model_revision or "main")
+
+
+def reference_of(config: Any, model: Any) -> Model:
+    """A run's reference: its own, or the model as it starts."""
+    if config.reference_model_name_or_path:
+        return named(config.reference_model_name_or_path, config.reference_model_revision or "main")
+    return model_of(model)
+
+
+def tokenizer_of(config: Any, model: Any) -> Any:
+    """A run's tokenizer with its chat template, loaded without the model.
+
+    Tokens that a template cloned from elsewhere brings along are left out; the template's own hash tells them apart.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    def load(field: str, name: str, revision: str | None = None) -> Any:
+        with loading(field, name, "tokenizer"):
+            trusted = config.trust_remote_code
+            return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=trusted)
+
+    tokenizer = load("model_name_or_path", model.model_name_or_path, model.model_revision)
+    path = config.chat_template_path
+    if path and Path(path).is_file():
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+    elif path:
+        tokenizer.chat_template = load("chat_template_path", path).chat_template
+    return tokenizer
+
+
+def other_model(was: Model, now: Model) -> bool:
+    """Told by the weights where both are known, for a folder may move; else by name and revision."""
+    if was["weights"] and now["weights"]:
+        return was["weights"] != now["weights"]
+    return (was["name"], was["revision"]) != (now["name"], now["revision"])
+
+
+def describe(kind: str, column: str, config: Any, model: Any, about: dict[str, Any]) -> dict[str, Any]:
     """The settings part of a manifest.
 
     Args:
-        kind: weights, old_logps or critical. columns: those added to the rows.
-        config: the run's QTargetConfig. model: TRL's ModelConfig. tokenizer: see ``tokenizer_of``.
-        about: further settings of the verb.
+        kind: weights, old_logps or critical. column: the one added to the rows.
+        config: the run's QTargetConfig. model: TRL's ModelConfig. about: further settings of the verb.
+
+    Raises:
+        ConfigError: the tokenizer cannot be loaded.
     """
+    tokenizer = tokenizer_of(config, model)
     return {
         "kind": kind,
-        "columns": columns,
+        "columns": [column],
         "program": f"qtarget {__version__}",
         "model": model_of(model),
         "tokenizer": tokenizer_hash(tokenizer),

@@ -111,7 +111,7 @@ def _cached(subject: Subject, source: Cached) -> Finding:
     trained = batch["labels"][:, 1:] != -100
     uids = batch[join.column][:, 1:][trained]
     placed = uids[uids >= 0]
-    targets = [subject.targets[number] for _, _, number in subject.supervised(batch)]
+    targets = [subject.targets[number] for *_, number in subject.supervised()]
     missing = sum("teacher" in target.requires for target, uid in zip(targets, uids, strict=True) if uid < 0)
     if not len(placed) and not missing:
         return not_applicable("no label among the rows looked at asks the teacher; look at more rows")

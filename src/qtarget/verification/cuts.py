@@ -113,12 +113,8 @@ def pack(subject: Subject) -> list[Row]:
 def _joined(subject: Subject, rows: list[Row]) -> dict[str, Tensor]:
     """A padding-free batch, by the trainer's own collator told so."""
     collator = subject.trainer.data_collator
-    inner = collator.inner
-    try:
-        collator.inner = dataclasses.replace(inner, padding_free=True)
-        return subject.collate(rows)
-    finally:
-        collator.inner = inner
+    padding_free = dataclasses.replace(collator, inner=dataclasses.replace(collator.inner, padding_free=True))
+    return padding_free([dict(row) for row in rows])
 
 
 def _no_positions(subject: Subject) -> str | None:

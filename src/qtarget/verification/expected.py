@@ -22,7 +22,7 @@ from qtarget.losses.log_probs import importance_weight
 from qtarget.models.forward import HeadTransform
 from qtarget.models.frozen import adapters_off
 from qtarget.targets import Target
-from qtarget.verification.subject import Gradient, Row, Sample, Subject, supervised
+from qtarget.verification.subject import Given, Gradient, Row, Sample, Subject, supervised
 
 _TILE = 8192  # rows of the head cast to float64 at a time
 
@@ -39,7 +39,7 @@ class Document:
     places: Tensor
     labels: Tensor
     logits: Tensor
-    given: dict[str, Tensor]
+    given: Given
 
 
 class Oracle:
@@ -56,34 +56,27 @@ class Oracle:
         ids = torch.tensor([row["input_ids"]], device=self.device)
         places = torch.tensor(supervised(row), device=self.device, dtype=torch.int64)
         labels = torch.tensor(row["labels"], device=self.device)
-        logits = self.logits(self.model, ids)[0, places - 1]
+        logits = own_logits(self.model, {"input_ids": ids})[0, places - 1]
         document = Document(places, labels[places], logits, {})
         with torch.no_grad():
             document.given |= self._models(row, ids, labels, document)
             document.given |= self._columns(row, document)
         return document
 
-    def logits(self, model: torch.nn.Module, ids: Tensor, **more: Tensor) -> Tensor:
-        """[B, T, V], whatever virtual tokens the model puts first."""
-        return model(input_ids=ids, **more).logits[:, -ids.shape[1] :]
-
-    def _models(self, row: Row, ids: Tensor, labels: Tensor, document: Document) -> dict[str, Tensor]:
+    def _models(self, row: Row, ids: Tensor, labels: Tensor, document: Document) -> Given:
         given, args, aux = {}, self.trainer.args, self.trainer.aux
         before = document.places - 1
         if "teacher" in self.subject.requires:
             assert aux.teacher is not None
             columns = self.trainer.rows.batch(self.trainer.data_collator([dict(row)])).columns
             batch = Batch({"input_ids": ids}, labels[None], columns)
-            teacher = aux.teacher.logits(self._ask, self.model, batch, (torch.zeros_like(before), before))
+            teacher = aux.teacher.logits(own_logits, self.model, batch, (torch.zeros_like(before), before))
             given["teacher_logits"] = self.dense(teacher, document.logits) if isinstance(teacher, TopK) else teacher
         if "reference" in args.models_for(self.subject.requires) and not self.trainer.reads_reference_column:
             with adapters_off(self.model) if aux.reference is None else contextlib.nullcontext():
                 model = self.model if aux.reference is None else aux.reference.model
-                given["reference_logits"] = self.logits(model, ids)[0, before]
+                given["reference_logits"] = own_logits(model, {"input_ids": ids})[0, before]
         return given
-
-    def _ask(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        return self.logits(model, inputs["input_ids"], **{k: v for k, v in inputs.items() if k == "attention_mask"})
 
     def dense(self, head: Head | TopK, student: Tensor) -> Tensor:
         """[n, real] float64 logits at n positions; k kept tokens as documented: the rest of the mass in the student's
@@ -101,7 +94,7 @@ class Oracle:
         shape = shape.scatter(1, ids, -math.inf).log_softmax(-1)
         return (log_tail.to(self.device)[:, None] + shape).scatter(1, ids, kept)
 
-    def _columns(self, row: Row, document: Document) -> dict[str, Tensor]:
+    def _columns(self, row: Row, document: Document) -> Given:
         args, needed = self.trainer.args, columns_for(self.subject.requires)
 
         def column(name: str) -> Tensor:
@@ -153,7 +146,7 @@ class Oracle:
             loss = loss + target_loss(logits, labels, target, reduction="sum", **given).loss
         return loss
 
-    def _given(self, logits: Tensor, target: Target, given: dict[str, Tensor]) -> dict[str, Any]:
+    def _given(self, logits: Tensor, target: Target, given: Given) -> dict[str, Any]:
         """Of what there is, what the target reads."""
         names = {*columns_of(target), *(f"{name}_logits" for name in target.requires)}
         read = {name: value.double() for name, value in given.items() if name in names}
@@ -161,7 +154,7 @@ class Oracle:
 
     # -- a few tokens --------------------------------------------------------------------------------------------
 
-    def given(self, sample: Sample) -> dict[str, Tensor]:
+    def given(self, sample: Sample) -> Given:
         """What the loss of a sample's tokens reads, as ``Document.given``, from the documents they are of."""
         parts = []
         with self.subject.without_dropout(), torch.no_grad():
@@ -171,7 +164,7 @@ class Oracle:
                 parts.append({name: value[at].double() for name, value in document.given.items()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def hidden_gradient(self, sample: Sample, given: dict[str, Tensor], logits: Tensor | None = None) -> Tensor:
+    def hidden_gradient(self, sample: Sample, given: Given, logits: Tensor | None = None) -> Tensor:
         """dH [n, d] float64 of the summed loss of a sample: (p − Q) through the student's head.
 
         ``logits``: [n, V] in place of those that the student's states give.
@@ -179,6 +172,12 @@ class Oracle:
         logits = logits_of(sample.student) if logits is None else logits
         Q = target_distribution(logits, sample.labels, sample.target, **self._given(logits, sample.target, given))
         return through_head(sample.student, logits, logits.softmax(-1) - Q)
+
+
+def own_logits(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """[B, T, V] by a model's own forward, whatever virtual tokens it puts first."""
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+    return model(**inputs).logits[:, -inputs["input_ids"].shape[1] :]
 
 
 def logits_of(head: Head) -> Tensor:

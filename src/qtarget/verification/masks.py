@@ -41,7 +41,12 @@ class Reading:
 )
 def prompt(subject: Subject) -> Finding:
     """Nothing of the prompt has a label."""
-    if _everything_is_trained(subject):
+    args, row = subject.trainer.args, subject.raw[0]
+    if "prompt" in row and "completion" in row:
+        everything = args.completion_only_loss is False
+    else:
+        everything = not (args.assistant_only_loss and {"messages", "conversations"} & row.keys())
+    if everything:
         return not_applicable(
             "the run trains every token: its rows have no prompt apart, or completion_only_loss is false"
         )
@@ -99,20 +104,12 @@ def _of_places(subject: Subject, what: str, trained: bool) -> Finding:
 _WHY_NOT_FOUND = "what is asked and what is answered could not be found in the prepared rows"
 
 
-def _everything_is_trained(subject: Subject) -> bool:
-    args, row = subject.trainer.args, subject.raw[0]
-    if "prompt" in row and "completion" in row:
-        return args.completion_only_loss is False
-    return not args.assistant_only_loss or not ("messages" in row or "conversations" in row)
-
-
 def _readings(subject: Subject) -> Iterator[Reading]:
     """A reading of each prepared row whose own row is found by the texts in it; rows may have been dropped."""
     left = list(subject.raw)
     for row in subject.rows:
         for number, raw in enumerate(left):
-            reading = _read(subject, row, raw)
-            if reading is not None:
+            if (reading := _read(subject, row, raw)) is not None:
                 del left[: number + 1]
                 yield reading
                 break

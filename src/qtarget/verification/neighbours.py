@@ -19,14 +19,14 @@ class Neighbour:
     """Two targets that must have one gradient; ``neighbour`` None: no gradient at all.
 
     Attributes:
-        name: the limit in words. columns: in place of the run's own, a number or "log_p_y", the student's own.
+        name: the limit in words. columns: in place of the run's own; None: the student's own log p of the label.
         student_teaches: the student in place of the teacher or reference.
     """
 
     name: str
     target: Target
     neighbour: Target | None
-    columns: dict[str, float | str] = field(default_factory=dict)
+    columns: dict[str, float | None] = field(default_factory=dict)
     student_teaches: bool = False
 
 
@@ -47,7 +47,7 @@ def limits(target: Target) -> Iterator[Neighbour]:
         yield at_value("alpha", 0, sft)
         yield at_value("alpha", 1, dft)
     if name == "profit":
-        yield Neighbour("tau 0 is sft", build(name, tau=0.0), sft)
+        yield at_value("tau", 0, sft)
     if name == "eaft":
         yield at_value("power", 0, sft)
     if name == "iw-sft":
@@ -62,7 +62,7 @@ def limits(target: Target) -> Iterator[Neighbour]:
         yield at_value("kl_weight", 0, anchored)
         yield Neighbour(f"the student as reference is {anchored.name}", target, anchored, student_teaches=True)
     if name == "psft":
-        yield Neighbour("the present policy as the old one is sft", target, sft, {"old_logps": "log_p_y"})
+        yield Neighbour("the present policy as the old one is sft", target, sft, {"old_logps": None})
     if name == "gem" and numbers["h"] == "linear":
         yield at_value("beta", 1, sft)
     if name == "kd":
@@ -103,8 +103,7 @@ def _error(oracle: Oracle, sample: Sample, given: dict[str, Tensor], limit: Neig
         heads = {"teacher": sample.student, "reference": sample.student}
     log_p_y = label_log_p(logits_of(sample.student), sample.labels)
     columns = {
-        name: log_p_y if value == "log_p_y" else torch.full_like(log_p_y, float(value))
-        for name, value in limit.columns.items()
+        name: log_p_y if value is None else torch.full_like(log_p_y, value) for name, value in limit.columns.items()
     }
     got, _ = oracle.subject.engine(replace(sample, target=limit.target, heads=heads), {**given, **columns})
     neighbour = presets.build("sft") if limit.neighbour is None else limit.neighbour

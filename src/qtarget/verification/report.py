@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from qtarget.errors import ConfigError
@@ -15,14 +15,8 @@ from qtarget.verification.subject import Subject, supervised
 
 logger = logging.getLogger(__name__)
 
-CHECKS: list[Check] = [
-    *gradient.CHECKS,
-    *cuts.CHECKS,
-    *masks.CHECKS,
-    *auxiliary.CHECKS,
-    *neighbours.CHECKS,
-    *resources.CHECKS,
-]
+FAMILIES = (gradient, cuts, masks, auxiliary, neighbours, resources)
+CHECKS: list[Check] = [check for family in FAMILIES for check in family.CHECKS]
 
 
 @dataclass(frozen=True)
@@ -51,9 +45,7 @@ class Report:
             {
                 "name": check.name,
                 "promise": check.promise,
-                "status": finding.status,
-                "told": finding.told,
-                "figures": finding.figures,
+                **asdict(finding),
                 "hint": (finding.hint or check.hint) if finding.status == FAIL else None,
             }
             for check, finding in self.found

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qtarget.losses import Head
 from qtarget.verification.check import Finding, check, expect, not_applicable, within
-from qtarget.verification.expected import Oracle, label_log_p, logits_of
+from qtarget.verification.expected import Oracle, label_log_p, logits_of, own_logits
 from qtarget.verification.subject import Sample, Subject, relative, supervised
 
 # Twice what rounding a result to bfloat16's 8 bits does: on a GPU what the last product reads is rounded too.
@@ -28,7 +28,7 @@ def bf16(subject: Subject) -> Finding:
     gradients = [_bf16_gradients(oracle, sample) for sample in subject.samples]
     engine, exact, unrounded, eager = (torch.cat(parts).double() for parts in zip(*gradients, strict=True))
     error, with_logits = relative(engine, exact), relative(eager, exact)
-    total, shift = relative(engine, unrounded), _autocast_shift(subject, oracle)
+    total, shift = relative(engine, unrounded), _autocast_shift(subject)
     told = f"the loss adds {error:.1e} (with logits in bf16: {with_logits:.1e}); against fp32 {total:.1e}"
     told += "" if shift is None else f"; under autocast log p_y is off by {shift:.1e} on average"
     return within(error, _BF16, told, bf16_logits=with_logits, against_fp32=total, log_p_shift=shift)
@@ -57,14 +57,14 @@ def _rounded(head: Head) -> Head:
     return replace(head, hidden=head.hidden.bfloat16(), weight=head.weight.detach().bfloat16(), bias=bias)
 
 
-def _autocast_shift(subject: Subject, oracle: Oracle) -> float | None:
+def _autocast_shift(subject: Subject) -> float | None:
     """Mean |Δ log p_y| over the first document when the model computes under bfloat16 autocast."""
     row = subject.rows[0]
     ids, labels = (torch.tensor([row[name]], device=subject.device) for name in ("input_ids", "labels"))
     places = torch.tensor(supervised(row), device=subject.device)
 
     def log_p() -> Tensor:
-        return label_log_p(oracle.logits(subject.model, ids)[0, places - 1], labels[0, places])
+        return label_log_p(own_logits(subject.model, {"input_ids": ids})[0, places - 1], labels[0, places])
 
     with subject.without_dropout(), torch.no_grad():
         full = log_p()

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
 
 Gradient = dict[str, Tensor]
+# What a loss reads beside logits and labels, by its names in ``target_loss``.
+Given = dict[str, Tensor]
 Row = dict[str, Any]
 # Relative errors of a gradient that rounding explains. A lost token or a wrong divisor shows at 1e-2 and more.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -41,14 +43,14 @@ class Step:
     """One step of the trainer over a batch, as it was seen from outside.
 
     Attributes:
-        batch: as the collator made it. call: what the model's forward was asked for. hidden, hidden_gradient: [B, T, d],
-            the last hidden states and what backward left on them. gradient: of every trained weight, on the CPU.
-        bytes: the most memory it took beyond what was there, or None.
+        batch: as the collator made it. call: what the model's forward was asked for. student: its last hidden states,
+            [B, T, d], and its head. hidden_gradient: what backward left on the states. gradient: of every trained weight,
+            on the CPU. bytes: the most memory it took beyond what was there, or None.
     """
 
     batch: dict[str, Tensor]
     call: LossCall
-    hidden: Tensor
+    student: Head
     hidden_gradient: Tensor
     gradient: Gradient
     bytes: int | None
@@ -96,6 +98,8 @@ class Subject:
         self.model: Any = trainer.model
         self.base: Any = trainer.student.base
         self.device = torch.device(trainer.args.device)
+        # Tokens the tokenizer knows, whatever the head's padding; counted here and not asked of the trainer.
+        self.vocab = 1 + max(trainer.tokenizer.get_vocab().values())
         self.processes = int(trainer.accelerator.num_processes)
         # Where numbers of a target are on a schedule, half way: both ends have their part in it.
         trainer.state.max_steps = max(2, trainer.args.max_steps)
@@ -163,7 +167,11 @@ class Subject:
             self._run([batch], self.model)
         length = batch["labels"].shape[1]  # virtual tokens of prompt tuning come first
         states, gradient = (values.detach()[:, -length:] for values in (seen["hidden"], seen["hidden"].grad))
-        return Step(batch, seen["call"], states, gradient, self.taken(), memory.bytes)
+        weight, bias = head_parameters(self.base)
+        transform = HeadTransform.of(self.base.config)
+        bias = None if bias is None else bias.detach()
+        student = Head(states, weight.detach(), bias, transform.scale, transform.softcap)
+        return Step(batch, seen["call"], student, gradient, self.taken(), memory.bytes)
 
     def gradient(self, batches: Sequence[Mapping[str, Tensor]], model: nn.Module | None = None) -> Gradient:
         """Of one optimiser step over so many micro-batches, as the trainer forms it. ``model``: the student, wrapped."""
@@ -196,7 +204,7 @@ class Subject:
         modes = [(module, module.training) for model in models for module in model.modules()]
         for model in models:
             model.eval()
-            model.train = _mode_of(model)  # the trainer calls it before each micro-batch
+            model.train = functools.partial(_set_mode, model)  # the trainer calls it before each micro-batch
             model.train()
         try:
             yield
@@ -211,43 +219,43 @@ class Subject:
     @functools.cached_property
     def samples(self) -> list[Sample]:
         """Some tokens of every target that the rows have, from a few of its rows."""
-        labels, offsets = self.step.batch["labels"], torch.tensor(self.offsets(self.step.batch))
-        positions: dict[int, dict[int, list[tuple[int, int]]]] = {}  # number of the target → row → (row, position)
-        for row, position, number in self.supervised(self.step.batch):
-            positions.setdefault(number, {}).setdefault(row, []).append((row, position))
+        step, labels = self.step, self.step.batch["labels"]
+        of_target: dict[int, dict[int, list[tuple[int, int, int]]]] = {}  # number of the target → row → tokens
+        for row, place, position, number in self.supervised():
+            of_target.setdefault(number, {}).setdefault(row, []).append((row, place, position))
         samples = []
-        for number, by_row in sorted(positions.items()):
+        for number, by_row in sorted(of_target.items()):
             rows = list(by_row.values())
             tokens = [token for i in evenly_spaced(len(rows), _ROWS) for token in rows[i]]
-            spread = evenly_spaced(len(tokens), max(1, _TOKENS // len(positions)))
-            row, position = torch.tensor([tokens[i] for i in spread]).T
+            spread = evenly_spaced(len(tokens), max(1, _TOKENS // len(of_target)))
+            row, place, position = torch.tensor([tokens[i] for i in spread]).T
             before = (row, position - 1)  # what predicts the label
             samples.append(
                 Sample(
                     number,
                     self.targets[number],
                     row,
-                    position - offsets[row],
+                    place,
                     labels[row, position].to(self.device),
-                    self._own_head(self.step.hidden[before]),
-                    self.step.hidden_gradient[before],
-                    {name: _head_at(head, before) for name, head in self.step.call.others.items()},
+                    replace(step.student, hidden=step.student.hidden[before]),
+                    step.hidden_gradient[before],
+                    {name: _head_at(head, before) for name, head in step.call.others.items()},
                 )
             )
         return samples
 
-    def supervised(self, batch: Mapping[str, Tensor]) -> list[tuple[int, int, int]]:
-        """(row, position of the label, number of its target) of every label of a padded batch of all rows."""
-        offsets = self.offsets(batch)
-        return [
-            (row, before + 1, self.number_of(self.rows[row], before + 1 - offsets[row]))
-            for row, before in (batch["labels"][:, 1:] != -100).nonzero().tolist()
-        ]
-
-    def offsets(self, batch: Mapping[str, Tensor]) -> list[int]:
-        """How many padding tokens stand before each row of a padded batch."""
-        mask = batch.get("attention_mask")
-        return [0] * len(self.rows) if mask is None else mask.int().argmax(1).tolist()
+    def supervised(self) -> list[tuple[int, int, int, int]]:
+        """(row, place of the label in it, position in the first step's batch, number of its target) of every label."""
+        batch = self.step.batch
+        # Padding may stand before a row.
+        offsets = (
+            batch["attention_mask"].int().argmax(1).tolist() if "attention_mask" in batch else [0] * len(self.rows)
+        )
+        supervised = []
+        for row, before in (batch["labels"][:, 1:] != -100).nonzero().tolist():
+            place = before + 1 - offsets[row]
+            supervised.append((row, place, before + 1, self.number_of(self.rows[row], place)))
+        return supervised
 
     def number_of(self, row: Row, place: int) -> int:
         """Which target is a token's: that of its source, or plain SFT for an end token taught by its label alone."""
@@ -260,16 +268,8 @@ class Subject:
 
     # -- the engine ----------------------------------------------------------------------------------------------
 
-    def _own_head(self, hidden: Tensor) -> Head:
-        weight, bias = head_parameters(self.base)
-        transform = HeadTransform.of(self.base.config)
-        bias = None if bias is None else bias.detach()
-        return Head(hidden, weight.detach(), bias, transform.scale, transform.softcap)
-
-    def engine(
-        self, sample: Sample, given: Mapping[str, Tensor], chunk_rows: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(dH, dW) of a sample's summed loss by the engine, in the dtype of its student. ``given``: its columns."""
+    def engine(self, sample: Sample, given: Given, chunk_rows: int | None = None) -> tuple[Tensor, Tensor]:
+        """(dH, dW) of a sample's summed loss by the engine, in its student's dtype, with the columns in ``given``."""
         student, target = sample.student, sample.target
         hidden, weight = (value.clone().requires_grad_() for value in (student.hidden, student.weight))
         columns = {name: given[name].to(self.device) for name in columns_of(target) if name in given}
@@ -291,11 +291,6 @@ class Subject:
         assert hidden.grad is not None and weight.grad is not None
         return hidden.grad, weight.grad
 
-    @functools.cached_property
-    def vocab(self) -> int:
-        """Tokens the tokenizer knows, whatever the head's padding; counted here and not asked of the trainer."""
-        return 1 + max(self.trainer.tokenizer.get_vocab().values())
-
 
 def supervised(row: Row) -> list[int]:
     """Places of a row's labels that are trained: nothing predicts the first token."""
@@ -309,14 +304,10 @@ def _head_at(head: Head | TopK, at: tuple[Tensor, ...]) -> Head | TopK:
     return replace(head, ids=head.ids[at], logprobs=head.logprobs[at], tail_logprob=tail)
 
 
-def _mode_of(model: Any) -> Callable[..., Any]:
-    """A ``train`` that leaves the parts of a model in the mode they are in."""
-
-    def train(mode: bool = True) -> Any:
-        model.training = mode
-        return model
-
-    return train
+def _set_mode(model: Any, mode: bool = True) -> Any:
+    """As ``Module.train``, but the parts of the model stay in the mode they are in."""
+    model.training = mode
+    return model
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
