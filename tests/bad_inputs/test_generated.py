@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import qtarget as qt
-import tiny
+import tiny_models
 from qtarget.cli import arguments, recipe, yaml_text
 from qtarget.data.columns import TokenColumns
 from qtarget.data.validation import checked_texts, checked_tokens
@@ -412,4 +412,4 @@ def test_the_world_s_own_files_are_right(world):
     assert len(record.read(world / "capture")) and records.read_manifest(world / "results")
     assert checkpoints.unreadable_files(world / "stopped" / "checkpoint-1") == []
     assert yaml.safe_load((world / "config.yaml").read_text())["target"] == "target-sft"
-    assert tiny.tokenizer()
+    assert tiny_models.tokenizer()

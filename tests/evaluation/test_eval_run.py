@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from reasoning_gym.factory import DATASETS
 
-import tiny
+import tiny_models
 from qtarget import files
 from qtarget.cli import terminal
 from qtarget.cli.__main__ import main
@@ -30,15 +30,15 @@ FIELDS = (
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny.taught().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    tiny_models.trained_model().save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     file = tmp_path_factory.mktemp("rows") / "sums.jsonl"
-    rows = [{"prompt": sentence[: 8 + 2 * i], "answer": str(i)} for i, sentence in enumerate(tiny.SENTENCES[:5])]
+    rows = [{"prompt": sentence[: 8 + 2 * i], "answer": str(i)} for i, sentence in enumerate(tiny_models.SENTENCES[:5])]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
@@ -275,11 +275,11 @@ def test_faults_of_verifiers_are_counted_and_shown(model, file, tmp_path, capsys
 def test_a_model_that_never_stops_is_wrong_and_counted(file, tmp_path, capsys):
     import torch
 
-    endless = tiny.llama(tied=False)
+    endless = tiny_models.llama(tied=False)
     with torch.no_grad():
         endless.lm_head.weight.zero_()  # every token alike: an end token is rare, and 9 tokens are soon over
     endless.save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "model")
     given = words(tmp_path / "model", file, tmp_path / "run", verifier="signal_verifiers:always", max_new_tokens=9)
     assert main(given) == 0
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())["tasks"]["sums"]
@@ -420,7 +420,7 @@ def test_columns_that_are_not_understood_are_named(monkeypatch):
 
 def test_prompts():
     problem = tasks.Problem("p", "2 + 2?", {})
-    tokenizer = tiny.tokenizer()
+    tokenizer = tiny_models.tokenizer()
     read = lambda style, instruction="": tokenizer.decode(tasks.prompt_ids(tokenizer, style, problem, instruction))  # noqa: E731
     assert read("plain") == "2 + 2?"
     assert read("plain", "Box it.") == "2 + 2?\nBox it.\n"

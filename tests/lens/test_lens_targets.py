@@ -7,14 +7,14 @@ import pytest
 
 import lens_records
 import qtarget as qt
-import tiny
+import tiny_models
 from lens_pages import JS_FIGURES, agrees
 from qtarget.lens import capture, page, record, sliders
 from qtarget.lens.page_targets import listed, of_run, recorded
 from qtarget.lens.replay import Replay
 from qtarget.targets.objective import Objective
 from qtarget.targets.presets.entry import ENTRIES
-from runs import trainer
+from quick_runs import quick_trainer
 
 N = 1000
 COMPOSED = {
@@ -190,8 +190,8 @@ def test_what_a_capture_records_of_its_run(own, tmp_path):
     mixed = recorded(Objective.by_source({"math": "dft", "chat": {"preset": "kd", "temperature": 2.0}}, "source"))
     assert [*of_run(of_a_run(**mixed))] == ["math: dft", "chat: kd(temperature=2.0)"]
     assert recorded(Objective.single({"preset": "dft"})) == {"target": "dft"}, "nothing more where the target says it"
-    settings = {"target": "my_targets:known_parts", "teacher_model": tiny.taught(seed=7)}
-    made = trainer(tiny.taught(), tmp_path / "run", tiny.conversations(3), **settings)
+    settings = {"target": "my_targets:known_parts", "teacher_model": tiny_models.trained_model(seed=7)}
+    made = quick_trainer(tiny_models.trained_model(), tmp_path / "run", tiny_models.conversation_dataset(3), **settings)
     held = record.read(capture.capture(made, tmp_path / "capture", rows=3, top_k=7))
     assert listed(held, range(len(held)))[0]["name"] == "my_targets:known_parts"
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qtarget as qt
-import tiny
+import tiny_models
 from hub_configs import CONFIGS
 from qtarget.cli import __main__ as cli
 from qtarget.planning import flops, memory, shapes
@@ -135,9 +135,9 @@ def test_the_documentation_shows_the_recorded_measurements(benchmark):
 
 def test_a_measured_run_is_within_the_limit(benchmark, tmp_path):
     """In a process of its own, with a vocabulary of 320: nearly all of it activations."""
-    tiny.tokenizer().save_pretrained(tmp_path / benchmark.MODEL)
+    tiny_models.tokenizer().save_pretrained(tmp_path / benchmark.MODEL)
     found = benchmark.measured("17M sft", tmp_path)
-    wanted = benchmark.planned(benchmark.CASES["17M sft"], len(tiny.tokenizer()))
+    wanted = benchmark.planned(benchmark.CASES["17M sft"], len(tiny_models.tokenizer()))
     assert wanted["peak"] == pytest.approx(found["peak"], rel=benchmark.LIMIT)
 
 
@@ -159,10 +159,10 @@ def test_what_shrinks_memory_shrinks_the_estimate(hub_configs):
 def test_adapters_are_counted_as_peft_makes_them():
     from peft import LoraConfig, get_peft_model
 
-    shape = shapes.of_config(tiny.llama().config)
+    shape = shapes.of_config(tiny_models.llama().config)
     for modules in (None, "all-linear", ["q_proj", "down_proj"]):
         with torch.device("meta"):
-            bare = AutoModelForCausalLM.from_config(tiny.llama().config)
+            bare = AutoModelForCausalLM.from_config(tiny_models.llama().config)
         model = get_peft_model(bare, LoraConfig(r=4, target_modules=modules, task_type="CAUSAL_LM"))
         wanted = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert memory.adapter_parameters(shape, 4, modules) == wanted, modules
@@ -191,10 +191,10 @@ def test_states_of_optimisers():
 def at_hand(tmp_path_factory) -> Path:
     """A config whose model, teacher and data are folders."""
     root = tmp_path_factory.mktemp("plan")
-    tiny.llama().save_pretrained(root / "model")
-    tiny.tokenizer().save_pretrained(root / "model")
+    tiny_models.llama().save_pretrained(root / "model")
+    tiny_models.tokenizer().save_pretrained(root / "model")
     (root / "data").mkdir()
-    rows = [{**row, "weight": 0.5} for row in tiny.conversations(8).to_list()]
+    rows = [{**row, "weight": 0.5} for row in tiny_models.conversation_dataset(8).to_list()]
     (root / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
         "model_name_or_path": str(root / "model"),
@@ -242,8 +242,8 @@ def test_rows_at_hand_are_measured_as_training_prepares_them(at_hand, capsys, tm
     assert sorted(at_hand.rglob("*")) == before, "nothing is written beside the run"
     figures = json.loads(file.read_text())
     ids = [
-        tiny.tokenizer().apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
-        for row in tiny.conversations(8)
+        tiny_models.tokenizer().apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
+        for row in tiny_models.conversation_dataset(8)
     ]
     lengths = [len(row) for row in ids]
     assert figures["row"]["tokens"] == sum(lengths) / 8

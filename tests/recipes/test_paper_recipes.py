@@ -18,8 +18,8 @@ import yaml
 from datasets import Dataset
 
 import qtarget as qt
-import runs
-import tiny
+import quick_runs
+import tiny_models
 from hub_configs import CONFIGS
 from qtarget import QTargetTrainer
 from qtarget.cli import __main__ as cli
@@ -250,7 +250,7 @@ def test_steps_are_those_the_trainer_takes(rows, drop, accumulation, tmp_path):
     """Of one process, asked of a real trainer."""
     data = Dataset.from_dict({"input_ids": [[5, 6, 7]] * rows, "labels": [[5, 6, 7]] * rows})
     settings = dict(per_device_train_batch_size=2, gradient_accumulation_steps=accumulation, dataloader_drop_last=drop)
-    made = runs.trainer(tiny.llama(), tmp_path, data, max_steps=-1, num_train_epochs=2, **settings)
+    made = quick_runs.quick_trainer(tiny_models.llama(), tmp_path, data, max_steps=-1, num_train_epochs=2, **settings)
     loader = made.get_train_dataloader()
     counted = steps.of(rows, 1, made.args)
     if rows == 1 and drop:
@@ -381,10 +381,10 @@ def at_hand(tmp_path_factory) -> Path:
     """A config whose model, teacher and data are folders."""
     root = tmp_path_factory.mktemp("at_hand")
     for name, extra in (("model", ""), ("stranger", "zebra quagga ")):
-        tiny.llama().save_pretrained(root / name)
-        tiny.tokenizer(extra=extra).save_pretrained(root / name)
+        tiny_models.llama().save_pretrained(root / name)
+        tiny_models.tokenizer(extra=extra).save_pretrained(root / name)
     (root / "data").mkdir()
-    rows = tiny.conversations(8).to_list()
+    rows = tiny_models.conversation_dataset(8).to_list()
     (root / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
         "model_name_or_path": str(root / "model"),
@@ -406,7 +406,7 @@ def test_rows_and_shapes_are_read_from_what_is_there(at_hand):
     before = sorted(at_hand.rglob("*"))
     status, said, errors = dry_run(at_hand / "config.yaml", "--gpus", "1")
     assert (status, errors) == (0, "")
-    assert f"{sum(p.numel() for p in tiny.llama().parameters()) / 1e9:.2f} billion parameters" in said
+    assert f"{sum(p.numel() for p in tiny_models.llama().parameters()) / 1e9:.2f} billion parameters" in said
     assert "8 rows with prompt, completion" in said
     assert "steps 4, 0 of them warm-up" in said
     assert sorted(at_hand.rglob("*")) == before
@@ -473,10 +473,10 @@ def test_summed_gradients_are_the_flags_of_the_recipe(target, limit, with_flags,
     """
     micro_batches, optimizer_steps = 4, 3
     factor = micro_batches if with_flags else 1
-    made = runs.trainer(
-        tiny.llama().double(),
+    made = quick_runs.quick_trainer(
+        tiny_models.llama().double(),
         tmp_path,
-        tiny.conversations(8),
+        tiny_models.conversation_dataset(8),
         kind=Recording,
         target=target,
         denominator="micro_batch",
@@ -487,10 +487,10 @@ def test_summed_gradients_are_the_flags_of_the_recipe(target, limit, with_flags,
         per_device_train_batch_size=2,
         **dict(adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.01, learning_rate=1e-2, optim="adamw_torch"),
     )
-    before = runs.weights(made.model)
+    before = quick_runs.copied_weights(made.model)
     made.train()
 
-    relative = tiny.llama().double()
+    relative = tiny_models.llama().double()
     # Transformers leaves norms out of weight decay, the relatives do not: told apart here, that is not what is shown.
     decayed = [(name, p) for name, p in relative.named_parameters() if "norm" not in name]
     norms = [(name, p) for name, p in relative.named_parameters() if "norm" in name]
@@ -507,7 +507,9 @@ def test_summed_gradients_are_the_flags_of_the_recipe(target, limit, with_flags,
         clipped.append(bool(torch.nn.utils.clip_grad_norm_(relative.parameters(), limit) > limit))
         optimizer.step()
     assert len(clipped) == optimizer_steps and clipped[1:] == [True, True] and clipped[0] == (limit != 0.5)
-    error, _ = runs.distance(runs.moved(before, made.model), runs.moved(before, relative))
+    error, _ = quick_runs.largest_difference(
+        quick_runs.weight_change(before, made.model), quick_runs.weight_change(before, relative)
+    )
     if with_flags:
         assert error < 1e-4  # torch adds 1e-6 to a norm before it divides by it
     else:
@@ -541,8 +543,8 @@ def source(tmp_path) -> Path:
     rows = [{"extra_info": {"question": f"{i} + 1?", "answer": f"It is {i + 1}."}, "ability": "sums"} for i in range(3)]
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
-    tiny.llama().save_pretrained(tmp_path / "model")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "model")
+    tiny_models.llama().save_pretrained(tmp_path / "model")
     return changed(
         tmp_path,
         MATH,
@@ -574,8 +576,8 @@ def test_nested_columns_become_prompt_and_completion(source, tmp_path, capsys):
 def test_prepared_rows_train_on_answer_and_end_token_alone(source, tmp_path):
     prepare.main(["--config", str(source)])
     data = Dataset.from_parquet(str(tmp_path / "rows" / "train.parquet"))
-    made = runs.trainer(tiny.llama(), tmp_path / "run", data)
-    tokenizer = tiny.tokenizer()
+    made = quick_runs.quick_trainer(tiny_models.llama(), tmp_path / "run", data)
+    tokenizer = tiny_models.tokenizer()
     for row, prepared in zip(data, made.train_dataset, strict=True):
         trained = [token for token in prepared["labels"] if token != -100]
         assert tokenizer.decode(trained) == row["completion"] + tokenizer.eos_token

@@ -26,7 +26,7 @@ _PROMPTS, _DTYPES = ("auto", "chat", "plain", "qwen-boxed"), ("float32", "bfloat
     Option("model", "a folder or hub id", NAME),
     Option(
         "tasks",
-        "reasoning-gym tasks or FILE.jsonl, commas between; experimental, for never run: math5, med10, hle, their benchmarks",
+        "reasoning-gym tasks or FILE.jsonl, commas between; experimental, as never run: math5, med10, hle, their parts",
         NAME,
     ),
     Option("output", "where the results go", FOLDER),

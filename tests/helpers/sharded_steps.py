@@ -1,6 +1,6 @@
 """Ten steps in two processes, however the work is cut, against ten steps in one. Run by torchrun; see test_cuts.py.
 
-    torchrun --nproc_per_node 2 tests/helpers/cuts.py FOLDER OUT.json
+    torchrun --nproc_per_node 2 tests/helpers/sharded_steps.py FOLDER OUT.json
 
 In float32: models of two layers, four rows a step, each step other rows, SGD (Adam would divide the rounding of a tiny
 gradient by itself). ddp: the trainer's own ``train``. fsdp2: torch's ``fully_shard`` on student and teacher, and the
@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM
 
-import tiny
+import tiny_models
 from qtarget import ConfigError, presets
 from qtarget.models import forward
 from qtarget.models.causal_lm import CausalLM
@@ -37,7 +37,7 @@ from qtarget.models.forward import LossCall, add_target_forward
 from qtarget.targets.target import Target
 from qtarget.teachers.cache import build as cache_build
 from qtarget.training.trainer import RowsTrainer
-from runs import Weights, distance, moved, rows, trainer, weights
+from quick_runs import Weights, copied_weights, largest_difference, quick_trainer, tokenised_rows, weight_change
 
 STEPS, ROWS = 10, 4
 # name → (head tied, teacher from a cache, adapters)
@@ -51,17 +51,17 @@ CASES = {
 }
 
 
-def data() -> Dataset:
+def step_dataset() -> Dataset:
     """Two sources, of which each has a target of its own."""
-    made = tiny.conversations(STEPS * ROWS)
+    made = tiny_models.conversation_dataset(STEPS * ROWS)
     return made.add_column("source", [("math", "chat", "math")[i % 3] for i in range(len(made))])
 
 
-def teacher() -> nn.Module:
-    return tiny.taught(seed=7, width=48, tied=False).eval()
+def step_teacher() -> nn.Module:
+    return tiny_models.trained_model(seed=7, width=48, tied=False).eval()
 
 
-def made_for(case: str, folder: Path, processes: int, **settings: Any):
+def trainer_for_case(case: str, folder: Path, processes: int, **settings: Any):
     """A trainer of a case on its share of the rows; ``folder`` holds teacher and cache."""
     tied, cached, peft = CASES[case]
     torch.manual_seed(11)  # adapters begin at random
@@ -69,12 +69,12 @@ def made_for(case: str, folder: Path, processes: int, **settings: Any):
         r=4, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM", init_lora_weights=False
     )
     names = {"teacher_model_name_or_path": str(folder / "teacher"), "teacher_cache": str(folder / "cache")}
-    return trainer(
-        tiny.taught(tied=tied),
+    return quick_trainer(
+        tiny_models.trained_model(tied=tied),
         Path(tempfile.mkdtemp()),
-        data(),
+        step_dataset(),
         targets={"math": {"preset": "target-sft", "eta": 0.6}, "chat": "dft"},
-        teacher_model=None if cached else teacher(),
+        teacher_model=None if cached else step_teacher(),
         peft_config=lora if peft else None,
         max_steps=STEPS,
         learning_rate=0.3,
@@ -88,20 +88,20 @@ def made_for(case: str, folder: Path, processes: int, **settings: Any):
 
 def prepare(folder: Path) -> None:
     """Teacher and cache on disk, and where one process ends: FOLDER/wanted.pt."""
-    teacher().save_pretrained(folder / "teacher")
-    tiny.tokenizer().save_pretrained(folder / "teacher")
-    tiny.llama(tied=False).save_pretrained(folder / "plain")
+    step_teacher().save_pretrained(folder / "teacher")
+    tiny_models.tokenizer().save_pretrained(folder / "teacher")
+    tiny_models.llama(tied=False).save_pretrained(folder / "plain")
     named = {"teacher_model_name_or_path": str(folder / "teacher"), "target": "kd"}
-    asking = trainer(tiny.taught(), folder / "asking", data(), kind=RowsTrainer, **named)
+    asking = quick_trainer(tiny_models.trained_model(), folder / "asking", step_dataset(), kind=RowsTrainer, **named)
     plan = cache_build.plan(asking, 1000)
     settings = {"dtype": "float32", "about": cache_build.about(asking)}
     cache_build.build(asking, folder / "cache", plan, 16, **settings)
     wanted = {}
     for case in CASES:
-        made = made_for(case, folder, processes=1)
-        before = weights(made.model)
+        made = trainer_for_case(case, folder, processes=1)
+        before = copied_weights(made.model)
         made.train()
-        wanted[case] = moved(before, made.model)
+        wanted[case] = weight_change(before, made.model)
     torch.save(wanted, folder / "wanted.pt")
 
 
@@ -109,10 +109,10 @@ def prepare(folder: Path) -> None:
 
 
 def by_ddp(case: str, folder: Path) -> Weights:
-    made = made_for(case, folder, processes=2)
-    before = weights(made.model)
+    made = trainer_for_case(case, folder, processes=2)
+    before = copied_weights(made.model)
     made.train()
-    return moved(before, made.model)
+    return weight_change(before, made.model)
 
 
 def shard(model: nn.Module, head: str) -> None:
@@ -125,8 +125,8 @@ def shard(model: nn.Module, head: str) -> None:
 
 
 def sharded(case: str, folder: Path, head: str):
-    made = made_for(case, folder, processes=2)
-    before = weights(made.model)
+    made = trainer_for_case(case, folder, processes=2)
+    before = copied_weights(made.model)
     shard(made.model.train(), head)
     for other in made.aux.models:
         shard(other.model, head)
@@ -134,7 +134,7 @@ def sharded(case: str, folder: Path, head: str):
     return made, before
 
 
-def step(made: Any, batch: dict[str, Any]) -> None:
+def train_step(made: Any, batch: dict[str, Any]) -> None:
     batch = made._prepare_inputs(batch)
     count = made.denominator([batch])
     made.compute_loss(made.model, batch, num_items_in_batch=count).backward()
@@ -144,7 +144,7 @@ def by_fsdp2(case: str, folder: Path, head: str) -> Weights:
     made, before = sharded(case, folder, head)
     optimizer = torch.optim.SGD([p for p in made.model.parameters() if p.requires_grad], lr=made.args.learning_rate)
     for batch in itertools.islice(made.get_train_dataloader(), STEPS):
-        step(made, batch)
+        train_step(made, batch)
         optimizer.step()
         optimizer.zero_grad()
         made.state.global_step += 1
@@ -155,13 +155,13 @@ def by_fsdp2(case: str, folder: Path, head: str) -> Weights:
 def a_denominator_of_ones_own(folder: Path) -> Weights:
     """Each process divides by its own labels, as if by all: the mistake that the rest would show."""
     case = "untied, online teacher"
-    made = made_for(case, folder, processes=2)
+    made = trainer_for_case(case, folder, processes=2)
     made._get_num_items_in_batch = lambda batch, device: (
         sum((one["labels"][:, 1:] != -100).sum() for one in batch) * 2.0
     )
-    before = weights(made.model)
+    before = copied_weights(made.model)
     made.train()
-    return moved(before, made.model)
+    return weight_change(before, made.model)
 
 
 # -- the head --------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def gathers(folder: Path, head: str) -> dict[str, list[int]]:
         made._heads_checked = True  # a check of the first batch, which asks once more
         for batch in itertools.islice(made.get_train_dataloader(), 2):
             counted.clear(), chunks.clear()
-            step(made, batch)
+            train_step(made, batch)
             (teacher,) = made.aux.teacher.models
             shapes = {"student": made.model.lm_head.weight.shape, "teacher": teacher.base.lm_head.weight.shape}
             for name, shape in shapes.items():
@@ -200,7 +200,7 @@ def gathers(folder: Path, head: str) -> dict[str, list[int]]:
 
 def loss_and_gradients(model: nn.Module, target: Target) -> Weights:
     """Of a padded batch, the same in every process; what backward leaves in each weight, whole."""
-    row = rows(tiny.conversations(1))[0]
+    row = tokenised_rows(tiny_models.conversation_dataset(1))[0]
     ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
     count = (labels[:, 1:] != -100).sum()
     model(input_ids=ids, qtarget=LossCall([target], labels, {}, {}, None, count, "basic")).exact_loss.backward()
@@ -210,15 +210,15 @@ def loss_and_gradients(model: nn.Module, target: Target) -> Weights:
 
 def vocabulary_parallel() -> tuple[Weights, Weights]:
     """A head in pieces of the vocabulary over a mesh of two, each process with the same batch."""
-    plain, split = tiny.llama(tied=False), tiny.llama(tied=False)
+    plain, split = tiny_models.llama(tied=False), tiny_models.llama(tied=False)
     for model in (plain, split):
         add_target_forward(model.train())
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     parallelize_module(split, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
     weight: Any = split.lm_head.weight
     assert isinstance(weight, DTensor) and weight.placements[0].is_shard(0)
-    ids = torch.tensor([rows(tiny.conversations(1))[0]["input_ids"]])
-    CausalLM(split, len(tiny.tokenizer())).check_head({"input_ids": ids})
+    ids = torch.tensor([tokenised_rows(tiny_models.conversation_dataset(1))[0]["input_ids"]])
+    CausalLM(split, len(tiny_models.tokenizer())).check_head({"input_ids": ids})
     return loss_and_gradients(split, presets.build("dft")), loss_and_gradients(plain, presets.build("dft"))
 
 
@@ -231,16 +231,16 @@ def by_a_tp_plan(folder: Path) -> dict[str, str]:
         return {"not loaded": " ".join(str(error).split())}
     for model in (plain, split):
         add_target_forward(model)
-    ids = {"input_ids": torch.tensor([rows(tiny.conversations(1))[0]["input_ids"]])}
+    ids = {"input_ids": torch.tensor([tokenised_rows(tiny_models.conversation_dataset(1))[0]["input_ids"]])}
     try:
-        CausalLM(split, len(tiny.tokenizer())).check_head(ids)
+        CausalLM(split, len(tiny_models.tokenizer())).check_head(ids)
     except ConfigError as error:
         return {"refused": str(error)}
     got, wanted = (loss_and_gradients(model, presets.build("dft")) for model in (split, plain))
-    return {"trained": repr(distance(got, wanted)[0]), "head": type(split.lm_head.weight).__name__}
+    return {"trained": repr(largest_difference(got, wanted)[0]), "head": type(split.lm_head.weight).__name__}
 
 
-def cases(folder: Path, wanted: dict[str, Weights]) -> Iterator[tuple[str, Weights, Weights]]:
+def compared_weights(folder: Path, wanted: dict[str, Weights]) -> Iterator[tuple[str, Weights, Weights]]:
     for case, (tied, _, _) in CASES.items():
         yield f"ddp, {case}", by_ddp(case, folder), wanted[case]
         for head in ("root",) if tied else ("root", "own"):
@@ -254,8 +254,8 @@ def main(folder: Path, out: str) -> None:
     dist.init_process_group("gloo")
     wanted = torch.load(folder / "wanted.pt", weights_only=True)
     found: dict[str, Any] = {}
-    for name, got, right in cases(folder, wanted):
-        found[name] = distance(got, right)
+    for name, got, right in compared_weights(folder, wanted):
+        found[name] = largest_difference(got, right)
         if int(os.environ["RANK"]) == 0:
             print(name, found[name], flush=True)
     about: dict[str, Any] = {f"gathers, head {head}": gathers(folder, head) for head in ("root", "own")}

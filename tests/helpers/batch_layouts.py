@@ -15,9 +15,19 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-import tiny
+import tiny_models
 from published import CASES, label_log_p
-from runs import Weights, expected, labels_of, logits_of, moved, supervised, tokenised, trainer, weights
+from quick_runs import (
+    Weights,
+    change_by_autograd,
+    copied_weights,
+    labels_of,
+    logits_of,
+    quick_trainer,
+    supervised_positions,
+    tokenised_dataset,
+    weight_change,
+)
 
 CASE = {case.id: case for case in CASES}
 OBJECTIVES = ["sft", "dft", "asft:kl_weight=0.8", "gem", "cft", "iw-sft", "psft", "target-sft"]
@@ -33,21 +43,21 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def data() -> Dataset:
+def layout_dataset() -> Dataset:
     """Sixteen rows, the last longer than ``MAX_LENGTH``, prompts masked, with every column."""
-    model = tiny.taught().eval()
-    single = [dict(row) for row in tokenised(tiny.conversations(18))]
+    model = tiny_models.trained_model().eval()
+    single = [dict(row) for row in tokenised_dataset(tiny_models.conversation_dataset(18))]
     long = {name: [value for row in single[15:] for value in row[name]] for name in single[0]}
 
     @torch.no_grad()
     def old_logps(number: int, row: dict) -> list[float]:
         made = torch.zeros(len(row["input_ids"]))
         ratios = torch.tensor([0.0, 0.1, -0.1, 0.4, -0.5]).repeat(len(made))[: len(labels_of(row))]
-        made[supervised(row) + 1] = label_log_p(logits_of(model, row), labels_of(row)) - ratios
+        made[supervised_positions(row) + 1] = label_log_p(logits_of(model, row), labels_of(row)) - ratios
         made = made.clamp(max=0)  # a probability is 1 at most
         return made.tolist()
 
-    return tokenised(
+    return tokenised_dataset(
         Dataset.from_list([*single[:15], long]),
         weight=lambda number, row: [(i + number) % 4 / 3 for i in range(len(row["input_ids"]))],
         critical=lambda number, row: [(i + number) % 3 == 0 for i in range(len(row["input_ids"]))],
@@ -55,9 +65,9 @@ def data() -> Dataset:
     )
 
 
-def documents(layout: str) -> list[dict[str, Any]]:
+def layout_documents(layout: str) -> list[dict[str, Any]]:
     """What autograd sees: each document with nothing before it."""
-    rows = [dict(row) for row in data()]
+    rows = [dict(row) for row in layout_dataset()]
     columns = list(rows[0])
     if layout in ("padded", "padding_free"):
         return rows
@@ -76,41 +86,41 @@ def _pieces(tokens: list) -> list[list]:
     return [tokens[begin : begin + MAX_LENGTH] for begin in range(0, len(tokens), MAX_LENGTH)]
 
 
-def teacher(dtype: torch.dtype = torch.float64):
-    return tiny.taught(seed=7, width=48, tied=False).to(dtype).eval()
+def layout_teacher(dtype: torch.dtype = torch.float64):
+    return tiny_models.trained_model(seed=7, width=48, tied=False).to(dtype).eval()
 
 
-def student(tied: bool = True) -> Any:
-    return tiny.taught(tied=tied).double()
+def layout_student(tied: bool = True) -> Any:
+    return tiny_models.trained_model(tied=tied).double()
 
 
-def loss_of(name: str) -> Callable[..., Any]:
+def case_loss(name: str) -> Callable[..., Any]:
     return lambda logits, labels, **given: CASE[name].loss(logits, labels, given)
 
 
-def by_autograd(name: str, layout: str, make: Callable[[], Any] = student, **more: Any) -> Weights:
+def layout_change_by_autograd(name: str, layout: str, make: Callable[[], Any] = layout_student, **more: Any) -> Weights:
     """How far one step of SGD (``steps``, ``lr``) moves the weights, by autograd on full logits."""
     start = make().eval()
-    return expected(
+    return change_by_autograd(
         make(),
-        documents(layout),
-        loss_of(name),
-        teacher=teacher() if "teacher_logits" in CASE[name].needs else None,
+        layout_documents(layout),
+        case_loss(name),
+        teacher=layout_teacher() if "teacher_logits" in CASE[name].needs else None,
         reference=(lambda row: logits_of(start, row)) if "reference_logits" in CASE[name].needs else None,
         **more,
     )
 
 
-def made_for(name: str, layout: str, folder: Path, make: Callable[[], Any] = student, **settings: Any):
+def trainer_for_layout(name: str, layout: str, folder: Path, make: Callable[[], Any] = layout_student, **settings: Any):
     """A trainer on that layout; its batch is set by ``in_one_step``."""
     case = CASE[name]
     refresh = settings.setdefault("psft_refresh", "never")
-    return trainer(
+    return quick_trainer(
         make(),
         folder,
-        data() if refresh == "never" else data().remove_columns(["old_logps"]),
+        layout_dataset() if refresh == "never" else layout_dataset().remove_columns(["old_logps"]),
         target={"preset": case.preset, **case.hyperparameters},
-        teacher_model=copy.deepcopy(teacher()) if "teacher_logits" in case.needs else None,
+        teacher_model=copy.deepcopy(layout_teacher()) if "teacher_logits" in case.needs else None,
         **(LAYOUTS[layout] | settings),
     )
 
@@ -122,10 +132,12 @@ def in_one_step(made: Any, accumulation: int, processes: int = 1) -> None:
     made.args.gradient_accumulation_steps = accumulation
 
 
-def by_trainer(name: str, layout: str, accumulation: int, folder: Path, processes: int = 1, **settings: Any) -> Weights:
+def layout_change_by_trainer(
+    name: str, layout: str, accumulation: int, folder: Path, processes: int = 1, **settings: Any
+) -> Weights:
     """How far one step of the trainer moves the weights."""
-    made = made_for(name, layout, folder, **settings)
+    made = trainer_for_layout(name, layout, folder, **settings)
     in_one_step(made, accumulation, processes)
-    before = weights(made.model)
+    before = copied_weights(made.model)
     made.train()
-    return moved(before, made.model)
+    return weight_change(before, made.model)

@@ -1,6 +1,6 @@
 """Two processes train every objective in every layout; the first writes how far each is from autograd. Run by torchrun.
 
-    torchrun --nproc_per_node 2 tests/helpers/processes.py LAYOUT_OF_PROCESSES OUT.json
+    torchrun --nproc_per_node 2 tests/helpers/two_process_training.py LAYOUT_OF_PROCESSES OUT.json
 
 ddp: the trainer's own ``train``. fsdp2: torch's ``fully_shard`` on student and teacher and the trainer's own
 ``compute_loss``, since Accelerate turns FSDP into DDP where there is no accelerator.
@@ -24,15 +24,15 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-import layouts
-import tiny
-from old_policy import LR, by_hand
+import batch_layouts
+import tiny_models
+from old_policy import LR, old_policy_by_autograd
 from qtarget.models import forward
 from qtarget.teachers.cache import build as cache_build
 from qtarget.training import history
 from qtarget.training import trainer as trainer_module
 from qtarget.training.trainer import RowsTrainer
-from runs import Weights, distance, moved, trainer, weights
+from quick_runs import Weights, copied_weights, largest_difference, quick_trainer, weight_change
 
 FOLDER = Path(tempfile.mkdtemp())
 # As Accelerate makes it for bf16, with what leaves a module rounded too.
@@ -40,11 +40,11 @@ BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float
 
 
 def untied() -> nn.Module:
-    return layouts.student(tied=False)
+    return batch_layouts.layout_student(tied=False)
 
 
 def in_float32() -> nn.Module:
-    return tiny.taught(tied=False)
+    return tiny_models.trained_model(tied=False)
 
 
 # -- DDP -------------------------------------------------------------------------------------------
@@ -53,11 +53,11 @@ def in_float32() -> nn.Module:
 def ddp() -> Iterator[tuple[str, Weights, Weights]]:
     yield "map of both", *map_of_both()
     yield from from_a_cache()
-    for layout in layouts.LAYOUTS:
-        for name in layouts.OBJECTIVES:
-            wanted = layouts.by_autograd(name, layout)
+    for layout in batch_layouts.LAYOUTS:
+        for name in batch_layouts.OBJECTIVES:
+            wanted = batch_layouts.layout_change_by_autograd(name, layout)
             for accumulation in (1, 2, 4):
-                got = layouts.by_trainer(name, layout, accumulation, FOLDER, processes=2)
+                got = batch_layouts.layout_change_by_trainer(name, layout, accumulation, FOLDER, processes=2)
                 yield f"{name}, {layout}, accumulation {accumulation}", got, wanted
 
 
@@ -66,33 +66,35 @@ def from_a_cache() -> Iterator[tuple[str, Weights, Weights]]:
     folder = Path(os.environ["QTARGET_TEST_CACHE"])
     saved = folder / "teacher"
     if not int(os.environ["RANK"]):
-        layouts.teacher().save_pretrained(saved)
-        tiny.tokenizer().save_pretrained(saved)
+        batch_layouts.layout_teacher().save_pretrained(saved)
+        tiny_models.tokenizer().save_pretrained(saved)
     dist.barrier()
     named = {"teacher_model_name_or_path": str(saved), "teacher_model_init_kwargs": {"dtype": "float64"}}
     for layout in ("padded", "bfd", "wrapped", "padding_free"):
-        length = layouts.LAYOUTS[layout].get("max_length", 1024) if layout in ("padded", "bfd") else None
-        rows = layouts.data().remove_columns(["old_logps"])
-        made = trainer(layouts.student(), FOLDER, rows, kind=RowsTrainer, target="kd", max_length=length, **named)
+        length = batch_layouts.LAYOUTS[layout].get("max_length", 1024) if layout in ("padded", "bfd") else None
+        rows = batch_layouts.layout_dataset().remove_columns(["old_logps"])
+        made = quick_trainer(
+            batch_layouts.layout_student(), FOLDER, rows, kind=RowsTrainer, target="kd", max_length=length, **named
+        )
         plan = cache_build.plan(made, 100)
         if not int(os.environ["RANK"]):
             settings = {"dtype": "float32", "about": cache_build.about(made)}
             cache_build.build(made, folder / layout, plan, made.vocab_size, **settings)
         dist.barrier()
-        wanted = layouts.by_autograd("target-sft", layout) if layout != "wrapped" else None
+        wanted = batch_layouts.layout_change_by_autograd("target-sft", layout) if layout != "wrapped" else None
         for accumulation in (1, 2):
-            made = trainer(
-                layouts.student(),
+            made = quick_trainer(
+                batch_layouts.layout_student(),
                 FOLDER,
                 rows,
-                target={"preset": "target-sft", **layouts.CASE["target-sft"].hyperparameters},
+                target={"preset": "target-sft", **batch_layouts.CASE["target-sft"].hyperparameters},
                 teacher_cache=str(folder / layout),
-                **layouts.LAYOUTS[layout],
+                **batch_layouts.LAYOUTS[layout],
             )
-            layouts.in_one_step(made, accumulation, processes=2)
-            before = weights(made.model)
+            batch_layouts.in_one_step(made, accumulation, processes=2)
+            before = copied_weights(made.model)
             made.train()
-            got = moved(before, made.model)
+            got = weight_change(before, made.model)
             # Where rows go on in the next sequence the live teacher has not read their beginning: no oracle, one split
             # against the other.
             wanted = got if wanted is None else wanted
@@ -101,10 +103,10 @@ def from_a_cache() -> Iterator[tuple[str, Weights, Weights]]:
 
 def map_of_both() -> tuple[Weights, Weights]:
     """``lens_every``: the main process writes the tokens of both, cell by cell their mean trust."""
-    made = layouts.made_for("dft", "padded", FOLDER / "map", lens_every=1)
-    layouts.in_one_step(made, 1, processes=2)
+    made = batch_layouts.trainer_for_layout("dft", "padded", FOLDER / "map", lens_every=1)
+    batch_layouts.in_one_step(made, 1, processes=2)
     made.train()
-    tokens = sum(label != -100 for row in layouts.data() for label in row["labels"][1:])
+    tokens = sum(label != -100 for row in batch_layouts.layout_dataset() for label in row["labels"][1:])
     wanted = torch.tensor([tokens, made.state.log_history[0]["trust"]]).double()
     if int(os.environ["RANK"]):
         return {"tokens": wanted}, {"tokens": wanted}
@@ -136,8 +138,8 @@ def sharded(
     name: str, layout: str, accumulation: int, head: str, policy: MixedPrecisionPolicy | None = None, **settings
 ):
     """A trainer whose models are sharded, the micro-batches of a step, and their denominator."""
-    made = layouts.made_for(name, layout, FOLDER, untied if policy is None else in_float32, **settings)
-    layouts.in_one_step(made, accumulation, processes=2)
+    made = batch_layouts.trainer_for_layout(name, layout, FOLDER, untied if policy is None else in_float32, **settings)
+    batch_layouts.in_one_step(made, accumulation, processes=2)
     shard(made.model.train(), head, policy)
     for other in made.aux.models:
         shard(other.model if policy is None else other.model.float(), head, policy)
@@ -176,13 +178,13 @@ def fsdp2() -> Iterator[tuple[str, Weights, Weights]]:
     yield from mutants()
     for head in HEADS:
         for name in ("dft", "asft:kl_weight=0.8", "target-sft"):
-            wanted = layouts.by_autograd(name, "padded", untied, steps=3, lr=LR)
+            wanted = batch_layouts.layout_change_by_autograd(name, "padded", untied, steps=3, lr=LR)
             yield f"{name}, three steps, head {head}", three_steps(name, head), wanted
-        wanted = by_hand(untied(), layouts.documents("padded"), steps=3, interval=2)
+        wanted = old_policy_by_autograd(untied(), batch_layouts.layout_documents("padded"), steps=3, interval=2)
         yield f"psft refreshed every 2 steps, head {head}", three_steps("psft", head, psft_refresh=2), wanted
-    for layout in layouts.LAYOUTS:
-        for name in layouts.OBJECTIVES:
-            wanted = layouts.by_autograd(name, layout, untied)
+    for layout in batch_layouts.LAYOUTS:
+        for name in batch_layouts.OBJECTIVES:
+            wanted = batch_layouts.layout_change_by_autograd(name, layout, untied)
             for head in HEADS if layout == "padded" or name == "target-sft" else HEADS[:2]:
                 for accumulation in (1, 2, 4):
                     got = by_fully_shard(name, layout, accumulation, head)
@@ -191,8 +193,8 @@ def fsdp2() -> Iterator[tuple[str, Weights, Weights]]:
 
 def fsdp2_bf16() -> Iterator[tuple[str, Weights, Weights]]:
     """Under a bf16 policy, where logits have two or three digits and psft's clip falls otherwise: left out here."""
-    for name in [name for name in layouts.OBJECTIVES if name != "psft"]:
-        wanted = layouts.by_autograd(name, "bfd", untied)
+    for name in [name for name in batch_layouts.OBJECTIVES if name != "psft"]:
+        wanted = batch_layouts.layout_change_by_autograd(name, "bfd", untied)
         for head in HEADS:
             yield f"{name}, bfd, bf16, head {head}", by_fully_shard(name, "bfd", 2, head, BF16), wanted
     yield "digits: old_logps under bf16", *columns_under_bf16()
@@ -203,9 +205,10 @@ def fsdp2_bf16() -> Iterator[tuple[str, Weights, Weights]]:
 
 def figures_under_bf16() -> tuple[Weights, Weights]:
     """sft's loss is the mean of the nll, and both leave the forward with all their digits."""
-    made, batches, _ = sharded("sft", "bfd", 1, "root", BF16)
-    loss = made.compute_loss(made.model, batches[0])
-    return {"loss": loss.detach()[None]}, {"loss": torch.tensor([made.meter.read("train")["nll"]]).double()}
+    made, batches, count = sharded("sft", "bfd", 1, "root", BF16)
+    loss = made.compute_loss(made.model, batches[0], num_items_in_batch=count)
+    loss = made.accelerator.reduce(loss.detach(), "mean")  # as the figures are: over the tokens of both processes
+    return {"loss": loss[None]}, {"loss": torch.tensor([made.meter.read("train")["nll"]]).double()}
 
 
 def columns_under_bf16() -> tuple[Weights, Weights]:
@@ -222,7 +225,7 @@ def columns_under_bf16() -> tuple[Weights, Weights]:
         by_fully_shard("psft", "bfd", 1, "root", BF16)
     finally:
         forward.linear_target_loss = real
-    wanted = {number for row in layouts.data()["old_logps"] for number in row}
+    wanted = {number for row in batch_layouts.layout_dataset()["old_logps"] for number in row}
     wanted = torch.tensor(sorted(wanted), dtype=torch.float32)
     arrived = got[0].flatten().float().unique()
     nearest = wanted[(arrived[:, None] - wanted).abs().argmin(1)]
@@ -257,7 +260,7 @@ def mutants() -> Iterator[tuple[str, Weights, Weights]]:
     forward.whole = lambda parameter, like: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     try:
         got = by_fully_shard("dft", "padded", 2, "own")
-        yield "mutant: bare full_tensor", got, layouts.by_autograd("dft", "padded", untied)
+        yield "mutant: bare full_tensor", got, batch_layouts.layout_change_by_autograd("dft", "padded", untied)
     finally:
         forward.whole = real
 
@@ -268,7 +271,7 @@ def main(kind: str, out: str) -> None:
     errors = {}
     for case, got, wanted in {"ddp": ddp, "fsdp2": fsdp2, "fsdp2_bf16": fsdp2_bf16}[kind]():
         got = {name: value.double() for name, value in got.items()}
-        errors[case] = distance(got, wanted)
+        errors[case] = largest_difference(got, wanted)
     if int(os.environ["RANK"]) == 0:
         Path(out).write_text(json.dumps(errors))
     dist.barrier()

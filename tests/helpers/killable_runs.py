@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-import tiny
+import tiny_models
 from qtarget.cli.__main__ import main
 from qtarget.cli.verbs import train  # noqa: F401  imported once, by the server
 from qtarget.training import QTargetTrainer, checkpoints, trainer  # noqa: F401
@@ -55,15 +55,15 @@ RUNS = {
 }
 
 
-def world(root: Path) -> Path:
+def write_world(root: Path) -> Path:
     """Student (with dropout), teacher, rows and a config."""
-    student = tiny.taught()
+    student = tiny_models.trained_model()
     student.config.attention_dropout = 0.1
-    for name, model in (("model", student), ("teacher", tiny.taught(seed=7, width=48, tied=False))):
+    for name, model in (("model", student), ("teacher", tiny_models.trained_model(seed=7, width=48, tied=False))):
         model.save_pretrained(root / name)
-        tiny.tokenizer().save_pretrained(root / name)
+        tiny_models.tokenizer().save_pretrained(root / name)
     (root / "data").mkdir()
-    rows = tiny.conversations(30)
+    rows = tiny_models.conversation_dataset(30)
     rows.to_json(root / "data" / "train.jsonl")
     rows.select(range(6)).to_json(root / "data" / "test.jsonl")
     (root / "config.yaml").write_text(
@@ -82,7 +82,7 @@ def words_of(root: Path, name: str, folder: Path) -> list[str]:
 # -- in the process that may be killed -------------------------------------------------------------------------------
 
 
-def run(words: list[str], folder: str, trace: str) -> None:
+def train_traced(words: list[str], folder: str, trace: str) -> None:
     """A whole ``qtarget train``; what it says goes to a file, its exit status is the process's."""
     torch.set_num_threads(1)
     Path(folder).mkdir(exist_ok=True)
@@ -127,12 +127,12 @@ def _digest(inputs: dict[str, Any]) -> str:
 def server() -> Any:
     """Processes forked from one that has imported everything and computed nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killing"])
+    context.set_forkserver_preload(["killable_runs"])
     return context
 
 
-def start(words: list[str], folder: Path, trace: Path) -> Any:
-    process = server().Process(target=run, args=(words, str(folder), str(trace)), daemon=True)
+def start_training(words: list[str], folder: Path, trace: Path) -> Any:
+    process = server().Process(target=train_traced, args=(words, str(folder), str(trace)), daemon=True)
     process.start()
     return process
 
@@ -171,7 +171,7 @@ def moments(kind: str, chance: random.Random) -> Moment:
     return Moment("", 1, None, chance.random() * 2.0)
 
 
-def kill(process: Any, moment: Moment, folder: Path, trace: Path) -> None:
+def kill_at(process: Any, moment: Moment, folder: Path, trace: Path) -> None:
     """SIGKILL at that moment, or as soon after as this process sees it."""
     line = None
     while line is None and process.is_alive():

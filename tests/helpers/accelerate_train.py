@@ -1,6 +1,6 @@
-"""``qtarget train`` under Accelerate's FSDP2 or DeepSpeed, in processes on CPUs. Run by torchrun; see test_engines.py.
+"""``qtarget train`` under Accelerate's FSDP2 or DeepSpeed, in processes on CPUs. test_fsdp2_and_deepspeed.py starts it.
 
-    torchrun --nproc_per_node 2 tests/helpers/engines.py fsdp2|zero2|zero3 RUNS.json
+    torchrun --nproc_per_node 2 tests/helpers/accelerate_train.py fsdp2|zero2|zero3 RUNS.json
 
 RUNS.json: a list of argument lists, one for each run. Accelerate takes these engines only where it sees GPUs, so the two
 functions by which it looks are replaced; all that follows is Accelerate's, Transformers', DeepSpeed's and qtarget's own.

@@ -105,7 +105,7 @@ def no_kwargs(seed: int = 0) -> NoKwargs:
     return model
 
 
-def conversations(rows: int = 8) -> Dataset:
+def conversation_dataset(rows: int = 8) -> Dataset:
     """Prompt and completion pairs of different lengths."""
     pairs = [
         {
@@ -119,27 +119,27 @@ def conversations(rows: int = 8) -> Dataset:
     return Dataset.from_list(pairs)
 
 
-def texts(rows: int = 8) -> Dataset:
+def text_dataset(rows: int = 8) -> Dataset:
     """Plain text of different lengths, every token supervised."""
     many = (SENTENCES * (1 + rows // len(SENTENCES)))[:rows]
     return Dataset.from_list([{"text": sentence[: 20 + 5 * (i % 7)]} for i, sentence in enumerate(many)])
 
 
-def taught(make: Callable[..., PreTrainedModel] = llama, **settings) -> PreTrainedModel:
+def trained_model(make: Callable[..., PreTrainedModel] = llama, **settings) -> PreTrainedModel:
     """A model after a few steps on the conversations: label probabilities from 0.01 to 0.9 instead of 1e-4.
 
     Each call makes a new model; equal settings give equal weights.
     """
     model = make(**settings)
-    model.load_state_dict(_taught_weights(make, **settings))
+    model.load_state_dict(_trained_weights(make, **settings))
     return model
 
 
 @functools.cache
-def _taught_weights(make: Callable[..., PreTrainedModel], **settings) -> dict[str, torch.Tensor]:
+def _trained_weights(make: Callable[..., PreTrainedModel], **settings) -> dict[str, torch.Tensor]:
     model = make(**settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for row in conversations(30):
+    for row in conversation_dataset(30):
         ids = tokenizer().apply_chat_template(row["prompt"] + row["completion"], return_tensors="pt")["input_ids"]
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
@@ -210,7 +210,7 @@ MARKED_TEMPLATE = (
 )
 
 
-def turns(rows: int = 8) -> Dataset:
+def message_dataset(rows: int = 8) -> Dataset:
     """Messages of one or two rounds, some with a system prompt first."""
     made = []
     for i in range(rows):
@@ -221,17 +221,17 @@ def turns(rows: int = 8) -> Dataset:
     return Dataset.from_list(made)
 
 
-def from_value(rows: int = 8) -> Dataset:
+def from_value_dataset(rows: int = 8) -> Dataset:
     """The same, as ``conversations`` of from and value."""
     return Dataset.from_list(
         [
             {"conversations": [{"from": m["role"], "value": m["content"]} for m in row["messages"]]}
-            for row in turns(rows)
+            for row in message_dataset(rows)
         ]
     )
 
 
-def prompts(rows: int = 8) -> Dataset:
+def prompt_dataset(rows: int = 8) -> Dataset:
     """Prompt and completion as plain text, of different lengths."""
     many = (SENTENCES * (1 + rows // len(SENTENCES)))[:rows]
     return Dataset.from_list(

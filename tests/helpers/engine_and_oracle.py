@@ -32,7 +32,9 @@ def randn(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
 
-def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0, softcap: float | None = None):
+def project_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0, softcap: float | None = None
+):
     """The full logits of a head."""
     z = hidden @ weight.T if bias is None else hidden @ weight.T + bias
     z = scale * z
@@ -61,7 +63,7 @@ class Batch:
     input_ids: Tensor | None = None  # tied head: hidden states start from the head's own rows
 
     def logits(self) -> Tensor:
-        return project(self.states(self.hidden, self.weight), self.weight, self.bias, self.scale, self.softcap)
+        return project_logits(self.states(self.hidden, self.weight), self.weight, self.bias, self.scale, self.softcap)
 
     def states(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return hidden if self.input_ids is None else hidden + weight[self.input_ids]
@@ -106,7 +108,7 @@ class Outcome:
     gradients: dict[str, Tensor | None]
 
 
-def outcome(batch: Batch, call, upstream: Tensor | float = 1.0) -> Outcome:
+def run_and_backward(batch: Batch, call, upstream: Tensor | float = 1.0) -> Outcome:
     """Run ``call(hidden, weight, bias)`` on fresh leaves and backward through its loss."""
     leaves = {"hidden": batch.hidden, "weight": batch.weight, "bias": batch.bias}
     leaves = {name: None if leaf is None else leaf.clone().requires_grad_() for name, leaf in leaves.items()}
@@ -116,20 +118,20 @@ def outcome(batch: Batch, call, upstream: Tensor | float = 1.0) -> Outcome:
     return Outcome(out.loss.detach(), out.stats, gradients)
 
 
-def oracle(batch: Batch, target: qt.Target, upstream: Tensor | float = 1.0, **options) -> Outcome:
+def run_oracle(batch: Batch, target: qt.Target, upstream: Tensor | float = 1.0, **options) -> Outcome:
     def call(hidden, weight, bias):
-        logits = project(hidden, weight, bias, batch.scale, batch.softcap)
+        logits = project_logits(hidden, weight, bias, batch.scale, batch.softcap)
         return qt.target_loss(logits, batch.labels, target, **batch.oracle_inputs(target), **options)
 
-    return outcome(batch, call, upstream)
+    return run_and_backward(batch, call, upstream)
 
 
-def engine(batch: Batch, target: qt.Target, upstream: Tensor | float = 1.0, **options) -> Outcome:
+def run_engine(batch: Batch, target: qt.Target, upstream: Tensor | float = 1.0, **options) -> Outcome:
     def call(hidden, weight, bias):
         inputs = batch.engine_inputs(target)
         return qt.linear_target_loss(hidden, weight, batch.labels, target, head_bias=bias, **inputs, **options)
 
-    return outcome(batch, call, upstream)
+    return run_and_backward(batch, call, upstream)
 
 
 def assert_rows_agree(got: Tensor, expected: Tensor, what: str, rtol: float, floor: float) -> None:
@@ -160,8 +162,8 @@ def assert_same(got: Outcome, expected: Outcome, rtol: float = 1e-10, floor: flo
 
 def assert_engine_is_oracle(batch: Batch, target: qt.Target, rtol: float = 1e-10, floor: float = 1e-12, **options):
     assert_same(
-        engine(batch, target, stats="all", reduction="sum", **options),
-        oracle(batch, target, stats="all", reduction="sum"),
+        run_engine(batch, target, stats="all", reduction="sum", **options),
+        run_oracle(batch, target, stats="all", reduction="sum"),
         rtol,
         floor,
     )
@@ -191,7 +193,7 @@ def with_columns(batch: Batch, seed: int = 3) -> Batch:
     return replace(batch, columns=columns)
 
 
-def ordinary(n: int = N, v: int = V, d: int = D, seed: int = 0, **options) -> Batch:
+def ordinary_batch(n: int = N, v: int = V, d: int = D, seed: int = 0, **options) -> Batch:
     """Tokens with logits of a few nats, a teacher and a reference that differ as much."""
     g = torch.Generator().manual_seed(seed)
     hidden, weight = randn(g, n, d), randn(g, v, d) * (2.0 / math.sqrt(d))
@@ -202,7 +204,7 @@ def ordinary(n: int = N, v: int = V, d: int = D, seed: int = 0, **options) -> Ba
     return with_columns(batch)
 
 
-def hard(tied: bool = False, with_bias: bool = False, **options) -> Batch:
+def hard_batch(tied: bool = False, with_bias: bool = False, **options) -> Batch:
     """Tokens of every temper: certain and hopeless labels; a teacher equal, nearly equal, far away."""
     g = torch.Generator().manual_seed(1)
     hidden, weight = randn(g, N, D), 0.6 * randn(g, V, D)
@@ -230,7 +232,7 @@ def hard(tied: bool = False, with_bias: bool = False, **options) -> Batch:
     return with_columns(batch)
 
 
-def ignoring(batch: Batch, share: str) -> Batch:
+def with_ignored_labels(batch: Batch, share: str) -> Batch:
     """Some or all labels ignored, the columns and hidden states there full of rubbish."""
     if share == "none ignored":
         return batch
