@@ -1,6 +1,6 @@
 """Numbers that travel with each token: weight, critical, old_logps, uid and the data source.
 
-They are aligned with labels, before the shift. ``spread`` gives every row one number per token, once and early, so that
+They are aligned with labels, before the shift. ``per_token`` gives every row one number per token, once and early, so that
 cutting, dropping, shuffling and packing move them with their tokens; ``TokenColumnCollator`` pads or joins them as TRL's
 collator does the tokens.
 """
@@ -83,7 +83,7 @@ class TokenColumns:
             tuple(name for name in self.made if name in first),
         )
 
-    def spread(self, row: Mapping[str, Any], number: int, dataset_name: str) -> dict[str, list]:
+    def per_token(self, row: Mapping[str, Any], number: int, dataset_name: str) -> dict[str, list]:
         """The row's columns with one number per token.
 
         Raises:

@@ -47,7 +47,7 @@ class Preparation:
         columns = self.columns.of(dataset)
         if columns.names or columns.sources:
             dataset = dataset.map(
-                lambda row, number: columns.spread(row, number, name),
+                lambda row, number: columns.per_token(row, number, name),
                 with_indices=True,
                 **self._map("Spreading columns of", name, dataset),
             )

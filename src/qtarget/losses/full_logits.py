@@ -74,9 +74,9 @@ def target_loss(
 
     double = z.dtype == torch.float64
     statistics = _statistics(evaluated, log_p.detach(), tokens.labels, simplex_tolerance(double), stats == "all")
-    stats_out = {name: tokens.spread(value, float("nan")) for name, value in statistics.items()}
+    stats_out = {name: tokens.scatter(value, float("nan")) for name, value in statistics.items()}
     if reduction == "none":
-        return LossOutput(tokens.spread(per_token, 0.0), stats_out)
+        return LossOutput(tokens.scatter(per_token, 0.0), stats_out)
     # With nothing supervised this is a zero that still has a graph, so that other ranks are not left waiting.
     return LossOutput(per_token.sum() / denominator(reduction, tokens, num_items), stats_out)
 

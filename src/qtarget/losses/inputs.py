@@ -107,7 +107,7 @@ class Tokens:
             return values
         return torch.cat([values[group] for group in groups])
 
-    def spread(self, per_token: Tensor, fill: float) -> Tensor:
+    def scatter(self, per_token: Tensor, fill: float) -> Tensor:
         """[n] back to the labels' shape, ``fill`` at ignored positions."""
         if self.index is None:
             return per_token.view(self.shape)

@@ -88,7 +88,7 @@ def linear_target_loss(
     check_options(reduction, stats)
     _check_head(hidden, head_weight, head_bias, logit_softcap)
     check_chunk(chunk_rows, head_weight.shape[0])
-    real = real_vocabulary(vocab_size, head_weight.shape[0])
+    vocab_size = real_vocabulary(vocab_size, head_weight.shape[0])
     given: dict[str, Any] = {"teacher": teacher, "reference": reference}
     columns = {"old_logps": old_logps, "weight": weight, "critical": critical}
     for one in targets:
@@ -99,14 +99,14 @@ def linear_target_loss(
     aux = {name: given[name] for name in given if any(name in one.requires for one in targets)}
     _check_devices(hidden, {"head_weight": head_weight, "head_bias": head_bias, "labels": labels, "which": which}, aux)
     checks = Checks(hidden.device)
-    tokens = supervised(labels, hidden.shape[:-1], "hidden", real, ignore_index, dtype, columns, targets, which, checks)
+    tokens = supervised(labels, hidden.shape[:-1], "hidden", vocab_size, ignore_index, dtype, columns, targets, which, checks)
     for name, other in aux.items():
-        _check_aux(name, other, tokens, real, checks, targets)
+        _check_aux(name, other, tokens, vocab_size, checks, targets)
     call = EngineCall(
         targets=targets,
         tokens=tokens,
         aux=aux,
-        vocab_size=real,
+        vocab_size=vocab_size,
         logit_scale=float(logit_scale),
         logit_softcap=logit_softcap,
         with_kl=stats == "all",
@@ -121,7 +121,7 @@ def linear_target_loss(
     # Function.apply hides whether a graph is being recorded, so that is asked here.
     loss = _LinearTargetLoss.apply(hidden, head_weight, head_bias, call, per_token, scale, torch.is_grad_enabled())
     statistics = {
-        name: tokens.spread(call.statistics[name], float("nan")) for name in ALL_STATISTICS if name in call.statistics
+        name: tokens.scatter(call.statistics[name], float("nan")) for name in ALL_STATISTICS if name in call.statistics
     }
     return LossOutput(loss, statistics)
 
@@ -139,7 +139,7 @@ class _LinearTargetLoss(torch.autograd.Function):
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         if per_token:
             ctx.save_for_backward(hidden, weight, bias)
-            return call.tokens.spread(result.loss, 0.0)
+            return call.tokens.scatter(result.loss, 0.0)
         ctx.result = result
         return result.loss.sum() / scale
 
@@ -235,7 +235,7 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: fl
         check_range("logit_softcap", softcap, 0, open_low=True)
 
 
-def _check_aux(name: str, other: object, tokens: Tokens, real: int, checks: Checks, targets: Sequence[Target]) -> None:
+def _check_aux(name: str, other: object, tokens: Tokens, vocab_size: int, checks: Checks, targets: Sequence[Target]) -> None:
     if not isinstance(other, (Head, TopK)):
         raise ConfigError(f"{name} is a {type(other).__name__}; use qt.Head(hidden, weight) or qt.TopK(ids, logprobs)")
     if other.token_shape != tokens.shape:
@@ -250,8 +250,8 @@ def _check_aux(name: str, other: object, tokens: Tokens, real: int, checks: Chec
         return
 
     def out_of_range(low, high):
-        if low < 0 or high >= real:
-            return f"{name}: TopK ids run from {low:.0f} to {high:.0f}; use ids from 0 to {real - 1}"
+        if low < 0 or high >= vocab_size:
+            return f"{name}: TopK ids run from {low:.0f} to {high:.0f}; use ids from 0 to {vocab_size - 1}"
         return None
 
     def twice(some, again):

@@ -17,7 +17,7 @@ from torch import Tensor
 from qtarget.errors import ConfigError
 from qtarget.losses.engine.buffers import RowResult, Rows, Scratch, Student, Term, TopKRows
 from qtarget.losses.engine.tempered import add_difference
-from qtarget.losses.engine.top_k import Outside, add_kept, cheap_rows, dense, sums
+from qtarget.losses.engine.top_k import Outside, add_top_k, cheap_rows, dense, sums
 from qtarget.losses.output import simplex_tolerance
 from qtarget.targets import Target, TokenStats
 from qtarget.targets.residual import Residual
@@ -134,9 +134,9 @@ class RowMath:
 
     def _other_log_p_y(self, rows: Rows, student: Student, name: str) -> Tensor:
         logits = self._dense(rows, student, name, self.scratch.get("dense", *rows.z.shape))
-        covered = min(self.vocab_size, logits.shape[-1])
-        log_p_y = logits[:, :covered].log_softmax(-1).gather(1, rows.labels[:, None].clamp(max=covered - 1))
-        return log_p_y.squeeze(1).masked_fill(rows.labels >= covered, float("-inf"))
+        support = min(self.vocab_size, logits.shape[-1])
+        log_p_y = logits[:, :support].log_softmax(-1).gather(1, rows.labels[:, None].clamp(max=support - 1))
+        return log_p_y.squeeze(1).masked_fill(rows.labels >= support, float("-inf"))
 
     # -- gradient where every residual is the student ------------------------------------------------------------
 
@@ -177,9 +177,9 @@ class RowMath:
         for j, (pool, weight) in enumerate(zip(pools, b, strict=True)):
             start = (a * student.inv)[:, None] if j == 0 else None
             if outside is None or outside.kept is not cheap_rows([pool], rows):
-                term, label_pull = self._add_dense(j, pool, rows, student, weight, g, start)
+                term, label_pull = self._add_dense_residual(j, pool, rows, student, weight, g, start)
             else:
-                term, label_pull = add_kept(outside, pool, rows, student, weight, g, start, self.vocab_size)
+                term, label_pull = add_top_k(outside, pool, rows, student, weight, g, start, self.vocab_size)
             at_label = at_label + label_pull
             terms.append(term)
         if g is not z:
@@ -213,7 +213,7 @@ class RowMath:
         torch.mul(student.scaled, student.inv[:, None], out=work).sub_(g)
         statistics["off_simplex_fraction"] = (work.amin(-1) < -simplex_tolerance(double)).to(g.dtype)
 
-    def _add_dense(
+    def _add_dense_residual(
         self,
         j: int,
         pool: Residual,
@@ -228,13 +228,13 @@ class RowMath:
         p − R = −(p + R) tanh(d/2) with d = log R − log p: no cancellation where R is near p, no overflow where the two
         are hundreds of nats apart.
         """
-        z, covered = rows.z, self.support[j]
+        z, support = rows.z, self.support[j]
         n, width = z.shape
-        shift = self.scratch.get("shift", n, covered)  # pooled logits minus the student's
-        R = self.scratch.get("work", n, covered)
+        shift = self.scratch.get("shift", n, support)  # pooled logits minus the student's
+        R = self.scratch.get("work", n, support)
         factor = self._pool_shift(pool, rows, student, shift)
-        z_covered = z[:, :covered]
-        torch.add(z_covered, shift, alpha=factor, out=R)
+        inside = z[:, :support]
+        torch.add(inside, shift, alpha=factor, out=R)
         if pool.coefficient("student") == 0:
             # The other models' logits themselves, not their difference to the student added back.
             self._pooled(pool, rows, student, R)
@@ -242,27 +242,27 @@ class RowMath:
         lse_shift = self._lse_shift(R, shift, factor, rows, student)
         # A float32 softmax over 49,152 entries sums to 1 within some 1e-5, which counts times the size of the logits.
         total = R.sum(-1)
-        ce = total * student.lse - self.scratch.dot(R, z_covered)
+        ce = total * student.lse - self.scratch.dot(R, inside)
         kl = factor * self.scratch.dot(R, shift) - total * lse_shift.squeeze(1)
         torch.add(-lse_shift, shift, alpha=factor, out=shift)  # d
         if bool(torch.isnan(kl).any()):  # an entry the pool rules out: 0 · (−inf)
             kl = torch.where(R > 0, R * shift, torch.zeros_like(R)).sum(-1)
-        p = student.scaled[:, :covered]
+        p = student.scaled[:, :support]
         R.addcmul_(p, student.inv[:, None])  # p + R
         self.scratch.tanh_half_(shift).mul_(R)  # R − p
         # softmax and lse_shift are off by some 1e-7, which moves every entry alike: Σ (R − p) tells by how much.
         drift = shift.sum(-1)
-        if covered < width:
-            drift = drift - student.scaled[:, covered:].sum(-1) * student.inv
+        if support < width:
+            drift = drift - student.scaled[:, support:].sum(-1) * student.inv
         undo = (weight * drift * student.inv)[:, None]
         if start is not None:
             torch.mul(student.scaled, start + undo, out=g)
         else:
             g.addcmul_(student.scaled, undo)
-        g[:, :covered].addcmul_(shift, -weight[:, None])
-        if covered < width:
-            g[:, covered:].addcmul_(student.scaled[:, covered:], (weight * student.inv)[:, None])
-        known = rows.labels.clamp(max=covered - 1)  # R is 0 at a label that the other model does not have
+        g[:, :support].addcmul_(shift, -weight[:, None])
+        if support < width:
+            g[:, support:].addcmul_(student.scaled[:, support:], (weight * student.inv)[:, None])
+        known = rows.labels.clamp(max=support - 1)  # R is 0 at a label that the other model does not have
         difference_y = shift.gather(1, known[:, None]).squeeze(1) - drift * student.p_y  # R − p
         at_label = -weight * torch.where(known == rows.labels, difference_y, -student.p_y)
         return Term(ce, kl - drift), at_label

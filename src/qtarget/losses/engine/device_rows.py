@@ -110,11 +110,11 @@ class DeviceRows:
         other = rows.aux[name]
         if isinstance(other, TopKRows):
             other = top_k.dense(other, rows.z, self.vocab_size, self.scratch.get(f"dense_{name}", *rows.z.shape))
-        covered = min(self.vocab_size, other.shape[1])
-        logits = other.narrow(1, 0, covered).clamp(min=NEVER)
-        y = rows.labels.clamp(max=covered - 1)
-        table, _ = self.passes.sums(logits, logits, y, Pass(covered))
-        return table.select(0, TABLE.index("log_p_y")).masked_fill(rows.labels >= covered, float("-inf"))
+        support = min(self.vocab_size, other.shape[1])
+        logits = other.narrow(1, 0, support).clamp(min=NEVER)
+        y = rows.labels.clamp(max=support - 1)
+        table, _ = self.passes.sums(logits, logits, y, Pass(support))
+        return table.select(0, TABLE.index("log_p_y")).masked_fill(rows.labels >= support, float("-inf"))
 
     def _case(self, kept: TopKRows | None, width: int) -> Pass:
         plan = self.plan

@@ -57,7 +57,7 @@ def cheap_rows(pools: list[Residual], rows: Rows) -> TopKRows | None:
     return None
 
 
-def sums(p: Tensor, z: Tensor, y: Tensor, p_y: Tensor, kept: TopKRows | None, real: int, scratch: Scratch) -> Sums:
+def sums(p: Tensor, z: Tensor, y: Tensor, p_y: Tensor, kept: TopKRows | None, vocab_size: int, scratch: Scratch) -> Sums:
     """Each entry is read once for Σ p and once for Σ p z, with kept ids or without; p is as it was afterwards."""
     if kept is None:
         p.scatter_(1, y, 0.0)
@@ -67,10 +67,10 @@ def sums(p: Tensor, z: Tensor, y: Tensor, p_y: Tensor, kept: TopKRows | None, re
     inside, z_y = p.gather(1, kept.ids), z.gather(1, y)
     p.scatter_(1, kept.ids, 0.0).scatter_(1, y, 0.0)
     product = torch.mul(p, z, out=scratch.get("product", *z.shape))
-    but_label, dot = (x[:, :real].sum(-1, keepdim=True) for x in (p, product))
+    but_label, dot = (x[:, :vocab_size].sum(-1, keepdim=True) for x in (p, product))
     padded, padded_dot = torch.zeros_like(p_y), torch.zeros_like(p_y)
-    if real < p.shape[1]:
-        padded, padded_dot = (x[:, real:].sum(-1, keepdim=True) for x in (p, product))
+    if vocab_size < p.shape[1]:
+        padded, padded_dot = (x[:, vocab_size:].sum(-1, keepdim=True) for x in (p, product))
     p.scatter_(1, y, p_y).scatter_(1, kept.ids, inside)
     is_label = kept.ids == y
     label_outside = torch.where(is_label.any(-1, keepdim=True), 0.0, p_y)
@@ -82,7 +82,7 @@ def sums(p: Tensor, z: Tensor, y: Tensor, p_y: Tensor, kept: TopKRows | None, re
     return Sums(rest, outside.dot + padded_dot + in_dot, None if lost else outside)
 
 
-def add_kept(
+def add_top_k(
     outside: Outside,
     pool: Residual,
     rows: Rows,
@@ -90,9 +90,9 @@ def add_kept(
     weight: Tensor,
     g: Tensor,
     start: Tensor | None,
-    real: int,
+    vocab_size: int,
 ) -> tuple[Term, Tensor]:
-    """As ``RowMath._add_dense`` for a top-k distribution whose tail has the student's shape: k gathers, no exponentials.
+    """As ``RowMath._add_dense_residual`` for a top-k distribution whose tail has the student's shape: k gathers, no exponentials.
 
     Outside the k, t = p (1 − T_K)/(1 − P_K), so R/p is one number per row.
     """
@@ -121,7 +121,7 @@ def add_kept(
     label_pull = torch.where(is_label.any(-1), (difference_rk * is_label).sum(-1), student.p_y * shrink_tail)
     base_rk = p_rk * (start / student.inv[:, None]) if start is not None else g.gather(1, kept.ids)
     # Real tokens outside the k, then padded rows, where R is 0.
-    for part, pull in ((slice(0, real), weight * shrink_tail), (slice(real, z.shape[-1]), weight)):
+    for part, pull in ((slice(0, vocab_size), weight * shrink_tail), (slice(vocab_size, z.shape[-1]), weight)):
         p, factor = student.scaled[:, part], (pull * student.inv)[:, None]
         if start is not None:
             torch.mul(p, start + factor, out=g[:, part])
