@@ -1,8 +1,8 @@
 """Numbers that travel with each token: weight, critical, old_logps, uid and the data source.
 
-They are aligned with labels, before the shift. ``per_token`` gives every row one number per token, once and early, so that
-cutting, dropping, shuffling and packing move them with their tokens; ``TokenColumnCollator`` pads or joins them as TRL's
-collator does the tokens.
+They are aligned with labels, before the shift. ``per_token`` gives every row one number per token, once and early, so
+that cutting, dropping, shuffling and packing move them with their tokens; ``TokenColumnCollator`` pads or joins them as
+TRL's collator does the tokens.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from qtarget.losses.inputs import (
     Tokens,
     check_options,
     check_requirements,
+    check_top_k,
     denominator,
     real_vocabulary,
     supervised,
@@ -20,8 +21,6 @@ from qtarget.losses.inputs import (
 from qtarget.losses.output import LossOutput, simplex_tolerance
 from qtarget.targets import Target, TokenStats
 from qtarget.targets.residual import Residual
-
-_HOW = {"teacher": "pass teacher_logits=", "reference": "pass reference_logits="}
 
 
 def target_loss(
@@ -156,8 +155,7 @@ def _evaluate(z: Tensor, tokens: Tokens, target: Target, others: dict[str, Tenso
         values[f"{name}_log_p_y"] = log_other.gather(1, y).squeeze(1)
 
     def top_k_entropy(k: int) -> Tensor:
-        if k > z.shape[-1]:
-            raise ConfigError(f"top_k is {k}, but the vocabulary has {z.shape[-1]} tokens; use a smaller top_k")
+        check_top_k(k, z.shape[-1])
         top = z.topk(k, dim=-1).values
         gap = top - top[:, :1]
         # Σ exp(gap) is 1 for the likeliest and the rest: log1p keeps the digits of an entropy near 0.
@@ -251,7 +249,7 @@ def _tokens_and_target(
     vocab_size = real_vocabulary(vocab_size, logits.shape[-1])
     given = {"teacher": teacher_logits, "reference": reference_logits}
     columns = {"old_logps": old_logps, "weight": weight, "critical": critical}
-    check_requirements(target, {**given, **columns, "old_policy": old_logps}, _HOW)
+    check_requirements(target, {**given, **columns, "old_policy": old_logps}, "{}_logits=")
     dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
     tokens = supervised(labels, logits.shape[:-1], "logits", vocab_size, ignore_index, dtype, columns, [target])
     z = tokens.select(logits).to(dtype)

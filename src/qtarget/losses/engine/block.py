@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qtarget.errors import ConfigError
 from qtarget.losses.engine.buffers import RowResult, Rows, Scratch, Student, Term, TopKRows
 from qtarget.losses.engine.tempered import add_difference
-from qtarget.losses.engine.top_k import Outside, add_top_k, cheap_rows, dense, sums
+from qtarget.losses.engine.top_k import Outside, add_top_k, cheap_rows, dense_logits, sums
+from qtarget.losses.inputs import check_top_k
 from qtarget.losses.output import simplex_tolerance
 from qtarget.targets import Target, TokenStats
 from qtarget.targets.residual import Residual
@@ -55,8 +55,7 @@ class RowMath:
             torch.mul(z, 1 / self.softcap, out=capped).square_().neg_().add_(1)
         kept = cheap_rows([term.pool for term in self.target.residual_terms], rows)
         student, outside = self._student(z, labels, kept)
-        masses = [self._offset_mass(term.pool, rows, student) for term in self.target.residual_terms[:1]]
-        a, b, label_loss = self._weights(rows, student, masses)
+        a, b, label_loss = self._weights(rows, student)
         statistics = label_statistics(student.log_p_y, student.entropy, student.is_top1, a, b)
         if not b:
             loss = label_loss
@@ -73,10 +72,7 @@ class RowMath:
             statistics["kl_q"] = self._kl_q(z, student, statistics)
         if capped is not None:
             z.mul_(capped)
-        active = a != 0
-        for weight in b:
-            active = active | (weight != 0)
-        return RowResult(loss, statistics, active)
+        return RowResult(loss, statistics, torch.stack([a, *b]).ne(0).any(0))
 
     # -- the student ---------------------------------------------------------------------------------------------
 
@@ -97,7 +93,6 @@ class RowMath:
         rest_mass = found.rest / total
         log_p_y = torch.where(rest_mass < 0.5, torch.log1p(-rest_mass.clamp(max=0.5)), log_p_y)
         inv = 1 / total
-        entropy = (lse - inv * found.dot).squeeze(1)
         student = Student(
             scaled=p,
             inv=inv.squeeze(1),
@@ -105,24 +100,23 @@ class RowMath:
             p_y=(p_y / total).squeeze(1),
             rest_mass=rest_mass.squeeze(1),
             log_p_y=log_p_y.squeeze(1),
-            entropy=entropy,
+            entropy=(lse - inv * found.dot).squeeze(1),
             is_top1=(p_y >= top).squeeze(1),
         )
         return student, found.outside
 
-    def _weights(self, rows: Rows, student: Student, masses: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
+    def _weights(self, rows: Rows, student: Student) -> tuple[Tensor, list[Tensor], Tensor]:
         needs = self.target.needs
         values = {"log_p_y": student.log_p_y, "rest_mass": student.rest_mass, "entropy": student.entropy}
-        values.update(rows.columns)
-        if masses:
-            values["offset_mass"] = masses[0]
+        values |= rows.columns
+        if "offset_mass" in needs and self.target.residual_terms:
+            values["offset_mass"] = self._offset_mass(self.target.residual_terms[0].pool, rows)
         for name in ("teacher", "reference"):
             if f"{name}_log_p_y" in needs:
-                values[f"{name}_log_p_y"] = self._other_log_p_y(rows, student, name)
+                values[f"{name}_log_p_y"] = self._other_log_p_y(rows, name)
 
         def top_k_entropy(k: int) -> Tensor:
-            if k > rows.z.shape[-1]:
-                raise top_k_too_large(k, rows.z.shape[-1])
+            check_top_k(k, rows.z.shape[-1])
             top = rows.z.topk(k, dim=-1).values
             gap = top[:, :1] - top[:, 1:]
             rest = (-gap).exp().sum(-1)
@@ -132,8 +126,8 @@ class RowMath:
         a, b = self.target.weights(stats)
         return a, b, self.target.label_loss(stats)
 
-    def _other_log_p_y(self, rows: Rows, student: Student, name: str) -> Tensor:
-        logits = self._dense(rows, student, name, self.scratch.get("dense", *rows.z.shape))
+    def _other_log_p_y(self, rows: Rows, name: str) -> Tensor:
+        logits = self._dense(rows, name)
         support = min(self.vocab_size, logits.shape[-1])
         log_p_y = logits[:, :support].log_softmax(-1).gather(1, rows.labels[:, None].clamp(max=support - 1))
         return log_p_y.squeeze(1).masked_fill(rows.labels >= support, float("-inf"))
@@ -173,11 +167,11 @@ class RowMath:
         pools = [term.pool for term in self.target.residual_terms]
         g = z if len(pools) == 1 else self.scratch.get("g", *z.shape)
         at_label = -a * student.rest_mass
-        terms = []
-        for j, (pool, weight) in enumerate(zip(pools, b, strict=True)):
-            start = (a * student.inv)[:, None] if j == 0 else None
+        terms: list[Term] = []
+        for support, pool, weight in zip(self.support, pools, b, strict=True):
+            start = None if terms else (a * student.inv)[:, None]
             if outside is None or outside.kept is not cheap_rows([pool], rows):
-                term, label_pull = self._add_dense_residual(j, pool, rows, student, weight, g, start)
+                term, label_pull = self._add_dense_residual(support, pool, rows, student, weight, g, start)
             else:
                 term, label_pull = add_top_k(outside, pool, rows, student, weight, g, start, self.vocab_size)
             at_label = at_label + label_pull
@@ -204,9 +198,7 @@ class RowMath:
         # Non-negative weights that leave p a non-negative share give a non-negative Q: no need to look.
         mass = sum(b[1:], b[0])
         double = g.dtype == torch.float64
-        convex = (a >= 0) & (a + mass <= 1 + (1e-14 if double else 1e-7))
-        for weight in b:
-            convex = convex & (weight >= 0)
+        convex = (torch.stack([a, *b]) >= 0).all(0) & (a + mass <= 1 + (1e-14 if double else 1e-7))
         if bool(convex.all()):
             statistics["off_simplex_fraction"] = torch.zeros_like(a)
             return
@@ -215,7 +207,7 @@ class RowMath:
 
     def _add_dense_residual(
         self,
-        j: int,
+        support: int,
         pool: Residual,
         rows: Rows,
         student: Student,
@@ -228,16 +220,16 @@ class RowMath:
         p − R = −(p + R) tanh(d/2) with d = log R − log p: no cancellation where R is near p, no overflow where the two
         are hundreds of nats apart.
         """
-        z, support = rows.z, self.support[j]
+        z = rows.z
         n, width = z.shape
         shift = self.scratch.get("shift", n, support)  # pooled logits minus the student's
         R = self.scratch.get("work", n, support)
-        factor = self._pool_shift(pool, rows, student, shift)
+        factor = self._pool_shift(pool, rows, shift)
         inside = z[:, :support]
         torch.add(inside, shift, alpha=factor, out=R)
         if pool.coefficient("student") == 0:
             # The other models' logits themselves, not their difference to the student added back.
-            self._pooled(pool, rows, student, R)
+            self._pooled(pool, rows, R)
         torch.softmax(R, -1, out=R)
         lse_shift = self._lse_shift(R, shift, factor, rows, student)
         # A float32 softmax over 49,152 entries sums to 1 within some 1e-5, which counts times the size of the logits.
@@ -273,7 +265,7 @@ class RowMath:
         """Write g of distillation at a temperature over the logits. Returns KL(R ‖ B) of the tempered two."""
         z = rows.z
         pooled = self.scratch.get("work", z.shape[0], min(self.support))
-        self._pooled(self.target.residual_terms[0].pool, rows, student, pooled)
+        self._pooled(self.target.residual_terms[0].pool, rows, pooled)
         found = add_difference(z, pooled, z, c, rows.labels, student, a, b, self.scratch)
         z.scatter_(1, rows.labels[:, None], (-a * student.rest_mass + b * found.at_label)[:, None])
         self._gradient_statistics(z, student, a, [b, -b], None, statistics)
@@ -296,7 +288,7 @@ class RowMath:
             lse_shift[at] = factor * shift[at].gather(1, at_top) + (z_top - top.log())
         return lse_shift
 
-    def _pool_shift(self, pool: Residual, rows: Rows, student: Student, out: Tensor) -> float:
+    def _pool_shift(self, pool: Residual, rows: Rows, out: Tensor) -> float:
         """Pooled logits minus the student's, up to the factor returned.
 
         Formed from differences, so that a teacher near the student loses no digits.
@@ -306,19 +298,15 @@ class RowMath:
         excess = pool.coefficient("student") + sum(others.values()) - 1
         if len(others) == 1 and abs(excess) < 1e-12 and pool.offset_slope is None:
             ((name, coefficient),) = others.items()
-            logits = self._dense(rows, student, name, self.scratch.get(f"dense_{name}", *rows.z.shape))
-            torch.sub(logits[:, : out.shape[1]], z, out=out)
+            torch.sub(self._dense(rows, name)[:, : out.shape[1]], z, out=out)
             return coefficient
-        written = False
-        for name, coefficient in others.items():
-            logits = self._dense(rows, student, name, self.scratch.get(f"dense_{name}", *rows.z.shape))
-            logits = logits[:, : out.shape[1]]
-            if not written:
+        for number, (name, coefficient) in enumerate(others.items()):
+            logits = self._dense(rows, name)[:, : out.shape[1]]
+            if number == 0:
                 torch.sub(logits, z, out=out).mul_(coefficient)
-                written = True
             else:
                 out.add_(logits, alpha=coefficient).sub_(z, alpha=coefficient)
-        if not written:
+        if not others:
             torch.mul(z, excess, out=out)
         elif abs(excess) > 1e-12:
             out.add_(z, alpha=excess)
@@ -326,19 +314,14 @@ class RowMath:
             out.add_(self._offset(pool, rows))
         return 1.0
 
-    def _pooled(self, pool: Residual, rows: Rows, student: Student, out: Tensor) -> None:
+    def _pooled(self, pool: Residual, rows: Rows, out: Tensor) -> None:
         """Pooled logits of a pool without the student, exactly as its models give them."""
         out.zero_()
         for name, coefficient in pool.nonzero.items():
-            logits = self._dense(rows, student, name, self.scratch.get(f"dense_{name}", *rows.z.shape))
-            out.add_(logits[:, : out.shape[1]], alpha=coefficient)
+            out.add_(self._dense(rows, name)[:, : out.shape[1]], alpha=coefficient)
 
-    def _dense(self, rows: Rows, student: Student, name: str, buffer: Tensor) -> Tensor:
-        """A model's logits, or the dense log-probabilities of its kept rows with the tail filled in."""
-        other = rows.aux[name]
-        if isinstance(other, Tensor):
-            return other
-        return dense(other, rows.z, self.vocab_size, buffer)
+    def _dense(self, rows: Rows, name: str) -> Tensor:
+        return dense_logits(rows, name, self.vocab_size, self.scratch)
 
     # -- values --------------------------------------------------------------------------------------------------
 
@@ -347,9 +330,9 @@ class RowMath:
         z_y = rows.z.gather(1, rows.labels[:, None])
         return F.logsigmoid(pool.offset_slope * (rows.z - z_y))
 
-    def _offset_mass(self, pool: Residual, rows: Rows, student: Student) -> Tensor:
+    def _offset_mass(self, pool: Residual, rows: Rows) -> Tensor:
         if pool.offset_slope is None:
-            return torch.ones_like(student.p_y)
+            return torch.ones_like(rows.z[:, 0])
         pooled = rows.z * pool.coefficient("student")
         return ((pooled + self._offset(pool, rows)).logsumexp(-1) - pooled.logsumexp(-1)).exp()
 
@@ -383,7 +366,3 @@ def label_statistics(
         "entropy": entropy,
         "accuracy": is_top1.to(a.dtype),
     }
-
-
-def top_k_too_large(k: int, vocab: int) -> ConfigError:
-    return ConfigError(f"top_k is {k}, but the vocabulary has {vocab} tokens; use a smaller top_k")

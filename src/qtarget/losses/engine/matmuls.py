@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qtarget.losses import inputs
+from qtarget.losses.heads import Head
 
 HALF = (torch.bfloat16, torch.float16)
 # Vocabulary rows of a half-precision head cast up at a time.
@@ -66,13 +67,11 @@ class HeadMatmuls:
     compute: torch.dtype
 
     @classmethod
-    def of(
-        cls, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, compute: torch.dtype
-    ) -> HeadMatmuls:
+    def of(cls, head: Head, compute: torch.dtype) -> HeadMatmuls:
         """A float32 head that is multiplied in 16 bits is cast once a call, here."""
-        if compute in HALF and weight.dtype != compute:
-            weight = weight.to(compute)
-        return cls(weight.detach(), None if bias is None else bias.detach(), scale, softcap, compute)
+        weight = head.weight.to(compute) if compute in HALF else head.weight
+        bias = None if head.bias is None else head.bias.detach()
+        return cls(weight.detach(), bias, head.logit_scale, head.logit_softcap, compute)
 
     def logits(self, h: Tensor, out: Tensor) -> None:
         """Write [r, V] logits of h [r, d] to ``out``, float32 or float64."""

@@ -57,7 +57,9 @@ def cheap_rows(pools: list[Residual], rows: Rows) -> TopKRows | None:
     return None
 
 
-def sums(p: Tensor, z: Tensor, y: Tensor, p_y: Tensor, kept: TopKRows | None, vocab_size: int, scratch: Scratch) -> Sums:
+def sums(
+    p: Tensor, z: Tensor, y: Tensor, p_y: Tensor, kept: TopKRows | None, vocab_size: int, scratch: Scratch
+) -> Sums:
     """Each entry is read once for Σ p and once for Σ p z, with kept ids or without; p is as it was afterwards."""
     if kept is None:
         p.scatter_(1, y, 0.0)
@@ -92,7 +94,7 @@ def add_top_k(
     start: Tensor | None,
     vocab_size: int,
 ) -> tuple[Term, Tensor]:
-    """As ``RowMath._add_dense_residual`` for a top-k distribution whose tail has the student's shape: k gathers, no exponentials.
+    """As ``RowMath._add_dense_residual`` where a tail has the student's shape: k gathers, no exponentials.
 
     Outside the k, t = p (1 − T_K)/(1 − P_K), so R/p is one number per row.
     """
@@ -138,14 +140,17 @@ def add_top_k(
     return Term(ce, kl, size), weight * label_pull
 
 
-def dense(other: TopKRows, z: Tensor, vocab_size: int, buffer: Tensor) -> Tensor:
-    """Log-probabilities [r, vocab_size] of a top-k distribution with its tail filled in, written to ``buffer`` [r, v]."""
-    out = buffer.narrow(1, 0, vocab_size)
+def dense_logits(rows: Rows, name: str, vocab_size: int, scratch: Scratch) -> Tensor:
+    """A model's logits [r, v_m]; log-probabilities [r, vocab_size] of a top-k distribution, its tail filled in."""
+    other = rows.aux[name]
+    if isinstance(other, Tensor):
+        return other
+    out = scratch.get(f"dense_{name}", *rows.z.shape).narrow(1, 0, vocab_size)
     if other.tail == "even":
         outside = max(1, vocab_size - other.ids.shape[1])
         torch.sub(other.log_tail.unsqueeze(1).expand_as(out), math.log(outside), out=out)
     else:
-        student = z.narrow(1, 0, vocab_size)
+        student = rows.z.narrow(1, 0, vocab_size)
         outside_lse = student.scatter(1, other.ids, float("-inf")).logsumexp(1)
         torch.add(student, (other.log_tail - outside_lse).unsqueeze(1), out=out)
     return out.scatter_(1, other.ids, other.logprobs)
