@@ -71,8 +71,7 @@ def target_loss(
         with_gradient = with_gradient + b * _cross_entropy(log_R.exp(), log_p)
     per_token = _published_value(target, evaluated, log_p.detach()) + (with_gradient - with_gradient.detach())
 
-    double = z.dtype == torch.float64
-    statistics = _statistics(evaluated, log_p.detach(), tokens.labels, simplex_tolerance(double), stats == "all")
+    statistics = _statistics(evaluated, log_p.detach(), tokens.labels, stats == "all")
     stats_out = {name: tokens.scatter(value, float("nan")) for name, value in statistics.items()}
     if reduction == "none":
         return LossOutput(tokens.scatter(per_token, 0.0), stats_out)
@@ -215,15 +214,13 @@ def _published_value(target: Target, evaluated: EvaluatedTarget, log_p: Tensor) 
 
 
 @torch.no_grad()
-def _statistics(
-    evaluated: EvaluatedTarget, log_p: Tensor, labels: Tensor, tolerance: float, with_kl: bool
-) -> dict[str, Tensor]:
+def _statistics(evaluated: EvaluatedTarget, log_p: Tensor, labels: Tensor, with_kl: bool) -> dict[str, Tensor]:
     p = log_p.exp()
     g = _logit_gradient(evaluated, p, F.one_hot(labels, p.shape[-1]).to(p.dtype))
     Q = p - g
     log_p_y = log_p.gather(1, labels[:, None]).squeeze(1)
     mass = sum((b for b, _ in evaluated.residuals), torch.zeros_like(evaluated.a))
-    off_simplex = (-tolerance > Q).any(-1)
+    off_simplex = (-simplex_tolerance(p.dtype) > Q).any(-1)
     statistics = {
         "nll": -log_p_y,
         "ce_q": -(Q * log_p).sum(-1),
@@ -249,7 +246,7 @@ def _tokens_and_target(
     vocab_size = real_vocabulary(vocab_size, logits.shape[-1])
     given = {"teacher": teacher_logits, "reference": reference_logits}
     columns = {"old_logps": old_logps, "weight": weight, "critical": critical}
-    check_requirements(target, {**given, **columns, "old_policy": old_logps}, "{}_logits=")
+    check_requirements(target, given, columns, "{}_logits=")
     dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
     tokens = supervised(labels, logits.shape[:-1], "logits", vocab_size, ignore_index, dtype, columns, [target])
     z = tokens.select(logits).to(dtype)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,10 +127,11 @@ def check_options(reduction: str, stats: str) -> None:
         raise ConfigError(f"stats is {stats!r}; use 'basic' or 'all'")
 
 
-def check_requirements(target: Target, given: dict[str, object], model: str) -> None:
+def check_requirements(target: Target, models: dict[str, Any], columns: dict[str, Any], model: str) -> None:
     """Raise where the target needs an input that is None; ``model``: how one of a model's name is passed."""
     if not isinstance(target, Target):
         raise ConfigError(f"target is {target!r}; use qt.preset(name), qt.Target(...) or qt.Target.from_config(...)")
+    given = models | {_SERVES.get(name, name): column for name, column in columns.items()}
     missing = [name for name in sorted(target.requires) if given.get(name) is None]
     known = [_INPUTS.get(name, (f"a {name}", model.format(name))) for name in missing]
     raise_together(f"target {target} needs {what} and got none; pass {how}" for what, how in known)
@@ -175,8 +178,7 @@ def supervised(
         key = torch.where(keep, torch.zeros_like(flat) if number is None else number, len(targets))
         index = key.argsort(stable=True).narrow(0, 0, n)  # not nonzero, which waits for the device
     kept = (flat if index is None else flat.index_select(0, index)).long()
-    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-    groups = tuple(slice(end - count, end) for end, count in zip(ends, counts, strict=True))
+    groups = tuple(slice(end - count, end) for end, count in zip(accumulate(counts), counts, strict=True))
     tokens = Tokens(labels.shape, index, kept, {}, groups)
     gathered = checks or Checks(labels.device)
     for name, column in columns.items():

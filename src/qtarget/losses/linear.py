@@ -10,8 +10,7 @@ from torch import Tensor
 
 from qtarget.errors import ConfigError
 from qtarget.losses import engine, inputs
-from qtarget.losses.engine import chunks, matmuls
-from qtarget.losses.engine.calls import EngineCall, Result
+from qtarget.losses.engine import EngineCall, Result, chunks, matmuls
 from qtarget.losses.engine.sizes import check_chunk
 from qtarget.losses.heads import Head, TopK, check_head
 from qtarget.losses.inputs import (
@@ -87,9 +86,7 @@ def linear_target_loss(
     given: dict[str, Any] = {"teacher": teacher, "reference": reference}
     columns = {"old_logps": old_logps, "weight": weight, "critical": critical}
     for one in targets:
-        check_requirements(
-            one, {**given, **columns, "old_policy": old_logps}, "{}=qt.Head(hidden, weight) or qt.TopK(ids, logprobs)"
-        )
+        check_requirements(one, given, columns, "{}=qt.Head(hidden, weight) or qt.TopK(ids, logprobs)")
     compute = matmuls.compute_dtype(hidden, head_weight)
     dtype = matmuls.result_dtype(compute)
     backend = engine.choose(backend, hidden.device, dtype)

@@ -14,37 +14,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qtarget.losses.engine.buffers import RowResult, Rows, Scratch, Student, Term, TopKRows
-from qtarget.losses.engine.tempered import add_difference
-from qtarget.losses.engine.top_k import Outside, add_top_k, cheap_rows, dense_logits, sums
+from qtarget.losses.engine.buffers import PerRow, RowCode, RowResult, Rows, Scratch, Student, Term, TopKRows
+from qtarget.losses.engine.top_k import Outside, add_top_k, cheap_rows, sums
 from qtarget.losses.inputs import check_top_k
 from qtarget.losses.output import simplex_tolerance
-from qtarget.targets import Target, TokenStats
+from qtarget.targets import TokenStats
 from qtarget.targets.residual import Residual
 
 # A probability from which a logarithm is read off: below it, the rounding of its exponent shows.
 _READABLE = 1e-12
 
 
-@dataclass(frozen=True)
-class RowMath:
-    """Computes blocks of rows for one target.
+@dataclass(frozen=True, kw_only=True)
+class RowMath(RowCode):
+    """Plain PyTorch; the gradient goes over the logits.
 
     Args:
-        target: what to learn.
-        vocab_size: real tokens. support: for each residual term, the columns it covers.
-        gradient: write the gradient over the logits. with_kl: also kl_q.
-        scratch: buffers for a block.
-        softcap: cap of the logits already applied, whose derivative the gradient must carry.
+        support: for each residual term, the columns it covers.
     """
 
-    target: Target
-    vocab_size: int
     support: tuple[int, ...]
-    scratch: Scratch
-    gradient: bool = True
-    with_kl: bool = False
-    softcap: float | None = None
 
     def run(self, rows: Rows) -> RowResult:
         """The block's loss, statistics and which rows have a gradient; z holds the gradient afterwards."""
@@ -81,8 +70,8 @@ class RowMath:
         p = torch.softmax(z, -1, out=self.scratch.get("p", *z.shape))
         top = p.amax(-1, keepdim=True)
         p_y = p.gather(1, y)
-        found = sums(p, z, y, p_y, kept, self.vocab_size, self.scratch)
-        total = found.rest + p_y
+        rest, dot, outside = sums(p, z, y, p_y, kept, self.vocab_size, self.scratch)
+        total = rest + p_y
         z_y = z.gather(1, y)
         log_p_y = (p_y / total).log()
         lse = z_y - log_p_y
@@ -90,7 +79,7 @@ class RowMath:
         if bool(hopeless.any()):
             lse = torch.where(hopeless, z.amax(-1, keepdim=True) - (top / total).log(), lse)
             log_p_y = torch.where(hopeless, z_y - lse, log_p_y)
-        rest_mass = found.rest / total
+        rest_mass = rest / total
         log_p_y = torch.where(rest_mass < 0.5, torch.log1p(-rest_mass.clamp(max=0.5)), log_p_y)
         inv = 1 / total
         student = Student(
@@ -100,10 +89,10 @@ class RowMath:
             p_y=(p_y / total).squeeze(1),
             rest_mass=rest_mass.squeeze(1),
             log_p_y=log_p_y.squeeze(1),
-            entropy=(lse - inv * found.dot).squeeze(1),
+            entropy=(lse - inv * dot).squeeze(1),
             is_top1=(p_y >= top).squeeze(1),
         )
-        return student, found.outside
+        return student, outside
 
     def _weights(self, rows: Rows, student: Student) -> tuple[Tensor, list[Tensor], Tensor]:
         needs = self.target.needs
@@ -134,17 +123,14 @@ class RowMath:
 
     # -- gradient where every residual is the student ------------------------------------------------------------
 
-    def _student_gradient(
-        self, z: Tensor, labels: Tensor, student: Student, a: Tensor, statistics: dict[str, Tensor]
-    ) -> None:
+    def _student_gradient(self, z: Tensor, labels: Tensor, student: Student, a: Tensor, statistics: PerRow) -> None:
         """g = a (p − δ): nothing but one product, its update and its simplex check come for free."""
-        tolerance = simplex_tolerance(z.dtype == torch.float64)
         lowest = student.p_y + a * student.rest_mass  # Q at the label
         if bool((a > 1).any()):  # then Q_v = (1 − a) p_v elsewhere, lowest at the likeliest other token
             others = student.scaled.scatter_(1, labels[:, None], 0.0).amax(-1) * student.inv
             student.scaled.scatter_(1, labels[:, None], (student.p_y / student.inv)[:, None])
             lowest = torch.minimum(lowest, (1 - a) * others)
-        statistics["off_simplex_fraction"] = (lowest < -tolerance).to(z.dtype)
+        statistics["off_simplex_fraction"] = (lowest < -simplex_tolerance(z.dtype)).to(z.dtype)
         statistics["update"] = a.abs() * student.rest_mass
         statistics["ce_q"] = a * -student.log_p_y + (1 - a) * student.entropy
         if self.gradient or self.with_kl:
@@ -154,13 +140,7 @@ class RowMath:
     # -- gradient with residuals of their own --------------------------------------------------------------------
 
     def _add_residuals(
-        self,
-        rows: Rows,
-        student: Student,
-        outside: Outside | None,
-        a: Tensor,
-        b: list[Tensor],
-        statistics: dict[str, Tensor],
+        self, rows: Rows, student: Student, outside: Outside | None, a: Tensor, b: list[Tensor], statistics: PerRow
     ) -> list[Term]:
         """Write g = a (p − δ) + Σ b (p − R) over the logits, term by term."""
         z, y = rows.z, rows.labels[:, None]
@@ -184,26 +164,20 @@ class RowMath:
         return terms
 
     def _gradient_statistics(
-        self,
-        g: Tensor,
-        student: Student,
-        a: Tensor,
-        b: list[Tensor],
-        size: Tensor | None,
-        statistics: dict[str, Tensor],
+        self, g: Tensor, student: Student, a: Tensor, b: list[Tensor], size: Tensor | None, statistics: PerRow
     ) -> None:
         """``size``: Σ |g|, where it is known."""
         work = self.scratch.get("work", *g.shape)
         statistics["update"] = (torch.abs(g, out=work).sum(-1) if size is None else size) / 2
         # Non-negative weights that leave p a non-negative share give a non-negative Q: no need to look.
         mass = sum(b[1:], b[0])
-        double = g.dtype == torch.float64
-        convex = (torch.stack([a, *b]) >= 0).all(0) & (a + mass <= 1 + (1e-14 if double else 1e-7))
+        rounding = 1e-14 if g.dtype == torch.float64 else 1e-7
+        convex = (torch.stack([a, *b]) >= 0).all(0) & (a + mass <= 1 + rounding)
         if bool(convex.all()):
             statistics["off_simplex_fraction"] = torch.zeros_like(a)
             return
         torch.mul(student.scaled, student.inv[:, None], out=work).sub_(g)
-        statistics["off_simplex_fraction"] = (work.amin(-1) < -simplex_tolerance(double)).to(g.dtype)
+        statistics["off_simplex_fraction"] = (work.amin(-1) < -simplex_tolerance(g.dtype)).to(g.dtype)
 
     def _add_dense_residual(
         self,
@@ -259,18 +233,16 @@ class RowMath:
         at_label = -weight * torch.where(known == rows.labels, difference_y, -student.p_y)
         return Term(ce, kl - drift), at_label
 
-    def _tempered(
-        self, rows: Rows, student: Student, a: Tensor, b: Tensor, c: float, statistics: dict[str, Tensor]
-    ) -> Tensor:
+    def _tempered(self, rows: Rows, student: Student, a: Tensor, b: Tensor, c: float, statistics: PerRow) -> Tensor:
         """Write g of distillation at a temperature over the logits. Returns KL(R ‖ B) of the tempered two."""
         z = rows.z
         pooled = self.scratch.get("work", z.shape[0], min(self.support))
         self._pooled(self.target.residual_terms[0].pool, rows, pooled)
-        found = add_difference(z, pooled, z, c, rows.labels, student, a, b, self.scratch)
-        z.scatter_(1, rows.labels[:, None], (-a * student.rest_mass + b * found.at_label)[:, None])
+        kl, cross, at_label = _add_difference(z, pooled, c, rows.labels, student, a, b, self.scratch)
+        z.scatter_(1, rows.labels[:, None], (-a * student.rest_mass + b * at_label)[:, None])
         self._gradient_statistics(z, student, a, [b, -b], None, statistics)
-        statistics["ce_q"] = a * -student.log_p_y + (1 - a) * student.entropy + b * found.cross
-        return found.kl
+        statistics["ce_q"] = a * -student.log_p_y + (1 - a) * student.entropy + b * cross
+        return kl
 
     def _lse_shift(self, R: Tensor, shift: Tensor, factor: float, rows: Rows, student: Student) -> Tensor:
         """Normaliser of the pooled logits minus the student's, [r, 1], read off one entry: log R = log p + shift − it.
@@ -320,9 +292,6 @@ class RowMath:
         for name, coefficient in pool.nonzero.items():
             out.add_(self._dense(rows, name)[:, : out.shape[1]], alpha=coefficient)
 
-    def _dense(self, rows: Rows, name: str) -> Tensor:
-        return dense_logits(rows, name, self.vocab_size, self.scratch)
-
     # -- values --------------------------------------------------------------------------------------------------
 
     def _offset(self, pool: Residual, rows: Rows) -> Tensor:
@@ -340,7 +309,7 @@ class RowMath:
         left = 1 - a - sum(b[1:], b[0])
         return a * -student.log_p_y + left * student.entropy + sum(w * t.ce for w, t in zip(b, terms, strict=True))
 
-    def _kl_q(self, g: Tensor, student: Student, statistics: dict[str, Tensor]) -> Tensor:
+    def _kl_q(self, g: Tensor, student: Student, statistics: PerRow) -> Tensor:
         """KL(Q ‖ p) = Σ Q log(Q/p) with Q/p = 1 − g/p, so that a target near the student keeps its digits."""
         p = torch.mul(student.scaled, student.inv[:, None], out=self.scratch.get("product", *g.shape))
         Q = torch.sub(p, g, out=self.scratch.get("work", *g.shape)).clamp_(min=0)
@@ -353,9 +322,59 @@ class RowMath:
         return kl_q.masked_fill(statistics["off_simplex_fraction"] > 0, float("nan"))
 
 
-def label_statistics(
-    log_p_y: Tensor, entropy: Tensor, is_top1: Tensor, a: Tensor, b: list[Tensor]
-) -> dict[str, Tensor]:
+def _add_difference(
+    z: Tensor, pooled: Tensor, c: float, labels: Tensor, student: Student, a: Tensor, b: Tensor, work: Scratch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Distillation at a temperature: write a p + b (B − R) over the logits, the label's column still to be put right.
+
+    Its two residuals are b (p − R) and −b (p − B), B the student and R the teacher at the temperature. In float32 the
+    two terms lose the digits of p that are not in their sum: where the teacher is 5e-3 nats away a gradient is off by
+    1.8e-3, and by 2e-7 as one difference.
+
+    B − R is (B + R) tanh(−d/2) with d = log R − log B: no cancellation where the two are near, no overflow where they
+    are hundreds of nats apart. Both sum to one, so Σ (R − B) tells by how much the normalisers are off.
+
+    Args:
+        z: [r, v] the student's logits, where it goes; c: their coefficient in B.
+        pooled: [r, s] logits of R on the columns it covers, overwritten.
+
+    Returns:
+        KL(R ‖ B), Σ (B − R) log p, and B − R at the label, [r] each.
+    """
+    rows, width = z.shape
+    support = pooled.shape[1]
+    inside = z[:, :support]
+    d = torch.sub(pooled, inside, alpha=c, out=work.get("shift", rows, support))  # up to the normalisers
+    R = torch.softmax(pooled, -1, out=pooled)
+    B = torch.mul(z, c, out=work.get("base", rows, width))
+    torch.softmax(B, -1, out=B)
+    R_top, at = R.max(-1, keepdim=True)
+    B_top = B.gather(1, at)
+    shift = d.gather(1, at) + (B_top.log() - R_top.log())
+    if bool((B_top < _READABLE).any()):  # then through the logits
+        exact = (d + c * inside).logsumexp(-1, keepdim=True) - (c * z).logsumexp(-1, keepdim=True)
+        shift = torch.where(B_top < _READABLE, exact, shift)
+    d.sub_(shift)
+    kl = work.dot(R, d)
+    if bool(torch.isnan(kl).any()):  # an entry that R rules out: 0 · (−inf)
+        kl = torch.where(R > 0, R * d, torch.zeros_like(R)).sum(-1)
+    difference = work.tanh_half_(d).mul_(R.add_(B[:, :support]))  # R − B
+    drift = difference.sum(-1) - B[:, support:].sum(-1)
+    known = labels.clamp(max=support - 1)
+    B_y = B.gather(1, labels[:, None]).squeeze(1)
+    R_less_B = torch.where(known == labels, difference.gather(1, known[:, None]).squeeze(1), -B_y) - drift * B_y
+    log_p = torch.sub(z, student.lse[:, None], out=work.get("log_p", rows, width))
+    cross = drift * work.dot(B, log_p) - work.dot(difference, log_p[:, :support])
+    if support < width:
+        cross = cross + (B[:, support:] * log_p[:, support:]).sum(-1)
+    torch.mul(student.scaled, (a * student.inv)[:, None], out=z)
+    z[:, :support].addcmul_(difference, -b[:, None])
+    z[:, support:].addcmul_(B[:, support:], b[:, None])
+    z.addcmul_(B, (b * drift)[:, None])
+    return kl - drift, cross, -R_less_B
+
+
+def label_statistics(log_p_y: Tensor, entropy: Tensor, is_top1: Tensor, a: Tensor, b: list[Tensor]) -> PerRow:
     """The statistics that need nothing but the student and the weights."""
     mass = sum(b, torch.zeros_like(a))
     return {

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from qtarget.errors import NonFiniteLogits
 from qtarget.losses import inputs
-from qtarget.losses.engine import buffers, matmuls, who
+from qtarget.losses.engine import EngineCall, Result, buffers, matmuls, who
 from qtarget.losses.engine.buffers import Places, RowResult, Rows, TopKRows
-from qtarget.losses.engine.calls import EngineCall, Result
 from qtarget.losses.engine.device_rows import DeviceRows, Part
 from qtarget.losses.engine.matmuls import HeadMatmuls, WeightGradient
 from qtarget.losses.engine.passes import CannotCompile
@@ -134,7 +133,7 @@ class _Run:
             half = sizes.whole and weight.dtype == self.call.compute == torch.bfloat16
             dtype = weight.dtype if half and not isinstance(self.factor, Tensor) else self.dtype
             out = torch.empty(weight.shape, dtype=dtype, device=self.device)
-            self.d_weight = WeightGradient(out, sizes.whole)
+            self.d_weight = WeightGradient(out)
         if self.want[2]:
             self.out.d_bias = zeros(self.vocab)
 
@@ -185,17 +184,16 @@ class _Run:
         n, sizes = self.tokens.count, self.sizes
         skips = any(target.may_skip_tokens for target in self.call.targets)
         assert self.g is not None
-        for begin in range(0, n, sizes.gradient):
-            part = slice(begin, min(begin + sizes.gradient, n))
+        for part in _cut(slice(0, n), sizes.gradient):
             places = Places(self.device) if skips else None
             for chunk in _cut(part, sizes.logits):
                 z = self.logits[: chunk.stop - chunk.start]
                 self._form_logits(chunk, z)
                 for segment, number in self._segments(chunk):
-                    g = self.g if skips else self.g[segment.start - begin : segment.stop - begin]
+                    g = self.g if skips else self.g[segment.start - part.start : segment.stop - part.start]
                     rows = self._rows(segment, z[segment.start - chunk.start : segment.stop - chunk.start], number)
                     self._blocks(replace(rows, g=g, places=places), segment, number)
-            count, numbers = part.stop - begin, torch.arange(part.start, part.stop, device=self.device)
+            count, numbers = part.stop - part.start, torch.arange(part.start, part.stop, device=self.device)
             # Before the last products, so that the host can go on while they run.
             wanted = [] if places is None else [places.count]
             if part.stop == n:
@@ -223,9 +221,7 @@ class _Run:
         skips = self.call.targets[number].may_skip_tokens and self.gradient and not self.beside and not waits
         active = []
         length = segment.stop - segment.start
-        block = length if waits else self.sizes.block
-        for begin in range(0, length, block):
-            here = slice(begin, min(begin + block, length))
+        for here in _cut(slice(0, length), length if waits else self.sizes.block):
             there = slice(segment.start + here.start, segment.start + here.stop)
             with_gradient = self._run_rows(rows[here], there, number)
             if skips:
@@ -291,8 +287,7 @@ class _Run:
         self.head.logits(self._states(self.student.hidden, chunk), out)
 
     def _states(self, hidden: Tensor, chunk: slice) -> Tensor:
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        index = self.tokens.index
+        flat, index = hidden.reshape(-1, hidden.shape[-1]), self.tokens.index
         return flat[chunk] if index is None else flat.index_select(0, index[chunk])
 
     def _rows(self, segment: slice, z: Tensor, number: int) -> Rows:

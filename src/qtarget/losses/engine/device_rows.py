@@ -20,40 +20,30 @@ from torch import Tensor
 from qtarget.losses import inputs
 from qtarget.losses.engine import top_k
 from qtarget.losses.engine.block import label_statistics
-from qtarget.losses.engine.buffers import RowResult, Rows, Scratch, TopKRows
+from qtarget.losses.engine.buffers import PerRow, RowCode, RowResult, Rows, TopKRows
 from qtarget.losses.engine.passes import HostReads, Passes
 from qtarget.losses.engine.row_functions import GROUP, Pass
 from qtarget.losses.engine.row_plan import FOUND, NEVER, TABLE, RowPlan
 from qtarget.losses.inputs import check_top_k
 from qtarget.losses.output import simplex_tolerance
-from qtarget.targets import Target, TokenStats
+from qtarget.targets import TokenStats
 
 logger = logging.getLogger(__name__)
 _watched: set[str] = set()
 
 
-@dataclass(frozen=True)
-class DeviceRows:
-    """Computes blocks of rows for one target.
+@dataclass(frozen=True, kw_only=True)
+class DeviceRows(RowCode):
+    """Two passes; scratch is only for a top-k distribution that has to be written out.
 
     Args:
-        plan: the target's one difference. passes: who runs over the logits.
-        vocab_size: real tokens. support: columns the residual covers.
-        gradient: write the gradient. with_kl: also kl_q.
-        softcap: cap of the logits already applied, whose derivative the gradient must carry.
+        plan: the target's one difference. passes: who runs over the logits. support: columns the residual covers.
         factor: what the written gradient is multiplied by.
-        scratch: buffers for a top-k distribution that has to be written out.
     """
 
-    target: Target
     plan: RowPlan
     passes: Passes
-    vocab_size: int
     support: int
-    scratch: Scratch
-    gradient: bool = True
-    with_kl: bool = False
-    softcap: float | None = None
     factor: float = 1.0
 
     def run(self, rows: Rows) -> Part:
@@ -90,9 +80,6 @@ class DeviceRows:
 
     # -- what the passes are given -------------------------------------------------------------------------------
 
-    def _dense(self, rows: Rows, name: str) -> Tensor:
-        return top_k.dense_logits(rows, name, self.vocab_size, self.scratch)
-
     def _aux_log_p_y(self, rows: Rows, name: str) -> Tensor:
         """log-probability of the label under another model, [r]: one more read of its logits."""
         other = self._dense(rows, name)
@@ -121,15 +108,11 @@ class DeviceRows:
         )
 
     def _stats(
-        self,
-        table: Tensor,
-        given: dict[str, Tensor],
-        entropies: dict[int, Tensor],
-        top_k_entropy: Callable[[int], Tensor] | None = None,
+        self, table: Tensor, given: PerRow, entropies: dict[int, Tensor], top_k_entropy: Callable[[int], Tensor] | None
     ) -> TokenStats:
         """Entropies of the top k read the logits, which are gone when the loss is reported: ``entropies`` holds them."""
         values = _by_name(TABLE, table)
-        if self.plan.slope is None:
+        if self.plan.slope is None and "offset_mass" in self.target.needs:
             values["offset_mass"] = torch.ones_like(values["log_p_y"])
 
         def remembered(k: int) -> Tensor:
@@ -182,9 +165,9 @@ class DeviceRows:
         """Loss and statistics of all rows of the blocks."""
         part = _joined(parts)
         rows, found, a, b = _by_name(TABLE, part.table), _by_name(FOUND, part.found), part.a, part.b
-        label_loss = self.target.label_loss(self._stats(part.table, part.given, part.entropies))
+        label_loss = self.target.label_loss(self._stats(part.table, part.given, part.entropies, None))
         statistics = label_statistics(rows["log_p_y"], rows["entropy"], rows["z_y"] >= rows["top"], a, b)
-        tolerance = simplex_tolerance(a.dtype == torch.float64)
+        tolerance = simplex_tolerance(a.dtype)
         loss, cross, lowest = label_loss, torch.zeros_like(a), found["lowest"]
         if self.plan.pool is None:  # Q is p_y + a (1 − p_y) at the label and (1 − a) p_v elsewhere
             lowest = rows["log_p_y"].exp() + a * rows["rest_mass"]
@@ -202,7 +185,7 @@ class DeviceRows:
             statistics["kl_q"] = found["kl_q"].masked_fill(lowest < -tolerance, float("nan"))
         return RowResult(loss, statistics, part.active)
 
-    def _residual_value(self, entropy: Tensor, found: dict[str, Tensor]) -> Tensor:
+    def _residual_value(self, entropy: Tensor, found: PerRow) -> Tensor:
         """The residual's published value for a weight of one; see ``Target.value``. CE(R, p) = H(p) + Σ (B − R) log p."""
         if self.target.value == "tempered_kl":
             return self.target.residual_terms[0].factor * found["kl"]
@@ -223,7 +206,7 @@ class Part:
     a: Tensor
     b: list[Tensor]
     active: Tensor
-    given: dict[str, Tensor]
+    given: PerRow
     entropies: dict[int, Tensor]
 
 
@@ -239,11 +222,11 @@ def _joined(values: Sequence[Any]) -> Any:
     return Part(*(_joined([getattr(part, field.name) for part in values]) for field in fields(Part)))
 
 
-def _by_name(names: Sequence[str], table: Tensor) -> dict[str, Tensor]:
+def _by_name(names: Sequence[str], table: Tensor) -> PerRow:
     return dict(zip(names, table.unbind(0), strict=True))
 
 
-def _together(found: Tensor, more: dict[str, Tensor]) -> Tensor:
+def _together(found: Tensor, more: PerRow) -> Tensor:
     """What the second pass found, with what the k entries of a top-k distribution add."""
     rows = _by_name(FOUND, found)
     for name, value in more.items():
@@ -258,10 +241,8 @@ def _top_k_entropy(z: Tensor, groups: Tensor | None, entries: top_k.Entries | No
     check_top_k(k, width)
     best = groups.topk(min(k, groups.shape[1]), dim=1).indices
     places = (best.unsqueeze(2) * GROUP + torch.arange(GROUP, device=z.device)).flatten(1)
-    if width % GROUP:  # the last group has fewer columns
-        values = z.gather(1, places.clamp(max=width - 1)).masked_fill(places >= width, NEVER)
-    else:
-        values = z.gather(1, places)
+    # the last group may have fewer columns
+    values = z.gather(1, places.clamp(max=width - 1)).masked_fill(places >= width, NEVER)
     if entries is not None:  # the entries that were taken out
         values = torch.cat([values, entries.z], 1)
     largest = values.topk(k, dim=1).values

@@ -105,23 +105,20 @@ class WeightGradient:
     """gᵀ H over all chunks of a call.
 
     Args:
-        out: [V, d], not yet written. whole: all of g comes at once, so that the product goes straight to ``out``'s
-            dtype: one rounding, and no float32 accumulator to fill, add to and cast.
+        out: [V, d], not yet written; in 16 bits only where all of g comes at once, so that the product goes straight to
+            its dtype: one rounding, and no float32 accumulator to fill, add to and cast.
     """
 
     out: Tensor
-    whole: bool
     written: bool = False
 
     def add(self, g: Tensor, h: Tensor, alpha: float) -> None:
         """out += alpha · gᵀ h; the first product writes, so that no pass fills ``out`` with zeros."""
-        h = h.to(g.dtype)
-        if self.whole and self.out.dtype == g.dtype:
-            self.out.addmm_(g.t(), h, beta=0, alpha=alpha)  # accumulated and scaled in float32 inside the product
-        elif g.dtype in HALF:
-            wide_addmm(self.out, g.t(), h, beta=1.0 if self.written else 0.0, alpha=alpha)
+        h, beta = h.to(g.dtype), 1.0 if self.written else 0.0
+        if self.out.dtype == g.dtype:  # in 16 bits too: accumulated and scaled in float32 inside the product
+            self.out.addmm_(g.t(), h, beta=beta, alpha=alpha)
         else:
-            self.out.addmm_(g.t(), h, beta=1 if self.written else 0, alpha=alpha)
+            wide_addmm(self.out, g.t(), h, beta=beta, alpha=alpha)
         self.written = True
 
     def finish(self) -> Tensor:

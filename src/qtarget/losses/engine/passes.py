@@ -84,7 +84,7 @@ class FunctionPasses:
         if places is not None and out is not None:  # −1 is the last row, which is there for rows without a gradient
             g.index_put_((places,), out)
         elif beside:
-            g.copy_(out)
+            g.copy_(out)  # type: ignore[arg-type]  # beside only where there is something to write
         return found
 
 

@@ -6,30 +6,15 @@ For the blocks of a CPU (``block.py``), and for two passes over logits from whic
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qtarget.losses.engine.buffers import Rows, Scratch, Student, Term, TopKRows
+from qtarget.losses.engine.buffers import PerRow, Rows, Scratch, Student, Term, TopKRows
 from qtarget.losses.engine.row_functions import derived, kl_terms
 from qtarget.losses.engine.row_plan import NEVER, TABLE
 from qtarget.targets.residual import Residual
-
-
-@dataclass
-class Sums:
-    """Sums over the unnormalised p of a block of rows, [r, 1] each.
-
-    Attributes:
-        rest: Σ p without the label, so that 1 − p_y keeps its digits where p_y is near 1. dot: Σ p z.
-        outside: what lies outside the kept ids, where there are any.
-    """
-
-    rest: Tensor
-    dot: Tensor
-    outside: Outside | None = None
 
 
 @dataclass
@@ -59,13 +44,16 @@ def cheap_rows(pools: list[Residual], rows: Rows) -> TopKRows | None:
 
 def sums(
     p: Tensor, z: Tensor, y: Tensor, p_y: Tensor, kept: TopKRows | None, vocab_size: int, scratch: Scratch
-) -> Sums:
-    """Each entry is read once for Σ p and once for Σ p z, with kept ids or without; p is as it was afterwards."""
+) -> tuple[Tensor, Tensor, Outside | None]:
+    """(Σ p without the label, so that 1 − p_y keeps its digits near 1; Σ p z; what is outside the kept ids), [r, 1] each.
+
+    Each entry is read once for Σ p and once for Σ p z, with kept ids or without; p is as it was afterwards.
+    """
     if kept is None:
         p.scatter_(1, y, 0.0)
         rest = p.sum(-1, keepdim=True)
         p.scatter_(1, y, p_y)
-        return Sums(rest, scratch.dot(p, z)[:, None])
+        return rest, scratch.dot(p, z)[:, None], None
     inside, z_y = p.gather(1, kept.ids), z.gather(1, y)
     p.scatter_(1, kept.ids, 0.0).scatter_(1, y, 0.0)
     product = torch.mul(p, z, out=scratch.get("product", *z.shape))
@@ -81,7 +69,7 @@ def sums(
     in_dot = (inside * z.gather(1, kept.ids)).sum(-1, keepdim=True)
     # Where the student leaves next to nothing outside the k, p has lost the tail's shape; logits have not.
     lost = bool((outside.mass < 1e-30 * (rest + p_y)).any())
-    return Sums(rest, outside.dot + padded_dot + in_dot, None if lost else outside)
+    return rest, outside.dot + padded_dot + in_dot, None if lost else outside
 
 
 def add_top_k(
@@ -140,22 +128,6 @@ def add_top_k(
     return Term(ce, kl, size), weight * label_pull
 
 
-def dense_logits(rows: Rows, name: str, vocab_size: int, scratch: Scratch) -> Tensor:
-    """A model's logits [r, v_m]; log-probabilities [r, vocab_size] of a top-k distribution, its tail filled in."""
-    other = rows.aux[name]
-    if isinstance(other, Tensor):
-        return other
-    out = scratch.get(f"dense_{name}", *rows.z.shape).narrow(1, 0, vocab_size)
-    if other.tail == "even":
-        outside = max(1, vocab_size - other.ids.shape[1])
-        torch.sub(other.log_tail.unsqueeze(1).expand_as(out), math.log(outside), out=out)
-    else:
-        student = rows.z.narrow(1, 0, vocab_size)
-        outside_lse = student.scatter(1, other.ids, float("-inf")).logsumexp(1)
-        torch.add(student, (other.log_tail - outside_lse).unsqueeze(1), out=out)
-    return out.scatter_(1, other.ids, other.logprobs)
-
-
 # -- for two passes over logits ------------------------------------------------------------------------------------
 
 
@@ -205,7 +177,7 @@ class Entries:
         s["shift"] = shares.d_tail
         return torch.stack([s[name] for name in TABLE]), shares
 
-    def _shares(self, s: dict[str, Tensor], log_outside: Tensor, power: float) -> Shares:
+    def _shares(self, s: PerRow, log_outside: Tensor, power: float) -> Shares:
         log_p = (self.z - s["m"].unsqueeze(1)) - s["log_s"].unsqueeze(1)
         log_p = torch.where(self.is_label, s["log_p_y"].unsqueeze(1), log_p)
         rest = log_outside - s["m"] - s["log_s"]
@@ -227,7 +199,7 @@ class Shares:
     d: Tensor
     d_tail: Tensor
 
-    def gradient(self, a: Tensor, b: Tensor, rest_mass: Tensor, with_kl: bool) -> tuple[dict[str, Tensor], Tensor]:
+    def gradient(self, a: Tensor, b: Tensor, rest_mass: Tensor, with_kl: bool) -> tuple[PerRow, Tensor]:
         """(what the k add to what the second pass found, g [r, k])."""
         a, b, rest_mass = a.unsqueeze(1), b.unsqueeze(1), rest_mass.unsqueeze(1)
         p, R = self.log_p.exp(), (self.log_p + self.d).exp()
