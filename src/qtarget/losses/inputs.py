@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -94,7 +94,7 @@ class Tokens:
     index: Tensor | None
     labels: Tensor
     columns: dict[str, Tensor]
-    groups: tuple[slice, ...] = field(default=())
+    groups: tuple[slice, ...] = ()
 
     @property
     def count(self) -> int:

@@ -56,7 +56,6 @@ class RowMath(RowCode):
             terms = self._add_residuals(rows, student, outside, a, b, statistics)
             values = [term.kl if self.target.value == "kl" else term.ce for term in terms]
             loss = label_loss + sum((w * v for w, v in zip(b, values, strict=True)), torch.zeros_like(a))
-            statistics["ce_q"] = self._ce_q(student, terms, a, b)
         if self.with_kl:
             statistics["kl_q"] = self._kl_q(z, student, statistics)
         if capped is not None:
@@ -161,6 +160,8 @@ class RowMath(RowCode):
         z.scatter_(1, y, at_label[:, None])
         size = terms[0].size if len(terms) == 1 else None
         self._gradient_statistics(z, student, a, b, None if size is None else size + at_label.abs(), statistics)
+        left, cross = 1 - a - sum(b[1:], b[0]), sum(w * t.ce for w, t in zip(b, terms, strict=True))
+        statistics["ce_q"] = a * -student.log_p_y + left * student.entropy + cross
         return terms
 
     def _gradient_statistics(
@@ -304,10 +305,6 @@ class RowMath(RowCode):
             return torch.ones_like(rows.z[:, 0])
         pooled = rows.z * pool.coefficient("student")
         return ((pooled + self._offset(pool, rows)).logsumexp(-1) - pooled.logsumexp(-1)).exp()
-
-    def _ce_q(self, student: Student, terms: list[Term], a: Tensor, b: list[Tensor]) -> Tensor:
-        left = 1 - a - sum(b[1:], b[0])
-        return a * -student.log_p_y + left * student.entropy + sum(w * t.ce for w, t in zip(b, terms, strict=True))
 
     def _kl_q(self, g: Tensor, student: Student, statistics: PerRow) -> Tensor:
         """KL(Q ‖ p) = Σ Q log(Q/p) with Q/p = 1 − g/p, so that a target near the student keeps its digits."""

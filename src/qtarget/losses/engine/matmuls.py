@@ -129,8 +129,7 @@ class WeightGradient:
 def wide_mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a b in float32 from 16-bit inputs, whatever the device offers."""
     if not _multiplies_wide(a.device):
-        a, b = a.float(), b.float()
-        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+        return torch.mm(a.float(), b.float(), out=out)
     if out is None:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
