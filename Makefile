@@ -19,7 +19,7 @@ BENCH_ARGS ?=
 SOAK_ARGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick soak house docs-tree test-distributed eval-demo audit gpu-bench gpu-check
+.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick soak house docs-tree docs-settings test-distributed eval-demo audit gpu-bench gpu-check
 
 help: ## this list
 	@printf 'qtarget: supervised fine-tuning toward a target you choose\n\n'
@@ -122,6 +122,9 @@ docs-tree: $(VENV)/.ready ## the tree in docs/architecture.md, from the first li
 # pip-audit lives in an environment of its own, and asks an advisory service about the names and versions of the lock.
 audit: ## known vulnerabilities of the locked dependencies (asks pypi.org and its advisory service)
 	@sh scripts/audit.sh
+
+docs-settings: $(VENV)/.ready ## the table of settings in docs/training.md, from QTargetConfig's docstring
+	@$(BIN)/python scripts/docs_settings.py
 
 format: $(VENV)/.ready ## let ruff mend what it can
 	@$(BIN)/ruff check --fix .

@@ -45,7 +45,6 @@ from train_step import MODEL, ROOT, load, prepare, step
 
 import qtarget as qt
 from qtarget import QTargetConfig, QTargetTrainer
-from qtarget.cli import cache as cache_verb
 from qtarget.cli import setup
 from qtarget.teachers.cache import build as cache_build
 from qtarget.teachers.cache import doctor as cache_doctor
@@ -163,7 +162,7 @@ class Bench:
         ]
 
     def read(self) -> setup.Run:
-        return setup.read(self.arguments(), cache_verb.fixed_settings(self.arguments()), trains=False)
+        return setup.read(self.arguments(), setup.row_by_row(self.arguments(), target="kd"), trains=False)
 
     @property
     def asked(self) -> AskedOnce:

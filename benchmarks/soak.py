@@ -115,12 +115,12 @@ class Until(TrainerCallback):
 
 def train(folder: Path, minutes: float) -> int:
     from qtarget.cli import setup
-    from qtarget.cli import train as verb
+    from qtarget.cli.verbs import train as verb
 
     asked = setup.read(["--config", str(folder / "soak.yaml")])
     trainer = setup.build(asked)
     trainer.add_callback(Until(folder, 60 * minutes))
-    return verb._train(trainer, asked)
+    return verb.train(trainer, asked)
 
 
 # -- the one who looks -----------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ LINES_BEFORE = 25_164
 LINES_SAVED = 1_200
 LONGEST_FILE = 400
 FILES_IN_A_FOLDER = 16
-CROWDED = 1  # cli/, a file a verb
+CROWDED = 0
 
 
 @dataclass(frozen=True)

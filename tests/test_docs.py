@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import pkgutil
@@ -15,7 +16,7 @@ import pytest
 
 import docs_tree
 import qtarget as qt
-import tiny
+import tiny_models
 from qtarget.targets import presets
 
 ROOT = Path(__file__).parent.parent
@@ -53,8 +54,8 @@ def test_the_picture_shows_what_the_targets_are():
     assert q["Melbourne"] == pytest.approx(p_y + (1 - p_y) * p_y, rel=1e-9)
 
 
-def load_example(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+def load(file: Path):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -70,29 +71,40 @@ def test_the_plain_loop_learns(name):
     config = LlamaConfig(
         vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
     )
-    records = load_example("plain_loop").train(LlamaForCausalLM(config), 25, qt.preset(name), 3e-3)
+    records = load(ROOT / "examples" / "plain_loop.py").train(LlamaForCausalLM(config), 25, qt.preset(name), 3e-3)
     assert records[-1]["nll"] < 0.6 * records[0]["nll"]
     if name == "target-sft":  # the teacher is the start: the first step is dft's
-        first = load_example("plain_loop").train(LlamaForCausalLM(config), 1, qt.preset("dft"), 3e-3)
+        first = load(ROOT / "examples" / "plain_loop.py").train(LlamaForCausalLM(config), 1, qt.preset("dft"), 3e-3)
         assert set(first[0]) == set(records[0])
 
 
-def test_training_page_lists_our_fields_as_they_are():
-    """Each field that TRL's config has not, once, with its default."""
+def test_training_page_lists_our_settings_as_they_are():
+    """The table is the one that the script writes, and the script knows every field that TRL's config has not."""
     from trl import SFTConfig
 
-    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    table = re.search(r"<!-- fields.*?-->\n(.*)\n<!-- end of fields", page, re.S)
-    assert table is not None
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()[2:]]
-    written = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+    from qtarget.cli import fields
+
+    settings = load(ROOT / "scripts" / "docs_settings.py")
+    page = settings.PAGE.read_text(encoding="utf-8")
+    assert page == settings.written(page), "make docs-settings"
     theirs = {field.name for field in dataclasses.fields(SFTConfig)}
     ours = {field.name: field.default for field in dataclasses.fields(qt.QTargetConfig) if field.init}
-    assert sorted(written) == sorted({*(ours.keys() - theirs), "loss_type"})
-    for row in rows:
-        for name in re.findall(r"`(\w+)`", row[0]):
-            if ours[name] is not None:
-                assert row[1] == str(ours[name]), name
+    assert {name: default for name, default, _ in fields.own()} == {
+        name: default for name, default in ours.items() if name not in theirs or name == "loss_type"
+    }
+    assert all(text for _, _, text in fields.own())
+
+
+def test_settings_are_described_where_peers_look_for_it():
+    """TRL's and Transformers' parsers take a field's help from its metadata: it is the docstring's entry."""
+    from qtarget.cli import fields
+
+    metadata = {field.name: field.metadata for field in dataclasses.fields(qt.QTargetConfig)}
+    assert {name: metadata[name]["help"] for name, _, _ in fields.own()} == {
+        name: text for name, _, text in fields.own()
+    }
+    assert metadata["denominator"]["choices"] == ["all_labels", "kept", "micro_batch"]
+    assert metadata["learning_rate"]["help"] == "The initial learning rate for AdamW."
 
 
 def test_links_of_the_pages_lead_somewhere():
@@ -124,10 +136,10 @@ def test_files_and_names_in_a_page_exist(page):
 def test_trls_own_script_with_two_lines_changed(tmp_path):
     """As it stands, but for the names of model and dataset: no hub is asked in a test."""
     model, data = tmp_path / "model", tmp_path / "data"
-    tiny.llama().save_pretrained(model)
-    tiny.tokenizer().save_pretrained(model)
+    tiny_models.llama().save_pretrained(model)
+    tiny_models.tokenizer().save_pretrained(model)
     data.mkdir()
-    rows = [{"messages": row["prompt"] + row["completion"]} for row in tiny.conversations(4)]
+    rows = [{"messages": row["prompt"] + row["completion"]} for row in tiny_models.conversation_dataset(4)]
     (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     script = (ROOT / "examples" / "two_lines.py").read_text(encoding="utf-8")
     for name, folder in (("Qwen/Qwen3-0.6B", model), ("trl-lib/Capybara", data)):
@@ -140,16 +152,23 @@ def test_trls_own_script_with_two_lines_changed(tmp_path):
     assert (tmp_path / "model-QTarget" / "checkpoint-3" / "qtarget.json").exists()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md", "docs/reproduce.md"])
-def test_flags_of_eval_and_compare_are_those_of_the_commands(page):
-    from qtarget.cli import compare, eval
+PAGES = ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
 
-    known = {"eval": eval, "compare": compare}
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_in_the_pages_are_those_of_the_commands(page):
+    from qtarget.cli import settings
+    from qtarget.cli.__main__ import VERBS
+
+    everywhere = {field.name for config in settings.groups().values() for field in dataclasses.fields(config)}
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = re.findall(r"^ {4}(?:.*&& )?qtarget (eval|compare) (.*)$", text, re.M)
-    assert {verb for verb, _ in commands} == {"eval", "compare"}
+    commands = re.findall(r"^ {4}(?:.*&& )?(?:\$ )?qtarget (\w+) (.*)$", text, re.M)
     for verb, words in commands:
-        assert set(re.findall(r"--(\w+)", words)) <= set(known[verb]._OPTIONS), words
+        assert verb in VERBS, words
+        taken = importlib.import_module(f"qtarget.cli.verbs.{verb}").VERB.commands
+        command = taken.get(words.split()[0], taken.get(""))
+        known = {option.name for option in command.options} | ({"config", *everywhere} if command.settings else set())
+        assert set(re.findall(r"--(\w+)", words.split("#")[0])) <= known, words
 
 
 def test_the_evaluation_page_has_the_items_of_the_suites():

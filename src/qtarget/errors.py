@@ -6,8 +6,8 @@ import contextlib
 import difflib
 import math
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qtarget.losses.inputs import Tokens
@@ -75,6 +75,15 @@ def raise_together(faults: Iterable[str], kind: type[QTargetError] = ConfigError
     """Raise one error with every fault, each once; nothing where there is none."""
     if faults := list(dict.fromkeys(faults)):
         raise kind(faults)
+
+
+def faults_of(check: Callable[..., object], *arguments: Any, **named: Any) -> list[str]:
+    """What a check raises as ConfigError, a sentence each; none where it passes."""
+    try:
+        check(*arguments, **named)
+    except ConfigError as error:
+        return error.faults
+    return []
 
 
 def unknown(field: str, got: object, valid: Iterable[str]) -> ConfigError:

@@ -201,7 +201,13 @@ CASES = [
         "parts that make no target: named on the page",
         manifest(run_targets={"mine": {"trust": [1, 2]}, "yours": None, "ours": {"preset": "dft", "eta": {}}}),
     ),
-    reported("a-run's-targets-that-are-a-list", "a list for the run's targets", manifest(run_targets=[1, 2])),
+    reported(
+        "a-run's-targets-that-are-a-list",
+        "a list for the run's targets",
+        manifest(run_targets=[1, 2]),
+        "manifest.json",
+        "run_targets is [1, 2]",
+    ),
     shown(
         "no-such-row",
         "row 99",

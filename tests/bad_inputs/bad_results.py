@@ -132,7 +132,7 @@ CASES = [
     asked("cold", "temperature 0", ["--temperature", "0"], "temperature is 0; the greedy answer is always there"),
     asked("a-nan-temperature", "NaN", ["--temperature", "nan"], "temperature is nan; use a number"),
     asked("an-infinite-temperature", "infinity", ["--temperature", "inf"], "temperature is inf; use a finite number"),
-    asked("top-p-of-two", "more than all", ["--top_p", "2"], "top_p is 2.0; use a number above 0 to 1"),
+    asked("top-p-of-two", "more than all", ["--top_p", "2"], "top_p is 2; use a number above 0 to 1"),
     asked(
         "no-new-token",
         "answers of 0 tokens",
@@ -147,11 +147,11 @@ CASES = [
         "the model has 256 positions; use",
     ),
     asked("no-batch", "0 answers at once", ["--batch_size", "0"], "batch_size is 0; use a whole number from 1"),
-    asked("no-time", "0 seconds", ["--verifier_timeout", "0"], "verifier_timeout is 0.0; use a number above 0"),
+    asked("no-time", "0 seconds", ["--verifier_timeout", "0"], "verifier_timeout is 0; use a number above 0"),
     asked("an-unknown-prompt", "no such style", ["--prompt", "chatt"], "prompt is 'chatt'; did you mean 'chat'?"),
     asked("an-unknown-dtype", "no such precision", ["--dtype", "int4"], "dtype is 'int4'"),
     asked("an-unknown-backend", "no such backend", ["--backend", "tgi"], "backend is 'tgi'"),
-    asked("an-unknown-option", "a typo", ["--top-k", "5"], "option is 'top-k'"),
+    asked("an-unknown-option", "a typo", ["--top-k", "5"], "option of eval is '--top_k'"),
     asked(
         "an-unknown-verifier", "no such verifier", ["--verifier", "maths"], "verifier is 'maths'; did you mean 'math'?"
     ),

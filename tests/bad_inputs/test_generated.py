@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import qtarget as qt
-import tiny
-from qtarget.cli import options, recipe, yaml_text
+import tiny_models
+from qtarget.cli import arguments, recipe, yaml_text
 from qtarget.data.columns import TokenColumns
 from qtarget.data.validation import checked_texts, checked_tokens
 from qtarget.errors import ConfigError
@@ -120,6 +120,8 @@ FRAGMENTS = st.sampled_from(
 def test_any_text_is_yaml_or_refused(text):
     made = refused_or(lambda: yaml_text.load(text, "config is 'x'"))
     assert len(repr(made)) < 10_000_000
+    if made:
+        assert all(origin.startswith(recipe.ORIGINS) for origin in recipe.provenance(text).values())
 
 
 PRESETS = st.sampled_from([*qt.presets.names(), "nll", "dftt", "", "target_sft"])
@@ -193,18 +195,26 @@ def test_any_setting_is_taken_or_refused(asked):
 
 
 @many("recipes")
-@given(st.dictionaries(st.sampled_from([*recipe.NOTES, "target", "max_steps"]), ANYTHING, max_size=5))
-def test_any_notes_of_a_recipe_are_read_or_refused(fields):
-    notes = {name: value for name, value in fields.items() if name in recipe.NOTES}
-    assert all(isinstance(fault, str) and fault for fault in recipe.faults(notes, fields))
+@given(st.dictionaries(st.sampled_from([*recipe.NOTES]), ANYTHING, max_size=5))
+def test_any_notes_of_a_recipe_are_read_or_refused(notes):
+    assert all(isinstance(fault, str) and fault for fault in recipe.faults(notes))
+
+
+VERB = arguments.Verb("verb", "a verb of its own")
+VERB.command(
+    arguments.Option("rows", "a number", arguments.whole(1), 1),
+    arguments.Option("output", "a folder", arguments.FOLDER),
+    arguments.Option("all", "a flag"),
+    settings=True,
+)(lambda options: 0)
 
 
 @many("words")
 @given(st.lists(TEXTS.map(str), max_size=5), NUMBERS, ANYTHING)
 def test_any_words_are_options_or_refused(words, number, value):
-    refused_or(lambda: options.take(words, {"rows": 1, "output": None}, ["all"]))
-    refused_or(lambda: options.whole("rows", value, 1))
-    refused_or(lambda: options.number("rows", number))
+    refused_or(lambda: VERB.commands[""].read("verb", words))
+    refused_or(lambda: arguments.whole(1).read("rows", value))
+    refused_or(lambda: arguments.number().read("rows", number))
     refused_or(lambda: read_pool(value))
     refused_or(lambda: read_template(value))
 
@@ -402,4 +412,4 @@ def test_the_world_s_own_files_are_right(world):
     assert len(record.read(world / "capture")) and records.read_manifest(world / "results")
     assert checkpoints.unreadable_files(world / "stopped" / "checkpoint-1") == []
     assert yaml.safe_load((world / "config.yaml").read_text())["target"] == "target-sft"
-    assert tiny.tokenizer()
+    assert tiny_models.tokenizer()

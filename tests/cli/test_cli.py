@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 import subprocess
@@ -16,8 +17,10 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import qtarget as qt
-import tiny
+import tiny_models
 from qtarget.cli import fields
+from qtarget.cli import settings as reading
+from qtarget.cli.__main__ import VERBS
 
 QTARGET = [sys.executable, "-m", "qtarget"]
 
@@ -35,7 +38,7 @@ def rows_file(folder: Path, name: str, rows: list[dict]) -> Path:
 
 def token_rows(**columns) -> list[dict]:
     """Rows of token ids, all supervised, with further columns given as functions of the ids."""
-    ids = [tiny.tokenizer()(sentence)["input_ids"][:20] for sentence in tiny.SENTENCES[:4]]
+    ids = [tiny_models.tokenizer()(sentence)["input_ids"][:20] for sentence in tiny_models.SENTENCES[:4]]
     return [{"input_ids": row, "labels": row, **{name: make(row) for name, make in columns.items()}} for row in ids]
 
 
@@ -44,17 +47,17 @@ def world(tmp_path_factory) -> dict[str, Path]:
     """A model, teachers and datasets on disk, and a config that trains."""
     root = tmp_path_factory.mktemp("cli")
     for name, model, tokenizer in (
-        ("model", tiny.llama(), tiny.tokenizer()),
-        ("teacher", tiny.llama(3, width=16), tiny.tokenizer()),
-        ("stranger", tiny.llama(3), tiny.tokenizer(extra="zebra quagga ")),
-        ("broken", tiny.llama(), tiny.tokenizer()),
+        ("model", tiny_models.llama(), tiny_models.tokenizer()),
+        ("teacher", tiny_models.llama(3, width=16), tiny_models.tokenizer()),
+        ("stranger", tiny_models.llama(3), tiny_models.tokenizer(extra="zebra quagga ")),
+        ("broken", tiny_models.llama(), tiny_models.tokenizer()),
     ):
         if name == "broken":
             with torch.no_grad():
                 model.model.norm.weight.fill_(float("nan"))
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    chats = tiny.conversations(8).to_list()
+    chats = tiny_models.conversation_dataset(8).to_list()
     data = rows_file(root / "data", "train", chats)
     rows_file(data, "test", chats[:2])
     rows_file(root / "wrong", "train", [{"question": "1 + 1?", "answer": "2"}])
@@ -273,7 +276,7 @@ def test_train_ends_with_a_model_a_table_and_a_picture(trained):
     card = (folder / "README.md").read_text()
     assert "- eta: 0.3" in card and f"{figures['after']['nll']:.4f} |" in card
     model = AutoModelForCausalLM.from_pretrained(folder)
-    start = tiny.llama()
+    start = tiny_models.llama()
     assert not torch.equal(model.get_output_embeddings().weight, start.get_output_embeddings().weight)
 
 
@@ -318,18 +321,39 @@ def test_train_under_a_launcher(world, launcher):
     assert done.stdout.count("target target-sft(") == 1
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], ["train", "--help"], ["targets", "--help"], ["env", "--help"]], ids=" ".join
-)
+@pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)
 def test_help_answers_within_a_second(words):
     taken = []
     for _ in range(3):
         start = time.perf_counter()
         done = run(*words)
         taken.append(time.perf_counter() - start)
+        if taken[-1] < 1:
+            break
     assert done.returncode == 0
     assert "usage" in done.stdout
     assert min(taken) < 1
+
+
+def test_help_needs_no_torch():
+    asked = "; ".join(f"main(['{verb}', '--help'])" for verb in VERBS)
+    probe = f"import sys; from qtarget.cli.__main__ import main; {asked}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe], stdout=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_names_every_option(verb):
+    declared = importlib.import_module(f"qtarget.cli.verbs.{verb}").VERB
+    assert declared.name == verb
+    for command in declared.commands.values():
+        assert f"qtarget {verb} {command.word}".rstrip() in declared.help()
+        for option in command.options:
+            assert re.search(rf"--{option.name}\b.*", declared.help()) and option.help, option.name
+
+
+def test_no_verb_imports_a_verb():
+    for file in (Path(qt.__file__).parent / "cli" / "verbs").glob("*.py"):
+        assert "cli.verbs" not in file.read_text(encoding="utf-8"), file.name
 
 
 @pytest.mark.parametrize(("module", "loads"), [("qtarget.cli.__main__", False), ("qtarget.losses", True)])
@@ -342,7 +366,7 @@ def test_help_table_agrees_with_the_fields():
     from trl import ModelConfig, ScriptArguments
 
     known = {f.name: f for cls in (qt.QTargetConfig, ModelConfig, ScriptArguments) for f in dataclasses.fields(cls)}
-    for _, rows in fields.COMMON:
+    for rows in fields.THEIRS.values():
         for name, default, _ in rows:
             actual = known[name].default
             assert getattr(actual, "value", actual) == default, name
@@ -380,12 +404,121 @@ def test_targets_show_says_everything(word):
         (["trian"], "verb is 'trian'; did you mean 'train'?"),
         (["targets", "show", "eatf"], "target is 'eatf'; did you mean 'eaft'?"),
         (["targets", "shwo"], "did you mean 'show'?"),
+        (["env", "now"], "'now' stands alone; write options of env as --name value"),
     ],
 )
 def test_a_mistyped_word_is_answered(words, sentence):
     done = run(*words)
     assert done.returncode == 2
     assert sentence in done.stderr
+
+
+def test_all_faults_of_the_options_at_once():
+    done = run("plan", "--gpus", "none", "--k", "0", "--tflops", "-1")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "qtarget plan: gpus is 'none'; use a whole number from 1",
+        "qtarget plan: k is 0; use a whole number from 1",
+        "qtarget plan: tflops is -1; use a number above 0",
+    ]
+
+
+# -- the teacher as one mapping ------------------------------------------------------------------------------------
+
+
+def flat(settings) -> dict[str, tuple]:
+    """setting → (value, origin) of those that were given."""
+    return {name: (settings.values["training"][name], origin) for name, origin in settings.origin.items()}
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "expected"),
+    [
+        ("teacher: org/a", [], {"teacher_model_name_or_path": ("org/a", "file")}),
+        (
+            "teacher: {cache: kept, tail: even, check_rows: 3, ema_decay: 1e-1}",
+            [],
+            {
+                "teacher_cache": ("kept", "file"),
+                "teacher_tail": ("even", "file"),
+                "teacher_check_rows": (3, "file"),
+                "teacher_ema_decay": (0.1, "file"),
+            },
+        ),
+        ("teacher: {models: {a: 0.7, b: 0.3}}", [], {"teachers": ({"a": 0.7, "b": 0.3}, "file")}),
+        ("{}", ["--teacher", "org/a"], {"teacher_model_name_or_path": ("org/a", "flag")}),
+        (
+            "{}",
+            ["--teacher", "{model: org/a, init_kwargs: {dtype: bfloat16}}"],
+            {
+                "teacher_model_name_or_path": ("org/a", "flag"),
+                "teacher_model_init_kwargs": ({"dtype": "bfloat16"}, "flag"),
+            },
+        ),
+        (
+            "{}",
+            ["--teacher.model", "org/a", "--teacher.context=the answer is {{ answer }}"],
+            {
+                "teacher_model_name_or_path": ("org/a", "flag"),
+                "teacher_context": ("the answer is {{ answer }}", "flag"),
+            },
+        ),
+        (  # flags win setting by setting, whatever their form
+            "teacher: {model: org/a, tail: even}",
+            ["--teacher_model_name_or_path", "org/b"],
+            {"teacher_model_name_or_path": ("org/b", "flag"), "teacher_tail": ("even", "file")},
+        ),
+        (
+            "{teacher_model_name_or_path: org/a, teacher_tail: even}",
+            ["--teacher", "org/b"],
+            {"teacher_model_name_or_path": ("org/b", "flag"), "teacher_tail": ("even", "file")},
+        ),
+        (  # the same twice is no contradiction
+            "{teacher: {check_rows: 3}, teacher_check_rows: 3}",
+            [],
+            {"teacher_check_rows": (3, "file")},
+        ),
+    ],
+)
+def test_a_teacher_as_one_mapping(file, flags, expected, tmp_path):
+    (tmp_path / "config.yaml").write_text(file)
+    read = reading.read(["--config", str(tmp_path / "config.yaml"), *flags])
+    assert not read.faults
+    assert flat(read) == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "sentences"),
+    [
+        (
+            "{teacher: {model: org/a}, teacher_model_name_or_path: org/b}",
+            [],
+            ["teacher.model is 'org/a' and teacher_model_name_or_path is 'org/b'; keep one of them"],
+        ),
+        (
+            "{}",
+            ["--teacher", "{tail: even}", "--teacher.tail", "student"],
+            ["teacher.tail is 'student' and teacher_tail is 'even'; keep one of them"],
+        ),
+        (
+            "teacher: {modle: org/a, cahce: kept}",
+            [],
+            ["teacher's key is 'modle'; did you mean 'model'?", "teacher's key is 'cahce'; did you mean 'cache'?"],
+        ),
+        (
+            "teacher: [org/a]",
+            [],
+            ["teacher is ['org/a']; write a folder or hub id, or a mapping, as in {model: org/name"],
+        ),
+        ("teacher: {ema_decay: slow}", [], ["teacher_ema_decay is 'slow'; use a number"]),
+    ],
+)
+def test_a_mapping_that_cannot_be_read(file, flags, sentences, tmp_path):
+    (tmp_path / "config.yaml").write_text(file)
+    read = reading.read(["--config", str(tmp_path / "config.yaml"), *flags])
+    assert len(read.faults) == len(sentences)
+    for fault, sentence in zip(read.faults, sentences, strict=True):
+        assert fault.startswith(sentence)
 
 
 def test_env_names_versions():

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-import os
+import importlib
 import sys
 from collections.abc import Sequence
 
-from qtarget.errors import QTargetError
+from qtarget.cli import terminal
+from qtarget.cli.arguments import Verb
+from qtarget.errors import QTargetError, unknown
 
-HELP = """\
+# verb → (what it does, an example)
+VERBS = {
+    "train": ("fine-tune a model toward a target", "qtarget train --config recipes/quickstart.yaml"),
+    "plan": ("memory, steps, operations beforehand", "qtarget plan --config FILE --gpus 8 --gpu_memory 80"),
+    "targets": ("the objectives, their formulas", "qtarget targets    |  qtarget targets show target-sft"),
+    "cache": ("a teacher asked once, kept on disk", "qtarget cache build --config FILE -o DIR"),
+    "teacher": ("does a teacher suit rows and student", "qtarget teacher check --config FILE"),
+    "data": ("the signals some targets train on", "qtarget data weights|oldlogps|critical --config FILE -o DIR"),
+    "lens": ("what a target teaches, token by token", "qtarget lens capture --config FILE -o DIR"),
+    "eval": ("sample answers to tasks and score them", "qtarget eval --model PATH --tasks gsm_symbolic -o DIR"),
+    "compare": ("paired differences between results", "qtarget compare DIR_A DIR_B"),
+    "verify": ("is it right on your model and data", "qtarget verify --config FILE"),
+    "env": ("versions and devices, for bug reports", "qtarget env"),
+}
+
+
+HELP = f"""\
 qtarget: choose what each token is taught, see it, and train toward it.
 
 usage: qtarget VERB [options]
 
-  train      fine-tune a model toward a target:      qtarget train --config recipes/quickstart.yaml
-  plan       memory, steps, operations beforehand:   qtarget plan --config FILE --gpus 8 --gpu_memory 80
-  targets    the objectives, their formulas:         qtarget targets    |  qtarget targets show target-sft
-  cache      a teacher asked once, kept on disk:     qtarget cache build --config FILE -o DIR
-  teacher    does a teacher suit rows and student:   qtarget teacher check --config FILE
-  data       the signals some targets train on:      qtarget data weights|oldlogps|critical --config FILE -o DIR
-  lens       what a target teaches, token by token:  qtarget lens capture --config FILE -o DIR
-  eval       sample answers to tasks and score them:  qtarget eval --model PATH --tasks gsm_symbolic -o DIR
-  compare    paired differences between results:      qtarget compare DIR_A DIR_B
-  verify     is it right on your model and data:     qtarget verify --config FILE
-  env        versions and devices, for bug reports:  qtarget env
-
+{"".join(f"  {verb:<10} {f'{about}:':<40} {example}" + chr(10) for verb, (about, example) in VERBS.items())}
 qtarget VERB --help tells more; --debug shows the traceback of an error; --version prints the version.
 """
 
@@ -52,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QTargetError as error:
         if debug:
             raise
-        if int(os.environ.get("RANK", "0")) == 0:
+        if terminal.is_main():
             for fault in error.faults:
                 print(f"qtarget {verb}: {fault}", file=sys.stderr)
         return 2
@@ -64,35 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _verb(name: str):
-    if name == "train":
-        from qtarget.cli.train import run
-    elif name == "plan":
-        from qtarget.cli.plan import run
-    elif name == "targets":
-        from qtarget.cli.targets import run
-    elif name == "lens":
-        from qtarget.cli.lens import run
-    elif name == "cache":
-        from qtarget.cli.cache import run
-    elif name == "teacher":
-        from qtarget.cli.teacher import run
-    elif name == "data":
-        from qtarget.cli.data import run
-    elif name == "eval":
-        from qtarget.cli.eval import run
-    elif name == "compare":
-        from qtarget.cli.compare import run
-    elif name == "verify":
-        from qtarget.cli.verify import run
-    elif name == "env":
-        from qtarget.cli.env import run
-    else:
-        from qtarget.errors import unknown
-
-        verbs = ("train", "plan", "targets", "cache", "teacher", "data", "lens", "eval", "compare", "verify", "env")
-        raise unknown("verb", name, verbs)
-    return run
+def _verb(name: str) -> Verb:
+    if name not in VERBS:
+        raise unknown("verb", name, VERBS)
+    return importlib.import_module(f"qtarget.cli.verbs.{name}").VERB
 
 
 if __name__ == "__main__":

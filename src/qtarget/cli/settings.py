@@ -15,6 +15,7 @@ from typing import Any
 
 from qtarget.cli import yaml_text
 from qtarget.errors import ConfigError
+from qtarget.teachers import mapping
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Settings:
         values: settings of each group of fields ("training", "model", "script"), only those that were given.
         spelled: peers' keys for an objective.
         origin: field → "file" or "flag".
-        notes: what the file says of itself (``cli/recipe.py``).
+        notes: what the file says of itself, and as ``provenance`` where its values come from (``cli/recipe.py``).
         faults: what is wrong with them so far.
         unreadable: the config file could not be read.
     """
@@ -60,14 +61,16 @@ def read(arguments: Sequence[str]) -> Settings:
     settings = Settings()
     flags = _flags(arguments, settings.faults)
     config_file = flags.pop("config", None)
-    given: list[tuple[str, str, Any]] = []
+    given: _Given = []
     if config_file is True or isinstance(config_file, list):
         raise ConfigError("--config stands without its value or with several; write --config FILE")
     if config_file is not None:
-        from_file = _read_file(str(config_file), settings.faults)
+        from_file, text = _read_file(str(config_file), settings.faults)
         settings.unreadable = from_file is None
         settings.notes = {key: value for key, value in (from_file or {}).items() if key in recipe.NOTES}
-        settings.faults += recipe.faults(settings.notes, from_file or {})
+        settings.faults += recipe.faults(settings.notes)
+        if from_file and (provenance := recipe.provenance(text)):
+            settings.notes["provenance"] = provenance
         given += [("file", key, value) for key, value in (from_file or {}).items()]
     given += [("flag", key, value) for key, value in flags.items()]
     where = {
@@ -76,27 +79,50 @@ def read(arguments: Sequence[str]) -> Settings:
         for f in dataclasses.fields(cls)
         if f.init
     }
-    for origin, key, value in given:
+    for origin, key, value in _with_flat_teacher(given, settings.faults):
         if origin == "file" and key in recipe.NOTES:
             continue
-        if key in where:
-            group, hint = where[key]
-            try:
+        try:
+            if key in where:
+                group, hint = where[key]
                 settings.values[group][key] = _as(hint, value, key)
-            except ConfigError as error:
-                settings.faults += error.faults
-                continue
-        elif key in peers.KEYS:
-            try:
+            elif key in peers.KEYS:
                 settings.spelled[key] = _yaml(value, key) if isinstance(value, str) else value
-            except ConfigError as error:
-                settings.faults += error.faults
-                continue
+            else:
+                place = f"key in {config_file}" if origin == "file" else "flag"
+                raise ConfigError(_unknown_key(place, key, origin, where))
+        except ConfigError as error:
+            settings.faults += error.faults
         else:
-            place = f"key in {config_file}" if origin == "file" else "flag"
-            settings.faults.append(_unknown_key(place, key, origin, where))
+            settings.origin[key] = origin
+    return settings
+
+
+_Given = list[tuple[str, str, Any]]  # (origin, key, value)
+
+
+def _with_flat_teacher(given: _Given, faults: list[str]) -> _Given:
+    """``teacher: {model: ...}`` and ``--teacher.model`` as the settings they stand for, where they stand."""
+    named = {(origin, key): value for origin, key, value in given}
+    settings: _Given = []
+    for origin, key, value in given:
+        if key != "teacher" and not key.startswith("teacher."):
+            settings.append((origin, key, value))
             continue
-        settings.origin[key] = origin
+        try:
+            if key != "teacher":
+                value = {key.removeprefix("teacher."): value}
+            elif isinstance(value, str) and value.lstrip().startswith("{"):
+                value = _yaml(value, key)
+            inside = mapping.flat(value)
+        except ConfigError as error:
+            faults += error.faults
+            continue
+        for setting, inner in inside.items():
+            beside = named.setdefault((origin, setting), inner)
+            if str(beside) != str(inner):  # flags are text
+                faults.append(mapping.twice(setting, inner, beside))
+            settings.append((origin, setting, inner))
     return settings
 
 
@@ -130,25 +156,27 @@ def _flags(arguments: Sequence[str], faults: list[str]) -> dict[str, Any]:
     return flags
 
 
-def _read_file(path: str, faults: list[str]) -> dict[str, Any] | None:
+def _read_file(path: str, faults: list[str]) -> tuple[dict[str, Any] | None, str]:
+    """(the settings of a file, None where it holds none; its text)."""
     try:
-        loaded = yaml_text.load(Path(path).read_text(encoding="utf-8-sig"), f"config is {path!r}")
+        text = Path(path).read_text(encoding="utf-8-sig")
+        loaded = yaml_text.load(text, f"config is {path!r}")
     except UnicodeDecodeError as error:
         faults.append(f"config is {path!r}, which is not UTF-8 at byte {error.start}; save it as UTF-8 text")
-        return None
+        return None, ""
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         if isinstance(error, ConfigError):
             faults += error.faults
         else:
             reason = getattr(error, "strerror", None) or error
             faults.append(f"config is {path!r}, which cannot be read: {reason}; name a YAML file")
-        return None
+        return None, ""
     if loaded is None:
-        return {}
+        return {}, text
     if not isinstance(loaded, dict):
         faults.append(f"config is {path!r}, which holds a {type(loaded).__name__}; write lines of name: value")
-        return None
-    return {str(key): value for key, value in loaded.items()}
+        return None, ""
+    return {str(key): value for key, value in loaded.items()}, text
 
 
 def _hint(cls: type, name: str) -> tuple[type, ...]:

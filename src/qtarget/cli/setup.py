@@ -7,10 +7,37 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtarget.errors import ConfigError, QTargetError, loading, raise_together, reason
 from qtarget.planning.shapes import is_path
+
+if TYPE_CHECKING:
+    from qtarget.cli.settings import Settings
+
+# What a verb decides whatever the config says. One that measures trains, evaluates, writes and pushes nothing.
+MEASURES: dict[str, Any] = {
+    "gradient_checkpointing": False,
+    "eval_strategy": "no",
+    "load_best_model_at_end": False,
+    "resume_from_checkpoint": None,
+    "lens_every": None,
+    "push_to_hub": False,
+    "teacher_check_rows": 0,
+}
+# What else says what a run trains, where the verb says it.
+NO_TARGET: dict[str, Any] = {
+    "targets": None,
+    "eval_target": None,
+    "loss_type": None,
+    "label_smoothing_factor": 0.0,
+    "denominator": "all_labels",
+}
+NO_TEACHER: dict[str, Any] = dict.fromkeys(
+    ("teacher_model_name_or_path", "teachers", "teacher_cache", "teacher_ema_decay", "teacher_context")
+)
+# Packing and shuffling change no row.
+ONE_BY_ONE: dict[str, Any] = {"packing": False, "padding_free": False, "shuffle_dataset": False}
 
 
 @dataclass
@@ -22,7 +49,7 @@ class Run:
         datasets: {"train": ..., "test": ...}. notes: what peers' spellings became.
     """
 
-    settings: Any
+    settings: Settings
     config: Any
     model: Any
     script: Any
@@ -78,7 +105,20 @@ def check(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains:
     return Run(settings, config, model, script, {}, notes)
 
 
-def _training_config(settings: Any):
+def row_by_row(arguments: Sequence[str], **more: Any) -> dict[str, Any]:
+    """Settings under which rows come one by one, and as the config's own packing would cut them."""
+    from qtarget.cli import settings
+
+    given = settings.read(arguments).values["training"]
+    fixed = MEASURES | NO_TARGET | ONE_BY_ONE | {"teacher_cache": None, "teacher_end_token": "label"} | more
+    if given.get("packing"):
+        fixed["truncation_mode"] = "keep_start"
+        if given.get("packing_strategy", "bfd") != "bfd":  # rows go on in the next sequence: nothing is cut
+            fixed["max_length"] = None
+    return fixed
+
+
+def _training_config(settings: Settings):
     """The QTargetConfig and notes on spellings; None where it cannot be built, with the reason among the faults."""
     from qtarget.targets import peers
     from qtarget.training import QTargetConfig

@@ -44,6 +44,7 @@ class Manifest(TypedDict):
     teacher: str | None
     reference: str | None
     target: Any
+    run_targets: NotRequired[dict[str, Any]]
     vocab_size: Annotated[int, Field(ge=1)]
     top_k: Annotated[int, Field(ge=1)]
     max_length: int | None

@@ -6,8 +6,8 @@ import copy
 import dataclasses
 import logging
 import pickle
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,66 +15,88 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from qtarget.data.columns import columns_for
-from qtarget.errors import ConfigError, check_range, unknown
+from qtarget.docstrings import with_help
+from qtarget.errors import ConfigError, check_range, faults_of, raise_together, unknown
 from qtarget.losses.engine import BACKENDS
 from qtarget.targets import Target, presets
 from qtarget.targets.objective import Objective
 from qtarget.targets.schedule import ScheduledTarget
-from qtarget.teachers import context
+from qtarget.teachers import context, mapping
 from qtarget.teachers.pool import PoolMember, read_pool
 from qtarget.training import ranges
 
 logger = logging.getLogger(__name__)
 
-DENOMINATORS = ("all_labels", "kept", "micro_batch")
-WEIGHTS = ("column", "online")
-TAILS = ("student", "even")
-END_TOKENS = ("label", "map", "keep")
+# setting → its values
+CHOICES = {
+    "denominator": ("all_labels", "kept", "micro_batch"),
+    "loss_backend": BACKENDS,
+    "teacher_tail": ("student", "even"),
+    "teacher_end_token": ("label", "map", "keep"),
+    "weights": ("column", "online"),
+}
 # Settings that each say where a teacher comes from.
 TEACHER_SOURCES = ("teacher_model_name_or_path", "teachers", "teacher_cache", "teacher_ema_decay")
 
 
+@with_help(CHOICES)
 @dataclass
 class QTargetConfig(SFTConfig):
     r"""Settings of ``QTargetTrainer``: every field of TRL's ``SFTConfig`` and these.
 
+    The entries below are the one description of each setting: ``qtarget train --help`` shows their first sentences,
+    docs/training.md all of them.
+
     Args:
-        target: what to learn: a preset's name, its YAML form, ``my_pkg.my_module:my_target`` or a ``Target``. None
-            reads ``loss_type`` or ``label_smoothing_factor``, and is sft where those are unset too. A number in it may
-            be on a schedule, ``{schedule: linear, from: 0, to: 0.5, steps: 200}`` (or cosine), and
-            ``warmup_from_sft: 100`` starts from plain SFT.
-        targets: in place of ``target``: a target for each data source, as in ``{math: target-sft, chat: sft}``.
+        target: what to learn: a preset's name, its YAML form such as ``{preset: eaft, top_k: 20}``, parts such as
+            ``{trust: entropy, residual: teacher}``, ``my_pkg.my_module:my_target`` or a ``Target``. Unset, it is
+            ``loss_type`` or ``label_smoothing_factor``, and sft where those are unset too. A number in it may be on a
+            schedule, ``{schedule: linear, from: 0, to: 0.5, steps: 200}`` (or cosine), and ``warmup_from_sft: 100``
+            starts from plain SFT.
+        targets: in place of ``target``: one for each data source, as in ``{math: target-sft, chat: sft}``.
         source_column: the dataset column that names the source of a row, for ``targets``.
-        eval_target: the target evaluation reports; None is what is trained. nll is reported in any case.
-        denominator: what the summed loss is divided by: "all_labels", every supervised label over all micro-batches
-            and processes; "kept", only those a weight or critical column keeps; "micro_batch", each micro-batch's own,
-            averaged.
-        loss_backend: who computes the loss's passes over the logits: "auto", "torch", "triton" or "compiled"; see
-            ``qtarget.linear_target_loss``. "auto" also compiles them on a CPU where the run is long enough to pay for it.
-        teacher_model_name_or_path, teacher_model_revision, teacher_model_init_kwargs: the teacher, loaded by
-            Transformers and frozen.
-        teachers: in place of one teacher, several in a log-linear pool, softmax(Σ w z): {name: w} or a list of
-            {model_name_or_path, weight, revision, init_kwargs}; the weights sum to 1.
-        teacher_cache: a folder that ``qtarget cache build`` wrote: the teacher is read from it and not loaded.
-        teacher_tail: shape of a cached teacher's mass outside its k tokens: "student" (∝ p) or "even".
-        teacher_ema_decay: the teacher is the average of the student's own weights, kept ← decay · kept +
-            (1 − decay) · present after each optimiser step; 0 is the student as it is.
-        teacher_context: what the teacher reads in place of the prompt, a Jinja template over the row's columns in which
-            ``prompt`` is the original text: text, or {prompt: text, system: text}.
-        teacher_end_token: where the teacher ends a text with another token than the data: "label" teaches that position
-            by its label alone, "map" exchanges the two tokens in the teacher, "keep" does neither.
-        teacher_check_rows: rows on which student and teacher are compared in a line before training; 0: none.
-        reference_model_name_or_path, reference_model_revision, reference_model_init_kwargs: the reference; None is the
-            model as it starts (with adapters, the model without them).
-        weights: where iw-sft's weights come from: "column", the numbers of the dataset's column weight; "online", one
-            number per sequence, exp(weights_temperature · mean(log p − log p_reference)) clamped to [0, 16], taken
-            before each step (arXiv:2507.12856 and its code).
+        eval_target: the target evaluation reports; unset: ``target``. The label's nll is reported in any case.
+        denominator: what the summed loss is divided by: ``all_labels``, ``kept`` or ``micro_batch``. The first counts
+            every supervised label over all micro-batches and processes, the second only those that a weight or critical
+            column keeps; the third is each micro-batch's own number, averaged.
+        loss_backend: who computes the loss's passes over the logits: ``auto``, ``torch``, ``triton`` or ``compiled``.
+            ``triton`` is for NVIDIA's GPUs, ``compiled`` is inductor's code; ``auto`` takes what is fastest here, and
+            compiles on a CPU only where the run is long enough to pay for it. See ``qtarget.linear_target_loss``.
+        teacher: the teacher's settings as one mapping, ``{model: org/name, context: ...}``; text is the model. Its keys
+            are model, revision, init_kwargs, models (``teachers``), cache, tail, ema_decay, context, end_token and
+            check_rows. Each is stored as the setting below and may be given there instead; one that is given in both ways
+            with two values is refused. Of a config file and flags, flags win key by key.
+        teacher_model_name_or_path: the teacher: a folder or hub id with the student's tokenizer. It is frozen, loaded
+            only if the target needs it, and freed once no later step does.
+        teacher_model_revision: branch, tag or commit of the teacher.
+        teacher_model_init_kwargs: keyword arguments for the teacher's from_pretrained, such as ``{dtype: bfloat16}``.
+        teachers: in place of one teacher, several in a log-linear pool, ``{org/large: 0.7, org/maths: 0.3}``. The pool is
+            softmax(Σ w z) and the weights sum to 1; it may also be a list of
+            ``{model_name_or_path, weight, revision, init_kwargs}``.
+        teacher_cache: a folder of ``qtarget cache build``: the teacher is read from it and not loaded.
+        teacher_tail: shape of a cached teacher's mass outside its k tokens: ``student`` (∝ p) or ``even``.
+        teacher_ema_decay: the teacher is the average of the student's own weights with this decay; 0: as they are. After
+            each optimiser step, average ← decay · average + (1 − decay) · present.
+        teacher_context: what the teacher reads in place of the prompt: a Jinja template over the row's columns. In it
+            ``prompt`` is the original text. ``{system: text, prompt: text}`` replaces or adds a system message too.
+        teacher_end_token: where teacher and data end a text with different tokens: ``label``, ``map`` or ``keep``. The
+            first teaches that position by its label alone, the second exchanges the two tokens in the teacher, the
+            third does neither.
+        teacher_check_rows: rows on which student and teacher are compared, in a line before training; 0: none.
+        reference_model_name_or_path: the reference: a folder or hub id; unset: a frozen copy of the model as it starts,
+            or with adapters the model without them.
+        reference_model_revision: branch, tag or commit of the reference.
+        reference_model_init_kwargs: keyword arguments for the reference's from_pretrained.
+        weights: where iw-sft's weights come from: ``column`` (the dataset's) or ``online`` (model against reference). The
+            latter is one number per sequence, exp(weights_temperature · mean(log p − log p_reference)) clamped to
+            [0, 16], taken before each step (arXiv:2507.12856 and its code).
         weights_temperature: the factor in the exponent of the online weights.
-        psft_refresh: psft's old policy is a copy of the trainable weights, taken anew after so many optimiser steps (the
-            paper's schedule: 8), or "never": the column old_logps, whose numbers stay as they are.
-        lens_every: every so many optimiser steps, add a map of (p_y, entropy) to ``lens_history.parquet`` in
-            ``output_dir``: counts, trust and update by cell, a few kB each, which the lens' page plays.
-        loss_type: None, or TRL's "nll" (sft) and "dft"; must agree with ``target``.
+        psft_refresh: optimiser steps between two copies of psft's old policy, or ``never``: the column old_logps. The
+            paper's schedule is 8; the column's numbers stay as they are.
+        lens_every: optimiser steps between two maps of (p_y, entropy) for the lens; unset: none. They go to
+            ``lens_history.parquet`` in ``output_dir``, at no second forward pass: counts, trust and update by cell, a few
+            kB each.
+        loss_type: TRL's name of the loss: ``nll`` is target sft, ``dft`` is target dft. It must agree with ``target``.
         bf16: unset, it is on where the device has bfloat16 units and off on cpu and mps.
 
     Raises:
@@ -89,115 +111,34 @@ class QTargetConfig(SFTConfig):
         "teachers",
     ]
 
-    target: Any = field(
-        default=None,
-        metadata={
-            "help": "What to learn: a preset's name, its YAML form, or my_pkg.my_module:my_target (default: sft)."
-        },
-    )
-    targets: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "In place of target: a target for each data source, as in {math: target-sft, chat: sft}."},
-    )
-    source_column: str = field(
-        default="source", metadata={"help": "The dataset column that names the source of a row, for targets."}
-    )
-    eval_target: Any = field(
-        default=None, metadata={"help": "The target evaluation reports (default: target). nll is always reported."}
-    )
-    denominator: str = field(
-        default="all_labels",
-        metadata={
-            "help": "What the summed loss is divided by: all_labels, kept (by a weight or critical column) or "
-            "micro_batch.",
-            "choices": list(DENOMINATORS),
-        },
-    )
-    loss_backend: str = field(
-        default="auto",
-        metadata={
-            "help": "Who computes the loss's passes over the logits: auto, torch, triton or compiled.",
-            "choices": list(BACKENDS),
-        },
-    )
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The teacher: a folder or hub id, same tokenizer as the model."}
-    )
-    teacher_model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments for the teacher's from_pretrained, such as dtype."}
-    )
-    teachers: dict[str, Any] | list | str | None = field(
-        default=None,
-        metadata={"help": "In place of one teacher: several, {name: weight}, in a log-linear pool; weights sum to 1."},
-    )
-    teacher_cache: str | None = field(
-        default=None, metadata={"help": "A folder of qtarget cache build: the teacher is read from it, not loaded."}
-    )
-    teacher_tail: str = field(
-        default="student",
-        metadata={
-            "help": "Shape of a cached teacher's mass outside its k tokens: student (like the student's) or even.",
-            "choices": list(TAILS),
-        },
-    )
-    teacher_ema_decay: float | None = field(
-        default=None,
-        metadata={"help": "The teacher is the average of the student's own weights with this decay; 0: as they are."},
-    )
-    teacher_context: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "What the teacher reads in place of the prompt: a Jinja template over the row's columns, or "
-            "{system: text, prompt: text}."
-        },
-    )
-    teacher_end_token: str = field(
-        default="label",
-        metadata={
-            "help": "Where teacher and data end with different tokens: label (taught by the label alone), map or keep.",
-            "choices": list(END_TOKENS),
-        },
-    )
-    teacher_check_rows: int = field(
-        default=16, metadata={"help": "Rows on which student and teacher are compared before training; 0: none."}
-    )
-    reference_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The reference (default: the model as it starts, or with adapters off)."}
-    )
-    reference_model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the reference."}
-    )
-    reference_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments for the reference's from_pretrained."}
-    )
-    weights: str = field(
-        default="column",
-        metadata={
-            "help": "Where iw-sft's weights come from: column (the dataset's) or online (model against reference).",
-            "choices": list(WEIGHTS),
-        },
-    )
-    weights_temperature: float = field(
-        default=1.0, metadata={"help": "The factor in the exponent of iw-sft's online weights."}
-    )
-    psft_refresh: int | str = field(
-        default=8,
-        metadata={"help": "Optimiser steps between two copies of psft's old policy, or never (the column old_logps)."},
-    )
-    lens_every: int | None = field(
-        default=None,
-        metadata={
-            "help": "Steps between two maps of (p_y, entropy) in lens_history.parquet, 256 at most; unset: none."
-        },
-    )
-    loss_type: str | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "TRL's name of the loss: nll is target sft, dft is target dft."}
-    )
+    target: Any = None
+    targets: dict[str, Any] | str | None = None
+    source_column: str = "source"
+    eval_target: Any = None
+    denominator: str = "all_labels"
+    loss_backend: str = "auto"
+    teacher: dict[str, Any] | str | None = None
+    teacher_model_name_or_path: str | None = None
+    teacher_model_revision: str | None = None
+    teacher_model_init_kwargs: dict[str, Any] | str | None = None
+    teachers: dict[str, Any] | list | str | None = None
+    teacher_cache: str | None = None
+    teacher_tail: str = "student"
+    teacher_ema_decay: float | None = None
+    teacher_context: dict[str, Any] | str | None = None
+    teacher_end_token: str = "label"
+    teacher_check_rows: int = 16
+    reference_model_name_or_path: str | None = None
+    reference_model_revision: str | None = None
+    reference_model_init_kwargs: dict[str, Any] | str | None = None
+    weights: str = "column"
+    weights_temperature: float = 1.0
+    psft_refresh: int | str = 8
+    lens_every: int | None = None
+    loss_type: str | None = None  # type: ignore[assignment]
 
     def __post_init__(self):
-        if faults := ranges.faults(self):
-            raise ConfigError(faults)
+        raise_together([*mapping.spread(self), *ranges.faults(self)])
         if self.bf16 is None and not self.fp16 and not _has_bf16_units(self.use_cpu):
             self.bf16 = False
         elif self.bf16 and not _has_bf16_units(self.use_cpu):
@@ -212,49 +153,23 @@ class QTargetConfig(SFTConfig):
             for name in ("model_init_kwargs", "teacher_model_init_kwargs", "reference_model_init_kwargs")
             if not isinstance(getattr(self, name) or {}, dict)
         ]
-        for name, valid in (
-            ("denominator", DENOMINATORS),
-            ("loss_backend", BACKENDS),
-            ("weights", WEIGHTS),
-            ("teacher_tail", TAILS),
-            ("teacher_end_token", END_TOKENS),
-        ):
+        for name, valid in CHOICES.items():
             if getattr(self, name) not in valid:
                 faults += unknown(name, getattr(self, name), valid).faults
         faults += self._teacher_faults()
         faults += self._refresh_faults()
-        for resolve in (
-            lambda: check_range("weights_temperature", self.weights_temperature, 0, open_low=True),
-            self.resolve_objective,
-            self.resolve_eval_objective,
-        ):
-            try:
-                objective = resolve()
-            except ConfigError as error:
-                faults += [fault for fault in error.faults if fault not in faults]
-                continue
-            if isinstance(objective, Objective):
-                faults += self._objective_faults(objective)
-        if faults:
-            raise ConfigError(list(dict.fromkeys(faults)))
+        faults += faults_of(check_range, "weights_temperature", self.weights_temperature, 0, open_low=True)
+        faults += faults_of(self._check, self.resolve_objective) + faults_of(self._check, self.resolve_eval_objective)
+        raise_together(faults)
 
     def _teacher_faults(self) -> list[str]:
-        faults = []
-        for read in (lambda: context.read_template(self.teacher_context), self.pool_members):
-            try:
-                read()
-            except ConfigError as error:
-                faults += error.faults
+        faults = faults_of(context.read_template, self.teacher_context) + faults_of(self.pool_members)
         named = self.teacher_settings
         by_name = [name for name in named if name != "teacher_cache"]  # a cache is held against the teacher named
         if len(by_name) > 1 or (len(named) > 1 and "teacher_ema_decay" in named):
             faults.append(f"{' and '.join(named)} are set; a run has one teacher: keep one of them")
-        decay = self.teacher_ema_decay
-        if decay is not None:
-            try:
-                check_range("teacher_ema_decay", decay, 0, 1, open_high=True)
-            except ConfigError as error:
-                faults += error.faults
+        if self.teacher_ema_decay is not None:
+            faults += faults_of(check_range, "teacher_ema_decay", self.teacher_ema_decay, 0, 1, open_high=True)
         return faults
 
     @property
@@ -280,22 +195,22 @@ class QTargetConfig(SFTConfig):
             return [f"psft_refresh is {refresh!r}; use a number of optimiser steps from 2, or never"]
         return []
 
-    def _objective_faults(self, objective: Objective) -> list[str]:
-        faults = []
+    def _check(self, resolve: Callable[[], Objective]) -> None:
+        """Raise where an objective cannot be resolved or does not go with the other settings."""
+        objective, faults = resolve(), []
         if self.psft_refresh == 1 and "old_policy" in objective.requires:
             faults.append(
                 "psft_refresh is 1, so the old policy is always the present one, r = 1 and the clip never acts: that is "
                 "sft; use 2 or more (the paper: 8), or target: sft"
             )
-        if self.denominator == "kept":
-            known = {"critical"} | ({"weight"} if self.weights == "column" else set())
-            for target in objective.finals():
-                if not known & target.requires:
-                    faults.append(
-                        f"denominator is 'kept' with target {target}; which tokens are kept is known beforehand only "
-                        "from a critical or weight column (cft, iw-sft): use all_labels"
-                    )
-        return faults
+        known = {"critical"} | ({"weight"} if self.weights == "column" else set())
+        faults += [
+            f"denominator is 'kept' with target {target}; which tokens are kept is known beforehand only from a critical "
+            "or weight column (cft, iw-sft): use all_labels"
+            for target in objective.finals()
+            if self.denominator == "kept" and not known & target.requires
+        ]
+        raise_together(faults)
 
     def resolve_objective(self) -> Objective:
         """What these settings train; sft where they name nothing. Raises where they contradict each other."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
@@ -10,7 +11,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
-from qtarget.errors import ConfigError, check_range, unknown
+from qtarget.errors import check_range, faults_of, unknown
 
 # field → the lowest whole number; None is left as it is.
 _WHOLE = {
@@ -51,14 +52,10 @@ _NAMES: dict[str, type[Enum]] = {
 
 def faults(config: Any) -> list[str]:
     """Sentences on the numbers and names of a training config, before Transformers reads them."""
-    found: list[str] = []
-    for check in (_whole, _numbers, _names, _run_name):
-        for problem in check(config):
-            found += problem.faults
-    return found
+    return [*_whole(config), *_numbers(config), *_names(config), *_run_name(config)]
 
 
-def _whole(config: Any):
+def _whole(config: Any) -> Iterator[str]:
     for name, low in _WHOLE.items():
         value = getattr(config, name, None)
         if value is None:
@@ -66,44 +63,38 @@ def _whole(config: Any):
         most = _LARGEST_SEED if name in _SEEDS else None
         if isinstance(value, bool) or not isinstance(value, int) or value < low or (most is not None and value > most):
             to = "" if most is None else f" to {most}"
-            yield ConfigError(f"{name} is {value!r}; use a whole number from {low}{to}")
+            yield f"{name} is {value!r}; use a whole number from {low}{to}"
 
 
-def _numbers(config: Any):
+def _numbers(config: Any) -> Iterator[str]:
     for name, (low, above) in _NUMBERS.items():
         value = getattr(config, name, None)
-        if value is not None and (problem := _out_of_range(name, value, low, above)):
-            yield problem
+        if value is not None:
+            yield from faults_of(check_range, name, value, low, open_low=above)
     if isinstance(config.max_steps, bool) or not isinstance(config.max_steps, int):
-        yield ConfigError(f"max_steps is {config.max_steps!r}; use a whole number, or -1 for num_train_epochs")
-    elif config.max_steps <= 0 and (problem := _out_of_range("num_train_epochs", config.num_train_epochs, 0, True)):
-        yield problem
+        yield f"max_steps is {config.max_steps!r}; use a whole number, or -1 for num_train_epochs"
+    elif config.max_steps <= 0:
+        yield from faults_of(check_range, "num_train_epochs", config.num_train_epochs, 0, open_low=True)
 
 
-def _out_of_range(name: str, value: Any, low: float, above: bool) -> ConfigError | None:
-    try:
-        check_range(name, value, low, open_low=above)
-    except ConfigError as problem:
-        return problem
-    return None
-
-
-def _names(config: Any):
+def _names(config: Any) -> Iterator[str]:
     for name, kind in _NAMES.items():
         value = getattr(config, name, None)
         valid = [member.value for member in kind]
         if value is not None and getattr(value, "value", value) not in valid:
-            yield unknown(name, value, valid)
+            yield from unknown(name, value, valid).faults
     asked = config.report_to if isinstance(config.report_to, list) else [config.report_to]
     trackers = ("none", "all", *INTEGRATION_TO_CALLBACK)
-    yield from (unknown("report_to", one, trackers) for one in asked if one is not None and one not in trackers)
+    for one in asked:
+        if one is not None and one not in trackers:
+            yield from unknown("report_to", one, trackers).faults
 
 
-def _run_name(config: Any):
+def _run_name(config: Any) -> Iterator[str]:
     """Trackers make folders of it."""
     name = config.run_name
     if name is None or name == config.output_dir:
         return
     paths = PurePosixPath(str(name)), PureWindowsPath(str(name))
     if any(path.is_absolute() or ".." in path.parts for path in paths) or any(ord(letter) < 32 for letter in str(name)):
-        yield ConfigError(f"run_name is {name!r}; use a name without '..', a leading slash or control characters")
+        yield f"run_name is {name!r}; use a name without '..', a leading slash or control characters"

@@ -127,11 +127,10 @@ function themeButton() {
 
 /** Targets of the run, or of somebody's own, that the page cannot show, with the reason. */
 function drawMissing() {
-  const missing = D.targets
-    .filter(({ own, reason }) => own || reason)
-    .map(({ name }) => [name, hindrance(D, name, startOf(D, name))])
-    .filter(([, why]) => why);
-  byId('missing').replaceChildren(...missing.map(([name, why]) => el('p', { class: 'unreliable', text: `${name} is not shown: ${why}.` })));
+  for (const { name, own, reason } of D.targets) {
+    const why = own || reason ? hindrance(D, name, startOf(D, name)) : '';
+    if (why) byId('missing').append(el('p', { class: 'unreliable', text: `${name} is not shown: ${why}.` }));
+  }
 }
 
 drawHead();

@@ -25,7 +25,7 @@ import requests
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, raise_together
 from qtarget.teachers.server.answers import NotSpoken, Reader, Scored, is_whole
 
 logger = logging.getLogger(__name__)
@@ -99,8 +99,7 @@ class TeacherServer:
         if not all("!" <= letter <= "~" for letter in key):
             # the value stays out of the message: most of it may be a key
             faults.append("api_key holds a space or a letter that no HTTP header can carry; copy the key again")
-        if faults:
-            raise ConfigError(faults)
+        raise_together(faults)
         self._url = url.rstrip("/").removesuffix("/v1").rstrip("/") + "/v1"
         self._model = model
         self._k, self._vocab_size = k, vocab_size

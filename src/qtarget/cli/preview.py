@@ -1,0 +1,261 @@
+"""Checks a recipe without weights, for `qtarget train --dry_run` and `qtarget plan`."""
+
+from __future__ import annotations
+
+import tempfile
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qtarget.cli import recipe, setup
+from qtarget.cli.settings import Settings
+from qtarget.errors import ConfigError, loading, raise_together
+from qtarget.planning import memory, shapes, workload
+from qtarget.planning import steps as arithmetic
+from qtarget.planning.workload import Frozen
+
+GIB = 2**30
+
+
+@dataclass
+class Found:
+    """What a recipe's settings, folders and known shapes tell, without weights.
+
+    Attributes:
+        asked: the settings. gpus: processes. student: its shape, None where it is not known. others: frozen models.
+        rows: of the training data, None where that is not known; where: what is known of them. batch: rows of an
+            optimiser step. steps: None where they are not known. untold: sentences on what could not be looked at.
+    """
+
+    asked: setup.Run
+    gpus: int
+    student: shapes.Shape | None
+    others: list[Frozen]
+    rows: int | None
+    where: str
+    batch: int
+    steps: arithmetic.Steps | None
+    untold: list[str]
+
+
+def look(arguments: Sequence[str], gpus: int) -> Found:
+    """Read and check. Raises ConfigError with every contradiction found."""
+    asked = setup.check(arguments)
+    faults: list[str] = []
+    student, others, untold = _models(asked, faults)
+    rows, where = _rows(asked, faults)
+    notes, config = asked.settings.notes, asked.config
+    batch = gpus * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    unpacked = rows is not None and not config.packing
+    steps = arithmetic.of(rows, gpus, config) if rows is not None and unpacked else None
+    given_epochs = "num_train_epochs" in asked.settings.origin
+    faults += arithmetic.faults(steps, batch, gpus, config, notes.get("expected_batch"), given_epochs)
+    raise_together(faults)
+    return Found(asked, gpus, student, others, rows, where, batch, steps, untold)
+
+
+def show(arguments: Sequence[str], gpus: int) -> None:
+    """Check and print. Raises ConfigError with every contradiction found."""
+    found = look(arguments, gpus)
+    asked, student, others, steps = found.asked, found.student, found.others, found.steps
+    notes, config = asked.settings.notes, asked.config
+
+    print(f"dry run on {gpus} GPU{'s' if gpus > 1 else ''}: no weights are loaded, nothing is written")
+    if "name" in notes:
+        tell("recipe", notes["name"])
+    tell("settings", f"{len(asked.settings.origin)} given, all valid; {config.resolve_objective().describe()}")
+    for note in asked.notes:
+        tell("", note)
+    tell("model", model_line(asked.model.model_name_or_path, asked.model.model_revision, student))
+    for other in others:
+        tell(other.role, model_line(other.name, other.revision, other.shape))
+    tell("data", f"{asked.script.dataset_name}: {found.where}")
+    tell("batch", batch_line(config, gpus, found.batch))
+    tell("steps", steps_line(config, steps))
+    tell("clipping", _clipping_line(config))
+    show_memory(found)
+    _show_notes(asked.settings, found.untold)
+    print("nothing contradicts itself")
+
+
+# -- what is looked at -------------------------------------------------------------------------------------------
+
+
+def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, list[Frozen], list[str]]:
+    """(the student's shape, each frozen model, what could not be told)."""
+    from qtarget.teachers import settings as teacher_settings
+
+    config, model = asked.config, asked.model
+    requires = config.resolve_objective().requires | config.resolve_eval_objective().requires
+    models, untold = config.models_for(requires), []
+
+    def find(field: str, name: str, revision: str | None) -> shapes.Shape | None:
+        try:
+            return shapes.find(field, name, revision, config.trust_remote_code)
+        except ConfigError as error:
+            faults.extend(error.faults)
+            return None
+
+    student = find("model_name_or_path", model.model_name_or_path, model.model_revision)
+    others: list[Frozen] = []
+    if "teacher" in models and config.teacher_cache is None and config.teacher_ema_decay is None:
+        field = "teachers" if config.teachers is not None else "teacher_model_name_or_path"
+        for name, revision, kwargs in teacher_settings.named_models(config):
+            shape = find(field, name, revision)
+            others.append(Frozen("teacher", name, revision, shape, shapes.frozen_bytes(kwargs, shape, config.use_cpu)))
+        faults += teacher_settings.settings_faults(config)
+        shapes_known = student is not None and all(other.shape is not None for other in others)
+        if all(Path(name).is_dir() for name in [model.model_name_or_path, *(other.name for other in others)]):
+            faults += _tokenizer_faults(asked) if shapes_known else []
+        else:
+            untold.append("whether student and teacher have the same tokens: their tokenizers are not here")
+    if "reference" in models and config.reference_model_name_or_path is not None:
+        name, revision = config.reference_model_name_or_path, config.reference_model_revision
+        shape = find("reference_model_name_or_path", name, revision)
+        width = shapes.frozen_bytes(config.reference_model_init_kwargs, shape, config.use_cpu)
+        others.append(Frozen("reference", name, revision, shape, width))
+    return student, others, untold
+
+
+def _tokenizer_faults(asked: setup.Run) -> list[str]:
+    from transformers import AutoTokenizer
+
+    from qtarget.teachers import settings as teacher_settings
+
+    name = asked.model.model_name_or_path
+    try:
+        with loading("model_name_or_path", name, "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    except ConfigError as error:
+        return error.faults
+    return teacher_settings.tokenizer_faults(asked.config, tokenizer)
+
+
+def _rows(asked: setup.Run, faults: list[str]) -> tuple[int | None, str]:
+    """(rows of the training data, where that number is from)."""
+    import datasets as hub
+
+    from qtarget.signals import manifest
+
+    hub.disable_progress_bars()
+    name, notes = asked.script.dataset_name, asked.settings.notes
+    expected = notes.get("expected_rows")
+    if Path(name).exists():
+        faults += manifest.check(name, asked.config, asked.model)
+        with tempfile.TemporaryDirectory() as cache:  # what datasets makes of the files goes with it
+            datasets = setup.load_datasets(asked.script, faults, cache_dir=cache)
+            faults += setup.column_faults(asked.config, datasets)
+            rows = len(datasets["train"]) if "train" in datasets and not asked.script.dataset_streaming else None
+            columns = ", ".join(datasets["train"].column_names or []) if "train" in datasets else "none"
+        if rows is None:
+            return expected, f"columns {columns}; its rows are not counted"
+        told = "" if expected in (None, rows) else f"; the recipe expects {expected:,}"
+        return rows, f"{rows:,} rows with {columns}{told}"
+    source = notes.get("dataset_source")
+    if source is None and shapes.is_path(name):
+        faults.append(f"dataset_name is {name!r}, which is no folder or file here; make it, or name a hub id")
+        return expected, ""
+    said = "not known here" if expected is None else f"{expected:,} as the recipe says"
+    if source is None:
+        return expected, f"taken as a hub id and not asked; rows: {said}"
+    return expected, f"not prepared yet, from {source}; rows: {said}"
+
+
+# -- what is told ------------------------------------------------------------------------------------------------
+
+
+def tell(what: str, text: str) -> None:
+    first, *more = textwrap.wrap(text, 104, break_long_words=False, break_on_hyphens=False) or [""]
+    print(f"  {what:<10}{first}")
+    for line in more:
+        print(f"  {'':<10}{line}")
+
+
+def model_line(name: str, revision: str | None, shape: shapes.Shape | None) -> str:
+    told = f"{name}, revision {'default' if revision is None else revision}"
+    if shape is None:
+        return f"{told}; its shape is not known here"
+    return f"{told}; {shape.parameters / 1e9:.2f} billion parameters, head of {shape.vocab:,} rows ({shape.source})"
+
+
+def batch_line(config: Any, gpus: int, batch: int) -> str:
+    micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    tokens = f"at most {batch * config.max_length:,} tokens" if config.max_length else "of any length"
+    split = f"{gpus} GPU{'s' if gpus > 1 else ''} x {micro} rows x {accumulation} accumulations"
+    return f"{split} = {batch} rows a step, {tokens}"
+
+
+def steps_line(config: Any, steps: arithmetic.Steps | None) -> str:
+    if steps is None:
+        why = "packing puts several rows into one" if config.packing else "the number of rows is not known here"
+        return f"{config.max_steps}" if config.max_steps > 0 else f"not known: {why}"
+    total, warm = steps.total, config.get_warmup_steps(steps.total)
+    told = f"{total}, {warm} of them warm-up; an epoch of {steps.rows:,} rows has {steps.whole} whole steps"
+    over = steps.rows - steps.whole * steps.batch
+    if not over:
+        return told
+    if not steps.short:
+        return f"{told}; {over} rows are left over"
+    if total == steps.whole:
+        return f"{told}; max_steps stops before the {over} rows left over"
+    return f"{told} and one of {steps.short} rows"
+
+
+def _clipping_line(config: Any) -> str:
+    limit = f"gradient norm {config.max_grad_norm:g}" if config.max_grad_norm else "none"
+    return f"{limit}, of a gradient whose denominator is {config.denominator}"
+
+
+def layouts(gpus: int) -> dict[str, str]:
+    """Ways of spreading a run over GPUs, and what they are called."""
+    return memory.KINDS if gpus > 1 else {"ddp": "one GPU"}
+
+
+def unknown_shapes(found: Found) -> list[str]:
+    """Models whose shape is not known here."""
+    names = [found.asked.model.model_name_or_path] if found.student is None else []
+    return [*names, *(other.name for other in found.others if other.shape is None)]
+
+
+def show_memory(found: Found) -> None:
+    """A table of the parts for each layout, and the most at one time; or why there is none."""
+    work = workload_of(found)
+    if work is None:
+        unknown = unknown_shapes(found)
+        why = f"the shape of {', '.join(unknown)} is not: {shapes.why_unknown()}"
+        tell("memory", f"not known, as {why if unknown else 'max_length is not set and rows have any length'}")
+        return
+    tell("memory", "GiB on each GPU by arithmetic, without allocator, NCCL and CUDA (docs/plan.md); most: at one time")
+    parts = {kind: memory.estimate(work, kind) for kind in layouts(found.gpus)}
+    shown = [name for name in memory.PARTS if any(part[name] for part in parts.values())]
+    print(f"  {'':<10}{'':<8}{'most':>8}{''.join(f'{name:>13}' for name in shown)}")
+    for kind, called in layouts(found.gpus).items():
+        cells = "".join(f"{parts[kind][name] / GIB:>13.1f}" for name in shown)
+        print(f"  {'':<10}{called:<8}{memory.peak(work, kind) / GIB:>8.1f}{cells}")
+
+
+def workload_of(found: Found) -> memory.Workload | None:
+    """What each GPU holds; None where a shape or max_length is not known."""
+    asked, config = found.asked, found.asked.config
+    if found.student is None or unknown_shapes(found) or not config.max_length:
+        return None
+    return workload.of_memory(config, asked.model, asked.settings.origin, found.student, found.others, found.gpus)
+
+
+def _show_notes(settings: Settings, untold: list[str]) -> None:
+    """Where values come from, what is still to pin, and what nobody knows."""
+    notes, flags = settings.notes, settings.given_by("flag")
+    # A flag took the place of the file's value, whose origin is then nobody's.
+    origins = {name: text for name, text in notes.get("provenance", {}).items() if name.split(".")[0] not in flags}
+    if origins:
+        words = {name: next(word for word in recipe.ORIGINS if text.startswith(word)) for name, text in origins.items()}
+        counts = [f"{number} {word}" for word, number in sorted(Counter(words.values()).items())]
+        tell("values", ", ".join([*counts, *[f"by flag: {', '.join(flags)}"] * bool(flags)]))
+        tell("ours", ", ".join(name for name, word in words.items() if word == "ours") or "none")
+    if to_pin := recipe.to_pin({**settings.given_by("file"), **notes, **flags}):
+        tell("to pin", ", ".join(to_pin) + ": they name branches, which move")
+    for what in [*notes.get("unknown", []), *untold]:
+        tell("unknown", what)

@@ -1,0 +1,202 @@
+"""``qtarget cache``: asks a teacher once, keeps its answers on disk, and checks them.
+
+A teacher is asked about every supervised token of a dataset, and trained from as often as you like.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qtarget.cli import setup, terminal
+from qtarget.cli.arguments import FLAG, FOLDER, NAME, NEW_FILE, Kind, Option, Verb, one_of, whole
+from qtarget.errors import ConfigError
+
+VERB = Verb("cache", __doc__)
+_K = 64
+
+
+def _share(name: str, text: Any) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise ConfigError(f"{name} is {text}; use a share of the teacher's mass above 0 and below 1")
+
+
+_SHARE = Kind("X", _share)
+
+
+@VERB.command(
+    Option("output", "folder of the cache; unset: teacher_cache of the config", FOLDER),
+    Option("k", f"how many likeliest tokens are kept at each label; unset: {_K}", whole(1)),
+    Option("coverage", "in place of k: the k whose mean kept mass reaches this share on a sample of rows", _SHARE),
+    Option("cache_dtype", "of the log-probs", one_of("float16", "float32"), "float16"),
+    Option("batch_size", "rows of a forward pass", whole(1), 8),
+    Option("shard_tokens", "supervised tokens of a file", whole(1)),
+    Option("server", "URL of a vLLM server, asked instead of loading the teacher", NAME),
+    Option("server_model", "what the server calls the teacher", NAME),
+    word="build",
+    settings=True,
+)
+def build(options: Any) -> int:
+    """The teacher's k likeliest tokens and the mass of the rest, for the rows as `qtarget train` would prepare them;
+    run again after an interruption, it goes on where it stopped.
+    """
+    if options.coverage is not None and options.k is not None:
+        raise ConfigError("--k and --coverage are both given; keep one of them")
+    if options.coverage is not None and options.server is not None:
+        raise ConfigError("--coverage needs a teacher that is loaded; with --server give --k")
+    k = options.k if options.k or options.coverage else _K
+    from rich.progress import Progress
+
+    from qtarget.teachers import settings as teacher_settings
+    from qtarget.teachers.cache import build as cache_build
+    from qtarget.teachers.cache import scorers as cache_scorers
+    from qtarget.training.trainer import RowsTrainer
+
+    server, dtype = options.server is not None, options.cache_dtype
+    fixed = setup.row_by_row(options.words, target="sft" if server else "kd")
+    run = setup.read(options.words, fixed, trains=False)
+    folder = options.output or Path(_config_value(options.words, "teacher_cache") or "")
+    if folder == Path(""):
+        raise ConfigError("output is not set; name the cache's folder as -o DIR, or as teacher_cache in the config")
+    if run.config.teacher_ema_decay is not None:
+        raise ConfigError(
+            "teacher_ema_decay is set: the average of a student in training is another teacher at every step and cannot "
+            "be kept; name a teacher_model_name_or_path"
+        )
+    if server and run.config.teacher_model_name_or_path is None:
+        raise ConfigError("--server needs teacher_model_name_or_path too: the served model's name, for its tokenizer")
+    trainer = setup.build(run, RowsTrainer, weights=False)
+    plan = cache_build.plan(trainer, options.shard_tokens)
+    scorer, about = None, cache_build.about(trainer)
+    if server:
+        scorer, served = cache_scorers.server_scorer(trainer, options.server, options.server_model, k)
+        about["teacher"] |= {"weights": None, "served_as": served}
+    cache_build.check_folder(folder, plan, k, dtype, about)
+    if options.coverage is not None:
+        k, about["coverage"] = cache_build.needed_for(trainer, plan, options.coverage)
+        _show_coverage(k, about["coverage"])
+    if k > trainer.vocab_size:
+        raise ConfigError(f"k is {k}, more than the vocabulary's {trainer.vocab_size} tokens; keep fewer")
+    megabytes = plan.megabytes(k, dtype)
+    cache_build.check_room(folder, megabytes)
+    repeated = f" ({plan.repeated} more are the same as another)" if plan.repeated else ""
+    print(f"rows       {len(plan.rows)}{repeated}, {plan.tokens} supervised tokens, as {len(plan.shards)} files")
+    print(f"teacher    {teacher_settings.describe(about['teacher'])}")
+    time = "" if server else f", about {_time(cache_build.seconds_for(trainer, plan, options.batch_size))}"
+    print(f"size       {megabytes:.1f} MB for k = {k}, {dtype}, in {folder}{time}", flush=True)
+    with Progress(disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("asking the teacher", total=plan.tokens)
+        cache_build.build(
+            trainer,
+            folder,
+            plan,
+            k,
+            dtype=dtype,
+            about=about,
+            scorer=scorer,
+            batch_size=options.batch_size,
+            progress=lambda tokens: bar.advance(task, tokens),
+        )
+    print(f"cache      {folder}")
+    print(
+        f"next       qtarget cache doctor --config FILE --cache {folder}  |  qtarget train ... --teacher_cache {folder}"
+    )
+    return 0
+
+
+def _config_value(rest: Sequence[str], name: str) -> Any:
+    from qtarget.cli import settings
+
+    return settings.read(rest).values["training"].get(name)
+
+
+def _show_coverage(k: int, found: dict[str, Any]) -> None:
+    needed = ", ".join(f"{percent} % of tokens need {n} or fewer" for percent, n in found["needed_k"].items())
+    kept = ", ".join(f"{n}: {mass:.4f}" for n, mass in found["kept_mass"].items())
+    print(f"coverage   k = {k} keeps a mean mass of {found['coverage']:g} ({found['sampled_tokens']} tokens looked at)")
+    print(f"           to keep that much of each, {needed}")
+    print(f"           mean kept mass by k: {kept}")
+
+
+def _time(seconds: float) -> str:
+    hours, minutes = seconds / 3600, seconds / 60
+    return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.0f} s"
+
+
+@VERB.command(Option("verify", "read every file and compare checksums", FLAG), word="inspect", takes="DIR")
+def inspect(options: Any) -> int:
+    """What a cache was built for and of."""
+    if len(options.words) != 1:
+        raise ConfigError(
+            f"{' '.join(options.words) or 'nothing'} was named where the folder of one cache is asked for"
+        )
+    (folder,) = options.words
+    from qtarget.teachers import settings as teacher_settings
+    from qtarget.teachers.cache import manifest as manifests
+    from qtarget.teachers.cache.reader import CachedTeacher
+
+    manifest = manifests.read(folder)
+    size = sum(line["bytes"] for line in manifest["shards"]) / 2**20
+    done, planned = len(manifest["shards"]), manifest["planned_shards"]
+    preparation = ", ".join(f"{name} {value}" for name, value in manifest["preparation"].items())
+    lines = {
+        "state": manifest["state"] + ("" if done == planned else f": {done} of {planned} files"),
+        "teacher": teacher_settings.describe(manifest["teacher"]),
+        "context": manifest["teacher_context"] or "none: it reads what the student reads",
+        "rows": f"{manifest['rows']}, {manifest['tokens']} supervised tokens",
+        "kept": f"{manifest['k']} tokens each, {manifest['dtype']}, {size:.1f} MB in {done} files",
+        "tokenizer": f"{manifest['tokenizer']}, {manifest['vocab_size']} tokens; template {manifest['chat_template']}",
+        "preparation": preparation,
+        "program": manifest["program"],
+    }
+    for name, value in lines.items():
+        print(f"{name:<12} {value}")
+    cache = CachedTeacher(folder)
+    cache.check_files(checksums=options.verify)
+    print(f"{'files':<12} " + ("all as they were written" if options.verify else "all there; --verify reads them"))
+    return 0
+
+
+@VERB.command(
+    Option("cache", "folder of the cache; unset: teacher_cache of the config", FOLDER),
+    Option("rows", "how many are asked about, evenly spread", whole(1), 50),
+    Option("json", "also write every figure", NEW_FILE),
+    word="doctor",
+    settings=True,
+)
+def doctor(options: Any) -> int:
+    """Asks the live teacher again about some rows: the mass that was left out, and the error of the target and of the
+    gradient that comes of it.
+    """
+    rest = options.words
+    folder = options.cache or _config_value(rest, "teacher_cache")
+    if folder is None:
+        raise ConfigError("teacher_cache is not set; name the folder as --cache DIR, or as teacher_cache in the config")
+    from qtarget.teachers.cache.reader import CachedTeacher
+
+    cache = CachedTeacher(folder)
+    cache.check_files(checksums=True)
+    from qtarget.teachers.cache import doctor as cache_doctor
+
+    asked = _config_value(rest, "target")
+    named = _config_value(rest, "teacher_model_name_or_path") or _config_value(rest, "teachers")
+    had = cache.manifest["teacher"]
+    if named is None and "pool" not in had:  # the cache says which teacher it is of
+        rest = [*rest, "--teacher_model_name_or_path", had["name"]]
+    fixed = setup.row_by_row(rest, target="kd", teacher_context=cache.manifest["teacher_context"])
+    run = setup.read(rest, fixed, trains=False)
+    run.datasets.pop("test", None)
+    trainer = setup.build(run)
+    report = cache_doctor.examine(trainer, cache, options.rows, asked)
+    console = terminal.console(120)
+    for part in report.shown():
+        console.print(part, markup=False)
+    if options.json is not None:
+        options.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+    return 0

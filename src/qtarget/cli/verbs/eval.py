@@ -1,0 +1,219 @@
+"""``qtarget eval``: a model's answers to tasks, sampled, judged and scored.
+
+n samples of each problem and a greedy answer give avg@n, pass@k, maj@n, greedy, length, cut off, without an answer and
+entropy. A run that was killed goes on with the same command. accelerate launch or torchrun shares the batches among
+processes. A model is asked with --model, --tasks and -o; a finished folder is judged again with --rescore.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qtarget.cli import terminal
+from qtarget.cli.arguments import ABOVE_ZERO, FOLDER, NAME, TEXT, Option, Verb, number, one_of, whole
+from qtarget.errors import ConfigError, check_range
+
+VERB = Verb("eval", __doc__)
+
+
+_PROMPTS, _DTYPES = ("auto", "chat", "plain", "qwen-boxed"), ("float32", "bfloat16", "float16", "auto")
+
+
+@VERB.command(
+    Option("model", "a folder or hub id", NAME),
+    Option(
+        "tasks",
+        "reasoning-gym tasks or FILE.jsonl, commas between; experimental, as never run: math5, med10, hle, their parts",
+        NAME,
+    ),
+    Option("output", "where the results go", FOLDER),
+    Option("n", "samples a problem; 0 for the greedy answer alone", whole(0), 16),
+    Option("temperature", "of the samples", number(), 1.0),
+    Option("top_p", "of the samples", number(0, 1, open_low=True), 1.0),
+    Option("max_new_tokens", "the longest answer, in tokens", whole(1), 1024),
+    Option("seed", "of the samples", whole(0), 0),
+    Option(
+        "verifier",
+        "of files: math, math_verify, choice, reasoning_gym:TASK or my_pkg.my_module:function of (text, row)",
+        NAME,
+    ),
+    Option("problems", "of each task; unset: of generated ones 100, of others all", whole(1)),
+    Option("task_seed", "of generated problems", whole(0), 0),
+    Option("prompt", "chat: the tokenizer's template; auto: chat where there is one", one_of(*_PROMPTS), "auto"),
+    Option("instruction", "after each question, in place of the task's own; '' for none", TEXT),
+    Option("batch_size", "answers at once", whole(1), 16),
+    Option("dtype", "of the weights; unset: as the model's config has it", one_of(*_DTYPES)),
+    Option("revision", "branch, tag or commit of the model", NAME),
+    Option("backend", "who samples", one_of("transformers", "vllm"), "transformers"),
+    Option("verifier_timeout", "seconds; what takes longer counts as wrong, and is counted", ABOVE_ZERO, 10.0),
+    Option("verifier_processes", "verdicts at once", whole(1), 2),
+    Option(
+        "rescore",
+        "judge the texts of a finished folder again, in place of all the above; needs no model. A function of your own "
+        "that the folder names is run only with --verifier too",
+        FOLDER,
+    ),
+)
+def run(options: Any) -> int:
+    if options.temperature == 0:
+        raise ConfigError("temperature is 0; the greedy answer is always there: use --n 0 for it alone")
+    check_range("temperature", options.temperature, 0, open_low=True)
+    if options.rescore is not None:
+        return _rescore(options)
+    missing = [name for name in ("model", "tasks", "output") if not getattr(options, name)]
+    if missing:
+        raise ConfigError(
+            [f"{name} is not set; write {'-o DIR' if name == 'output' else f'--{name} NAME'}" for name in missing]
+        )
+    return _evaluate(options)
+
+
+def _evaluate(options: Any) -> int:
+    from qtarget.evaluation import records, running, sampling, sampling_vllm, tasks
+
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if options.backend == "vllm":
+        sampling_vllm.check()
+        if world > 1:
+            raise ConfigError("backend is 'vllm', which shares its work by itself; start one process")
+    made = tasks.load(
+        options.tasks,
+        problems=options.problems,
+        task_seed=options.task_seed,
+        verifier=options.verifier,
+        instruction=options.instruction,
+    )
+    tokenizer = sampling.load_tokenizer(options.model, options.revision)
+    positions = sampling.positions(options.model, options.revision)
+    prompts = tasks.prompts(made, tokenizer, options.prompt, positions, options.max_new_tokens)
+    folder = options.output
+    settings = _settings(options) | {"prompt_style": tasks.resolved(options.prompt, tokenizer)}
+    manifest = records.describe(settings, made)
+    if records.begin(folder, manifest, made, writes=rank == 0):
+        if rank == 0:
+            print(f"{folder} is finished; its scores again:")
+            _show(running.score(folder, {task.name: task.suite for task in made}, options.n), None)
+        return 0
+    work = running.Run(
+        made,
+        folder,
+        n=options.n,
+        seed=options.seed,
+        prompts=prompts,
+        batch_size=options.batch_size,
+        timeout=options.verifier_timeout,
+        processes=options.verifier_processes,
+        rank=rank,
+        world=world,
+    )
+    batches = work.batches()
+    share = sum(len(batch) for _, batch in batches)
+    if rank == 0:
+        problems = sum(len(task.problems) for task in made)
+        print(
+            f"{len(made)} tasks, {problems} problems, {problems * (options.n + 1)} answers of up to "
+            f"{options.max_new_tokens} tokens, {work.missing()} to do",
+            flush=True,
+        )
+    if batches:
+        common = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p")}
+        if options.backend == "vllm":
+            sampler: Any = sampling_vllm.VllmSampler(options.model, options.revision, options.dtype, **common)
+        else:
+            sampler = sampling.Sampler(options.model, options.revision, options.dtype, device=_device(), **common)
+        work.sample(sampler, _progress(share) if rank == 0 else lambda done: None)
+    if rank > 0:
+        return 0
+    work.wait()
+    _show(work.finish(), work.last_error)
+    print(f"results    {folder}")
+    print(f"next       qtarget compare {folder} OTHER_DIR")
+    return 0
+
+
+def _settings(options: Any) -> dict[str, Any]:
+    """What the samples depend on, in the order in which a difference is named."""
+    from qtarget.teachers.fingerprints import named
+
+    names = ("n", "temperature", "top_p", "max_new_tokens", "seed", "prompt", "backend", "dtype", "batch_size")
+    return {"model": named(options.model, options.revision), **{name: getattr(options, name) for name in names}}
+
+
+def _device() -> Any:
+    import torch
+
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else None
+
+
+def _rescore(options: Any) -> int:
+    from qtarget.evaluation import running
+
+    manifest = running.finished(options.rescore)
+    total = sum(about["problems"] for about in manifest["tasks"].values()) * (manifest["n"] + 1)
+    made, changed = running.rescore(
+        options.rescore, options.verifier_timeout, options.verifier_processes, _progress(total), options.verifier
+    )
+    _show(made, None)
+    print(f"verdicts   {changed} changed of {total}")
+    return 0
+
+
+def _progress(total: int) -> Callable[[int], None]:
+    """A bar with the time left on a terminal; elsewhere an estimate after the first batch."""
+    advance, left, first = terminal.bar(total, "answers"), terminal.TimeLeft(total), True
+    advance(0)
+
+    def step(done: int) -> None:
+        nonlocal first
+        if first and not sys.stderr.isatty() and done < total:
+            print(f"about {left.estimate(done)} for the other {total - done} answers, by the first {done}", flush=True)
+        first = False
+        advance(done)
+
+    return step
+
+
+def _show(scores: dict[str, Any], last_error: str | None) -> None:
+    headings = ("task", "score", "avg@n", "95 %", "pass@n", "maj@n", "greedy", "no answer")
+    table = terminal.table(*headings, left=("task", "score"))
+    for column in table.columns:
+        column.no_wrap = True
+    for name, task in scores["tasks"].items():
+        for reading in ("strict", "lenient"):
+            part = task[reading]
+            table.add_row(
+                name if reading == "strict" else "",
+                reading,
+                percent(part.get("avg")),
+                span(part.get("interval")),
+                percent(part["pass"][-1] if "pass" in part else None),
+                percent(part.get("majority")),
+                percent(part["greedy"]),
+                percent(part["no_answer"]),
+            )
+    for name, suite in scores["suites"].items():
+        for reading in ("strict", "lenient"):
+            part = suite[reading]
+            row = (percent(part.get("avg")), span(part.get("interval")), "", "", percent(part["greedy"]), "")
+            table.add_row(f"{name} mean" if reading == "strict" else "", reading, *row)
+    terminal.console(120).print(table)
+    for name, task in scores["tasks"].items():
+        entropy = "" if task["entropy"] is None else f", entropy {task['entropy']:.3f} nats a token"
+        print(
+            f"{name}: {task['problems']} problems, n = {task['n']}, {task['mean_tokens']:.1f} tokens an answer, "
+            f"{task['truncated']:.1%} cut off, {task['empty']:.1%} empty{entropy}"
+        )
+        if task["timeouts"] or task["errors"]:
+            why = f", the last time with: {last_error}" if last_error else ""
+            print(f"{name}: the verifier took too long {task['timeouts']} times, failed {task['errors']} times{why}")
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def span(interval: Sequence[float] | None) -> str:
+    return "-" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"

@@ -1,0 +1,118 @@
+"""``qtarget teacher``: does a teacher agree with the student and the labels?
+
+It is asked about the run's own rows: how well student and teacher explain the labels, how far they are from each other,
+where the teacher is sure of another token than the label, and a verdict by rule of thumb. The teacher is whatever the
+config trains with: a model, teachers, teacher_cache, teacher_context or teacher_ema_decay. A target that needs no teacher
+is checked with kd, where the config names a teacher.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from qtarget.cli import setup, terminal
+from qtarget.cli.arguments import NEW_FILE, Option, Verb, whole
+from qtarget.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qtarget.training.trainer import QTargetTrainer
+
+VERB = Verb("teacher", __doc__)
+
+
+@VERB.command(
+    Option("rows", "rows looked at, evenly spread over the training set (the first of a stream)", whole(1), 200),
+    Option("json", "every figure, also of each place in the answer", NEW_FILE),
+    word="check",
+    settings=True,
+)
+def check(options: Any) -> int:
+    terminal.refuse_processes("qtarget teacher check")
+    rows, out = options.rows, options.json
+    from qtarget.teachers.agreement import measure as agreement
+
+    run = setup.read(options.words, setup.MEASURES, trains=False)
+    _ask_a_teacher(run.config)
+    run.datasets.pop("test", None)
+    train = run.datasets["train"]
+    if hasattr(train, "select"):  # what is not looked at need not be tokenised
+        run.datasets["train"] = train.select(agreement.evenly_spaced(len(train), rows))
+    trainer = setup.build(run)
+    count, tokens = agreement.estimate(trainer, rows)
+    print(f"{count} rows, {tokens} supervised tokens", flush=True)
+    made = _measured(trainer, rows)
+    if out is not None:
+        out.write_text(
+            json.dumps(made.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )
+    _show(made)
+    if out is not None:
+        print(f"figures    {out}")
+    return 0
+
+
+def _ask_a_teacher(config: Any) -> None:
+    """kd in place of a target that needs no teacher: the figures are those of the models, whatever is trained.
+
+    It is set on the config that was read: among the settings a peer's spelling of the target would contradict it.
+    """
+    objectives = config.resolve_objective(), config.resolve_eval_objective()
+    if any("teacher" in objective.requires for objective in objectives):
+        return
+    if not config.names_teacher:
+        raise ConfigError(
+            f"target {objectives[0]} has no teacher and none is named; set teacher_model_name_or_path, or teachers, "
+            "teacher_cache or teacher_ema_decay"
+        )
+    print(f"target {objectives[0]} asks no teacher; the one that is named is checked with target kd")
+    for name, value in {"target": "kd", **setup.NO_TARGET}.items():
+        setattr(config, name, value)
+
+
+def _measured(trainer: QTargetTrainer, rows: int) -> Any:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from qtarget.teachers.agreement import measure as agreement
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("comparing", total=None)
+        return agreement.measure(trainer, rows, progress=lambda done: bar.update(task, completed=done))
+
+
+def _show(made: Any) -> None:
+    if not sys.stdout.isatty():
+        print("\n".join(made.lines()))
+        return
+    from rich.text import Text
+
+    console = terminal.console(120)
+    for table in tables(made):
+        console.print(table)
+    for note in made.notes():
+        console.print(Text(f"note: {note}"))
+    console.print(Text(f"verdict: {made.verdict}", style="bold"))
+
+
+def tables(made: Any) -> list[Any]:
+    """An agreement as tables for a terminal."""
+    from rich.text import Text
+
+    left = ("", "label", "the teacher says")
+    figures = terminal.table("", "student", "teacher", left=left, title=f"{made.rows} rows, {made.tokens} tokens")
+    for what, student, teacher in made.figures():
+        figures.add_row(Text(what), student, teacher)
+    headings = ("", "tokens", "nll", "p", "likeliest", "teacher's nll", "p", "likeliest", "conflicts")
+    places = terminal.table(*headings, left=left, title="by place in the answer")
+    for place in made.places:
+        if not place.tokens:
+            places.add_row(place.name, "0", *["-"] * 7)
+            continue
+        sides = [f for s in (place.student, place.teacher) for f in (f"{s.nll:.3f}", f"{s.p:.3f}", f"{s.accuracy:.0%}")]
+        places.add_row(place.name, str(place.tokens), *sides, f"{place.conflicts:.0%}")
+    conflicts = terminal.table("label", "conflicts", "the teacher says", left=left, title="labels with most conflicts")
+    for label, often, instead in made.conflict_lines():
+        conflicts.add_row(Text(label), often, Text(instead))
+    return [figures, places, *([conflicts] if made.conflicting else [])]
