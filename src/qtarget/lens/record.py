@@ -151,10 +151,7 @@ class Writer:
         self._tokens.write_table(pa.Table.from_pydict(tokens, schema=self._tokens.schema))
         self.counts["rows"] += len(rows)
         self.counts["tokens"] += len(tokens["row"])
-        for row in rows:
-            self.used.update(row["input_ids"])
-        for ids in tokens["ids"]:
-            self.used.update(ids)
+        self.used.update(*(row["input_ids"] for row in rows), *tokens["ids"])
 
     def close(self, manifest: dict[str, Any], text_of: Any, special: Iterable[int]) -> None:
         """Write the vocabulary and, last of all, the manifest: a folder without one is not a record."""
@@ -165,8 +162,7 @@ class Writer:
             {"id": ids, "text": [text_of(i) for i in ids], "special": [i in special for i in ids]}, schema=VOCAB_SCHEMA
         )
         pq.write_table(table, self.folder / "vocab.parquet", compression="zstd")
-        whole = {"format": FORMAT, **manifest, **self.counts}
-        files.write_json(self.folder / "manifest.json", whole)
+        files.write_json(self.folder / "manifest.json", {"format": FORMAT, **manifest, **self.counts})
 
 
 def read(folder: str | Path) -> Record:
@@ -176,81 +172,52 @@ def read(folder: str | Path) -> Record:
         StorageError: no record there, one of another format, a truncated or foreign file, or no token in it.
     """
     folder = Path(folder)
-    manifest = _manifest(folder)
-    tables = {}
-    for name in FILES:
-        try:
-            tables[name] = pq.read_table(folder / name)
-        except (OSError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())
-            raise StorageError(
-                f"{folder / name} cannot be read ({reason}); capture again: qtarget lens capture"
-            ) from None
-    _check_columns(folder, tables)
-    tables = {name: _typed(folder / name, table) for name, table in tables.items()}
-    record = Record(
-        manifest,
-        tables["rows.parquet"].to_pylist(),
-        tables["tokens.parquet"].to_pydict(),
-        {line["id"]: (line["text"], line["special"]) for line in tables["vocab.parquet"].to_pylist()},
-    )
-    if len(record) != manifest["tokens"] or len(record.rows) != manifest["rows"]:
-        counted, said = (
-            f"{len(record)} tokens in {len(record.rows)} rows",
-            f"{manifest['tokens']} in {manifest['rows']}",
+    if not (folder / "manifest.json").is_file():
+        raise StorageError(
+            f"{str(folder)!r} is no capture: it has no manifest.json; make one with qtarget lens capture"
         )
-        raise StorageError(f"{folder} holds {counted} where its manifest says {said}; it was cut short: capture again")
+    manifest: dict[str, Any] = files.load(folder / "manifest.json", Manifest, "capture again", FORMAT)
+    rows, tokens, vocab = (_table(folder / name) for name in FILES)
+    texts = {line["id"]: (line["text"], line["special"]) for line in vocab.to_pylist()}
+    record = Record(manifest, rows.to_pylist(), tokens.to_pydict(), texts)
+    if len(record) != manifest["tokens"] or len(record.rows) != manifest["rows"]:
+        raise StorageError(
+            f"{folder} holds {len(record)} tokens in {len(record.rows)} rows where its manifest says "
+            f"{manifest['tokens']} in {manifest['rows']}; it was cut short: capture again"
+        )
     if not len(record):
         raise StorageError(f"{folder} holds no supervised token; capture rows that have some")
-    if fault := record_values.fault(record):
+    if fault := record_values.impossible_value(record):
         file, what = fault
         raise StorageError(f"{folder / file}: {what}; it is no capture of this program, or was changed: capture again")
     return record
 
 
-def _typed(file: Path, table: pa.Table) -> pa.Table:
-    """The table with the types it was written with."""
-    have = set(table.column_names)
-    tokens = token_schema([o for o in OTHERS if o in have], [s for s in SIGNALS if s in have])
+def _table(file: Path) -> pa.Table:
+    """A table of the capture, with the types it was written with."""
+    try:
+        table = pq.read_table(file)
+    except (OSError, pa.ArrowException) as error:
+        why = " ".join(str(error).split())
+        raise StorageError(f"{file} cannot be read ({why}); capture again: qtarget lens capture") from None
+    names = set(table.column_names)
+    tokens = token_schema([name for name in OTHERS if name in names], [name for name in SIGNALS if name in names])
     schema = {"rows.parquet": ROW_SCHEMA, "vocab.parquet": VOCAB_SCHEMA}.get(file.name, tokens)
+    if missing := sorted({*schema.names} - names):
+        raise StorageError(f"{file} lacks the columns {', '.join(missing)}; it is no capture of this program")
     columns = []
-    for field_ in schema:
+    for wanted in schema:
         try:
-            column = table[field_.name].combine_chunks().cast(field_.type)
+            column = table[wanted.name].combine_chunks().cast(wanted.type)
         except pa.ArrowException as error:
-            reason = " ".join(str(error).split())
+            why = " ".join(str(error).split())
             raise StorageError(
-                f"{file}: column {field_.name} holds no {field_.type} ({reason}); it is no capture of this program"
+                f"{file}: column {wanted.name} holds no {wanted.type} ({why}); it is no capture of this program"
             ) from None
-        if column.null_count or (pa.types.is_list(field_.type) and column.flatten().null_count):
-            raise StorageError(f"{file}: column {field_.name} holds null; it is no capture of this program")
+        if column.null_count or (pa.types.is_list(wanted.type) and column.flatten().null_count):
+            raise StorageError(f"{file}: column {wanted.name} holds null; it is no capture of this program")
         columns.append(column)
     return pa.Table.from_arrays(columns, schema=schema)
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    file = folder / "manifest.json"
-    if not file.is_file():
-        raise StorageError(
-            f"{str(folder)!r} is no capture: it has no manifest.json; make one with qtarget lens capture"
-        )
-    manifest: dict[str, Any] = files.load(file, Manifest, "capture again", FORMAT)
-    return manifest
-
-
-def _check_columns(folder: Path, tables: dict[str, pa.Table]) -> None:
-    have = set(tables["tokens.parquet"].column_names)
-    others = [name for name in OTHERS if name in have]
-    wanted = {
-        "rows.parquet": set(ROW_SCHEMA.names),
-        "vocab.parquet": set(VOCAB_SCHEMA.names),
-        "tokens.parquet": set(token_schema(others).names),
-    }
-    for name, table in tables.items():
-        if missing := sorted(wanted[name] - set(table.column_names)):
-            raise StorageError(
-                f"{folder / name} lacks the columns {', '.join(missing)}; it is no capture of this program"
-            )
 
 
 def rows_of(record: Record) -> Iterator[tuple[dict[str, Any], list[int]]]:

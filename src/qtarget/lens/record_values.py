@@ -15,7 +15,7 @@ _TOKENS, _ROWS, _VOCAB = "tokens.parquet", "rows.parquet", "vocab.parquet"
 _ROUNDING = 0.01
 
 
-def fault(record: Record) -> tuple[str, str] | None:
+def impossible_value(record: Record) -> tuple[str, str] | None:
     """(file, what is wrong), or None."""
     tokens, vocab_size = record.tokens, record.vocab_size
     lengths = np.asarray([len(ids) for ids in tokens["ids"]])
@@ -32,12 +32,8 @@ def fault(record: Record) -> tuple[str, str] | None:
     for model in ("student", *record.others):
         if not np.array_equal([len(values) for values in tokens[model]], lengths):
             return _TOKENS, f"{model} has another number of log-probabilities than ids"
-        values = np.fromiter(chain.from_iterable(tokens[model]), np.float64, len(flat))
-        for name, numbers in (
-            (model, values),
-            *((f"{model}_{part}", tokens[f"{model}_{part}"]) for part in ("tail", "floor")),
-        ):
-            numbers = np.asarray(numbers, np.float64)
+        for name in (model, f"{model}_tail", f"{model}_floor"):
+            numbers = np.asarray([*chain.from_iterable(tokens[name])] if name == model else tokens[name], np.float64)
             if np.isnan(numbers).any() or (len(numbers) and numbers.max() > _ROUNDING):
                 return _TOKENS, f"{name} holds {numbers.max()}; a log-probability is 0 or less"
     if not np.isfinite(np.asarray(tokens["entropy"], np.float64)).all():
