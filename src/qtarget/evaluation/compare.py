@@ -144,9 +144,10 @@ def _groups(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
         asked = ["greedy", *range(manifest["n"])]
         lacking = next((id for id in wanted if [r["sample"] for r in groups.get(id, ())] != asked), None)
         if lacking is not None or len(groups) != len(wanted):
+            count = len(groups.get(lacking or "", ()))
             raise StorageError(
-                f"{str(folder)!r} has {len(groups.get(lacking or '', ()))} of {manifest['n'] + 1} answers to problem {lacking} "
-                f"of task {task}; its samples were changed: run qtarget eval into another folder"
+                f"{str(folder)!r} has {count} of {manifest['n'] + 1} answers to problem {lacking} of task {task}; its "
+                "samples were changed: run qtarget eval into another folder"
             )
         groups_of[task] = {id: groups[id] for id in wanted}
     return groups_of

@@ -7,6 +7,7 @@ import queue
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ class Graders:
 # -- sampling ------------------------------------------------------------------------------------------------------
 
 
+@dataclass
 class Run:
     """One run's samples, of this process's share of the batches.
 
@@ -84,28 +86,26 @@ class Run:
         tasks, folder: begun with ``records.begin``. n, seed: see the command's help.
         prompts: of ``tasks.prompts``.
         batch_size: completions at once. timeout, processes: of the verifiers. rank, world: this process among all.
+
+    Attributes:
+        held: the samples of each task. last_error: what the latest call of a verifier that failed said.
     """
 
-    def __init__(
-        self,
-        tasks: Sequence[Task],
-        folder: Path,
-        *,
-        n: int,
-        seed: int,
-        prompts: dict[tuple[str, str], list[int]],
-        batch_size: int,
-        timeout: float,
-        processes: int = 1,
-        rank: int = 0,
-        world: int = 1,
-    ):
-        self.tasks, self.folder, self.n, self.seed = tasks, folder, n, seed
-        self._prompts, self._batch_size = prompts, batch_size
-        self._timeout, self._processes = timeout, processes
-        self.rank, self.world = rank, world
-        self.held = {task.name: records.Samples(folder, task.name, rank) for task in tasks}
-        self.last_error: str | None = None
+    tasks: Sequence[Task]
+    folder: Path
+    _: KW_ONLY
+    n: int
+    seed: int
+    prompts: dict[tuple[str, str], list[int]]
+    batch_size: int
+    timeout: float
+    processes: int = 1
+    rank: int = 0
+    world: int = 1
+    last_error: str | None = field(default=None, init=False)
+
+    def __post_init__(self):
+        self.held = {task.name: records.Samples(self.folder, task.name, self.rank) for task in self.tasks}
 
     def missing(self) -> int:
         """How many samples no process has made."""
@@ -116,7 +116,7 @@ class Run:
         cut = []
         for task in self.tasks:
             order = plan(task.problems, self.n)
-            cut += [(task, order[at : at + self._batch_size]) for at in range(0, len(order), self._batch_size)]
+            cut += [(task, order[at : at + self.batch_size]) for at in range(0, len(order), self.batch_size)]
         own = cut[self.rank :: self.world]
         return [(task, batch) for task, batch in own if not self.held[task.name].done.keys() >= set(batch)]
 
@@ -129,7 +129,7 @@ class Run:
         done = 0
         for _, batches in itertools.groupby(self.batches(), key=lambda one: one[0].name):
             own = [*batches]
-            with Graders(own[0][0].grader, self._timeout, self._processes) as open_graders:
+            with Graders(own[0][0].grader, self.timeout, self.processes) as open_graders:
                 for task, batch in own:
                     self._batch(sampler, open_graders, task, batch)
                     done += len(batch)
@@ -144,7 +144,7 @@ class Run:
             for problem, sample in batch
         ]
         requests = [
-            Request(tuple(self._prompts[task.name, problem]), seed)
+            Request(tuple(self.prompts[task.name, problem]), seed)
             for (problem, _), seed in zip(batch, seeds, strict=True)
         ]
         rows = {problem.id: problem.row for problem in task.problems}

@@ -23,7 +23,6 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from qtarget.errors import ConfigError, loading
 from qtarget.models.frozen import load_frozen
 
-GREEDY = "greedy"
 # Tokens that end a turn in the families at hand. They stop an answer where the tokenizer has them, whatever the model
 # is called: a base model trained on one and asked in the other's template would run on.
 _TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>")
@@ -144,8 +143,7 @@ class Sampler:
         self.tokenizer: Any = load_tokenizer(name, revision)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with loading("model", name):
-            model: Any = load_frozen(name, revision, {"dtype": dtype} if dtype else None, self.device)
-        self.model = model
+            self.model: Any = load_frozen(name, revision, {"dtype": dtype} if dtype else None, self.device)
         self.temperature, self.top_p, self.max_new_tokens = temperature, top_p, max_new_tokens
         self.ends = end_tokens(self.tokenizer, self.model.generation_config)
         pad = self.tokenizer.pad_token_id

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -24,12 +25,13 @@ from typing_extensions import TypedDict
 
 from qtarget import files
 from qtarget.errors import StorageError
-from qtarget.lens import record_values
 
 FORMAT = 1
 OTHERS = ("teacher", "reference")
 SIGNALS = ("weight", "critical", "old_logps")
-FILES = ("rows.parquet", "tokens.parquet", "vocab.parquet")
+_ROWS, _TOKENS, _VOCAB = FILES = ("rows.parquet", "tokens.parquet", "vocab.parquet")
+# A log-probability may be above 0 by rounding.
+_ROUNDING = 0.01
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -141,8 +143,8 @@ class Writer:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         schema = token_schema(others, signals)
-        self._tokens = pq.ParquetWriter(self.folder / "tokens.parquet", schema, compression="zstd")
-        self._rows = pq.ParquetWriter(self.folder / "rows.parquet", ROW_SCHEMA, compression="zstd")
+        self._tokens = pq.ParquetWriter(self.folder / _TOKENS, schema, compression="zstd")
+        self._rows = pq.ParquetWriter(self.folder / _ROWS, ROW_SCHEMA, compression="zstd")
         self.used: set[int] = set()
         self.counts = {"rows": 0, "tokens": 0}
 
@@ -161,7 +163,7 @@ class Writer:
         table = pa.Table.from_pydict(
             {"id": ids, "text": [text_of(i) for i in ids], "special": [i in special for i in ids]}, schema=VOCAB_SCHEMA
         )
-        pq.write_table(table, self.folder / "vocab.parquet", compression="zstd")
+        pq.write_table(table, self.folder / _VOCAB, compression="zstd")
         files.write_json(self.folder / "manifest.json", {"format": FORMAT, **manifest, **self.counts})
 
 
@@ -187,7 +189,7 @@ def read(folder: str | Path) -> Record:
         )
     if not len(record):
         raise StorageError(f"{folder} holds no supervised token; capture rows that have some")
-    if fault := record_values.impossible_value(record):
+    if fault := _impossible_value(record):
         file, what = fault
         raise StorageError(f"{folder / file}: {what}; it is no capture of this program, or was changed: capture again")
     return record
@@ -202,7 +204,7 @@ def _table(file: Path) -> pa.Table:
         raise StorageError(f"{file} cannot be read ({why}); capture again: qtarget lens capture") from None
     names = set(table.column_names)
     tokens = token_schema([name for name in OTHERS if name in names], [name for name in SIGNALS if name in names])
-    schema = {"rows.parquet": ROW_SCHEMA, "vocab.parquet": VOCAB_SCHEMA}.get(file.name, tokens)
+    schema = {_ROWS: ROW_SCHEMA, _VOCAB: VOCAB_SCHEMA}.get(file.name, tokens)
     if missing := sorted({*schema.names} - names):
         raise StorageError(f"{file} lacks the columns {', '.join(missing)}; it is no capture of this program")
     columns = []
@@ -227,3 +229,52 @@ def rows_of(record: Record) -> Iterator[tuple[dict[str, Any], list[int]]]:
         places.setdefault(row, []).append(number)
     for row in record.rows:
         yield row, places.get(row["row"], [])
+
+
+# -- could its numbers come from a model? --------------------------------------------------------------------------
+
+
+def _impossible_value(record: Record) -> tuple[str, str] | None:
+    """(file, what is wrong), or None, of numbers that come from no model: the file may be a stranger's, or edited."""
+    tokens, vocab_size = record.tokens, record.vocab_size
+    lengths = np.asarray([len(ids) for ids in tokens["ids"]])
+    flat = np.fromiter(chain.from_iterable(tokens["ids"]), np.int64, int(lengths.sum()))
+    labels, token_of = np.asarray(tokens["label"]), np.repeat(np.arange(len(lengths)), lengths)
+    for name, ids in (("label", labels), ("ids", flat)):
+        if len(ids) and not (ids.min() >= 0 and ids.max() < vocab_size):
+            bad = ids[(ids < 0) | (ids >= vocab_size)][0]
+            return _TOKENS, f"{name} holds {bad}, outside the vocabulary of {vocab_size}"
+    found = np.zeros(len(labels), bool)
+    found[token_of[flat == labels[token_of]]] = True
+    if not found.all():
+        return _TOKENS, f"label {labels[~found][0]} is not among the ids of its token"
+    for model in ("student", *record.others):
+        if not np.array_equal([len(values) for values in tokens[model]], lengths):
+            return _TOKENS, f"{model} has another number of log-probabilities than ids"
+        for name in (model, f"{model}_tail", f"{model}_floor"):
+            numbers = np.asarray([*chain.from_iterable(tokens[name])] if name == model else tokens[name], np.float64)
+            if np.isnan(numbers).any() or (len(numbers) and numbers.max() > _ROUNDING):
+                return _TOKENS, f"{name} holds {numbers.max()}; a log-probability is 0 or less"
+    if not np.isfinite(np.asarray(tokens["entropy"], np.float64)).all():
+        return _TOKENS, "entropy holds NaN or infinity"
+    return _places(record) or _texts(record)
+
+
+def _places(record: Record) -> tuple[str, str] | None:
+    length_of = {}
+    for row in record.rows:
+        if len(row["supervised"]) != len(row["input_ids"]):
+            return _ROWS, f"row {row['row']} has {len(row['supervised'])} marks for {len(row['input_ids'])} input_ids"
+        length_of[row["row"]] = len(row["input_ids"])
+    for row, position in zip(record.tokens["row"], record.tokens["position"], strict=True):
+        if row not in length_of:
+            return _TOKENS, f"row holds {row}, which {_ROWS} has not"
+        if not 0 < position < length_of[row]:
+            return _TOKENS, f"position holds {position} for a row of {length_of[row]} tokens"
+    return None
+
+
+def _texts(record: Record) -> tuple[str, str] | None:
+    used = set(chain.from_iterable(row["input_ids"] for row in record.rows))
+    missing = min(used - record.vocab.keys(), default=None)
+    return None if missing is None else (_VOCAB, f"it has no text for id {missing}")
