@@ -189,8 +189,6 @@ def normal(answer: str) -> str:
     ):
         text = text.strip("$").strip() if text[0] == "$" else text[2:-2].strip()
         text = text.lstrip(_LEADING).rstrip(_TRAILING)
-        if not text:
-            return ""
     text = _GROUPED.sub(lambda found: found[1] + re.sub(r"\D", "", found[2]), text) if _is_one_number(text) else text
     text = re.sub(r"\\\$|[£€]", "", _SPACES.sub(" ", text)).replace("\\%", "%").replace("±", "\\pm ")
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)

@@ -33,7 +33,7 @@ class Graders:
     """Several killable processes of one grader, asked about a batch at once.
 
     Attributes:
-        timeouts, errors, last_error: as in ``Grader``, over all of them.
+        last_error: what a call that failed said, of the first process that had one.
     """
 
     def __init__(self, name: str, timeout: float, processes: int = 1):

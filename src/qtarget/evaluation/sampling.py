@@ -143,7 +143,8 @@ class Sampler:
         self.tokenizer: Any = load_tokenizer(name, revision)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with loading("model", name):
-            self.model: Any = load_frozen(name, revision, {"dtype": dtype} if dtype else None, self.device)
+            model: Any = load_frozen(name, revision, {"dtype": dtype} if dtype else None, self.device)
+        self.model = model
         self.temperature, self.top_p, self.max_new_tokens = temperature, top_p, max_new_tokens
         self.ends = end_tokens(self.tokenizer, self.model.generation_config)
         pad = self.tokenizer.pad_token_id

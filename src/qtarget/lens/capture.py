@@ -17,7 +17,7 @@ from torch import Tensor
 from qtarget import __version__, files
 from qtarget.data.text import text_of
 from qtarget.errors import ConfigError
-from qtarget.lens.page_targets import recorded
+from qtarget.lens.page_targets import manifest_targets
 from qtarget.lens.record import FILES, OTHERS, SIGNALS, Writer
 from qtarget.losses import Head, TopK
 from qtarget.losses.log_probs import log_probs
@@ -132,7 +132,7 @@ def _write(
         "program": f"qtarget {__version__}",
         "model": student.name,
         **{role: _named(trainer, role) if role in names else None for role in OTHERS},
-        **recorded(trainer.objective),
+        **manifest_targets(trainer.objective),
         "vocab_size": trainer.vocab_size,
         "top_k": top_k,
         "max_length": trainer.args.max_length,

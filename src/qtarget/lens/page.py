@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from qtarget.errors import ConfigError, StorageError
-from qtarget.lens.page_targets import listed, packed
+from qtarget.lens.page_targets import packed, page_entries
 from qtarget.lens.record import Record
 from qtarget.targets import Target
 
@@ -145,7 +145,7 @@ def _data(record: Record, max_rows: int, target: Target | None) -> dict[str, Any
             "floor": {name: packed(values, "f4") for name, values in kept.floor.items()},
             "numbers": {name: packed([record.tokens[name][token] for token in tokens], "f4") for name in names},
         },
-        "targets": listed(record, tokens, target),
+        "targets": page_entries(record, tokens, target),
     }
 
 

@@ -11,6 +11,7 @@ log-probabilities stand at all of them, and what is left over is its tail.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -224,11 +225,11 @@ def _table(file: Path) -> pa.Table:
 
 def rows_of(record: Record) -> Iterator[tuple[dict[str, Any], list[int]]]:
     """Each row with the numbers of its tokens."""
-    places: dict[int, list[int]] = {}
+    tokens_of = defaultdict[int, list[int]](list)
     for number, row in enumerate(record.tokens["row"]):
-        places.setdefault(row, []).append(number)
+        tokens_of[row].append(number)
     for row in record.rows:
-        yield row, places.get(row["row"], [])
+        yield row, tokens_of[row["row"]]
 
 
 # -- could its numbers come from a model? --------------------------------------------------------------------------
@@ -261,11 +262,10 @@ def _impossible_value(record: Record) -> tuple[str, str] | None:
 
 
 def _places(record: Record) -> tuple[str, str] | None:
-    length_of = {}
     for row in record.rows:
         if len(row["supervised"]) != len(row["input_ids"]):
             return _ROWS, f"row {row['row']} has {len(row['supervised'])} marks for {len(row['input_ids'])} input_ids"
-        length_of[row["row"]] = len(row["input_ids"])
+    length_of = {row["row"]: len(row["input_ids"]) for row in record.rows}
     for row, position in zip(record.tokens["row"], record.tokens["position"], strict=True):
         if row not in length_of:
             return _TOKENS, f"row holds {row}, which {_ROWS} has not"
