@@ -95,7 +95,7 @@ class LossCall:
     Args:
         targets: one for all tokens, or one per data source.
         labels: [batch, length], before the shift.
-        columns: weight, critical, old_logps and the source's number, of the labels' shape.
+        columns: of the labels' shape: those that the targets read, the number of the source, and any others.
         others: teacher and reference.
         aux_loss: also return the auxiliary loss of a mixture of experts.
         backend: who does the rows' mathematics; see ``qtarget.linear_target_loss``.
@@ -113,40 +113,29 @@ class LossCall:
         aux_loss: bool = False,
         backend: str = "auto",
     ):
-        self.targets = targets
-        self.labels = labels
-        self.columns = columns
-        self.others = others
-        self.vocab_size = vocab_size
-        self.num_items = num_items
-        self.stats = stats
-        self.aux_loss = aux_loss
-        self.backend = backend
+        self.targets, self.labels, self.columns, self.others = targets, labels, columns, others
+        self.vocab_size, self.num_items, self.stats = vocab_size, num_items, stats
+        self.aux_loss, self.backend = aux_loss, backend
         self.gathered = False
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: HeadTransform) -> ModelOutput:
         labels = self.labels[:, 1:].to(hidden.device)
         # Virtual tokens of prompt tuning come first: the last positions are the labels'.
         hidden = hidden[:, -self.labels.shape[1] :][:, :-1]
-        columns = {name: column[:, 1:] for name, column in self.columns.items()}
-        source = columns.pop(SOURCE_ID, None)
-        num_items = self.num_items
-        if num_items is None:  # the mean over this batch, whatever its sources
-            num_items = (labels != -100).sum()
-        single = len(self.targets) == 1
+        source = None if len(self.targets) == 1 else self.columns.get(SOURCE_ID)
         output = linear_target_loss(
             hidden,
             weight,
             labels,
-            self.targets[0] if single else self.targets,
-            which=None if single or source is None else source.to(hidden.device),
+            self.targets[0] if len(self.targets) == 1 else self.targets,
+            which=None if source is None else source[:, 1:].to(hidden.device),
             head_bias=bias,
             **self.others,  # type: ignore[arg-type]
-            **{name: columns[name] for name in columns_of(*self.targets)},  # type: ignore[arg-type]
+            **{name: self.columns[name][:, 1:] for name in columns_of(*self.targets)},  # type: ignore[arg-type]
             vocab_size=None if self.vocab_size is None else min(self.vocab_size, weight.shape[0]),
             logit_scale=transform.scale,
             logit_softcap=transform.softcap,
-            num_items=num_items,
+            num_items=self.num_items,
             stats=self.stats,
             backend=self.backend,
         )

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from trl import SFTTrainer
 
 from qtarget.data.batch import Batch
-from qtarget.data.columns import REFERENCE, SOURCE_ID, columns_for, columns_of
+from qtarget.data.columns import REFERENCE, SOURCE_ID, columns_for
 from qtarget.errors import ConfigError, raise_together
 from qtarget.losses import Head, TopK, engine
 from qtarget.models.causal_lm import CausalLM
@@ -97,13 +97,14 @@ class QTargetTrainer(HostHooks):
         kwargs.update(zip(names, positional, strict=False))
         args = QTargetConfig.of(model, args, target)
         objectives = self.objective, self.eval_objective = args.resolve_objective(), args.resolve_eval_objective()
-        given = teacher_model is not None, reference_model is not None
-        raise_together(checks.before_loading(model, args, *objectives, kwargs, *given))
-        for warning in checks.unused_teacher(args, objectives, given[0]):
+        datasets = checks.datasets_of(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+        sets = checks.column_sets(*objectives, datasets)
+        self.reads_reference_column, faults = checks.reference_column(args, sets, reference_model is not None)
+        teacher_given = teacher_model is not None
+        raise_together([*checks.before_loading(model, args, objectives, sets, kwargs, teacher_given), *faults])
+        for warning in checks.unused_teacher(args, objectives, teacher_given):
             logger.warning(warning)
         engine.choose(args.loss_backend, args.device, torch.float32, "loss_backend")
-        sets = checks.column_sets(*objectives, kwargs)
-        self.reads_reference_column = checks.reference_column(args, sets, given[1])[0]
         self.rows = RowPreparer(args, *objectives, self.reads_reference_column, self.opens_teacher)
         self.step_batches, self.checkpoints = StepBatches(), AtomicCheckpoints()
         kwargs.pop("compute_loss_func", None)
@@ -198,7 +199,7 @@ class QTargetTrainer(HostHooks):
     @property
     def reads_teacher(self) -> bool:
         """Whether there is a teacher to ask."""
-        return self.aux.teacher is not None
+        return self.aux.has("teacher")
 
     @property
     def evaluates_teacher(self) -> bool:
@@ -212,10 +213,6 @@ class QTargetTrainer(HostHooks):
         objectives = self.objective, self.eval_objective
         ahead = frozenset().union(*(o.requires_from(self.state.global_step, self.total_steps) for o in objectives))
         self.aux.release(self._roles(ahead))
-
-    def targets_now(self, training: bool = True) -> list[Target]:
-        """The targets of the next optimiser step, one per data source."""
-        return (self.objective if training else self.eval_objective).at(self.state.global_step, self.total_steps)
 
     # -- the loss ------------------------------------------------------------------------------------------------
 
@@ -232,7 +229,7 @@ class QTargetTrainer(HostHooks):
         num_items_in_batch: Tensor | int | None = None,
     ):
         training, step = model.training, self.state.global_step
-        targets = self.targets_now(training)
+        targets = (self.objective if training else self.eval_objective).at(step, self.total_steps)
         requires = frozenset().union(*(target.requires for target in targets))
         batch, student = self.rows.batch(inputs), CausalLM(model, self.vocab_size)
         if not self._heads_checked:
@@ -245,11 +242,10 @@ class QTargetTrainer(HostHooks):
         source = batch.columns.get(SOURCE_ID) if len(targets) > 1 else None
         if self.label_only_token is not None:
             targets, source = teacher_settings.split_end_tokens(targets, source, batch.labels, self.label_only_token)
-        columns = {name: batch.columns[name] for name in columns_of(*targets) if name in batch.columns}
         call = LossCall(
             targets,
             batch.labels,
-            columns if source is None else {**columns, SOURCE_ID: source},
+            batch.columns if source is None else {**batch.columns, SOURCE_ID: source},
             heads,
             self.vocab_size,
             num_items_in_batch,
@@ -280,8 +276,8 @@ class QTargetTrainer(HostHooks):
             batch.columns["old_logps"] = self.aux.old_logps(student, batch)
         if self.args.weights == "online" and "weight" in requires:
             reference = batch.columns.get(REFERENCE)
-            weights = self.aux.online_weights(student, batch, self.args.weights_temperature, reference)
-            batch.columns["weight"] = weights
+            temperature = self.args.weights_temperature
+            batch.columns["weight"] = self.aux.online_weights(student, batch, temperature, reference)
 
     def _engine_backend(self) -> str:
         """Who does the rows' mathematics: the same at every step of a run, and asked once."""
