@@ -71,10 +71,6 @@ class CausalLM:
         nll = self.model(**inputs, qtarget=call).record.stats["nll"]
         return torch.nn.functional.pad(-nll.nan_to_num(0.0), (1, 0))
 
-    def without_adapters(self) -> WithoutAdapters:
-        """The model as it was before its adapters."""
-        return WithoutAdapters(self.model, self.vocab_size)
-
     def _states_and_head(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
         """(last hidden states, weight and bias of the head, whole)."""
         asked = StatesCall()
@@ -139,7 +135,7 @@ class CausalLM:
 
 
 class WithoutAdapters(CausalLM):
-    """A PEFT model as its base was, dropout off."""
+    """A PEFT model as it was before its adapters, dropout off."""
 
     def head(self, inputs: Inputs) -> Head:
         with adapters_off(self.unwrapped):

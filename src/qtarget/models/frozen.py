@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from qtarget.errors import ConfigError
 from qtarget.models.forward import add_target_forward, head_parameters
@@ -32,10 +33,25 @@ def load_frozen(name_or_path: str, revision: str | None, init_kwargs: dict | Non
     return freeze(model)
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """The weights as they are now, without a forward patched onto the original, which would read the original."""
-    twin = copy.deepcopy(model)
-    twin.__dict__.pop("forward", None)
+def copy_of_the_start(student: nn.Module) -> nn.Module:
+    """The reference, where none is named: the model as it starts, frozen.
+
+    Raises:
+        ConfigError: this process does not hold all weights.
+    """
+    if any(parameter.is_meta for parameter in student.parameters()):
+        raise ConfigError(
+            "the reference is the model as it starts, but this process holds no weights to copy (FSDP's "
+            "cpu_ram_efficient_loading); set reference_model_name_or_path to the model's own name"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ConfigError(
+            "the reference is the model as it starts, which ZeRO-3 keeps in pieces; set "
+            "reference_model_name_or_path to the model's own name, or use ZeRO-2 or FSDP2"
+        )
+    twin = copy.deepcopy(student)
+    for patched in ("forward", "_qtarget_forward"):  # the patched forward would read the original
+        twin.__dict__.pop(patched, None)
     return freeze(twin)
 
 

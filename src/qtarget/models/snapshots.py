@@ -55,12 +55,13 @@ class WeightSnapshot:
     def _take(self, step: int, share: float = 1.0) -> None:
         """Move the copies to the present weights: all the way, or by a share of the difference."""
         for name, parameter in self._trainable().items():
-            if name not in self._kept:
-                self._kept[name] = self._first(_local(parameter))
+            present, kept = _local(parameter), self._kept.get(name)
+            if kept is None:
+                self._kept[name] = self._first(present)
             elif share == 1:
-                self._kept[name].copy_(_local(parameter))
+                kept.copy_(present)
             else:
-                self._kept[name].lerp_(_local(parameter).to(self._kept[name].dtype), share)
+                kept.lerp_(present.to(kept.dtype), share)
         self.taken_at = step
 
     def _first(self, weights: Tensor) -> Tensor:
@@ -81,10 +82,10 @@ class WeightSnapshot:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, parameter in self._trainable().items():
-            here, kept = _local(parameter), self._kept[name]
-            now = here.clone()  # one parameter at a time: a second full copy is never held
-            here.copy_(kept)
-            kept.copy_(now)
+            weights, kept = _local(parameter), self._kept[name]
+            present = weights.clone()  # one parameter at a time: a second full copy is never held
+            weights.copy_(kept)
+            kept.copy_(present)
 
     def forget(self) -> None:
         """Start anew with the next optimiser step 0."""
@@ -168,22 +169,14 @@ class EmaWeights(WeightSnapshot):
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """As its base, but the copies stay as they are: a swap would round them to the model's precision."""
-        if self.taken_at is None:
-            yield
-            return
-        with torch.no_grad():
-            present = {name: _local(parameter).clone() for name, parameter in self._trainable().items()}
-            self._put(self._kept)
+        """As its base, but the average stays as it is: a swap would round it to the model's precision."""
+        trainable, average = self._trainable(), self._kept
+        self._kept = {name: weights.to(trainable[name].dtype, copy=True) for name, weights in average.items()}
         try:
-            yield
+            with super().in_place():
+                yield
         finally:
-            self._put(present)
-
-    @torch.no_grad()
-    def _put(self, weights: dict[str, Tensor]) -> None:
-        for name, parameter in self._trainable().items():
-            _local(parameter).copy_(weights[name])
+            self._kept = average
 
 
 def _local(parameter: Tensor) -> Tensor:

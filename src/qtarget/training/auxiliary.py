@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from qtarget.data.batch import Batch
-from qtarget.errors import ConfigError, loading
+from qtarget.errors import loading
 from qtarget.losses import Head, TopK
 from qtarget.losses.log_probs import importance_weight
-from qtarget.models.causal_lm import CausalLM, Inputs
+from qtarget.models.causal_lm import CausalLM, Inputs, WithoutAdapters
 from qtarget.models.frozen import (
+    copy_of_the_start,
     evaluation_mode,
     fingerprint,
-    frozen_copy,
     load_frozen,
     name_and_fingerprint,
     place_as_student,
@@ -71,16 +70,14 @@ class AuxiliaryModels:
         self._heads_checked = False
 
     def _reference(self, student: CausalLM, given: nn.Module | None) -> CausalLM | None:
-        args = self._args
-        if given is None and args.reference_model_name_or_path:
-            name = args.reference_model_name_or_path
+        args, name = self._args, self._args.reference_model_name_or_path
+        if given is None and name:
             with loading("reference_model_name_or_path", name):
-                kwargs = args.reference_model_init_kwargs
-                given = load_frozen(name, args.reference_model_revision, kwargs, args.device)
-        if given is None and self.has_adapters:
+                given = load_frozen(name, args.reference_model_revision, args.reference_model_init_kwargs, args.device)
+        elif given is None and self.has_adapters:
             return None
-        if given is None:
-            given = _copy_of_the_start(student.unwrapped)
+        elif given is None:
+            given = copy_of_the_start(student.unwrapped)
             self.reference_name = f"the weights at the start, {fingerprint(given)}"
         return CausalLM(place_as_student(given, "reference", self._accelerator, args.device), student.vocab_size)
 
@@ -118,15 +115,12 @@ class AuxiliaryModels:
 
     def release(self, requires: Collection[str]) -> None:
         """Free the models that nothing asks for from now on."""
-        freed = "teacher" not in requires and self.teacher is not None
-        if freed:
-            self.teacher = None
-        if "reference" not in requires and self.reference is not None:
-            self.reference, freed = None, True
-        if freed:
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        for role in {"teacher", "reference"} - {*requires}:
+            if getattr(self, role) is not None:
+                setattr(self, role, None)
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
 
     # -- asking --------------------------------------------------------------------------------------------------
 
@@ -154,7 +148,7 @@ class AuxiliaryModels:
         return heads
 
     def _reference_for(self, student: CausalLM) -> CausalLM:
-        return student.without_adapters() if self.reference is None else self.reference
+        return WithoutAdapters(student.model, student.vocab_size) if self.reference is None else self.reference
 
     def reference_log_p(self, student: CausalLM, inputs: Inputs, labels: Tensor) -> Tensor:
         """log p of each label under the reference, float32 [B, T]; 0 where nothing is trained."""
@@ -190,20 +184,3 @@ class AuxiliaryModels:
         total = zeros.index_add(0, document.flatten(), gap.flatten())
         count = zeros.index_add(0, document.flatten(), trained.double().flatten()).clamp(min=1)
         return importance_weight(total / count, temperature).float()[document]
-
-
-def _copy_of_the_start(student: nn.Module) -> nn.Module:
-    """The reference, where none is named: the model as it starts."""
-    if any(parameter.is_meta for parameter in student.parameters()):
-        raise ConfigError(
-            "the reference is the model as it starts, but this process holds no weights to copy (FSDP's "
-            "cpu_ram_efficient_loading); set reference_model_name_or_path to the model's own name"
-        )
-    if is_deepspeed_zero3_enabled():
-        raise ConfigError(
-            "the reference is the model as it starts, which ZeRO-3 keeps in pieces; set "
-            "reference_model_name_or_path to the model's own name, or use ZeRO-2 or FSDP2"
-        )
-    copy = frozen_copy(student)
-    copy.__dict__.pop("_qtarget_forward", None)
-    return copy
