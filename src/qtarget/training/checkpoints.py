@@ -159,31 +159,27 @@ def list_files(folder: Path) -> None:
 
 def put(written: Path, finished: Path) -> None:
     """Give a written checkpoint its name; one of an earlier run that has it goes first."""
-    remove(finished)
+    _set_aside(finished)
     written.rename(finished)
-    _remove_empty(written.parent)
+    clear(finished.parent)
 
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint, which loses its name before its first file."""
-    deleted = folder.parent / UNFINISHED / f"deleted-{folder.name}"
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(deleted, ignore_errors=True)
-        if folder.exists():
-            deleted.parent.mkdir(exist_ok=True)
-            folder.rename(deleted)
-            shutil.rmtree(deleted, ignore_errors=True)
-            _remove_empty(deleted.parent)
+    _set_aside(folder)
+    clear(folder.parent)
+
+
+def _set_aside(folder: Path) -> None:
+    aside = folder.parent / UNFINISHED / f"deleted-{folder.name}"
+    aside.parent.mkdir(exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # there is none, or another process was first
+        folder.rename(aside)
 
 
 def clear(run: str | Path) -> None:
-    """Delete what a killed run has left unfinished."""
+    """Delete what is unfinished or set aside, also by a killed run."""
     shutil.rmtree(Path(run) / UNFINISHED, ignore_errors=True)
-
-
-def _remove_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not empty
-        folder.rmdir()
 
 
 def rotate(run: Path, limit: int | None, best: str | None) -> None:

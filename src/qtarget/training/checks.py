@@ -47,13 +47,6 @@ def missing_teacher(args: Any, objectives: Iterable[Objective], teacher_given: b
     ]
 
 
-def unused_teacher(args: Any, objectives: Sequence[Objective], teacher_given: bool) -> list[str]:
-    """Warnings: a teacher nobody asks is never loaded."""
-    if (teacher_given or args.names_teacher) and not any("teacher" in o.requires for o in objectives):
-        return [f"a teacher is given, but target {objectives[0]} does not need it; it is not loaded"]
-    return []
-
-
 def datasets_of(train: Any, evaluated: Any) -> list[tuple[str, Any]]:
     """(name, dataset) of a trainer's datasets, the one that is trained first."""
     named = evaluated.items() if isinstance(evaluated, Mapping) else [("eval", evaluated)]
@@ -75,7 +68,13 @@ def column_faults(
     args: Any, objectives: Iterable[Objective], sets: Iterable[ColumnSet], formatted: bool = False
 ) -> list[str]:
     """Every fault of the datasets' columns. ``formatted``: a function makes the text of each row."""
-    faults = columns_cannot_follow(args, objectives)
+    faults = []
+    online = args.weights == "online" and any("weight" in objective.requires for objective in objectives)
+    if online and args.packing and args.packing_strategy == "wrapped":
+        faults.append(
+            "weights is 'online' and packing_strategy is 'wrapped', which runs sequences together, so that a weight per "
+            "sequence cannot be taken; use packing_strategy: bfd"
+        )
     for name, columns, objective in sets:
         faults += missing_columns(name, columns, objective, args)
         faults += [] if formatted else untrainable_rows(name, columns, args.dataset_text_field)
@@ -146,17 +145,6 @@ def untrainable_rows(dataset_name: str, columns: Iterable[str] | None, text_fiel
         f"the {dataset_name} dataset has columns {', '.join(sorted(columns)) or 'none'}; give it one of messages, "
         f"prompt and completion, {text_field} (dataset_text_field), conversations, or input_ids and labels"
     ]
-
-
-def columns_cannot_follow(args: Any, objectives: Iterable[Objective]) -> list[str]:
-    """Settings under which what belongs to a sequence is lost."""
-    online = args.weights == "online" and any("weight" in objective.requires for objective in objectives)
-    if online and args.packing and args.packing_strategy == "wrapped":
-        return [
-            "weights is 'online' and packing_strategy is 'wrapped', which runs sequences together, so that a weight per "
-            "sequence cannot be taken; use packing_strategy: bfd"
-        ]
-    return []
 
 
 def adapter_on_head(target_modules: str | Iterable[str] | None) -> list[str]:

@@ -107,7 +107,11 @@ class TokenMeter:
             logs["lr_to_match_sft"] = rate / share
             self._lines_logged += 1
             if self._lines_logged == 1 and abs(share - 1) > 1e-3:
-                trainer.accelerator.print(update_against_sft(share, rate))
+                trainer.accelerator.print(
+                    f"the update is {share:.3g} of plain SFT's on the same tokens; at this learning rate of {rate:.3g} "
+                    f"the step of {rate / share:.3g} would match it under SGD (Adam divides a constant factor out "
+                    "again, so there it tells how the steps compare with weight decay and clipping)"
+                )
 
     def save(self, folder: Path, num_tokens: int) -> None:
         """Into a checkpoint: the counts of a whole run."""
@@ -122,12 +126,3 @@ class TokenMeter:
             counts = files.loads((folder / COUNTS).read_bytes())
             self._lines_logged = int(counts["lines_logged"])
             return int(counts["num_tokens"])
-
-
-def update_against_sft(share: float, learning_rate: float) -> str:
-    """The sentence a run prints at its first log line."""
-    return (
-        f"the update is {share:.3g} of plain SFT's on the same tokens; at this learning rate of {learning_rate:.3g} the "
-        f"step of {learning_rate / share:.3g} would match it under SGD (Adam divides a constant factor out again, so "
-        "there it tells how the steps compare with weight decay and clipping)"
-    )

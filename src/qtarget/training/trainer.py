@@ -102,8 +102,8 @@ class QTargetTrainer(HostHooks):
         self.reads_reference_column, faults = checks.reference_column(args, sets, reference_model is not None)
         teacher_given = teacher_model is not None
         raise_together([*checks.before_loading(model, args, objectives, sets, kwargs, teacher_given), *faults])
-        for warning in checks.unused_teacher(args, objectives, teacher_given):
-            logger.warning(warning)
+        if (teacher_given or args.names_teacher) and not any("teacher" in o.requires for o in objectives):
+            logger.warning(f"a teacher is given, but target {self.objective} does not need it; it is not loaded")
         engine.choose(args.loss_backend, args.device, torch.float32, "loss_backend")
         self.rows = RowPreparer(args, *objectives, self.reads_reference_column, self.opens_teacher)
         self.step_batches, self.checkpoints = StepBatches(), AtomicCheckpoints()
