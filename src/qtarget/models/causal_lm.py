@@ -11,9 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from qtarget.errors import ConfigError
 from qtarget.losses import Head
-from qtarget.models.forward import HeadTransform, LossCall, StatesCall, head_parameters
-from qtarget.models.frozen import adapters_off
-from qtarget.models.sharded_head import whole
+from qtarget.models.forward import HeadTransform, LossCall, StatesCall, head_parameters, whole
+from qtarget.models.frozen import adapters_off, evaluation_mode
 from qtarget.targets import presets
 
 Inputs = dict[str, Any]
@@ -66,9 +65,10 @@ class CausalLM:
 
     @torch.no_grad()
     def label_log_p(self, inputs: Inputs, labels: Tensor) -> Tensor:
-        """log p of each label, float32 [B, T] as ``labels``; 0 where nothing is trained."""
+        """log p of each label, float32 [B, T] as ``labels``, dropout off; 0 where nothing is trained."""
         call = LossCall([presets.build("sft")], labels, {}, {}, self.vocab_size, None, "basic")
-        nll = self.model(**inputs, qtarget=call).record.stats["nll"]
+        with evaluation_mode(self.model):
+            nll = self.model(**inputs, qtarget=call).record.stats["nll"]
         return torch.nn.functional.pad(-nll.nan_to_num(0.0), (1, 0))
 
     def _states_and_head(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -119,18 +119,16 @@ class CausalLM:
                 f"{own.shape[-1]} tokens: it is split over processes in a form that cannot be gathered here; leave "
                 "tensor parallelism out (tp_plan), or shard with FSDP2"
             )
-        if own.isnan().any():
-            return
         difference = (own - rebuilt).abs()
         rounded = mixed_precision or hidden.dtype not in (torch.float32, torch.float64)
         allowed = (5e-2 if rounded else 1e-3) * (1 + float(own.abs().max()))
-        if not float(difference.max()) <= allowed:
-            place = divmod(int(difference.argmax()), own.shape[-1])
+        if not own.isnan().any() and not float(difference.max()) <= allowed:
+            token, index = divmod(int(difference.argmax()), own.shape[-1])
             raise ConfigError(
-                f"{type(self.base).__name__}'s logits cannot be rebuilt from its hidden states: token {place[0]}, id "
-                f"{place[1]} is {float(own.flatten()[difference.argmax()]):.4f} in the model and "
-                f"{float(rebuilt.flatten()[difference.argmax()]):.4f} from hidden states × head (scale "
-                f"{self.transform.scale}, softcap {self.transform.softcap}); this architecture is not supported"
+                f"{type(self.base).__name__}'s logits cannot be rebuilt from its hidden states: token {token}, id "
+                f"{index} is {float(own[0, token, index]):.4f} in the model and {float(rebuilt[0, token, index]):.4f} "
+                f"from hidden states × head (scale {self.transform.scale}, softcap {self.transform.softcap}); this "
+                "architecture is not supported"
             )
 
 

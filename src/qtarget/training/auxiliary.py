@@ -18,14 +18,7 @@ from qtarget.errors import loading
 from qtarget.losses import Head, TopK
 from qtarget.losses.log_probs import importance_weight
 from qtarget.models.causal_lm import CausalLM, Inputs, WithoutAdapters
-from qtarget.models.frozen import (
-    copy_of_the_start,
-    evaluation_mode,
-    fingerprint,
-    load_frozen,
-    name_and_fingerprint,
-    place_as_student,
-)
+from qtarget.models.frozen import copy_of_the_start, fingerprint, load_frozen, name_and_fingerprint, place_as_student
 from qtarget.models.snapshots import EmaWeights, OldPolicy, WeightSnapshot
 from qtarget.teachers.joins import CacheJoin, ContextJoin
 from qtarget.teachers.sources import TeacherSource, teacher_source
@@ -57,7 +50,6 @@ class AuxiliaryModels:
         reference: nn.Module | None = None,
         join: CacheJoin | ContextJoin | None = None,
     ):
-        self._args, self._accelerator = args, accelerator
         self.has_adapters = hasattr(student.unwrapped, "disable_adapter")
         self.teacher_name, self.reference_name = (
             None if model is None else name_and_fingerprint(model) for model in (teacher, reference)
@@ -65,12 +57,14 @@ class AuxiliaryModels:
         self.teacher: TeacherSource | None = None
         if "teacher" in requires:
             self.teacher = teacher_source(args, accelerator, student, end_token, teacher, join)
-        self.reference = self._reference(student, reference) if "reference" in requires else None
+        self.reference: CausalLM | None = None
+        if "reference" in requires:
+            self.reference = self._reference(args, accelerator, student, reference)
         self.old_policy = OldPolicy(student.unwrapped, args.psft_refresh) if "old_policy" in requires else None
         self._heads_checked = False
 
-    def _reference(self, student: CausalLM, given: nn.Module | None) -> CausalLM | None:
-        args, name = self._args, self._args.reference_model_name_or_path
+    def _reference(self, args: Any, accelerator: Any, student: CausalLM, given: nn.Module | None) -> CausalLM | None:
+        name = args.reference_model_name_or_path
         if given is None and name:
             with loading("reference_model_name_or_path", name):
                 given = load_frozen(name, args.reference_model_revision, args.reference_model_init_kwargs, args.device)
@@ -79,7 +73,7 @@ class AuxiliaryModels:
         elif given is None:
             given = copy_of_the_start(student.unwrapped)
             self.reference_name = f"the weights at the start, {fingerprint(given)}"
-        return CausalLM(place_as_student(given, "reference", self._accelerator, args.device), student.vocab_size)
+        return CausalLM(place_as_student(given, "reference", accelerator, args.device), student.vocab_size)
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -158,7 +152,7 @@ class AuxiliaryModels:
     def old_logps(self, student: CausalLM, batch: Batch) -> Tensor:
         """log p_y of psft's old policy, [B, T]; 0 where nothing is trained."""
         assert self.old_policy is not None
-        with self.old_policy.in_place(), evaluation_mode(student.model):
+        with self.old_policy.in_place():
             return student.label_log_p(batch.inputs, batch.labels)
 
     @torch.no_grad()
@@ -172,8 +166,7 @@ class AuxiliaryModels:
 
         ``reference``: [B, T] its mean per sequence, in place of a model.
         """
-        with evaluation_mode(student.model):
-            log_p = student.label_log_p(batch.inputs, batch.labels)
+        log_p = student.label_log_p(batch.inputs, batch.labels)
         if reference is None:
             reference = self.reference_log_p(student, batch.inputs, batch.labels)
         trained = batch.labels != -100

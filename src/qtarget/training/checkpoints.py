@@ -49,13 +49,11 @@ def fault(folder: str | Path) -> str | None:
     if not (folder / TRAINER_STATE_NAME).is_file():
         return f"{TRAINER_STATE_NAME} is missing"
     try:
-        listed: dict[str, int] = files.loads((folder / FILES).read_bytes())
+        listed = files.checked(files.loads((folder / FILES).read_bytes()), dict[str, int])
     except FileNotFoundError:  # another program's, which writes its state last
         return None
     except (ValueError, OSError) as error:
         return f"{FILES} cannot be read ({error})"
-    if not isinstance(listed, dict):
-        return f"{FILES} holds no mapping"
     for name, size in listed.items():
         file = folder / name
         if not file.is_file():
@@ -89,8 +87,7 @@ def unreadable_files(folder: str | Path) -> list[str]:
     folder = Path(folder)
     setting = f"resume_from_checkpoint is {str(folder)!r}"
     try:
-        if not isinstance(files.loads((folder / TRAINER_STATE_NAME).read_bytes()), dict):
-            raise ValueError("it holds no mapping")
+        files.checked(files.loads((folder / TRAINER_STATE_NAME).read_bytes()), dict)
     except (OSError, ValueError) as error:
         return [f"{setting}, whose {TRAINER_STATE_NAME} cannot be read ({error}); name another checkpoint"]
     faults = []

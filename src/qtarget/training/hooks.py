@@ -52,8 +52,7 @@ class HostHooks(SFTTrainer):
         return self.rows.on_device(super()._prepare_inputs, inputs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        host, count = super().get_batch_samples, self._get_num_items_in_batch
-        return self.step_batches.of_step(self._whole, host, count, epoch_iterator, num_batches, device)
+        return self.step_batches.of_step(self._whole, super().get_batch_samples, epoch_iterator, num_batches)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         return denominator.of_step(self._whole, batch_samples, device)

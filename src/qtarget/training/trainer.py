@@ -107,7 +107,6 @@ class QTargetTrainer(HostHooks):
         engine.choose(args.loss_backend, args.device, torch.float32, "loss_backend")
         self.rows = RowPreparer(args, *objectives, self.reads_reference_column, self.opens_teacher)
         self.step_batches, self.checkpoints = StepBatches(), AtomicCheckpoints()
-        kwargs.pop("compute_loss_func", None)
         with as_plain_nll(args):
             super().__init__(model, args, **kwargs)  # type: ignore[arg-type]
         # The trainer divides by the accumulation steps itself only where each micro-batch brings its own mean.
