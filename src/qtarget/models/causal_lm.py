@@ -32,16 +32,12 @@ class CausalLM:
         get_base = getattr(self.unwrapped, "get_base_model", None)
         # The causal language model itself, without wrappers or adapters.
         self.base: Any = self.unwrapped if get_base is None else get_base()
+        self.transform = HeadTransform.of(self.base.config)
 
     @property
     def name(self) -> str:
         """What it was loaded as, else its class."""
         return self.base.config._name_or_path or type(self.base).__name__
-
-    @property
-    def transform(self) -> HeadTransform:
-        """What the architecture does to hidden @ weight.T."""
-        return HeadTransform.of(self.base.config)
 
     @torch.no_grad()
     def head(self, inputs: Inputs) -> Head:

@@ -36,10 +36,8 @@ class HeadTransform:
     def of(cls, config: Any) -> HeadTransform:
         """As the model's configuration says, by the names the architectures use."""
         text = config.get_text_config()
-        scale = getattr(text, "logit_scale", None)
-        for name in ("output_multiplier", "lm_head_multiplier"):
-            if scale is None:
-                scale = getattr(text, name, None)
+        factors = (getattr(text, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
+        scale = next((factor for factor in factors if factor is not None), None)
         scaling = getattr(text, "logits_scaling", None)
         if scale is None and scaling is not None:  # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
             scale = scaling if text.model_type == "hyperclovax" else 1 / scaling

@@ -91,8 +91,6 @@ class WeightSnapshot:
         """Start anew with the next optimiser step 0."""
         self.taken_at = None
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------
-
     def save(self, folder: str | Path) -> None:
         if self.taken_at is not None and (_sharded(self._model) or int(os.environ.get("RANK", "0")) == 0):
             torch.save({"taken_at": self.taken_at, "weights": self._kept}, self._file(folder))

@@ -1,8 +1,4 @@
-"""The models a target needs beside the student: a teacher, a reference, psft's old policy.
-
-Each sees the student's inputs without labels, through its own wrapped forward, in evaluation mode and before the
-student's forward; what comes back is joined to the labels by position, and by supervised token in the loss.
-"""
+"""The models a target needs beside the student: a teacher, a reference, psft's old policy."""
 
 from __future__ import annotations
 
@@ -14,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qtarget.data.batch import Batch
+from qtarget.data.columns import REFERENCE
 from qtarget.errors import loading
 from qtarget.losses import Head, TopK
 from qtarget.losses.log_probs import importance_weight
@@ -75,8 +72,6 @@ class AuxiliaryModels:
             self.reference_name = f"the weights at the start, {fingerprint(given)}"
         return CausalLM(place_as_student(given, "reference", accelerator, args.device), student.vocab_size)
 
-    # -- the run -------------------------------------------------------------------------------------------------
-
     @property
     def models(self) -> list[CausalLM]:
         """Every frozen model beside the student."""
@@ -116,8 +111,6 @@ class AuxiliaryModels:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
 
-    # -- asking --------------------------------------------------------------------------------------------------
-
     def check_heads(self, inputs: Inputs) -> None:
         """Once: logits rebuilt from hidden states are the models' own."""
         for model in [] if self._heads_checked else self.models:
@@ -156,17 +149,15 @@ class AuxiliaryModels:
             return student.label_log_p(batch.inputs, batch.labels)
 
     @torch.no_grad()
-    def online_weights(
-        self, student: CausalLM, batch: Batch, temperature: float, reference: Tensor | None = None
-    ) -> Tensor:
+    def online_weights(self, student: CausalLM, batch: Batch, temperature: float) -> Tensor:
         """iw-SFT's weights [B, T]: one number per sequence, taken from the model as it is now.
 
         w = exp(temperature · mean over its supervised tokens of (log p_θ − log p_ref)), clamped to [0, 16]
-        (arXiv:2507.12856; the mean and the clamp are those of the paper's code).
-
-        ``reference``: [B, T] its mean per sequence, in place of a model.
+        (arXiv:2507.12856; the mean and the clamp are those of the paper's code). A column of the batch may hold the
+        reference's mean per sequence, in place of a model.
         """
         log_p = student.label_log_p(batch.inputs, batch.labels)
+        reference = batch.columns.get(REFERENCE)
         if reference is None:
             reference = self.reference_log_p(student, batch.inputs, batch.labels)
         trained = batch.labels != -100

@@ -23,14 +23,11 @@ if TYPE_CHECKING:
 # (name, columns, objective) of a dataset; columns is None where it does not know them before it is read.
 ColumnSet = tuple[str, list[str] | None, Objective]
 
-_NAMES = {
-    "weight": "weights",
-    "critical": "a mask of critical tokens",
-    "old_logps": "the old policy's log-probabilities",
-}
-_MENDS = {
-    "weight": "add it, set weights: online, or choose another target",
-    "old_logps": "add it, set psft_refresh to a number of steps, or choose another target",
+# column → what it holds, and what to do where it is missing
+_COLUMNS = {
+    "weight": ("weights", "add it, set weights: online"),
+    "critical": ("a mask of critical tokens", "add it"),
+    "old_logps": ("the old policy's log-probabilities", "add it, set psft_refresh to a number of steps"),
 }
 
 
@@ -93,13 +90,12 @@ def missing_columns(dataset_name: str, columns: Sequence[str] | None, objective:
             f"the {dataset_name} dataset has a column old_logps, but psft_refresh is {args.psft_refresh}, which takes "
             "the old policy from the model itself; set psft_refresh: never to read the column, or drop it"
         )
-    faults += [
-        f"target {objective} needs {_NAMES[name]}, but the {dataset_name} dataset has no column {name!r} {has}; "
-        + _MENDS.get(name, "add it, or choose another target")
-        + instead
-        for name in sorted(args.columns_for(objective.requires))
-        if name not in columns
-    ]
+    for name in sorted(set(args.columns_for(objective.requires)) - {*columns}):
+        what, mend = _COLUMNS[name]
+        faults.append(
+            f"target {objective} needs {what}, but the {dataset_name} dataset has no column {name!r} {has}; {mend}, or "
+            f"choose another target{instead}"
+        )
     if objective.column is not None and not {objective.column, SOURCE_ID} & set(columns):
         faults.append(
             f"targets names a target for each source, but the {dataset_name} dataset has no column "

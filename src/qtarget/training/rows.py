@@ -130,8 +130,7 @@ class RowPreparer:
 
     def signature(self, columns: list[str] | None) -> list[str]:
         """The columns a dataset keeps: the host's and those that are carried."""
-        kept = columns or []
-        return [*kept, *(name for name in self._carried if name not in kept)]
+        return [*dict.fromkeys([*(columns or []), *self._carried])]
 
     def collator(self, inner: Any) -> TokenColumnCollator:
         """The host's collator, with the columns."""

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from trl import SFTTrainer
 
 from qtarget.data.batch import Batch
-from qtarget.data.columns import REFERENCE, SOURCE_ID, columns_for
+from qtarget.data.columns import SOURCE_ID, columns_for
 from qtarget.errors import ConfigError, raise_together
 from qtarget.losses import Head, TopK, engine
 from qtarget.models.causal_lm import CausalLM
@@ -172,10 +172,12 @@ class QTargetTrainer(HostHooks):
         """Once: logits rebuilt from hidden states are the models' own, the student's and every other's.
 
         Raises:
-            ConfigError: an architecture that does something to its logits that is not known here.
+            ConfigError: an architecture that does something to its logits that is not known here, or a packed batch whose
+                documents see each other.
         """
         if self._heads_checked:
             return
+        checks.packed_batch(inputs)
         student = self.student if student is None else student
         with evaluation_mode(student.model):
             student.check_head(inputs, self.accelerator.mixed_precision != "no")
@@ -203,9 +205,8 @@ class QTargetTrainer(HostHooks):
     @property
     def evaluates_teacher(self) -> bool:
         """Whether the rows of evaluation find the teacher: by position always, by a join where their target asks one."""
-        return self.reads_teacher and (
-            self.rows.join is None or "teacher" in self.args.resolve_eval_objective().requires
-        )
+        asks_teacher = "teacher" in self.args.resolve_eval_objective().requires
+        return self.reads_teacher and (self.rows.join is None or asks_teacher)
 
     def release_models(self) -> None:
         """Free the models that no target needs from the next step on."""
@@ -231,9 +232,7 @@ class QTargetTrainer(HostHooks):
         targets = (self.objective if training else self.eval_objective).at(step, self.total_steps)
         requires = frozenset().union(*(target.requires for target in targets))
         batch, student = self.rows.batch(inputs), CausalLM(model, self.vocab_size)
-        if not self._heads_checked:
-            checks.packed_batch(inputs)
-            self.check_heads(batch.inputs, student)
+        self.check_heads(batch.inputs, student)
         if training:
             self.aux.advance(step, requires)
         self._add_computed_columns(batch, student, requires)
@@ -241,17 +240,10 @@ class QTargetTrainer(HostHooks):
         source = batch.columns.get(SOURCE_ID) if len(targets) > 1 else None
         if self.label_only_token is not None:
             targets, source = teacher_settings.split_end_tokens(targets, source, batch.labels, self.label_only_token)
-        call = LossCall(
-            targets,
-            batch.labels,
-            batch.columns if source is None else {**batch.columns, SOURCE_ID: source},
-            heads,
-            self.vocab_size,
-            num_items_in_batch,
-            "all" if not training or self._logs_this_step() else "basic",
-            self.aux_loss_enabled,
-            self._engine_backend(),
-        )
+        columns = batch.columns if source is None else {**batch.columns, SOURCE_ID: source}
+        stats = "all" if not training or self._logs_this_step() else "basic"
+        settings = self.vocab_size, num_items_in_batch, stats, self.aux_loss_enabled, self._engine_backend()
+        call = LossCall(targets, batch.labels, columns, heads, *settings)
         try:
             output = model(**batch.inputs, qtarget=call)
         except ConfigError as error:
@@ -274,9 +266,7 @@ class QTargetTrainer(HostHooks):
         if self.aux.old_policy is not None and "old_policy" in requires:
             batch.columns["old_logps"] = self.aux.old_logps(student, batch)
         if self.args.weights == "online" and "weight" in requires:
-            reference = batch.columns.get(REFERENCE)
-            temperature = self.args.weights_temperature
-            batch.columns["weight"] = self.aux.online_weights(student, batch, temperature, reference)
+            batch.columns["weight"] = self.aux.online_weights(student, batch, self.args.weights_temperature)
 
     def _engine_backend(self) -> str:
         """Who does the rows' mathematics: the same at every step of a run, and asked once."""
@@ -309,10 +299,7 @@ class QTargetTrainer(HostHooks):
 
     def _count_tokens(self, inputs: dict[str, Any]) -> None:
         """TRL's num_tokens: all tokens forwarded so far, padding left out."""
-        if "attention_mask" in inputs:
-            count = inputs["attention_mask"].sum()
-        else:
-            count = torch.tensor(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
+        count = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
         self._total_train_tokens += int(self.accelerator.gather_for_metrics(count).sum()) // self._tp_size
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
@@ -369,10 +356,10 @@ class QTargetTrainer(HostHooks):
             ConfigError: it needs a model or a column that this trainer did not load.
         """
         objective = Objective.single(target)
-        there = {"teacher": self.evaluates_teacher, "reference": self.aux.has("reference")}
-        missing = [f"a {name}" for name, has in there.items() if name in objective.requires and not has]
-        names = self.rows.columns.names
-        missing += [f"column {name!r}" for name in columns_for(objective.requires) if name not in names]
+        models = {"teacher": self.evaluates_teacher, "reference": self.aux.has("reference")}
+        missing = [f"a {role}" for role, loaded in models.items() if role in objective.requires and not loaded]
+        columns = self.rows.columns.names
+        missing += [f"column {name!r}" for name in columns_for(objective.requires) if name not in columns]
         if missing:
             raise ConfigError(
                 f"target {objective} needs {', '.join(missing)}, which this trainer did not load; name the target "
