@@ -7,6 +7,8 @@ import datasets
 import pytest
 import torch
 
+from hub_configs import hub_configs  # noqa: F401  a fixture
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter, which has to be known before it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 from trl import SFTConfig
 
-import caches
 import qtarget as qt
+import teacher_caches
 from qtarget.cli.__main__ import HELP, main
 
 FILE = Path(__file__).with_name("contract.json")
@@ -78,7 +78,7 @@ def flags(verb: str) -> list[str]:
 
 def left_behind(root: Path) -> dict[str, Any]:
     """Files, and the shape of their manifests, of a run, a cache, a capture, a signal and results."""
-    config = str(caches.world(root) / "config.yaml")
+    config = str(teacher_caches.write_world(root) / "config.yaml")
     tasks = root / "sums.jsonl"
     tasks.write_text("".join(json.dumps({"prompt": f"{i} plus 1?", "answer": str(i + 1)}) + "\n" for i in range(3)))
     for words in (

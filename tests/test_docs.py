@@ -16,7 +16,7 @@ import pytest
 
 import docs_tree
 import qtarget as qt
-import tiny
+import tiny_models
 from qtarget.targets import presets
 
 ROOT = Path(__file__).parent.parent
@@ -136,10 +136,10 @@ def test_files_and_names_in_a_page_exist(page):
 def test_trls_own_script_with_two_lines_changed(tmp_path):
     """As it stands, but for the names of model and dataset: no hub is asked in a test."""
     model, data = tmp_path / "model", tmp_path / "data"
-    tiny.llama().save_pretrained(model)
-    tiny.tokenizer().save_pretrained(model)
+    tiny_models.llama().save_pretrained(model)
+    tiny_models.tokenizer().save_pretrained(model)
     data.mkdir()
-    rows = [{"messages": row["prompt"] + row["completion"]} for row in tiny.conversations(4)]
+    rows = [{"messages": row["prompt"] + row["completion"]} for row in tiny_models.conversation_dataset(4)]
     (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     script = (ROOT / "examples" / "two_lines.py").read_text(encoding="utf-8")
     for name, folder in (("Qwen/Qwen3-0.6B", model), ("trl-lib/Capybara", data)):

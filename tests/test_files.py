@@ -297,13 +297,13 @@ def test_a_step_is_added_and_row_and_position_stay():
 
 
 def test_a_trainer_adds_its_step(tmp_path):
-    import tiny
-    from runs import trainer
+    import tiny_models
+    from quick_runs import quick_trainer
 
-    model = tiny.llama()
+    model = tiny_models.llama()
     with torch.no_grad():
         model.lm_head.weight[7] = float("nan")
-    made = trainer(model, tmp_path, tiny.conversations(4))
+    made = quick_trainer(model, tmp_path, tiny_models.conversation_dataset(4))
     with pytest.raises(
         qt.NonFiniteLogits, match=r"^step 1: logits are NaN or infinite at row 0, position \d+; "
     ) as caught:

@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 
 import qtarget as qt
-import tiny
+import tiny_models
 from qtarget import files
 from qtarget.errors import ConfigError
 from qtarget.lens import page
 from qtarget.targets.yaml_form import names_code
 from qtarget.teachers.context import Context
-from runs import tokenised, trainer
+from quick_runs import quick_trainer, tokenised_dataset
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
-# Where a name becomes a module: targets, losses, verifiers and graders that the user wrote, and qtarget's own lazy names.
-IMPORTERS = {"__init__.py", "targets/yaml_form.py", "evaluation/verifiers.py", "evaluation/graders.py"}
+# Where a name becomes a module: targets, losses and graders that the user wrote, and qtarget's own lazy names and verbs.
+IMPORTERS = {"__init__.py", "cli/__main__.py", "targets/yaml_form.py", "evaluation/graders.py"}
 
 
 # -- nothing in the source unpickles, evaluates or imports what it should not -----------------------------------------
@@ -115,12 +115,14 @@ def test_code_in_a_target_is_seen(config, code):
 
 
 def test_remote_code_is_off_and_told_where_it_is_on(tmp_path, caplog):
-    data = tokenised(tiny.conversations(4))
-    off = trainer(tiny.llama(), tmp_path / "off", data, target="sft")
+    data = tokenised_dataset(tiny_models.conversation_dataset(4))
+    off = quick_trainer(tiny_models.llama(), tmp_path / "off", data, target="sft")
     assert off.args.trust_remote_code is False
     assert "trust_remote_code" not in off.describe()
     with caplog.at_level(logging.WARNING, logger="qtarget"):
-        on = trainer(tiny.llama(), tmp_path / "on", data, target="sft", trust_remote_code=True, max_steps=1)
+        on = quick_trainer(
+            tiny_models.llama(), tmp_path / "on", data, target="sft", trust_remote_code=True, max_steps=1
+        )
         on.train()
     assert "trust_remote_code is on" in on.describe()
     on.create_model_card(model_name="on")
@@ -156,13 +158,13 @@ def test_remote_code_of_a_teacher_is_told():
     ],
 )
 def test_a_context_template_cannot_climb_or_fill_the_memory(template):
-    context = Context({"prompt": template}, tiny.tokenizer())
+    context = Context({"prompt": template}, tiny_models.tokenizer())
     with pytest.raises(ConfigError, match=r"teacher_context\.prompt"):
         context._render("prompt", {"prompt": "1 + 1?"}, {})
 
 
 def test_a_context_template_may_still_do_arithmetic():
-    context = Context({"prompt": "{{ '-' * 3 }}{{ 2 ** 10 }}{{ prompt }}"}, tiny.tokenizer())
+    context = Context({"prompt": "{{ '-' * 3 }}{{ 2 ** 10 }}{{ prompt }}"}, tiny_models.tokenizer())
     assert context._render("prompt", {"prompt": "?"}, {}) == "---1024?"
 
 

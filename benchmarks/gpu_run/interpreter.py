@@ -41,13 +41,13 @@ def main() -> None:
     """Print the largest error of each case, gradients and loss, as a line of JSON."""
     import torch
 
-    from engine_cases import case_named, engine, hard, oracle, preset_of, relative_error
+    from engine_and_oracle import case_named, hard_batch, preset_of, relative_error, run_engine, run_oracle
 
     torch.set_num_threads(1)
     for name in CASES:
-        batch, target = hard(), preset_of(case_named(name))
-        truth = oracle(batch, target, reduction="sum")
-        got = engine(batch, target, reduction="sum", backend="triton")
+        batch, target = hard_batch(), preset_of(case_named(name))
+        truth = run_oracle(batch, target, reduction="sum")
+        got = run_engine(batch, target, reduction="sum", backend="triton")
         pairs = [(got.gradients[key], right) for key, right in truth.gradients.items() if right is not None]
         errors = [relative_error(mine, right) for mine, right in [*pairs, (got.loss, truth.loss)]]
         print(json.dumps({"name": name, "error": max(errors)}), flush=True)

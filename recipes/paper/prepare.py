@@ -1,11 +1,11 @@
 """Write the rows of a recipe as prompt and completion: what ``dataset_name`` of recipes/paper names.
 
-    python recipes/paper/prepare.py --config recipes/paper/numina-67k_qwen2.5-math-1.5b_sft.yaml
+    python recipes/paper/prepare.py --config recipes/paper/numina-67k_qwen2.5-math-1.5b.yaml
 
 The sets on the hub nest their columns (``extra_info.question``), which no loader reads as prompt and completion. The
 recipe says which columns they are (``dataset_source_columns``) and whether the prompt is still to be rendered
 (``dataset_source_prompt: chat_template``: the model's template on one user turn, the assistant's turn opened). Both
-are written as text, so that training ends the completion with the tokenizer's end token, once. The four recipes of a
+are written as text, so that training ends the completion with the tokenizer's end token, once. All targets of a
 setting share their rows. Beside them, DATASET_NAME.json says what they were made from.
 """
 

@@ -76,7 +76,7 @@ def header(text: bytes, length: int | None = None) -> Callable[[Path], None]:
     return damage
 
 
-def trained(id: str, wrong: str, damage: Any, *says: str, reads: bool = False, **settings: Any) -> Case:
+def case_of_training(id: str, wrong: str, damage: Any, *says: str, reads: bool = False, **settings: Any) -> Case:
     """The world's cache, damaged, trained from."""
 
     def do(bench: Bench) -> list[object]:
@@ -123,69 +123,75 @@ CASES = [
         lambda b: b.train(target="kd", teacher_cache=b.folder / "no"),
         ("teacher_cache is", "holds no manifest.json; name a folder that qtarget cache build made"),
     ),
-    trained("no-manifest", "no manifest", without("manifest.json"), "teacher_cache is", "holds no manifest.json"),
-    trained(
+    case_of_training(
+        "no-manifest", "no manifest", without("manifest.json"), "teacher_cache is", "holds no manifest.json"
+    ),
+    case_of_training(
         "half-a-manifest", "half a manifest", cut("manifest.json"), "manifest.json cannot be read", "build it anew"
     ),
-    trained("a-manifest-that-is-a-list", "a list", write("manifest.json", "[]"), "manifest.json", "build it anew"),
-    trained("a-manifest-of-bytes", "not UTF-8", write("manifest.json", b"\xff\xfe{}"), "manifest.json cannot be read"),
-    trained(
+    case_of_training(
+        "a-manifest-that-is-a-list", "a list", write("manifest.json", "[]"), "manifest.json", "build it anew"
+    ),
+    case_of_training(
+        "a-manifest-of-bytes", "not UTF-8", write("manifest.json", b"\xff\xfe{}"), "manifest.json cannot be read"
+    ),
+    case_of_training(
         "a-deep-manifest",
         "a hundred thousand brackets",
         write("manifest.json", "[" * 100_000),
         "manifest.json cannot be read",
     ),
-    trained(
+    case_of_training(
         "another-format", "a format to come", manifest(format=2), "manifest.json has format 2, and this version reads 1"
     ),
-    trained("a-part-missing", "no k", manifest(k=...), "manifest.json cannot be read"),
-    trained("another-part-missing", "no teacher", manifest(teacher=...), "manifest.json cannot be read"),
-    trained(
+    case_of_training("a-part-missing", "no k", manifest(k=...), "manifest.json cannot be read"),
+    case_of_training("another-part-missing", "no teacher", manifest(teacher=...), "manifest.json cannot be read"),
+    case_of_training(
         "a-part-nobody-knows",
         "a field of somebody else's",
         manifest(colour="red"),
         "manifest.json cannot be read",
         "colour is 'red', and no such file has a field of that name",
     ),
-    trained(
+    case_of_training(
         "a-shard-without-tokens",
         "words for a count, inside a list",
         line(tokens="many"),
         "manifest.json cannot be read",
         "shards[0].tokens is 'many', which should be a valid integer",
     ),
-    trained(
+    case_of_training(
         "unfinished",
         "a build that was stopped",
         manifest(state="building"),
         "is not finished",
         "run the same qtarget cache build again",
     ),
-    trained("k-in-words", "a word for k", manifest(k="many"), "manifest.json cannot be read", "k"),
-    trained(
+    case_of_training("k-in-words", "a word for k", manifest(k="many"), "manifest.json cannot be read", "k"),
+    case_of_training(
         "another-k",
         "more than the files hold",
         manifest(k=9),
         "is not a file of this teacher cache: ids is int32 of shape",
         "the manifest says",
     ),
-    trained(
+    case_of_training(
         "shards-that-are-a-mapping",
         "a mapping for a list",
         manifest(shards={"a": 1}),
         "manifest.json cannot be read",
         "shards",
     ),
-    trained("no-shard", "a file is missing", without(SHARD), f"{SHARD} is missing; copy the cache again"),
-    trained("half-a-shard", "a file cut in half", cut(SHARD), "it was cut short or changed"),
-    trained("a-changed-bit", "one bit", flipped(SHARD), "is not what was written: its checksum differs"),
-    trained(
+    case_of_training("no-shard", "a file is missing", without(SHARD), f"{SHARD} is missing; copy the cache again"),
+    case_of_training("half-a-shard", "a file cut in half", cut(SHARD), "it was cut short or changed"),
+    case_of_training("a-changed-bit", "one bit", flipped(SHARD), "is not what was written: its checksum differs"),
+    case_of_training(
         "a-changed-index",
         "one bit of the index",
         flipped("index.safetensors"),
         "is not what was written: its checksum differs",
     ),
-    trained(
+    case_of_training(
         "a-shard-elsewhere",
         "a path out of the folder",
         line(file="../../../etc/passwd"),
@@ -193,7 +199,7 @@ CASES = [
         "'../../../etc/passwd'",
         "a name without folders",
     ),
-    trained(
+    case_of_training(
         "an-absolute-shard",
         "an absolute path",
         line(file="/etc/passwd"),
@@ -201,112 +207,114 @@ CASES = [
         "'/etc/passwd'",
         "a name without folders",
     ),
-    trained("a-shard-without-a-name", "a number for a name", line(file=5), "manifest.json cannot be read"),
-    trained(
+    case_of_training("a-shard-without-a-name", "a number for a name", line(file=5), "manifest.json cannot be read"),
+    case_of_training(
         "a-header-longer-than-the-file",
         "2^60 bytes of header",
         header(b"{}", 2**60),
         "is not a file of a teacher cache",
     ),
-    trained("a-header-that-is-no-json", "words", header(b"no json here"), "is not a file of a teacher cache"),
-    trained(
+    case_of_training("a-header-that-is-no-json", "words", header(b"no json here"), "is not a file of a teacher cache"),
+    case_of_training(
         "an-array-of-another-kind",
         "a type nobody wrote",
         header(b'{"ids":{' + SIZE.replace("I32", "BF16").encode() + b"}}"),
         "is not a file of a teacher cache",
     ),
-    trained(
+    case_of_training(
         "offsets-before-the-file",
         "a negative offset",
         header(b'{"ids":{"dtype":"I32","shape":[2],"data_offsets":[-8,0]}}'),
         "is not a file of a teacher cache",
     ),
-    trained(
+    case_of_training(
         "offsets-behind-the-file",
         "an offset behind the end",
         header(b'{"ids":{"dtype":"I32","shape":[2],"data_offsets":[0,8]}}'),
         "is not a file of a teacher cache",
     ),
-    trained("an-array-missing", "no ids", header(b"{}"), "is not a file of this teacher cache: it has no array ids"),
-    trained(
+    case_of_training(
+        "an-array-missing", "no ids", header(b"{}"), "is not a file of this teacher cache: it has no array ids"
+    ),
+    case_of_training(
         "a-shape-that-overflows",
         "2^62 entries",
         header(b'{"ids":{"dtype":"I32","shape":[4611686018427387904,4],"data_offsets":[0,0]}}'),
         "is not a file of a teacher cache",
     ),
-    trained(
+    case_of_training(
         "ids-out-of-range",
         "tokens of another vocabulary",
         arrays(SHARD, ids=lambda a: a + 100_000),
         "is not a file of this teacher cache: its ids run from",
         "outside the vocabulary of 320",
     ),
-    trained("negative-ids", "tokens below 0", arrays(SHARD, ids=lambda a: a - 1000), "its ids run from"),
-    trained(
+    case_of_training("negative-ids", "tokens below 0", arrays(SHARD, ids=lambda a: a - 1000), "its ids run from"),
+    case_of_training(
         "nan-log-probabilities",
         "NaN",
         arrays(SHARD, logprobs=lambda a: a * np.float16(NAN)),
         "its log-probabilities are NaN or infinite",
     ),
-    trained(
+    case_of_training(
         "probabilities-above-one",
         "a log-probability of 3",
         arrays(SHARD, logprobs=lambda a: a * 0 + np.float16(3)),
         "its probabilities sum to 161 for one token",
     ),
-    trained(
+    case_of_training(
         "a-tail-above-one",
         "a rest of e^5",
         arrays(SHARD, tail=lambda a: a * 0 + np.float32(5)),
         "its probabilities sum to 149",
         "tail",
     ),
-    trained(
+    case_of_training(
         "a-nan-tail",
         "NaN for the rest",
         arrays(SHARD, tail=lambda a: a * np.float32(NAN)),
         "its log-probabilities are NaN or infinite",
     ),
-    trained(
+    case_of_training(
         "fewer-tokens-than-said",
         "a shard of half its rows",
         arrays(SHARD, ids=lambda a: a[:3], logprobs=lambda a: a[:3], tail=lambda a: a[:3]),
         "of shape [3, 8], and the manifest says",
     ),
-    trained(
+    case_of_training(
         "starts-out-of-range",
         "rows that lie elsewhere",
         arrays("index.safetensors", None, starts=lambda a: a + 10**9),
         "the index leads outside the 114 tokens",
     ),
-    trained(
+    case_of_training(
         "counts-below-zero",
         "rows of -5 tokens",
         arrays("index.safetensors", None, counts=lambda a: a * 0 - 5),
         "the index leads outside the 114 tokens",
     ),
-    trained(
+    case_of_training(
         "keys-of-another-width",
         "keys of 8 bytes",
         arrays("index.safetensors", None, keys=lambda a: a[:, :8]),
         "keys is uint8 of shape [6, 8], and the manifest says uint8 of shape [6, 16]",
     ),
-    trained(
+    case_of_training(
         "another-tokenizer",
         "built for other tokens",
         manifest(tokenizer="0" * 16),
         "the cache was built with tokenizer",
         "train with the tokenizer the cache was built for",
     ),
-    trained(
+    case_of_training(
         "another-length",
         "rows cut elsewhere",
         nothing,
         "the cache was built with max_length 120, and this run has 64",
         max_length=64,
     ),
-    trained("other-rows", "rows that were never asked about", nothing, "cache", "row", dataset_name="data"),
-    trained(
+    case_of_training("other-rows", "rows that were never asked about", nothing, "cache", "row", dataset_name="data"),
+    case_of_training(
         "another-teacher",
         "the cache is of another model",
         nothing,
@@ -314,7 +322,7 @@ CASES = [
         "and this run has",
         teacher_model_name_or_path="other",
     ),
-    trained("even-tail-of-a-whole-cache", "a good cache: it is trained from", nothing, teacher_tail="even"),
+    case_of_training("even-tail-of-a-whole-cache", "a good cache: it is trained from", nothing, teacher_tail="even"),
     inspected("inspect-a-changed-bit", "one bit", flipped(SHARD), "is not what was written: its checksum differs"),
     inspected("inspect-a-part-missing", "no preparation", manifest(preparation=...), "manifest.json cannot be read"),
     inspected(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bad_rows import ANSWER, GOOD, IDS, USER, rows, talk
+from bad_rows import ANSWER, GOOD, IDS, USER, case_of_rows, talk
 from bench import Case
 
 N = len(IDS)
@@ -15,93 +15,93 @@ def tokens(**columns: Any) -> dict[str, Any]:
 
 
 CASES = [
-    rows(
+    case_of_rows(
         "nothing-trained",
         "every label is -100",
         [tokens(labels=[-100] * N)] * 2,
         "the train dataset has no supervised token",
         "max_length",
     ),
-    rows(
+    case_of_rows(
         "only-the-first",
         "a label at position 0, which nothing predicts",
         [tokens(labels=[IDS[0], *[-100] * (N - 1)])] * 2,
         "the train dataset has no supervised token",
     ),
-    rows(
+    case_of_rows(
         "one-token-trained", "one supervised token in all: it is trained", [tokens(labels=[*[-100] * (N - 1), IDS[-1]])]
     ),
-    rows(
+    case_of_rows(
         "nothing-of-one-row",
         "a row without labels beside a good one: dropped, and said",
         [tokens(labels=[-100] * N), tokens(labels=IDS)],
     ),
-    rows(
+    case_of_rows(
         "everything-cut", "prompts that fill max_length", [GOOD] * 2, "no supervised token", "max_length", max_length=4
     ),
-    rows(
+    case_of_rows(
         "a-mask-too-short",
         "a completion mask of another length",
         [tokens(completion_mask=[0] * (N - 3) + [1])] * 2,
         "row 0 of the train dataset: completion_mask has 18 entries for 20 input_ids",
         completion_only_loss=True,
     ),
-    rows(
+    case_of_rows(
         "a-mask-of-words",
         "words in a mask",
         [tokens(completion_mask=["yes"] * N)] * 2,
         "row 0 of the train dataset: completion_mask holds 'yes'; write 0 and 1",
         completion_only_loss=True,
     ),
-    rows(
+    case_of_rows(
         "a-mask-of-two",
         "2 in a mask",
         [tokens(completion_mask=[0] * (N - 1) + [2])] * 2,
         "row 0 of the train dataset: completion_mask holds 2; write 0 and 1",
         completion_only_loss=True,
     ),
-    rows(
+    case_of_rows(
         "a-mask-of-nothing",
         "a completion mask of zeros",
         [tokens(completion_mask=[0] * N)] * 2,
         "the train dataset has no supervised token",
         completion_only_loss=True,
     ),
-    rows(
+    case_of_rows(
         "an-assistant-mask-of-nothing",
         "an assistant mask of zeros",
         [tokens(assistant_masks=[0] * N)] * 2,
         "has no {% generation %} markers",
         assistant_only_loss=True,
     ),
-    rows(
+    case_of_rows(
         "an-assistant-mask-too-long",
         "an assistant mask of another length",
         [tokens(assistant_masks=[1] * (N + 1))] * 2,
         "row 0 of the train dataset: assistant_masks has 21 entries for 20 input_ids",
     ),
-    rows(
+    case_of_rows(
         "no-markers",
         "a template that does not mark the assistant",
         [talk(USER, ANSWER)] * 2,
         "the chat template has no {% generation %} markers",
         assistant_only_loss=True,
     ),
-    rows(
+    case_of_rows(
         "assistant-of-text",
         "the assistant's part of plain text",
         [{"text": "a b c"}] * 2,
         "assistant_only_loss",
         assistant_only_loss=True,
     ),
-    rows(
+    case_of_rows(
         "packed-under-ones",
         "documents that would see each other",
         [tokens(labels=IDS, seq_lengths=[8, 12])] * 2,
         "is packed (column seq_lengths)",
         "all-ones mask",
     ),
-    rows(
+    case_of_rows(
         "packed-lengths-that-differ",
         "lengths that do not add up",
         [tokens(labels=IDS, seq_lengths=[8, 8])] * 2,
@@ -109,7 +109,7 @@ CASES = [
         packing=True,
         max_length=20,
     ),
-    rows(
+    case_of_rows(
         "packing-without-a-length",
         "no length of a packed sequence",
         [GOOD] * 4,
@@ -117,18 +117,20 @@ CASES = [
         packing=True,
         max_length=None,
     ),
-    rows("padding-free-with-a-length", "padding_free cuts nothing", [GOOD] * 2, "max_length", padding_free=True),
-    rows(
+    case_of_rows(
+        "padding-free-with-a-length", "padding_free cuts nothing", [GOOD] * 2, "max_length", padding_free=True
+    ),
+    case_of_rows(
         "packing-rows-that-are-too-long",
         "rows longer than a packed sequence: cut, and trained",
         [GOOD] * 4,
         packing=True,
         max_length=30,
     ),
-    rows(
+    case_of_rows(
         "a-stream-without-an-end", "no number of steps", [GOOD] * 4, "max_steps", dataset_streaming=True, max_steps=-1
     ),
-    rows(
+    case_of_rows(
         "a-bad-row-in-a-stream",
         "the second row is null",
         [GOOD, {**GOOD, "completion": None}],
@@ -136,7 +138,7 @@ CASES = [
         dataset_streaming=True,
         reads=True,
     ),
-    rows(
+    case_of_rows(
         "a-bad-id-in-a-stream",
         "the second row is of another vocabulary",
         [tokens(labels=IDS), {"input_ids": [9999] * 5, "labels": [5] * 5}],

@@ -6,13 +6,13 @@ from typing import Any
 
 from bench import Bench, Case
 
-import tiny
+import tiny_models
 
 GOOD = {"prompt": [{"role": "user", "content": "1 + 1?"}], "completion": [{"role": "assistant", "content": "It is 2."}]}
-IDS = tiny.tokenizer()(tiny.SENTENCES[0])["input_ids"][:20]
+IDS = tiny_models.tokenizer()(tiny_models.SENTENCES[0])["input_ids"][:20]
 
 
-def rows(id: str, wrong: str, made: list[Any], *says: str, reads: bool = False, **settings: Any) -> Case:
+def case_of_rows(id: str, wrong: str, made: list[Any], *says: str, reads: bool = False, **settings: Any) -> Case:
     """A dataset of these rows, trained on."""
     return Case(id, wrong, lambda bench: bench.train(dataset_name=bench.rows(*made), **settings), says, reads)
 
@@ -129,172 +129,178 @@ CASES = [
         "cannot be loaded",
     ),
     # shapes
-    rows(
+    case_of_rows(
         "no-shape",
         "columns nothing can be trained on",
         [{"question": "1?", "answer": "1"}],
         "has columns answer, question; give it one of messages",
     ),
-    rows("prompts-alone", "no completion", [{"prompt": "1 + 1?"}], "has columns prompt; give it one of messages"),
-    rows("no-column", "empty objects", [{}, {}], "dataset"),
-    rows(
+    case_of_rows(
+        "prompts-alone", "no completion", [{"prompt": "1 + 1?"}], "has columns prompt; give it one of messages"
+    ),
+    case_of_rows("no-column", "empty objects", [{}, {}], "dataset"),
+    case_of_rows(
         "prompt-text-completion-messages",
         "two shapes in a row",
         [{"prompt": "1?", "completion": [ANSWER]}],
         "row 0 of the train dataset",
     ),
-    rows(
+    case_of_rows(
         "prompt-of-numbers",
         "a number for text",
         [{"prompt": 1, "completion": 2}],
         "row 0 of the train dataset",
         "prompt is 1",
     ),
-    rows("text-of-numbers", "a number for text", [{"text": 5}, {"text": 6}], "row 0 of the train dataset", "text is 5"),
-    rows(
+    case_of_rows(
+        "text-of-numbers", "a number for text", [{"text": 5}, {"text": 6}], "row 0 of the train dataset", "text is 5"
+    ),
+    case_of_rows(
         "text-that-is-null",
         "null in the second row",
         [{"text": "Tom has 3 apples."}, {"text": None}],
         "row 1 of the train dataset",
         "text is None",
     ),
-    rows(
+    case_of_rows(
         "completion-that-is-null",
         "null for an answer",
         [GOOD, {**GOOD, "completion": None}],
         "row 1 of the train dataset",
         "completion is None",
     ),
-    rows(
+    case_of_rows(
         "messages-of-text",
         "text for a list",
         [{"messages": "hello"}],
         "row 0 of the train dataset",
         "messages is 'hello'",
     ),
-    rows(
+    case_of_rows(
         "no-message",
         "an empty conversation",
         [talk(USER, ANSWER), talk()],
         "row 1 of the train dataset",
         "messages is []",
     ),
-    rows(
+    case_of_rows(
         "message-without-content",
         "no content",
         [talk({"role": "user"}, {"role": "assistant"})],
         "row 0 of the train dataset",
         "content",
     ),
-    rows(
+    case_of_rows(
         "message-without-role",
         "no role",
         [talk({"content": "a"}, {"content": "b"})],
         "row 0 of the train dataset",
         "role",
     ),
-    rows(
+    case_of_rows(
         "content-that-is-a-number",
         "a number for content",
         [talk(USER, {"role": "assistant", "content": "2"}), talk({"role": "user", "content": None}, ANSWER)],
         "row 1 of the train dataset",
         "content is None",
     ),
-    rows(
+    case_of_rows(
         "ids-of-text",
         "words for token ids",
         [{"input_ids": ["a", "b"], "labels": ["a", "b"]}],
         "row 0 of the train dataset",
         "input_ids holds 'a'",
     ),
-    rows(
+    case_of_rows(
         "ids-of-fractions",
         "fractions for token ids",
         [{"input_ids": [1.5, 2.0], "labels": [1, 2]}],
         "row 0 of the train dataset",
         "input_ids holds 1.5",
     ),
-    rows(
+    case_of_rows(
         "a-negative-id",
         "-3 for a token",
         [{"input_ids": [5, -3, 7], "labels": [5, 6, 7]}] * 2,
         "row 0 of the train dataset: input_ids holds -3, outside the vocabulary",
     ),
-    rows(
+    case_of_rows(
         "an-id-too-far",
         "a token of another vocabulary",
         [{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [5, 99999, 7], "labels": [5, 6, 7]}],
         "row 1 of the train dataset: input_ids holds 99999, outside the vocabulary",
     ),
-    rows(
+    case_of_rows(
         "a-label-too-far",
         "a label of another vocabulary",
         [{"input_ids": [5, 6, 7], "labels": [5, 9999, 7]}] * 2,
         "row 0 of the train dataset: labels holds 9999, outside the vocabulary",
     ),
-    rows(
+    case_of_rows(
         "a-label-of-minus-one",
         "-1 where -100 is meant",
         [{"input_ids": [5, 6, 7], "labels": [5, -1, 7]}] * 2,
         "row 0 of the train dataset: labels holds -1, outside the vocabulary",
         "-100",
     ),
-    rows(
+    case_of_rows(
         "labels-too-short",
         "two labels for three tokens",
         [{"input_ids": [5, 6, 7], "labels": [5, 6]}] * 2,
         "row 0 of the train dataset: labels has 2 entries for 3 input_ids",
     ),
-    rows(
+    case_of_rows(
         "labels-too-long",
         "four labels for three tokens",
         [{"input_ids": [5, 6, 7], "labels": [5, 6, 7, 8]}] * 2,
         "row 0 of the train dataset: labels has 4 entries for 3 input_ids",
     ),
-    rows(
+    case_of_rows(
         "labels-that-are-null",
         "null for labels",
         [{"input_ids": IDS, "labels": IDS}, {"input_ids": IDS, "labels": None}],
         "row 1 of the train dataset",
         "labels is None",
     ),
-    rows(
+    case_of_rows(
         "ids-that-are-null",
         "null for token ids",
         [{"input_ids": IDS, "labels": IDS}, {"input_ids": None, "labels": IDS}],
         "row 1 of the train dataset",
         "input_ids is None",
     ),
-    rows(
+    case_of_rows(
         "a-row-without-tokens",
         "an empty row beside a good one: it teaches nothing, the other is trained",
         [{"input_ids": [], "labels": []}, {"input_ids": IDS, "labels": IDS}],
     ),
-    rows(
+    case_of_rows(
         "only-rows-without-tokens",
         "nothing but empty rows",
         [{"input_ids": [], "labels": []}] * 2,
         "the train dataset has no supervised token",
     ),
-    rows(
+    case_of_rows(
         "one-token-each",
         "rows of one token, which nothing predicts",
         [{"input_ids": [5], "labels": [5]}] * 2,
         "the train dataset has no supervised token",
     ),
-    rows("empty-texts", "empty texts", [{"text": ""}, {"text": ""}], "the train dataset has no supervised token"),
-    rows("one-row", "a single row: it is trained", [GOOD]),
-    rows(
+    case_of_rows(
+        "empty-texts", "empty texts", [{"text": ""}, {"text": ""}], "the train dataset has no supervised token"
+    ),
+    case_of_rows("one-row", "a single row: it is trained", [GOOD]),
+    case_of_rows(
         "odd-characters",
         "emoji, right-to-left and NUL: trained as they are",
         [{"text": "a\U0001f600\u202eb\u0000c " * 4}],
     ),
-    rows(
+    case_of_rows(
         "an-unknown-role",
         "a role the template knows nothing of: trained as it is written",
         [talk({"role": "oracle", "content": "hm"}, ANSWER)],
     ),
-    rows(
+    case_of_rows(
         "a-column-of-ours",
         "a column with a name that is made here",
         [{"input_ids": IDS, "labels": IDS, "qtarget_source": 1}],

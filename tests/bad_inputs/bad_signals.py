@@ -21,7 +21,7 @@ def manifest(**values: Any) -> Callable[[Path], None]:
     return damage
 
 
-def trained(id: str, wrong: str, damage: Any, *says: str, **settings: Any) -> Case:
+def case_of_training(id: str, wrong: str, damage: Any, *says: str, **settings: Any) -> Case:
     """The world's folder of weights, damaged, trained on."""
 
     def do(bench: Bench) -> list[object]:
@@ -43,56 +43,58 @@ def made(id: str, wrong: str, words: list[object], *says: str, before: Any = lam
 
 
 CASES = [
-    trained(
+    case_of_training(
         "half-a-manifest",
         "half of signal.json",
         cut("signal.json"),
         "signal.json cannot be read",
         "make the folder again",
     ),
-    trained("a-manifest-that-is-a-list", "a list", write("signal.json", "[]"), "signal.json cannot be read"),
-    trained(
+    case_of_training("a-manifest-that-is-a-list", "a list", write("signal.json", "[]"), "signal.json cannot be read"),
+    case_of_training(
         "a-deep-manifest",
         "a hundred thousand brackets",
         write("signal.json", "[" * 100_000),
         "signal.json cannot be read",
     ),
-    trained("an-unknown-kind", "a kind nobody makes", manifest(kind="magic"), "signal.json cannot be read"),
-    trained("a-part-nobody-knows", "a field of somebody else's", manifest(colour=3), "cannot be read", "colour is 3"),
-    trained("no-files", "no list of files", manifest(files=...), "signal.json cannot be read", "files"),
-    trained(
+    case_of_training("an-unknown-kind", "a kind nobody makes", manifest(kind="magic"), "signal.json cannot be read"),
+    case_of_training(
+        "a-part-nobody-knows", "a field of somebody else's", manifest(colour=3), "cannot be read", "colour is 3"
+    ),
+    case_of_training("no-files", "no list of files", manifest(files=...), "signal.json cannot be read", "files"),
+    case_of_training(
         "no-preprocessing", "no settings", manifest(preprocessing=...), "signal.json cannot be read", "preprocessing"
     ),
-    trained(
+    case_of_training(
         "a-file-that-climbs",
         "a path out of the folder",
         manifest(files={"../../etc/passwd": "0"}),
         "signal.json cannot be read",
         "'../../etc/passwd'",
     ),
-    trained(
+    case_of_training(
         "unfinished", "a run that was stopped", manifest(finished=False), "has not finished; run the same command again"
     ),
-    trained(
+    case_of_training(
         "changed-rows",
         "rows that were edited",
         lambda folder: (folder / "train.parquet").write_bytes(b"PAR1"),
         "whose file train.parquet was changed since it was written",
     ),
-    trained(
+    case_of_training(
         "rows-missing",
         "a file is missing",
         lambda folder: (folder / "train.parquet").unlink(),
         "whose file train.parquet is missing",
     ),
-    trained(
+    case_of_training(
         "another-length",
         "rows cut elsewhere",
         lambda folder: None,
         "max_length is 64, but column weight",
         max_length=64,
     ),
-    trained(
+    case_of_training(
         "another-model", "another tokenizer", lambda folder: None, "another tokenizer", model_name_or_path="stranger"
     ),
     made("an-unknown-signal", "no such signal", ["wieghts"], "word after data is 'wieghts'; did you mean 'weights'?"),

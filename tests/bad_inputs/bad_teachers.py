@@ -10,7 +10,7 @@ from bench import Bench, Case, setting
 KD: dict[str, Any] = {"target": "kd"}
 
 
-def teacher(id: str, wrong: str, damage: Any, *says: str, reads: bool = False, **settings: Any) -> Case:
+def case_of_teacher(id: str, wrong: str, damage: Any, *says: str, reads: bool = False, **settings: Any) -> Case:
     """The world's teacher, damaged."""
 
     def do(bench: Bench) -> list[object]:
@@ -71,56 +71,58 @@ CASES = [
         ("teacher_model_name_or_path is", "has another tokenizer: id", "use a teacher of the same family"),
         world="stranger",
     ),
-    teacher(
+    case_of_teacher(
         "half-the-weights",
         "a file cut in half",
         cut("model.safetensors"),
         "teacher_model_name_or_path is",
         "cannot be loaded",
     ),
-    teacher(
+    case_of_teacher(
         "no-weights", "no weights", without("model.safetensors"), "teacher_model_name_or_path is", "cannot be loaded"
     ),
-    teacher(
+    case_of_teacher(
         "a-pickle",
         "weights that would run code: not run",
         pickled,
         "teacher_model_name_or_path is",
         "it is a pickle that asks for more than tensors; use weights in safetensors",
     ),
-    teacher(
+    case_of_teacher(
         "a-broken-config", "half a config.json", cut("config.json"), "teacher_model_name_or_path is", "cannot be loaded"
     ),
-    teacher(
+    case_of_teacher(
         "an-unknown-architecture",
         "a type nobody knows",
         change("config.json", model_type="lama"),
         "teacher_model_name_or_path is",
         "cannot be loaded",
     ),
-    teacher(
+    case_of_teacher(
         "no-tokenizer",
         "no tokenizer",
         without("tokenizer.json", "tokenizer_config.json"),
         "teacher_model_name_or_path is",
         "tokenizer cannot be loaded",
     ),
-    teacher(
+    case_of_teacher(
         "half-a-tokenizer",
         "a tokenizer cut in half",
         cut("tokenizer.json"),
         "teacher_model_name_or_path is",
         "tokenizer cannot be loaded",
     ),
-    teacher(
+    case_of_teacher(
         "a-smaller-head",
         "fewer rows than tokens",
         change("config.json", vocab_size=100),
         "teacher_model_name_or_path is",
         "cannot be loaded",
     ),
-    teacher("nan-weights", "NaN in the teacher", nan_weights, "the teacher gives NaN for a row looked at", reads=True),
-    teacher(
+    case_of_teacher(
+        "nan-weights", "NaN in the teacher", nan_weights, "the teacher gives NaN for a row looked at", reads=True
+    ),
+    case_of_teacher(
         "code-of-its-own",
         "code that came with it: not run",
         lambda folder: (

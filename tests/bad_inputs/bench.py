@@ -24,8 +24,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import caches
-import tiny
+import teacher_caches
+import tiny_models
 from qtarget.cli.__main__ import main
 from qtarget.errors import ConfigError
 
@@ -126,17 +126,17 @@ SHORT = {
 
 def make_world(root: Path) -> Path:
     """Models, rows, a cache, a capture, results, signals and a checkpoint, all made by qtarget itself."""
-    caches.world(root)
-    stranger = tiny.tokenizer(extra="zebra quagga ")
-    tiny.llama(3).save_pretrained(root / "stranger")
+    teacher_caches.write_world(root)
+    stranger = tiny_models.tokenizer(extra="zebra quagga ")
+    tiny_models.llama(3).save_pretrained(root / "stranger")
     stranger.save_pretrained(root / "stranger")
-    broken = tiny.llama()
+    broken = tiny_models.llama()
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))
     broken.save_pretrained(root / "broken")
-    tiny.tokenizer().save_pretrained(root / "broken")
+    tiny_models.tokenizer().save_pretrained(root / "broken")
     (root / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
-    caches.write_rows(root / "few", caches.data(6))
+    teacher_caches.write_rows(root / "few", teacher_caches.rows_with_hints(6))
     config = ["--config", root / "config.yaml"]
     few = [*config, "--dataset_name", root / "few"]
     spoken(["cache", "build", *few, "-o", root / "cache", "--k", 8, "--shard_tokens", 60])

@@ -12,7 +12,7 @@ import pytest
 from real_model import judge, problems, report, results, run
 from real_model.run import BASE, CLEAN, NOISY, SFT, TARGET, Cell, Settings
 
-import tiny
+import tiny_models
 from qtarget.evaluation import records, tasks
 from qtarget.teachers.context import Context
 
@@ -22,7 +22,7 @@ SMALL = Settings(rows=4, noise=0.5, problems=2, held_out=2, n=2, max_new_tokens=
 SEEDS = (1, 2, 3)
 
 
-def rows(seed: int, noise: float = FULL.noise) -> list[dict]:
+def problem_rows(seed: int, noise: float = FULL.noise) -> list[dict]:
     return problems.train_rows(FULL.rows, seed, noise, TESTED)
 
 
@@ -35,11 +35,11 @@ def sums(made: list[dict]) -> list[str]:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_sum_is_both_trained_and_tested(seed):
-    trained = {problems.expression_key(expression) for expression in sums(rows(seed))}
+    trained = {problems.expression_key(expression) for expression in sums(problem_rows(seed))}
     tested = {problems.expression_key(row["id"]) for row in problems.test_problems(FULL.problems)}
     assert not trained & tested
     assert len(trained) == FULL.rows and len(tested) == FULL.problems >= 100
-    asked = {json.dumps(row["prompt"]) for row in rows(seed)}
+    asked = {json.dumps(row["prompt"]) for row in problem_rows(seed)}
     assert not asked & {json.dumps(row["prompt"]) for row in problems.test_problems(FULL.problems)}
 
 
@@ -50,7 +50,7 @@ def test_a_sum_turned_round_is_the_same_and_a_difference_is_not():
 
 @pytest.mark.parametrize("noise, wrong", [(0.0, 0), (0.25, 24), (0.5, 48)])
 def test_the_share_of_wrong_demonstrations_and_the_solutions(noise, wrong):
-    made = rows(1, noise)
+    made = problem_rows(1, noise)
     differ = 0
     for row in made:
         expression, _, solution = row["solution"].partition(" = ")
@@ -59,18 +59,18 @@ def test_the_share_of_wrong_demonstrations_and_the_solutions(noise, wrong):
         assert int(solution) == eval(expression)
         differ += label != solution
     assert differ == wrong
-    assert sums(made) == sums(rows(1, 0.0))  # in the same order
+    assert sums(made) == sums(problem_rows(1, 0.0))  # in the same order
 
 
 def test_a_seed_is_its_rows():
-    assert rows(2) == rows(2)
-    assert sums(rows(2)) != sums(rows(3))
+    assert problem_rows(2) == problem_rows(2)
+    assert sums(problem_rows(2)) != sums(problem_rows(3))
     assert problems.test_problems(FULL.problems) == problems.test_problems(FULL.problems)
 
 
 def test_the_teacher_reads_the_right_answer_of_a_wrong_demonstration():
-    row = next(row for row in rows(1) if row["completion"][0]["content"] != row["solution"])
-    tokenizer = tiny.tokenizer()
+    row = next(row for row in problem_rows(1) if row["completion"][0]["content"] != row["solution"])
+    tokenizer = tiny_models.tokenizer()
     own = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
     answer = tokenizer(row["completion"][0]["content"] + "<|im_end|>")["input_ids"]
     context = Context({"prompt": FULL.context}, tokenizer)
@@ -115,8 +115,8 @@ def test_negative_results_and_patterns_in_a_sum():
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny.taught().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    tiny_models.trained_model().save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
     return folder
 
 

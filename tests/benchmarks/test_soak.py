@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import tiny
+import tiny_models
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,11 +31,11 @@ def soak():
 def test_a_short_soak_trains_and_is_told(soak, tmp_path):
     """Twelve seconds of real training with a teacher, evaluations, checkpoints and the lens, in a process of its own."""
     model = tmp_path / "demo" / soak.MODEL
-    tiny.llama().save_pretrained(model)
-    tiny.tokenizer().save_pretrained(model)
+    tiny_models.llama().save_pretrained(model)
+    tiny_models.tokenizer().save_pretrained(model)
     (tmp_path / "demo" / "data").mkdir()
     for split, rows in (("train", 32), ("test", 4)):
-        lines = [json.dumps(row) + "\n" for row in tiny.conversations(rows).to_list()]
+        lines = [json.dumps(row) + "\n" for row in tiny_models.conversation_dataset(rows).to_list()]
         (tmp_path / "demo" / "data" / f"{split}.jsonl").write_text("".join(lines))
     words = ["--minutes", "0.2", "--sample", "0.2", "--every", "3", "--width", "32"]
     places = ["--demo", tmp_path / "demo", "--folder", tmp_path / "soak", "--out", tmp_path / "soak.json"]

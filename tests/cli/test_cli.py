@@ -17,7 +17,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import qtarget as qt
-import tiny
+import tiny_models
 from qtarget.cli import fields
 from qtarget.cli import settings as reading
 from qtarget.cli.__main__ import VERBS
@@ -38,7 +38,7 @@ def rows_file(folder: Path, name: str, rows: list[dict]) -> Path:
 
 def token_rows(**columns) -> list[dict]:
     """Rows of token ids, all supervised, with further columns given as functions of the ids."""
-    ids = [tiny.tokenizer()(sentence)["input_ids"][:20] for sentence in tiny.SENTENCES[:4]]
+    ids = [tiny_models.tokenizer()(sentence)["input_ids"][:20] for sentence in tiny_models.SENTENCES[:4]]
     return [{"input_ids": row, "labels": row, **{name: make(row) for name, make in columns.items()}} for row in ids]
 
 
@@ -47,17 +47,17 @@ def world(tmp_path_factory) -> dict[str, Path]:
     """A model, teachers and datasets on disk, and a config that trains."""
     root = tmp_path_factory.mktemp("cli")
     for name, model, tokenizer in (
-        ("model", tiny.llama(), tiny.tokenizer()),
-        ("teacher", tiny.llama(3, width=16), tiny.tokenizer()),
-        ("stranger", tiny.llama(3), tiny.tokenizer(extra="zebra quagga ")),
-        ("broken", tiny.llama(), tiny.tokenizer()),
+        ("model", tiny_models.llama(), tiny_models.tokenizer()),
+        ("teacher", tiny_models.llama(3, width=16), tiny_models.tokenizer()),
+        ("stranger", tiny_models.llama(3), tiny_models.tokenizer(extra="zebra quagga ")),
+        ("broken", tiny_models.llama(), tiny_models.tokenizer()),
     ):
         if name == "broken":
             with torch.no_grad():
                 model.model.norm.weight.fill_(float("nan"))
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    chats = tiny.conversations(8).to_list()
+    chats = tiny_models.conversation_dataset(8).to_list()
     data = rows_file(root / "data", "train", chats)
     rows_file(data, "test", chats[:2])
     rows_file(root / "wrong", "train", [{"question": "1 + 1?", "answer": "2"}])
@@ -276,7 +276,7 @@ def test_train_ends_with_a_model_a_table_and_a_picture(trained):
     card = (folder / "README.md").read_text()
     assert "- eta: 0.3" in card and f"{figures['after']['nll']:.4f} |" in card
     model = AutoModelForCausalLM.from_pretrained(folder)
-    start = tiny.llama()
+    start = tiny_models.llama()
     assert not torch.equal(model.get_output_embeddings().weight, start.get_output_embeddings().weight)
 
 

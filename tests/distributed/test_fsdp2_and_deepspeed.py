@@ -15,11 +15,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import tiny
+import tiny_models
 from qtarget import ConfigError
 from qtarget.cli.__main__ import main
 from qtarget.models import frozen, snapshots
-from runs import distance, trainer
+from quick_runs import largest_difference, quick_trainer
 
 HERE = Path(__file__).parents[1] / "helpers"
 # ‖difference of five steps‖ / ‖five steps‖ in float32; another teacher, mask or denominator shows at 1e-2.
@@ -58,15 +58,15 @@ REFUSED_UNDER_ZERO3 = {"old policy", "average as teacher"}
 def world(tmp_path_factory):
     """A config, a student with a head of its own, a wider teacher whose head is tied, rows of two sources."""
     folder = tmp_path_factory.mktemp("engines")
-    tiny.llama(tied=False).save_pretrained(folder / "model")
-    tiny.taught(seed=7).save_pretrained(folder / "teacher")
+    tiny_models.llama(tied=False).save_pretrained(folder / "model")
+    tiny_models.trained_model(seed=7).save_pretrained(folder / "teacher")
     for name in ("model", "teacher"):
-        tiny.tokenizer().save_pretrained(folder / name)
+        tiny_models.tokenizer().save_pretrained(folder / name)
     (folder / "data").mkdir()
     for split, rows in (("train", 16), ("test", 6)):
         lines = [
             json.dumps({**row, "source": ("math", "chat")[number % 2]}) + "\n"
-            for number, row in enumerate(tiny.conversations(rows).to_list())
+            for number, row in enumerate(tiny_models.conversation_dataset(rows).to_list())
         ]
         (folder / "data" / f"{split}.jsonl").write_text("".join(lines))
     settings = {
@@ -121,7 +121,7 @@ def together(world, request):
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *(str(HERE / "engines.py"), engine, str(file)),
+            *(str(HERE / "accelerate_train.py"), engine, str(file)),
         ],
         capture_output=True,
         text=True,
@@ -157,7 +157,7 @@ def test_two_processes_train_what_one_does(together, alone, world):
     for name, folder in made.items():
         if name != "resumed":
             start = weights(world / ("teacher" if name == "tied head" else "model"))
-            errors[name] = distance(moved(folder, start), moved(alone[name], start))
+            errors[name] = largest_difference(moved(folder, start), moved(alone[name], start))
     assert len(errors) == len(CASES) - 2 * (engine == "zero3")
     worse = {name: error for name, error in errors.items() if not error[0] <= ALLOWED}
     assert not worse, worse
@@ -199,4 +199,4 @@ def test_copies_are_refused_under_zero3(settings, told, tmp_path, monkeypatch):
     for module in (snapshots, frozen):
         monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ConfigError, match=told):
-        trainer(tiny.llama(), tmp_path, tiny.conversations(8), **settings)
+        quick_trainer(tiny_models.llama(), tmp_path, tiny_models.conversation_dataset(8), **settings)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import killing
+import killable_runs
 from qtarget.training import checkpoints
 from qtarget.training import history as lens_history
 
@@ -24,7 +24,7 @@ SEED = 8
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return killing.world(tmp_path_factory.mktemp("killed"))
+    return killable_runs.write_world(tmp_path_factory.mktemp("killed"))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def uninterrupted(world):
 
 def finished(world: Path, name: str, folder: Path, trace: Path) -> list[str]:
     """Run to the end; the lines of its trace."""
-    process = killing.start(killing.words_of(world, name, folder), folder, trace)
+    process = killable_runs.start_training(killable_runs.words_of(world, name, folder), folder, trace)
     process.join()
     assert process.exitcode == 0, (trace.parent / f"{trace.name}.log").read_text()[-3000:]
     return trace.read_text().splitlines()
@@ -94,10 +94,10 @@ def figures(folder: Path) -> list[dict]:
 def killed_and_resumed(world, uninterrupted, name: str, kind: str, seed: int, folder: Path) -> dict:
     """Kill, look at what is there, run the same command again, compare. What happened, for the record."""
     whole, wanted = uninterrupted(name)
-    moment = killing.moments(kind, random.Random(seed))
+    moment = killable_runs.moments(kind, random.Random(seed))
     trace = folder.with_suffix(".trace")
-    process = killing.start(killing.words_of(world, name, folder), folder, trace)
-    killing.kill(process, moment, folder, trace)
+    process = killable_runs.start_training(killable_runs.words_of(world, name, folder), folder, trace)
+    killable_runs.kill_at(process, moment, folder, trace)
     killed = process.exitcode == -9
     found = checkpoints.all_of(folder)
     assert all(checkpoints.fault(one) is None for one in found), "whatever has a checkpoint's name is whole"
@@ -129,7 +129,7 @@ def test_killed_and_resumed(name, kind, world, uninterrupted, tmp_path):
 @pytest.mark.full
 def test_killed_twenty_times(world, uninterrupted, tmp_path):
     """Every configuration in turn; QTARGET_TEST_RESULTS names a file for what happened."""
-    names, done = list(killing.RUNS), []
+    names, done = list(killable_runs.RUNS), []
     for number, kind in enumerate(KINDS):
         name = names[number % len(names)]
         done.append(

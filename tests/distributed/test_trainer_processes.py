@@ -17,7 +17,7 @@ def errors(kind: str, folder: Path) -> dict[str, tuple[float, str]]:
     out = folder / "errors.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, str(HERE / "processes.py"), kind, str(out)],
+        [*command, str(HERE / "two_process_training.py"), kind, str(out)],
         capture_output=True,
         text=True,
         env={

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from reasoning_gym.factory import DATASETS
 
-import tiny
+import tiny_models
 from qtarget import files
 from qtarget.cli import terminal
 from qtarget.cli.__main__ import main
@@ -30,15 +30,15 @@ FIELDS = (
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny.taught().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    tiny_models.trained_model().save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     file = tmp_path_factory.mktemp("rows") / "sums.jsonl"
-    rows = [{"prompt": sentence[: 8 + 2 * i], "answer": str(i)} for i, sentence in enumerate(tiny.SENTENCES[:5])]
+    rows = [{"prompt": sentence[: 8 + 2 * i], "answer": str(i)} for i, sentence in enumerate(tiny_models.SENTENCES[:5])]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
@@ -245,11 +245,11 @@ def sample(text, finish="stop"):
 
 def test_a_verifier_that_hangs_raises_or_dies_is_counted():
     texts = ["right", "hang", "raise", "die", "right", "left"]
-    with running.Judges("signal_verifiers:moody", 1.0, 2) as judges:
-        said = judges([(sample(text), {}) for text in texts], "v")
+    with running.Graders("signal_verifiers:moody", 1.0, 2) as open_graders:
+        said = open_graders([(sample(text), {}) for text in texts], "v")
     assert [one["strict"] for one in said] == [True, False, False, False, True, False]
     assert [one["fault"] for one in said] == [None, "timeout", "error", "error", None, None]
-    assert judges.last_error
+    assert open_graders.last_error
 
 
 def test_faults_of_verifiers_are_counted_and_shown(model, file, tmp_path, capsys):
@@ -275,11 +275,11 @@ def test_faults_of_verifiers_are_counted_and_shown(model, file, tmp_path, capsys
 def test_a_model_that_never_stops_is_wrong_and_counted(file, tmp_path, capsys):
     import torch
 
-    endless = tiny.llama(tied=False)
+    endless = tiny_models.llama(tied=False)
     with torch.no_grad():
         endless.lm_head.weight.zero_()  # every token alike: an end token is rare, and 9 tokens are soon over
     endless.save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "model")
     given = words(tmp_path / "model", file, tmp_path / "run", verifier="signal_verifiers:always", max_new_tokens=9)
     assert main(given) == 0
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())["tasks"]["sums"]
@@ -297,9 +297,9 @@ def test_a_model_that_never_stops_is_wrong_and_counted(file, tmp_path, capsys):
     ["\\boxed{9^{9^{9^{9}}}}", "\\boxed{(((2^{99999})^{99999})^{99999})!}"],
 )
 def test_a_huge_power_is_ended_and_counted(bomb):
-    with running.Judges("math", 1.0) as judges:
+    with running.Graders("math", 1.0) as open_graders:
         began = time.monotonic()
-        said = judges([(sample(bomb), {"answer": "7"}), (sample("\\boxed{7}"), {"answer": "7"})], "v")
+        said = open_graders([(sample(bomb), {"answer": "7"}), (sample("\\boxed{7}"), {"answer": "7"})], "v")
         assert time.monotonic() - began < 60
     assert [one["strict"] for one in said] == [False, True]
     assert said[0]["fault"] in ("timeout", "error") and said[1]["fault"] is None
@@ -308,15 +308,17 @@ def test_a_huge_power_is_ended_and_counted(bomb):
 @pytest.mark.parametrize("depth", [200, 10_000])
 def test_deep_nesting_is_ended_and_counted(depth):
     bomb = "\\boxed{" + "\\frac{1}{1+" * depth + "1" + "}" * depth + "}"
-    with running.Judges("math", 1.0) as judges:
-        said = judges([(sample(bomb), {"answer": "7"}), (sample("\\boxed{7}"), {"answer": "7"})], "v")
+    with running.Graders("math", 1.0) as open_graders:
+        said = open_graders([(sample(bomb), {"answer": "7"}), (sample("\\boxed{7}"), {"answer": "7"})], "v")
     assert [one["strict"] for one in said] == [False, True]
     assert depth < 10_000 or said[0]["fault"] in ("timeout", "error")
 
 
 def test_what_was_cut_off_or_empty_is_wrong():
-    with running.Judges("math", 30.0) as judges:
-        said = judges([(sample("\\boxed{7} and", "length"), {"answer": "7"}), (sample(" "), {"answer": "7"})], "v")
+    with running.Graders("math", 30.0) as open_graders:
+        said = open_graders(
+            [(sample("\\boxed{7} and", "length"), {"answer": "7"}), (sample(" "), {"answer": "7"})], "v"
+        )
     assert [(one["parsed"], one["strict"], one["lenient"]) for one in said] == [
         ("7", False, False),
         (None, False, False),
@@ -324,8 +326,8 @@ def test_what_was_cut_off_or_empty_is_wrong():
 
 
 def test_an_output_of_100_kb_travels_to_the_verifier_and_back():
-    with running.Judges("math", 30.0) as judges:
-        said = judges([(sample("x" * 100_000 + "\\boxed{7}" + "y" * 100_000), {"answer": "7"})], "v")
+    with running.Graders("math", 30.0) as open_graders:
+        said = open_graders([(sample("x" * 100_000 + "\\boxed{7}" + "y" * 100_000), {"answer": "7"})], "v")
     assert said[0]["strict"] and said[0]["fault"] is None
 
 
@@ -418,7 +420,7 @@ def test_columns_that_are_not_understood_are_named(monkeypatch):
 
 def test_prompts():
     problem = tasks.Problem("p", "2 + 2?", {})
-    tokenizer = tiny.tokenizer()
+    tokenizer = tiny_models.tokenizer()
     read = lambda style, instruction="": tokenizer.decode(tasks.prompt_ids(tokenizer, style, problem, instruction))  # noqa: E731
     assert read("plain") == "2 + 2?"
     assert read("plain", "Box it.") == "2 + 2?\nBox it.\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import tiny
+import tiny_models
 from qtarget.errors import ConfigError
 from qtarget.evaluation.sampling import Request, Sampler, Uniforms, choose, seed_of
 
@@ -13,8 +13,8 @@ from qtarget.evaluation.sampling import Request, Sampler, Uniforms, choose, seed
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny.taught().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    tiny_models.trained_model().save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
     return str(folder)
 
 
@@ -26,7 +26,7 @@ def requests(count=12):
     """Prompts of different lengths, some greedy."""
     made = []
     for i in range(count):
-        ids = tiny.tokenizer()(tiny.SENTENCES[i % 8][: 6 + 4 * (i % 7)])["input_ids"]
+        ids = tiny_models.tokenizer()(tiny_models.SENTENCES[i % 8][: 6 + 4 * (i % 7)])["input_ids"]
         made.append(Request(tuple(ids), None if i % 4 == 0 else seed_of(0, "task", f"p{i}", i)))
     return made
 
@@ -125,40 +125,40 @@ def test_entropy_is_that_of_the_model_itself(folder):
 
 
 def test_the_padding_of_a_head_is_never_sampled(tmp_path):
-    wide = tiny.llama(vocab=len(tiny.tokenizer()) + 64, tied=False)
+    wide = tiny_models.llama(vocab=len(tiny_models.tokenizer()) + 64, tied=False)
     with torch.no_grad():
-        wide.lm_head.weight[len(tiny.tokenizer()) :] = 10 * wide.lm_head.weight[:64]  # tempting
+        wide.lm_head.weight[len(tiny_models.tokenizer()) :] = 10 * wide.lm_head.weight[:64]  # tempting
     wide.save_pretrained(tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
+    tiny_models.tokenizer().save_pretrained(tmp_path)
     one = sampler(str(tmp_path))
     seen = []
     own = one.model.generate
     one.model.generate = lambda **inputs: seen.append(own(**inputs)) or seen[-1]
     one(requests(8))
-    assert int(seen[0].max()) < len(tiny.tokenizer())
+    assert int(seen[0].max()) < len(tiny_models.tokenizer())
 
 
 def test_a_model_that_never_stops_is_cut_off(tmp_path):
-    endless = tiny.llama(tied=False)
+    endless = tiny_models.llama(tied=False)
     with torch.no_grad():
         endless.lm_head.weight[:3] = 0  # all its end tokens: never the likeliest
     endless.save_pretrained(tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
+    tiny_models.tokenizer().save_pretrained(tmp_path)
     got = sampler(str(tmp_path), max_new_tokens=40)([Request(r.prompt, None) for r in requests(3)])
     assert [(c.finish, c.tokens) for c in got] == [("length", 40)] * 3
 
 
 def test_end_tokens_stop_by_what_the_tokenizer_has(folder):
-    names = {tiny.tokenizer().decode([index]) for index in sampler(folder).ends}
+    names = {tiny_models.tokenizer().decode([index]) for index in sampler(folder).ends}
     assert names == {"<|im_end|>", "<|endoftext|>"}
 
 
 def test_a_broken_model_is_named(tmp_path):
-    broken = tiny.llama()
+    broken = tiny_models.llama()
     with torch.no_grad():
         broken.model.embed_tokens.weight.fill_(float("nan"))
     broken.save_pretrained(tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
+    tiny_models.tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="logits are NaN or infinite"):
         sampler(str(tmp_path))(requests(1))
     with pytest.raises(ConfigError, match="model is '/nowhere'"):

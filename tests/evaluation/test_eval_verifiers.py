@@ -1,4 +1,4 @@
-"""Verifiers: what they call right, and a child process that may hang, raise or end."""
+"""Graders: what they call right, and a child process that may hang, raise or end."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from qtarget.errors import ConfigError
-from qtarget.evaluation import verifiers
+from qtarget.evaluation import graders
 from qtarget.evaluation.extraction import final_answer
-from qtarget.evaluation.verifiers import Judge
+from qtarget.evaluation.grading import Grader
 
 MOODY = "signal_verifiers:moody"
 
@@ -39,29 +39,29 @@ def test_final_answer(text, answer):
 
 
 def test_a_call_that_hangs_raises_or_ends_the_process_is_wrong_and_counted():
-    with Judge(MOODY, timeout=1.0) as judge:
-        assert judge("right", {}) is True
-        assert judge("left", {}) is False
-        assert (judge.timeouts, judge.errors) == (0, 0)
+    with Grader(MOODY, timeout=1.0) as grader:
+        assert grader("right", {}) is True
+        assert grader("left", {}) is False
+        assert (grader.timeouts, grader.errors) == (0, 0)
         began = time.monotonic()
-        assert judge("hang", {}) is False
+        assert grader("hang", {}) is False
         assert time.monotonic() - began < 30
-        assert (judge.timeouts, judge.errors) == (1, 0)
-        assert judge("right", {}) is True  # in a new process
-        assert judge("raise", {}) is False
-        assert judge.last_error == "KeyError: 'no such thing'"
-        assert judge("exit", {}) is False
-        assert judge("die", {}) is False
-        assert (judge.timeouts, judge.errors) == (1, 3)
-        assert judge("right", {}) is True
-        process = judge._process
+        assert (grader.timeouts, grader.errors) == (1, 0)
+        assert grader("right", {}) is True  # in a new process
+        assert grader("raise", {}) is False
+        assert grader.last_error == "KeyError: 'no such thing'"
+        assert grader("exit", {}) is False
+        assert grader("die", {}) is False
+        assert (grader.timeouts, grader.errors) == (1, 3)
+        assert grader("right", {}) is True
+        process = grader._process
     assert not process.is_alive()
 
 
 def test_a_call_that_hangs_ends_with_a_parent_that_was_killed():
     script = (
-        f"from qtarget.evaluation.verifiers import Judge\njudge = Judge({MOODY!r}, timeout=600)\njudge('right', {{}})\n"
-        "print(judge._process.pid, flush=True)\njudge('hang', {})"
+        f"from qtarget.evaluation.grading import Grader\ngrader = Grader({MOODY!r}, timeout=600)\ngrader('right', {{}})\n"
+        "print(grader._process.pid, flush=True)\ngrader('hang', {})"
     )
     path = os.pathsep.join([str(Path(__file__).parents[1] / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path}
@@ -87,33 +87,47 @@ def is_alive(pid: int) -> bool:
 
 def test_a_verifier_that_cannot_be_loaded_is_no_time_out():
     with (
-        Judge("signal_verifiers:gone", timeout=1.0) as judge,
+        Grader("signal_verifiers:gone", timeout=1.0) as grader,
         pytest.raises(ConfigError, match="has no attribute 'gone'"),
     ):
-        judge("right", {})
+        grader("right", {})
+
+
+def test_a_verdict_of_ones_own_is_right_where_it_is_so_strictly():
+    with Grader("signal_verifiers:in_two_readings", timeout=10.0) as grader:
+        assert [grader(text, {}) for text in ("strictly", "leniently", "neither")] == [True, False, False]
+        assert grader.ask("leniently", {}).verdict == {
+            "parsed": "leniently",
+            "lenient_parsed": "leniently",
+            "strict": False,
+            "lenient": True,
+        }
 
 
 # -- the two that are named --------------------------------------------------------------------------------------
 
 
 def test_math_verify_takes_gold_from_the_answer():
-    with Judge("math_verify", timeout=60.0) as judge:
-        assert judge(r"It is \boxed{0.5}.", {"answer": r"\frac{1}{2}"})
-        assert judge("18 / 2 = 9 #### 9", {"answer": "Half of it. #### 9"})
-        assert not judge(r"It is \boxed{0.25}.", {"answer": r"\frac{1}{2}"})
-        assert not judge("", {"answer": "9"})
-        assert judge.errors == 0
-        assert not judge("9", {"answer": ""})
-        assert judge.errors == 1 and "cannot be read" in judge.last_error
+    with Grader("math_verify", timeout=60.0) as grader:
+        assert grader(r"It is \boxed{0.5}.", {"answer": r"\frac{1}{2}"})
+        assert grader("18 / 2 = 9 #### 9", {"answer": "Half of it. #### 9"})
+        assert not grader(r"It is \boxed{0.25}.", {"answer": r"\frac{1}{2}"})
+        assert not grader("", {"answer": "9"})
+        assert grader.errors == 0
+        assert not grader("9", {"answer": ""})
+        assert grader.errors == 1 and "cannot be read" in grader.last_error
 
 
 def test_reasoning_gym_scores_the_final_answer():
     row = {"question": "?", "answer": "7", "metadata": {"difficulty": {}}}
-    with Judge("reasoning_gym:gsm_symbolic", timeout=60.0) as judge:
-        assert judge("Tom has 3 and buys 4. <answer>7</answer>", row)
-        assert not judge("Tom has 7 and buys 4. <answer>11</answer>", row)
-        assert judge("7", {**row, "metadata": '{"difficulty": {}}'})
-        assert judge.errors == 0, judge.last_error
+    with Grader("reasoning_gym:gsm_symbolic", timeout=60.0, whole_text=True) as grader:
+        assert grader("Tom has 3 and buys 4. <answer>7</answer>", row)
+        assert not grader("Tom has 7 and buys 4. <answer>11</answer>", row)
+        assert grader("7", {**row, "metadata": '{"difficulty": {}}'})
+        assert grader.errors == 0, grader.last_error
+    with Grader("reasoning_gym:gsm_symbolic", timeout=60.0) as grader:
+        assert not grader("7", row), "nothing is marked"
+        assert grader.ask("7", row).verdict["lenient"]
 
 
 @pytest.mark.parametrize(
@@ -124,15 +138,17 @@ def test_reasoning_gym_scores_the_final_answer():
         ("nowhere:verify", None, "importing nowhere failed"),
         ("signal_verifiers:gone", None, "signal_verifiers has no 'gone'"),
         ("signal_verifiers:not_a_function", None, "which is no function"),
+        ("verify", None, "verifier is 'verify'; "),
+        ("choice", ["prompt", "answer"], "reads the column 'options', but the rows have prompt, answer"),
         ("math_verify", ["prompt", "gold"], "reads the column 'answer', but the rows have prompt, gold"),
     ],
 )
 def test_refusals(name, columns, sentence):
     with pytest.raises(ConfigError) as refused:
-        verifiers.check(name, columns)
+        graders.check(name, columns)
     assert sentence in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["math_verify", "reasoning_gym:gsm_symbolic", "signal_verifiers:last_number"])
+@pytest.mark.parametrize("name", ["math", "math_verify", "reasoning_gym:gsm_symbolic", "signal_verifiers:last_number"])
 def test_valid_names_are_let_through(name):
-    verifiers.check(name, ["prompt", "answer"])
+    graders.check(name, ["prompt", "answer"])

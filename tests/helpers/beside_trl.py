@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-import tiny
+import tiny_models
 from qtarget import QTargetConfig, QTargetTrainer
-from runs import Weights, moved, quick, weights
+from quick_runs import Weights, copied_weights, quick_settings, weight_change
 
 # Clipping shows the norm of the gradient; a step is then at most as long as the learning rate.
 STEPS = {"max_steps": 3, "learning_rate": 0.3, "max_grad_norm": 1.0, "bf16": False}
@@ -40,36 +40,42 @@ class Run(NamedTuple):
         return [entry for entry in self.trainer.state.log_history if "loss" in entry]
 
 
-def make(kind: tuple[type, type], model: Any, folder: Path, data: Any, given: dict[str, Any], **settings: Any) -> Any:
+def make_trainer(
+    kind: tuple[type, type], model: Any, folder: Path, data: Any, given: dict[str, Any], **settings: Any
+) -> Any:
     """A trainer of one kind; ``given`` are its arguments beside settings, copied, because trainers change some."""
     trainer, config = kind
-    made = {"processing_class": copy.deepcopy(tiny.tokenizer()), **copy.deepcopy(given)}
-    return trainer(model, config(**quick(folder, **(STEPS | settings))), train_dataset=data, **made)
+    made = {"processing_class": copy.deepcopy(tiny_models.tokenizer()), **copy.deepcopy(given)}
+    return trainer(model, config(**quick_settings(folder, **(STEPS | settings))), train_dataset=data, **made)
 
 
-def run(made: Any, **how: Any) -> Run:
-    before = weights(made.model)
+def train_and_record(made: Any, **how: Any) -> Run:
+    before = copied_weights(made.model)
     made.train(**how)
-    return Run(made, moved(before, made.model))
+    return Run(made, weight_change(before, made.model))
 
 
-def one(
-    kind: tuple[type, type], folder: Path, data: Callable[[], Any], model: Any = tiny.taught, **settings: Any
+def run_one(
+    kind: tuple[type, type],
+    folder: Path,
+    data: Callable[[], Any],
+    model: Any = tiny_models.trained_model,
+    **settings: Any,
 ) -> Run:
     """One of the two runs."""
-    return run(make(kind, model(), folder, data(), {}, **settings))
+    return train_and_record(make_trainer(kind, model(), folder, data(), {}, **settings))
 
 
 def side_by_side(
     folder: Path,
-    data: Callable[[], Any] = tiny.texts,
-    model: Callable[[], nn.Module | str] = tiny.taught,
+    data: Callable[[], Any] = tiny_models.text_dataset,
+    model: Callable[[], nn.Module | str] = tiny_models.trained_model,
     given: dict[str, Any] | None = None,
     **settings: Any,
 ) -> tuple[Run, Run]:
     """TRL's run and ours, each from its beginning to its end, for both draw random numbers."""
     theirs, ours = (
-        run(make(kind, model(), folder / name, data(), given or {}, **settings))
+        train_and_record(make_trainer(kind, model(), folder / name, data(), given or {}, **settings))
         for name, kind in (("trl", TRL), ("ours", OURS))
     )
     return theirs, ours

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-import tiny
+import tiny_models
 
 Fault = Callable[["_Handler"], None]
 
@@ -97,7 +97,7 @@ def _mapping(logp_v: torch.Tensor, own: int, k: int) -> dict[str, dict[str, Any]
 
 
 def _as_text(token: int) -> str:
-    return tiny.tokenizer().decode([token])
+    return tiny_models.tokenizer().decode([token])
 
 
 class _Handler(BaseHTTPRequestHandler):

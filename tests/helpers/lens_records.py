@@ -12,14 +12,14 @@ from published import label_log_p
 from qtarget.lens.record import Record
 
 
-def logits(tokens: int, vocab: int, seed: int = 0, sharpness: float = 3.0) -> Tensor:
+def random_logits(tokens: int, vocab: int, seed: int = 0, sharpness: float = 3.0) -> Tensor:
     """Rows from nearly flat to nearly certain, as language models give them."""
     generator = torch.Generator().manual_seed(seed)
     scale = sharpness * torch.rand(tokens, 1, generator=generator, dtype=torch.float64)
     return scale * torch.randn(tokens, vocab, generator=generator, dtype=torch.float64)
 
 
-def labels_for(z: Tensor, seed: int = 0) -> Tensor:
+def random_labels(z: Tensor, seed: int = 0) -> Tensor:
     """Half of them drawn from the student, half from anywhere."""
     generator = torch.Generator().manual_seed(seed)
     likely = torch.multinomial(z.softmax(-1), 1, generator=generator).squeeze(1)
@@ -27,7 +27,7 @@ def labels_for(z: Tensor, seed: int = 0) -> Tensor:
     return torch.where(torch.rand(len(z), generator=generator) < 0.5, likely, anywhere)
 
 
-def from_logits(
+def record_from_logits(
     z: Tensor,
     labels: Tensor,
     *,
@@ -92,22 +92,22 @@ def from_logits(
 
 def of_everything(n: int, vocab: int = 300, k: int = 20, seed: int = 7) -> Record:
     """A record with teacher, reference and every column."""
-    z = logits(n, vocab, seed)
-    labels = labels_for(z)
+    z = random_logits(n, vocab, seed)
+    labels = random_labels(z)
     generator = torch.Generator().manual_seed(3)
-    return from_logits(
+    return record_from_logits(
         z,
         labels,
         k=k,
-        teacher=z + logits(n, vocab, 1, 1.5),
-        reference=z + logits(n, vocab, 2, 0.3),
+        teacher=z + random_logits(n, vocab, 1, 1.5),
+        reference=z + random_logits(n, vocab, 2, 0.3),
         weight=3 * torch.rand(n, generator=generator).double(),
         critical=torch.randint(0, 2, (n,), generator=generator).double(),
         old_logps=label_log_p(z, labels) - 0.3 * torch.randn(n, generator=generator).double(),
     )
 
 
-def large(rows: int, length: int, ids: int = 33, vocab: int = 49_152, k: int = 20, seed: int = 0) -> Record:
+def large_record(rows: int, length: int, ids: int = 33, vocab: int = 49_152, k: int = 20, seed: int = 0) -> Record:
     """A record of many tokens without logits behind it: plausible numbers, made at once. For sizes and times."""
     generator = np.random.default_rng(seed)
     n = rows * length

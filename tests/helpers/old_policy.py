@@ -3,15 +3,15 @@
 import torch
 
 from published import label_log_p, psft
-from runs import count, labels_of, logits_of, moved, trainable, weights
+from quick_runs import copied_weights, count_supervised, labels_of, logits_of, trainable_parameters, weight_change
 
 LR = 0.3
 
 
-def by_hand(model, data, steps, interval):
+def old_policy_by_autograd(model, data, steps, interval):
     """psft with the old policy taken before steps 0, interval, 2·interval, ..., by autograd on full logits."""
     model = model.eval()
-    before = weights(model)
+    before = copied_weights(model)
     for step in range(steps):
         if step % interval == 0:
             with torch.no_grad():
@@ -21,8 +21,8 @@ def by_hand(model, data, steps, interval):
             for row, then in zip(data, old, strict=True)
         ]
         model.zero_grad()
-        (torch.cat(losses).sum() / count(data)).backward()
+        (torch.cat(losses).sum() / count_supervised(data)).backward()
         with torch.no_grad():
-            for parameter in trainable(model).values():
+            for parameter in trainable_parameters(model).values():
                 parameter -= LR * parameter.grad
-    return moved(before, model)
+    return weight_change(before, model)

@@ -49,4 +49,8 @@ def moody(text: str, row: dict) -> bool:
     return text == "right"
 
 
+def in_two_readings(text: str, row: dict) -> dict:
+    return {"strict": text == "strictly", "lenient": text != "neither", "parsed": text}
+
+
 not_a_function = 3

@@ -11,27 +11,32 @@ from rich.console import Console
 
 import lens_records
 import qtarget as qt
-import tiny
+import tiny_models
 from qtarget import ConfigError
 from qtarget.lens import capture, record, terminal
 from qtarget.lens.advise import advise
 from qtarget.lens.replay import Replay
-from runs import labels_of, logits_of, rows, supervised, tokenised, trainer
+from quick_runs import labels_of, logits_of, quick_trainer, supervised_positions, tokenised_dataset, tokenised_rows
 
 K = 7
 
 
 def captured(folder, model=None, data=None, rows_=5, k=K, **settings):
-    made = trainer(model or tiny.taught(), folder / "run", tiny.conversations(5) if data is None else data, **settings)
+    made = quick_trainer(
+        model or tiny_models.trained_model(),
+        folder / "run",
+        tiny_models.conversation_dataset(5) if data is None else data,
+        **settings,
+    )
     return record.read(capture.capture(made, folder / "capture", rows=rows_, top_k=k))
 
 
 def check(got, data, models, k=K):
     """Every number against softmax and sorting on the full logits of single rows."""
     number = 0
-    for index, row in enumerate(rows(data)):
+    for index, row in enumerate(tokenised_rows(data)):
         log_p = {name: logits_of(model.eval(), row).double().log_softmax(-1) for name, model in models.items()}
-        for place, label in zip(supervised(row).tolist(), labels_of(row).tolist(), strict=True):
+        for place, label in zip(supervised_positions(row).tolist(), labels_of(row).tolist(), strict=True):
             at = number - sum(r < index for r in got.tokens["row"])
             line = {name: values[number] for name, values in got.tokens.items()}
             assert (line["row"], line["position"], line["label"]) == (index, place + 1, label)
@@ -53,20 +58,28 @@ def check(got, data, models, k=K):
 def test_a_capture_is_what_plain_forwards_say(tmp_path, monkeypatch):
     """Of student, teacher and reference, padded batches of different rows, a few tokens' logits at a time."""
     monkeypatch.setattr(capture, "_CHUNK", 3)
-    teacher, data = tiny.taught(seed=7, width=48), tiny.conversations(5)
+    teacher, data = tiny_models.trained_model(seed=7, width=48), tiny_models.conversation_dataset(5)
     target = qt.Target(trust=0.5, residual=[(0.5, qt.residual.teacher()), (0.5, qt.residual.reference())])
     got = captured(tmp_path, data=data, target=target, teacher_model=teacher)
-    check(got, data, {"student": tiny.taught(), "teacher": tiny.taught(seed=7, width=48), "reference": tiny.taught()})
+    check(
+        got,
+        data,
+        {
+            "student": tiny_models.trained_model(),
+            "teacher": tiny_models.trained_model(seed=7, width=48),
+            "reference": tiny_models.trained_model(),
+        },
+    )
     assert got.others == ("teacher", "reference")
 
 
 def test_rows_masks_and_words(tmp_path):
-    data = tiny.conversations(5)
+    data = tiny_models.conversation_dataset(5)
     got = captured(tmp_path, data=data)
-    for line, row in zip(got.rows, rows(data), strict=True):
+    for line, row in zip(got.rows, tokenised_rows(data), strict=True):
         assert line["input_ids"] == row["input_ids"]
         assert line["supervised"] == [i > 0 and label != -100 for i, label in enumerate(row["labels"])]
-    tokenizer = tiny.tokenizer()
+    tokenizer = tiny_models.tokenizer()
     end = tokenizer.eos_token_id
     assert got.vocab[end] == ("<|im_end|>", True) and got.manifest["eos_token_ids"] == [end]
     text = "".join(got.vocab[index][0] for index in got.rows[0]["input_ids"])
@@ -74,21 +87,28 @@ def test_rows_masks_and_words(tmp_path):
 
 
 def test_columns_padding_rows_and_the_first_few(tmp_path):
-    data = tokenised(tiny.conversations(6), weight=lambda number, row: [number + 0.5] * len(row["input_ids"]))
-    got = captured(tmp_path, tiny.taught(vocab=352), data, rows_=3, target="iw-sft")
+    data = tokenised_dataset(
+        tiny_models.conversation_dataset(6), weight=lambda number, row: [number + 0.5] * len(row["input_ids"])
+    )
+    got = captured(tmp_path, tiny_models.trained_model(vocab=352), data, rows_=3, target="iw-sft")
     assert got.manifest["rows"] == 3 and got.signals == ("weight",)
     assert got.tokens["weight"] == [row + 0.5 for row in got.tokens["row"]]
-    assert got.vocab_size == len(tiny.tokenizer()), "padded rows of the head are no tokens"
+    assert got.vocab_size == len(tiny_models.tokenizer()), "padded rows of the head are no tokens"
     replayed = Replay(got).figures(qt.preset("iw-sft"))
     assert np.allclose(replayed.trust, got.tokens["weight"]) and replayed.notes == []
 
 
 def test_what_is_replayed_is_what_training_reports(tmp_path):
-    data = tiny.conversations(5)
-    got = captured(tmp_path, data=data, k=320, target="target-sft", teacher_model=tiny.taught(seed=7))
+    data = tiny_models.conversation_dataset(5)
+    got = captured(tmp_path, data=data, k=320, target="target-sft", teacher_model=tiny_models.trained_model(seed=7))
     summary = Replay(got).summary(Replay(got).figures(qt.preset("target-sft")))
-    made = trainer(
-        tiny.taught(), tmp_path, data, eval_dataset=data, target="target-sft", teacher_model=tiny.taught(seed=7)
+    made = quick_trainer(
+        tiny_models.trained_model(),
+        tmp_path,
+        data,
+        eval_dataset=data,
+        target="target-sft",
+        teacher_model=tiny_models.trained_model(seed=7),
     )
     reported = made.evaluate()
     for name in ("trust", "residual_mass", "update", "update_vs_sft"):
@@ -96,7 +116,7 @@ def test_what_is_replayed_is_what_training_reports(tmp_path):
 
 
 def test_an_interrupted_capture_is_no_record(tmp_path):
-    made = trainer(tiny.llama(), tmp_path / "run", tiny.conversations(20))
+    made = quick_trainer(tiny_models.llama(), tmp_path / "run", tiny_models.conversation_dataset(20))
 
     def stop(done):
         raise KeyboardInterrupt
@@ -121,7 +141,7 @@ def test_an_interrupted_capture_is_no_record(tmp_path):
     ],
 )
 def test_a_capture_that_makes_no_sense(settings, told, tmp_path):
-    made = trainer(tiny.llama(), tmp_path)
+    made = quick_trainer(tiny_models.llama(), tmp_path)
     with pytest.raises(ConfigError) as error:
         capture.capture(made, tmp_path / "capture", **settings)
     assert told in str(error.value) and not (tmp_path / "capture").exists()
@@ -129,7 +149,7 @@ def test_a_capture_that_makes_no_sense(settings, told, tmp_path):
 
 def test_a_row_longer_than_the_model(tmp_path):
     long = Dataset.from_list([{"input_ids": [5] * 100_000}])
-    made = trainer(tiny.llama(), tmp_path, long, max_length=None)
+    made = quick_trainer(tiny_models.llama(), tmp_path, long, max_length=None)
     with pytest.raises(
         ConfigError, match="row 0 has 100000 tokens, more than the model's 256 positions; set max_length"
     ):
@@ -175,10 +195,10 @@ def test_files_that_are_cut_or_strange(tmp_path):
 def test_another_model_tokenizer_or_template(tmp_path):
     made = captured(tmp_path)
     manifest, model = made.manifest, made.manifest["model"]
-    assert capture.differences(manifest, model, tiny.tokenizer()) == []
-    assert "was made with model" in capture.differences(manifest, "other", tiny.tokenizer())[0]
-    assert "with tokenizer" in capture.differences(manifest, model, tiny.tokenizer(extra="zebra "))[0]
-    other = tiny.tokenizer(extra="")
+    assert capture.differences(manifest, model, tiny_models.tokenizer()) == []
+    assert "was made with model" in capture.differences(manifest, "other", tiny_models.tokenizer())[0]
+    assert "with tokenizer" in capture.differences(manifest, model, tiny_models.tokenizer(extra="zebra "))[0]
+    other = tiny_models.tokenizer(extra="")
     kept, other.chat_template = other.chat_template, "{{ messages }}"
     try:
         assert "with chat_template" in capture.differences(manifest, model, other)[0]
@@ -196,7 +216,7 @@ def printed(call, *arguments, colour=False):
 
 
 def test_show_in_a_pipe_and_on_a_terminal(tmp_path):
-    got = captured(tmp_path, target="target-sft", teacher_model=tiny.taught(seed=7))
+    got = captured(tmp_path, target="target-sft", teacher_model=tiny_models.trained_model(seed=7))
     plain = printed(terminal.show, got, qt.preset("target-sft"), 2)
     assert "row 2," in plain and "taught most" in plain and "[<|im_end|>]" in plain and "\x1b" not in plain
     assert "±" in plain
@@ -210,8 +230,8 @@ def test_nothing_in_a_token_reaches_the_terminal():
 
 
 def test_all_targets_compared():
-    z = lens_records.logits(50, 60)
-    got = lens_records.from_logits(z, lens_records.labels_for(z))
+    z = lens_records.random_logits(50, 60)
+    got = lens_records.record_from_logits(z, lens_records.random_labels(z))
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(terminal.comparison(got))
     text = console.export_text()
@@ -220,9 +240,9 @@ def test_all_targets_compared():
 
 @pytest.mark.parametrize("sharpness, place", [(0.5, "weak"), (12.0, "middle"), (60.0, "strong")])
 def test_advice_follows_the_labels_probability(sharpness, place):
-    z = lens_records.logits(400, 60, sharpness=sharpness)
-    labels = z.argmax(-1) if place == "strong" else lens_records.labels_for(z)
-    advice = advise(lens_records.from_logits(z, labels))
+    z = lens_records.random_logits(400, 60, sharpness=sharpness)
+    labels = z.argmax(-1) if place == "strong" else lens_records.random_labels(z)
+    advice = advise(lens_records.record_from_logits(z, labels))
     assert advice.place == place, advice.figures
     said = "\n".join(advice.lines())
     assert "targets that tend to suit" in said and "arXiv:2510.00526" in said and said.count("doubt:") >= 2
@@ -230,8 +250,10 @@ def test_advice_follows_the_labels_probability(sharpness, place):
 
 
 def test_advice_warns_of_settings_that_are_another():
-    z = lens_records.logits(100, 60)
-    got = lens_records.from_logits(z, lens_records.labels_for(z), teacher=z + lens_records.logits(100, 60, 1))
+    z = lens_records.random_logits(100, 60)
+    got = lens_records.record_from_logits(
+        z, lens_records.random_labels(z), teacher=z + lens_records.random_logits(100, 60, 1)
+    )
     for target, told in (
         (qt.preset("target-sft", eta=0.0), "is dft on these tokens: every Q is the same"),
         (qt.preset("gem", beta=1.0), "is sft on these tokens"),
@@ -241,7 +263,9 @@ def test_advice_warns_of_settings_that_are_another():
     ):
         assert any(told in warning for warning in advise(got, target).warnings), told
     assert "k is too small for target-sft" in advise(got, qt.preset("target-sft")).warnings[0]
-    whole = lens_records.from_logits(z, lens_records.labels_for(z), teacher=z + lens_records.logits(100, 60, 1), k=60)
+    whole = lens_records.record_from_logits(
+        z, lens_records.random_labels(z), teacher=z + lens_records.random_logits(100, 60, 1), k=60
+    )
     assert advise(whole, qt.preset("target-sft")).warnings == []
 
 
@@ -251,11 +275,11 @@ def test_advice_warns_of_settings_that_are_another():
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("lens")
-    for name, model in (("model", tiny.taught()), ("teacher", tiny.taught(seed=7))):
+    for name, model in (("model", tiny_models.trained_model()), ("teacher", tiny_models.trained_model(seed=7))):
         model.save_pretrained(root / name)
-        tiny.tokenizer().save_pretrained(root / name)
+        tiny_models.tokenizer().save_pretrained(root / name)
     (root / "data").mkdir()
-    lines = [json.dumps(row) for row in tiny.conversations(6).to_list()]
+    lines = [json.dumps(row) for row in tiny_models.conversation_dataset(6).to_list()]
     (root / "data" / "train.jsonl").write_text("\n".join(lines))
     (root / "my_losses.py").write_text(
         "import torch\n"

@@ -8,7 +8,7 @@ import pytest
 import lens_records
 import qtarget as qt
 from lens_pages import JS_FIGURES, Opened, agrees, near
-from lens_records import from_logits
+from lens_records import record_from_logits
 from published import CASES
 from qtarget.lens import page
 from qtarget.lens.page_targets import listed
@@ -133,8 +133,10 @@ def test_the_page_knows_every_rule_and_residual_of_the_library(shared):
 def test_tails_below_the_floor_and_a_whole_vocabulary(open_page, tmp_path):
     """Where all that is left weighs less than one kept token, and where nothing is left, the bounds are others."""
     for k, vocab in ((20, 23), (24, 24)):
-        z = lens_records.logits(300, vocab, 9)
-        record = from_logits(z, lens_records.labels_for(z), teacher=z + lens_records.logits(300, vocab, 1), k=k)
+        z = lens_records.random_logits(300, vocab, 9)
+        record = record_from_logits(
+            z, lens_records.random_labels(z), teacher=z + lens_records.random_logits(300, vocab, 1), k=k
+        )
         view = open_page(page.write(record, tmp_path / "lens.html"))
         for name, given in (("gem", {"beta": 0.4}), ("kd", {"temperature": 0.5}), ("kd", {}), ("target-sft", {})):
             script = JS_FIGURES.replace("{ length: 40 }", "{ length: 0 }")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-import tiny
+import tiny_models
 from qtarget import ConfigError
 from qtarget.training import history
-from runs import config, labels_of, logits_of, rows, trained, trainer
+from quick_runs import labels_of, logits_of, quick_config, quick_trainer, tokenised_rows, train_quickly
 
 LONG = {"max_steps": 6, "num_train_epochs": 9, "learning_rate": 0.05, "save_strategy": "steps", "save_steps": 3}
 
@@ -18,11 +18,11 @@ LONG = {"max_steps": 6, "num_train_epochs": 9, "learning_rate": 0.05, "save_stra
 def by_hand(model, data):
     """{(p_bin, entropy_bin): [count, Σ p_y, Σ p_y (1 − p_y)]} of dft at the start."""
     cells = {}
-    for row in rows(data):
+    for row in tokenised_rows(data):
         log_p = logits_of(model.eval(), row).log_softmax(-1)
         for line, label in zip(log_p, labels_of(row).tolist(), strict=True):
             p, entropy = float(line[label].exp()), float(-(line.exp() * line).sum())
-            cell = min(19, int(20 * p)), min(19, int(20 * entropy / math.log(len(tiny.tokenizer()))))
+            cell = min(19, int(20 * p)), min(19, int(20 * entropy / math.log(len(tiny_models.tokenizer()))))
             sums = cells.setdefault(cell, [0, 0.0, 0.0])
             sums[0] += 1
             sums[1] += p
@@ -32,13 +32,13 @@ def by_hand(model, data):
 
 def test_a_map_is_that_of_the_steps_tokens(tmp_path):
     """All micro-batches of the step, without a second forward pass."""
-    data = tiny.conversations(4)
-    made = trainer(tiny.taught(), tmp_path, data, target="dft", lens_every=1)
+    data = tiny_models.conversation_dataset(4)
+    made = quick_trainer(tiny_models.trained_model(), tmp_path, data, target="dft", lens_every=1)
     calls = []
     made.model.model.register_forward_hook(lambda *args: calls.append(1))
     made.train()
     lines = pq.read_table(tmp_path / history.FILE).to_pylist()
-    wanted = by_hand(tiny.taught(), data)
+    wanted = by_hand(tiny_models.trained_model(), data)
     assert {(line["p_bin"], line["entropy_bin"]): line["count"] for line in lines} == {
         c: w[0] for c, w in wanted.items()
     }
@@ -51,21 +51,23 @@ def test_a_map_is_that_of_the_steps_tokens(tmp_path):
 
 
 def test_every_so_many_steps_and_resumed(tmp_path):
-    data = tiny.conversations(8)
-    whole = trained(tiny.taught(), tmp_path / "whole", data, target="dft", lens_every=2, **LONG)
+    data = tiny_models.conversation_dataset(8)
+    whole = train_quickly(tiny_models.trained_model(), tmp_path / "whole", data, target="dft", lens_every=2, **LONG)
     assert whole.state.global_step == 6
     wanted = pq.read_table(tmp_path / "whole" / history.FILE)
     assert sorted(set(wanted["step"].to_pylist())) == [2, 4, 6]
-    first = trainer(tiny.taught(), tmp_path / "run", data, target="dft", lens_every=2, **LONG)
+    first = quick_trainer(tiny_models.trained_model(), tmp_path / "run", data, target="dft", lens_every=2, **LONG)
     first.train()
-    again = trainer(tiny.taught(), tmp_path / "run", data, target="dft", lens_every=2, **LONG)
+    again = quick_trainer(tiny_models.trained_model(), tmp_path / "run", data, target="dft", lens_every=2, **LONG)
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert pq.read_table(tmp_path / "run" / history.FILE).equals(wanted)
     assert (tmp_path / "run" / history.FILE).stat().st_size < 20_000
 
 
 def test_frames_for_the_page(tmp_path):
-    trained(tiny.taught(), tmp_path, tiny.conversations(8), target="dft", lens_every=3, **LONG)
+    train_quickly(
+        tiny_models.trained_model(), tmp_path, tiny_models.conversation_dataset(8), target="dft", lens_every=3, **LONG
+    )
     frames = history.frames(tmp_path)
     assert [frame["step"] for frame in frames] == [3, 6]
     assert all(len(frame[name]) == 20 and len(frame[name][0]) == 20 for frame in frames for name in ("count", "trust"))
@@ -73,10 +75,10 @@ def test_frames_for_the_page(tmp_path):
 
 
 def test_off_by_default_and_refused_below_one(tmp_path):
-    trained(tiny.llama(), tmp_path)
+    train_quickly(tiny_models.llama(), tmp_path)
     assert not (tmp_path / history.FILE).exists()
     with pytest.raises(ConfigError, match="lens_every is 0; use a whole number from 1"):
-        config(tmp_path, lens_every=0)
+        quick_config(tmp_path, lens_every=0)
 
 
 def test_a_long_run_keeps_so_many_maps_and_no_more(tmp_path, monkeypatch):

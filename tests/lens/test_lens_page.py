@@ -13,15 +13,18 @@ from axe_playwright_python.sync_playwright import Axe
 import lens_records
 import qtarget as qt
 from lens_pages import JS_FIGURES, Opened, chromium, near
-from lens_records import from_logits
+from lens_records import record_from_logits
 from qtarget import ConfigError
 from qtarget.lens import page
 from qtarget.lens.replay import Replay
 
 N, V, K = 1000, 300, 20
-Z = lens_records.logits(N, V, 7)
-Y = lens_records.labels_for(Z)
-MODELS = {"teacher": Z + lens_records.logits(N, V, 1, 1.5), "reference": Z + lens_records.logits(N, V, 2, 0.3)}
+Z = lens_records.random_logits(N, V, 7)
+Y = lens_records.random_labels(Z)
+MODELS = {
+    "teacher": Z + lens_records.random_logits(N, V, 1, 1.5),
+    "reference": Z + lens_records.random_logits(N, V, 2, 0.3),
+}
 RECORD = lens_records.of_everything(N, V, K)
 REPLAY = Replay(RECORD)
 
@@ -85,7 +88,7 @@ def test_every_preset_and_parameter_has_its_control(shared):
 
 @pytest.mark.browser
 def test_without_the_other_models(open_page, tmp_path):
-    view = open_page(page.write(from_logits(Z[:50], Y[:50]), tmp_path / "lens.html"))
+    view = open_page(page.write(record_from_logits(Z[:50], Y[:50]), tmp_path / "lens.html"))
     options = view.eval_on_selector_all(
         "#name-A option", "found => found.map(o => [o.value, o.disabled, o.textContent])"
     )
@@ -127,7 +130,7 @@ def test_no_browser_is_said_and_not_skipped(monkeypatch):
 def test_what_cannot_be_shown():
     with pytest.raises(ConfigError, match="rows is 0; show one row or more"):
         page.html(RECORD, max_rows=0)
-    few = from_logits(Z[:8], Y[:8], rows=2)
+    few = record_from_logits(Z[:8], Y[:8], rows=2)
     few.tokens["row"] = [1] * 8
     with pytest.raises(ConfigError, match="the first 1 rows of this capture have no supervised token"):
         page.html(few, max_rows=1)
@@ -162,9 +165,9 @@ def test_one_log_probability_is_kept_to_four_digits():
 @pytest.fixture(scope="module")
 def nasty_file(tmp_path_factory):
     n = len(NASTY)
-    z = lens_records.logits(n, 60, 5)
+    z = lens_records.random_logits(n, 60, 5)
     labels = torch.arange(n) + 1
-    record = from_logits(z, labels, teacher=z + lens_records.logits(n, 60, 6), k=10, rows=1)
+    record = record_from_logits(z, labels, teacher=z + lens_records.random_logits(n, 60, 6), k=10, rows=1)
     for index, text in enumerate(NASTY.values(), 1):
         record.vocab[index] = (text, False)
     record.vocab[0] = ("<|im_start|>", True)
@@ -302,7 +305,7 @@ def test_a_number_out_of_range_changes_nothing(open_page, file):
 
 @pytest.mark.browser
 def test_a_figure_with_a_large_error_is_marked(open_page, tmp_path):
-    record = from_logits(0.02 * Z[:100], Y[:100], teacher=0.01 * MODELS["teacher"][:100], k=3)
+    record = record_from_logits(0.02 * Z[:100], Y[:100], teacher=0.01 * MODELS["teacher"][:100], k=3)
     view = open_page(page.write(record, tmp_path / "lens.html"))
     settled(view)
     assert "k is too small" in view.inner_text("#notes-A")
@@ -418,7 +421,7 @@ def test_the_map_and_an_area_of_it(open_page, file):
 
 @pytest.mark.browser
 def test_the_history_of_a_run(open_page, tmp_path):
-    record = from_logits(Z[:60], Y[:60], teacher=MODELS["teacher"][:60])
+    record = record_from_logits(Z[:60], Y[:60], teacher=MODELS["teacher"][:60])
     frames = []
     for step in (10, 20, 30):
         cells = [[0] * 20 for _ in range(20)]
@@ -506,7 +509,7 @@ def test_on_paper(open_page, file):
 @pytest.mark.full  # writing 60 MB takes most of its quarter of a minute
 def test_many_tokens_open_and_answer_at_once(open_page, tmp_path):
     """300 rows of 600 tokens, 33 ids each: 50 MB. The bounds are those the page is made for."""
-    view = open_page(page.write(lens_records.large(300, 600), tmp_path / "lens.html"))
+    view = open_page(page.write(lens_records.large_record(300, 600), tmp_path / "lens.html"))
     opened = view.evaluate("lens.state.openedAfter")
     view.evaluate("() => lens.ready.then(() => 0)")
     times = view.evaluate("""async () => {

@@ -6,18 +6,18 @@ import torch
 
 import lens_records
 import qtarget as qt
-from lens_records import from_logits
+from lens_records import record_from_logits
 from published import CASES, label_log_p
 from qtarget import ConfigError
 from qtarget.lens.replay import Replay
 
 N, V, K = 200, 300, 20
-Z = lens_records.logits(N, V)
-Y = lens_records.labels_for(Z)
+Z = lens_records.random_logits(N, V)
+Y = lens_records.random_labels(Z)
 generator = torch.Generator().manual_seed(3)
 GIVEN = {
-    "teacher_logits": Z + lens_records.logits(N, V, 1, 1.5),
-    "reference_logits": Z + lens_records.logits(N, V, 2, 0.3),
+    "teacher_logits": Z + lens_records.random_logits(N, V, 1, 1.5),
+    "reference_logits": Z + lens_records.random_logits(N, V, 2, 0.3),
     "weight": 3 * torch.rand(N, generator=generator).double(),
     "critical": torch.randint(0, 2, (N,), generator=generator).double(),
     "old_logps": label_log_p(Z, Y) - 0.3 * torch.randn(N, generator=generator).double(),
@@ -25,7 +25,7 @@ GIVEN = {
 
 
 def record(k=K):
-    return from_logits(
+    return record_from_logits(
         Z,
         Y,
         teacher=GIVEN["teacher_logits"],
@@ -79,7 +79,7 @@ def test_with_the_whole_vocabulary_nothing_is_unknown(case):
 
 def test_a_small_k_says_so():
     """Label smoothing spreads over the whole vocabulary; a flat teacher's top is little of it."""
-    few = Replay(from_logits(Z, Y, teacher=0.01 * GIVEN["teacher_logits"], k=5))
+    few = Replay(record_from_logits(Z, Y, teacher=0.01 * GIVEN["teacher_logits"], k=5))
     assert not few.summary(few.figures(qt.preset("kd"))).reliable
     assert few.summary(few.figures(qt.preset("dft"))).reliable
     assert few.summary(few.figures(qt.preset("label-smoothing", smoothing=0.9))).update_error > 0.05
@@ -95,7 +95,7 @@ def test_an_entropy_over_more_than_was_kept():
 
 
 def test_columns_that_were_not_captured():
-    plain = Replay(from_logits(Z, Y))
+    plain = Replay(record_from_logits(Z, Y))
     for name, told in (("iw-sft", "weight"), ("cft", "critical"), ("psft", "old_logps")):
         figures = plain.figures(qt.preset(name))
         assert len(figures.notes) == 1 and figures.notes[0].startswith(
@@ -105,7 +105,7 @@ def test_columns_that_were_not_captured():
 
 
 def test_a_model_that_was_not_captured():
-    plain = Replay(from_logits(Z, Y))
+    plain = Replay(record_from_logits(Z, Y))
     with pytest.raises(
         ConfigError, match=r"target kd.* needs a teacher, which this capture has not; capture again with"
     ):

@@ -7,13 +7,14 @@ import pytest
 
 import lens_records
 import qtarget as qt
-import tiny
+import tiny_models
 from lens_pages import JS_FIGURES, agrees
 from qtarget.lens import capture, page, record, sliders
 from qtarget.lens.page_targets import listed, of_run, recorded
 from qtarget.lens.replay import Replay
 from qtarget.targets.objective import Objective
-from runs import trainer
+from qtarget.targets.presets.entry import ENTRIES
+from quick_runs import quick_trainer
 
 N = 1000
 COMPOSED = {
@@ -144,10 +145,14 @@ def test_a_rule_of_somebodys_own(open_page, tmp_path, own):
 def test_what_this_page_does_not_know_is_named(open_page, tmp_path):
     """A rule that is in targets/ and not in targets.js."""
     view = open_page(page.write(of_a_run(COMPOSED), tmp_path / "lens.html"))
-    for part, form in (("rule odd", {"trust": {"odd": {}}}), ("residual odd", {"residual": ["odd"]})):
+    for told, form in (
+        ("the rule odd", {"trust": {"odd": {}}}),
+        ("the residual odd", {"residual": ["odd"]}),
+        ("what divergence is beside the residual uniform", {"residual": [{"uniform": {}, "divergence": "jsd"}]}),
+    ):
         changed = {"forms": [{"when": {}, "sliders": [], "trust": "probability", "residual": ["student"], **form}]}
         view.evaluate("changed => Object.assign(lens.D.targets[0], changed)", changed)
-        assert view.evaluate("lens.hindrance(lens.D, 'composed', {})") == f"this page does not know the {part}"
+        assert view.evaluate("lens.hindrance(lens.D, 'composed', {})") == f"this page does not know {told}"
 
 
 def test_a_rule_that_fails_is_named(own):
@@ -156,6 +161,12 @@ def test_a_rule_that_fails_is_named(own):
     assert told["reason"] == "my_targets:broken failed: RuntimeError: no number for this token"
     other = qt.Target(lambda stats: stats.teacher_log_p_y.exp(), qt.residual.student())
     assert "without declaring it" in entry(of_a_run(None), "composed", other)["reason"]
+
+
+def test_a_preset_that_fails_at_its_defaults_is_named(monkeypatch):
+    broken = qt.presets.Preset("broken", lambda eta=2.0: qt.Target(1.0, qt.residual.guided(eta)), "", "", "", "")
+    monkeypatch.setitem(ENTRIES, "broken", broken)
+    assert "broken failed: target broken: eta is 2.0" in entry(of_a_run(None), "broken")["reason"]
 
 
 def test_two_composed_targets_are_told_apart():
@@ -179,8 +190,8 @@ def test_what_a_capture_records_of_its_run(own, tmp_path):
     mixed = recorded(Objective.by_source({"math": "dft", "chat": {"preset": "kd", "temperature": 2.0}}, "source"))
     assert [*of_run(of_a_run(**mixed))] == ["math: dft", "chat: kd(temperature=2.0)"]
     assert recorded(Objective.single({"preset": "dft"})) == {"target": "dft"}, "nothing more where the target says it"
-    settings = {"target": "my_targets:known_parts", "teacher_model": tiny.taught(seed=7)}
-    made = trainer(tiny.taught(), tmp_path / "run", tiny.conversations(3), **settings)
+    settings = {"target": "my_targets:known_parts", "teacher_model": tiny_models.trained_model(seed=7)}
+    made = quick_trainer(tiny_models.trained_model(), tmp_path / "run", tiny_models.conversation_dataset(3), **settings)
     held = record.read(capture.capture(made, tmp_path / "capture", rows=3, top_k=7))
     assert listed(held, range(len(held)))[0]["name"] == "my_targets:known_parts"
 

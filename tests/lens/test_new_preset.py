@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-import caches
 import qtarget as qt
-from engine_cases import assert_engine_is_oracle, ordinary
+import teacher_caches
+from engine_and_oracle import assert_engine_is_oracle, ordinary_batch
 from lens_pages import JS_FIGURES, agrees
 from qtarget.cli.__main__ import main
 from qtarget.lens import record
@@ -61,7 +61,7 @@ def preset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return caches.world(tmp_path_factory.mktemp("world"))
+    return teacher_caches.write_world(tmp_path_factory.mktemp("world"))
 
 
 def test_python_and_yaml_know_it(preset):
@@ -90,7 +90,7 @@ def test_the_command_line_lists_it(preset, capsys):
 
 @pytest.mark.parametrize("given", [{}, {"alpha": 2.0, "doubt": 0.7}], ids=str)
 def test_oracle_and_engine_have_the_gradient_of_its_printed_loss(preset, given):
-    batch, target = ordinary(), qt.preset(NAME, **given)
+    batch, target = ordinary_batch(), qt.preset(NAME, **given)
     logits = batch.logits().requires_grad_()
     printed = qt.presets.printed_loss(target)(logits, batch.labels, batch.oracle_inputs(target))
     (wanted,) = torch.autograd.grad(printed.sum(), logits)

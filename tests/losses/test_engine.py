@@ -5,7 +5,16 @@ import functools
 import pytest
 
 import qtarget as qt
-from engine_cases import assert_same, case_named, engine, hard, ignoring, oracle, ordinary, preset_of
+from engine_and_oracle import (
+    assert_same,
+    case_named,
+    hard_batch,
+    ordinary_batch,
+    preset_of,
+    run_engine,
+    run_oracle,
+    with_ignored_labels,
+)
 from published import CASES
 from qtarget.losses.engine import chunks, matmuls, who
 from qtarget.losses.engine.block import RowMath
@@ -27,12 +36,12 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @functools.cache
 def prepared(softcap, with_bias, tied, share):
     scale = 1.0 if softcap else 1.3
-    return ignoring(hard(tied=tied, with_bias=with_bias, softcap=softcap, scale=scale), share)
+    return with_ignored_labels(hard_batch(tied=tied, with_bias=with_bias, softcap=softcap, scale=scale), share)
 
 
 @functools.lru_cache(maxsize=4)  # the chunk varies fastest: one truth serves all of its ways
 def truth(case_id, *setting):
-    return oracle(prepared(*setting), preset_of(case_named(case_id)), reduction="sum", stats="all")
+    return run_oracle(prepared(*setting), preset_of(case_named(case_id)), reduction="sum", stats="all")
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
@@ -46,31 +55,33 @@ def test_engine_is_the_oracle(case, softcap, with_bias, tied, share, chunk, monk
     if block is not None:
         monkeypatch.setattr(chunks, "block_rows", lambda *_: block)
     batch = prepared(softcap, with_bias, tied, share)
-    got = engine(batch, preset_of(case), reduction="sum", stats="all", chunk_rows=rows)
+    got = run_engine(batch, preset_of(case), reduction="sum", stats="all", chunk_rows=rows)
     assert_same(got, truth(case.id, softcap, with_bias, tied, share))
 
 
 @pytest.mark.parametrize("scale, softcap", [(0.3, None), (2.0, 3.0), (1.0, 1.0)])
 @every_case
 def test_logits_are_scaled_before_they_are_capped(case, scale, softcap):
-    batch = ordinary(scale=scale, softcap=softcap, with_bias=True)
+    batch = ordinary_batch(scale=scale, softcap=softcap, with_bias=True)
     options = {"reduction": "sum", "stats": "all"}
-    assert_same(engine(batch, preset_of(case), chunk_rows=10, **options), oracle(batch, preset_of(case), **options))
+    assert_same(
+        run_engine(batch, preset_of(case), chunk_rows=10, **options), run_oracle(batch, preset_of(case), **options)
+    )
 
 
 @every_case
 def test_statistics_by_name(case):
     """kl_q costs a logarithm per entry, so it comes only when asked for; nothing else depends on that."""
-    batch = hard()
-    basic, everything = (engine(batch, preset_of(case), stats=stats) for stats in ("basic", "all"))
+    batch = hard_batch()
+    basic, everything = (run_engine(batch, preset_of(case), stats=stats) for stats in ("basic", "all"))
     assert [*basic.stats, "kl_q"] == [*everything.stats]
-    assert_same(basic, oracle(batch, preset_of(case), stats="basic"))
+    assert_same(basic, run_oracle(batch, preset_of(case), stats="basic"))
 
 
 def test_the_batch_is_as_hard_as_it_says():
     """Certain and hopeless labels; a teacher equal to the student, within 1e-7 of it, and 120 logits away."""
-    batch = hard()
-    stats = oracle(batch, qt.preset("sft")).stats
+    batch = hard_batch()
+    stats = run_oracle(batch, qt.preset("sft")).stats
     assert float(stats["nll"][0]) < 1e-12
     assert float(stats["nll"][2]) > 40 and float(stats["nll"][3]) > 40
     gap = (batch.dense["teacher"] - batch.logits()).abs().amax(-1)
@@ -163,10 +174,10 @@ MUTANTS = [
 @pytest.mark.parametrize("mutate, name, what", MUTANTS, ids=[f"{m[0].__name__}-{m[1]}" for m in MUTANTS])
 def test_a_mutant_is_noticed(mutate, name, what, monkeypatch):
     softcap = 30.0 if mutate is softcap_without_a_derivative else None
-    batch = ignoring(ordinary(softcap=softcap, with_bias=True), "some ignored")
+    batch = with_ignored_labels(ordinary_batch(softcap=softcap, with_bias=True), "some ignored")
     target = qt.preset(name)
-    expected = oracle(batch, target, reduction="sum")
-    assert_same(engine(batch, target, reduction="sum", chunk_rows=10), expected)
+    expected = run_oracle(batch, target, reduction="sum")
+    assert_same(run_engine(batch, target, reduction="sum", chunk_rows=10), expected)
     mutate(monkeypatch)
     with pytest.raises(AssertionError, match=what):
-        assert_same(engine(batch, target, reduction="sum", chunk_rows=10), expected)
+        assert_same(run_engine(batch, target, reduction="sum", chunk_rows=10), expected)

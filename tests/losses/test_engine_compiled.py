@@ -10,7 +10,7 @@ from test_engine_precision import assert_no_worse_than_full_logits, single
 from test_engine_topk import padded, with_topk
 
 import qtarget as qt
-from engine_cases import assert_same, engine, hard, ignoring, oracle, preset_of
+from engine_and_oracle import assert_same, hard_batch, preset_of, run_engine, run_oracle, with_ignored_labels
 from published import CASES
 from qtarget.losses.engine import passes, row_functions, who
 
@@ -24,15 +24,15 @@ def as_they_are(monkeypatch):
 
 
 def assert_functions_are_the_oracle(batch, target, **options):
-    got = engine(batch, target, stats="all", reduction="sum", backend="compiled", **options)
-    assert_same(got, oracle(batch, target, stats="all", reduction="sum"))
+    got = run_engine(batch, target, stats="all", reduction="sum", backend="compiled", **options)
+    assert_same(got, run_oracle(batch, target, stats="all", reduction="sum"))
 
 
 @pytest.mark.parametrize("chunk", [10, None])
 @pytest.mark.parametrize("vocab_size, softcap", [(None, None), (61, 40.0)], ids=["plain", "padded and capped"])
 @every_case
 def test_every_preset_and_option(case, vocab_size, softcap, chunk, as_they_are):
-    batch = ignoring(hard(with_bias=True, softcap=softcap, vocab_size=vocab_size), "some ignored")
+    batch = with_ignored_labels(hard_batch(with_bias=True, softcap=softcap, vocab_size=vocab_size), "some ignored")
     if vocab_size:
         batch = replace(batch, labels=batch.labels.clamp(max=vocab_size - 1))
     assert_functions_are_the_oracle(batch, preset_of(case), chunk_rows=chunk)
@@ -41,7 +41,7 @@ def test_every_preset_and_option(case, vocab_size, softcap, chunk, as_they_are):
 @pytest.mark.parametrize("tail", ["student", "even"])
 @pytest.mark.parametrize("name", ["kd", "target-sft", "asft"])
 def test_top_k(name, tail, as_they_are):
-    assert_functions_are_the_oracle(with_topk(padded(hard()), 5, tail=tail), qt.preset(name), chunk_rows=10)
+    assert_functions_are_the_oracle(with_topk(padded(hard_batch()), 5, tail=tail), qt.preset(name), chunk_rows=10)
 
 
 @pytest.mark.parametrize("name", ["realistic", "hard"])
@@ -66,7 +66,7 @@ def test_another_coefficient_is_no_other_graph():
     """eta moves on a schedule: nothing is compiled again."""
     batch, exact = single("ordinary")
     options = {"backend": "compiled", "reduction": "sum"}
-    engine(batch, qt.preset("target-sft", eta=0.4), **options)
+    run_engine(batch, qt.preset("target-sft", eta=0.4), **options)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for eta in (0.41, 0.6, 0.9):
         assert_no_worse_than_full_logits(batch, exact, qt.preset("target-sft", eta=eta), backend="compiled")
@@ -81,10 +81,10 @@ def test_what_inductor_refuses_falls_back_once(monkeypatch, caplog):
 
     monkeypatch.setattr(row_functions, "compiled", functools.partial(lambda name: refuses))
     monkeypatch.setattr(who, "_told", set())
-    batch, target = hard(), qt.preset("target-sft")
+    batch, target = hard_batch(), qt.preset("target-sft")
     with caplog.at_level(logging.WARNING, "qtarget"):
         for _ in range(2):
-            got = engine(batch, target, reduction="sum", backend="compiled", chunk_rows=10)
-    assert_same(got, oracle(batch, target, reduction="sum"))
+            got = run_engine(batch, target, reduction="sum", backend="compiled", chunk_rows=10)
+    assert_same(got, run_oracle(batch, target, reduction="sum"))
     (line,) = [record.getMessage() for record in caplog.records]
     assert "backend 'compiled' cannot be compiled here, so 'torch' is used: TorchDynamoException" in line

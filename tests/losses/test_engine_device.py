@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qtarget as qt
-from engine_cases import Batch, engine, oracle, ordinary, randn, relative_error, with_columns
+from engine_and_oracle import Batch, ordinary_batch, randn, relative_error, run_engine, run_oracle, with_columns
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs the package triton", allow_module_level=True)
@@ -37,7 +37,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 def half(dtype=BF16, n=N, v=V, **options) -> tuple[Batch, Batch]:
     """Hidden states and heads in 16 bits, and the float64 batch of the same numbers."""
-    batch = ordinary(n=n, v=v, d=D, seed=6, **options)
+    batch = ordinary_batch(n=n, v=v, d=D, seed=6, **options)
     g = torch.Generator().manual_seed(7)
     states = {name: (randn(g, n, D).to(dtype), (randn(g, v, D) / 2).to(dtype)) for name in batch.dense}
     low = replace(batch, hidden=batch.hidden.to(dtype), weight=batch.weight.to(dtype))
@@ -49,7 +49,7 @@ def half(dtype=BF16, n=N, v=V, **options) -> tuple[Batch, Batch]:
 
 
 def run(batch: Batch, target: qt.Target, **options):
-    return engine(batch, target, backend="triton", **options)
+    return run_engine(batch, target, backend="triton", **options)
 
 
 # ---- exactness
@@ -73,7 +73,7 @@ def test_16_bit_gradients_lose_no_more_than_one_rounding(target, dtype):
     low, up = half(dtype)
     with as_on_a_device():
         got = run(low, target, reduction="sum")
-    truth = oracle(up, target, reduction="sum")
+    truth = run_oracle(up, target, reduction="sum")
     assert float((got.loss.double() - truth.loss).abs() / truth.loss.abs().clamp(min=1)) <= 1e-5
     eps = torch.finfo(dtype).eps
     for name, bound in rounded_gradient_bound(up, target, dtype).items():
@@ -88,7 +88,7 @@ def test_the_unreduced_loss(name):
     upstream = torch.logspace(-6, 5, N, dtype=torch.float64)
     with as_on_a_device():
         got = run(low, qt.preset(name), upstream=upstream.float(), reduction="none")
-    truth = oracle(up, qt.preset(name), upstream=upstream, reduction="none")
+    truth = run_oracle(up, qt.preset(name), upstream=upstream, reduction="none")
     for part in ("hidden", "weight"):
         expected = truth.gradients[part].clamp(-65504, 65504)
         kept = expected.abs() < 60000  # float16 itself ends there

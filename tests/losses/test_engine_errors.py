@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import qtarget as qt
-from engine_cases import as_head, ordinary, randn
+from engine_and_oracle import as_head, ordinary_batch, randn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 N = 12
-BATCH = ordinary(n=N)
+BATCH = ordinary_batch(n=N)
 ONES, LABELS, LOGITS, V = torch.ones(N), BATCH.labels, BATCH.logits(), 67
 IDS, LOGPROBS = torch.arange(5).repeat(N, 1), torch.full((N, 5), -3.0)
 

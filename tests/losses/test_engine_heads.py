@@ -8,17 +8,17 @@ import pytest
 import torch
 
 import qtarget as qt
-from engine_cases import (
+from engine_and_oracle import (
     N,
     V,
     assert_engine_is_oracle,
     assert_rows_agree,
-    engine,
-    hard,
-    ordinary,
+    hard_batch,
+    ordinary_batch,
     preset_of,
-    project,
+    project_logits,
     randn,
+    run_engine,
     with_columns,
 )
 from published import CASES
@@ -42,7 +42,7 @@ def with_heads(batch, rows=V, width=20, with_bias=False, seed=11, **options):
         hidden, weight = randn(g, len(batch.labels), width), 0.5 * randn(g, rows, width)
         bias = 0.5 * randn(g, rows) if with_bias else None
         head = heads[name] = qt.Head(hidden, weight, bias, **options)
-        logits = project(hidden, weight, bias, head.logit_scale, head.logit_softcap)
+        logits = project_logits(hidden, weight, bias, head.logit_scale, head.logit_softcap)
         dense[name] = logits[:, : head.vocab_size]
     return replace(batch, heads=heads, dense=dense)
 
@@ -68,19 +68,19 @@ HEADS = {
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
 @beside_another
 def test_head(case, options):
-    assert_engine_is_oracle(with_heads(ordinary(softcap=30.0), **options), preset_of(case), chunk_rows=10)
+    assert_engine_is_oracle(with_heads(ordinary_batch(softcap=30.0), **options), preset_of(case), chunk_rows=10)
 
 
 @beside_another
 def test_head_of_few_units(case):
     """Narrower than the student, one unit."""
-    assert_engine_is_oracle(with_heads(ordinary(), width=1), preset_of(case))
+    assert_engine_is_oracle(with_heads(ordinary_batch(), width=1), preset_of(case))
 
 
 @beside_another
 def test_the_student_beside_its_own_head(case):
     """A reference that shares the student's weight learns nothing from the loss."""
-    batch = ordinary()
+    batch = ordinary_batch()
     frozen = {name: batch.hidden + 0.1 * batch.dense[name][:, :12] for name in batch.dense}
     batch = replace(batch, dense={name: hidden @ batch.weight.T for name, hidden in frozen.items()})
     weight = batch.weight.clone().requires_grad_()
@@ -92,7 +92,7 @@ def test_the_student_beside_its_own_head(case):
 @beside_another
 def test_tokens_that_the_other_model_rules_out(case):
     """A bias of −inf: labels among them, and tokens the student likes."""
-    batch = with_heads(ordinary())
+    batch = with_heads(ordinary_batch())
     bias = torch.zeros(V, dtype=torch.float64)
     bias[[2, 7, 11, int(batch.labels[0]), int(batch.labels[1])]] = -math.inf
     batch.dense = {name: logits + bias for name, logits in batch.dense.items()}
@@ -103,7 +103,7 @@ def test_tokens_that_the_other_model_rules_out(case):
 # ---- padded vocabularies
 
 
-@pytest.mark.parametrize("make", [ordinary, hard], ids=["ordinary", "hard"])
+@pytest.mark.parametrize("make", [ordinary_batch, hard_batch], ids=["ordinary", "hard"])
 @every_case
 def test_padded_student(case, make):
     assert_engine_is_oracle(padded(make()), preset_of(case), chunk_rows=10)
@@ -121,19 +121,19 @@ PADDED = {
 @pytest.mark.parametrize("options", PADDED.values(), ids=PADDED)
 @beside_another
 def test_padded_student_beside_a_head(case, options):
-    assert_engine_is_oracle(with_heads(padded(ordinary()), **options), preset_of(case), chunk_rows=10)
+    assert_engine_is_oracle(with_heads(padded(ordinary_batch()), **options), preset_of(case), chunk_rows=10)
 
 
 @beside_another
 def test_head_with_fewer_rows_than_the_student(case):
     """The student's padding shows only in the teacher's width."""
-    assert_engine_is_oracle(with_heads(ordinary(), rows=REAL), preset_of(case))
+    assert_engine_is_oracle(with_heads(ordinary_batch(), rows=REAL), preset_of(case))
 
 
 @every_case
 def test_vocab_size_of_all_rows_changes_nothing(case):
-    batch = ordinary()
-    plain, said = (engine(replace(batch, vocab_size=size), preset_of(case)) for size in (None, V))
+    batch = ordinary_batch()
+    plain, said = (run_engine(replace(batch, vocab_size=size), preset_of(case)) for size in (None, V))
     assert torch.equal(plain.loss, said.loss)
     assert torch.equal(plain.gradients["weight"], said.gradients["weight"])
 
@@ -195,7 +195,7 @@ COMPOSED = {
 }
 
 
-@pytest.mark.parametrize("make", [ordinary, hard], ids=["ordinary", "hard"])
+@pytest.mark.parametrize("make", [ordinary_batch, hard_batch], ids=["ordinary", "hard"])
 @pytest.mark.parametrize("target", COMPOSED.values(), ids=COMPOSED)
 def test_composed_target(target, make):
     assert_engine_is_oracle(make(), target, chunk_rows=10)
@@ -203,13 +203,13 @@ def test_composed_target(target, make):
 
 @pytest.mark.parametrize("target", COMPOSED.values(), ids=COMPOSED)
 def test_composed_target_with_padded_heads(target):
-    batch = with_heads(padded(ordinary()), rows=V + 5, vocab_size=REAL)
+    batch = with_heads(padded(ordinary_batch()), rows=V + 5, vocab_size=REAL)
     assert_engine_is_oracle(batch, target, chunk_rows=10)
 
 
 @pytest.mark.parametrize("target", COMPOSED.values(), ids=COMPOSED)
 def test_composed_target_beside_a_head_with_fewer_tokens(target):
-    batch = ordinary()
+    batch = ordinary_batch()
     batch = with_columns(replace(batch, labels=batch.labels.clamp(max=REAL - 1)))
     assert_engine_is_oracle(with_heads(batch, rows=V + 5, vocab_size=REAL), target)
 
@@ -221,7 +221,7 @@ def test_composed_target_beside_a_head_with_fewer_tokens(target):
 @pytest.mark.parametrize("name", ["dft", "iw-sft", "target-sft", "kd"])
 def test_any_leading_axes(name, shape):
     n = math.prod(shape)
-    flat = ordinary(n=n)
+    flat = ordinary_batch(n=n)
     target = qt.preset(name)
 
     def shaped(x):
@@ -234,7 +234,7 @@ def test_any_leading_axes(name, shape):
         columns={key: shaped(column) for key, column in flat.columns.items()},
         dense={key: shaped(logits) for key, logits in flat.dense.items()},
     )
-    got, expected = engine(batch, target, reduction="none"), engine(flat, target, reduction="none")
+    got, expected = run_engine(batch, target, reduction="none"), run_engine(flat, target, reduction="none")
     assert got.loss.shape == shape
     assert all(statistic.shape == shape for statistic in got.stats.values())
     assert torch.equal(got.loss.flatten(), expected.loss)
@@ -243,12 +243,12 @@ def test_any_leading_axes(name, shape):
 
 @pytest.mark.parametrize("shape", [(3,), (3, 1)], ids=["[rows]", "[rows, 1]"])
 def test_one_weight_per_row(shape):
-    batch = ordinary(n=12)
+    batch = ordinary_batch(n=12)
     labels = batch.labels.reshape(3, 4)
     batch = replace(batch, hidden=batch.hidden.reshape(3, 4, -1), labels=labels)
     weight = torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
     one, all_ = (
-        engine(replace(batch, columns={"weight": given}), qt.preset("iw-sft"))
+        run_engine(replace(batch, columns={"weight": given}), qt.preset("iw-sft"))
         for given in (weight.reshape(shape), weight[:, None].expand(3, 4))
     )
     assert torch.equal(one.loss, all_.loss)
@@ -256,10 +256,10 @@ def test_one_weight_per_row(shape):
 
 
 def test_views_and_other_memory_layouts():
-    batch = ordinary()
+    batch = ordinary_batch()
     wide = torch.randn(N, 2 * 12, dtype=torch.float64)
     wide[:, ::2] = batch.hidden
     target = qt.preset("target-sft")
-    expected = engine(batch, target)
-    got = engine(replace(batch, hidden=wide[:, ::2], weight=batch.weight.T.contiguous().T), target)
+    expected = run_engine(batch, target)
+    got = run_engine(replace(batch, hidden=wide[:, ::2], weight=batch.weight.T.contiguous().T), target)
     assert_rows_agree(got.gradients["weight"], expected.gradients["weight"], "d_weight", 1e-12, 1e-15)

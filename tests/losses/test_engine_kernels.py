@@ -13,7 +13,15 @@ import torch
 from test_engine_topk import REAL, padded, with_topk
 
 import qtarget as qt
-from engine_cases import assert_same, engine, hard, ignoring, oracle, ordinary, preset_of
+from engine_and_oracle import (
+    assert_same,
+    hard_batch,
+    ordinary_batch,
+    preset_of,
+    run_engine,
+    run_oracle,
+    with_ignored_labels,
+)
 from published import CASES
 
 if importlib.util.find_spec("triton") is None:
@@ -47,21 +55,21 @@ def on_kernels(monkeypatch):
 
 
 def assert_kernels_are_the_oracle(batch, target, stats="all", **options):
-    got = engine(batch, target, stats=stats, reduction="sum", backend="triton", **options)
-    assert_same(got, oracle(batch, target, stats=stats, reduction="sum"))
+    got = run_engine(batch, target, stats=stats, reduction="sum", backend="triton", **options)
+    assert_same(got, run_oracle(batch, target, stats=stats, reduction="sum"))
 
 
 @every_case
 def test_every_preset_and_option(case, on_kernels):
     """Certain and hopeless labels, a bias, a softcap, a padded vocabulary, ignored labels, a teacher near and far."""
-    batch = ignoring(hard(with_bias=True, softcap=40.0, vocab_size=61), "some ignored")
+    batch = with_ignored_labels(hard_batch(with_bias=True, softcap=40.0, vocab_size=61), "some ignored")
     assert_kernels_are_the_oracle(replace(batch, labels=batch.labels.clamp(max=60)), preset_of(case), chunk_rows=16)
 
 
 @pytest.mark.full
 @every_case
 def test_plain_logits(case, on_kernels):
-    assert_kernels_are_the_oracle(hard(), preset_of(case))
+    assert_kernels_are_the_oracle(hard_batch(), preset_of(case))
 
 
 @pytest.mark.parametrize("vocab_size", [None, REAL], ids=["all rows", "padded"])
@@ -72,7 +80,7 @@ def test_top_k_with_either_tail(name, tail, vocab_size, on_kernels):
         "kd at T = 2": qt.preset("kd", temperature=2.0),
         "eaft beside a teacher": qt.Target(qt.trust.entropy(top_k=5), qt.residual.teacher()),
     }.get(name) or qt.preset(name)
-    batch = with_topk(ordinary() if vocab_size is None else padded(ordinary()), 5, tail=tail)
+    batch = with_topk(ordinary_batch() if vocab_size is None else padded(ordinary_batch()), 5, tail=tail)
     assert_kernels_are_the_oracle(replace(batch, softcap=None), target)
 
 
@@ -86,16 +94,16 @@ def test_a_student_sure_of_the_k(mass):
 
 def test_a_rule_of_one_s_own_on_the_teacher(on_kernels):
     rule = qt.trust.needs("teacher_log_p_y", "entropy")(lambda s: s.teacher_log_p_y.exp() / (1 + s.entropy))
-    assert_kernels_are_the_oracle(ordinary(), qt.Target(rule, qt.residual.guided(0.4)))
+    assert_kernels_are_the_oracle(ordinary_batch(), qt.Target(rule, qt.residual.guided(0.4)))
 
 
 @pytest.mark.parametrize("name", ["cft", "profit", "psft"])
 def test_rows_without_a_gradient(name, on_kernels):
-    assert_kernels_are_the_oracle(hard(softcap=40.0), qt.preset(name), chunk_rows=10)
+    assert_kernels_are_the_oracle(hard_batch(softcap=40.0), qt.preset(name), chunk_rows=10)
 
 
 def test_several_targets_in_one_pass(on_kernels):
-    batch = hard(with_bias=True)
+    batch = hard_batch(with_bias=True)
     targets = [qt.preset("dft"), qt.preset("target-sft"), qt.preset("kd", temperature=2.0)]
     which = torch.arange(len(batch.labels)) % 3
     inputs = batch.engine_inputs(targets[1])
@@ -103,7 +111,7 @@ def test_several_targets_in_one_pass(on_kernels):
     options = {"head_bias": batch.bias, "reduction": "sum", "backend": "triton", "chunk_rows": 10}
     qt.linear_target_loss(hidden, weight, batch.labels, targets, which=which, **inputs, **options).loss.backward()
     expected = [
-        oracle(replace(batch, labels=batch.labels.masked_fill(which != i, -100)), target, reduction="sum")
+        run_oracle(replace(batch, labels=batch.labels.masked_fill(which != i, -100)), target, reduction="sum")
         for i, target in enumerate(targets)
     ]
     for leaf, name in ((hidden, "hidden"), (weight, "weight")):
@@ -113,8 +121,8 @@ def test_several_targets_in_one_pass(on_kernels):
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_evaluation(guard):
-    batch, target = hard(), qt.preset("target-sft")
-    expected = oracle(batch, target, stats="all")
+    batch, target = hard_batch(), qt.preset("target-sft")
+    expected = run_oracle(batch, target, stats="all")
     with guard():
         inputs = batch.engine_inputs(target)
         out = qt.linear_target_loss(
@@ -129,7 +137,7 @@ def test_what_is_no_single_difference_falls_back_once(caplog, monkeypatch):
     target = qt.Target(0.3, [(0.6, qt.residual.teacher()), (0.4, qt.residual.guided(0.2))])
     assert RowPlan.of(target) is None
     for _ in range(2):
-        assert_kernels_are_the_oracle(ordinary(), target)
+        assert_kernels_are_the_oracle(ordinary_batch(), target)
     lines = [record.getMessage() for record in caplog.records if "no single difference" in record.getMessage()]
     assert len(lines) == 1
 
@@ -146,9 +154,9 @@ def test_a_kernel_that_cannot_be_compiled_falls_back_once(monkeypatch, caplog):
 
     monkeypatch.setattr(kernels, "gradient", refuses)
     monkeypatch.setattr(who, "_told", set())
-    batch = with_topk(hard(), 5)
-    got = engine(batch, qt.preset("target-sft"), reduction="sum", backend="triton", chunk_rows=10)
-    assert_same(got, oracle(batch, qt.preset("target-sft"), reduction="sum"))
+    batch = with_topk(hard_batch(), 5)
+    got = run_engine(batch, qt.preset("target-sft"), reduction="sum", backend="triton", chunk_rows=10)
+    assert_same(got, run_oracle(batch, qt.preset("target-sft"), reduction="sum"))
     (line,) = [record.getMessage() for record in caplog.records if "cannot be compiled" in record.getMessage()]
     assert "backend 'triton'" in line and "so 'torch' is used" in line
     assert len(calls) == 1
@@ -186,9 +194,9 @@ def test_a_mutant_is_noticed(mutant, tmp_path, monkeypatch):
     spec.loader.exec_module(mutated)
     monkeypatch.setattr(kernels, "_sums", mutated._sums)
     monkeypatch.setattr(kernels, "_gradient", mutated._gradient)
-    batch = ordinary(softcap=30.0, vocab_size=61)
+    batch = ordinary_batch(softcap=30.0, vocab_size=61)
     if name == "kd from top-k":
-        batch, name = with_topk(padded(ordinary()), 5), "kd"
+        batch, name = with_topk(padded(ordinary_batch()), 5), "kd"
     expected = contextlib.nullcontext() if mutant == "none" else pytest.raises((AssertionError, qt.ConfigError))
     with expected:
         assert_kernels_are_the_oracle(batch, qt.preset(name), stats="basic")

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import qtarget as qt
-from engine_cases import assert_same, engine, oracle, ordinary, project
+from engine_and_oracle import assert_same, ordinary_batch, project_logits, run_engine, run_oracle
 from qtarget.losses.engine import buffers, matmuls, sizes
 from qtarget.losses.engine.buffers import Scratch
 from qtarget.losses.engine.matmuls import HeadMatmuls
@@ -60,7 +60,7 @@ def problem():
     weight = (torch.randn(VOCAB, WIDTH, generator=g) / 6).requires_grad_()
     labels = torch.randint(0, VOCAB, (TOKENS,), generator=g)
     head = qt.Head(torch.randn(TOKENS, WIDTH, generator=g), torch.randn(VOCAB, WIDTH, generator=g) / 6)
-    scores = project(head.hidden, head.weight, None).log_softmax(-1).topk(8)
+    scores = project_logits(head.hidden, head.weight, None).log_softmax(-1).topk(8)
     return hidden, weight, labels, {"head": head, "top-k": qt.TopK(scores.indices, scores.values)}
 
 
@@ -163,18 +163,18 @@ def sizes_of_chunks(monkeypatch, batch, **options):
     seen = []
     real = HeadMatmuls.logits
     monkeypatch.setattr(HeadMatmuls, "logits", lambda self, h, out: (seen.append(len(h)), real(self, h, out))[1])
-    engine(batch, qt.preset("dft"), **options)
+    run_engine(batch, qt.preset("dft"), **options)
     return seen
 
 
 @pytest.mark.parametrize("width", [2, 64])
 def test_chunks_do_not_depend_on_the_width(width, monkeypatch):
     monkeypatch.setattr(sizes, "_ENOUGH_ROWS", 12)
-    assert sizes_of_chunks(monkeypatch, ordinary(d=width)) == [10, 10, 9]
+    assert sizes_of_chunks(monkeypatch, ordinary_batch(d=width)) == [10, 10, 9]
 
 
 def test_chunk_rows_wins_over_the_rule(monkeypatch):
-    assert sizes_of_chunks(monkeypatch, ordinary(), chunk_rows=12) == [12, 12, 5]
+    assert sizes_of_chunks(monkeypatch, ordinary_batch(), chunk_rows=12) == [12, 12, 5]
 
 
 @pytest.mark.parametrize("rows, vocab", [(1, 10), (512, 49152), (512, 10), (4, 10**9)])
@@ -197,30 +197,30 @@ def empty_workspace(monkeypatch):
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_kept_buffers_leave_no_trace(target, empty_workspace):
     """After a larger call, an evaluation and one that stopped at NaN, in any order of sizes."""
-    batch = ordinary()
-    expected = engine(batch, target, stats="all", chunk_rows=10)
-    engine(ordinary(n=40, v=90), target)
+    batch = ordinary_batch()
+    expected = run_engine(batch, target, stats="all", chunk_rows=10)
+    run_engine(ordinary_batch(n=40, v=90), target)
     spoilt = batch.hidden.clone()
     spoilt[13] = float("nan")
     with pytest.raises(qt.ConfigError, match="NaN or infinite at row 13"):
-        engine(replace(batch, hidden=spoilt), target)
-    assert_same(engine(batch, target, stats="all", chunk_rows=10), expected, rtol=0, floor=0)
+        run_engine(replace(batch, hidden=spoilt), target)
+    assert_same(run_engine(batch, target, stats="all", chunk_rows=10), expected, rtol=0, floor=0)
 
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_an_evaluation_first(guard, empty_workspace):
-    batch, target = ordinary(), qt.preset("target-sft")
+    batch, target = ordinary_batch(), qt.preset("target-sft")
     with guard():
         qt.linear_target_loss(batch.hidden, batch.weight, batch.labels, target, **batch.engine_inputs(target))
-    assert_same(engine(batch, target), oracle(batch, target))
+    assert_same(run_engine(batch, target), run_oracle(batch, target))
 
 
 def test_threads_do_not_share_buffers(empty_workspace):
     """Models on several threads of one process, as torch.nn.DataParallel runs them."""
-    batches = [ordinary(n=64, v=300, seed=seed) for seed in range(4)]
+    batches = [ordinary_batch(n=64, v=300, seed=seed) for seed in range(4)]
     target = qt.preset("target-sft")
-    expected = [engine(batch, target, chunk_rows=4) for batch in batches]
+    expected = [run_engine(batch, target, chunk_rows=4) for batch in batches]
     with ThreadPoolExecutor(len(batches)) as pool:
-        got = list(pool.map(lambda batch: engine(batch, target, chunk_rows=4), batches * 4))
+        got = list(pool.map(lambda batch: run_engine(batch, target, chunk_rows=4), batches * 4))
     for mine, truth in zip(got, expected * 4, strict=True):
         assert_same(mine, truth, rtol=1e-12, floor=1e-14)

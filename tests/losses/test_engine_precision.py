@@ -8,17 +8,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qtarget as qt
-from engine_cases import (
+from engine_and_oracle import (
     PUSHED_DOWN,
     PUSHED_UP,
     assert_rows_agree,
-    engine,
-    hard,
-    oracle,
-    ordinary,
+    hard_batch,
+    ordinary_batch,
     preset_of,
     randn,
     relative_error,
+    run_engine,
+    run_oracle,
     with_columns,
 )
 from published import CASES
@@ -37,11 +37,11 @@ half = pytest.mark.parametrize("dtype", HALF, ids=["bf16", "fp16"])
 def single(name):
     """A batch in float32, and the same numbers in float64."""
     batch = {
-        "ordinary": lambda: ordinary(with_bias=True, scale=1.3),
-        "softcapped": lambda: ordinary(seed=1, softcap=5.0),
-        "realistic": lambda: ordinary(n=96, v=2000, d=64, seed=2),
-        "hard": hard,
-        "hard and softcapped": lambda: hard(softcap=40.0, with_bias=True),
+        "ordinary": lambda: ordinary_batch(with_bias=True, scale=1.3),
+        "softcapped": lambda: ordinary_batch(seed=1, softcap=5.0),
+        "realistic": lambda: ordinary_batch(n=96, v=2000, d=64, seed=2),
+        "hard": hard_batch,
+        "hard and softcapped": lambda: hard_batch(softcap=40.0, with_bias=True),
     }[name]()
     rounded = batch.to(torch.float32)
     return rounded, rounded.to(torch.float64)
@@ -59,8 +59,8 @@ def errors(got, truth):
 
 
 def assert_no_worse_than_full_logits(batch, exact, target, **options):
-    truth = oracle(exact, target)
-    found, plain = errors(engine(batch, target, **options), truth), errors(oracle(batch, target), truth)
+    truth = run_oracle(exact, target)
+    found, plain = errors(run_engine(batch, target, **options), truth), errors(run_oracle(batch, target), truth)
     # Two ways to round differ by luck; more so where neither has a digit left.
     allowed = {key: (1.25 if error < 1 else 2) * error + BOUND for key, error in plain.items()}
     worse = {key: (found[key], plain[key]) for key in found if not found[key] <= allowed[key]}
@@ -72,7 +72,7 @@ def assert_no_worse_than_full_logits(batch, exact, target, **options):
 def test_single_precision(case, name):
     batch, exact = single(name)
     target = preset_of(case)
-    found = errors(engine(batch, target, chunk_rows=40), oracle(exact, target))
+    found = errors(run_engine(batch, target, chunk_rows=40), run_oracle(exact, target))
     assert max(found.values()) <= BOUND, found
 
 
@@ -80,7 +80,7 @@ def test_single_precision(case, name):
 @pytest.mark.parametrize("distance", [1e-7, 1e-5, 1e-3, 1e-1])
 @pytest.mark.parametrize("case", BESIDE_ANOTHER, ids=lambda case: case.id)
 def test_teacher_nearly_equal_is_no_worse_than_full_logits(case, distance):
-    batch = ordinary(n=48, v=1000, d=32, seed=4)
+    batch = ordinary_batch(n=48, v=1000, d=32, seed=4)
     student = batch.logits()
     batch.dense = {name: student + distance * other for name, other in batch.dense.items()}
     batch = batch.to(torch.float32)
@@ -93,7 +93,7 @@ def test_teacher_equal_to_the_student_asks_for_nothing(case):
     batch, _ = single("realistic")
     target = preset_of(case)
     batch = replace(batch, heads={"teacher": qt.Head(batch.hidden, batch.weight)})
-    got = engine(batch, target, reduction="sum")
+    got = run_engine(batch, target, reduction="sum")
     assert float(got.gradients["hidden"].abs().max()) <= 2e-6
     assert float(got.stats["update"].max()) <= 2e-6
 
@@ -109,12 +109,12 @@ def label_only(*presets):
 @label_only("sft", "dft", "beyond-log", "iw-sft", "cft", "psft", "eaft")
 def test_confident_labels_keep_their_digits_in_single_precision(case):
     """1 − p_y from 1e-2 to 1e-8: each token's gradient on its own scale, though p_y itself rounds to 1."""
-    batch = hard()
+    batch = hard_batch()
     labels = torch.full_like(batch.labels, PUSHED_UP)
     batch.hidden[:, 0] = torch.linspace(8, 22, len(labels), dtype=torch.float64)
     batch = with_columns(replace(batch, labels=labels)).to(torch.float32)
-    truth = oracle(batch.to(torch.float64), preset_of(case), reduction="sum")
-    got = engine(batch, preset_of(case), reduction="sum")
+    truth = run_oracle(batch.to(torch.float64), preset_of(case), reduction="sum")
+    got = run_engine(batch, preset_of(case), reduction="sum")
     assert_rows_agree(got.gradients["hidden"], truth.gradients["hidden"], "d_hidden", rtol=2e-5, floor=0.0)
     assert_rows_agree(got.stats["nll"], truth.stats["nll"], "nll", rtol=2e-5, floor=0.0)
 
@@ -122,13 +122,13 @@ def test_confident_labels_keep_their_digits_in_single_precision(case):
 @pytest.mark.parametrize("case", [c for c in CASES if c.preset != "eaft"], ids=lambda case: case.id)
 def test_hopeless_labels_keep_relative_precision(case):
     """Labels near e^-60: nothing cancels there, so agreement in float64 is purely relative."""
-    batch = hard()
+    batch = hard_batch()
     batch.weight[PUSHED_UP, 0] = 0  # nor is the student sure of another token
     batch.hidden[:, 0] = torch.linspace(40, 60, len(batch.labels), dtype=torch.float64)
     labels = torch.full_like(batch.labels, PUSHED_DOWN)
-    batch = with_columns(replace(batch, labels=labels, dense=ordinary().dense))
+    batch = with_columns(replace(batch, labels=labels, dense=ordinary_batch().dense))
     target = preset_of(case)
-    got, truth = engine(batch, target, reduction="sum"), oracle(batch, target, reduction="sum")
+    got, truth = run_engine(batch, target, reduction="sum"), run_oracle(batch, target, reduction="sum")
     assert_rows_agree(got.gradients["hidden"], truth.gradients["hidden"], "d_hidden", rtol=1e-10, floor=0.0)
 
 
@@ -137,7 +137,7 @@ def test_hopeless_labels_keep_relative_precision(case):
 
 def in_half(dtype, **options):
     """Hidden states and heads in half precision, and the float64 batch of the same numbers."""
-    batch = ordinary(n=24, v=80, d=16, seed=6, with_bias=True, **options)
+    batch = ordinary_batch(n=24, v=80, d=16, seed=6, with_bias=True, **options)
     g = torch.Generator().manual_seed(7)
     states = {name: (randn(g, 24, 20).to(dtype), (randn(g, 80, 20) / 2).to(dtype)) for name in batch.dense}
     low = replace(batch, hidden=batch.hidden.to(dtype), weight=batch.weight.to(dtype), bias=batch.bias.to(dtype))
@@ -174,9 +174,9 @@ def test_half_precision_is_only_a_way_to_store(case, dtype, rows_cast_up, monkey
     monkeypatch.setattr(matmuls, "_CAST_ROWS", rows_cast_up)
     batch, exact = in_half(dtype, scale=1.3)
     target = preset_of(case)
-    truth = oracle(exact, target, reduction="sum")
+    truth = run_oracle(exact, target, reduction="sum")
     with MatmulDtypes() as dtypes:
-        got = engine(batch, target, reduction="sum", chunk_rows=10)
+        got = run_engine(batch, target, reduction="sum", chunk_rows=10)
     assert dtypes.seen == {torch.float32}
     assert got.loss.dtype == torch.float32
     assert all(gradient.dtype == dtype for gradient in got.gradients.values())
@@ -194,7 +194,7 @@ def test_mixed_dtypes_give_each_input_its_own(dtype):
     batch, exact = in_half(dtype)
     target = qt.preset("target-sft")
     wide = replace(batch, hidden=batch.hidden.float())
-    got, truth = engine(wide, target, reduction="sum"), oracle(exact, target, reduction="sum")
+    got, truth = run_engine(wide, target, reduction="sum"), run_oracle(exact, target, reduction="sum")
     assert [got.gradients[name].dtype for name in ("hidden", "weight", "bias")] == [
         torch.float32,
         dtype,
@@ -206,17 +206,17 @@ def test_mixed_dtypes_give_each_input_its_own(dtype):
 def test_a_float64_weight_makes_everything_float64():
     batch, exact = single("ordinary")
     target = qt.preset("target-sft")
-    got = engine(replace(exact, hidden=batch.hidden), target)
+    got = run_engine(replace(exact, hidden=batch.hidden), target)
     assert got.loss.dtype == torch.float64
-    assert relative_error(got.gradients["weight"], oracle(exact, target).gradients["weight"]) <= 1e-12
+    assert relative_error(got.gradients["weight"], run_oracle(exact, target).gradients["weight"]) <= 1e-12
 
 
 def test_autocast_does_not_reach_the_engine():
     batch, exact = single("ordinary")
     target = qt.preset("target-sft")
     with torch.autocast("cpu", torch.bfloat16):
-        got = engine(batch, target)
-    assert max(errors(got, oracle(exact, target)).values()) <= BOUND
+        got = run_engine(batch, target)
+    assert max(errors(got, run_oracle(exact, target)).values()) <= BOUND
 
 
 @pytest.mark.parametrize("name", ["kd", "target-sft"])

@@ -6,7 +6,17 @@ import pytest
 import torch
 
 import qtarget as qt
-from engine_cases import N, Outcome, assert_same, engine, hard, ignoring, oracle, outcome, preset_of
+from engine_and_oracle import (
+    N,
+    Outcome,
+    assert_same,
+    hard_batch,
+    preset_of,
+    run_and_backward,
+    run_engine,
+    run_oracle,
+    with_ignored_labels,
+)
 from published import CASES
 from qtarget.losses.engine import chunks, who
 from qtarget.losses.engine.passes import FunctionPasses
@@ -34,13 +44,13 @@ def mixed(batch, targets, which, **options) -> Outcome:
             hidden, weight, batch.labels, targets, which=which, head_bias=bias, **inputs, **options
         )
 
-    return outcome(batch, call)
+    return run_and_backward(batch, call)
 
 
 def one_by_one(batch, targets, which) -> Outcome:
     """The oracle of each target on its own tokens, added up."""
     parts = [
-        oracle(replace(batch, labels=batch.labels.masked_fill(which != number, -100)), target, **REDUCED)
+        run_oracle(replace(batch, labels=batch.labels.masked_fill(which != number, -100)), target, **REDUCED)
         for number, target in enumerate(targets)
     ]
     stats = {}
@@ -66,7 +76,7 @@ def numbers(count: int, how: str) -> torch.Tensor:
 @pytest.mark.parametrize("how", ["in turn", "in stretches", "at random"])
 @pytest.mark.parametrize("targets", MIXTURES.values(), ids=MIXTURES)
 def test_each_token_by_its_own_target(targets, how, chunk):
-    batch = ignoring(hard(with_bias=True, softcap=40.0), "some ignored")
+    batch = with_ignored_labels(hard_batch(with_bias=True, softcap=40.0), "some ignored")
     which = numbers(len(targets), how)
     got = mixed(batch, targets, which, chunk_rows=chunk, **REDUCED)
     assert_same(got, one_by_one(batch, targets, which))
@@ -76,21 +86,21 @@ def test_each_token_by_its_own_target(targets, how, chunk):
 def test_in_two_passes_over_the_logits(targets, monkeypatch):
     """The pure functions, as they are compiled."""
     monkeypatch.setattr(who, "FunctionPasses", lambda: FunctionPasses(compiled=False))
-    batch, which = hard(), numbers(len(targets), "at random")
+    batch, which = hard_batch(), numbers(len(targets), "at random")
     got = mixed(batch, targets, which, backend="compiled", chunk_rows=10, **REDUCED)
     assert_same(got, one_by_one(batch, targets, which))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_a_list_of_one_is_that_one(case):
-    batch, target = hard(), preset_of(case)
+    batch, target = hard_batch(), preset_of(case)
     got = mixed(batch, [target], torch.zeros(N, dtype=torch.int64), reduction="sum")
-    assert_same(got, engine(batch, target, reduction="sum"), rtol=1e-13, floor=1e-14)
+    assert_same(got, run_engine(batch, target, reduction="sum"), rtol=1e-13, floor=1e-14)
 
 
 def test_the_unreduced_loss():
     targets, which = MIXTURES["with and without a teacher"], numbers(3, "in turn")
-    batch = hard()
+    batch = hard_batch()
     upstream = torch.linspace(-2, 3, N, dtype=torch.float64)
     inputs = batch.engine_inputs(targets[1])
 
@@ -99,10 +109,10 @@ def test_the_unreduced_loss():
             hidden, weight, batch.labels, targets, which=which, reduction="none", chunk_rows=10, **inputs
         )
 
-    got = outcome(batch, call, upstream)
+    got = run_and_backward(batch, call, upstream)
     for name in ("hidden", "weight"):
         parts = [
-            oracle(
+            run_oracle(
                 replace(batch, labels=batch.labels.masked_fill(which != i, -100)),
                 t,
                 upstream=upstream,
@@ -116,7 +126,7 @@ def test_the_unreduced_loss():
 
 def test_a_column_is_read_where_its_target_asks():
     """NaN elsewhere, as data of another source has it."""
-    batch = hard()
+    batch = hard_batch()
     which = numbers(2, "in turn")
     weight = batch.columns["weight"].masked_fill(which == 1, float("nan"))
     targets = [qt.preset("iw-sft"), qt.preset("sft")]
@@ -131,7 +141,7 @@ def test_a_column_is_read_where_its_target_asks():
 
 
 def test_a_fault_is_named_by_its_place_in_the_batch():
-    batch = hard()
+    batch = hard_batch()
     which = numbers(2, "in turn")
     batch.hidden[9] = float("nan")
     with pytest.raises(qt.ConfigError, match="NaN or infinite at row 9"):
@@ -161,7 +171,7 @@ def test_a_target_for_its_neighbour_is_noticed(monkeypatch):
         chunks._Run, "_segments", lambda self, chunk: ((s, (number + 1) % 3) for s, number in real(self, chunk))
     )
     with pytest.raises(AssertionError):
-        assert_same(mixed(hard(), targets, which, **REDUCED), one_by_one(hard(), targets, which))
+        assert_same(mixed(hard_batch(), targets, which, **REDUCED), one_by_one(hard_batch(), targets, which))
 
 
 def test_one_target_s_gradient_alone_is_noticed(monkeypatch):
@@ -169,4 +179,4 @@ def test_one_target_s_gradient_alone_is_noticed(monkeypatch):
     real = chunks._Run._multiply
     monkeypatch.setattr(chunks._Run, "_multiply", lambda self, g, tokens: real(self, g[: N // 2], tokens[: N // 2]))
     with pytest.raises(AssertionError, match="d_hidden differs"):
-        assert_same(mixed(hard(), targets, which, **REDUCED), one_by_one(hard(), targets, which))
+        assert_same(mixed(hard_batch(), targets, which, **REDUCED), one_by_one(hard_batch(), targets, which))

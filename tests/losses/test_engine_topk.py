@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 
 import qtarget as qt
-from engine_cases import (
+from engine_and_oracle import (
     PUSHED_UP,
     Batch,
     V,
     assert_engine_is_oracle,
     assert_rows_agree,
     assert_same,
-    engine,
-    hard,
-    ignoring,
-    oracle,
-    ordinary,
+    hard_batch,
+    ordinary_batch,
     randn,
     relative_error,
+    run_engine,
+    run_oracle,
     with_columns,
+    with_ignored_labels,
 )
 from qtarget.losses.engine import chunks
 from qtarget.losses.engine.block import RowMath
@@ -98,7 +98,7 @@ def padded(batch: Batch) -> Batch:
 @pytest.mark.parametrize("k", [1, 5, "all"])
 @every_target
 def test_topk(target, k, tail, tail_given, vocab_size):
-    batch = ordinary() if vocab_size is None else padded(ordinary())
+    batch = ordinary_batch() if vocab_size is None else padded(ordinary_batch())
     k = (vocab_size or V) if k == "all" else k
     assert_engine_is_oracle(with_topk(batch, k, tail=tail, tail_given=tail_given), target, chunk_rows=10)
 
@@ -107,18 +107,18 @@ def test_topk(target, k, tail, tail_given, vocab_size):
 @pytest.mark.parametrize("k", [1, 5])
 @every_target
 def test_topk_on_hard_tokens(target, k, tail):
-    batch = with_topk(hard(softcap=40.0, with_bias=True), k, tail=tail)
+    batch = with_topk(hard_batch(softcap=40.0, with_bias=True), k, tail=tail)
     assert_engine_is_oracle(batch, target, chunk_rows=10)
 
 
 @every_target
 def test_topk_with_ignored_labels(target):
-    assert_engine_is_oracle(ignoring(with_topk(ordinary(), 5), "some ignored"), target, chunk_rows=4)
+    assert_engine_is_oracle(with_ignored_labels(with_topk(ordinary_batch(), 5), "some ignored"), target, chunk_rows=4)
 
 
 def test_ids_at_ignored_positions_may_be_anything():
     """A cache holds supervised tokens only; what a collator writes elsewhere takes no part."""
-    batch = ignoring(with_topk(ordinary(), 5), "some ignored")
+    batch = with_ignored_labels(with_topk(ordinary_batch(), 5), "some ignored")
     ignored = batch.labels == -100
     kept = batch.heads["teacher"]
     rubbish = qt.TopK(
@@ -127,16 +127,16 @@ def test_ids_at_ignored_positions_may_be_anything():
         kept.tail_logprob.masked_fill(ignored, math.nan),
     )
     target = qt.preset("target-sft")
-    got = engine(replace(batch, heads={"teacher": rubbish}), target, stats="all")
-    assert_same(got, oracle(batch, target, stats="all"))
+    got = run_engine(replace(batch, heads={"teacher": rubbish}), target, stats="all")
+    assert_same(got, run_oracle(batch, target, stats="all"))
 
 
 @pytest.mark.parametrize("k", [5, V])
 @every_target
 def test_all_tokens_kept_is_the_dense_teacher(target, k):
     """With k = V nothing is lost; with k = 5 something is, which shows that this test can tell."""
-    batch = ordinary()
-    dense, kept = engine(batch, target), engine(with_topk(batch, k), target)
+    batch = ordinary_batch()
+    dense, kept = run_engine(batch, target), run_engine(with_topk(batch, k), target)
     error = relative_error(kept.gradients["weight"], dense.gradients["weight"])
     assert error <= 1e-12 if k == V else error > 1e-4
 
@@ -144,14 +144,14 @@ def test_all_tokens_kept_is_the_dense_teacher(target, k):
 @pytest.mark.parametrize("name", ["teacher", "reference"])
 def test_topk_beside_a_dense_model(name):
     target = qt.Target(qt.trust.probability(), qt.residual.pool(student=0.2, teacher=0.5, reference=0.3))
-    assert_engine_is_oracle(with_topk(ordinary(), 5, names=[name]), target)
+    assert_engine_is_oracle(with_topk(ordinary_batch(), 5, names=[name]), target)
 
 
 @pytest.mark.parametrize("tail", ["student", "even"])
 @every_target
 def test_nothing_outside_the_k(target, tail):
     """A teacher that rules out every other token, labels among them."""
-    batch = with_topk(ordinary(), 5, tail=tail)
+    batch = with_topk(ordinary_batch(), 5, tail=tail)
     kept = {}
     ids = batch.heads["teacher"].ids  # for both, or a pool of the two would hold no token at all
     for name, topk in batch.heads.items():
@@ -163,7 +163,7 @@ def test_nothing_outside_the_k(target, tail):
 @every_target
 def test_masses_that_do_not_sum_to_one_are_normalised(target):
     """Log-probabilities rounded to float16 on disk, and a tail that was rounded by itself."""
-    batch = with_topk(ordinary(), 5)
+    batch = with_topk(ordinary_batch(), 5)
     kept = {}
     for name, topk in batch.heads.items():
         rounded = topk.logprobs.half().double()
@@ -174,7 +174,7 @@ def test_masses_that_do_not_sum_to_one_are_normalised(target):
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=["int32 ids", "int64 ids"])
 @every_target
 def test_stored_as_in_a_cache(target, ids_dtype):
-    batch = with_topk(ordinary(), 5)
+    batch = with_topk(ordinary_batch(), 5)
     stored, read = {}, {}
     for name, topk in batch.heads.items():
         half, half_tail = topk.logprobs.half(), topk.tail_logprob.half()
@@ -189,7 +189,7 @@ def test_stored_as_in_a_cache(target, ids_dtype):
 
 def sure_student(mass: float, dtype: torch.dtype) -> tuple[Batch, Batch]:
     """A student with about ``mass`` outside the k, and a teacher with 0.3 there; also in float64."""
-    batch = hard()
+    batch = hard_batch()
     batch.hidden[:, 0] = -math.log(mass)
     labels = torch.full_like(batch.labels, PUSHED_UP)
     labels[1::2] = batch.labels[1::2]  # every other label is hopeless and outside the k
@@ -218,7 +218,7 @@ def test_student_sure_of_the_k_in_double_precision(target, mass):
 def test_student_sure_of_the_k_in_single_precision(target, mass):
     """Σ p outside the k goes from ordinary through tiny to zero in float32."""
     batch, exact = sure_student(mass, torch.float32)
-    got, truth = engine(batch, target), oracle(exact, target)
+    got, truth = run_engine(batch, target), run_oracle(exact, target)
     for name in ("hidden", "weight"):
         error = (got.gradients[name] - truth.gradients[name]).norm()
         assert error <= 1e-5 * truth.gradients[name].norm() + 1e-6, name  # the oracle has 1 − 1 where R is near p
@@ -241,7 +241,7 @@ def test_padded_rows_that_outweigh_the_rest():
     read = qt.TopK(stored.ids, stored.logprobs.double(), stored.tail_logprob.double())
     exact = documenting(exact, {"teacher": read, "reference": read})
     for target in (qt.preset("kd"), qt.preset("sft-kl"), qt.preset("target-sft")):
-        got, truth = engine(batch, target), oracle(exact, target)
+        got, truth = run_engine(batch, target), run_oracle(exact, target)
         assert relative_error(got.gradients["weight"], truth.gradients["weight"]) <= 1e-5
 
 
@@ -257,16 +257,16 @@ def test_a_tail_in_the_student_s_shape_needs_no_dense_row(name, tail, monkeypatc
         raise AssertionError("a dense row was formed")
 
     monkeypatch.setattr(RowMath, "_dense", refuse)
-    batch = with_topk(ordinary(), 5, tail=tail)
+    batch = with_topk(ordinary_batch(), 5, tail=tail)
     if name in CHEAP and tail == "student":
-        engine(batch, TARGETS[name])
+        run_engine(batch, TARGETS[name])
     else:
         with pytest.raises(AssertionError, match="dense row"):
-            engine(batch, TARGETS[name])
+            run_engine(batch, TARGETS[name])
 
 
 @every_target
 def test_cheap_and_dense_rows_agree_in_one_batch(target, monkeypatch):
     """Blocks of one row: each takes its own way."""
     monkeypatch.setattr(chunks, "block_rows", lambda *_: 1)
-    assert_engine_is_oracle(with_topk(hard(), 5), target)
+    assert_engine_is_oracle(with_topk(hard_batch(), 5), target)

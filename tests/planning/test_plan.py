@@ -3,8 +3,13 @@
 import importlib.util
 import itertools
 import json
+import os
+import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qtarget as qt
-import tiny
+import tiny_models
+from hub_configs import CONFIGS
 from qtarget.cli import __main__ as cli
 from qtarget.planning import flops, memory, shapes
 from qtarget.planning.shapes import Shape
@@ -129,14 +135,14 @@ def test_the_documentation_shows_the_recorded_measurements(benchmark):
 
 def test_a_measured_run_is_within_the_limit(benchmark, tmp_path):
     """In a process of its own, with a vocabulary of 320: nearly all of it activations."""
-    tiny.tokenizer().save_pretrained(tmp_path / benchmark.MODEL)
+    tiny_models.tokenizer().save_pretrained(tmp_path / benchmark.MODEL)
     found = benchmark.measured("17M sft", tmp_path)
-    wanted = benchmark.planned(benchmark.CASES["17M sft"], len(tiny.tokenizer()))
+    wanted = benchmark.planned(benchmark.CASES["17M sft"], len(tiny_models.tokenizer()))
     assert wanted["peak"] == pytest.approx(found["peak"], rel=benchmark.LIMIT)
 
 
-def test_what_shrinks_memory_shrinks_the_estimate():
-    shape = shapes.KNOWN["meta-llama/Llama-3.1-8B"]
+def test_what_shrinks_memory_shrinks_the_estimate(hub_configs):
+    shape = shapes.find("model", "meta-llama/Llama-3.1-8B")
 
     def most(kind="fsdp2", gpus=8, **settings):
         return memory.peak(memory.Workload(shape, gpus, 8192, **settings), kind)
@@ -153,10 +159,10 @@ def test_what_shrinks_memory_shrinks_the_estimate():
 def test_adapters_are_counted_as_peft_makes_them():
     from peft import LoraConfig, get_peft_model
 
-    shape = shapes.of_config(tiny.llama().config)
+    shape = shapes.of_config(tiny_models.llama().config)
     for modules in (None, "all-linear", ["q_proj", "down_proj"]):
         with torch.device("meta"):
-            bare = AutoModelForCausalLM.from_config(tiny.llama().config)
+            bare = AutoModelForCausalLM.from_config(tiny_models.llama().config)
         model = get_peft_model(bare, LoraConfig(r=4, target_modules=modules, task_type="CAUSAL_LM"))
         wanted = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert memory.adapter_parameters(shape, 4, modules) == wanted, modules
@@ -185,10 +191,10 @@ def test_states_of_optimisers():
 def at_hand(tmp_path_factory) -> Path:
     """A config whose model, teacher and data are folders."""
     root = tmp_path_factory.mktemp("plan")
-    tiny.llama().save_pretrained(root / "model")
-    tiny.tokenizer().save_pretrained(root / "model")
+    tiny_models.llama().save_pretrained(root / "model")
+    tiny_models.tokenizer().save_pretrained(root / "model")
     (root / "data").mkdir()
-    rows = [{**row, "weight": 0.5} for row in tiny.conversations(8).to_list()]
+    rows = [{**row, "weight": 0.5} for row in tiny_models.conversation_dataset(8).to_list()]
     (root / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
         "model_name_or_path": str(root / "model"),
@@ -208,22 +214,22 @@ def at_hand(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", ["m23k_llama-3.1-8b_target-sft", "numina-67k_qwen2.5-math-1.5b_sft"])
-def test_paper_recipes_without_a_network(name, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("a plan of a known model asks nobody"))
+@pytest.mark.parametrize("name, target", [("m23k_llama-3.1-8b", "target-sft"), ("numina-67k_qwen2.5-math-1.5b", "sft")])
+def test_paper_recipes_without_a_network(name, target, capsys, tmp_path, monkeypatch, hub_configs):
+    monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("what the hub's cache has is not asked for"))
     file = tmp_path / "plan.json"
-    words = ["--gpus", 8, "--gpu_memory", 80, "--tflops", 400, "--json", file]
-    status, said, errors = plan(capsys, "--config", PAPER / f"{name}.yaml", *words)
+    recipe = ["--config", PAPER / f"{name}.yaml", "--target", target, "--gpus", 8, "--gpu_memory", 80]
+    status, said, errors = plan(capsys, *recipe, "--tflops", 400, "--json", file)
     assert (status, errors) == (0, "")
     figures = json.loads(file.read_text())
     assert figures["step"]["rows"] == 256 and figures["steps"] in (91, 264)
     assert figures["flops"] == figures["steps"] * sum(figures["step"]["flops"].values())
     assert figures["gpu_hours"] == pytest.approx(figures["flops"] / 400e12 / 3600)
     assert figures["memory"]["fsdp2"]["fits"] and "FSDP2: fits" in said
-    assert ("target-sft" in name) == (figures["cache"] is not None)
+    assert (target == "target-sft") == (figures["cache"] is not None)
     # The documentation shows these very lines.
     shown = " ".join((ROOT / "docs" / "plan.md").read_text().split())
-    status, said, _ = plan(capsys, "--config", PAPER / f"{name}.yaml", "--gpus", 8, "--gpu_memory", 80)
+    status, said, _ = plan(capsys, *recipe)
     assert said in shown
 
 
@@ -236,8 +242,8 @@ def test_rows_at_hand_are_measured_as_training_prepares_them(at_hand, capsys, tm
     assert sorted(at_hand.rglob("*")) == before, "nothing is written beside the run"
     figures = json.loads(file.read_text())
     ids = [
-        tiny.tokenizer().apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
-        for row in tiny.conversations(8)
+        tiny_models.tokenizer().apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
+        for row in tiny_models.conversation_dataset(8)
     ]
     lengths = [len(row) for row in ids]
     assert figures["row"]["tokens"] == sum(lengths) / 8
@@ -315,6 +321,46 @@ def test_bad_input_gets_one_sentence(words, sentence, at_hand, capsys, monkeypat
     status, _, errors = plan(capsys, "--config", at_hand / "config.yaml", *words)
     assert status == 2
     assert len(errors.splitlines()) == 1 and sentence in errors, errors
+
+
+class Hub(BaseHTTPRequestHandler):
+    """One model's config.json, and nothing else; every address that was asked for is noted."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self):
+        self.asked.append(self.path)
+        body = json.dumps(CONFIGS["Qwen/Qwen3-1.7B-Base"]).encode() if self.path.endswith("/config.json") else b""
+        self.send_response(200 if body else 404)
+        for name, value in {"ETag": '"1"', "X-Repo-Commit": "0" * 40, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_config_is_asked_of_the_hub(tmp_path):
+    """Of a server that speaks its protocol, by a process that has no cache."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        home = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_OFFLINE": "0",
+        }
+        words = ["plan", "--config", str(PAPER / "openr1-15k_qwen3-1.7b.yaml"), "--target", "sft"]
+        command = [sys.executable, "-m", "qtarget", *words]
+        ran = subprocess.run(command, env=os.environ | home, capture_output=True, text=True)
+        server.shutdown()
+    assert ran.returncode == 0, ran.stderr
+    assert "Qwen/Qwen3-1.7B-Base, revision main; 1.72 billion parameters" in ran.stdout
+    files = {path for path in Hub.asked if "/resolve/" in path}
+    assert files == {"/Qwen/Qwen3-1.7B-Base/resolve/main/config.json"}
 
 
 def test_help(capsys):

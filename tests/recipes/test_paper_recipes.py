@@ -1,4 +1,4 @@
-"""recipes/paper: forty files as their table writes them, each checked by the dry run, and what a dry run refuses."""
+"""recipes/paper: ten files of four targets each, checked by the dry run, and what a dry run refuses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import io
 import json
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +16,11 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-import runs
-import tiny
+import qtarget as qt
+import quick_runs
+import tiny_models
+from hub_configs import CONFIGS
 from qtarget import QTargetTrainer
 from qtarget.cli import __main__ as cli
 from qtarget.cli import recipe
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "paper"
 FILES = sorted(FOLDER.glob("*.yaml"))
 STEPS = {"numina-67k": 264, "openr1-15k": 58, "m23k": 91}
-ARMS = {"sft", "dft", "kd", "target-sft"}
+ARMS = ("sft", "dft", "kd", "target-sft")
 
 
 def script(name: str):
@@ -42,7 +42,7 @@ def script(name: str):
     return module
 
 
-generate, prepare = script("generate"), script("prepare")
+prepare = script("prepare")
 
 
 def dry_run(file: Path, *flags: str) -> tuple[int, str, str]:
@@ -58,72 +58,99 @@ def values(file: Path) -> dict[str, Any]:
 
 
 def changed(folder: Path, file: Path, **fields: Any) -> Path:
-    """A recipe with other values; None takes a field out. Its provenance follows."""
-    recipe = values(file) | fields
-    recipe = {name: value for name, value in recipe.items() if value is not None}
-    if "provenance" in recipe and "provenance" not in fields:
-        recipe["provenance"] = {n: t for n, t in recipe["provenance"].items() if n.split(".")[0] in recipe}
-        recipe["provenance"] |= {name: "ours" for name in fields if name in recipe and name not in recipe["provenance"]}
-        recipe["provenance"] = {n: t for n, t in recipe["provenance"].items() if n not in ("to_pin", "unknown")}
+    """A recipe with other values; None takes a field out. No comment is left in it."""
+    recipe = {name: value for name, value in (values(file) | fields).items() if value is not None}
     changed = folder / file.name
     changed.write_text(yaml.safe_dump(recipe))
     return changed
 
 
 @pytest.fixture(scope="module")
-def answers() -> dict[str, tuple[int, str, str]]:
-    return {file.stem: dry_run(file) for file in FILES}
+def answers(hub_configs) -> dict[tuple[str, str], tuple[int, str, str]]:
+    return {(file.stem, arm): dry_run(file, "--target", arm) for file in FILES for arm in ARMS}
 
 
-# -- the forty ---------------------------------------------------------------------------------------------------
+# -- the ten -----------------------------------------------------------------------------------------------------
 
 
-def test_ten_settings_and_four_arms():
-    settings = Counter(tuple(file.stem.split("_")[:2]) for file in FILES)
-    assert len(settings) == 10 and set(settings.values()) == {4}
-    assert {file.stem.split("_")[2] for file in FILES} == ARMS
+def test_ten_settings():
+    assert len(FILES) == 10 and {file.stem.split("_")[0] for file in FILES} == set(STEPS)
+    assert all(values(file)["name"] == file.stem for file in FILES)
 
 
-def test_the_files_are_what_the_table_writes():
-    assert {file.name: file.read_text(encoding="utf-8") for file in FILES} == generate.recipes()
-
-
-def test_a_file_changed_by_hand_is_seen(tmp_path, capsys):
-    generate.main(["--out", str(tmp_path)])
-    assert generate.main(["--check", "--out", str(tmp_path)]) == 0
-    one = tmp_path / FILES[0].name
-    one.write_text(one.read_text().replace("seed: 1\n", "seed: 2\n"))
-    capsys.readouterr()
-    assert generate.main(["--check", "--out", str(tmp_path)]) == 1
-    assert capsys.readouterr().out.split() == [FILES[0].name]
-
-
+@pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_the_dry_run_passes(file, answers):
-    data, _, arm = file.stem.split("_")
-    status, said, errors = answers[file.stem]
+def test_the_dry_run_passes(file, arm, answers):
+    data, _ = file.stem.split("_")
+    status, said, errors = answers[file.stem, arm]
     assert (status, errors) == (0, "")
     micro, accumulation = (16, 2) if data == "m23k" else (4, 8)
     assert f"8 GPUs x {micro} rows x {accumulation} accumulations = 256 rows a step" in said
     assert f"steps {STEPS[data]}, {STEPS[data] // 10} of them warm-up" in said
     assert f"has {STEPS[data]} whole steps" in said
     assert said.count("FSDP2") == 1 and "its shape is not known" not in said
-    assert (
-        f"to pin model_revision, {'teacher_model_revision, ' * (arm in ('kd', 'target-sft'))}dataset_source_rev" in said
-    )
-    assert ("target.eta" in said) == (arm == "target-sft")
+    assert f"target {arm}" in said and (" teacher " in said.partition(" data ")[0]) == (arm in ("kd", "target-sft"))
+    assert "to pin model_revision, teacher_model_revision, dataset_source_revision: " in said
+    assert "by flag: target" in said and "target.eta" not in said
     assert "the seeds, and how many runs" in said
     assert not Path(values(file)["output_dir"]).exists()
 
 
-def test_every_field_says_where_it_comes_from():
-    for file in FILES:
-        fields = values(file)
-        entries = {name: recipe.origin(text) for name, text in fields["provenance"].items()}
-        assert None not in entries.values()
-        assert set(fields) - set(recipe.ABOUT) == {name for name in entries if "." not in name}
-        for name in ("seed", "denominator", "teacher_model_name_or_path", "target.eta"):
-            assert name not in entries or entries[name][0] == "ours", (file.name, name)
+def test_the_file_alone_is_target_sft():
+    status, said, errors = dry_run(FILES[0])
+    assert (status, errors) == (0, "")
+    assert "target target-sft(eta=0.5, teacher_temperature=1.0)" in said
+    assert "target.eta, target.teacher_temperature" in said and "by flag" not in said
+
+
+def test_kd_and_target_sft_by_name_are_those_of_the_comment():
+    text = FILES[0].read_text(encoding="utf-8")
+    assert "at temperature 1\n" in text and "with eta 0.5 and the teacher's temperature 1" in text
+    assert qt.preset("kd").to_config() == qt.preset("kd", temperature=1.0).to_config()
+    assert qt.preset("target-sft").to_config() == qt.Target.from_config(values(FILES[0])["target"]).to_config()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_field_says_where_it_comes_from(file):
+    fields = values(file)
+    entries = recipe.provenance(file.read_text(encoding="utf-8"))
+    assert set(fields) - {"name", "unknown"} == {name.split(".")[0] for name in entries}
+    for whole in ("target", "dataset_source_columns"):
+        assert {f"{whole}.{part}" for part in fields[whole]} <= set(entries)
+    for name in ("seed", "denominator", "teacher_model_name_or_path", "target.eta"):
+        assert entries[name].startswith("ours"), name
+    assert entries["target.preset"] == "published"
+
+
+def test_origins_are_comments_behind_a_value():
+    text = """\
+# ours: this line is a heading
+seed: 1            # ours
+bf16: "a # b"   # published: with a # in it
+target: {preset: kd}  #borrowed from m1: so
+learning_rate: 1   # a note
+unknown: # ours
+  - a   # ours
+packing:
+  deep: true   # published
+  deeper:
+    deepest: true   # published
+adam_beta1: 0.9
+  # ours
+max_steps: &a 1   # ours
+save_steps: *a
+name: oursome   # oursome
+report_to: none   # ours"""
+    assert recipe.provenance(text) == {
+        "seed": "ours",
+        "bf16": "published: with a # in it",
+        "target": "borrowed from m1: so",
+        "packing.deep": "published",
+        "max_steps": "ours",
+        "report_to": "ours",
+    }
+    assert recipe.provenance(text.replace("\n", "\r\n")) == recipe.provenance(text)
+    assert recipe.provenance("") == recipe.provenance("- 1   # ours") == {}
 
 
 def test_no_commit_is_made_up():
@@ -131,20 +158,17 @@ def test_no_commit_is_made_up():
         fields = values(file)
         revisions = {name for name in fields if name.endswith("revision")}
         assert {fields[name] for name in revisions} == {"main"}
-        assert set(fields["to_pin"]) == revisions
+        assert set(recipe.to_pin(fields)) == revisions
 
 
-def test_a_revision_that_was_looked_up_is_no_longer_to_pin(monkeypatch):
-    monkeypatch.setitem(generate.REVISIONS, "Qwen/Qwen2.5-7B", "0" * 40)
-    fields = yaml.safe_load(generate.recipes()["m23k_qwen2.5-7b_sft.yaml"])
-    assert fields["model_revision"] == "0" * 40
-    assert fields["to_pin"] == ["dataset_source_revision"]
+def test_a_revision_that_was_looked_up_is_no_longer_to_pin():
+    _, said, _ = dry_run(FILES[0], "--model_revision", "0" * 40)
+    assert "to pin teacher_model_revision, dataset_source_revision: they name branches" in said
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------
 
-KD = FOLDER / "numina-67k_qwen2.5-math-1.5b_kd.yaml"
-MATH, TAUGHT = FOLDER / "numina-67k_qwen2.5-math-1.5b_sft.yaml", FOLDER / "m23k_llama-3.2-3b_target-sft.yaml"
+MATH, MEDICINE = FOLDER / "numina-67k_qwen2.5-math-1.5b.yaml", FOLDER / "m23k_llama-3.2-3b.yaml"
 REFUSED: dict[str, tuple[Path, dict[str, Any], list[str], str]] = {
     "another number of GPUs": (
         MATH,
@@ -170,42 +194,10 @@ REFUSED: dict[str, tuple[Path, dict[str, Any], list[str], str]] = {
     "hardly any rows": (MATH, {"expected_rows": 20}, [], "fewer than a step's 256"),
     "rows in words": (MATH, {"expected_rows": "67k"}, [], "expected_rows is '67k'; use a whole number: rows of the"),
     "no rows": (MATH, {"expected_rows": 0}, [], "expected_rows is 0; use a number from 1"),
-    "an unknown origin": (
-        MATH,
-        {"provenance": {"seed": "guessed"}},
-        [],
-        "provenance of seed is 'guessed'; use published, ",
-    ),
-    "a field without origin": (
-        MATH,
-        {"provenance": {"seed": "ours"}},
-        [],
-        "provenance has no entry for adam_beta1, ",
-    ),
-    "an origin of nothing": (
-        MATH,
-        {"provenance": {"sead": "ours"}},
-        [],
-        "'sead', which the recipe does not set; take it out, or",
-    ),
-    "to pin what is not set": (
-        MATH,
-        {"to_pin": ["teacher_model_revision"]},
-        [],
-        "to_pin names 'teacher_model_revision'",
-    ),
-    "to pin what is pinned": (MATH, {"model_revision": "a" * 40}, [], f"which is pinned to {'a' * 40}; take it out"),
-    "to pin a list": (MATH, {"to_pin": [["model_revision"]]}, [], "to_pin holds ['model_revision']; write text there"),
-    "a number as origin": (MATH, {"provenance": {"seed": 1}}, [], "provenance holds 1; write text there"),
+    "text in a list": (MATH, {"unknown": [["the seeds"]]}, [], "unknown holds ['the seeds']; write text there"),
     "an unknown field": (MATH, {"learning_rat": 1}, [], "'learning_rat'; did you mean learning_rate?"),
     "a note as a flag": (MATH, {}, ["--expected_rows", "5"], "unknown flag: --expected_rows"),
-    "no teacher": (TAUGHT, {"teacher_model_name_or_path": None}, [], "needs a teacher and got none"),
-    "another family": (
-        TAUGHT,
-        {"teacher_model_name_or_path": "Qwen/Qwen3-8B"},
-        [],
-        "which has the tokens of Qwen3 and the model those of Llama 3",
-    ),
+    "no teacher": (MEDICINE, {"teacher_model_name_or_path": None}, [], "needs a teacher and got none"),
     "no such folder": (
         MATH,
         {"model_name_or_path": "./build/no/model"},
@@ -230,7 +222,7 @@ def test_a_contradiction_is_a_sentence(name, tmp_path):
     assert status == 2
     assert said == ""
     assert sentence in errors, errors
-    assert "origin" in name or len(errors.splitlines()) == 1, errors
+    assert len(errors.splitlines()) == 1, errors
 
 
 def test_gpus_belongs_to_the_dry_run(capsys):
@@ -258,7 +250,7 @@ def test_steps_are_those_the_trainer_takes(rows, drop, accumulation, tmp_path):
     """Of one process, asked of a real trainer."""
     data = Dataset.from_dict({"input_ids": [[5, 6, 7]] * rows, "labels": [[5, 6, 7]] * rows})
     settings = dict(per_device_train_batch_size=2, gradient_accumulation_steps=accumulation, dataloader_drop_last=drop)
-    made = runs.trainer(tiny.llama(), tmp_path, data, max_steps=-1, num_train_epochs=2, **settings)
+    made = quick_runs.quick_trainer(tiny_models.llama(), tmp_path, data, max_steps=-1, num_train_epochs=2, **settings)
     loader = made.get_train_dataloader()
     counted = steps.of(rows, 1, made.args)
     if rows == 1 and drop:
@@ -295,30 +287,6 @@ def test_an_epoch_alone_is_not_the_published_steps(data, per_epoch, tmp_path):
 
 # -- memory ------------------------------------------------------------------------------------------------------
 
-CONFIGS = {
-    "Qwen/Qwen2.5-Math-1.5B": Qwen2Config,
-    "Qwen/Qwen3-1.7B-Base": Qwen3Config,
-    "meta-llama/Llama-3.2-3B": LlamaConfig,
-}
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_parameters_of_the_table_are_those_of_the_model(name):
-    shape = shapes.KNOWN[name]
-    config = CONFIGS[name](
-        vocab_size=shape.vocab,
-        hidden_size=shape.width,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tied,
-    )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    assert sum(parameter.numel() for parameter in model.parameters()) == shape.parameters
-
 
 @pytest.mark.parametrize(
     ("name", "billions"),
@@ -331,12 +299,29 @@ def test_parameters_of_the_table_are_those_of_the_model(name):
         ("meta-llama/Llama-3.1-70B-Instruct", 70.6),
     ],
 )
-def test_parameters_are_those_of_the_model_cards(name, billions):
-    assert shapes.KNOWN[name].parameters / 1e9 == pytest.approx(billions, rel=6e-3)
+def test_parameters_are_those_of_the_model_cards(name, billions, hub_configs):
+    assert shapes.find("model", name).parameters / 1e9 == pytest.approx(billions, rel=6e-3)
+
+
+def test_every_model_of_a_recipe_has_a_config_here():
+    fields = [values(file) for file in FILES]
+    named = {f[name] for f in fields for name in ("model_name_or_path", "teacher_model_name_or_path")}
+    assert named <= set(CONFIGS)
+
+
+def test_without_a_config_the_steps_are_there_and_memory_says_why_it_is_not(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    status, said, errors = dry_run(MATH, "--target", "kd")
+    assert (status, errors) == (0, "")
+    assert "steps 264, 26 of them warm-up" in said and "FSDP2" not in said
+    assert (
+        "memory not known, as the shape of Qwen/Qwen2.5-Math-1.5B, Qwen/Qwen2.5-Math-7B-Instruct is not: its " in said
+    )
+    assert "its config.json is not here, and the hub does not answer; name a folder" in said
 
 
 def test_frozen_models_are_counted_as_they_are_loaded():
-    half, unknown = shapes.KNOWN["Qwen/Qwen3-8B"], shapes.Shape(2, 4, 8, 2, 1, 2, 10, True)
+    half, unknown = (shapes.Shape(2, 4, 8, 2, 1, 2, 10, True, dtype=dtype) for dtype in ("bfloat16", None))
     whole = shapes.Shape(2, 4, 8, 2, 1, 2, 10, True, dtype="float32")
     for kwargs, shape, cpu, size in [
         (None, half, False, 2),
@@ -353,14 +338,18 @@ def test_frozen_models_are_counted_as_they_are_loaded():
 
 
 @pytest.mark.parametrize("role", ["teacher", "reference"])
-def test_a_teacher_or_reference_without_dtype_takes_what_its_checkpoint_takes(role, tmp_path):
+def test_a_teacher_or_reference_without_dtype_takes_what_its_checkpoint_takes(role, tmp_path, hub_configs):
     """On accelerators; recipes leave use_cpu out."""
 
     def memory_of(**fields):
-        told = dry_run(changed(tmp_path, KD if role == "teacher" else MATH, **fields))[1]
+        told = dry_run(changed(tmp_path, MATH, **fields))[1]
         return re.findall(r"(?:DDP|ZeRO-2|FSDP2) [\d. ]+", told)
 
-    named = {} if role == "teacher" else {"target": "sft-kl", "reference_model_name_or_path": "Qwen/Qwen2.5-7B"}
+    named = (
+        {"target": "kd"}
+        if role == "teacher"
+        else {"target": "sft-kl", "reference_model_name_or_path": "Qwen/Qwen2.5-7B"}
+    )
     kwargs = f"{role}_model_init_kwargs"
     without, half, whole = (
         memory_of(**named, **{kwargs: given}) for given in (None, {"dtype": "bfloat16"}, {"dtype": "float32"})
@@ -392,10 +381,10 @@ def at_hand(tmp_path_factory) -> Path:
     """A config whose model, teacher and data are folders."""
     root = tmp_path_factory.mktemp("at_hand")
     for name, extra in (("model", ""), ("stranger", "zebra quagga ")):
-        tiny.llama().save_pretrained(root / name)
-        tiny.tokenizer(extra=extra).save_pretrained(root / name)
+        tiny_models.llama().save_pretrained(root / name)
+        tiny_models.tokenizer(extra=extra).save_pretrained(root / name)
     (root / "data").mkdir()
-    rows = tiny.conversations(8).to_list()
+    rows = tiny_models.conversation_dataset(8).to_list()
     (root / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
         "model_name_or_path": str(root / "model"),
@@ -417,7 +406,7 @@ def test_rows_and_shapes_are_read_from_what_is_there(at_hand):
     before = sorted(at_hand.rglob("*"))
     status, said, errors = dry_run(at_hand / "config.yaml", "--gpus", "1")
     assert (status, errors) == (0, "")
-    assert f"{sum(p.numel() for p in tiny.llama().parameters()) / 1e9:.2f} billion parameters" in said
+    assert f"{sum(p.numel() for p in tiny_models.llama().parameters()) / 1e9:.2f} billion parameters" in said
     assert "8 rows with prompt, completion" in said
     assert "steps 4, 0 of them warm-up" in said
     assert sorted(at_hand.rglob("*")) == before
@@ -447,12 +436,14 @@ def test_notes_are_kept_beside_the_model(at_hand, tmp_path, capsys):
         "teacher_model_name_or_path": None,
     }
     recipe = {name: value for name, value in recipe.items() if value is not None}
-    recipe |= {"name": "small", "expected_rows": 8, "provenance": dict.fromkeys([*recipe, "expected_rows"], "ours; so")}
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
+    text = yaml.safe_dump(recipe | {"name": "small", "expected_rows": 8}).replace(
+        "target: sft", "target: sft  # ours: so"
+    )
+    (tmp_path / "small.yaml").write_text(text)
     words = ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--gradient_checkpointing", "false"]
     assert cli.main(["train", "--config", str(tmp_path / "small.yaml"), *words]) == 0
     kept = json.loads((tmp_path / "run" / "recipe.json").read_text())
-    assert (kept["name"], kept["expected_rows"], kept["provenance"]["target"]) == ("small", 8, "ours; so")
+    assert (kept["name"], kept["expected_rows"], kept["provenance"]) == ("small", 8, {"target": "ours: so"})
     assert kept["flags"]["max_steps"] == 1
 
 
@@ -482,10 +473,10 @@ def test_summed_gradients_are_the_flags_of_the_recipe(target, limit, with_flags,
     """
     micro_batches, optimizer_steps = 4, 3
     factor = micro_batches if with_flags else 1
-    made = runs.trainer(
-        tiny.llama().double(),
+    made = quick_runs.quick_trainer(
+        tiny_models.llama().double(),
         tmp_path,
-        tiny.conversations(8),
+        tiny_models.conversation_dataset(8),
         kind=Recording,
         target=target,
         denominator="micro_batch",
@@ -496,10 +487,10 @@ def test_summed_gradients_are_the_flags_of_the_recipe(target, limit, with_flags,
         per_device_train_batch_size=2,
         **dict(adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.01, learning_rate=1e-2, optim="adamw_torch"),
     )
-    before = runs.weights(made.model)
+    before = quick_runs.copied_weights(made.model)
     made.train()
 
-    relative = tiny.llama().double()
+    relative = tiny_models.llama().double()
     # Transformers leaves norms out of weight decay, the relatives do not: told apart here, that is not what is shown.
     decayed = [(name, p) for name, p in relative.named_parameters() if "norm" not in name]
     norms = [(name, p) for name, p in relative.named_parameters() if "norm" in name]
@@ -516,18 +507,25 @@ def test_summed_gradients_are_the_flags_of_the_recipe(target, limit, with_flags,
         clipped.append(bool(torch.nn.utils.clip_grad_norm_(relative.parameters(), limit) > limit))
         optimizer.step()
     assert len(clipped) == optimizer_steps and clipped[1:] == [True, True] and clipped[0] == (limit != 0.5)
-    error, _ = runs.distance(runs.moved(before, made.model), runs.moved(before, relative))
+    error, _ = quick_runs.largest_difference(
+        quick_runs.weight_change(before, made.model), quick_runs.weight_change(before, relative)
+    )
     if with_flags:
         assert error < 1e-4  # torch adds 1e-6 to a norm before it divides by it
     else:
         assert (error > 1e-3) == (target == "dft")
 
 
-@pytest.mark.parametrize("file", FILES[::5], ids=lambda file: file.stem)
-def test_the_flags_stand_in_the_recipe_and_pass(file):
+def relatives(file: Path) -> str:
+    """The flags that a recipe's head gives for the relatives' steps."""
     written = re.search(r"^#     (--denominator .*)$", file.read_text(), re.M)
     assert written is not None
-    flags = written[1].split()
+    return written[1]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_flags_stand_in_the_recipe_and_pass(file):
+    flags = relatives(file).split()
     fields = values(file)
     factor = fields["expected_batch"] // 2 // fields["per_device_train_batch_size"]
     assert float(flags[3]) == 1 / factor and float(flags[5]) == pytest.approx(1e-8 / factor)
@@ -545,8 +543,8 @@ def source(tmp_path) -> Path:
     rows = [{"extra_info": {"question": f"{i} + 1?", "answer": f"It is {i + 1}."}, "ability": "sums"} for i in range(3)]
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
-    tiny.llama().save_pretrained(tmp_path / "model")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "model")
+    tiny_models.llama().save_pretrained(tmp_path / "model")
     return changed(
         tmp_path,
         MATH,
@@ -556,7 +554,7 @@ def source(tmp_path) -> Path:
         dataset_name=str(tmp_path / "rows"),
         attn_implementation=None,
         output_dir=str(tmp_path / "run"),
-        to_pin=["dataset_source_revision"],
+        target="sft",
         expected_rows=3,
     )
 
@@ -578,8 +576,8 @@ def test_nested_columns_become_prompt_and_completion(source, tmp_path, capsys):
 def test_prepared_rows_train_on_answer_and_end_token_alone(source, tmp_path):
     prepare.main(["--config", str(source)])
     data = Dataset.from_parquet(str(tmp_path / "rows" / "train.parquet"))
-    made = runs.trainer(tiny.llama(), tmp_path / "run", data)
-    tokenizer = tiny.tokenizer()
+    made = quick_runs.quick_trainer(tiny_models.llama(), tmp_path / "run", data)
+    tokenizer = tiny_models.tokenizer()
     for row, prepared in zip(data, made.train_dataset, strict=True):
         trained = [token for token in prepared["labels"] if token != -100]
         assert tokenizer.decode(trained) == row["completion"] + tokenizer.eos_token
@@ -633,7 +631,7 @@ def table(name: str) -> list[list[str]]:
 
 
 def test_the_page_has_a_number_for_every_recipe():
-    assert {(row[0], row[1]) for row in table("numbers")} == {tuple(file.stem.split("_")[:2]) for file in FILES}
+    assert {(row[0], row[1]) for row in table("numbers")} == {tuple(file.stem.split("_")) for file in FILES}
     assert {len(row) for row in table("numbers")} == {7}
 
 
@@ -642,5 +640,5 @@ def test_the_page_lists_the_notes_as_they_are():
 
 
 def test_the_page_has_the_flags_of_the_recipes():
-    for data in (generate.NUMINA, generate.M23K):
-        assert " ".join(generate.relatives(data)) in PAGE
+    for file in (MATH, MEDICINE):
+        assert relatives(file) in PAGE

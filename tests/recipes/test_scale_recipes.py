@@ -14,7 +14,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-import tiny
+import tiny_models
 from qtarget.cli.__main__ import main
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "scale"
@@ -130,9 +130,9 @@ def test_torchrun_lines_set_what_the_launcher_sets():
 
 
 @pytest.mark.parametrize("gpus, accumulation", [(8, 8), (32, 2)])
-def test_the_recipe_of_an_8b_student_and_a_32b_teacher(gpus, accumulation, tmp_path, capsys):
+def test_the_recipe_of_an_8b_student_and_a_32b_teacher(gpus, accumulation, tmp_path, capsys, hub_configs):
     """Checked by the dry run, on rows of our own; its figures are of the models' shapes."""
-    tiny.conversations(300).to_json(tmp_path / "train.jsonl")
+    tiny_models.conversation_dataset(300).to_json(tmp_path / "train.jsonl")
     words = f"--dataset_name {tmp_path} --dry_run --gpus {gpus} --gradient_accumulation_steps {accumulation}"
     status = main(["train", "--config", str(FOLDER / "8b_from_32b.yaml"), *words.split()])
     said = " ".join(capsys.readouterr().out.split())

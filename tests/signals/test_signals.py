@@ -13,17 +13,20 @@ import yaml
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM
 
-import runs
-import tiny
+import quick_runs
+import tiny_models
 from qtarget.cli.__main__ import main
 
 # Cuts some completions, and two rows so far that nothing of theirs is left.
 MAX_LENGTH = 42
-LONG = " ".join(tiny.SENTENCES)[:120]
+LONG = " ".join(tiny_models.SENTENCES)[:120]
 
 
-def rows() -> list[dict]:
-    made = [{**row, "source": f"s{i}", "level": i / 2} for i, row in enumerate(tiny.conversations(9).to_list())]
+def signal_rows() -> list[dict]:
+    made = [
+        {**row, "source": f"s{i}", "level": i / 2}
+        for i, row in enumerate(tiny_models.conversation_dataset(9).to_list())
+    ]
     for i in (2, 5):
         made[i]["prompt"] = [{"role": "user", "content": LONG}]
     return made
@@ -33,17 +36,17 @@ def rows() -> list[dict]:
 def world(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("signals")
     for name, model, tokenizer in (
-        ("model", tiny.taught(), tiny.tokenizer()),
-        ("reference", tiny.llama(3), tiny.tokenizer()),
-        ("stranger", tiny.llama(3), tiny.tokenizer(extra="zebra quagga ")),
+        ("model", tiny_models.trained_model(), tiny_models.tokenizer()),
+        ("reference", tiny_models.llama(3), tiny_models.tokenizer()),
+        ("stranger", tiny_models.llama(3), tiny_models.tokenizer(extra="zebra quagga ")),
     ):
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     (root / "data").mkdir()
-    for split, here in (("train", rows()), ("test", rows()[3:6])):
+    for split, here in (("train", signal_rows()), ("test", signal_rows()[3:6])):
         (root / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in here))
     template = root / "loud.jinja"
-    template.write_text(tiny.TEMPLATE.replace("assistant", "ASSISTANT"))
+    template.write_text(tiny_models.TEMPLATE.replace("assistant", "ASSISTANT"))
     settings = {
         "model_name_or_path": str(root / "model"),
         "dataset_name": str(root / "data"),
@@ -63,12 +66,12 @@ def world(tmp_path_factory) -> dict[str, Path]:
     return {"root": root, "template": template} | {path.stem: path for path in root.glob("*.yaml")}
 
 
-def data(world: dict, verb: str, folder: Path, *more: object, config: str = "iw-sft") -> list[str]:
+def data_words(world: dict, verb: str, folder: Path, *more: object, config: str = "iw-sft") -> list[str]:
     return [*map(str, ["data", verb, "--config", world[config], "-o", folder, *more])]
 
 
 def made(world: dict, verb: str, folder: Path, *more: object, **settings: str) -> dict[str, list[dict]]:
-    assert main(data(world, verb, folder, *more, **settings)) == 0
+    assert main(data_words(world, verb, folder, *more, **settings)) == 0
     return read(folder)
 
 
@@ -88,19 +91,23 @@ def model_of(world: dict, name: str):
 
 def cut(row: dict) -> dict:
     """A row as it is trained, tokenised here."""
-    (whole,) = runs.rows(Dataset.from_list([row]))
+    (whole,) = quick_runs.tokenised_rows(Dataset.from_list([row]))
     return whole | {name: whole[name][:MAX_LENGTH] for name in ("input_ids", "labels")}
 
 
 @torch.no_grad()
 def label_logps(model, row: dict) -> torch.Tensor:
     """[n] log p of the supervised labels, of a single row in full logits."""
-    return runs.logits_of(model, row).log_softmax(-1).gather(1, runs.labels_of(row)[:, None]).squeeze(1)
+    return quick_runs.logits_of(model, row).log_softmax(-1).gather(1, quick_runs.labels_of(row)[:, None]).squeeze(1)
 
 
-def trained(split: str) -> list[dict]:
+def rows_trained(split: str) -> list[dict]:
     """The original rows that have something to train."""
-    return [row for row in (rows() if split == "train" else rows()[3:6]) if len(runs.supervised(cut(row)))]
+    return [
+        row
+        for row in (signal_rows() if split == "train" else signal_rows()[3:6])
+        if len(quick_runs.supervised_positions(cut(row)))
+    ]
 
 
 def without(row: dict, *names: str) -> dict:
@@ -116,13 +123,15 @@ def test_reference_logps_are_those_of_single_rows(world, tmp_path, capsys, more)
     told = capsys.readouterr().out
     model = model_of(world, "model")
     for split in ("train", "test"):
-        wanted = trained(split)
+        wanted = rows_trained(split)
         assert [without(row, "reference_logp") for row in splits[split]] == wanted
         means = [float(label_logps(model, cut(row)).mean()) for row in wanted]
         assert [row["reference_logp"] for row in splits[split]] == pytest.approx(means, abs=1e-5)
         assert max(means) - min(means) > 0.01, "rows alike would not tell one from another"
     assert len(splits["train"]) == 7 and len(splits["test"]) == 2
-    tokens = sum(len(runs.supervised(cut(row))) for row in [*trained("train"), *trained("test")])
+    tokens = sum(
+        len(quick_runs.supervised_positions(cut(row))) for row in [*rows_trained("train"), *rows_trained("test")]
+    )
     assert f"9 rows, {tokens} supervised tokens" in told
     assert "left out   2 of 9 rows of train" in told and "left out   1 of 3 rows of test" in told
     assert json.loads((tmp_path / "rows" / "signal.json").read_text())["dropped"] == {"train": 2, "test": 1}
@@ -131,7 +140,7 @@ def test_reference_logps_are_those_of_single_rows(world, tmp_path, capsys, more)
 def test_another_reference_is_asked(world, tmp_path):
     reference = world["root"] / "reference"
     splits = made(world, "weights", tmp_path / "rows", "--reference_model_name_or_path", reference, config="online")
-    means = [float(label_logps(model_of(world, "reference"), cut(row)).mean()) for row in trained("train")]
+    means = [float(label_logps(model_of(world, "reference"), cut(row)).mean()) for row in rows_trained("train")]
     assert [row["reference_logp"] for row in splits["train"]] == pytest.approx(means, abs=1e-5)
 
 
@@ -154,7 +163,7 @@ def test_fixed_weights(world, tmp_path, temperature):
     ]
     splits = made(world, "weights", tmp_path / "rows", *more)
     model, reference = model_of(world, "model"), model_of(world, "reference")
-    gaps = [float((label_logps(model, r) - label_logps(reference, r)).mean()) for r in map(cut, trained("train"))]
+    gaps = [float((label_logps(model, r) - label_logps(reference, r)).mean()) for r in map(cut, rows_trained("train"))]
     wanted = [min(math.exp(temperature * gap), 16.0) for gap in gaps]
     assert [row["weight"] for row in splits["train"]] == pytest.approx(wanted, rel=1e-5)
     assert (16.0 in wanted) == (temperature == 2.0), "one of the two must show the clamp"
@@ -165,23 +174,25 @@ def test_old_logps_are_those_of_single_rows(world, tmp_path, more):
     splits = made(world, "oldlogps", tmp_path / "rows", *more, config="psft")
     model = model_of(world, "model")
     for split in ("train", "test"):
-        wanted = [cut(row) for row in trained(split)]
+        wanted = [cut(row) for row in rows_trained(split)]
         kept = [{name: row[name] for name in ("input_ids", "labels", "source", "level")} for row in wanted]
         assert [without(row, "old_logps") for row in splits[split]] == kept
         for row, plain in zip(splits[split], wanted, strict=True):
             old = torch.zeros(len(plain["labels"]))
-            old[runs.supervised(plain) + 1] = label_logps(model, plain)
+            old[quick_runs.supervised_positions(plain) + 1] = label_logps(model, plain)
             assert row["old_logps"] == pytest.approx(old.tolist(), abs=1e-5)
 
 
 def test_all_labels_of_a_text_but_the_first(world, tmp_path):
     """Without max_length nothing is cut, and no row dropped by the trainer."""
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.texts(5).to_list()))
+    (tmp_path / "data" / "train.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in tiny_models.text_dataset(5).to_list())
+    )
     more = ["--dataset_name", tmp_path / "data", "--max_length", "null"]
     splits = made(world, "oldlogps", tmp_path / "rows", *more, config="psft")
     assert [*splits["train"][0]] == ["input_ids", "labels", "old_logps"]
-    for row, plain in zip(splits["train"], runs.rows(tiny.texts(5)), strict=True):
+    for row, plain in zip(splits["train"], quick_runs.tokenised_rows(tiny_models.text_dataset(5)), strict=True):
         wanted = [0.0, *label_logps(model_of(world, "model"), plain).tolist()]
         assert row["old_logps"] == pytest.approx(wanted, abs=1e-5)
 
@@ -202,7 +213,7 @@ def test_iw_sft_reads_fixed_weights(world, tmp_path):
     splits = made(world, "weights", tmp_path / "rows", "--fixed", "--reference_model_name_or_path", reference)
     assert main(train(world, "iw-sft", tmp_path / "rows", "--per_device_train_batch_size", 7)) == 0
     logged = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
-    counts = [len(runs.supervised(cut(row))) for row in trained("train")]
+    counts = [len(quick_runs.supervised_positions(cut(row))) for row in rows_trained("train")]
     mean = sum(row["weight"] * n for row, n in zip(splits["train"], counts, strict=True)) / sum(counts)
     assert logged[0]["trust"] == pytest.approx(mean, rel=1e-5)
 
@@ -324,9 +335,11 @@ def test_changed_files_are_refused(world, ready, tmp_path, capsys):
 
 def test_folders_of_others_are_left_alone(world, ready, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
-    assert "which is not an empty folder; name another one" in refused(capsys, data(world, "weights", tmp_path))[0]
+    assert (
+        "which is not an empty folder; name another one" in refused(capsys, data_words(world, "weights", tmp_path))[0]
+    )
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
-    said = refused(capsys, data(world, "weights", ready["oldlogps"], config="online"))[0]
+    said = refused(capsys, data_words(world, "weights", ready["oldlogps"], config="online"))[0]
     assert "which holds finished rows of qtarget data oldlogps; name another folder" in said
     assert "output is not set" in refused(capsys, ["data", "weights", "--config", str(world["sft"])])[0]
 
@@ -337,9 +350,9 @@ def test_a_run_that_was_killed_is_done_again_by_the_same_command_alone(world, re
     manifest = json.loads((folder / "signal.json").read_text())
     (folder / "signal.json").write_text(json.dumps(manifest | {"finished": False}))
     (folder / "test.parquet").unlink()
-    said = refused(capsys, data(world, "weights", folder, "--max_length", 64, config="online"))[0]
+    said = refused(capsys, data_words(world, "weights", folder, "--max_length", 64, config="online"))[0]
     assert "an unfinished run with preprocessing.max_length 42, and this one has 64" in said
-    said = refused(capsys, data(world, "oldlogps", folder, config="psft"))[0]
+    said = refused(capsys, data_words(world, "oldlogps", folder, config="psft"))[0]
     assert "an unfinished run with kind 'weights', and this one has 'old_logps'" in said
     assert "which qtarget data weights has not finished" in refused(capsys, train(world, "online", folder))[0]
     made(world, "weights", folder, config="online")
@@ -363,11 +376,11 @@ def test_a_run_that_was_killed_is_done_again_by_the_same_command_alone(world, re
 )
 def test_refusals(world, tmp_path, capsys, words, sentence):
     verb, *flags = [word.replace("ROOT", str(world["root"])) for word in words]
-    said = refused(capsys, data(world, verb, tmp_path / "rows", *flags))[0]
+    said = refused(capsys, data_words(world, verb, tmp_path / "rows", *flags))[0]
     assert sentence.replace("ROOT", str(world["root"])) in said
     assert not (tmp_path / "rows").exists()
 
 
 def test_a_column_that_is_there_is_not_made_again(world, ready, tmp_path, capsys):
-    words = data(world, "weights", tmp_path / "rows", "--dataset_name", ready["weights"], config="online")
+    words = data_words(world, "weights", tmp_path / "rows", "--dataset_name", ready["weights"], config="online")
     assert "the train split has a column 'reference_logp' already" in refused(capsys, words)[0]

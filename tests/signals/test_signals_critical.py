@@ -18,9 +18,9 @@ import yaml
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM
 
-import runs
+import quick_runs
 import signal_verifiers
-import tiny
+import tiny_models
 from qtarget.cli.__main__ import main
 from qtarget.signals.decoding import Greedy
 
@@ -29,7 +29,7 @@ MAX_NEW = 12
 
 
 def ids_of(messages: list[dict], prompt_only: bool = False) -> list[int]:
-    return tiny.tokenizer().apply_chat_template(messages, add_generation_prompt=prompt_only)["input_ids"]
+    return tiny_models.tokenizer().apply_chat_template(messages, add_generation_prompt=prompt_only)["input_ids"]
 
 
 def asked(a: int, b: int) -> list[dict]:
@@ -44,7 +44,7 @@ def sums() -> list[tuple[int, int]]:
 def world(tmp_path_factory) -> dict:
     """A model that answers sums in three ways, and problems of which it gets three wrong."""
     root = tmp_path_factory.mktemp("critical")
-    model = tiny.llama(width=48)
+    model = tiny_models.llama(width=48)
     rows = []
     for a, b in sums():
         for phrase, times in zip(PHRASES, (4, 2, 1), strict=True):
@@ -65,7 +65,7 @@ def world(tmp_path_factory) -> dict:
     # It must not matter: a penalty would make other tokens the likeliest.
     model.generation_config.repetition_penalty = 3.0
     model.save_pretrained(root / "model")
-    tiny.tokenizer().save_pretrained(root / "model")
+    tiny_models.tokenizer().save_pretrained(root / "model")
     problems = [{"prompt": asked(a, b), "answer": str(a + b), "source": f"s{a}"} for a, b in sums()]
     for wrong in (2, 5, 11):
         problems[wrong]["answer"] = "99"
@@ -104,7 +104,7 @@ def plainly(model, prompt: list[int], beginning: list[int]) -> list[int]:
     """The answer that begins so, decoded greedily without a cache: (ids, whether it ended)."""
     answer = list(beginning)
     for _ in range(MAX_NEW):
-        if answer and answer[-1] == tiny.tokenizer().eos_token_id:
+        if answer and answer[-1] == tiny_models.tokenizer().eos_token_id:
             break
         with torch.no_grad():
             answer.append(int(model(input_ids=torch.tensor([prompt + answer])).logits[0, -1].argmax()))
@@ -112,8 +112,8 @@ def plainly(model, prompt: list[int], beginning: list[int]) -> list[int]:
 
 
 def judged(answer: list[int], row: dict) -> bool:
-    ended = answer[-1] == tiny.tokenizer().eos_token_id
-    return ended and signal_verifiers.last_number(tiny.tokenizer().decode(answer[:-1]), row)
+    ended = answer[-1] == tiny_models.tokenizer().eos_token_id
+    return ended and signal_verifiers.last_number(tiny_models.tokenizer().decode(answer[:-1]), row)
 
 
 def expected(world: dict, count: int = 2) -> list[dict]:
@@ -219,23 +219,23 @@ def test_training_reads_the_folder(world, found, tmp_path):
     [
         ({"prompt": "2+3="}, "2+3="),
         ({"prompt": asked(2, 3), "completion": [{"role": "assistant", "content": "5"}]}, asked(2, 3)),
-        (tiny.turns(2)[1], tiny.turns(2)[1]["messages"][:3]),
-        (tiny.from_value(2)[1], tiny.turns(2)[1]["messages"][:3]),
+        (tiny_models.message_dataset(2)[1], tiny_models.message_dataset(2)[1]["messages"][:3]),
+        (tiny_models.from_value_dataset(2)[1], tiny_models.message_dataset(2)[1]["messages"][:3]),
         ({"messages": asked(2, 3)}, asked(2, 3)),
     ],
 )
 def test_prompts_are_the_trainers(tmp_path, row, prompt):
-    greedy = Greedy(runs.trainer(tiny.llama(), tmp_path), MAX_NEW)
-    wanted = tiny.tokenizer()(prompt)["input_ids"] if isinstance(prompt, str) else ids_of(prompt, True)
+    greedy = Greedy(quick_runs.quick_trainer(tiny_models.llama(), tmp_path), MAX_NEW)
+    wanted = tiny_models.tokenizer()(prompt)["input_ids"] if isinstance(prompt, str) else ids_of(prompt, True)
     assert greedy.prompt(row, 0) == wanted
 
 
 def test_only_real_tokens_are_decoded(tmp_path):
-    model = tiny.llama(vocab=len(tiny.tokenizer()) + 8, tied=False)
+    model = tiny_models.llama(vocab=len(tiny_models.tokenizer()) + 8, tied=False)
     with torch.no_grad():
         model.lm_head.weight[-8:] = 50 * model.lm_head.weight[:8]
-    greedy = Greedy(runs.trainer(model, tmp_path), 4)
-    inside = range(len(tiny.tokenizer()))
+    greedy = Greedy(quick_runs.quick_trainer(model, tmp_path), 4)
+    inside = range(len(tiny_models.tokenizer()))
     prompts = [greedy.prompt({"prompt": asked(a, b)}, 0) for a, b in sums()]
     assert any(int(model(input_ids=torch.tensor([p])).logits[0, -1].argmax()) not in inside for p in prompts)
     assert all(index in inside for rest in greedy(prompts) for index in rest)

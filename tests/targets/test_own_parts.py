@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import qtarget as qt
-from engine_cases import assert_engine_is_oracle, ordinary
+from engine_and_oracle import assert_engine_is_oracle, ordinary_batch
 from qtarget.cli.__main__ import main
 from qtarget.targets.presets import entry, labels
 
@@ -35,7 +35,7 @@ def test_the_pages_recipes_reach_the_engine(recipe, my_rules):
     target = qt.Target.from_config(recipe)
     again = qt.Target.from_config(json.loads(json.dumps(target.to_config())))
     assert again == target and str(again) == str(target)
-    assert_engine_is_oracle(ordinary(), target)
+    assert_engine_is_oracle(ordinary_batch(), target)
 
 
 def test_the_page_shows_a_rule_a_residual_and_a_preset():
@@ -54,7 +54,7 @@ def test_a_preset_of_ones_own_is_a_preset(named, my_rules, capsys):
 
 
 def test_its_printed_loss_has_the_engines_gradient(my_rules):
-    batch, target = ordinary(), qt.Target.from_config("my_rules:certain")
+    batch, target = ordinary_batch(), qt.Target.from_config("my_rules:certain")
     logits = batch.logits().requires_grad_()
     (printed,) = torch.autograd.grad(qt.presets.printed_loss(target)(logits, batch.labels, {}).sum(), logits)
     leaf = batch.hidden.clone().requires_grad_()
@@ -103,7 +103,7 @@ def test_the_preset_of_the_contributors_page(monkeypatch):
     page = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
     exec(block, dict(vars(labels)))
-    batch, target = ordinary(), qt.preset("half", weight=0.25)
+    batch, target = ordinary_batch(), qt.preset("half", weight=0.25)
     assert target == qt.Target.from_config({"preset": "half", "weight": 0.25}) == qt.Target(0.25)
     logits = batch.logits()
     printed = qt.presets.printed_loss(target)(logits, batch.labels, batch.columns)

@@ -13,21 +13,21 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
-import tiny
+import tiny_models
 from qtarget import ConfigError
 from qtarget.cli import __main__ as cli
 from qtarget.cli.verbs import teacher as verb
 from qtarget.teachers.agreement import measure as agreement
 from qtarget.teachers.cache import build as cache_build
-from runs import labels_of, logits_of, rows, tokenised, trainer, weights
+from quick_runs import copied_weights, labels_of, logits_of, quick_trainer, tokenised_dataset, tokenised_rows
 
-END = tiny.tokenizer().eos_token_id
-OTHER_END = tiny.tokenizer().convert_tokens_to_ids("<|endoftext|>")
-VOCAB = len(tiny.tokenizer())
+END = tiny_models.tokenizer().eos_token_id
+OTHER_END = tiny_models.tokenizer().convert_tokens_to_ids("<|endoftext|>")
+VOCAB = len(tiny_models.tokenizer())
 
 
 def other(**settings):
-    return tiny.taught(seed=7, width=48, **settings)
+    return tiny_models.trained_model(seed=7, width=48, **settings)
 
 
 def sure(model, factor=3.0):
@@ -115,7 +115,7 @@ def by_hand(student, teacher, data, top_k=(1, 16, 64), skip=None, likeliest=None
         "conflicting": [
             {
                 "token": y,
-                "text": tiny.tokenizer().decode([y]),
+                "text": tiny_models.tokenizer().decode([y]),
                 "conflicts": counts[y],
                 "tokens": sum(line["y"] == y for line in lines),
                 "instead": Counter(line["top"] for line in conflicting if line["y"] == y),
@@ -152,10 +152,12 @@ def assert_same(got, wanted, tolerance=2e-4, name=""):
 def test_every_figure_is_what_plain_forwards_say(tmp_path, monkeypatch):
     """Padded batches of unequal rows, a few tokens' log-probabilities at a time, against single rows in float64."""
     monkeypatch.setattr(agreement, "_CHUNK", 5)
-    data, teacher = tiny.conversations(7), sure(other())
-    made = trainer(tiny.taught(), tmp_path, data, target="target-sft", teacher_model=copy.deepcopy(teacher))
+    data, teacher = tiny_models.conversation_dataset(7), sure(other())
+    made = quick_trainer(
+        tiny_models.trained_model(), tmp_path, data, target="target-sft", teacher_model=copy.deepcopy(teacher)
+    )
     got = agreement.measure(made, 7).to_dict()
-    wanted = by_hand(full_logits(tiny.taught()), full_logits(teacher), rows(data))
+    wanted = by_hand(full_logits(tiny_models.trained_model()), full_logits(teacher), tokenised_rows(data))
     assert wanted["conflicts"] > 0.05 and wanted["sides_with_teacher"] > 0.05 and wanted["denied"] > 0.05
     assert all(place["tokens"] for place in wanted["places"]) and len(wanted["conflicting"]) == 10
     assert_same(got, wanted)
@@ -164,19 +166,23 @@ def test_every_figure_is_what_plain_forwards_say(tmp_path, monkeypatch):
 
 def test_a_larger_head_has_no_more_tokens(tmp_path):
     """Rows of either head beyond the real vocabulary are no tokens."""
-    student, teacher, data = tiny.llama(vocab=VOCAB + 13), tiny.llama(seed=3, vocab=VOCAB + 5), tiny.conversations(3)
-    made = trainer(student, tmp_path, data, target="kd", teacher_model=teacher)
-    wanted = by_hand(full_logits(student), full_logits(teacher), rows(data), (VOCAB,))
+    student, teacher, data = (
+        tiny_models.llama(vocab=VOCAB + 13),
+        tiny_models.llama(seed=3, vocab=VOCAB + 5),
+        tiny_models.conversation_dataset(3),
+    )
+    made = quick_trainer(student, tmp_path, data, target="kd", teacher_model=teacher)
+    wanted = by_hand(full_logits(student), full_logits(teacher), tokenised_rows(data), (VOCAB,))
     got = agreement.measure(made, 3, top_k=(VOCAB, VOCAB + 1)).to_dict()
     assert_same(got, wanted)
     assert got["top_k_mass"].keys() == {str(VOCAB)}
 
 
 def test_rows_are_evenly_spread(tmp_path):
-    data = tiny.conversations(7)
-    made = trainer(tiny.taught(), tmp_path, data, target="kd", teacher_model=other())
-    some = [rows(data)[number] for number in (0, 2, 4)]
-    wanted = by_hand(full_logits(tiny.taught()), full_logits(other()), some)
+    data = tiny_models.conversation_dataset(7)
+    made = quick_trainer(tiny_models.trained_model(), tmp_path, data, target="kd", teacher_model=other())
+    some = [tokenised_rows(data)[number] for number in (0, 2, 4)]
+    wanted = by_hand(full_logits(tiny_models.trained_model()), full_logits(other()), some)
     assert agreement.estimate(made, 3) == (3, wanted["tokens"])
     assert_same(agreement.measure(made, 3).to_dict(), wanted)
     assert agreement.evenly_spaced(10, 4) == [0, 2, 5, 7] and agreement.evenly_spaced(3, 200) == [0, 1, 2]
@@ -192,18 +198,27 @@ def test_rows_are_evenly_spread(tmp_path):
 )
 def test_packed_rows_give_the_figures_of_padded_ones(settings, tmp_path):
     """Documents are rows: for the thirds of an answer, for the standard error, and in number."""
-    data = tiny.conversations(9)
-    made = trainer(tiny.taught(), tmp_path, data, target="kd", teacher_model=sure(other()), **settings)
+    data = tiny_models.conversation_dataset(9)
+    made = quick_trainer(
+        tiny_models.trained_model(), tmp_path, data, target="kd", teacher_model=sure(other()), **settings
+    )
     if "packing" in settings:
         assert 1 < len(made.train_dataset) < 9
-    wanted = by_hand(full_logits(tiny.taught()), full_logits(sure(other())), rows(data))
+    wanted = by_hand(full_logits(tiny_models.trained_model()), full_logits(sure(other())), tokenised_rows(data))
     assert agreement.estimate(made, 9) == (9, wanted["tokens"])
     assert_same(agreement.measure(made, 9).to_dict(), wanted)
 
 
 def test_few_rows_of_a_packed_dataset_are_few_sequences(tmp_path):
     packed = {"packing": True, "max_length": 200, "per_device_train_batch_size": 1}
-    made = trainer(tiny.taught(), tmp_path, tiny.conversations(40), target="kd", teacher_model=other(), **packed)
+    made = quick_trainer(
+        tiny_models.trained_model(),
+        tmp_path,
+        tiny_models.conversation_dataset(40),
+        target="kd",
+        teacher_model=other(),
+        **packed,
+    )
     documents = [len(lengths) for lengths in made.train_dataset["seq_lengths"]]
     assert min(documents) > 1
     assert 5 <= agreement.measure(made, 5).rows <= 5 + max(documents) < 40
@@ -212,18 +227,20 @@ def test_few_rows_of_a_packed_dataset_are_few_sequences(tmp_path):
 @pytest.mark.parametrize("packing", [False, True])
 def test_nothing_predicts_a_first_token(packing, tmp_path):
     """Every token of plain text has a label, those of a document's first tokens are not trained."""
-    data = tiny.texts(6)
+    data = tiny_models.text_dataset(6)
     settings = {"packing": packing, "max_length": 60, "per_device_train_batch_size": 1 + (not packing)}
-    made = trainer(tiny.taught(), tmp_path, data, target="kd", teacher_model=other(), **settings)
-    wanted = by_hand(full_logits(tiny.taught()), full_logits(other()), rows(data))
+    made = quick_trainer(tiny_models.trained_model(), tmp_path, data, target="kd", teacher_model=other(), **settings)
+    wanted = by_hand(full_logits(tiny_models.trained_model()), full_logits(other()), tokenised_rows(data))
     assert agreement.estimate(made, 6) == (6, wanted["tokens"])
     assert_same(agreement.measure(made, 6).to_dict(), wanted)
 
 
 def test_a_stream_is_read_from_its_beginning(tmp_path):
-    data = tiny.conversations(6)
-    made = trainer(tiny.taught(), tmp_path, data.to_iterable_dataset(), target="kd", teacher_model=other())
-    wanted = by_hand(full_logits(tiny.taught()), full_logits(other()), rows(data)[:4])
+    data = tiny_models.conversation_dataset(6)
+    made = quick_trainer(
+        tiny_models.trained_model(), tmp_path, data.to_iterable_dataset(), target="kd", teacher_model=other()
+    )
+    wanted = by_hand(full_logits(tiny_models.trained_model()), full_logits(other()), tokenised_rows(data)[:4])
     assert_same(agreement.measure(made, 4).to_dict(), wanted)
 
 
@@ -243,9 +260,11 @@ def test_the_standard_error_takes_rows_together():
 
 @pytest.mark.parametrize("setting", ["label", "keep", "map"])
 def test_a_teacher_that_ends_otherwise(setting, tmp_path):
-    data, teacher = tiny.conversations(5), other()
+    data, teacher = tiny_models.conversation_dataset(5), other()
     teacher.generation_config.eos_token_id = OTHER_END
-    made = trainer(tiny.taught(), tmp_path, data, target="kd", teacher_model=teacher, teacher_end_token=setting)
+    made = quick_trainer(
+        tiny_models.trained_model(), tmp_path, data, target="kd", teacher_model=teacher, teacher_end_token=setting
+    )
 
     def exchanged(row):
         z = full_logits(teacher)(row)
@@ -253,11 +272,13 @@ def test_a_teacher_that_ends_otherwise(setting, tmp_path):
         return z
 
     own = exchanged if setting == "map" else full_logits(teacher)
-    wanted = by_hand(full_logits(tiny.taught()), own, rows(data), skip=END if setting == "label" else None)
+    wanted = by_hand(
+        full_logits(tiny_models.trained_model()), own, tokenised_rows(data), skip=END if setting == "label" else None
+    )
     got = agreement.measure(made, 5)
     assert_same(got.to_dict(), wanted)
     assert (got.places[3].tokens == 0) == (setting == "label")
-    touched = sum(labels_of(row).tolist().count(END) for row in rows(data))
+    touched = sum(labels_of(row).tolist().count(END) for row in tokenised_rows(data))
     left = touched if setting == "label" else 0
     assert got.end_token == agreement.EndToken(END, "<|im_end|>", OTHER_END, "<|endoftext|>", setting, touched, left)
     (note,) = got.notes()
@@ -271,11 +292,11 @@ def test_a_teacher_that_ends_otherwise(setting, tmp_path):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("teacher_check")
-    for name, model in (("model", tiny.taught()), ("teacher", other()), ("sure", sure(other()))):
+    for name, model in (("model", tiny_models.trained_model()), ("teacher", other()), ("sure", sure(other()))):
         model.save_pretrained(root / name)
-        tiny.tokenizer().save_pretrained(root / name)
+        tiny_models.tokenizer().save_pretrained(root / name)
     (root / "data").mkdir()
-    lines = [json.dumps(row) for row in tiny.conversations(9).to_list()]
+    lines = [json.dumps(row) for row in tiny_models.conversation_dataset(9).to_list()]
     (root / "data" / "train.jsonl").write_text("\n".join(lines))
     config = {
         "model_name_or_path": str(root / "model"),
@@ -293,14 +314,14 @@ def world(tmp_path_factory):
 
 def test_a_cached_teacher(world, tmp_path):
     """Its figures are those of its k tokens and a tail in the student's shape; what it lost is said."""
-    k, data = 2, tiny.conversations(6)
+    k, data = 2, tiny_models.conversation_dataset(6)
     build = {"target": "kd", "teacher_model_name_or_path": str(world / "teacher")}
-    builder = trainer(tiny.taught(), tmp_path / "a", data, **build)
+    builder = quick_trainer(tiny_models.trained_model(), tmp_path / "a", data, **build)
     plan = cache_build.plan(builder)
     about = cache_build.about(builder)
     folder = cache_build.build(builder, tmp_path / "cache", plan, k, dtype="float32", about=about)
-    made = trainer(tiny.taught(), tmp_path / "b", data, target="kd", teacher_cache=str(folder))
-    student, teacher = full_logits(tiny.taught()), full_logits(other())
+    made = quick_trainer(tiny_models.trained_model(), tmp_path / "b", data, target="kd", teacher_cache=str(folder))
+    student, teacher = full_logits(tiny_models.trained_model()), full_logits(other())
 
     def dense(row):
         p, t = student(row).softmax(-1), teacher(row).softmax(-1)
@@ -312,8 +333,8 @@ def test_a_cached_teacher(world, tmp_path):
     def likeliest(row):
         return teacher(row).argmax(-1).tolist()
 
-    wanted = by_hand(student, dense, rows(data), (1,), likeliest=likeliest)
-    chosen = rows(data)
+    wanted = by_hand(student, dense, tokenised_rows(data), (1,), likeliest=likeliest)
+    chosen = tokenised_rows(data)
     t = torch.cat([teacher(row).softmax(-1) for row in chosen])
     top, labels = t.topk(k), torch.cat([labels_of(row) for row in chosen])
     wanted["top_k_mass"] = {"1": float(top.values[:, 0].mean()), "2": float(top.values.sum(-1).mean())}
@@ -332,31 +353,40 @@ def test_a_cached_teacher(world, tmp_path):
 
 def test_a_pool(world, tmp_path):
     """softmax(Σ w z) of its members."""
-    data = tiny.conversations(4)
+    data = tiny_models.conversation_dataset(4)
     pool = {str(world / "teacher"): 0.25, str(world / "sure"): 0.75}
-    made = trainer(tiny.taught(), tmp_path, data, target="kd", teachers=pool)
+    made = quick_trainer(tiny_models.trained_model(), tmp_path, data, target="kd", teachers=pool)
     parts = full_logits(other()), full_logits(sure(other()))
-    wanted = by_hand(full_logits(tiny.taught()), lambda row: 0.25 * parts[0](row) + 0.75 * parts[1](row), rows(data))
+    wanted = by_hand(
+        full_logits(tiny_models.trained_model()),
+        lambda row: 0.25 * parts[0](row) + 0.75 * parts[1](row),
+        tokenised_rows(data),
+    )
     assert_same(agreement.measure(made, 4).to_dict(), wanted)
 
 
 def test_a_teacher_with_a_context(tmp_path):
     """It reads its own prompt and then the student's answer."""
-    data, teacher = tiny.conversations(5), other()
+    data, teacher = tiny_models.conversation_dataset(5), other()
     context = "A hint. {{ prompt }}"
-    made = trainer(tiny.taught(), tmp_path, data, target="kd", teacher_model=teacher, teacher_context=context)
+    made = quick_trainer(
+        tiny_models.trained_model(), tmp_path, data, target="kd", teacher_model=teacher, teacher_context=context
+    )
 
     def informed(row):
         own = {**row, "prompt": [{"role": "user", "content": "A hint. " + row["prompt"][0]["content"]}]}
-        (own,) = rows(Dataset.from_list([{key: own[key] for key in ("prompt", "completion")}]))
+        (own,) = tokenised_rows(Dataset.from_list([{key: own[key] for key in ("prompt", "completion")}]))
         assert labels_of(own).tolist() == labels_of(row).tolist()
         return full_logits(teacher)(own)
 
-    assert_same(agreement.measure(made, 5).to_dict(), by_hand(full_logits(tiny.taught()), informed, rows(data)))
+    assert_same(
+        agreement.measure(made, 5).to_dict(),
+        by_hand(full_logits(tiny_models.trained_model()), informed, tokenised_rows(data)),
+    )
 
 
 def test_the_students_own_average_starts_as_the_student(tmp_path):
-    made = trainer(tiny.taught(), tmp_path, target="kd", teacher_ema_decay=0.9)
+    made = quick_trainer(tiny_models.trained_model(), tmp_path, target="kd", teacher_ema_decay=0.9)
     got = agreement.measure(made, 4)
     assert got.own_average and got.kl_teacher_student == 0 and got.judgement == "identical"
     assert "it is the student's own average, which starts as the student" in got.verdict
@@ -365,22 +395,24 @@ def test_the_students_own_average_starts_as_the_student(tmp_path):
 
 def test_nothing_is_changed(tmp_path):
     """In training mode with dropout: the figures are without it, and everything is as before."""
-    student = tiny.taught(tiny.gpt2)
+    student = tiny_models.trained_model(tiny_models.gpt2)
     student.transformer.drop.p = 0.5
     student_alone, teacher_alone = full_logits(student), full_logits(other())
-    made = trainer(student, tmp_path, target="kd", teacher_model=other())
+    made = quick_trainer(student, tmp_path, target="kd", teacher_model=other())
     made.model.train()
     made.model.transformer.h[0].eval()  # one that was frozen on purpose
-    before, modes = weights(student), [module.training for module in made.model.modules()]
+    before, modes = copied_weights(student), [module.training for module in made.model.modules()]
     torch.manual_seed(5)
     state = torch.get_rng_state()
     got = agreement.measure(made, 4)
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in made.model.modules()] == modes
-    assert all(torch.equal(weight, before[name]) for name, weight in weights(student).items())
+    assert all(torch.equal(weight, before[name]) for name, weight in copied_weights(student).items())
     assert all(parameter.grad is None for parameter in student.parameters())
     assert made.state.global_step == 0 and torch.is_grad_enabled()
-    assert_same(got.to_dict(), by_hand(student_alone, teacher_alone, rows(tiny.conversations(4))))
+    assert_same(
+        got.to_dict(), by_hand(student_alone, teacher_alone, tokenised_rows(tiny_models.conversation_dataset(4)))
+    )
 
 
 # -- the verdict -----------------------------------------------------------------------------------
@@ -407,26 +439,30 @@ def shuffled(data, seed=0):
 
 
 def verdict_on(teacher, folder, count=12):
-    made = trainer(tiny.taught(), folder, tiny.conversations(count), target="kd", teacher_model=teacher)
+    made = quick_trainer(
+        tiny_models.trained_model(), folder, tiny_models.conversation_dataset(count), target="kd", teacher_model=teacher
+    )
     return agreement.measure(made, count)
 
 
 def test_a_teacher_that_is_the_student(tmp_path):
-    got = verdict_on(tiny.taught(), tmp_path)
+    got = verdict_on(tiny_models.trained_model(), tmp_path)
     assert got.kl_teacher_student == got.kl_student_teacher == 0 and got.top1_match == 1 and got.nll_gap == 0
     assert got.judgement == "identical" and got.verdict.startswith("nearly identical to the student: KL")
     assert "the target is nearly the one without a teacher" in got.verdict
 
 
 def test_a_teacher_that_knows_the_rows(tmp_path):
-    got = verdict_on(trained_on(rows(tiny.conversations(12)), other()), tmp_path)
+    got = verdict_on(trained_on(tokenised_rows(tiny_models.conversation_dataset(12)), other()), tmp_path)
     assert got.judgement == "helps" and got.nll_gap < -0.1 and not got.too_sure
     assert got.verdict.startswith("likely to help: it explains the labels better than the student (nll ")
     assert f"{got.teacher.nll:.3f} against {got.student.nll:.3f}" in got.verdict and "rule of thumb" in got.verdict
 
 
 def test_a_teacher_of_other_labels(tmp_path):
-    got = verdict_on(trained_on(shuffled(rows(tiny.conversations(12))), other(), steps=8), tmp_path)
+    got = verdict_on(
+        trained_on(shuffled(tokenised_rows(tiny_models.conversation_dataset(12))), other(), steps=8), tmp_path
+    )
     assert got.judgement == "misaligned" and got.nll_gap > 0.1
     assert "it pulls away from the demonstrations" in got.verdict and "rule of thumb" in got.verdict
     assert got.teacher.p < got.student.p and "it may only be too sharp" not in got.verdict
@@ -521,7 +557,7 @@ def test_in_words(measured):
     ],
 )
 def test_numbers_that_make_no_sense(rows_, top_k, told, tmp_path):
-    made = trainer(tiny.taught(), tmp_path, target="kd", teacher_model=other())
+    made = quick_trainer(tiny_models.trained_model(), tmp_path, target="kd", teacher_model=other())
     with pytest.raises(ConfigError) as error:
         agreement.measure(made, rows_, top_k)
     assert error.value.faults == [told]
@@ -529,17 +565,17 @@ def test_numbers_that_make_no_sense(rows_, top_k, told, tmp_path):
 
 def test_no_teacher(tmp_path):
     with pytest.raises(ConfigError, match=r"^target sft has no teacher to compare with; name a target that asks one"):
-        agreement.measure(trainer(tiny.taught(), tmp_path), 2)
+        agreement.measure(quick_trainer(tiny_models.trained_model(), tmp_path), 2)
 
 
 def test_nothing_to_ask_about(tmp_path):
     """The only rows looked at are masked."""
-    masked = tokenised(tiny.conversations(8)).to_list()
+    masked = tokenised_dataset(tiny_models.conversation_dataset(8)).to_list()
     for row in masked[:2]:
         row["labels"] = [-100] * len(row["labels"])
     packed = Dataset.from_list(masked)
     settings = {"target": "kd", "teacher_model": other(), "max_length": None}
-    made = trainer(tiny.taught(), tmp_path, packed, **settings)
+    made = quick_trainer(tiny_models.trained_model(), tmp_path, packed, **settings)
     with pytest.raises(ConfigError, match=r"^rows is 1, and none of the rows looked at has a supervised token"):
         agreement.measure(made, 1)
     assert agreement.measure(made, 8).rows == 6
@@ -547,9 +583,9 @@ def test_nothing_to_ask_about(tmp_path):
 
 @pytest.mark.parametrize("who, field", [("student", "model_init_kwargs"), ("teacher", "teacher_model_init_kwargs")])
 def test_nan(who, field, tmp_path):
-    models = {"student": tiny.llama(tied=False), "teacher": tiny.llama(1, tied=False)}
+    models = {"student": tiny_models.llama(tied=False), "teacher": tiny_models.llama(1, tied=False)}
     models[who].lm_head.weight.data[5] = torch.nan
-    made = trainer(models["student"], tmp_path, target="kd", teacher_model=models["teacher"])
+    made = quick_trainer(models["student"], tmp_path, target="kd", teacher_model=models["teacher"])
     with pytest.raises(ConfigError, match=rf"^the {who} gives NaN for a row looked at; .*\({field}: "):
         agreement.measure(made, 4)
 
@@ -568,8 +604,8 @@ def test_the_verb(world, capsys, tmp_path):
     out = tmp_path / "figures.json"
     status, said, err = run_verb(capsys, "check", "--config", world / "config.yaml", "--rows", 3, "--json", out)
     assert status == 0, err
-    some = [rows(tiny.conversations(9))[number] for number in (0, 3, 6)]
-    wanted = by_hand(full_logits(tiny.taught()), full_logits(sure(other())), some)
+    some = [tokenised_rows(tiny_models.conversation_dataset(9))[number] for number in (0, 3, 6)]
+    wanted = by_hand(full_logits(tiny_models.trained_model()), full_logits(sure(other())), some)
     got = json.loads(out.read_text())
     assert_same(got, wanted)
     lines = said.splitlines()
@@ -584,7 +620,11 @@ def test_a_target_without_a_teacher_is_checked_with_kd(world, capsys, tmp_path):
     status, said, err = run_verb(capsys, *words, "--target", "dft", "--packing", "true", "--max_length", 120)
     assert status == 0, err
     assert "target dft asks no teacher; the one that is named is checked with target kd" in said
-    wanted = by_hand(full_logits(tiny.taught()), full_logits(sure(other())), rows(tiny.conversations(9)))
+    wanted = by_hand(
+        full_logits(tiny_models.trained_model()),
+        full_logits(sure(other())),
+        tokenised_rows(tiny_models.conversation_dataset(9)),
+    )
     assert_same(json.loads(out.read_text()), wanted)
 
 

@@ -9,27 +9,27 @@ import pytest
 import torch
 from datasets import Dataset
 
-import caches
-import tiny
-from caches import VOCAB, build, contents, data, refused, teacher
+import teacher_caches
+import tiny_models
 from fake_server import FakeServer, status
 from qtarget.cli.__main__ import main
 from qtarget.teachers.cache.index import supervised_positions
 from qtarget.teachers.cache.reader import CachedTeacher
 from qtarget.teachers.server import client as server_module
-from runs import labels_of, logits_of, rows
+from quick_runs import labels_of, logits_of, tokenised_rows
+from teacher_caches import VOCAB, build_cache, file_contents, refusal_of, rows_with_hints, wider_teacher
 
 K = 16
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    return caches.world(tmp_path_factory.mktemp("doctor"))
+    return teacher_caches.write_world(tmp_path_factory.mktemp("doctor"))
 
 
 @pytest.fixture(scope="module")
 def some(world) -> Path:
-    return build(world, world / "some", "--k", K, "--shard_tokens", 100)
+    return build_cache(world, world / "some", "--k", K, "--shard_tokens", 100)
 
 
 def examined(world: Path, folder: Path, out: Path, *more: object) -> dict:
@@ -46,10 +46,14 @@ def taught(p: torch.Tensor, p_y: torch.Tensor, delta: torch.Tensor, t: torch.Ten
 
 def by_hand(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
     """Errors of Q and of the gradient in float64, one row at a time, from the definitions."""
-    cache, student, live = CachedTeacher(folder), tiny.taught().double().eval(), teacher(torch.float64)
+    cache, student, live = (
+        CachedTeacher(folder),
+        tiny_models.trained_model().double().eval(),
+        wider_teacher(torch.float64),
+    )
     weight = student.lm_head.weight.detach()
     made: dict[tuple[str, str], dict[str, list]] = {}
-    for row in rows(Dataset.from_list(data())):
+    for row in tokenised_rows(Dataset.from_list(rows_with_hints())):
         got = cache.gather(torch.tensor(cache.places(row["input_ids"], row["labels"])))
         at, y = supervised_positions(row["labels"]), labels_of(row)
         ids, kept = got["teacher_ids"][at].long(), got["teacher_logprobs"][at].double().exp()
@@ -103,7 +107,7 @@ def test_the_bound_holds_and_is_no_larger_than_the_mass_outside(world, some, tmp
 
 
 def test_the_whole_vocabulary_has_no_error(world, tmp_path):
-    folder = build(world, tmp_path / "whole", "--k", VOCAB, "--cache_dtype", "float32")
+    folder = build_cache(world, tmp_path / "whole", "--k", VOCAB, "--cache_dtype", "float32")
     report = examined(world, folder, tmp_path / "report.json", "--rows", 5)
     assert report["rows"] == 5 and report["lost_mass"]["max"] < 1e-6
     assert all(line["q_max"] < 1e-5 and line["logit_gradient"] < 1e-4 for line in report["targets"])
@@ -123,12 +127,12 @@ def test_another_live_teacher(world, some, tmp_path, capsys):
 
 
 def test_rows_it_does_not_have(world, some, tmp_path, capsys):
-    changed = data()
+    changed = rows_with_hints()
     changed[0]["completion"][0]["content"] += "!"
-    folder = caches.write_rows(tmp_path / "changed", changed)
+    folder = teacher_caches.write_rows(tmp_path / "changed", changed)
     words = ["cache", "doctor", "--config", world / "config.yaml", "--cache", some, "--dataset_name", folder]
-    assert "row 0 of the train dataset is not in the teacher cache" in refused(capsys, *words)
-    assert "rows is 0" in refused(capsys, *words, "--rows", 0)
+    assert "row 0 of the train dataset is not in the teacher cache" in refusal_of(capsys, *words)
+    assert "rows is 0" in refusal_of(capsys, *words, "--rows", 0)
 
 
 # -- from a server -------------------------------------------------------------------------------------------------
@@ -138,7 +142,7 @@ def test_rows_it_does_not_have(world, some, tmp_path, capsys):
 def served(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(server_module.TeacherServer, "_backoff", 0.01, raising=False)
-    with FakeServer(teacher(), names=["large"], max_logprobs=20) as server:
+    with FakeServer(wider_teacher(), names=["large"], max_logprobs=20) as server:
         yield server
 
 
@@ -146,8 +150,8 @@ def served(monkeypatch):
 def test_filled_by_a_server(context, world, served, tmp_path):
     """The same tokens as from the loaded teacher, and the same log-probabilities to float32."""
     more = ["--k", K, "--cache_dtype", "float32", *(["--teacher_context", context] if context else [])]
-    live = build(world, tmp_path / "live", *more)
-    asked = build(world, tmp_path / "asked", *more, "--server", served.url)
+    live = build_cache(world, tmp_path / "live", *more)
+    asked = build_cache(world, tmp_path / "asked", *more, "--server", served.url)
     manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (live, asked)]
     assert manifests[0]["tokens"] == manifests[1]["tokens"]
     assert manifests[1]["teacher"]["served_as"] == "large"
@@ -163,34 +167,34 @@ def test_filled_by_a_server(context, world, served, tmp_path):
 def test_a_server_that_gives_up_in_the_middle(world, served, tmp_path, capsys):
     """What was captured stays, and the next build asks only for the rest."""
     more = ["--k", K, "--shard_tokens", 60, "--server", served.url]
-    uninterrupted = build(world, tmp_path / "whole", *more)
+    uninterrupted = build_cache(world, tmp_path / "whole", *more)
     all_asked = len(served.asked)
     served.asked.clear()
     count = iter(range(100))
     served.tamper = lambda choices: choices.clear() if next(count) > 5 else None
     words = ["cache", "build", "--config", world / "config.yaml", "-o", tmp_path / "c", *more]
-    said = refused(capsys, *words)
+    said = refusal_of(capsys, *words)
     assert "choices" in said or "answer" in said
     there = [*(tmp_path / "c").glob("shard-*")]
     assert there and json.loads((tmp_path / "c" / "manifest.json").read_text())["state"] == "building"
     served.asked.clear()
     served.tamper = lambda choices: None
-    build(world, tmp_path / "c", *more)
+    build_cache(world, tmp_path / "c", *more)
     assert len(served.asked) < all_asked
-    assert contents(tmp_path / "c") == contents(uninterrupted)
+    assert file_contents(tmp_path / "c") == file_contents(uninterrupted)
 
 
 def test_a_busy_server_is_asked_again(world, served, tmp_path):
     served.faults = iter([status(429), status(503), status(500)])
-    folder = build(world, tmp_path / "c", "--k", K, "--server", served.url)
+    folder = build_cache(world, tmp_path / "c", "--k", K, "--server", served.url)
     assert json.loads((folder / "manifest.json").read_text())["state"] == "complete"
 
 
 def test_a_server_that_cannot(world, served, tmp_path, capsys):
     words = ["cache", "build", "--config", world / "config.yaml", "-o", tmp_path / "c", "--server", served.url]
-    assert "--max-logprobs" in refused(capsys, *words, "--k", 21)
-    assert "large" in refused(capsys, *words, "--k", K, "--server_model", "small")
-    assert "with --server give --k" in refused(capsys, *words, "--coverage", 0.9)
-    said = refused(capsys, *words, "--k", K, "--teacher_model_name_or_path", "none")
+    assert "--max-logprobs" in refusal_of(capsys, *words, "--k", 21)
+    assert "large" in refusal_of(capsys, *words, "--k", K, "--server_model", "small")
+    assert "with --server give --k" in refusal_of(capsys, *words, "--coverage", 0.9)
+    said = refusal_of(capsys, *words, "--k", K, "--teacher_model_name_or_path", "none")
     assert "--server needs teacher_model_name_or_path too" in said
     assert not (tmp_path / "c").exists()

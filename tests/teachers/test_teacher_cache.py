@@ -18,14 +18,14 @@ import torch
 from datasets import Dataset, load_dataset
 from safetensors.torch import load_file, save_file
 
-import caches
 import qtarget as qt
-import tiny
-from caches import VOCAB, build, contents, data, refused, teacher, write_rows
+import teacher_caches
+import tiny_models
 from qtarget.cli.__main__ import main
 from qtarget.teachers.cache.index import supervised_positions
 from qtarget.teachers.cache.reader import CachedTeacher
-from runs import logits_of, moved, rows, trainer, weights
+from quick_runs import copied_weights, logits_of, quick_trainer, tokenised_rows, weight_change
+from teacher_caches import VOCAB, build_cache, file_contents, refusal_of, rows_with_hints, wider_teacher, write_rows
 
 K = 16
 # Two documents fill a sequence, and no row is cut.
@@ -40,25 +40,25 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    return caches.world(tmp_path_factory.mktemp("cache"))
+    return teacher_caches.write_world(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
 def whole(world) -> Path:
     """The whole vocabulary in float32: nothing is left out or rounded."""
-    return build(world, world / "whole", "--k", VOCAB, "--cache_dtype", "float32", "--shard_tokens", 100)
+    return build_cache(world, world / "whole", "--k", VOCAB, "--cache_dtype", "float32", "--shard_tokens", 100)
 
 
 @pytest.fixture(scope="module")
 def some(world) -> Path:
     """The 16 likeliest tokens in float16."""
-    return build(world, world / "some", "--k", K, "--shard_tokens", 100)
+    return build_cache(world, world / "some", "--k", K, "--shard_tokens", 100)
 
 
 def read(folder: Path, made: list[dict]) -> list[tuple[torch.Tensor, ...]]:
     """(ids, logprobs, tail) of each row's supervised tokens."""
     cache, found = CachedTeacher(folder), []
-    for row in rows(Dataset.from_list(made)):
+    for row in tokenised_rows(Dataset.from_list(made)):
         places = cache.places(row["input_ids"], row["labels"])
         got = cache.gather(torch.tensor(places))
         at = supervised_positions(row["labels"])
@@ -73,8 +73,8 @@ def read(folder: Path, made: list[dict]) -> list[tuple[torch.Tensor, ...]]:
 def test_holds_what_plain_forwards_say(kind, request):
     """One row at a time, without padding, full logits in float64."""
     folder = request.getfixturevalue(kind)
-    model, made = teacher(torch.float64), data()
-    for row, (ids, kept, tail) in zip(rows(Dataset.from_list(made)), read(folder, made), strict=True):
+    model, made = wider_teacher(torch.float64), rows_with_hints()
+    for row, (ids, kept, tail) in zip(tokenised_rows(Dataset.from_list(made)), read(folder, made), strict=True):
         log_p = logits_of(model, row).detach().log_softmax(-1)
         top = log_p.topk(ids.shape[1], dim=-1)
         assert kept.dtype == (torch.float16 if kind == "some" else torch.float32)
@@ -91,7 +91,7 @@ def test_holds_what_plain_forwards_say(kind, request):
 
 def test_says_what_it_is(some, capsys):
     manifest = json.loads((some / "manifest.json").read_text())
-    unique = {json.dumps([row["prompt"], row["completion"]]) for row in data()}
+    unique = {json.dumps([row["prompt"], row["completion"]]) for row in rows_with_hints()}
     assert manifest["rows"] == len(unique) and manifest["tokens"] == sum(line["tokens"] for line in manifest["shards"])
     assert manifest["k"] == K and manifest["state"] == "complete" and len(manifest["shards"]) > 3
     assert main(["cache", "inspect", str(some), "--verify"]) == 0
@@ -108,10 +108,10 @@ def re_has(text: str, name: str, value: str) -> bool:
 
 def test_k_by_coverage(world, tmp_path, capsys):
     """The smallest k that keeps the share on average, and what tokens need by themselves."""
-    folder = build(world, tmp_path / "covered", "--coverage", "0.9")
+    folder = build_cache(world, tmp_path / "covered", "--coverage", "0.9")
     manifest = json.loads((folder / "manifest.json").read_text())
-    model = teacher(torch.float64)
-    unique = {tuple(row["input_ids"]): row for row in rows(Dataset.from_list(data()))}
+    model = wider_teacher(torch.float64)
+    unique = {tuple(row["input_ids"]): row for row in tokenised_rows(Dataset.from_list(rows_with_hints()))}
     masses = torch.cat([logits_of(model, row).softmax(-1).sort(descending=True).values for row in unique.values()])
     mean = masses.cumsum(-1).mean(0)
     assert mean[manifest["k"] - 1] >= 0.9 > mean[manifest["k"] - 2]
@@ -126,16 +126,18 @@ def test_k_by_coverage(world, tmp_path, capsys):
 
 def one_step(folder: Path, made: Dataset, **settings) -> dict[str, torch.Tensor]:
     settings = {"max_length": 120, "target": "target-sft", "per_device_train_batch_size": 8} | settings
-    run = trainer(tiny.taught(), folder, made, gradient_accumulation_steps=1, num_train_epochs=1, **settings)
-    before = weights(run.model)
+    run = quick_trainer(
+        tiny_models.trained_model(), folder, made, gradient_accumulation_steps=1, num_train_epochs=1, **settings
+    )
+    before = copied_weights(run.model)
     run.train()
-    return moved(before, run.model)
+    return weight_change(before, run.model)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_from_it_is_training_with_the_teacher(layout, whole, tmp_path):
-    made, settings = Dataset.from_list(data()), {**LAYOUTS[layout], "max_steps": 3, "learning_rate": 0.1}
-    live = one_step(tmp_path / "live", made, teacher_model=teacher(), **settings)
+    made, settings = Dataset.from_list(rows_with_hints()), {**LAYOUTS[layout], "max_steps": 3, "learning_rate": 0.1}
+    live = one_step(tmp_path / "live", made, teacher_model=wider_teacher(), **settings)
     if settings.get("max_length", 0) is None:  # a cache knows how rows were cut, and these are not
         cut = "max_length: null\n"
         config = tmp_path / "config.yaml"
@@ -147,7 +149,7 @@ def test_training_from_it_is_training_with_the_teacher(layout, whole, tmp_path):
     assert distance(cached, live) < 2e-5
     order = np.random.default_rng(0).permutation(len(made))
     if layout == "padded":  # the order of rows is another, their teachers are not
-        live = one_step(tmp_path / "live2", made.select(order), teacher_model=teacher(), **settings)
+        live = one_step(tmp_path / "live2", made.select(order), teacher_model=wider_teacher(), **settings)
         cached = one_step(tmp_path / "cached2", made.select(order), teacher_cache=str(whole), **settings)
         assert distance(cached, live) < 2e-5
 
@@ -160,7 +162,7 @@ def distance(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> f
 def test_from_a_stream(world, whole, tmp_path):
     stream = load_dataset(str(world / "data"), split="train", streaming=True)
     settings = {"max_steps": 2, "learning_rate": 0.1}
-    live = one_step(tmp_path / "live", stream, teacher_model=teacher(), **settings)
+    live = one_step(tmp_path / "live", stream, teacher_model=wider_teacher(), **settings)
     cached = one_step(tmp_path / "cached", stream, teacher_cache=str(whole), **settings)
     assert distance(cached, live) < 2e-5
 
@@ -172,9 +174,9 @@ def test_every_token_has_its_own_teacher_where_rows_go_on(strategy, world, tmp_p
     config.write_text((world / "config.yaml").read_text() + f"packing: true\npacking_strategy: {strategy}\n")
     words = ["cache", "build", "--config", config, "-o", tmp_path / "c", "--k", VOCAB, "--cache_dtype", "float32"]
     assert main([str(word) for word in words]) == 0
-    made, model = Dataset.from_list(data()), teacher()
-    run = trainer(
-        tiny.taught(),
+    made, model = Dataset.from_list(rows_with_hints()), wider_teacher()
+    run = quick_trainer(
+        tiny_models.trained_model(),
         tmp_path,
         made,
         target="kd",
@@ -184,7 +186,7 @@ def test_every_token_has_its_own_teacher_where_rows_go_on(strategy, world, tmp_p
         max_length=50,
     )
     expected: dict[tuple, list[torch.Tensor]] = {}
-    for row in rows(made):
+    for row in tokenised_rows(made):
         for at, log_p in zip(supervised_positions(row["labels"]), logits_of(model, row).log_softmax(-1), strict=True):
             expected.setdefault(tuple(row["input_ids"][max(0, at - 3) : at + 1]), []).append(log_p.detach())
     seen = 0
@@ -205,19 +207,19 @@ def test_a_context_that_only_the_teacher_reads(world, tmp_path):
     """Built with a context and trained without naming it again: the manifest knows."""
     context = {"prompt": "{{ prompt }} ({{ hint }})"}
     words = ["--teacher_context", json.dumps(context), "--k", VOCAB, "--cache_dtype", "float32"]
-    folder = build(world, tmp_path / "c", *words)
-    made, settings = Dataset.from_list(data()), {"max_steps": 2, "learning_rate": 0.1}
-    live = one_step(tmp_path / "live", made, teacher_model=teacher(), teacher_context=context, **settings)
+    folder = build_cache(world, tmp_path / "c", *words)
+    made, settings = Dataset.from_list(rows_with_hints()), {"max_steps": 2, "learning_rate": 0.1}
+    live = one_step(tmp_path / "live", made, teacher_model=wider_teacher(), teacher_context=context, **settings)
     cached = one_step(tmp_path / "cached", made, teacher_cache=str(folder), **settings)
-    plain = one_step(tmp_path / "plain", made, teacher_model=teacher(), **settings)
+    plain = one_step(tmp_path / "plain", made, teacher_model=wider_teacher(), **settings)
     assert distance(cached, live) < 2e-5 and distance(plain, live) > 1e-3
 
 
 def test_a_pool(world, tmp_path):
     pool = {str(world / "teacher"): 0.7, str(world / "other"): 0.3}
     words = ["--teachers", json.dumps(pool), "--teacher_model_name_or_path", "none"]
-    folder = build(world, tmp_path / "c", *words, "--k", VOCAB, "--cache_dtype", "float32")
-    made, settings = Dataset.from_list(data()), {"max_steps": 2, "learning_rate": 0.1}
+    folder = build_cache(world, tmp_path / "c", *words, "--k", VOCAB, "--cache_dtype", "float32")
+    made, settings = Dataset.from_list(rows_with_hints()), {"max_steps": 2, "learning_rate": 0.1}
     live = one_step(tmp_path / "live", made, teachers=pool, **settings)
     cached = one_step(tmp_path / "cached", made, teacher_cache=str(folder), teachers=pool, **settings)
     assert distance(cached, live) < 2e-5
@@ -228,12 +230,12 @@ def test_a_pool(world, tmp_path):
 
 def test_an_even_tail_is_another_target(some, tmp_path):
     """Both against the oracle's distribution, through the trainer's own loss."""
-    made = Dataset.from_list(data(4))
-    student = tiny.taught()
+    made = Dataset.from_list(rows_with_hints(4))
+    student = tiny_models.trained_model()
     losses = {}
     for tail in ("student", "even"):
-        run = trainer(
-            tiny.taught(),
+        run = quick_trainer(
+            tiny_models.trained_model(),
             tmp_path / tail,
             made,
             target="kd",
@@ -246,7 +248,7 @@ def test_an_even_tail_is_another_target(some, tmp_path):
         batch = next(iter(run.get_train_dataloader()))
         losses[tail] = float(run.compute_loss(run.model, dict(batch)).detach())
     wanted = {"student": [], "even": []}
-    for row, (ids, kept, tail_mass) in zip(rows(made), read(some, data(4)), strict=True):
+    for row, (ids, kept, tail_mass) in zip(tokenised_rows(made), read(some, rows_with_hints(4)), strict=True):
         log_p = logits_of(student, row).detach().double().log_softmax(-1)
         ids, kept, mass = ids.long(), kept.double().exp(), tail_mass.double().exp()
         outside = torch.ones_like(log_p).scatter(1, ids, 0.0)
@@ -272,20 +274,20 @@ def test_built_for_something_else(world, some, tmp_path, capsys):
 
     stranger = tmp_path / "stranger"
     shutil.copytree(world / "model", stranger)
-    tiny.tokenizer(extra="zebra quagga ").save_pretrained(stranger)
-    said = refused(capsys, *start, "--model_name_or_path", stranger)
+    tiny_models.tokenizer(extra="zebra quagga ").save_pretrained(stranger)
+    said = refusal_of(capsys, *start, "--model_name_or_path", stranger)
     assert "the cache was built with tokenizer" in said and "build a cache for this one" in said
 
     template = tmp_path / "other.jinja"
-    template.write_text(tiny.TEMPLATE.replace("<|im_start|>", "<|im_end|>"))
-    assert "chat_template" in refused(capsys, *start, "--chat_template_path", template)
-    assert "max_length 120, and this run has 90" in refused(capsys, *start, "--max_length", 90)
-    said = refused(capsys, *start, "--completion_only_loss", "false")
+    template.write_text(tiny_models.TEMPLATE.replace("<|im_start|>", "<|im_end|>"))
+    assert "chat_template" in refusal_of(capsys, *start, "--chat_template_path", template)
+    assert "max_length 120, and this run has 90" in refusal_of(capsys, *start, "--max_length", 90)
+    said = refusal_of(capsys, *start, "--completion_only_loss", "false")
     assert "completion_only_loss true, and this run has false" in said
-    said = refused(capsys, *start, "--teacher_context", "{{ prompt }} more")
+    said = refusal_of(capsys, *start, "--teacher_context", "{{ prompt }} more")
     assert 'teacher_context null, and this run has {"prompt": "{{ prompt }} more"}' in said
 
-    said = refused(capsys, *start, "--teacher_model_name_or_path", world / "other")
+    said = refusal_of(capsys, *start, "--teacher_model_name_or_path", world / "other")
     assert "teacher's name" in said and "name the teacher of the cache" in said
     moved_here = tmp_path / "elsewhere"  # the same weights in another folder are the same teacher
     shutil.copytree(world / "teacher", moved_here)
@@ -294,23 +296,23 @@ def test_built_for_something_else(world, some, tmp_path, capsys):
     trained = load_file(moved_here / "model.safetensors")
     trained["model.norm.weight"] += 0.01  # and other weights under its name are another
     save_file(trained, moved_here / "model.safetensors", metadata={"format": "pt"})
-    assert "teacher's" in refused(capsys, *start, *once[2:], "--output_dir", tmp_path / "run2")
+    assert "teacher's" in refusal_of(capsys, *start, *once[2:], "--output_dir", tmp_path / "run2")
 
 
 def test_rows_changed_since(world, some, tmp_path, capsys):
-    changed = data()
+    changed = rows_with_hints()
     changed[5]["completion"][0]["content"] += " Or not."
     folder = write_rows(tmp_path / "changed", changed)
     start = ["train", "--config", world / "config.yaml", "--teacher_cache", some, "--output_dir", tmp_path / "run"]
-    said = refused(capsys, *start, "--dataset_name", folder)
+    said = refusal_of(capsys, *start, "--dataset_name", folder)
     assert "row 5 of the train dataset is not in the teacher cache" in said and "changed since" in said
-    write_rows(tmp_path / "turned", [*reversed(data())])  # another order is the same rows
+    write_rows(tmp_path / "turned", [*reversed(rows_with_hints())])  # another order is the same rows
     assert main([str(w) for w in [*start, "--dataset_name", tmp_path / "turned", "--max_steps", 1]]) == 0
 
 
 def test_evaluation_rows_that_ask_no_teacher(world, some, tmp_path):
     """They need not be in the cache where another target is reported for them."""
-    rows_ = data()
+    rows_ = rows_with_hints()
     folder = write_rows(tmp_path / "data", rows_)
     strange = json.dumps({**rows_[0], "completion": [{"role": "assistant", "content": "Not in the cache."}]})
     (folder / "test.jsonl").write_text(strange + "\n")
@@ -325,33 +327,33 @@ def test_packed_before(some, tmp_path):
     settings = {"packing": True, "target": "kd", "teacher_cache": str(some), "max_length": 120}
     settings["completion_only_loss"] = True
     with pytest.raises(qt.ConfigError, match=r"packed already \(column seq_lengths\)"):
-        trainer(tiny.taught(), tmp_path, packed, **settings)
+        quick_trainer(tiny_models.trained_model(), tmp_path, packed, **settings)
 
 
 def test_options_that_cannot_be(world, tmp_path, capsys):
     start = ["cache", "build", "--config", world / "config.yaml", "-o", tmp_path / "c"]
-    assert "k is 0; use a whole number from 1" in refused(capsys, *start, "--k", 0)
-    assert f"k is 999, more than the vocabulary's {VOCAB} tokens" in refused(capsys, *start, "--k", 999)
-    assert "coverage is 1; use a share" in refused(capsys, *start, "--coverage", 1)
-    assert "--k and --coverage are both given" in refused(capsys, *start, "--k", 4, "--coverage", 0.9)
-    assert "cache_dtype is 'int8'" in refused(capsys, *start, "--cache_dtype", "int8")
-    said = refused(capsys, *start, "--teacher_ema_decay", 0.9, "--teacher_model_name_or_path", "none")
+    assert "k is 0; use a whole number from 1" in refusal_of(capsys, *start, "--k", 0)
+    assert f"k is 999, more than the vocabulary's {VOCAB} tokens" in refusal_of(capsys, *start, "--k", 999)
+    assert "coverage is 1; use a share" in refusal_of(capsys, *start, "--coverage", 1)
+    assert "--k and --coverage are both given" in refusal_of(capsys, *start, "--k", 4, "--coverage", 0.9)
+    assert "cache_dtype is 'int8'" in refusal_of(capsys, *start, "--cache_dtype", "int8")
+    said = refusal_of(capsys, *start, "--teacher_ema_decay", 0.9, "--teacher_model_name_or_path", "none")
     assert "another teacher at every step" in said
-    assert "output is not set" in refused(capsys, *start[:-2])
-    assert "needs a teacher" in refused(capsys, *start, "--teacher_model_name_or_path", "none")
+    assert "output is not set" in refusal_of(capsys, *start[:-2])
+    assert "needs a teacher" in refusal_of(capsys, *start, "--teacher_model_name_or_path", "none")
     assert not (tmp_path / "c").exists()
-    assert "did you mean 'build'" in refused(capsys, "cache", "bild")
-    assert "which holds no manifest.json" in refused(capsys, "cache", "inspect", tmp_path)
+    assert "did you mean 'build'" in refusal_of(capsys, "cache", "bild")
+    assert "which holds no manifest.json" in refusal_of(capsys, "cache", "inspect", tmp_path)
 
 
 def test_a_teacher_that_gives_nan(world, tmp_path, capsys):
-    broken = teacher()
+    broken = wider_teacher()
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))
     broken.save_pretrained(tmp_path / "broken")
-    tiny.tokenizer().save_pretrained(tmp_path / "broken")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "broken")
     start = ["cache", "build", "--config", world / "config.yaml", "-o", tmp_path / "c", "--k", K]
-    said = refused(capsys, *start, "--teacher_model_name_or_path", tmp_path / "broken")
+    said = refusal_of(capsys, *start, "--teacher_model_name_or_path", tmp_path / "broken")
     assert "the teacher gives NaN for row" in said and "dtype" in said
 
 
@@ -388,12 +390,12 @@ def test_damaged(fault, world, some, tmp_path, capsys):
         (folder / "manifest.json").write_text(json.dumps(manifest))
         wanted = "is not finished (2 of"
     start = ["train", "--config", world / "config.yaml", "--teacher_cache", folder, "--output_dir", tmp_path / "run"]
-    assert wanted in refused(capsys, *start)
+    assert wanted in refusal_of(capsys, *start)
     if fault in ("missing", "cut short", "a flipped bit", "not finished"):  # built again, only that is made anew
         before = (folder / "shard-00001.safetensors").stat().st_mtime_ns
-        build(world, folder, "--k", K, "--shard_tokens", 100)
+        build_cache(world, folder, "--k", K, "--shard_tokens", 100)
         assert (folder / "shard-00001.safetensors").stat().st_mtime_ns == before
-        assert contents(folder) == contents(some)
+        assert file_contents(folder) == file_contents(some)
 
 
 def test_the_disk_fills_up(world, some, tmp_path, capsys, monkeypatch):
@@ -409,28 +411,28 @@ def test_the_disk_fills_up(world, some, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     start = ["cache", "build", "--config", world / "config.yaml", "-o", tmp_path / "c", "--k", K, "--shard_tokens", 100]
-    assert "cannot be written: the disk is full" in refused(capsys, *start)
+    assert "cannot be written: the disk is full" in refusal_of(capsys, *start)
     monkeypatch.undo()
-    there = contents(tmp_path / "c")
-    assert 2 < len(there) < len(contents(some)) and not any(name.endswith(".partial") for name in there)
-    build(world, tmp_path / "c", "--k", K, "--shard_tokens", 100)
-    assert contents(tmp_path / "c") == contents(some)
+    there = file_contents(tmp_path / "c")
+    assert 2 < len(there) < len(file_contents(some)) and not any(name.endswith(".partial") for name in there)
+    build_cache(world, tmp_path / "c", "--k", K, "--shard_tokens", 100)
+    assert file_contents(tmp_path / "c") == file_contents(some)
 
 
 def test_no_room(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 1000))
-    said = refused(capsys, "cache", "build", "--config", world / "config.yaml", "-o", tmp_path / "c")
+    said = refusal_of(capsys, "cache", "build", "--config", world / "config.yaml", "-o", tmp_path / "c")
     assert "0 MB are free and the cache needs" in said
 
 
 def test_another_build_in_the_folder(world, some, tmp_path, capsys):
     """Of something else, at the same time, or over files of another kind."""
     start = ["cache", "build", "--config", world / "config.yaml", "-o"]
-    said = refused(capsys, *start, some, "--k", 5, "--shard_tokens", 100)
+    said = refusal_of(capsys, *start, some, "--k", 5, "--shard_tokens", 100)
     assert "the cache was built with k 16, and this run has 5; name another folder" in said
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
-    assert "holds other files" in refused(capsys, *start, tmp_path / "mine", "--k", 5)
+    assert "holds other files" in refusal_of(capsys, *start, tmp_path / "mine", "--k", 5)
     hold = (
         "import sys, filelock\n"
         "lock = filelock.FileLock(sys.argv[1])\n"
@@ -442,7 +444,7 @@ def test_another_build_in_the_folder(world, some, tmp_path, capsys):
     command = [sys.executable, "-c", hold, str(tmp_path / "c" / ".building")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        said = refused(capsys, *start, tmp_path / "c", "--k", 5)
+        said = refusal_of(capsys, *start, tmp_path / "c", "--k", 5)
         other.stdin.close()
     assert "another qtarget cache build is at work" in said
 
@@ -450,12 +452,12 @@ def test_another_build_in_the_folder(world, some, tmp_path, capsys):
 def test_other_rows_in_an_unfinished_build(world, some, tmp_path, capsys):
     folder = tmp_path / "c"
     shutil.copytree(some, folder)
-    changed = data()
+    changed = rows_with_hints()
     changed[0]["completion"][0]["content"] += "!"
     start = ["cache", "build", "--config", world / "config.yaml", "-o", folder, "--k", K, "--shard_tokens", 100]
-    said = refused(capsys, *start, "--dataset_name", write_rows(tmp_path / "changed", changed))
+    said = refusal_of(capsys, *start, "--dataset_name", write_rows(tmp_path / "changed", changed))
     assert "name another folder" in said
-    assert contents(folder) == contents(some)
+    assert file_contents(folder) == file_contents(some)
 
 
 # -- killed --------------------------------------------------------------------------------------------------------
@@ -466,7 +468,7 @@ def many(world) -> Path:
     """A config with rows enough that a build takes a moment, and an uninterrupted build of it."""
     made = [
         {**row, "completion": [{"role": "assistant", "content": f"{row['completion'][0]['content']} {i}"}]}
-        for i, row in enumerate(tiny.conversations(200).to_list())
+        for i, row in enumerate(tiny_models.conversation_dataset(200).to_list())
     ]
     write_rows(world / "many", made)
     config = (world / "config.yaml").read_text().replace(f"{world}/data", f"{world}/many")
@@ -498,7 +500,7 @@ def killed_and_resumed(world: Path, folder: Path, uninterrupted: Path, kills: in
         assert process.wait() == -signal.SIGKILL, "it was killed while it worked"
         there.append(len([*folder.glob("shard-*.safetensors")]))
     assert run_build(world, folder).wait() == 0
-    assert contents(folder) == contents(uninterrupted)
+    assert file_contents(folder) == file_contents(uninterrupted)
     return there
 
 

@@ -8,25 +8,25 @@ import pytest
 import torch
 from datasets import Dataset
 
-import layouts
-import tiny
-from layouts import CASE, loss_of
+import batch_layouts
+import tiny_models
+from batch_layouts import CASE, case_loss
 from qtarget import ConfigError
-from runs import (
+from quick_runs import (
     assert_same_change,
-    change,
-    config,
-    count,
-    distance,
-    expected,
+    change_by_autograd,
+    change_by_training,
+    copied_weights,
+    count_supervised,
     labels_of,
+    largest_difference,
     logits_of,
-    moved,
-    rows,
-    supervised,
-    trained,
-    trainer,
-    weights,
+    quick_config,
+    quick_trainer,
+    supervised_positions,
+    tokenised_rows,
+    train_quickly,
+    weight_change,
 )
 
 LR = 0.3
@@ -35,8 +35,8 @@ LAYOUTS = {
     "padding_free": {"padding_free": True, "max_length": None},
     "bfd": {"packing": True, "max_length": 200},
 }
-MARKED = copy.deepcopy(tiny.tokenizer())
-MARKED.chat_template = tiny.MARKED_TEMPLATE
+MARKED = copy.deepcopy(tiny_models.tokenizer())
+MARKED.chat_template = tiny_models.MARKED_TEMPLATE
 ASKED = "Q: {{ prompt }} Say: {{ solution }}"
 SAID = "Like {{ solution }}"
 
@@ -52,12 +52,12 @@ def said(row):
 
 def solved(data):
     """With a column that the teacher may read."""
-    solutions = [tiny.SENTENCES[(3 * i + 2) % 8][: 9 + 4 * (i % 4)] for i in range(len(data))]
+    solutions = [tiny_models.SENTENCES[(3 * i + 2) % 8][: 9 + 4 * (i % 4)] for i in range(len(data))]
     return data.add_column("solution", solutions)
 
 
 def chat(turns):
-    return tiny.tokenizer().apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    return tiny_models.tokenizer().apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
 
 
 def says(role, content):
@@ -90,8 +90,8 @@ def with_both(row):
 def rounds(rows=4):
     """Prompts of one or several turns, every other with a system message."""
     made = []
-    for i, row in enumerate(tiny.conversations(rows)):
-        earlier = [says("user", "Is 5 odd?"), says("assistant", tiny.SENTENCES[i][:12])] * (i % 3)
+    for i, row in enumerate(tiny_models.conversation_dataset(rows)):
+        earlier = [says("user", "Is 5 odd?"), says("assistant", tiny_models.SENTENCES[i][:12])] * (i % 3)
         system = [says("system", "Count.")] * (i % 2)
         made.append({**row, "prompt": [*system, *earlier, *row["prompt"]]})
     return Dataset.from_list(made)
@@ -111,7 +111,7 @@ def messages_by_hand(data):
 
 
 def prompts_by_hand(data):
-    tokenizer = tiny.tokenizer()
+    tokenizer = tiny_models.tokenizer()
     made = []
     for row in data:
         prompt = tokenizer(row["prompt"])["input_ids"]
@@ -128,9 +128,9 @@ PLAIN = "Say: {{ solution }}"
 def before_all_of_it(data):
     """Text and token ids: what the teacher reads, then the row's own tokens up to the first that is trained."""
     made = []
-    for row in rows(data):
+    for row in tokenised_rows(data):
         first = first_of(row)
-        context = tiny.tokenizer()(f"Say: {row['solution']}")["input_ids"]
+        context = tiny_models.tokenizer()(f"Say: {row['solution']}")["input_ids"]
         made.append({**row, "before": context + row["input_ids"][:first]})
     return made
 
@@ -138,7 +138,7 @@ def before_all_of_it(data):
 def whole_words(rows=4):
     """Prompts that end before a space, where no token goes on."""
     made = []
-    for i, sentence in enumerate(tiny.SENTENCES[:rows]):
+    for i, sentence in enumerate(tiny_models.SENTENCES[:rows]):
         words = sentence.split(" ")
         made.append({"prompt": " ".join(words[: 3 + i % 2]), "completion": " " + " ".join(words[3 + i % 2 :])})
     return Dataset.from_list(made)
@@ -146,23 +146,23 @@ def whole_words(rows=4):
 
 def tokens(rows_of):
     return Dataset.from_list(
-        [{name: row[name] for name in ("input_ids", "labels", "solution")} for row in rows(rows_of)]
+        [{name: row[name] for name in ("input_ids", "labels", "solution")} for row in tokenised_rows(rows_of)]
     )
 
 
 def each(before):
-    return lambda data: [{**row, "before": before(row)} for row in rows(data)]
+    return lambda data: [{**row, "before": before(row)} for row in tokenised_rows(data)]
 
 
 SHAPES = {
-    "prompt and completion": (tiny.conversations(4), ASKED, {}, each(in_chat)),
+    "prompt and completion": (tiny_models.conversation_dataset(4), ASKED, {}, each(in_chat)),
     "several turns": (rounds(), ASKED, {}, each(in_chat)),
     "system": (rounds(), {"system": SAID}, {}, each(with_system)),
     "system and prompt": (rounds(), {"prompt": ASKED, "system": SAID}, {}, each(with_both)),
-    "messages": (tiny.turns(5), ASKED, {"assistant_only_loss": True}, messages_by_hand),
+    "messages": (tiny_models.message_dataset(5), ASKED, {"assistant_only_loss": True}, messages_by_hand),
     "plain prompt and completion": (whole_words(), ASKED, {}, prompts_by_hand),
-    "text": (tiny.texts(4), PLAIN, {}, before_all_of_it),
-    "token ids": (tokens(solved(tiny.conversations(4))), PLAIN, {}, before_all_of_it),
+    "text": (tiny_models.text_dataset(4), PLAIN, {}, before_all_of_it),
+    "token ids": (tokens(solved(tiny_models.conversation_dataset(4))), PLAIN, {}, before_all_of_it),
 }
 
 
@@ -177,7 +177,7 @@ def case_of(shape):
 @pytest.fixture
 def marked(monkeypatch):
     """The same tokenizer with a chat template that marks the assistant's tokens."""
-    monkeypatch.setattr(tiny, "tokenizer", lambda extra="": MARKED)
+    monkeypatch.setattr(tiny_models, "tokenizer", lambda extra="": MARKED)
 
 
 # -- the teacher by hand ---------------------------------------------------------------------------
@@ -185,11 +185,11 @@ def marked(monkeypatch):
 
 def first_of(row):
     """The first label that is trained."""
-    return int(supervised(row)[0]) + 1
+    return int(supervised_positions(row)[0]) + 1
 
 
 def teacher():
-    return tiny.taught(seed=7, width=48).double().eval()
+    return tiny_models.trained_model(seed=7, width=48).double().eval()
 
 
 def reading(model):
@@ -198,26 +198,28 @@ def reading(model):
     def logits(row):
         first = first_of(row)
         ids = row["before"] + row["input_ids"][first:]
-        places = supervised(row) + 1 - first + len(row["before"]) - 1
+        places = supervised_positions(row) + 1 - first + len(row["before"]) - 1
         return model(input_ids=torch.tensor([ids])).logits[0, places]
 
     return logits
 
 
 def by_hand(name, made, other=None, **more):
-    """``expected`` with a teacher that reads its own ids."""
+    """``change_by_autograd`` with a teacher that reads its own ids."""
 
     def loss(logits, labels, reference_logits, **given):
-        return loss_of(name)(logits, labels, **{**given, "teacher_logits": reference_logits})
+        return case_loss(name)(logits, labels, **{**given, "teacher_logits": reference_logits})
 
-    made = [row for row in made if count([row])]
-    return expected(tiny.taught().double(), made, loss, reference=other or reading(teacher()), **more)
+    made = [row for row in made if count_supervised([row])]
+    return change_by_autograd(
+        tiny_models.trained_model().double(), made, loss, reference=other or reading(teacher()), **more
+    )
 
 
 def by_trainer(name, data, layout, accumulation, folder, other=True, drawn=None, **settings):
     """How far one step moves the weights. ``drawn``: numbers of the prepared rows, in place of each once."""
-    made = trainer(
-        tiny.taught().double(),
+    made = quick_trainer(
+        tiny_models.trained_model().double(),
         folder,
         data,
         target={"preset": CASE[name].preset, **CASE[name].hyperparameters},
@@ -226,10 +228,10 @@ def by_trainer(name, data, layout, accumulation, folder, other=True, drawn=None,
     )
     if drawn is not None:
         made.train_dataset = made.train_dataset.select(drawn)
-    layouts.in_one_step(made, accumulation)
-    before = weights(made.model)
+    batch_layouts.in_one_step(made, accumulation)
+    before = copied_weights(made.model)
     made.train()
-    return moved(before, made.model)
+    return weight_change(before, made.model)
 
 
 @functools.cache
@@ -244,7 +246,7 @@ def test_every_shape_of_rows(shape, tmp_path, request):
     data, settings, made = case_of(shape)
     same = teacher()
     own = by_hand("target-sft", made, other=lambda row: logits_of(same, row))
-    assert distance(own, wanted("target-sft", shape))[0] > 1e-2, "the context changes nothing"
+    assert largest_difference(own, wanted("target-sft", shape))[0] > 1e-2, "the context changes nothing"
     for layout, accumulation in (("padded", 1), ("padding_free", 2), ("bfd", 2)):
         got = by_trainer("target-sft", data, layout, accumulation, tmp_path, **settings)
         assert_same_change(got, wanted("target-sft", shape))
@@ -262,14 +264,16 @@ def test_a_position_too_early_is_noticed():
     """Mutant: the teacher's word on the token before."""
     made = case_of("several turns")[2]
     late = by_hand("kd", [{**row, "before": row["before"][:-1]} for row in made])
-    assert distance(late, wanted("kd", "several turns"))[0] > 1e-2
+    assert largest_difference(late, wanted("kd", "several turns"))[0] > 1e-2
 
 
 @pytest.mark.parametrize("split", [6, 9, 12])
 def test_a_plain_prompt_cut_anywhere(split, tmp_path):
     """Where a token goes on over the cut, TRL ends the prompt before it; else the answer begins after the prompt."""
-    data = solved(Dataset.from_list([{"prompt": s[:split], "completion": s[split:]} for s in tiny.SENTENCES[:4]]))
-    tokenizer = tiny.tokenizer()
+    data = solved(
+        Dataset.from_list([{"prompt": s[:split], "completion": s[split:]} for s in tiny_models.SENTENCES[:4]])
+    )
+    tokenizer = tiny_models.tokenizer()
     made = []
     for row in data:
         prompt = tokenizer(row["prompt"])["input_ids"]
@@ -284,19 +288,21 @@ def test_a_plain_prompt_cut_anywhere(split, tmp_path):
 
 def test_a_text_as_the_dataset_holds_it(tmp_path):
     """A template over the row's own text reads no end token that the dataset does not hold."""
-    data = tiny.texts(4)
+    data = tiny_models.text_dataset(4)
     made = [
-        {**row, "before": tiny.tokenizer()(f"A: {row['text']} B:")["input_ids"] + row["input_ids"][:1]}
-        for row in rows(data)
+        {**row, "before": tiny_models.tokenizer()(f"A: {row['text']} B:")["input_ids"] + row["input_ids"][:1]}
+        for row in tokenised_rows(data)
     ]
     got = by_trainer("target-sft", data, "padded", 1, tmp_path, teacher_context="A: {{ text }} B:")
     assert_same_change(got, by_hand("target-sft", made))
 
 
 def test_a_template_that_begins_with_a_column(tmp_path):
-    data = tiny.conversations(4)
+    data = tiny_models.conversation_dataset(4)
     got = by_trainer("target-sft", data, "padded", 2, tmp_path, teacher_context="{{ prompt }} Think.")
-    made = [{**row, "before": chat([says("user", row["prompt"][0]["content"] + " Think.")])} for row in rows(data)]
+    made = [
+        {**row, "before": chat([says("user", row["prompt"][0]["content"] + " Think.")])} for row in tokenised_rows(data)
+    ]
     assert_same_change(got, by_hand("target-sft", made))
 
 
@@ -310,9 +316,9 @@ def test_text_a_mapping_or_json(template, tmp_path):
 def test_columns_of_a_conversation(tmp_path):
     """Messages of the answer, a loop and a condition."""
     template = "A: {% for m in completion if m.role == 'assistant' %}{{ m['content'] }}{% endfor %} {{ prompt }}"
-    data = tiny.conversations(4)
+    data = tiny_models.conversation_dataset(4)
     made = []
-    for row in rows(data):
+    for row in tokenised_rows(data):
         content = f"A: {row['completion'][0]['content']} {row['prompt'][0]['content']}"
         made.append({**row, "before": chat([says("user", content)])})
     got = by_trainer("target-sft", data, "padded", 2, tmp_path, teacher_context=template)
@@ -320,17 +326,17 @@ def test_columns_of_a_conversation(tmp_path):
 
 
 TOOLS = [{"name": "add"}, {"name": "count"}]
-WITH_TOOLS = "{% if tools %}{% for tool in tools %}{{ tool['name'] }} {% endfor %}{% endif %}" + tiny.TEMPLATE
+WITH_TOOLS = "{% if tools %}{% for tool in tools %}{{ tool['name'] }} {% endfor %}{% endif %}" + tiny_models.TEMPLATE
 
 
 @pytest.mark.parametrize("written", ["list", "JSON"])
 def test_tools(written, tmp_path, monkeypatch):
     """The teacher's prompt names the same tools, however the dataset writes them."""
-    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer = copy.deepcopy(tiny_models.tokenizer())
     tokenizer.chat_template = WITH_TOOLS
-    monkeypatch.setattr(tiny, "tokenizer", lambda extra="": tokenizer)
+    monkeypatch.setattr(tiny_models, "tokenizer", lambda extra="": tokenizer)
     data, made = [], []
-    for row in solved(tiny.conversations(4)):
+    for row in solved(tiny_models.conversation_dataset(4)):
         prompt, whole = row["prompt"], row["prompt"] + row["completion"]
         other = [says("user", asked(row, prompt[0]["content"]))]
         begin, before = (
@@ -356,7 +362,7 @@ def test_rows_that_are_cut(shape, layout, tmp_path, request):
     data, settings, made = case_of(shape)
     length = {"prompt and completion": 32, "messages": 45, "text": 12}[shape]
     cut = [{**row, "input_ids": row["input_ids"][:length], "labels": row["labels"][:length]} for row in made]
-    assert 0 < count(cut) < count(made)
+    assert 0 < count_supervised(cut) < count_supervised(made)
     got = by_trainer("target-sft", data, layout, 1, tmp_path, **settings, max_length=length)
     assert_same_change(got, by_hand("target-sft", cut))
 
@@ -404,7 +410,7 @@ def test_two_rows_of_one_prompt(tmp_path):
 
 def test_tokens_between_that_are_not_trained(tmp_path):
     """Of an answer whose beginning is masked the teacher reads the beginning too."""
-    made = [dict(row) for row in rows(solved(tiny.conversations(4)))]
+    made = [dict(row) for row in tokenised_rows(solved(tiny_models.conversation_dataset(4)))]
     for row in made:
         first = first_of(row)
         row["labels"] = [*row["labels"][:first], -100, -100, *row["labels"][first + 2 :]]
@@ -412,7 +418,7 @@ def test_tokens_between_that_are_not_trained(tmp_path):
     wrong = by_hand("target-sft", each(in_chat)(data))
     made = [{**row, "before": in_chat(row) + row["input_ids"][first_of(row) - 2 : first_of(row)]} for row in made]
     wanted = by_hand("target-sft", made)
-    assert distance(wrong, wanted)[0] > 1e-2
+    assert largest_difference(wrong, wanted)[0] > 1e-2
     got = by_trainer("target-sft", data, "padded", 1, tmp_path, teacher_context=ASKED)
     assert_same_change(got, wanted)
 
@@ -420,7 +426,7 @@ def test_tokens_between_that_are_not_trained(tmp_path):
 @pytest.mark.parametrize("layout", ["padded", "padding_free"])
 def test_a_batch_without_a_trained_token(layout, tmp_path):
     """One row at a time, one of them with nothing to teach and a solution that is missing."""
-    made = [dict(row) for row in rows(solved(tiny.conversations(4)))]
+    made = [dict(row) for row in tokenised_rows(solved(tiny_models.conversation_dataset(4)))]
     made[1] = {**made[1], "labels": [-100] * len(made[1]["labels"]), "solution": None}
     got = by_trainer("target-sft", Dataset.from_list(made), layout, 4, tmp_path, teacher_context=ASKED, max_length=None)
     assert_same_change(got, by_hand("target-sft", [{**row, "before": in_chat(row)} for row in made]))
@@ -428,16 +434,16 @@ def test_a_batch_without_a_trained_token(layout, tmp_path):
 
 def steps_by_hand(made, steps):
     """The teacher is the student as it is before each step."""
-    model = tiny.taught().double().eval()
-    before = weights(model)
+    model = tiny_models.trained_model().double().eval()
+    before = copied_weights(model)
     for _ in range(steps):
         now = copy.deepcopy(model)
 
         def loss(logits, labels, reference_logits, **given):
-            return loss_of("target-sft")(logits, labels, **{**given, "teacher_logits": reference_logits})
+            return case_loss("target-sft")(logits, labels, **{**given, "teacher_logits": reference_logits})
 
-        expected(model, made, loss, reference=reading(now), lr=LR)
-    return moved(before, model)
+        change_by_autograd(model, made, loss, reference=reading(now), lr=LR)
+    return weight_change(before, model)
 
 
 STEPS = {"max_steps": 2, "num_train_epochs": 9, "learning_rate": LR}
@@ -454,20 +460,20 @@ def test_the_student_with_the_solution_in_view(layout, tmp_path):
 def test_the_start_with_the_solution_in_view(named, tmp_path):
     data, settings, made = case_of("prompt and completion")
     folder = str(tmp_path / "start")
-    tiny.taught().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    tiny_models.trained_model().save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
     name = {"teacher_model_name_or_path": folder, "teacher_model_init_kwargs": {"dtype": "float64"}}
-    got = change(
-        tiny.taught().double(),
+    got = change_by_training(
+        tiny_models.trained_model().double(),
         tmp_path / "out",
         data,
         target="target-sft",
-        teacher_model=None if named else tiny.taught().double(),
+        teacher_model=None if named else tiny_models.trained_model().double(),
         **(name if named else {}),
         **settings,
         **STEPS,
     )
-    start = tiny.taught().double().eval()
+    start = tiny_models.trained_model().double().eval()
     assert_same_change(got, by_hand("target-sft", made, other=reading(start), steps=2, lr=LR))
 
 
@@ -476,25 +482,27 @@ def test_a_pool_with_the_solution_in_view(tmp_path):
     shares = {}
     for seed, share in ((7, 0.7), (9, 0.3)):
         shares[str(tmp_path / str(seed))] = share
-        tiny.taught(seed=seed).save_pretrained(tmp_path / str(seed))
-        tiny.tokenizer().save_pretrained(tmp_path / str(seed))
+        tiny_models.trained_model(seed=seed).save_pretrained(tmp_path / str(seed))
+        tiny_models.tokenizer().save_pretrained(tmp_path / str(seed))
     teachers = [
         {"model_name_or_path": name, "weight": share, "init_kwargs": {"dtype": "float64"}}
         for name, share in shares.items()
     ]
     got = by_trainer("kd", data, "padded", 2, tmp_path / "out", other=False, teachers=teachers, **settings)
-    read = [(share, reading(tiny.taught(seed=seed).double().eval())) for seed, share in ((7, 0.7), (9, 0.3))]
+    read = [
+        (share, reading(tiny_models.trained_model(seed=seed).double().eval())) for seed, share in ((7, 0.7), (9, 0.3))
+    ]
     assert_same_change(got, by_hand("kd", made, other=lambda row: sum(w * logits(row) for w, logits in read)))
 
 
 def test_evaluation_sets_have_contexts_of_their_own(tmp_path):
     data, settings, _ = case_of("prompt and completion")
     others = {
-        "one": solved(tiny.conversations(8)).select([5, 6, 7]),
-        "two": solved(tiny.conversations(6)).select([4, 5]),
+        "one": solved(tiny_models.conversation_dataset(8)).select([5, 6, 7]),
+        "two": solved(tiny_models.conversation_dataset(6)).select([4, 5]),
     }
-    made = trainer(
-        tiny.taught().double(),
+    made = quick_trainer(
+        tiny_models.trained_model().double(),
         tmp_path,
         data,
         eval_dataset=others,
@@ -503,7 +511,7 @@ def test_evaluation_sets_have_contexts_of_their_own(tmp_path):
         **settings,
     )
     metrics = made.evaluate()
-    student, read = tiny.taught().double().eval(), reading(teacher())
+    student, read = tiny_models.trained_model().double().eval(), reading(teacher())
     for name, other in others.items():
         with torch.no_grad():
             losses = [
@@ -532,13 +540,13 @@ def refused(match, call):
 
 
 def attempt(folder, data=None, template=ASKED, **settings):
-    data = solved(tiny.conversations(4)) if data is None else data
-    return trained(
-        tiny.taught(),
+    data = solved(tiny_models.conversation_dataset(4)) if data is None else data
+    return train_quickly(
+        tiny_models.trained_model(),
         folder,
         data,
         target="kd",
-        teacher_model=tiny.taught(seed=7),
+        teacher_model=tiny_models.trained_model(seed=7),
         teacher_context={"prompt": template} if isinstance(template, str) else template,
         **settings,
     )
@@ -552,7 +560,7 @@ def test_a_column_that_is_not_there(tmp_path):
     assert all(name in told for name in ("prompt", "completion", "solution")), told
     refused(
         r"^row 0 of the train dataset: teacher_context\.prompt: 'prompt' is undefined; the rows have .*text",
-        lambda: attempt(tmp_path, solved(tiny.texts(4))),
+        lambda: attempt(tmp_path, solved(tiny_models.text_dataset(4))),
     )
 
 
@@ -560,17 +568,21 @@ def test_prompts_that_are_trained(tmp_path):
     told = (
         r"^row 0 of the train dataset: teacher_context replaces the prompt, but tokens of the prompt are supervised; "
     )
-    for data in (solved(tiny.conversations(4)), solved(whole_words())):
+    for data in (solved(tiny_models.conversation_dataset(4)), solved(whole_words())):
         refused(
             told + "set completion_only_loss or assistant_only_loss$",
             lambda data=data: attempt(tmp_path, data, completion_only_loss=False),
         )
-    refused(told, lambda: attempt(tmp_path, solved(tiny.turns(4))))
+    refused(told, lambda: attempt(tmp_path, solved(tiny_models.message_dataset(4))))
 
 
 def test_a_system_message_for_plain_text(tmp_path):
     told = r"^row 0 of the train dataset: teacher_context\.system is set, but rows of plain text have no system message"
-    for data in (solved(tiny.texts(4)), solved(whole_words()), tokens(solved(tiny.conversations(4)))):
+    for data in (
+        solved(tiny_models.text_dataset(4)),
+        solved(whole_words()),
+        tokens(solved(tiny_models.conversation_dataset(4))),
+    ):
         refused(told, lambda data=data: attempt(tmp_path, data, {"system": SAID}))
 
 
@@ -594,7 +606,7 @@ def test_rows_that_go_on_in_the_next_sequence(strategy, tmp_path):
 def test_a_stream(tmp_path):
     refused(
         r"^dataset_streaming is on with teacher_context, whose texts are kept beside the rows; read the dataset whole",
-        lambda: attempt(tmp_path, solved(tiny.conversations(4)).to_iterable_dataset()),
+        lambda: attempt(tmp_path, solved(tiny_models.conversation_dataset(4)).to_iterable_dataset()),
     )
 
 
@@ -603,7 +615,10 @@ def test_rows_that_are_not_prepared(tmp_path):
         r"^dataset_kwargs\.skip_prepare_dataset is on, but teacher_cache and teacher_context find the teacher of a row "
         r"while rows are prepared; leave it out$",
         lambda: attempt(
-            tmp_path, tokens(solved(tiny.conversations(4))), PLAIN, dataset_kwargs={"skip_prepare_dataset": True}
+            tmp_path,
+            tokens(solved(tiny_models.conversation_dataset(4))),
+            PLAIN,
+            dataset_kwargs={"skip_prepare_dataset": True},
         ),
     )
 
@@ -633,7 +648,10 @@ def test_rows_that_are_packed_already(tmp_path):
 )
 def test_a_template_that_cannot_be_read(template, told, tmp_path):
     """Seen before weights are loaded."""
-    refused(told, lambda: config(tmp_path, target="kd", teacher_model_name_or_path="no/such", teacher_context=template))
+    refused(
+        told,
+        lambda: quick_config(tmp_path, target="kd", teacher_model_name_or_path="no/such", teacher_context=template),
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,17 @@ import pytest
 import torch
 
 import fake_server
-import tiny
+import tiny_models
 from fake_server import FakeServer, status
 from qtarget.errors import ConfigError
 from qtarget.teachers.server.client import TeacherServer
 
-V, K = len(tiny.tokenizer()), 8
+V, K = len(tiny_models.tokenizer()), 8
 
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.taught().eval()
+    return tiny_models.trained_model().eval()
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,10 @@ def serve(model):
 def sequences():
     """Four of different lengths, the last of a single token."""
     return [
-        *(tiny.tokenizer()(sentence)["input_ids"][: 9 + 4 * i] for i, sentence in enumerate(tiny.SENTENCES[:3])),
+        *(
+            tiny_models.tokenizer()(sentence)["input_ids"][: 9 + 4 * i]
+            for i, sentence in enumerate(tiny_models.SENTENCES[:3])
+        ),
         [7],
     ]
 

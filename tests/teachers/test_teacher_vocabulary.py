@@ -12,27 +12,27 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-import layouts
-import tiny
-from layouts import CASE, loss_of
+import batch_layouts
+import tiny_models
+from batch_layouts import CASE, case_loss
 from published import sft
 from qtarget import ConfigError, QTargetTrainer
-from runs import (
+from quick_runs import (
     assert_same_change,
-    change,
-    config,
-    count,
-    distance,
-    expected,
+    change_by_autograd,
+    change_by_training,
+    copied_weights,
+    count_supervised,
+    largest_difference,
     logits_of,
-    moved,
-    rows,
-    trainer,
-    weights,
+    quick_config,
+    quick_trainer,
+    tokenised_rows,
+    weight_change,
 )
 
-REAL = len(tiny.tokenizer())
-ENDS = tiny.tokenizer().convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+REAL = len(tiny_models.tokenizer())
+ENDS = tiny_models.tokenizer().convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
 DOUBLE = {"teacher_model_init_kwargs": {"dtype": "float64"}}
 LR = 0.3
 TWO = {"max_steps": 2, "num_train_epochs": 9, "learning_rate": LR}
@@ -59,13 +59,13 @@ def refused(match, call):
 
 # -- end tokens ------------------------------------------------------------------------------------
 
-CHAT = tiny.tokenizer()
+CHAT = tiny_models.tokenizer()
 BASE = copy.deepcopy(CHAT)
 BASE.eos_token = "<|endoftext|>"
 
 
 def teacher():
-    return tiny.taught(seed=7, width=48)
+    return tiny_models.trained_model(seed=7, width=48)
 
 
 @pytest.fixture(scope="module")
@@ -74,19 +74,19 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ends")
     return {
         "chat": saved(teacher(), folder / "chat", CHAT),
-        "base": saved(tiny.taught(seed=9, width=48), folder / "base", BASE),
+        "base": saved(tiny_models.trained_model(seed=9, width=48), folder / "base", BASE),
     }
 
 
 @pytest.fixture
 def base(monkeypatch):
     """A student whose texts end with the end of text."""
-    monkeypatch.setattr(tiny, "tokenizer", lambda extra="": BASE)
+    monkeypatch.setattr(tiny_models, "tokenizer", lambda extra="": BASE)
 
 
 def ended(data):
     """The rows by hand; each ends with the student's end token."""
-    made = rows(data)
+    made = tokenised_rows(data)
     assert all(row["labels"][-1] == ENDS[0] and ENDS[1] not in row["labels"] for row in made)
     return made
 
@@ -107,19 +107,19 @@ def label_alone(name):
     """The target's loss, and plain SFT's where the label is the student's end token."""
 
     def loss(logits, labels, **given):
-        return torch.where(labels == ENDS[0], sft(logits, labels), loss_of(name)(logits, labels, **given))
+        return torch.where(labels == ENDS[0], sft(logits, labels), case_loss(name)(logits, labels, **given))
 
     return loss
 
 
 @functools.cache
 def by_hand(name, setting):
-    assert tiny.tokenizer() is BASE
+    assert tiny_models.tokenizer() is BASE
     model = teacher().double().eval()
-    return expected(
-        tiny.taught().double(),
-        ended(tiny.texts(4)),
-        label_alone(name) if setting == "label" else loss_of(name),
+    return change_by_autograd(
+        tiny_models.trained_model().double(),
+        ended(tiny_models.text_dataset(4)),
+        label_alone(name) if setting == "label" else case_loss(name),
         lr=LR,
         steps=2,
         teacher=Exchanged(model) if setting == "map" else model,
@@ -129,17 +129,17 @@ def by_hand(name, setting):
 def test_the_three_differ(base):
     for name in ("kd", "target-sft"):
         for one, other in (("label", "map"), ("map", "keep"), ("keep", "label")):
-            assert distance(by_hand(name, one), by_hand(name, other))[0] > 1e-3
+            assert largest_difference(by_hand(name, one), by_hand(name, other))[0] > 1e-3
 
 
 @pytest.mark.parametrize("setting", ["label", "map", "keep"])
 @pytest.mark.parametrize("name", ["kd", "target-sft"])
 def test_a_teacher_that_ends_otherwise(name, setting, base, folders, tmp_path, caplog):
     caplog.set_level(logging.WARNING, "qtarget")
-    got = change(
-        tiny.taught().double(),
+    got = change_by_training(
+        tiny_models.trained_model().double(),
         tmp_path,
-        tiny.texts(4),
+        tiny_models.text_dataset(4),
         target=target_of(name),
         teacher_model_name_or_path=folders["chat"],
         teacher_end_token=setting,
@@ -153,10 +153,10 @@ def test_a_teacher_that_ends_otherwise(name, setting, base, folders, tmp_path, c
 
 
 def test_label_is_what_happens_unless_told_otherwise(base, folders, tmp_path):
-    got = change(
-        tiny.taught().double(),
+    got = change_by_training(
+        tiny_models.trained_model().double(),
         tmp_path,
-        tiny.texts(4),
+        tiny_models.text_dataset(4),
         target="target-sft",
         teacher_model_name_or_path=folders["chat"],
         **DOUBLE,
@@ -170,10 +170,10 @@ def test_a_teacher_handed_over(setting, base, tmp_path):
     """How it ends is in its configuration."""
     model = teacher().double()
     model.config.eos_token_id = model.generation_config.eos_token_id = ENDS[1]
-    got = change(
-        tiny.taught().double(),
+    got = change_by_training(
+        tiny_models.trained_model().double(),
         tmp_path,
-        tiny.texts(4),
+        tiny_models.text_dataset(4),
         target="target-sft",
         teacher_model=model,
         teacher_end_token=setting,
@@ -185,34 +185,34 @@ def test_a_teacher_handed_over(setting, base, tmp_path):
 @pytest.mark.parametrize("layout", ["bfd", "padding_free"])
 @pytest.mark.parametrize("setting", ["label", "map"])
 def test_ends_in_the_middle_of_a_sequence(layout, setting, base, folders, tmp_path):
-    made = trainer(
-        tiny.taught().double(),
+    made = quick_trainer(
+        tiny_models.trained_model().double(),
         tmp_path,
-        tiny.texts(4),
+        tiny_models.text_dataset(4),
         target="target-sft",
         teacher_model_name_or_path=folders["chat"],
         teacher_end_token=setting,
         **DOUBLE,
         **TWO,
-        **layouts.LAYOUTS[layout],
+        **batch_layouts.LAYOUTS[layout],
     )
-    layouts.in_one_step(made, 1)
-    before = weights(made.model)
+    batch_layouts.in_one_step(made, 1)
+    before = copied_weights(made.model)
     made.train()
-    assert_same_change(moved(before, made.model), by_hand("target-sft", setting))
+    assert_same_change(weight_change(before, made.model), by_hand("target-sft", setting))
 
 
 def test_what_evaluation_reports(base, folders, tmp_path):
-    made = trainer(
-        tiny.taught().double(),
+    made = quick_trainer(
+        tiny_models.trained_model().double(),
         tmp_path,
-        tiny.texts(4),
-        eval_dataset=tiny.texts(6),
+        tiny_models.text_dataset(4),
+        eval_dataset=tiny_models.text_dataset(6),
         target="kd",
         teacher_model_name_or_path=folders["chat"],
         **DOUBLE,
     )
-    model, student = teacher().double().eval(), tiny.taught().double().eval()
+    model, student = teacher().double().eval(), tiny_models.trained_model().double().eval()
     with torch.no_grad():
         losses = torch.cat(
             [
@@ -222,7 +222,7 @@ def test_what_evaluation_reports(base, folders, tmp_path):
                     teacher_logits=logits_of(model, row),
                     vocab_size=REAL,
                 )
-                for row in ended(tiny.texts(6))
+                for row in ended(tiny_models.text_dataset(6))
             ]
         )
     assert made.evaluate()["eval_loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
@@ -230,14 +230,14 @@ def test_what_evaluation_reports(base, folders, tmp_path):
 
 @pytest.mark.parametrize("student, name", [(BASE, "base"), (CHAT, "chat")], ids=["base", "chat"])
 def test_the_same_end_is_left_alone(student, name, folders, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(tiny, "tokenizer", lambda extra="": student)
+    monkeypatch.setattr(tiny_models, "tokenizer", lambda extra="": student)
     caplog.set_level(logging.WARNING, "qtarget")
-    model = {"base": tiny.taught(seed=9, width=48), "chat": teacher()}[name].double().eval()
+    model = {"base": tiny_models.trained_model(seed=9, width=48), "chat": teacher()}[name].double().eval()
     got = [
-        change(
-            tiny.taught().double(),
+        change_by_training(
+            tiny_models.trained_model().double(),
             tmp_path,
-            tiny.texts(4),
+            tiny_models.text_dataset(4),
             target="target-sft",
             teacher_model_name_or_path=folders[name],
             teacher_end_token=setting,
@@ -247,7 +247,13 @@ def test_the_same_end_is_left_alone(student, name, folders, tmp_path, caplog, mo
     ]
     assert all(torch.equal(got[0][weight], other[weight]) for other in got[1:] for weight in got[0])
     assert_same_change(
-        got[0], expected(tiny.taught().double(), rows(tiny.texts(4)), loss_of("target-sft"), teacher=model)
+        got[0],
+        change_by_autograd(
+            tiny_models.trained_model().double(),
+            tokenised_rows(tiny_models.text_dataset(4)),
+            case_loss("target-sft"),
+            teacher=model,
+        ),
     )
     assert not [record for record in caplog.records if "teacher_end_token" in record.getMessage()]
 
@@ -257,7 +263,7 @@ SOURCES = {"math": "target-sft", "chat": "sft", "old": "dft", "far": {"preset": 
 
 def loss_by_source(source):
     name = {"far": "kd:temperature=2.0"}.get(source, SOURCES[source])
-    return label_alone(name) if source in ("math", "far") else loss_of(name)
+    return label_alone(name) if source in ("math", "far") else case_loss(name)
 
 
 def by_source(made, model):
@@ -267,27 +273,29 @@ def by_source(made, model):
         row, logits_of_teacher = reference_logits
         return loss_by_source(row["source"])(logits, labels, **{**given, "teacher_logits": logits_of_teacher})
 
-    return expected(tiny.taught().double(), made, loss, reference=lambda row: (row, logits_of(model, row)))
+    return change_by_autograd(
+        tiny_models.trained_model().double(), made, loss, reference=lambda row: (row, logits_of(model, row))
+    )
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_only_sources_that_ask_a_teacher(accumulation, base, folders, tmp_path):
-    data = tiny.texts(8).add_column("source", [*SOURCES] * 2)
-    made = trainer(
-        tiny.taught().double(),
+    data = tiny_models.text_dataset(8).add_column("source", [*SOURCES] * 2)
+    made = quick_trainer(
+        tiny_models.trained_model().double(),
         tmp_path,
         data,
         targets=SOURCES,
         teacher_model_name_or_path=folders["chat"],
         **DOUBLE,
     )
-    layouts.in_one_step(made, accumulation)
-    before = weights(made.model)
+    batch_layouts.in_one_step(made, accumulation)
+    before = copied_weights(made.model)
     made.train()
     wanted = by_source(ended(data), teacher().double().eval())
-    assert_same_change(moved(before, made.model), wanted)
+    assert_same_change(weight_change(before, made.model), wanted)
     renamed = [{**row, "source": {"old": "chat"}.get(row["source"], row["source"])} for row in ended(data)]
-    assert distance(by_source(renamed, teacher().double().eval()), wanted)[0] > 1e-3
+    assert largest_difference(by_source(renamed, teacher().double().eval()), wanted)[0] > 1e-3
 
 
 def pooled(folders):
@@ -300,61 +308,85 @@ def pooled(folders):
 def test_members_that_end_differently(base, folders, tmp_path):
     refused(
         r"^teacher_end_token is 'map', but the teachers end with different tokens \(.*\); use 'label'$",
-        lambda: trainer(
-            tiny.taught(), tmp_path, tiny.texts(4), target="kd", teachers=pooled(folders), teacher_end_token="map"
+        lambda: quick_trainer(
+            tiny_models.trained_model(),
+            tmp_path,
+            tiny_models.text_dataset(4),
+            target="kd",
+            teachers=pooled(folders),
+            teacher_end_token="map",
         ),
     )
-    got = change(tiny.taught().double(), tmp_path, tiny.texts(4), target="kd", teachers=pooled(folders))
-    one, other = teacher().double().eval(), tiny.taught(seed=9, width=48).double().eval()
+    got = change_by_training(
+        tiny_models.trained_model().double(),
+        tmp_path,
+        tiny_models.text_dataset(4),
+        target="kd",
+        teachers=pooled(folders),
+    )
+    one, other = teacher().double().eval(), tiny_models.trained_model(seed=9, width=48).double().eval()
 
     def both(input_ids):
         return SimpleNamespace(logits=(one(input_ids=input_ids).logits + other(input_ids=input_ids).logits) / 2)
 
-    assert_same_change(got, expected(tiny.taught().double(), ended(tiny.texts(4)), label_alone("kd"), teacher=both))
+    assert_same_change(
+        got,
+        change_by_autograd(
+            tiny_models.trained_model().double(), ended(tiny_models.text_dataset(4)), label_alone("kd"), teacher=both
+        ),
+    )
 
 
 def test_members_that_end_alike(base, folders, tmp_path):
     """Exchanged in the pool as in one teacher."""
-    shares = {folders["chat"]: 0.6, saved(tiny.taught(seed=9, width=48), tmp_path / "second", CHAT): 0.4}
+    shares = {folders["chat"]: 0.6, saved(tiny_models.trained_model(seed=9, width=48), tmp_path / "second", CHAT): 0.4}
     teachers = [
         {"model_name_or_path": name, "weight": share, "init_kwargs": {"dtype": "float64"}}
         for name, share in shares.items()
     ]
-    got = change(
-        tiny.taught().double(),
+    got = change_by_training(
+        tiny_models.trained_model().double(),
         tmp_path / "out",
-        tiny.texts(4),
+        tiny_models.text_dataset(4),
         target="kd",
         teachers=teachers,
         teacher_end_token="map",
         **TWO,
     )
-    one, other = teacher().double().eval(), tiny.taught(seed=9, width=48).double().eval()
+    one, other = teacher().double().eval(), tiny_models.trained_model(seed=9, width=48).double().eval()
 
     def both(input_ids):
         logits = 0.6 * one(input_ids=input_ids).logits + 0.4 * other(input_ids=input_ids).logits
         return SimpleNamespace(logits=logits)
 
-    wanted = expected(
-        tiny.taught().double(), ended(tiny.texts(4)), loss_of("kd"), lr=LR, steps=2, teacher=Exchanged(both)
+    wanted = change_by_autograd(
+        tiny_models.trained_model().double(),
+        ended(tiny_models.text_dataset(4)),
+        case_loss("kd"),
+        lr=LR,
+        steps=2,
+        teacher=Exchanged(both),
     )
     assert_same_change(got, wanted)
 
 
 def test_the_student_as_teacher_ends_as_it_does(base, tmp_path, caplog):
     """Whatever its configuration says."""
-    model = tiny.taught().double()
+    model = tiny_models.trained_model().double()
     model.config.eos_token_id = ENDS[1]
     caplog.set_level(logging.WARNING, "qtarget")
-    got = change(model, tmp_path, tiny.texts(4), target="target-sft", teacher_ema_decay=0)
+    got = change_by_training(model, tmp_path, tiny_models.text_dataset(4), target="target-sft", teacher_ema_decay=0)
     assert not [record for record in caplog.records if "teacher_end_token" in record.getMessage()]
-    assert_same_change(got, expected(tiny.taught().double(), ended(tiny.texts(4)), loss_of("dft")))
+    assert_same_change(
+        got,
+        change_by_autograd(tiny_models.trained_model().double(), ended(tiny_models.text_dataset(4)), case_loss("dft")),
+    )
 
 
 def test_a_word_that_is_none_of_the_three(tmp_path):
     refused(
         r"^teacher_end_token is 'maps'; did you mean 'map'",
-        lambda: config(tmp_path, target="kd", teacher_model_name_or_path="x", teacher_end_token="maps"),
+        lambda: quick_config(tmp_path, target="kd", teacher_model_name_or_path="x", teacher_end_token="maps"),
     )
 
 
@@ -365,33 +397,43 @@ def test_a_word_that_is_none_of_the_three(tmp_path):
 @pytest.mark.parametrize("student, other", [(0, 5), (13, 0), (13, 5), (5, 13)])
 def test_heads_padded_otherwise(name, student, other, tmp_path):
     """The teacher is a softmax over the real vocabulary, whatever its matrix holds beyond."""
-    folder = saved(tiny.llama(seed=3, width=48, vocab=REAL + other), tmp_path / "teacher", CHAT)
-    got = change(
-        tiny.llama(vocab=REAL + student).double(),
+    folder = saved(tiny_models.llama(seed=3, width=48, vocab=REAL + other), tmp_path / "teacher", CHAT)
+    got = change_by_training(
+        tiny_models.llama(vocab=REAL + student).double(),
         tmp_path / "out",
         target=target_of(name),
         teacher_model_name_or_path=folder,
         **DOUBLE,
         **TWO,
     )
-    model = tiny.llama(seed=3, width=48, vocab=REAL + other).double().eval()
+    model = tiny_models.llama(seed=3, width=48, vocab=REAL + other).double().eval()
     more = {"lr": LR, "steps": 2, "teacher": model}
-    wanted = expected(tiny.llama(vocab=REAL + student).double(), rows(tiny.conversations(4)), loss_of(name), **more)
+    wanted = change_by_autograd(
+        tiny_models.llama(vocab=REAL + student).double(),
+        tokenised_rows(tiny_models.conversation_dataset(4)),
+        case_loss(name),
+        **more,
+    )
     assert_same_change(got, wanted)
 
 
 def test_a_teacher_over_its_padded_rows_is_noticed():
     """Mutant: mass on rows that are no token."""
-    model = tiny.llama(seed=3, width=48, vocab=REAL + 13).double().eval()
+    model = tiny_models.llama(seed=3, width=48, vocab=REAL + 13).double().eval()
     losses = (
-        loss_of("kd"),
-        lambda logits, labels, **given: loss_of("kd")(logits, labels, **{**given, "vocab_size": None}),
+        case_loss("kd"),
+        lambda logits, labels, **given: case_loss("kd")(logits, labels, **{**given, "vocab_size": None}),
     )
     changes = [
-        expected(tiny.llama(vocab=REAL + 13).double(), rows(tiny.conversations(4)), loss, teacher=model)
+        change_by_autograd(
+            tiny_models.llama(vocab=REAL + 13).double(),
+            tokenised_rows(tiny_models.conversation_dataset(4)),
+            loss,
+            teacher=model,
+        )
         for loss in losses
     ]
-    assert distance(*changes)[0] > 1e-2
+    assert largest_difference(*changes)[0] > 1e-2
 
 
 def differing(other):
@@ -424,7 +466,7 @@ def with_a_special_one_more():
 
 
 OTHERS = {
-    "trained on other text": lambda: tiny.tokenizer("zebra crossing"),
+    "trained on other text": lambda: tiny_models.tokenizer("zebra crossing"),
     "a special token with another content": with_other_special_token,
     "one token more": with_one_more,
     "one special token more": with_a_special_one_more,
@@ -438,12 +480,12 @@ def test_another_tokenizer(kind, setting, tmp_path):
     other = OTHERS[kind]()
     folder = str(tmp_path / "teacher")
     other.save_pretrained(folder)
-    (tmp_path / "teacher" / "config.json").write_text(json.dumps(tiny.llama().config.to_dict(), default=str))
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(tiny_models.llama().config.to_dict(), default=str))
     number, ours, theirs = differing(other)
     told = refused(
         rf"^{setting} is '.*/teacher', which has another tokenizer: id {number} is ",
-        lambda: trainer(
-            tiny.llama(),
+        lambda: quick_trainer(
+            tiny_models.llama(),
             tmp_path / "out",
             target="target-sft",
             **{setting: folder if setting != "teachers" else {folder: 1.0}},
@@ -454,13 +496,13 @@ def test_another_tokenizer(kind, setting, tmp_path):
 
 
 def test_a_student_with_a_token_more(tmp_path):
-    folder = saved(tiny.llama(1), tmp_path / "teacher", CHAT)
+    folder = saved(tiny_models.llama(1), tmp_path / "teacher", CHAT)
     refused(
         rf"which has another tokenizer: id {REAL} is '<\|tool\|>' for the student and no token for the teacher; use a",
         lambda: QTargetTrainer(
-            tiny.llama(vocab=REAL + 1),
-            config(tmp_path, target="kd", teacher_model_name_or_path=folder),
-            train_dataset=tiny.conversations(4),
+            tiny_models.llama(vocab=REAL + 1),
+            quick_config(tmp_path, target="kd", teacher_model_name_or_path=folder),
+            train_dataset=tiny_models.conversation_dataset(4),
             processing_class=with_one_more(),
         ),
     )
@@ -475,11 +517,11 @@ def test_ids_in_another_order(tmp_path):
     swapped = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
-    folder = saved(tiny.llama(1), tmp_path / "teacher", swapped)
+    folder = saved(tiny_models.llama(1), tmp_path / "teacher", swapped)
     number, ours, theirs = differing(swapped)
     told = refused(
         r"which has another tokenizer: id \d+ is ",
-        lambda: trainer(tiny.llama(), tmp_path / "out", target="kd", teacher_model_name_or_path=folder),
+        lambda: quick_trainer(tiny_models.llama(), tmp_path / "out", target="kd", teacher_model_name_or_path=folder),
     )
     assert f"id {number} is {ours!r} for the student and {theirs!r} for the teacher" in told
 
@@ -491,7 +533,10 @@ NARROW = REAL - 10
 
 def few_ids(rows_wanted=4):
     """Rows of token ids that a narrow teacher knows, all of them trained."""
-    made = [{"input_ids": [i if i < NARROW else 5 for i in row["input_ids"]]} for row in rows(tiny.texts(rows_wanted))]
+    made = [
+        {"input_ids": [i if i < NARROW else 5 for i in row["input_ids"]]}
+        for row in tokenised_rows(tiny_models.text_dataset(rows_wanted))
+    ]
     return Dataset.from_list([{**row, "labels": row["input_ids"]} for row in made])
 
 
@@ -509,32 +554,36 @@ class Narrow:
 @pytest.mark.parametrize("name", ["kd:temperature=2.0", "target-sft"])
 @pytest.mark.parametrize("named", [True, False], ids=["by name", "as a model"])
 def test_a_narrow_head_is_right(name, named, tmp_path):
-    model = tiny.llama(seed=3, width=48, vocab=NARROW)
+    model = tiny_models.llama(seed=3, width=48, vocab=NARROW)
     folder = saved(model, tmp_path / "teacher", CHAT)
     other = (
         {"teacher_model_name_or_path": folder, **DOUBLE} if named else {"teacher_model": copy.deepcopy(model.double())}
     )
-    got = change(tiny.taught().double(), tmp_path / "out", few_ids(), target=target_of(name), **other)
+    got = change_by_training(
+        tiny_models.trained_model().double(), tmp_path / "out", few_ids(), target=target_of(name), **other
+    )
     teacher = Narrow(model.double().eval())
-    wanted = expected(tiny.taught().double(), [dict(row) for row in few_ids()], loss_of(name), teacher=teacher)
+    wanted = change_by_autograd(
+        tiny_models.trained_model().double(), [dict(row) for row in few_ids()], case_loss(name), teacher=teacher
+    )
     assert_same_change(got, wanted)
 
 
 def test_ids_that_a_narrow_teacher_does_not_know(tmp_path):
-    data = tiny.texts(4)
-    assert any(i >= NARROW for row in rows(data) for i in row["input_ids"])
-    folder = saved(tiny.llama(seed=3, width=48, vocab=NARROW), tmp_path / "teacher", CHAT)
+    data = tiny_models.text_dataset(4)
+    assert any(i >= NARROW for row in tokenised_rows(data) for i in row["input_ids"])
+    folder = saved(tiny_models.llama(seed=3, width=48, vocab=NARROW), tmp_path / "teacher", CHAT)
     for other in (
         {"teacher_model_name_or_path": folder},
-        {"teacher_model": tiny.llama(seed=3, width=48, vocab=NARROW)},
+        {"teacher_model": tiny_models.llama(seed=3, width=48, vocab=NARROW)},
     ):
         with pytest.raises(ConfigError, match=rf"{NARROW}.*{REAL}|{REAL}.*{NARROW}"):
-            change(tiny.taught(), tmp_path / "out", data, target="kd", **other)
+            change_by_training(tiny_models.trained_model(), tmp_path / "out", data, target="kd", **other)
 
 
 def test_a_narrow_member_of_a_pool(tmp_path):
     """Where one member knows no token, neither does the pool."""
-    narrow, full = tiny.llama(seed=3, width=48, vocab=NARROW), tiny.taught(seed=7, width=64)
+    narrow, full = tiny_models.llama(seed=3, width=48, vocab=NARROW), tiny_models.trained_model(seed=7, width=64)
     teachers = [
         {
             "model_name_or_path": saved(model, tmp_path / name, CHAT),
@@ -543,8 +592,12 @@ def test_a_narrow_member_of_a_pool(tmp_path):
         }
         for name, model, share in (("narrow", narrow, 0.4), ("full", full, 0.6))
     ]
-    got = change(
-        tiny.taught().double(), tmp_path / "out", few_ids(), target=target_of("kd:temperature=2.0"), teachers=teachers
+    got = change_by_training(
+        tiny_models.trained_model().double(),
+        tmp_path / "out",
+        few_ids(),
+        target=target_of("kd:temperature=2.0"),
+        teachers=teachers,
     )
     one, other = Narrow(narrow.double().eval()), full.double().eval()
 
@@ -552,8 +605,11 @@ def test_a_narrow_member_of_a_pool(tmp_path):
         return SimpleNamespace(logits=0.4 * one(input_ids).logits + 0.6 * other(input_ids=input_ids).logits)
 
     data = [dict(row) for row in few_ids()]
-    assert count(data) > 0
-    assert_same_change(got, expected(tiny.taught().double(), data, loss_of("kd:temperature=2.0"), teacher=pool))
+    assert count_supervised(data) > 0
+    assert_same_change(
+        got,
+        change_by_autograd(tiny_models.trained_model().double(), data, case_loss("kd:temperature=2.0"), teacher=pool),
+    )
 
 
 def test_a_narrow_head_that_has_no_row_for_an_end_token(base, tmp_path):
@@ -561,7 +617,13 @@ def test_a_narrow_head_that_has_no_row_for_an_end_token(base, tmp_path):
     far = copy.deepcopy(CHAT)
     last = {i: token for token, i in far.get_vocab().items()}[REAL - 1]
     far.eos_token = last
-    folder = saved(tiny.llama(seed=3, width=48, vocab=NARROW), tmp_path / "teacher", far)
+    folder = saved(tiny_models.llama(seed=3, width=48, vocab=NARROW), tmp_path / "teacher", far)
     settings = {"target": target_of("kd:temperature=2.0"), "teacher_end_token": "map", **DOUBLE}
     with pytest.raises(ConfigError):
-        change(tiny.taught().double(), tmp_path / "out", few_ids(), teacher_model_name_or_path=folder, **settings)
+        change_by_training(
+            tiny_models.trained_model().double(),
+            tmp_path / "out",
+            few_ids(),
+            teacher_model_name_or_path=folder,
+            **settings,
+        )

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import tiny
+import tiny_models
 from qtarget.cli.__main__ import main
 from qtarget.targets import presets
 
@@ -33,7 +33,7 @@ AS_COMMANDS = ["cft", "iw-sft", "target-sft"]
 
 
 def taught(rows: list[dict], steps: int, seed: int, width: int) -> torch.nn.Module:
-    model, tokenizer = tiny.llama(seed, width=width), tiny.tokenizer()
+    model, tokenizer = tiny_models.llama(seed, width=width), tiny_models.tokenizer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     lines = [tokenizer.apply_chat_template(row["prompt"] + row["completion"])["input_ids"] for row in rows]
     prompts = [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"] for row in rows]
@@ -65,7 +65,7 @@ def world(tmp_path_factory) -> Path:
     ]
     for name, steps, seed, width in (("model", 30, 0, 32), ("teacher", 90, 3, 48)):
         taught(rows, steps, seed, width).save_pretrained(root / name)
-        tiny.tokenizer().save_pretrained(root / name)
+        tiny_models.tokenizer().save_pretrained(root / name)
     (root / "raw").mkdir()
     (root / "raw" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (root / "config.yaml").write_text(

@@ -12,17 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
-import tiny
+import tiny_models
 from qtarget import ConfigError
 from qtarget.cli.__main__ import main
 from qtarget.training import checkpoints
-from runs import trainer, weights
+from quick_runs import copied_weights, quick_trainer
 
 SAVED = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.05}
 
 
 def made(folder: Path, **settings):
-    return trainer(tiny.taught(), folder, tiny.conversations(8), target="dft", **{**SAVED, **settings})
+    return quick_trainer(
+        tiny_models.trained_model(), folder, tiny_models.conversation_dataset(8), target="dft", **{**SAVED, **settings}
+    )
 
 
 def there(folder: Path) -> list[str]:
@@ -49,7 +51,9 @@ def test_nothing_has_a_checkpoints_name_before_it_is_whole(tmp_path, monkeypatch
             seen.append((str(folder), there(tmp_path)))
             super().write_into_checkpoint(folder)
 
-    trainer(tiny.taught(), tmp_path, tiny.conversations(8), kind=Watched, target="dft", **SAVED).train()
+    quick_trainer(
+        tiny_models.trained_model(), tmp_path, tiny_models.conversation_dataset(8), kind=Watched, target="dft", **SAVED
+    ).train()
     assert [names for _, names in seen] == [[]] * 2 + [["checkpoint-2"]] * 2 + [["checkpoint-4", "checkpoint-2"]] * 2
     assert {Path(folder).parent.name for folder, _ in seen} == {checkpoints.UNFINISHED}
     assert there(tmp_path) == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
@@ -59,11 +63,11 @@ def test_nothing_has_a_checkpoints_name_before_it_is_whole(tmp_path, monkeypatch
 
 def test_the_limit_and_the_best_are_kept(tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "learning_rate": 0.5}
-    made_ = trainer(
-        tiny.taught(),
+    made_ = quick_trainer(
+        tiny_models.trained_model(),
         tmp_path,
-        tiny.conversations(8),
-        eval_dataset=tiny.conversations(4),
+        tiny_models.conversation_dataset(8),
+        eval_dataset=tiny_models.conversation_dataset(4),
         target="sft",
         **{**SAVED, **settings},
         save_total_limit=2,
@@ -112,7 +116,9 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(spoil, told, tmp_path, ca
     again = made(tmp_path)
     again.train(resume_from_checkpoint=True)
     assert f"checkpoint-6 is not whole ({told}" in caplog.text
-    assert all(torch.equal(weights(whole.model)[name], value) for name, value in weights(again.model).items())
+    assert all(
+        torch.equal(copied_weights(whole.model)[name], value) for name, value in copied_weights(again.model).items()
+    )
     assert checkpoints.fault(tmp_path / "checkpoint-6") is None, "written anew in its place"
 
 
@@ -142,10 +148,10 @@ def test_without_a_checkpoint_a_run_starts_at_the_beginning(tmp_path, caplog):
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("disk")
-    tiny.taught().save_pretrained(root / "model")
-    tiny.tokenizer().save_pretrained(root / "model")
+    tiny_models.trained_model().save_pretrained(root / "model")
+    tiny_models.tokenizer().save_pretrained(root / "model")
     (root / "data").mkdir()
-    tiny.conversations(8).to_json(root / "data" / "train.jsonl")
+    tiny_models.conversation_dataset(8).to_json(root / "data" / "train.jsonl")
     (root / "config.yaml").write_text(
         f"model_name_or_path: {root}/model\ndataset_name: {root}/data\ntarget: dft\nmax_steps: 6\nsave_steps: 2\n"
         "per_device_train_batch_size: 4\nreport_to: none\nuse_cpu: true\nlens_every: 1\noptim: adamw_torch\n"

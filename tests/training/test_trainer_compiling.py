@@ -5,13 +5,13 @@ import torch
 from datasets import Dataset
 
 import qtarget as qt
-import tiny
+import tiny_models
 from qtarget.losses.engine import passes
 from qtarget.training import compiling
-from runs import trainer
+from quick_runs import quick_trainer
 
 CPU = torch.device("cpu")
-SHORT = {"teacher_model": tiny.taught(seed=9), "target": "target-sft", "max_steps": 2}
+SHORT = {"teacher_model": tiny_models.trained_model(seed=9), "target": "target-sft", "max_steps": 2}
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def compiled(monkeypatch):
 
 
 def losses_of(tmp_path, **options):
-    made = trainer(tiny.taught(), tmp_path, tiny.texts(4), **(SHORT | options))
+    made = quick_trainer(tiny_models.trained_model(), tmp_path, tiny_models.text_dataset(4), **(SHORT | options))
     made.train()
     return [line["loss"] for line in made.state.log_history if "loss" in line], made
 
@@ -81,6 +81,6 @@ def test_a_backend_that_is_named_is_kept(tmp_path, compiled, monkeypatch):
 def test_a_backend_that_cannot_run_is_refused_before_the_model_is_touched(tmp_path, monkeypatch):
     monkeypatch.setattr(compiling.engine, "no_triton", lambda device: "needs a CUDA device and hidden is on cpu")
     with pytest.raises(qt.ConfigError, match="loss_backend is 'triton', which needs a CUDA device"):
-        trainer("no such model", tmp_path, tiny.texts(4), loss_backend="triton")
+        quick_trainer("no such model", tmp_path, tiny_models.text_dataset(4), loss_backend="triton")
     with pytest.raises(qt.ConfigError, match="loss_backend is 'trition'; did you mean 'triton'"):
-        trainer(tiny.taught(), tmp_path, tiny.texts(4), loss_backend="trition")
+        quick_trainer(tiny_models.trained_model(), tmp_path, tiny_models.text_dataset(4), loss_backend="trition")

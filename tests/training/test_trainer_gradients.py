@@ -6,26 +6,26 @@ import pytest
 import torch
 
 import qtarget as qt
-import tiny
+import tiny_models
 from published import CASES, label_log_p
 from qtarget import ConfigError, QTargetTrainer
-from runs import (
+from quick_runs import (
     assert_same_change,
-    change,
-    config,
-    count,
-    distance,
-    expected,
+    change_by_autograd,
+    change_by_training,
+    copied_weights,
+    count_supervised,
     labels_of,
+    largest_difference,
     logits_of,
-    moved,
     per_row_losses,
-    quick,
-    rows,
-    supervised,
-    tokenised,
-    trainer,
-    weights,
+    quick_config,
+    quick_settings,
+    quick_trainer,
+    supervised_positions,
+    tokenised_dataset,
+    tokenised_rows,
+    weight_change,
 )
 
 CASE = {case.id: case for case in CASES}
@@ -53,17 +53,17 @@ def target_of(case):
 
 def with_columns():
     """Columns for cft, iw-sft and psft; ratios to the old policy fall below, inside and above the clip."""
-    model = tiny.taught().eval()
+    model = tiny_models.trained_model().eval()
 
     @torch.no_grad()
     def old_logps(number, row):
         made = torch.zeros(len(row["input_ids"]))
         ratios = torch.tensor([0.0, 0.1, -0.1, 0.4, -0.5]).repeat(len(made))[: len(labels_of(row))]
-        made[supervised(row) + 1] = label_log_p(logits_of(model, row), labels_of(row)) - ratios
+        made[supervised_positions(row) + 1] = label_log_p(logits_of(model, row), labels_of(row)) - ratios
         return made.clamp(max=0).tolist()  # a log-probability
 
-    return tokenised(
-        tiny.conversations(4),
+    return tokenised_dataset(
+        tiny_models.conversation_dataset(4),
         weight=lambda number, row: [(i + number) % 5 / 4 for i in range(len(row["input_ids"]))],
         critical=lambda number, row: [(i + number) % 3 == 0 for i in range(len(row["input_ids"]))],
         old_logps=old_logps,
@@ -74,9 +74,9 @@ def others(case, dtype, seed=7):
     """A teacher of another width, and the weights at the start as reference, where the case needs them."""
     made = {}
     if "teacher_logits" in case.needs:
-        made["teacher"] = tiny.taught(seed=seed, width=48).to(dtype).eval()
+        made["teacher"] = tiny_models.trained_model(seed=seed, width=48).to(dtype).eval()
     if "reference_logits" in case.needs:
-        start = tiny.taught().to(dtype).eval()
+        start = tiny_models.trained_model().to(dtype).eval()
         made["reference"] = lambda row: logits_of(start, row)
     return made
 
@@ -93,10 +93,12 @@ def test_two_steps_are_those_of_autograd_on_full_logits(name, dtype, tmp_path):
     """Padded micro-batches, masked prompts and accumulation against single rows and one sum. At the second
     step the student is no longer its reference."""
     case = CASE[name]
-    data = with_columns() if {"weight", "critical", "old_logps"} & set(case.needs) else tiny.conversations(4)
+    data = (
+        with_columns() if {"weight", "critical", "old_logps"} & set(case.needs) else tiny_models.conversation_dataset(4)
+    )
     made = others(case, dtype)
-    got = change(
-        tiny.taught().to(dtype),
+    got = change_by_training(
+        tiny_models.trained_model().to(dtype),
         tmp_path,
         data,
         target=target_of(case),
@@ -105,30 +107,41 @@ def test_two_steps_are_those_of_autograd_on_full_logits(name, dtype, tmp_path):
         max_steps=2,
         learning_rate=0.3,
     )
-    wanted = expected(tiny.taught().to(dtype), rows(data), loss_of(case), lr=0.3, steps=2, **made)
+    wanted = change_by_autograd(
+        tiny_models.trained_model().to(dtype), tokenised_rows(data), loss_of(case), lr=0.3, steps=2, **made
+    )
     # float32: the change of a weight near 1 is known only to the last place of that weight, twice.
     assert_same_change(got, wanted, None if dtype == torch.float64 else 1e-4)
 
 
 def test_plain_text_is_counted_without_position_zero(tmp_path):
     """Nothing predicts the first token: it is no part of the denominator."""
-    data = tiny.texts(4)
-    got = change(tiny.taught().double(), tmp_path, data)
-    assert_same_change(got, expected(tiny.taught().double(), rows(data), loss_of(CASE["sft"])))
+    data = tiny_models.text_dataset(4)
+    got = change_by_training(tiny_models.trained_model().double(), tmp_path, data)
+    assert_same_change(
+        got, change_by_autograd(tiny_models.trained_model().double(), tokenised_rows(data), loss_of(CASE["sft"]))
+    )
 
 
 @pytest.mark.parametrize("name", ["label-smoothing", "target-sft", "kd:temperature=2.0", "sft-kl"])
 def test_padded_heads(name, tmp_path):
     """Rows of the head beyond the real vocabulary: the student has 13 of them, the teacher 5."""
-    case, real = CASE[name], len(tiny.tokenizer())
-    student = tiny.llama(vocab=real + 13).double()
-    teacher = tiny.llama(seed=3, width=48, vocab=real + 5).double()
+    case, real = CASE[name], len(tiny_models.tokenizer())
+    student = tiny_models.llama(vocab=real + 13).double()
+    teacher = tiny_models.llama(seed=3, width=48, vocab=real + 5).double()
     start = copy.deepcopy(student).eval()
     made = {"teacher": copy.deepcopy(teacher).eval()} if "teacher_logits" in case.needs else {}
     if "reference_logits" in case.needs:
         made["reference"] = lambda row: logits_of(start, row)
-    wanted = expected(copy.deepcopy(student), rows(tiny.conversations(4)), loss_of(case), steps=2, lr=0.3, **made)
-    got = change(
+    wanted = change_by_autograd(
+        copy.deepcopy(student),
+        tokenised_rows(tiny_models.conversation_dataset(4)),
+        loss_of(case),
+        steps=2,
+        lr=0.3,
+        **made,
+    )
+    got = change_by_training(
         student,
         tmp_path,
         target=target_of(case),
@@ -168,17 +181,25 @@ class ForgetsAccumulation(QTargetTrainer):
 
 @pytest.mark.parametrize("mutant", [CountsPositionZero, HalvesTheDenominator, CountsEachMicroBatch])
 def test_a_wrong_denominator_is_noticed(mutant, tmp_path):
-    data = tiny.texts(4)
-    got = change(tiny.taught(), tmp_path, data, kind=mutant)
+    data = tiny_models.text_dataset(4)
+    got = change_by_training(tiny_models.trained_model(), tmp_path, data, kind=mutant)
     with pytest.raises(AssertionError, match="otherwise than by autograd"):
-        assert_same_change(got, expected(tiny.taught(), rows(data), loss_of(CASE["sft"])), 1e-3)
+        assert_same_change(
+            got, change_by_autograd(tiny_models.trained_model(), tokenised_rows(data), loss_of(CASE["sft"])), 1e-3
+        )
 
 
 def test_accumulation_left_to_the_host_is_noticed(tmp_path):
     """Transformers divides once more for a model whose forward takes no ``**kwargs``."""
-    got = change(tiny.taught(tiny.no_kwargs), tmp_path, kind=ForgetsAccumulation)
+    got = change_by_training(tiny_models.trained_model(tiny_models.no_kwargs), tmp_path, kind=ForgetsAccumulation)
     with pytest.raises(AssertionError, match="otherwise than by autograd"):
-        assert_same_change(got, expected(tiny.taught(), rows(tiny.conversations(4)), loss_of(CASE["sft"])), 1e-3)
+        assert_same_change(
+            got,
+            change_by_autograd(
+                tiny_models.trained_model(), tokenised_rows(tiny_models.conversation_dataset(4)), loss_of(CASE["sft"])
+            ),
+            1e-3,
+        )
 
 
 def test_a_lost_stop_gradient_is_noticed(tmp_path):
@@ -186,20 +207,28 @@ def test_a_lost_stop_gradient_is_noticed(tmp_path):
         log_p_y = label_log_p(logits, labels)
         return -log_p_y.exp() * log_p_y
 
-    got = change(tiny.taught(), tmp_path, target="dft")
+    got = change_by_training(tiny_models.trained_model(), tmp_path, target="dft")
     with pytest.raises(AssertionError, match="otherwise than by autograd"):
-        assert_same_change(got, expected(tiny.taught(), rows(tiny.conversations(4)), without_stop_gradient), 1e-3)
+        assert_same_change(
+            got,
+            change_by_autograd(
+                tiny_models.trained_model(), tokenised_rows(tiny_models.conversation_dataset(4)), without_stop_gradient
+            ),
+            1e-3,
+        )
 
 
 def test_a_reference_that_moves_is_noticed(tmp_path):
     """A reference that shares the student's weights is right at the first step and wrong at the second."""
-    case, data = CASE["asft:kl_weight=0.8"], tiny.conversations(4)
-    made = trainer(tiny.taught(), tmp_path, target=target_of(case), max_steps=2, learning_rate=0.3)
+    case, data = CASE["asft:kl_weight=0.8"], tiny_models.conversation_dataset(4)
+    made = quick_trainer(tiny_models.trained_model(), tmp_path, target=target_of(case), max_steps=2, learning_rate=0.3)
     made.aux.reference.model.load_state_dict(made.model.state_dict(), assign=True)
-    before = weights(made.model)
+    before = copied_weights(made.model)
     made.train()
-    got = moved(before, made.model)
-    wanted = expected(tiny.taught(), rows(data), loss_of(case), lr=0.3, steps=2, **others(case, torch.float32))
+    got = weight_change(before, made.model)
+    wanted = change_by_autograd(
+        tiny_models.trained_model(), tokenised_rows(data), loss_of(case), lr=0.3, steps=2, **others(case, torch.float32)
+    )
     with pytest.raises(AssertionError, match="otherwise than by autograd"):
         assert_same_change(got, wanted, 1e-3)
 
@@ -208,22 +237,24 @@ def test_a_reference_that_moves_is_noticed(tmp_path):
 
 
 def lengths(data):
-    return [len(row["input_ids"]) for row in rows(data)]
+    return [len(row["input_ids"]) for row in tokenised_rows(data)]
 
 
 SPLITS = [(1, 4), (2, 2), (4, 1), (3, 2)]
 
 
 @pytest.mark.parametrize("target", ["sft", "dft", "target-sft"])
-@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.no_kwargs], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [tiny_models.llama, tiny_models.gpt2, tiny_models.no_kwargs], ids=lambda make: make.__name__
+)
 def test_any_split_into_micro_batches_gives_the_same_step(make, target, tmp_path):
     """4 rows as 1 x 4, 2 x 2, 4 x 1, and as 3 + 1; every token of the text is supervised, the first too."""
-    case, data = CASE[target], tiny.texts(4)
+    case, data = CASE[target], tiny_models.text_dataset(4)
     made = others(case, torch.float64)
-    wanted = expected(tiny.taught(make).double(), rows(data), loss_of(case), **made)
+    wanted = change_by_autograd(tiny_models.trained_model(make).double(), tokenised_rows(data), loss_of(case), **made)
     for batch, accumulation in SPLITS:
-        got = change(
-            tiny.taught(make).double(),
+        got = change_by_training(
+            tiny_models.trained_model(make).double(),
             tmp_path,
             data,
             target=target,
@@ -246,10 +277,10 @@ def test_any_split_into_micro_batches_gives_the_same_step(make, target, tmp_path
 )
 def test_rows_in_one_line_give_the_same_step(target, settings, tmp_path):
     """Documents in one row neither see nor predict each other, for the student and for the others."""
-    case, data = CASE[target], tiny.texts(4)
+    case, data = CASE[target], tiny_models.text_dataset(4)
     made = others(case, torch.float64)
-    one_line = trainer(
-        tiny.taught().double(),
+    one_line = quick_trainer(
+        tiny_models.trained_model().double(),
         tmp_path,
         data,
         target=target,
@@ -262,20 +293,22 @@ def test_rows_in_one_line_give_the_same_step(target, settings, tmp_path):
     )
     shape = next(iter(one_line.get_train_dataloader()))["input_ids"].shape
     assert shape[1] % 16 == 0 if "pad_to_multiple_of" in settings else shape == (1, sum(lengths(data)))
-    before = weights(one_line.model)
+    before = copied_weights(one_line.model)
     one_line.train()
-    got = moved(before, one_line.model)
-    wanted = expected(tiny.taught().double(), rows(data), loss_of(case), lr=0.3, steps=2, **made)
+    got = weight_change(before, one_line.model)
+    wanted = change_by_autograd(
+        tiny_models.trained_model().double(), tokenised_rows(data), loss_of(case), lr=0.3, steps=2, **made
+    )
     assert_same_change(got, wanted)
 
 
 @pytest.mark.parametrize("target", ["sft", "target-sft", "sft-kl"])
 def test_padding_on_the_left(target, tmp_path):
     """The others see the student's mask; without it they would read the padding."""
-    case, data = CASE[target], tiny.conversations(4)
+    case, data = CASE[target], tiny_models.conversation_dataset(4)
     made = others(case, torch.float64)
-    padded = trainer(
-        tiny.taught().double(),
+    padded = quick_trainer(
+        tiny_models.trained_model().double(),
         tmp_path,
         data,
         target=target,
@@ -295,27 +328,29 @@ def test_padding_on_the_left(target, tmp_path):
 
     padded.data_collator = left
     assert any((batch["attention_mask"][:, 0] == 0).any() for batch in padded.get_train_dataloader())
-    before = weights(padded.model)
+    before = copied_weights(padded.model)
     padded.train()
-    wanted = expected(tiny.taught().double(), rows(data), loss_of(case), lr=0.3, steps=2, **made)
+    wanted = change_by_autograd(
+        tiny_models.trained_model().double(), tokenised_rows(data), loss_of(case), lr=0.3, steps=2, **made
+    )
     # Positions begin later, and rotary angles are float32 whatever the weights are.
-    assert_same_change(moved(before, padded.model), wanted, 1e-4)
+    assert_same_change(weight_change(before, padded.model), wanted, 1e-4)
 
 
 @pytest.mark.parametrize("target", ["dft", "sft-kl"])
 def test_gradient_checkpointing_changes_nothing(target, tmp_path):
     case = CASE[target]
-    got = change(
-        tiny.taught().double(),
+    got = change_by_training(
+        tiny_models.trained_model().double(),
         tmp_path,
         target=target,
         gradient_checkpointing=True,
         max_steps=2,
         learning_rate=0.3,
     )
-    wanted = expected(
-        tiny.taught().double(),
-        rows(tiny.conversations(4)),
+    wanted = change_by_autograd(
+        tiny_models.trained_model().double(),
+        tokenised_rows(tiny_models.conversation_dataset(4)),
         loss_of(case),
         lr=0.3,
         steps=2,
@@ -327,28 +362,30 @@ def test_gradient_checkpointing_changes_nothing(target, tmp_path):
 @pytest.mark.parametrize("name", ["sft", "dft", "target-sft"])
 def test_bf16_is_no_worse_than_full_logits_under_autocast(name, tmp_path):
     """Both against float32; the loss itself is computed in float32 whatever autocast says."""
-    case, data = CASE[name], rows(tiny.conversations(4))
+    case, data = CASE[name], tokenised_rows(tiny_models.conversation_dataset(4))
     made = others(case, torch.float32)
-    wanted = expected(tiny.taught(), data, loss_of(case), **made)
+    wanted = change_by_autograd(tiny_models.trained_model(), data, loss_of(case), **made)
     with torch.autocast("cpu", torch.bfloat16):
-        plain = expected(tiny.taught(), data, loss_of(case), **made)
-    got = change(tiny.taught(), tmp_path, target=name, teacher_model=copy.deepcopy(made.get("teacher")), bf16=True)
-    assert 1e-3 < distance(got, wanted)[0] < 1.2 * distance(plain, wanted)[0]
+        plain = change_by_autograd(tiny_models.trained_model(), data, loss_of(case), **made)
+    got = change_by_training(
+        tiny_models.trained_model(), tmp_path, target=name, teacher_model=copy.deepcopy(made.get("teacher")), bf16=True
+    )
+    assert 1e-3 < largest_difference(got, wanted)[0] < 1.2 * largest_difference(plain, wanted)[0]
 
 
 # -- denominators ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [tiny.llama, tiny.no_kwargs], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [tiny_models.llama, tiny_models.no_kwargs], ids=lambda make: make.__name__)
 def test_micro_batch_is_the_mean_of_the_means(make, tmp_path):
     """One row a micro-batch, so that no order is assumed: mean over rows of each row's own mean."""
-    data = rows(tiny.conversations(4))
-    model = tiny.taught(make).double()
+    data = tokenised_rows(tiny_models.conversation_dataset(4))
+    model = tiny_models.trained_model(make).double()
     means = torch.stack([loss.mean() for loss in per_row_losses(model.eval(), data, loss_of(CASE["dft"]))])
     means.mean().backward()
     wanted = {name: -p.grad for name, p in model.named_parameters()}
-    got = change(
-        tiny.taught(make).double(),
+    got = change_by_training(
+        tiny_models.trained_model(make).double(),
         tmp_path,
         target="dft",
         denominator="micro_batch",
@@ -361,19 +398,23 @@ def test_micro_batch_is_the_mean_of_the_means(make, tmp_path):
 @pytest.mark.parametrize("preset, column", [("cft", "critical"), ("iw-sft", "weight")])
 def test_kept_counts_what_the_column_keeps(preset, column, tmp_path):
     data = with_columns()
-    kept = sum(int((torch.tensor(row[column])[supervised(row) + 1] != 0).sum()) for row in rows(data))
-    assert 0 < kept < count(rows(data))
-    got = change(tiny.taught().double(), tmp_path, data, target=preset, denominator="kept")
-    wanted = expected(tiny.taught().double(), rows(data), loss_of(CASE[preset]), denominator=kept)
+    kept = sum(
+        int((torch.tensor(row[column])[supervised_positions(row) + 1] != 0).sum()) for row in tokenised_rows(data)
+    )
+    assert 0 < kept < count_supervised(tokenised_rows(data))
+    got = change_by_training(tiny_models.trained_model().double(), tmp_path, data, target=preset, denominator="kept")
+    wanted = change_by_autograd(
+        tiny_models.trained_model().double(), tokenised_rows(data), loss_of(CASE[preset]), denominator=kept
+    )
     assert_same_change(got, wanted)
 
 
 @pytest.mark.parametrize("target", ["profit", "sft", "dft"])
 def test_kept_needs_a_column(target, tmp_path):
     with pytest.raises(ConfigError, match=r"denominator is 'kept' with target .*; which tokens are kept is known"):
-        config(tmp_path, target=target, denominator="kept")
+        quick_config(tmp_path, target=target, denominator="kept")
 
 
 def test_unknown_denominator(tmp_path):
     with pytest.raises(ConfigError, match="denominator is 'al_labels'; did you mean 'all_labels'"):
-        qt.QTargetConfig(**quick(tmp_path, denominator="al_labels"))
+        qt.QTargetConfig(**quick_settings(tmp_path, denominator="al_labels"))

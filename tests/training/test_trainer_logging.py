@@ -4,10 +4,20 @@ import pytest
 import torch
 
 import qtarget as qt
-import tiny
+import tiny_models
 from published import CASES
 from qtarget import ConfigError
-from runs import count, history, labels_of, logits_of, per_row_losses, rows, tokenised, trained, trainer
+from quick_runs import (
+    count_supervised,
+    labels_of,
+    logged_values,
+    logits_of,
+    per_row_losses,
+    quick_trainer,
+    tokenised_dataset,
+    tokenised_rows,
+    train_quickly,
+)
 
 CASE = {case.id: case for case in CASES}
 STATISTICS = {
@@ -17,11 +27,11 @@ STATISTICS = {
 
 
 def teacher():
-    return tiny.taught(seed=7, width=48).double().eval()
+    return tiny_models.trained_model(seed=7, width=48).double().eval()
 
 
 def student():
-    return tiny.taught().double().eval()
+    return tiny_models.trained_model().double().eval()
 
 
 def by_hand(case, data, model=None, other=None):
@@ -70,12 +80,12 @@ def over_rows(per_row):
 @pytest.mark.parametrize("name", ["sft", "dft", "target-sft", "gem", "kd:temperature=2.0", "label-smoothing"])
 def test_statistics_are_means_over_tokens(name, tmp_path):
     """Two steps of 1 x 4 rows with nothing learned: eight unequal rows, once each, in one line."""
-    case, data = CASE[name], tiny.conversations(8)
+    case, data = CASE[name], tiny_models.conversation_dataset(8)
     other = teacher() if "teacher_logits" in case.needs else None
-    per_row = by_hand(case, rows(data), other=other)
+    per_row = by_hand(case, tokenised_rows(data), other=other)
     wanted = over_tokens(per_row)
     assert wanted["nll"] != pytest.approx(over_rows(per_row)["nll"], rel=1e-3), "rows alike cannot tell the two apart"
-    made = trained(
+    made = train_quickly(
         student(),
         tmp_path,
         data,
@@ -90,16 +100,16 @@ def test_statistics_are_means_over_tokens(name, tmp_path):
     line = made.state.log_history[0]
     for statistic in STATISTICS - {"trust", "residual_mass", "strength", "kl_q"}:
         assert line[statistic] == pytest.approx(wanted[statistic], rel=1e-6, abs=1e-12), statistic
-    assert line["supervised_tokens"] == count(rows(data))
+    assert line["supervised_tokens"] == count_supervised(tokenised_rows(data))
     assert line["mean_token_accuracy"] == line["accuracy"]
     assert line["strength"] == pytest.approx(line["trust"] + line["residual_mass"])
 
 
 def test_parts_of_the_target(tmp_path):
     """trust is the mean of a, residual_mass that of b: for target-sft p_y and 1 − p_y."""
-    data = tiny.conversations(4)
-    made = trained(student(), tmp_path, data, target="target-sft", teacher_model=teacher())
-    p_y = torch.cat([(-row["nll"]).exp() for row in by_hand(CASE["sft"], rows(data))]).mean()
+    data = tiny_models.conversation_dataset(4)
+    made = train_quickly(student(), tmp_path, data, target="target-sft", teacher_model=teacher())
+    p_y = torch.cat([(-row["nll"]).exp() for row in by_hand(CASE["sft"], tokenised_rows(data))]).mean()
     line = made.state.log_history[0]
     assert not STATISTICS - line.keys()
     assert line["trust"] == pytest.approx(float(p_y)) and line["residual_mass"] == pytest.approx(1 - float(p_y))
@@ -107,25 +117,25 @@ def test_parts_of_the_target(tmp_path):
 
 
 def test_the_first_loss_is_the_objectives_value(tmp_path):
-    case, data = CASE["target-sft"], tiny.conversations(4)
-    made = trained(student(), tmp_path, data, target="target-sft", teacher_model=teacher())
-    wanted = over_tokens(by_hand(case, rows(data), other=teacher()))["loss"]
-    assert history(made, "loss")[0] == pytest.approx(wanted, rel=1e-6)
+    case, data = CASE["target-sft"], tiny_models.conversation_dataset(4)
+    made = train_quickly(student(), tmp_path, data, target="target-sft", teacher_model=teacher())
+    wanted = over_tokens(by_hand(case, tokenised_rows(data), other=teacher()))["loss"]
+    assert logged_values(made, "loss")[0] == pytest.approx(wanted, rel=1e-6)
 
 
 def test_kl_q_on_logging_steps_and_where_it_is_defined(tmp_path):
     """It costs a logarithm per entry. A token whose Q leaves the simplex has none and takes no part; where no
     token has one, the name is absent instead of a zero."""
-    data = tokenised(tiny.conversations(4), weight=lambda number, row: 3.0 if number % 2 else 0.5)
+    data = tokenised_dataset(tiny_models.conversation_dataset(4), weight=lambda number, row: 3.0 if number % 2 else 0.5)
     settings = {"learning_rate": 0.0, "max_steps": 2, "logging_steps": 2, "logging_first_step": True}
-    first, second, _ = trained(student(), tmp_path, data, target="iw-sft", **settings).state.log_history
-    wanted = over_tokens(by_hand(CASE["iw-sft"], rows(data)))
+    first, second, _ = train_quickly(student(), tmp_path, data, target="iw-sft", **settings).state.log_history
+    wanted = over_tokens(by_hand(CASE["iw-sft"], tokenised_rows(data)))
     assert 0 < wanted["off_simplex_fraction"] < 1
     for line in (first, second):
         assert line["kl_q"] == pytest.approx(wanted["kl_q"], rel=1e-6)
         assert line["off_simplex_fraction"] == pytest.approx(wanted["off_simplex_fraction"])
-    heavy = tokenised(tiny.conversations(4), weight=lambda number, row: 3.0)
-    line = trained(student(), tmp_path, heavy, target="iw-sft", **settings).state.log_history[0]
+    heavy = tokenised_dataset(tiny_models.conversation_dataset(4), weight=lambda number, row: 3.0)
+    line = train_quickly(student(), tmp_path, heavy, target="iw-sft", **settings).state.log_history[0]
     assert line["off_simplex_fraction"] == 1 and "kl_q" not in line
 
 
@@ -150,8 +160,8 @@ def test_kl_q_on_logging_steps_and_where_it_is_defined(tmp_path):
 )
 def test_the_first_line_says_what_is_trained(settings, parts, tmp_path, capsys):
     if "teacher_model" in settings:
-        settings = settings | {"teacher_model": tiny.llama(1)}
-    made = trainer(tiny.llama(), tmp_path, **settings)
+        settings = settings | {"teacher_model": tiny_models.llama(1)}
+    made = quick_trainer(tiny_models.llama(), tmp_path, **settings)
     capsys.readouterr()
     made.train()
     first = capsys.readouterr().out.splitlines()[0]
@@ -179,9 +189,9 @@ def test_the_first_line_says_what_is_trained(settings, parts, tmp_path, capsys):
 def test_evaluation_is_a_mean_over_tokens(name, tmp_path):
     """Batches of three rows out of seven: the last one is short. nll is there whatever the target."""
     case = CASE[name]
-    data = tokenised(tiny.conversations(7), weight=lambda number, row: number / 4)
+    data = tokenised_dataset(tiny_models.conversation_dataset(7), weight=lambda number, row: number / 4)
     other = teacher() if "teacher_logits" in case.needs else None
-    made = trainer(
+    made = quick_trainer(
         student(),
         tmp_path,
         data,
@@ -191,8 +201,8 @@ def test_evaluation_is_a_mean_over_tokens(name, tmp_path):
         per_device_eval_batch_size=3,
     )
     if "reference_logits" in case.needs:
-        made.aux.reference.model.load_state_dict(tiny.taught(seed=9).state_dict())
-        reference = tiny.taught(seed=9).double().eval()
+        made.aux.reference.model.load_state_dict(tiny_models.trained_model(seed=9).state_dict())
+        reference = tiny_models.trained_model(seed=9).double().eval()
         case_loss = case.loss
 
         class Anchored:
@@ -200,9 +210,9 @@ def test_evaluation_is_a_mean_over_tokens(name, tmp_path):
             def loss(logits, labels, given):
                 return case_loss(logits, labels, given | {"reference_logits": given["teacher_logits"]})
 
-        per_row = by_hand(Anchored, rows(data), other=reference)
+        per_row = by_hand(Anchored, tokenised_rows(data), other=reference)
     else:
-        per_row = by_hand(case, rows(data), other=other)
+        per_row = by_hand(case, tokenised_rows(data), other=other)
     wanted, metrics = over_tokens(per_row), made.evaluate()
     assert wanted["nll"] != pytest.approx(over_rows(per_row)["nll"], rel=1e-3)
     for statistic, value in wanted.items():
@@ -210,25 +220,25 @@ def test_evaluation_is_a_mean_over_tokens(name, tmp_path):
             assert metrics[f"eval_{statistic}"] == pytest.approx(value, rel=1e-6, abs=1e-12), statistic
         else:
             assert f"eval_{statistic}" not in metrics
-    assert metrics["eval_supervised_tokens"] == count(rows(data))
+    assert metrics["eval_supervised_tokens"] == count_supervised(tokenised_rows(data))
     assert metrics["eval_mean_token_accuracy"] == metrics["eval_accuracy"]
 
 
 def test_evaluation_of_plain_text(tmp_path):
     """The first token of a row is labelled, yet nothing predicts it: it weighs nothing in eval_loss either."""
-    data = tiny.texts(5)
-    made = trainer(student(), tmp_path, data, eval_dataset=data, target="dft", per_device_eval_batch_size=2)
-    wanted = over_tokens(by_hand(CASE["dft"], rows(data)))
+    data = tiny_models.text_dataset(5)
+    made = quick_trainer(student(), tmp_path, data, eval_dataset=data, target="dft", per_device_eval_batch_size=2)
+    wanted = over_tokens(by_hand(CASE["dft"], tokenised_rows(data)))
     metrics = made.evaluate()
     assert metrics["eval_loss"] == pytest.approx(wanted["loss"], rel=1e-6)
     assert metrics["eval_nll"] == pytest.approx(wanted["nll"], rel=1e-6)
-    assert metrics["eval_supervised_tokens"] == count(rows(data))
+    assert metrics["eval_supervised_tokens"] == count_supervised(tokenised_rows(data))
 
 
 def test_another_target_for_evaluation(tmp_path):
     """The training loss stays the target's own; evaluation reports eval_target."""
-    data = tiny.conversations(4)
-    made = trained(
+    data = tiny_models.conversation_dataset(4)
+    made = train_quickly(
         student(),
         tmp_path,
         data,
@@ -240,25 +250,29 @@ def test_another_target_for_evaluation(tmp_path):
         learning_rate=0.0,
         max_steps=2,
     )
-    smooth, plain = (over_tokens(by_hand(CASE[name], rows(data))) for name in ("label-smoothing:smoothing=0.3", "dft"))
-    assert history(made, "loss") == pytest.approx([plain["loss"]] * 2, rel=1e-6)
-    assert history(made, "trust") == pytest.approx([made.state.log_history[0]["trust"]] * 2)
-    assert history(made, "supervised_tokens") == [count(rows(data))] * 2, "evaluation's tokens are not training's"
-    assert history(made, "eval_long_loss") == pytest.approx([smooth["loss"]] * 2, rel=1e-6)
-    assert history(made, "eval_long_nll") == pytest.approx([plain["nll"]] * 2, rel=1e-6)
-    first = over_tokens(by_hand(CASE["dft"], rows(data.select([0]))))
-    assert history(made, "eval_short_nll") == pytest.approx([first["nll"]] * 2, rel=1e-6)
+    smooth, plain = (
+        over_tokens(by_hand(CASE[name], tokenised_rows(data))) for name in ("label-smoothing:smoothing=0.3", "dft")
+    )
+    assert logged_values(made, "loss") == pytest.approx([plain["loss"]] * 2, rel=1e-6)
+    assert logged_values(made, "trust") == pytest.approx([made.state.log_history[0]["trust"]] * 2)
+    assert logged_values(made, "supervised_tokens") == [count_supervised(tokenised_rows(data))] * 2, (
+        "evaluation's tokens are not training's"
+    )
+    assert logged_values(made, "eval_long_loss") == pytest.approx([smooth["loss"]] * 2, rel=1e-6)
+    assert logged_values(made, "eval_long_nll") == pytest.approx([plain["nll"]] * 2, rel=1e-6)
+    first = over_tokens(by_hand(CASE["dft"], tokenised_rows(data.select([0]))))
+    assert logged_values(made, "eval_short_nll") == pytest.approx([first["nll"]] * 2, rel=1e-6)
 
 
 def test_how_far_is_the_teacher(tmp_path):
     """``evaluating("kd")``: the teacher's cross-entropy and KL(teacher ‖ student); then all is as before."""
-    data = tiny.conversations(4)
-    made = trainer(student(), tmp_path, data, eval_dataset=data, target="target-sft", teacher_model=teacher())
+    data = tiny_models.conversation_dataset(4)
+    made = quick_trainer(student(), tmp_path, data, eval_dataset=data, target="target-sft", teacher_model=teacher())
     before = made.evaluate()
     with made.evaluating("kd"):
         metrics = made.evaluate()
     ce, kl = [], []
-    for row in rows(data):
+    for row in tokenised_rows(data):
         with torch.no_grad():
             log_p, log_t = (logits_of(model, row).log_softmax(-1) for model in (student(), teacher()))
         ce.append(-(log_t.exp() * log_p).sum(-1))
@@ -270,8 +284,8 @@ def test_how_far_is_the_teacher(tmp_path):
 
 
 def test_evaluating_with_a_model_that_is_not_there(tmp_path):
-    data = tiny.conversations(4)
-    made = trainer(tiny.llama(), tmp_path, data, eval_dataset=data)
+    data = tiny_models.conversation_dataset(4)
+    made = quick_trainer(tiny_models.llama(), tmp_path, data, eval_dataset=data)
     with pytest.raises(ConfigError, match="needs a teacher") as error, made.evaluating("kd"):
         pass
     assert str(error.value).endswith("did not load; name the target in eval_target when you make the trainer")
@@ -283,11 +297,11 @@ def test_evaluating_with_a_model_that_is_not_there(tmp_path):
     assert made.eval_objective.targets[None].final == qt.preset("sft")
 
 
-@pytest.mark.parametrize("make", [tiny.llama, tiny.no_kwargs], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [tiny_models.llama, tiny_models.no_kwargs], ids=lambda make: make.__name__)
 def test_evaluating_without_the_column_that_evaluation_reads(make, tmp_path):
     """The column neither reaches the model in between nor is it gone afterwards."""
-    data = tokenised(tiny.conversations(4), weight=lambda number, row: 2.0)
-    made = trainer(make(), tmp_path, data, eval_dataset=data, target="dft", eval_target="iw-sft")
+    data = tokenised_dataset(tiny_models.conversation_dataset(4), weight=lambda number, row: 2.0)
+    made = quick_trainer(make(), tmp_path, data, eval_dataset=data, target="dft", eval_target="iw-sft")
     seen = []
     made.model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.extend(kwargs), with_kwargs=True)
     with made.evaluating("sft"):
@@ -305,23 +319,25 @@ def test_metrics_of_ones_own_see_real_logits(tmp_path):
         seen["logits"], seen["labels"] = prediction.predictions, prediction.label_ids
         return {"shape": prediction.predictions.ndim}
 
-    data = tokenised(tiny.conversations(1))
-    made = trainer(tiny.taught(), tmp_path, data, eval_dataset=data, target="dft", compute_metrics=compute_metrics)
+    data = tokenised_dataset(tiny_models.conversation_dataset(1))
+    made = quick_trainer(
+        tiny_models.trained_model(), tmp_path, data, eval_dataset=data, target="dft", compute_metrics=compute_metrics
+    )
     metrics = made.evaluate()
-    row = rows(data)[0]
+    row = tokenised_rows(data)[0]
     with torch.no_grad():
-        own = tiny.taught().eval()(input_ids=torch.tensor([row["input_ids"]])).logits
+        own = tiny_models.trained_model().eval()(input_ids=torch.tensor([row["input_ids"]])).logits
     assert torch.allclose(torch.as_tensor(seen["logits"]), own, atol=1e-5)
     assert seen["labels"].tolist() == [row["labels"]]
     assert metrics["eval_shape"] == 3 and metrics["eval_nll"] > 0
 
 
-@pytest.mark.parametrize("make", [tiny.gpt2, tiny.no_kwargs], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [tiny_models.gpt2, tiny_models.no_kwargs], ids=lambda make: make.__name__)
 def test_metrics_of_ones_own_with_other_forwards(make, tmp_path):
     """A forward without ``**kwargs`` refuses what the trainer adds."""
-    data = tiny.conversations(2)
-    made = trainer(
-        tiny.taught(make),
+    data = tiny_models.conversation_dataset(2)
+    made = quick_trainer(
+        tiny_models.trained_model(make),
         tmp_path,
         data,
         eval_dataset=data,
@@ -331,8 +347,10 @@ def test_metrics_of_ones_own_with_other_forwards(make, tmp_path):
 
 
 def test_predict_reports_under_its_own_name(tmp_path):
-    data = tiny.conversations(4)
-    made = trainer(student(), tmp_path, data, eval_dataset=data)
+    data = tiny_models.conversation_dataset(4)
+    made = quick_trainer(student(), tmp_path, data, eval_dataset=data)
     metrics = made.predict(made.eval_dataset).metrics
-    assert metrics["test_loss"] == pytest.approx(over_tokens(by_hand(CASE["sft"], rows(data)))["loss"], rel=1e-6)
+    assert metrics["test_loss"] == pytest.approx(
+        over_tokens(by_hand(CASE["sft"], tokenised_rows(data)))["loss"], rel=1e-6
+    )
     assert metrics["test_nll"] == pytest.approx(metrics["test_loss"])

@@ -6,19 +6,19 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
-import tiny
+import tiny_models
 from published import CASES
 from qtarget import ConfigError
-from runs import (
+from quick_runs import (
     adapters_off,
     assert_same_change,
-    change,
-    expected,
+    change_by_autograd,
+    change_by_training,
+    copied_weights,
     logits_of,
-    rows,
-    trained,
-    trainer,
-    weights,
+    quick_trainer,
+    tokenised_rows,
+    train_quickly,
 )
 
 CASE = {case.id: case for case in CASES}
@@ -35,7 +35,7 @@ def lora(**more):
 def adapted(**more):
     """A model with adapters that do something from the start: PEFT's own begin at zero."""
     torch.manual_seed(5)
-    model = get_peft_model(tiny.taught(tied=False).double(), lora(**more), autocast_adapter_dtype=False)
+    model = get_peft_model(tiny_models.trained_model(tied=False).double(), lora(**more), autocast_adapter_dtype=False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -44,8 +44,8 @@ def adapted(**more):
 
 
 def test_only_adapters_train(tmp_path):
-    made = trainer(tiny.taught(), tmp_path, peft_config=lora(), max_steps=2)
-    before = weights(made.model)
+    made = quick_trainer(tiny_models.trained_model(), tmp_path, peft_config=lora(), max_steps=2)
+    before = copied_weights(made.model)
     made.train()
     changed = {name for name, p in made.model.named_parameters() if not torch.equal(p, before[name])}
     assert changed and changed == {name for name in before if "lora_" in name}
@@ -60,9 +60,17 @@ def test_three_steps_are_those_of_autograd(name, more, tmp_path):
     made = {}
     if "reference_logits" in case.needs:
         made["reference"] = adapters_off(twin)
-    teacher = tiny.taught(seed=7, width=48).double().eval() if "teacher_logits" in case.needs else None
-    wanted = expected(twin, rows(tiny.conversations(4)), loss_of(name), lr=0.3, steps=3, teacher=teacher, **made)
-    got = change(
+    teacher = tiny_models.trained_model(seed=7, width=48).double().eval() if "teacher_logits" in case.needs else None
+    wanted = change_by_autograd(
+        twin,
+        tokenised_rows(tiny_models.conversation_dataset(4)),
+        loss_of(name),
+        lr=0.3,
+        steps=3,
+        teacher=teacher,
+        **made,
+    )
+    got = change_by_training(
         model,
         tmp_path,
         target={"preset": case.preset, **case.hyperparameters},
@@ -78,8 +86,8 @@ def test_fresh_adapters_are_their_own_reference(tmp_path):
     """At the first step student and base agree, so the spring pulls at nothing; at the second it does."""
 
     def after(steps, target):
-        got = change(
-            tiny.taught().double(),
+        got = change_by_training(
+            tiny_models.trained_model().double(),
             tmp_path,
             peft_config=lora(),
             target=target,
@@ -96,10 +104,10 @@ def test_fresh_adapters_are_their_own_reference(tmp_path):
 
 @pytest.mark.parametrize("more", [{}, {"modules_to_save": ["lm_head"]}], ids=["adapters", "and the head"])
 def test_base_is_untouched_by_training(more, tmp_path):
-    row = rows(tiny.conversations(1))[0]
+    row = tokenised_rows(tiny_models.conversation_dataset(1))[0]
     model = adapted(**more)
-    start = logits_of(tiny.taught(tied=False).double().eval(), row)
-    made = trained(model, tmp_path, target="asft", max_steps=3, learning_rate=0.3)
+    start = logits_of(tiny_models.trained_model(tied=False).double().eval(), row)
+    made = train_quickly(model, tmp_path, target="asft", max_steps=3, learning_rate=0.3)
     with torch.no_grad(), made.model.eval().disable_adapter():
         assert torch.equal(logits_of(made.model, row), start)
     assert made.aux.reference is None, "no copy of the model is held beside its adapters"
@@ -119,11 +127,11 @@ def ask_twice(aux):
 
 @pytest.mark.parametrize("peft_config", [lora(lora_dropout=0.5), None], ids=["adapters off", "frozen copy"])
 def test_dropout_is_off_in_the_reference_and_on_in_the_student(peft_config, tmp_path):
-    model = tiny.taught()
+    model = tiny_models.trained_model()
     model.config.attention_dropout = 0.5
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    made = trainer(model, tmp_path, peft_config=peft_config, target="sft-kl", max_steps=2)
+    made = quick_trainer(model, tmp_path, peft_config=peft_config, target="sft-kl", max_steps=2)
     ask_twice(made.aux)
     made.train()
     assert all(module.training for module in made.model.modules()), "the reference's forward left dropout off"
@@ -135,12 +143,12 @@ def test_virtual_tokens_are_the_students_only(tmp_path):
 
     def prompted():
         torch.manual_seed(5)
-        return get_peft_model(tiny.taught().double(), prompt)
+        return get_peft_model(tiny_models.trained_model().double(), prompt)
 
     def base_logits(row):
         return logits_of(base, row)
 
-    base = tiny.taught().double().eval()
+    base = tiny_models.trained_model().double().eval()
     twin = prompted()
     # The model drops its virtual positions here, so that everything else is as without them.
     forward = twin.forward
@@ -152,16 +160,20 @@ def test_virtual_tokens_are_the_students_only(tmp_path):
 
     twin.forward = without_virtual_tokens
     loss = loss_of("sft-kl:kl_weight=3.0")
-    wanted = expected(twin, rows(tiny.conversations(4)), loss, lr=0.3, steps=2, reference=base_logits)
+    wanted = change_by_autograd(
+        twin, tokenised_rows(tiny_models.conversation_dataset(4)), loss, lr=0.3, steps=2, reference=base_logits
+    )
     target = {"preset": "sft-kl", "kl_weight": 3.0}
-    got = change(prompted(), tmp_path, target=target, learning_rate=0.3, max_steps=2)
+    got = change_by_training(prompted(), tmp_path, target=target, learning_rate=0.3, max_steps=2)
     assert_same_change(got, wanted)
 
 
 @pytest.mark.parametrize("modules", [["q_proj", "lm_head"], "lm_head"])
 def test_an_adapter_on_the_head_is_refused(modules, tmp_path):
     with pytest.raises(ConfigError) as error:
-        trainer(tiny.llama(), tmp_path, peft_config=LoraConfig(target_modules=modules, task_type="CAUSAL_LM"))
+        quick_trainer(
+            tiny_models.llama(), tmp_path, peft_config=LoraConfig(target_modules=modules, task_type="CAUSAL_LM")
+        )
     assert error.value.faults == [
         "lora_target_modules holds 'lm_head'; an adapter on the head is not supported: take it out, or train "
         "the whole head with lora_modules_to_save"
@@ -169,12 +181,12 @@ def test_an_adapter_on_the_head_is_refused(modules, tmp_path):
 
 
 def test_a_saved_adapter_loads_with_peft(tmp_path):
-    row = rows(tiny.conversations(1))[0]
-    made = trained(tiny.taught(), tmp_path, peft_config=lora(), target="asft", max_steps=2)
+    row = tokenised_rows(tiny_models.conversation_dataset(1))[0]
+    made = train_quickly(tiny_models.trained_model(), tmp_path, peft_config=lora(), target="asft", max_steps=2)
     made.save_model(str(tmp_path / "adapter"))
     assert not list((tmp_path / "adapter").glob("model*")), "the base is not part of an adapter"
-    loaded = PeftModel.from_pretrained(tiny.taught(), tmp_path / "adapter").eval()
+    loaded = PeftModel.from_pretrained(tiny_models.trained_model(), tmp_path / "adapter").eval()
     with torch.no_grad():
-        after, base = logits_of(loaded, row), logits_of(tiny.taught().eval(), row)
+        after, base = logits_of(loaded, row), logits_of(tiny_models.trained_model().eval(), row)
         assert torch.allclose(after, logits_of(made.model.eval(), row), atol=1e-6)
         assert not torch.allclose(after, base, atol=1e-2)

@@ -5,35 +5,37 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-import layouts
+import batch_layouts
 import qtarget as qt
-import tiny
-from old_policy import LR, by_hand
+import tiny_models
+from old_policy import LR, old_policy_by_autograd
 from published import label_log_p
 from qtarget import ConfigError
-from runs import (
+from quick_runs import (
     assert_same_change,
-    change,
-    config,
-    count,
-    history,
+    change_by_training,
+    copied_weights,
+    count_supervised,
     labels_of,
+    logged_values,
     logits_of,
-    moved,
-    rows,
-    tokenised,
-    trained,
-    trainer,
-    weights,
+    quick_config,
+    quick_trainer,
+    tokenised_dataset,
+    tokenised_rows,
+    train_quickly,
+    weight_change,
 )
 
 
 @pytest.mark.parametrize("interval", [2, 3, 100])
 def test_the_old_policy_is_taken_every_so_many_steps(interval, tmp_path):
-    data = tiny.conversations(4)
-    wanted = by_hand(tiny.taught().double(), rows(data), steps=5, interval=interval)
-    got = change(
-        tiny.taught().double(),
+    data = tiny_models.conversation_dataset(4)
+    wanted = old_policy_by_autograd(
+        tiny_models.trained_model().double(), tokenised_rows(data), steps=5, interval=interval
+    )
+    got = change_by_training(
+        tiny_models.trained_model().double(),
         tmp_path,
         data,
         target="psft",
@@ -46,17 +48,23 @@ def test_the_old_policy_is_taken_every_so_many_steps(interval, tmp_path):
 
 
 def test_right_after_a_refresh_psft_is_sft(tmp_path):
-    made = trained(
-        tiny.taught(), tmp_path, target="psft", psft_refresh=2, max_steps=4, num_train_epochs=9, learning_rate=0.1
+    made = train_quickly(
+        tiny_models.trained_model(),
+        tmp_path,
+        target="psft",
+        psft_refresh=2,
+        max_steps=4,
+        num_train_epochs=9,
+        learning_rate=0.1,
     )
-    trust = history(made, "trust")
+    trust = logged_values(made, "trust")
     assert trust[0] == pytest.approx(1, abs=1e-6) and trust[2] == pytest.approx(1, abs=1e-6)
     assert abs(trust[1] - 1) > 1e-3 and abs(trust[3] - 1) > 1e-3
 
 
 def test_only_adapters_are_copied_under_lora(tmp_path):
     peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    made = trained(tiny.taught(), tmp_path, peft_config=peft_config, target="psft", psft_refresh=2)
+    made = train_quickly(tiny_models.trained_model(), tmp_path, peft_config=peft_config, target="psft", psft_refresh=2)
     kept = made.aux.old_policy._kept
     assert kept and all("lora_" in name for name in kept)
 
@@ -64,15 +72,22 @@ def test_only_adapters_are_copied_under_lora(tmp_path):
 @pytest.mark.parametrize("layout", ["padded", "bfd", "padding_free"])
 def test_the_old_policy_sees_what_the_student_sees(layout, tmp_path):
     """Right after a refresh r is 1 for every token, whatever the layout."""
-    data = layouts.data().remove_columns(["old_logps"])
-    made = trained(tiny.taught().double(), tmp_path, data, target="psft", psft_refresh=8, **layouts.LAYOUTS[layout])
-    assert history(made, "trust")[0] == pytest.approx(1, abs=1e-12)
+    data = batch_layouts.layout_dataset().remove_columns(["old_logps"])
+    made = train_quickly(
+        tiny_models.trained_model().double(),
+        tmp_path,
+        data,
+        target="psft",
+        psft_refresh=8,
+        **batch_layouts.LAYOUTS[layout],
+    )
+    assert logged_values(made, "trust")[0] == pytest.approx(1, abs=1e-12)
 
 
 def test_evaluation_reports_the_ratio_to_the_last_copy(tmp_path):
-    data = tiny.conversations(4)
-    made = trained(
-        tiny.taught(),
+    data = tiny_models.conversation_dataset(4)
+    made = train_quickly(
+        tiny_models.trained_model(),
         tmp_path,
         data,
         eval_dataset=data,
@@ -82,28 +97,32 @@ def test_evaluation_reports_the_ratio_to_the_last_copy(tmp_path):
         num_train_epochs=9,
         learning_rate=0.1,
     )
-    before = weights(made.model)
+    before = copied_weights(made.model)
     assert abs(made.evaluate()["eval_trust"] - 1) > 1e-3
-    after = weights(made.model)
+    after = copied_weights(made.model)
     assert all(torch.equal(before[name], after[name]) for name in before), "the old weights stayed in the model"
 
 
 def test_r_that_is_one_for_ever(tmp_path):
     with pytest.raises(ConfigError, match=r"psft_refresh is 1, .* r = 1 and the clip never acts: that is sft; use 2"):
-        config(tmp_path, target="psft", psft_refresh=1)
-    assert config(tmp_path, target="dft", psft_refresh=1), "nobody reads it"
+        quick_config(tmp_path, target="psft", psft_refresh=1)
+    assert quick_config(tmp_path, target="dft", psft_refresh=1), "nobody reads it"
     for wrong in (0, "sometimes", 2.5):
         with pytest.raises(ConfigError, match=r"psft_refresh is .*; use a number of optimiser steps from 2, or never"):
-            config(tmp_path, target="psft", psft_refresh=wrong)
+            quick_config(tmp_path, target="psft", psft_refresh=wrong)
 
 
 def test_a_column_is_read_only_if_asked_for(tmp_path):
-    data = tokenised(tiny.conversations(4), old_logps=lambda number, row: [-1.0] * len(row["input_ids"]))
+    data = tokenised_dataset(
+        tiny_models.conversation_dataset(4), old_logps=lambda number, row: [-1.0] * len(row["input_ids"])
+    )
     with pytest.raises(ConfigError, match=r"column old_logps, but psft_refresh is 8, .* set psft_refresh: never"):
-        trainer(tiny.llama(), tmp_path, data, target="psft")
-    made = trainer(tiny.llama(), tmp_path, data, target="psft", psft_refresh="never")
+        quick_trainer(tiny_models.llama(), tmp_path, data, target="psft")
+    made = quick_trainer(tiny_models.llama(), tmp_path, data, target="psft", psft_refresh="never")
     assert "not the paper's schedule" in made.describe()
-    assert "copied every 4 steps" in trainer(tiny.llama(), tmp_path, target="psft", psft_refresh=4).describe()
+    assert (
+        "copied every 4 steps" in quick_trainer(tiny_models.llama(), tmp_path, target="psft", psft_refresh=4).describe()
+    )
 
 
 # -- iw-sft ----------------------------------------------------------------------------------------
@@ -125,49 +144,53 @@ def weights_by_hand(model, reference, data, temperature):
 @pytest.mark.parametrize("layout", ["padded", "bfd", "padding_free"])
 def test_online_weights_are_those_of_the_papers_code(layout, tmp_path):
     """From the second step on the model is no longer its reference: a reference of its own shows it at once."""
-    documents = layouts.documents(layout)
-    model, reference = tiny.taught().double().eval(), tiny.taught(seed=9).double().eval()
+    documents = batch_layouts.layout_documents(layout)
+    model, reference = tiny_models.trained_model().double().eval(), tiny_models.trained_model(seed=9).double().eval()
     numbers = weights_by_hand(model, reference, documents, temperature=0.5)
     assert max(numbers) > 1.05 or min(numbers) < 0.95
     total = torch.cat(
         [-w * label_log_p(logits_of(model, row), labels_of(row)) for w, row in zip(numbers, documents, strict=True)]
     ).sum()
-    before = weights(model)
-    (total / count(documents)).backward()
+    before = copied_weights(model)
+    (total / count_supervised(documents)).backward()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter -= parameter.grad
-    made = trainer(
-        tiny.taught().double(),
+    made = quick_trainer(
+        tiny_models.trained_model().double(),
         tmp_path,
-        layouts.data().remove_columns(["weight", "old_logps", "critical"]),
-        reference_model=tiny.taught(seed=9).double(),
+        batch_layouts.layout_dataset().remove_columns(["weight", "old_logps", "critical"]),
+        reference_model=tiny_models.trained_model(seed=9).double(),
         target="iw-sft",
         weights="online",
         weights_temperature=0.5,
-        **layouts.LAYOUTS[layout],
+        **batch_layouts.LAYOUTS[layout],
     )
-    layouts.in_one_step(made, 2)
-    start = weights(made.model)
+    batch_layouts.in_one_step(made, 2)
+    start = copied_weights(made.model)
     made.train()
-    assert_same_change(moved(start, made.model), moved(before, model), 1e-6)  # weights cross the loss in float32
+    assert_same_change(
+        weight_change(start, made.model), weight_change(before, model), 1e-6
+    )  # weights cross the loss in float32
 
 
 def test_weights_at_the_start_are_one_and_clamped_later(tmp_path):
-    made = trained(tiny.taught(), tmp_path, target="iw-sft", weights="online")
-    assert history(made, "trust")[0] == pytest.approx(1, abs=1e-6)
+    made = train_quickly(tiny_models.trained_model(), tmp_path, target="iw-sft", weights="online")
+    assert logged_values(made, "trust")[0] == pytest.approx(1, abs=1e-6)
     assert "weights online" in made.describe() and "reference" in made.describe()
-    far = trainer(tiny.taught(), tmp_path, reference_model=tiny.llama(3), target="iw-sft", weights="online")
+    far = quick_trainer(
+        tiny_models.trained_model(), tmp_path, reference_model=tiny_models.llama(3), target="iw-sft", weights="online"
+    )
     batch = far.rows.batch(next(iter(far.get_train_dataloader())))
     assert float(far.aux.online_weights(far.student, batch, 50.0).max()) == 16
 
 
 def test_a_column_is_not_asked_for_online(tmp_path):
-    data = Dataset.from_list([*tiny.conversations(4)])
+    data = Dataset.from_list([*tiny_models.conversation_dataset(4)])
     with pytest.raises(ConfigError, match=r"no column 'weight' .*set weights: online"):
-        trainer(tiny.llama(), tmp_path, data, target="iw-sft")
+        quick_trainer(tiny_models.llama(), tmp_path, data, target="iw-sft")
     with pytest.raises(ConfigError, match="denominator is 'kept'"):
-        config(tmp_path, target="iw-sft", weights="online", denominator="kept")
+        quick_config(tmp_path, target="iw-sft", weights="online", denominator="kept")
     with pytest.raises(ConfigError, match="weights is 'on-line'; did you mean 'online'"):
-        config(tmp_path, target="iw-sft", weights="on-line")
+        quick_config(tmp_path, target="iw-sft", weights="on-line")
     assert qt.preset("iw-sft").requires == {"weight"}

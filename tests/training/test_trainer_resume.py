@@ -6,10 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig
 
-import tiny
+import tiny_models
 from qtarget import ConfigError
 from qtarget.training import checkpoints, run_identity
-from runs import history, trained, trainer, weights
+from quick_runs import copied_weights, logged_values, quick_trainer, train_quickly
 
 ETA = {"schedule": "linear", "from": 0.0, "to": 0.8, "steps": 5}
 RUNS = {
@@ -28,8 +28,8 @@ RUNS = {
 def start(tmp_path_factory):
     """A folder with the model at the start, which a reference by name is loaded from."""
     folder = tmp_path_factory.mktemp("start")
-    tiny.taught().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    tiny_models.trained_model().save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
     return str(folder)
 
 
@@ -37,12 +37,12 @@ def made(folder, start, *, teacher=False, peft=False, reference=False, evaluated
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if peft else None
     if reference:
         settings["reference_model_name_or_path"] = start
-    return trainer(
-        tiny.taught(),
+    return quick_trainer(
+        tiny_models.trained_model(),
         folder,
-        tiny.conversations(8),
-        eval_dataset=tiny.conversations(4) if evaluated else None,
-        teacher_model=tiny.taught(seed=7) if teacher else None,
+        tiny_models.conversation_dataset(8),
+        eval_dataset=tiny_models.conversation_dataset(4) if evaluated else None,
+        teacher_model=tiny_models.trained_model(seed=7) if teacher else None,
         peft_config=lora,
         **{
             "max_steps": 6,
@@ -64,9 +64,9 @@ def test_to_the_last_digit(name, start, tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     figures = ("loss", "nll", "trust", "update", "target/eta", "target/share")
     for figure in figures:
-        assert history(again, figure)[-3:] == history(whole, figure)[-3:]
-    assert len(history(whole, "loss")) == 6
-    ends = weights(whole.model), weights(again.model)
+        assert logged_values(again, figure)[-3:] == logged_values(whole, figure)[-3:]
+    assert len(logged_values(whole, "loss")) == 6
+    ends = copied_weights(whole.model), copied_weights(again.model)
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
@@ -95,12 +95,12 @@ def test_a_resume_that_would_train_something_else(before, after, told, start, tm
     made(tmp_path, start, **before).train()
     after = {name: start if value == "START" else value for name, value in after.items()}
     other = made(tmp_path, start, **after)
-    kept = weights(other.model)
+    kept = copied_weights(other.model)
     with pytest.raises(ConfigError) as error:
         other.train(resume_from_checkpoint=True)
     assert told in str(error.value) and "was trained with" in str(error.value)
     assert "resume with that, or start anew" in str(error.value)
-    assert all(torch.equal(kept[name], value) for name, value in weights(other.model).items())
+    assert all(torch.equal(kept[name], value) for name, value in copied_weights(other.model).items())
 
 
 def test_an_old_policy_that_is_not_there(start, tmp_path):
@@ -135,7 +135,7 @@ def test_a_reference_that_is_not_the_start(start, tmp_path):
     settings = {"target": {"preset": "asft", "kl_weight": 0.8}}
     run = made(tmp_path, start, **settings)
     run.train()
-    wrong = trainer(run.model, tmp_path, tiny.conversations(8), **settings)
+    wrong = quick_trainer(run.model, tmp_path, tiny_models.conversation_dataset(8), **settings)
     with pytest.raises(
         ConfigError, match=r"reference is 'the weights at the start, .* was trained with 'the weights at"
     ):
@@ -166,14 +166,14 @@ def test_the_model_card_says_what_was_taught(start, tmp_path):
         assert line in card, line
     last = run.state.log_history
     evaluated = [entry["eval_nll"] for entry in last if "eval_nll" in entry][-1]
-    assert f"| nll | {history(run, 'nll')[-1]:.4f} | {evaluated:.4f} |" in card
+    assert f"| nll | {logged_values(run, 'nll')[-1]:.4f} | {evaluated:.4f} |" in card
     assert card.count("## Target") == 1, "each checkpoint writes the card anew"
     assert "### Framework versions" in card
 
 
 def test_the_card_names_every_source(start, tmp_path):
-    data = tiny.conversations(4).add_column("source", ["math", "chat"] * 2)
-    run = trained(tiny.taught(), tmp_path, data, targets={"math": "dft", "chat": "sft"})
+    data = tiny_models.conversation_dataset(4).add_column("source", ["math", "chat"] * 2)
+    run = train_quickly(tiny_models.trained_model(), tmp_path, data, targets={"math": "dft", "chat": "sft"})
     run.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert "- target for rows of `math`: `dft`" in card and "- target for rows of `chat`: `sft`" in card
@@ -184,8 +184,14 @@ def test_the_card_names_every_source(start, tmp_path):
 
 def streamed(folder, rows=14, **settings):
     """Fourteen rows: seven micro-batches a pass, three steps and one micro-batch too many."""
-    data = tiny.conversations(rows).to_iterable_dataset()
-    return trainer(tiny.taught(), folder, data, target="dft", **{"save_strategy": "steps", "save_steps": 1, **settings})
+    data = tiny_models.conversation_dataset(rows).to_iterable_dataset()
+    return quick_trainer(
+        tiny_models.trained_model(),
+        folder,
+        data,
+        target="dft",
+        **{"save_strategy": "steps", "save_steps": 1, **settings},
+    )
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -198,9 +204,9 @@ def test_a_stream_that_is_resumed_in_its_third_pass(accumulation, tmp_path):
     for step in stops:
         again = streamed(tmp_path / f"from-{step}", **settings)
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        assert history(again, "num_tokens") == history(whole, "num_tokens")
-        assert history(again, "nll") == history(whole, "nll")
-        ends = weights(whole.model), weights(again.model)
+        assert logged_values(again, "num_tokens") == logged_values(whole, "num_tokens")
+        assert logged_values(again, "nll") == logged_values(whole, "nll")
+        ends = copied_weights(whole.model), copied_weights(again.model)
         assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
@@ -212,9 +218,9 @@ def test_a_stream_that_ended_in_its_first_pass_and_goes_on(tmp_path):
     streamed(tmp_path, max_steps=2, **settings).train()
     longer = streamed(tmp_path, max_steps=3, **settings)
     longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert history(longer, "num_tokens")[2] == history(whole, "num_tokens")[2]
-    assert history(longer, "nll")[2] == history(whole, "nll")[2]
-    ends = weights(whole.model), weights(longer.model)
+    assert logged_values(longer, "num_tokens")[2] == logged_values(whole, "num_tokens")[2]
+    assert logged_values(longer, "nll")[2] == logged_values(whole, "nll")[2]
+    ends = copied_weights(whole.model), copied_weights(longer.model)
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
@@ -222,8 +228,11 @@ def test_the_end_of_a_pass_is_in_no_other_step(tmp_path, caplog):
     """The fourth step is the first again: a micro-batch that is left over would make it longer."""
     run = streamed(tmp_path, max_steps=4, learning_rate=0.0, save_strategy="no")
     run.train()
-    norms = history(run, "grad_norm")
-    assert norms[3] == norms[0] and history(run, "supervised_tokens")[3] == history(run, "supervised_tokens")[0]
+    norms = logged_values(run, "grad_norm")
+    assert (
+        norms[3] == norms[0]
+        and logged_values(run, "supervised_tokens")[3] == logged_values(run, "supervised_tokens")[0]
+    )
     assert "the last 1 micro-batches of each pass over the stream are left out" in caplog.text
 
 
@@ -243,5 +252,5 @@ def test_a_finished_run_trains_no_step_more(rows, tmp_path):
         again.args.max_steps = 2
         again.train(resume_from_checkpoint=True)
         assert again.state.global_step == 2
-        ends = weights(run.model), weights(again.model)
+        ends = copied_weights(run.model), copied_weights(again.model)
         assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

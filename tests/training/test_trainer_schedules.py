@@ -6,25 +6,25 @@ import pytest
 import torch
 
 import qtarget as qt
-import tiny
+import tiny_models
 from published import CASES, dft, sft, target_sft
 from qtarget import ConfigError
 from qtarget.targets.schedule import ScheduledTarget
-from runs import (
+from quick_runs import (
     assert_same_change,
-    change,
-    config,
-    count,
-    history,
+    change_by_training,
+    copied_weights,
+    count_supervised,
     labels_of,
+    logged_values,
     logits_of,
-    moved,
-    rows,
-    tokenised,
-    trainable,
-    trained,
-    trainer,
-    weights,
+    quick_config,
+    quick_trainer,
+    tokenised_dataset,
+    tokenised_rows,
+    train_quickly,
+    trainable_parameters,
+    weight_change,
 )
 
 CASE = {case.id: case for case in CASES}
@@ -34,14 +34,14 @@ LR = 0.3
 def steps_by_hand(model, data, losses):
     """One step of SGD for each of ``losses``, which give per-token losses of a row."""
     model = model.eval()
-    before = weights(model)
+    before = copied_weights(model)
     for loss in losses:
         model.zero_grad()
-        (torch.cat([loss(model, row) for row in data]).sum() / count(data)).backward()
+        (torch.cat([loss(model, row) for row in data]).sum() / count_supervised(data)).backward()
         with torch.no_grad():
-            for parameter in trainable(model).values():
+            for parameter in trainable_parameters(model).values():
                 parameter -= LR * parameter.grad
-    return moved(before, model)
+    return weight_change(before, model)
 
 
 def several(**more):
@@ -55,7 +55,7 @@ def several(**more):
     "kind, etas", [("linear", [0.0, 0.25, 0.5, 0.5]), ("cosine", [0.0, 0.25, 0.5, 0.5]), ("constant", [0.5] * 4)]
 )
 def test_eta_moves_with_the_steps(kind, etas, tmp_path):
-    teacher = tiny.taught(seed=7, width=48).double().eval()
+    teacher = tiny_models.trained_model(seed=7, width=48).double().eval()
 
     def at(eta):
         def loss(model, row):
@@ -67,11 +67,13 @@ def test_eta_moves_with_the_steps(kind, etas, tmp_path):
 
         return loss
 
-    data = tiny.conversations(4)
-    wanted = steps_by_hand(tiny.taught().double(), rows(data), [at(eta) for eta in etas])
+    data = tiny_models.conversation_dataset(4)
+    wanted = steps_by_hand(tiny_models.trained_model().double(), tokenised_rows(data), [at(eta) for eta in etas])
     schedule = {"schedule": kind, "from": 0.0, "to": 0.5, "steps": 2}
     target = {"preset": "target-sft", "eta": schedule}
-    got = change(tiny.taught().double(), tmp_path, data, target=target, teacher_model=teacher, **several())
+    got = change_by_training(
+        tiny_models.trained_model().double(), tmp_path, data, target=target, teacher_model=teacher, **several()
+    )
     assert_same_change(got, wanted)
 
 
@@ -85,14 +87,16 @@ def test_a_warm_up_from_sft(tmp_path):
 
         return loss
 
-    data = tiny.conversations(4)
-    wanted = steps_by_hand(tiny.taught().double(), rows(data), [at(share) for share in (0, 0.5, 1, 1)])
+    data = tiny_models.conversation_dataset(4)
+    wanted = steps_by_hand(
+        tiny_models.trained_model().double(), tokenised_rows(data), [at(share) for share in (0, 0.5, 1, 1)]
+    )
     target = {"preset": "dft", "warmup_from_sft": 2}
-    made = trainer(tiny.taught().double(), tmp_path, data, target=target, **several())
-    before = weights(made.model)
+    made = quick_trainer(tiny_models.trained_model().double(), tmp_path, data, target=target, **several())
+    before = copied_weights(made.model)
     made.train()
-    assert_same_change(moved(before, made.model), wanted)
-    assert history(made, "target/share") == [0.0, 0.5, 1.0, 1.0]
+    assert_same_change(weight_change(before, made.model), wanted)
+    assert logged_values(made, "target/share") == [0.0, 0.5, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", [case.id for case in CASES if "old_logps" not in case.needs])
@@ -152,14 +156,14 @@ def test_a_share_is_written_back():
 )
 def test_a_schedule_that_makes_no_sense(eta, told, tmp_path):
     with pytest.raises(ConfigError) as error:
-        config(tmp_path, target={"preset": "target-sft", "eta": eta})
+        quick_config(tmp_path, target={"preset": "target-sft", "eta": eta})
     assert told in str(error.value)
 
 
 def test_a_number_of_tokens_has_no_schedule(tmp_path):
     schedule = {"schedule": "linear", "from": 10, "to": 20, "steps": 5}
     with pytest.raises(ConfigError, match=r"on the schedule top_k 10 → 20 \(linear, 5 steps\).*use a whole number"):
-        config(tmp_path, target={"preset": "eaft", "top_k": schedule})
+        quick_config(tmp_path, target={"preset": "eaft", "top_k": schedule})
 
 
 def test_without_steps_a_schedule_takes_the_whole_run():
@@ -169,23 +173,23 @@ def test_without_steps_a_schedule_takes_the_whole_run():
 
 def test_a_teacher_is_freed_once_nothing_asks_for_it(tmp_path):
     eta = {"schedule": "linear", "from": 0.5, "to": 0.0, "steps": 2}
-    made = trainer(
-        tiny.taught(),
+    made = quick_trainer(
+        tiny_models.trained_model(),
         tmp_path,
         target={"preset": "target-sft", "eta": eta},
-        teacher_model=tiny.taught(seed=7),
+        teacher_model=tiny_models.trained_model(seed=7),
         **several(),
     )
     assert made.reads_teacher
     made.train()
-    assert not made.reads_teacher and history(made, "residual_mass")[1] > 0
+    assert not made.reads_teacher and logged_values(made, "residual_mass")[1] > 0
 
 
 # -- sources ---------------------------------------------------------------------------------------
 
 
 def mixed(rows_of=8):
-    data = tiny.conversations(rows_of)
+    data = tiny_models.conversation_dataset(rows_of)
     return data.add_column("source", ["math" if i % 3 else "chat" for i in range(len(data))])
 
 
@@ -195,8 +199,8 @@ def mixed(rows_of=8):
     ids=["padded", "packed", "padding-free"],
 )
 def test_each_source_has_its_own_target(settings, tmp_path):
-    data = rows(mixed())
-    teacher = tiny.taught(seed=7, width=48).double().eval()
+    data = tokenised_rows(mixed())
+    teacher = tiny_models.trained_model(seed=7, width=48).double().eval()
 
     def loss(model, row):
         if row["source"] == "chat":
@@ -205,9 +209,9 @@ def test_each_source_has_its_own_target(settings, tmp_path):
             other = logits_of(teacher, row)
         return target_sft(logits_of(model, row), labels_of(row), eta=0.5, teacher_temperature=1.0, teacher_logits=other)
 
-    wanted = steps_by_hand(tiny.taught().double(), data, [loss])
-    made = trainer(
-        tiny.taught().double(),
+    wanted = steps_by_hand(tiny_models.trained_model().double(), data, [loss])
+    made = quick_trainer(
+        tiny_models.trained_model().double(),
         tmp_path,
         mixed(),
         targets={"math": "target-sft", "chat": "sft"},
@@ -216,11 +220,11 @@ def test_each_source_has_its_own_target(settings, tmp_path):
         **settings,
     )
     made.args.per_device_train_batch_size = made._train_batch_size = -(-len(made.train_dataset) // 2)
-    before = weights(made.model)
+    before = copied_weights(made.model)
     made.train()
-    assert_same_change(moved(before, made.model), wanted)
+    assert_same_change(weight_change(before, made.model), wanted)
     line = made.state.log_history[0]
-    tokens = {name: count([row for row in data if row["source"] == name]) for name in ("math", "chat")}
+    tokens = {name: count_supervised([row for row in data if row["source"] == name]) for name in ("math", "chat")}
     assert {name: line[f"{name}/supervised_tokens"] for name in tokens} == tokens
     assert line["chat/trust"] == 1 and line["math/trust"] < 1
     together = sum(line[f"{name}/nll"] * n for name, n in tokens.items()) / sum(tokens.values())
@@ -229,15 +233,15 @@ def test_each_source_has_its_own_target(settings, tmp_path):
 
 def test_sources_in_evaluation_and_on_a_schedule(tmp_path):
     beta = {"schedule": "linear", "from": 1.0, "to": 0.5, "steps": 2}
-    made = trained(
-        tiny.taught(),
+    made = train_quickly(
+        tiny_models.trained_model(),
         tmp_path,
         mixed(),
         eval_dataset=mixed(),
         targets={"math": {"preset": "gem", "beta": beta}, "chat": "dft"},
         **several(),
     )
-    assert history(made, "math/target/beta") == [1.0, 0.75, 0.5, 0.5]
+    assert logged_values(made, "math/target/beta") == [1.0, 0.75, 0.5, 0.5]
     metrics = made.evaluate()
     assert metrics["eval_math/trust"] == 1 > metrics["eval_chat/trust"]
 
@@ -259,21 +263,25 @@ def test_sources_in_evaluation_and_on_a_schedule(tmp_path):
 )
 def test_sources_that_do_not_fit(settings, told, tmp_path):
     with pytest.raises(ConfigError) as error:
-        trainer(tiny.llama(), tmp_path, mixed(), **settings)
+        quick_trainer(tiny_models.llama(), tmp_path, mixed(), **settings)
     assert told in str(error.value)
 
 
 def test_an_evaluation_set_without_sources(tmp_path):
     targets = {"math": "dft", "chat": "sft"}
     with pytest.raises(ConfigError, match=r"the eval dataset has no column 'source'.*eval_target: sft"):
-        trainer(
-            tiny.llama(), tmp_path, mixed(), eval_dataset=tiny.conversations(3), targets={"math": "dft", "chat": "sft"}
+        quick_trainer(
+            tiny_models.llama(),
+            tmp_path,
+            mixed(),
+            eval_dataset=tiny_models.conversation_dataset(3),
+            targets={"math": "dft", "chat": "sft"},
         )
-    made = trainer(
-        tiny.llama(),
+    made = quick_trainer(
+        tiny_models.llama(),
         tmp_path,
         mixed(),
-        eval_dataset=tiny.conversations(3),
+        eval_dataset=tiny_models.conversation_dataset(3),
         targets=targets,
         eval_target="sft",
     )
@@ -282,9 +290,11 @@ def test_an_evaluation_set_without_sources(tmp_path):
 
 def test_kept_tokens_are_counted_by_their_own_target(tmp_path):
     """cft's mask counts for cft's rows only."""
-    data = tokenised(mixed(), critical=lambda number, row: [i % 2 == 0 for i in row["input_ids"]])
+    data = tokenised_dataset(mixed(), critical=lambda number, row: [i % 2 == 0 for i in row["input_ids"]])
     data = data.add_column("source", mixed()["source"])
-    made = trainer(tiny.llama(), tmp_path, data, targets={"math": "cft", "chat": "cft"}, denominator="kept")
+    made = quick_trainer(
+        tiny_models.llama(), tmp_path, data, targets={"math": "cft", "chat": "cft"}, denominator="kept"
+    )
     batch = [*made.get_train_dataloader()]
     kept = sum(
         label != -100 and critical

@@ -11,11 +11,11 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 import qtarget as qt
-import tiny
+import tiny_models
 from qtarget import ConfigError, QTargetConfig, QTargetTrainer
 from qtarget.targets.objective import Objective
 from qtarget.training import checks
-from runs import config, quick, the_target, tokenised, trained, trainer
+from quick_runs import quick_config, quick_settings, quick_trainer, single_target, tokenised_dataset, train_quickly
 
 NOWHERE = "no/such-model"
 
@@ -50,8 +50,8 @@ def refused(match=None, **kwargs):
     ids=str,
 )
 def test_the_target_that_settings_name(settings, target, tmp_path):
-    made = config(tmp_path, **settings)
-    assert the_target(made) == made.resolve_eval_objective().targets[None].final == qt.Target.from_config(target)
+    made = quick_config(tmp_path, **settings)
+    assert single_target(made) == made.resolve_eval_objective().targets[None].final == qt.Target.from_config(target)
 
 
 @pytest.mark.parametrize(
@@ -72,21 +72,21 @@ def test_the_target_that_settings_name(settings, target, tmp_path):
 )
 def test_contradictions_are_refused(settings, told, tmp_path):
     with pytest.raises(ConfigError, match=f"contradict each other: .*{told}; keep one of them"):
-        config(tmp_path, **settings)
+        quick_config(tmp_path, **settings)
 
 
 def test_unknown_names_come_with_the_nearest(tmp_path):
     with pytest.raises(ConfigError, match="target is 'eatf'; did you mean 'eaft'"):
-        config(tmp_path, target="eatf")
+        quick_config(tmp_path, target="eatf")
     with pytest.raises(ConfigError, match="loss_type is 'ddft'; did you mean 'dft'"):
-        config(tmp_path, loss_type="ddft")
+        quick_config(tmp_path, loss_type="ddft")
     with pytest.raises(ConfigError, match=r"eval_target: .*'kdd'; did you mean 'kd'"):
-        config(tmp_path, eval_target="kdd")
+        quick_config(tmp_path, eval_target="kdd")
 
 
 def test_faults_of_the_settings_are_shown_together(tmp_path):
     with pytest.raises(ConfigError) as error:
-        config(tmp_path, target="eatf", eval_target="kdd", denominator="everything")
+        quick_config(tmp_path, target="eatf", eval_target="kdd", denominator="everything")
     assert len(error.value.faults) == 3
 
 
@@ -97,17 +97,21 @@ def test_faults_of_the_settings_are_shown_together(tmp_path):
 )
 def test_settings_of_trl_are_converted(settings, target, tmp_path):
     """TRL's loss_type is nll where nobody chose it: that contradicts nothing."""
-    args = SFTConfig(**quick(tmp_path, bf16=False, max_length=33, **settings))
-    made = QTargetTrainer(tiny.llama(), args, train_dataset=tiny.texts(4), processing_class=tiny.tokenizer())
-    assert isinstance(made.args, QTargetConfig) and the_target(made.args) == qt.preset(target)
+    args = SFTConfig(**quick_settings(tmp_path, bf16=False, max_length=33, **settings))
+    made = QTargetTrainer(
+        tiny_models.llama(), args, train_dataset=tiny_models.text_dataset(4), processing_class=tiny_models.tokenizer()
+    )
+    assert isinstance(made.args, QTargetConfig) and single_target(made.args) == qt.preset(target)
     assert made.args.max_length == 33 and not made.args.bf16
     made.train()
 
 
 def test_settings_of_transformers_are_converted(tmp_path):
-    args = TrainingArguments(**quick(tmp_path, label_smoothing_factor=0.1, weight_decay=0.125))
-    made = QTargetTrainer(tiny.llama(), args, train_dataset=tiny.texts(4), processing_class=tiny.tokenizer())
-    assert the_target(made.args) == qt.preset("label-smoothing", smoothing=0.1)
+    args = TrainingArguments(**quick_settings(tmp_path, label_smoothing_factor=0.1, weight_decay=0.125))
+    made = QTargetTrainer(
+        tiny_models.llama(), args, train_dataset=tiny_models.text_dataset(4), processing_class=tiny_models.tokenizer()
+    )
+    assert single_target(made.args) == qt.preset("label-smoothing", smoothing=0.1)
     assert made.args.weight_decay == 0.125 and made.args.max_length == QTargetConfig.max_length
     assert made.label_smoother is None, "the smoothing is the target's: twice would be too much"
     made.train()
@@ -115,12 +119,16 @@ def test_settings_of_transformers_are_converted(tmp_path):
 
 def test_no_settings_at_all(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = QTargetTrainer(tiny.llama(), train_dataset=tiny.texts(4), processing_class=tiny.tokenizer())
-    assert the_target(made.args) == qt.preset("sft")
+    made = QTargetTrainer(
+        tiny_models.llama(), train_dataset=tiny_models.text_dataset(4), processing_class=tiny_models.tokenizer()
+    )
+    assert single_target(made.args) == qt.preset("sft")
 
 
 def test_arguments_by_position_as_in_trl(tmp_path):
-    made = QTargetTrainer(tiny.llama(), config(tmp_path), None, tiny.texts(4), None, tiny.tokenizer())
+    made = QTargetTrainer(
+        tiny_models.llama(), quick_config(tmp_path), None, tiny_models.text_dataset(4), None, tiny_models.tokenizer()
+    )
     assert len(made.train_dataset) == 4
 
 
@@ -129,24 +137,24 @@ def test_arguments_by_position_as_in_trl(tmp_path):
 
 def test_a_teacher_as_one_mapping_is_stored_flat(tmp_path):
     mapping = {"model": "org/a", "init_kwargs": {"dtype": "bfloat16"}, "tail": "even", "ema_decay": None}
-    made = config(tmp_path, teacher=mapping)
-    beside = config(
+    made = quick_config(tmp_path, teacher=mapping)
+    beside = quick_config(
         tmp_path,
         teacher_model_name_or_path="org/a",
         teacher_model_init_kwargs={"dtype": "bfloat16"},
         teacher_tail="even",
     )
     assert made == beside and made.to_dict() == beside.to_dict() and made.teacher is None
-    assert config(tmp_path, teacher="org/a").teacher_model_name_or_path == "org/a"
-    assert config(tmp_path, teacher='{"cache": "kept"}').teacher_cache == "kept"
-    assert [member.name for member in config(tmp_path, teacher={"models": {"a": 1.0}}).pool_members()] == ["a"]
+    assert quick_config(tmp_path, teacher="org/a").teacher_model_name_or_path == "org/a"
+    assert quick_config(tmp_path, teacher='{"cache": "kept"}').teacher_cache == "kept"
+    assert [member.name for member in quick_config(tmp_path, teacher={"models": {"a": 1.0}}).pool_members()] == ["a"]
     assert replace(made, max_steps=3).teacher_model_name_or_path == "org/a"
 
 
 def test_a_teacher_in_both_forms(tmp_path):
-    assert config(tmp_path, teacher={"tail": "even"}, teacher_tail="even").teacher_tail == "even"
+    assert quick_config(tmp_path, teacher={"tail": "even"}, teacher_tail="even").teacher_tail == "even"
     with pytest.raises(ConfigError) as error:
-        config(tmp_path, teacher={"model": "org/a", "cache": "kept"}, teacher_model_name_or_path="org/b")
+        quick_config(tmp_path, teacher={"model": "org/a", "cache": "kept"}, teacher_model_name_or_path="org/b")
     assert error.value.faults == [
         "teacher.model is 'org/a' and teacher_model_name_or_path is 'org/b'; keep one of them"
     ]
@@ -163,15 +171,15 @@ def test_a_teacher_in_both_forms(tmp_path):
 )
 def test_a_teacher_mapping_that_is_wrong(value, sentence, tmp_path):
     with pytest.raises(ConfigError) as error:
-        config(tmp_path, teacher=value)
+        quick_config(tmp_path, teacher=value)
     assert error.value.faults[0].startswith(sentence) and len(error.value.faults) == 1
 
 
 def test_a_teacher_mapping_trains(tmp_path):
     """Its settings are the ones that a checkpoint holds."""
-    tiny.llama(1).save_pretrained(tmp_path / "teacher")
-    tiny.tokenizer().save_pretrained(tmp_path / "teacher")
-    made = trained(tiny.llama(), tmp_path, target="kd", teacher=str(tmp_path / "teacher"))
+    tiny_models.llama(1).save_pretrained(tmp_path / "teacher")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "teacher")
+    made = train_quickly(tiny_models.llama(), tmp_path, target="kd", teacher=str(tmp_path / "teacher"))
     assert made.args.teacher_model_name_or_path == str(tmp_path / "teacher")
 
 
@@ -179,19 +187,19 @@ def test_a_teacher_mapping_trains(tmp_path):
 
 
 def test_bf16_left_alone_is_off_on_a_cpu(tmp_path, caplog):
-    assert config(tmp_path).bf16 is False
+    assert quick_config(tmp_path).bf16 is False
     assert not caplog.records
 
 
 def test_bf16_asked_for_is_kept_and_warned_of(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="qtarget"):
-        made = config(tmp_path, bf16=True)
+        made = quick_config(tmp_path, bf16=True)
     assert made.bf16 is True
     assert "bf16=True is kept, but this device has no bfloat16 units" in caplog.text
 
 
 def test_bf16_trains_with_weights_in_float32(tmp_path):
-    made = trained(tiny.llama(), tmp_path, bf16=True, target="sft-kl", max_steps=2)
+    made = train_quickly(tiny_models.llama(), tmp_path, bf16=True, target="sft-kl", max_steps=2)
     assert {p.dtype for p in made.model.parameters()} == {torch.float32}
     assert made.state.log_history[0]["loss"] == pytest.approx(made.state.log_history[0]["nll"], abs=1e-3)
 
@@ -202,9 +210,9 @@ def test_bf16_trains_with_weights_in_float32(tmp_path):
 def test_missing_teacher(tmp_path):
     faults = refused(
         model=NOWHERE,
-        args=config(tmp_path, target="target-sft"),
-        train_dataset=tiny.texts(2),
-        processing_class=tiny.tokenizer(),
+        args=quick_config(tmp_path, target="target-sft"),
+        train_dataset=tiny_models.text_dataset(2),
+        processing_class=tiny_models.tokenizer(),
     )
     assert faults == [
         "target target-sft(eta=0.5, teacher_temperature=1.0) needs a teacher and got none; "
@@ -228,10 +236,13 @@ def test_missing_teacher(tmp_path):
 def test_missing_column(target, column, what, mend, tmp_path):
     faults = refused(
         model=NOWHERE,
-        args=config(tmp_path, target=target, psft_refresh="never"),
-        train_dataset=tiny.texts(2),
-        eval_dataset={"short": tiny.texts(2), "long": tiny.texts(3).add_column(column, [1.0] * 3)},
-        processing_class=tiny.tokenizer(),
+        args=quick_config(tmp_path, target=target, psft_refresh="never"),
+        train_dataset=tiny_models.text_dataset(2),
+        eval_dataset={
+            "short": tiny_models.text_dataset(2),
+            "long": tiny_models.text_dataset(3).add_column(column, [1.0] * 3),
+        },
+        processing_class=tiny_models.tokenizer(),
     )
     assert faults == [
         f"target {qt.preset(target)} needs {what}, but the {name} dataset has no column '{column}' "
@@ -243,9 +254,9 @@ def test_missing_column(target, column, what, mend, tmp_path):
 def test_a_loss_of_ones_own_beside_the_target(tmp_path):
     faults = refused(
         model=NOWHERE,
-        args=config(tmp_path),
-        train_dataset=tiny.texts(2),
-        processing_class=tiny.tokenizer(),
+        args=quick_config(tmp_path),
+        train_dataset=tiny_models.text_dataset(2),
+        processing_class=tiny_models.tokenizer(),
         compute_loss_func=lambda *args, **kwargs: 0,
     )
     assert len(faults) == 1 and faults[0].startswith("compute_loss_func is given beside target; a run trains one")
@@ -254,9 +265,9 @@ def test_a_loss_of_ones_own_beside_the_target(tmp_path):
 def test_a_dataset_of_another_shape(tmp_path):
     faults = refused(
         model=NOWHERE,
-        args=config(tmp_path, dataset_text_field="content"),
+        args=quick_config(tmp_path, dataset_text_field="content"),
         train_dataset=Dataset.from_dict({"question": ["a"], "answer": ["b"]}),
-        processing_class=tiny.tokenizer(),
+        processing_class=tiny_models.tokenizer(),
     )
     assert faults == [
         "the train dataset has columns answer, question; give it one of messages, prompt and completion, "
@@ -267,9 +278,9 @@ def test_a_dataset_of_another_shape(tmp_path):
 def test_a_weight_per_sequence_where_sequences_run_together(tmp_path):
     faults = refused(
         model=NOWHERE,
-        args=config(tmp_path, target="iw-sft", weights="online", packing=True, packing_strategy="wrapped"),
-        train_dataset=tiny.texts(2),
-        processing_class=tiny.tokenizer(),
+        args=quick_config(tmp_path, target="iw-sft", weights="online", packing=True, packing_strategy="wrapped"),
+        train_dataset=tiny_models.text_dataset(2),
+        processing_class=tiny_models.tokenizer(),
     )
     assert len(faults) == 1 and faults[0].startswith("weights is 'online' and packing_strategy is 'wrapped', which")
 
@@ -277,9 +288,9 @@ def test_a_weight_per_sequence_where_sequences_run_together(tmp_path):
 def test_several_faults_are_shown_together(tmp_path):
     faults = refused(
         model=NOWHERE,
-        args=config(tmp_path, target="iw-sft", eval_target="kd"),
+        args=quick_config(tmp_path, target="iw-sft", eval_target="kd"),
         train_dataset=Dataset.from_dict({"question": ["a"]}),
-        processing_class=tiny.tokenizer(),
+        processing_class=tiny_models.tokenizer(),
         peft_config=LoraConfig(target_modules=["lm_head"]),
         compute_loss_func=print,
     )
@@ -307,29 +318,31 @@ def saved(model, tokenizer, folder):
 def folders(tmp_path_factory):
     """A student, a teacher of the family, and one whose tokenizer learned from other text."""
     root = tmp_path_factory.mktemp("models")
-    other = tiny.tokenizer(extra="zebra quokka ")
+    other = tiny_models.tokenizer(extra="zebra quokka ")
     return {
-        "student": saved(tiny.llama(), tiny.tokenizer(), root / "student"),
-        "teacher": saved(tiny.llama(seed=1, width=48, vocab=333), tiny.tokenizer(), root / "teacher"),
-        "stranger": saved(tiny.llama(seed=2, vocab=len(other)), other, root / "stranger"),
+        "student": saved(tiny_models.llama(), tiny_models.tokenizer(), root / "student"),
+        "teacher": saved(tiny_models.llama(seed=1, width=48, vocab=333), tiny_models.tokenizer(), root / "teacher"),
+        "stranger": saved(tiny_models.llama(seed=2, vocab=len(other)), other, root / "stranger"),
     }
 
 
 def test_everything_by_name(folders, tmp_path):
     """Student, its tokenizer and the teacher from folders; the teacher's head is padded."""
-    args = config(tmp_path, target="kd", teacher_model_name_or_path=folders["teacher"])
-    made = QTargetTrainer(folders["student"], args, train_dataset=tiny.conversations(4))
+    args = quick_config(tmp_path, target="kd", teacher_model_name_or_path=folders["teacher"])
+    made = QTargetTrainer(folders["student"], args, train_dataset=tiny_models.conversation_dataset(4))
     made.train()
     (teacher,) = (one.model for one in made.aux.teacher.models)
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
 def test_a_teacher_with_another_tokenizer(folders, tmp_path):
-    ours, theirs = ({i: t for t, i in tiny.tokenizer(extra=e).get_vocab().items()} for e in ("", "zebra quokka "))
+    ours, theirs = (
+        {i: t for t, i in tiny_models.tokenizer(extra=e).get_vocab().items()} for e in ("", "zebra quokka ")
+    )
     first = next(i for i in range(999) if ours.get(i) != theirs.get(i))
-    args = config(tmp_path, target="kd", teacher_model_name_or_path=folders["stranger"])
-    data = tiny.texts(2)
-    for student in ({"model": folders["student"]}, {"model": NOWHERE, "processing_class": tiny.tokenizer()}):
+    args = quick_config(tmp_path, target="kd", teacher_model_name_or_path=folders["stranger"])
+    data = tiny_models.text_dataset(2)
+    for student in ({"model": folders["student"]}, {"model": NOWHERE, "processing_class": tiny_models.tokenizer()}):
         faults = refused(**student, args=args, train_dataset=data)
         assert faults == [
             f"teacher_model_name_or_path is {folders['stranger']!r}, which has another tokenizer: id {first} "
@@ -340,25 +353,25 @@ def test_a_teacher_with_another_tokenizer(folders, tmp_path):
 
 def test_an_unneeded_teacher_is_not_loaded(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="qtarget"):
-        made = trainer(tiny.llama(), tmp_path, target="dft", teacher_model_name_or_path=NOWHERE)
+        made = quick_trainer(tiny_models.llama(), tmp_path, target="dft", teacher_model_name_or_path=NOWHERE)
     assert made.aux.teacher is None
     assert "a teacher is given, but target dft does not need it; it is not loaded" in caplog.text
 
 
 def test_at_eta_zero_no_teacher_is_needed(tmp_path):
-    made = trained(tiny.llama(), tmp_path, target={"preset": "target-sft", "eta": 0.0})
+    made = train_quickly(tiny_models.llama(), tmp_path, target={"preset": "target-sft", "eta": 0.0})
     assert made.aux.teacher is None
 
 
 def test_a_teacher_for_evaluation_only(tmp_path):
-    data = tiny.conversations(4)
-    made = trainer(
-        tiny.llama(),
+    data = tiny_models.conversation_dataset(4)
+    made = quick_trainer(
+        tiny_models.llama(),
         tmp_path,
         data,
         eval_dataset=data,
         eval_target="kd",
-        teacher_model=tiny.llama(1, width=48),
+        teacher_model=tiny_models.llama(1, width=48),
     )
     assert made.aux.teacher is not None and made.evaluate()["eval_residual_mass"] == 1
 
@@ -366,9 +379,9 @@ def test_a_teacher_for_evaluation_only(tmp_path):
 def test_a_reference_by_name(folders, tmp_path):
     """Given as a folder it is that model; by default it is the start."""
     target = {"preset": "sft-kl", "kl_weight": 1.0}
-    own = trained(tiny.llama(), tmp_path, target=target)
-    named = trained(tiny.llama(), tmp_path, target=target, reference_model_name_or_path=folders["student"])
-    other = trained(tiny.llama(), tmp_path, target=target, reference_model=tiny.llama(4))
+    own = train_quickly(tiny_models.llama(), tmp_path, target=target)
+    named = train_quickly(tiny_models.llama(), tmp_path, target=target, reference_model_name_or_path=folders["student"])
+    other = train_quickly(tiny_models.llama(), tmp_path, target=target, reference_model=tiny_models.llama(4))
     assert own.state.log_history[0]["loss"] == named.state.log_history[0]["loss"]
     assert own.state.log_history[0]["loss"] != other.state.log_history[0]["loss"]
 
@@ -378,19 +391,19 @@ def test_a_reference_by_name(folders, tmp_path):
 
 def test_no_supervised_token_at_all(tmp_path):
     """Labels all ignored, or only at position 0, which nothing predicts."""
-    only_first = tokenised(
-        tiny.conversations(3),
+    only_first = tokenised_dataset(
+        tiny_models.conversation_dataset(3),
         labels=lambda number, row: row["input_ids"][:1] + [-100] * (len(row["labels"]) - 1),
     )
     with pytest.raises(ConfigError, match="the train dataset has no supervised token: none of its first 3 rows has a"):
-        trainer(tiny.llama(), tmp_path, only_first)
+        quick_trainer(tiny_models.llama(), tmp_path, only_first)
     with pytest.raises(ConfigError, match=r"the eval dataset has no supervised token: .*check completion_only_loss"):
-        trainer(tiny.llama(), tmp_path, eval_dataset=only_first)
+        quick_trainer(tiny_models.llama(), tmp_path, eval_dataset=only_first)
 
 
 def test_prompts_that_fill_max_length(tmp_path):
     with pytest.raises(ConfigError, match=r"it has no row left with a label to train; check .*max_length"):
-        trainer(tiny.llama(), tmp_path, max_length=4)
+        quick_trainer(tiny_models.llama(), tmp_path, max_length=4)
 
 
 def test_checks_without_columns():

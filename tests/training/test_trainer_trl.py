@@ -3,9 +3,9 @@
 import pytest
 from trl import SFTConfig, SFTTrainer
 
-import tiny
+import tiny_models
 from qtarget import QTargetTrainer
-from runs import config, quick, tokenised
+from quick_runs import quick_config, quick_settings, tokenised_dataset
 
 STEPS = 20
 TRAINING = {
@@ -20,8 +20,8 @@ TRAINING = {
 def six_labels_a_row():
     """Rows of different lengths with six labels each: TRL's metrics are means over micro-batches, which weigh
     tokens alike only where every micro-batch has as many."""
-    return tokenised(
-        tiny.conversations(10),
+    return tokenised_dataset(
+        tiny_models.conversation_dataset(10),
         labels=lambda number, row: [-100] * (len(row["labels"]) - 6) + row["input_ids"][-6:],
     )
 
@@ -37,25 +37,25 @@ def test_twenty_steps_of_adamw(target, loss_type, tmp_path):
     schedule = TRAINING | {"lr_scheduler_type": "cosine", "warmup_steps": 3}
     theirs, their_weights = run(
         SFTTrainer(
-            tiny.taught(),
-            SFTConfig(**quick(tmp_path, **schedule, loss_type=loss_type, bf16=False)),
+            tiny_models.trained_model(),
+            SFTConfig(**quick_settings(tmp_path, **schedule, loss_type=loss_type, bf16=False)),
             train_dataset=six_labels_a_row(),
-            processing_class=tiny.tokenizer(),
+            processing_class=tiny_models.tokenizer(),
         )
     )
     ours, our_weights = run(
         QTargetTrainer(
-            tiny.taught(),
-            config(tmp_path, **schedule, target=target),
+            tiny_models.trained_model(),
+            quick_config(tmp_path, **schedule, target=target),
             train_dataset=six_labels_a_row(),
-            processing_class=tiny.tokenizer(),
+            processing_class=tiny_models.tokenizer(),
         )
     )
     assert len(ours) == len(theirs) == STEPS
     for mine, trls in zip(ours, theirs, strict=True):
         for name in trls:
             assert mine[name] == pytest.approx(trls[name], rel=1e-5), name
-    start = tiny.taught().state_dict()
+    start = tiny_models.trained_model().state_dict()
     for name, weight in their_weights.items():
         error = (our_weights[name] - weight).norm() / (weight - start[name]).norm()
         assert error < 2e-5, f"{name}: {error:.1e} of its way"

@@ -4,9 +4,9 @@ import functools
 
 import pytest
 
-import tiny
-from beside_trl import OURS, TRL, make
-from shapes import SHAPES, Shape, many_rows, rows_of
+import tiny_models
+from beside_trl import OURS, TRL, make_trainer
+from dataset_shapes import SHAPES, Shape, many_rows, rows_of
 
 CUTS = {
     "cut at the end": {},
@@ -20,7 +20,7 @@ ALL_SHAPES = {shape.name: shape for shape in [*SHAPES, Shape("1100 rows", many_r
 
 @functools.cache
 def model():
-    return tiny.llama()
+    return tiny_models.llama()
 
 
 @functools.cache
@@ -36,7 +36,7 @@ def test_prepared_rows(shape, cut, shuffle, tmp_path):
     case = ALL_SHAPES[shape]
     settings = {"max_length": case.max_length, "shuffle_dataset": shuffle, **CUTS[cut], **case.settings}
     theirs, ours = (
-        rows_of(make(kind, model(), tmp_path, data_of(shape), case.given(), **settings).train_dataset)
+        rows_of(make_trainer(kind, model(), tmp_path, data_of(shape), case.given(), **settings).train_dataset)
         for kind in (TRL, OURS)
     )
     assert max(len(row["input_ids"]) for row in theirs) == case.max_length, "no row is as long as to be cut"

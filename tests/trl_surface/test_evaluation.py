@@ -8,19 +8,29 @@ import torch
 from datasets import DatasetDict
 from peft import LoraConfig, PromptTuningConfig
 
-import tiny
-from beside_trl import CLOSE, OURS, OVER_TOKENS, TIMES, TRL, assert_same_run, assert_same_way, make, side_by_side
-from runs import rows, tokenised
-from shapes import streamed
+import tiny_models
+from beside_trl import (
+    CLOSE,
+    OURS,
+    OVER_TOKENS,
+    TIMES,
+    TRL,
+    assert_same_run,
+    assert_same_way,
+    make_trainer,
+    side_by_side,
+)
+from dataset_shapes import streamed
+from quick_runs import tokenised_dataset, tokenised_rows
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
 PROMPT = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
 WHOLE = {"per_device_eval_batch_size": 8}  # one batch: TRL's mean over batches is then qtarget's over tokens
 
 
-def both(folder, data, given=None, model=tiny.taught, **settings):
+def both(folder, data, given=None, model=tiny_models.trained_model, **settings):
     """TRL's trainer and ours, not yet trained."""
-    return [make(kind, model(), folder, data, given or {}, **settings) for kind in (TRL, OURS)]
+    return [make_trainer(kind, model(), folder, data, given or {}, **settings) for kind in (TRL, OURS)]
 
 
 def assert_holds(ours, theirs, prefix="eval_"):
@@ -38,17 +48,20 @@ def assert_holds(ours, theirs, prefix="eval_"):
 
 
 EVALUATED = {
-    "text": (tiny.texts, {}),
-    "completions": (tiny.conversations, {}),
-    "dft": (tiny.conversations, {"loss_type": "dft"}),
-    "bfd": (tiny.conversations, {"packing": True, "max_length": 64}),
-    "bfd in training only": (tiny.conversations, {"packing": True, "max_length": 64, "eval_packing": False}),
+    "text": (tiny_models.text_dataset, {}),
+    "completions": (tiny_models.conversation_dataset, {}),
+    "dft": (tiny_models.conversation_dataset, {"loss_type": "dft"}),
+    "bfd": (tiny_models.conversation_dataset, {"packing": True, "max_length": 64}),
+    "bfd in training only": (
+        tiny_models.conversation_dataset,
+        {"packing": True, "max_length": 64, "eval_packing": False},
+    ),
     "wrapped in evaluation only": (
-        tiny.conversations,
+        tiny_models.conversation_dataset,
         {"packing_strategy": "wrapped", "max_length": 64, "eval_packing": True},
     ),
-    "padding_free": (tiny.turns, {"padding_free": True, "max_length": None}),
-    "a stream": (streamed(tiny.texts), {}),
+    "padding_free": (tiny_models.message_dataset, {"padding_free": True, "max_length": None}),
+    "a stream": (streamed(tiny_models.text_dataset), {}),
 }
 
 
@@ -67,7 +80,7 @@ def test_evaluation(case, tmp_path):
 
 
 def test_evaluation_logs_how_many_tokens_were_trained(tmp_path):
-    data = tiny.conversations()
+    data = tiny_models.conversation_dataset()
     theirs, ours = side_by_side(
         tmp_path, lambda: data, given={"eval_dataset": data}, eval_strategy="steps", eval_steps=3
     )
@@ -79,8 +92,8 @@ def test_evaluation_logs_how_many_tokens_were_trained(tmp_path):
 
 
 def test_evaluation_of_a_mixture_of_experts(tmp_path):
-    data = tiny.conversations()
-    theirs, ours = both(tmp_path, data, {"eval_dataset": data}, tiny.qwen3_moe, **WHOLE)
+    data = tiny_models.conversation_dataset()
+    theirs, ours = both(tmp_path, data, {"eval_dataset": data}, tiny_models.qwen3_moe, **WHOLE)
     assert_holds(ours.evaluate(), theirs.evaluate())
     assert_holds(ours.state.log_history[-1], theirs.state.log_history[-1])
 
@@ -88,9 +101,13 @@ def test_evaluation_of_a_mixture_of_experts(tmp_path):
 @pytest.mark.parametrize("kind", [dict, DatasetDict], ids=lambda kind: kind.__name__)
 def test_several_evaluation_sets(kind, tmp_path):
     """While training and after it."""
-    sets = kind({"seen": tiny.conversations(4), "prose": tiny.conversations(8).select(range(4, 8))})
+    sets = kind(
+        {"seen": tiny_models.conversation_dataset(4), "prose": tiny_models.conversation_dataset(8).select(range(4, 8))}
+    )
     settings = {"eval_strategy": "steps", "eval_steps": 2, **WHOLE}
-    theirs, ours = side_by_side(tmp_path, lambda: tiny.conversations(4), given={"eval_dataset": sets}, **settings)
+    theirs, ours = side_by_side(
+        tmp_path, lambda: tiny_models.conversation_dataset(4), given={"eval_dataset": sets}, **settings
+    )
     assert_same_run(theirs, ours)
     found = []
     for trls, mine in zip(theirs.trainer.state.log_history, ours.trainer.state.log_history, strict=True):
@@ -103,11 +120,13 @@ def test_several_evaluation_sets(kind, tmp_path):
 
 def test_evaluation_of_a_set_that_comes_later(tmp_path):
     """Raw, as a user has it: evaluate prepares it as it would have been at the start."""
-    theirs, ours = both(tmp_path, tiny.conversations(), {}, max_length=30, **WHOLE)
-    assert_holds(ours.evaluate(tiny.conversations(4)), theirs.evaluate(tiny.conversations(4)))
-    sets = {"a": tiny.turns(4), "b": tiny.conversations(4)}
+    theirs, ours = both(tmp_path, tiny_models.conversation_dataset(), {}, max_length=30, **WHOLE)
+    assert_holds(
+        ours.evaluate(tiny_models.conversation_dataset(4)), theirs.evaluate(tiny_models.conversation_dataset(4))
+    )
+    sets = {"a": tiny_models.message_dataset(4), "b": tiny_models.conversation_dataset(4)}
     assert_holds(ours.evaluate(sets), theirs.evaluate(sets), "eval_b_")
-    mine, trls = (made.evaluate(tiny.turns(4), metric_key_prefix="x") for made in (ours, theirs))
+    mine, trls = (made.evaluate(tiny_models.message_dataset(4), metric_key_prefix="x") for made in (ours, theirs))
     assert_holds(mine, trls, "x_")
 
 
@@ -123,8 +142,8 @@ def test_the_best_of_a_run(best, tmp_path):
         "metric_for_best_model": best,
         **WHOLE,
     }
-    given = {"eval_dataset": tiny.conversations(4)}
-    theirs, ours = side_by_side(tmp_path, tiny.conversations, given=given, **settings)
+    given = {"eval_dataset": tiny_models.conversation_dataset(4)}
+    theirs, ours = side_by_side(tmp_path, tiny_models.conversation_dataset, given=given, **settings)
     assert ours.trainer.state.best_global_step == theirs.trainer.state.best_global_step == 2
     assert_same_way(theirs, ours)
 
@@ -171,7 +190,7 @@ METRICS = {
 @pytest.mark.parametrize("case", METRICS)
 def test_metrics_of_ones_own(case, tmp_path):
     given, settings = METRICS[case]
-    data = tiny.conversations()
+    data = tiny_models.conversation_dataset()
     theirs, ours = (
         made.evaluate() for made in both(tmp_path, data, {"eval_dataset": data, **given}, **(WHOLE | settings))
     )
@@ -181,8 +200,8 @@ def test_metrics_of_ones_own(case, tmp_path):
 
 @pytest.mark.parametrize("given", [{}, {"peft_config": LORA}, {"peft_config": PROMPT}], ids=["plain", "lora", "prompt"])
 def test_predictions_are_the_logits(given, tmp_path):
-    data = tiny.conversations()
-    theirs, ours = both(tmp_path, data, given, functools.partial(tiny.taught, tied=False), **WHOLE)
+    data = tiny_models.conversation_dataset()
+    theirs, ours = both(tmp_path, data, given, functools.partial(tiny_models.trained_model, tied=False), **WHOLE)
     theirs, ours = (made.predict(made.train_dataset) for made in (theirs, ours))
     assert ours.predictions.shape == theirs.predictions.shape
     assert np.allclose(ours.predictions, theirs.predictions, atol=1e-5) and theirs.predictions.std() > 0.1
@@ -192,11 +211,11 @@ def test_predictions_are_the_logits(given, tmp_path):
 
 def test_predictions_are_the_models_own(tmp_path):
     """Row by row, as the model by itself answers: nothing between them."""
-    data = tokenised(tiny.conversations(3))
+    data = tokenised_dataset(tiny_models.conversation_dataset(3))
     _, ours = both(tmp_path, data, **WHOLE)
     predictions = ours.predict(ours.train_dataset).predictions
-    model = tiny.taught().eval()
-    for got, row in zip(predictions, rows(data), strict=True):
+    model = tiny_models.trained_model().eval()
+    for got, row in zip(predictions, tokenised_rows(data), strict=True):
         with torch.no_grad():
             own = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
         assert torch.allclose(torch.as_tensor(got[: len(own)]), own, atol=1e-4)

@@ -12,8 +12,8 @@ from peft import (
 )
 from transformers import set_seed
 
-import tiny
-from beside_trl import ONE_MICRO_BATCH, OURS, TRL, assert_same_run, one, side_by_side
+import tiny_models
+from beside_trl import ONE_MICRO_BATCH, OURS, TRL, assert_same_run, run_one, side_by_side
 
 DFT = {"loss_type": "dft"}
 BFD = {"packing": True, "max_length": 64}
@@ -29,16 +29,16 @@ def named(cases):
 
 
 def untied():
-    return tiny.taught(tied=False)
+    return tiny_models.trained_model(tied=False)
 
 
 def wide():
     """A head with more rows than the tokenizer has tokens, as padded to a multiple."""
-    return tiny.taught(vocab=384)
+    return tiny_models.trained_model(vocab=384)
 
 
 def gpt2():
-    return tiny.taught(tiny.gpt2)
+    return tiny_models.trained_model(tiny_models.gpt2)
 
 
 def with_dropout():
@@ -51,15 +51,15 @@ def with_dropout():
 
 
 def gemma2():
-    return tiny.taught(tiny.gemma2)
+    return tiny_models.trained_model(tiny_models.gemma2)
 
 
 def cohere():
-    return tiny.taught(tiny.cohere)
+    return tiny_models.trained_model(tiny_models.cohere)
 
 
 def granite():
-    return tiny.taught(tiny.granite)
+    return tiny_models.trained_model(tiny_models.granite)
 
 
 # Gentle steps: Granite's divided logits send float32 and float64 apart within three that are long.
@@ -68,7 +68,7 @@ def granite():
     "model", [untied, wide, gpt2, with_dropout, gemma2, cohere, granite], ids=lambda model: model.__name__
 )
 def test_architectures(model, settings, tmp_path):
-    assert_same_run(*side_by_side(tmp_path, tiny.conversations, model, learning_rate=0.05, **settings))
+    assert_same_run(*side_by_side(tmp_path, tiny_models.conversation_dataset, model, learning_rate=0.05, **settings))
 
 
 # -- mixtures of experts ---------------------------------------------------------------------------
@@ -87,14 +87,14 @@ EXPERTS = {
 
 @named(EXPERTS)
 def test_a_mixture_of_experts(case, tmp_path):
-    theirs, ours = side_by_side(tmp_path, tiny.conversations, tiny.qwen3_moe, **case)
+    theirs, ours = side_by_side(tmp_path, tiny_models.conversation_dataset, tiny_models.qwen3_moe, **case)
     assert_same_run(theirs, ours)
     assert all(("aux_loss" in step) == (case.get("router_aux_loss_coef") != 0.0) for step in theirs.steps)
 
 
 def test_a_mixture_of_experts_with_adapters(tmp_path):
     given = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")}
-    theirs, ours = side_by_side(tmp_path, tiny.conversations, tiny.qwen3_moe, given)
+    theirs, ours = side_by_side(tmp_path, tiny_models.conversation_dataset, tiny_models.qwen3_moe, given)
     assert_same_run(theirs, ours)
     assert theirs.steps[0]["aux_loss"] > 0
 
@@ -114,15 +114,15 @@ AROUND = {
 
 @named(AROUND)
 def test_around_the_model(case, tmp_path):
-    assert_same_run(*side_by_side(tmp_path, tiny.conversations, **case))
+    assert_same_run(*side_by_side(tmp_path, tiny_models.conversation_dataset, **case))
 
 
 def test_noise_and_dropout_are_at_work(tmp_path):
     """Otherwise the same run with them would show nothing."""
-    plain = one(TRL, tmp_path, tiny.conversations, gpt2)
+    plain = run_one(TRL, tmp_path, tiny_models.conversation_dataset, gpt2)
     for model, settings in [(gpt2, {"neftune_noise_alpha": 5.0}), (with_dropout, {})]:
         with pytest.raises(AssertionError, match="step 1: loss"):
-            assert_same_run(plain, one(OURS, tmp_path, tiny.conversations, model, **settings))
+            assert_same_run(plain, run_one(OURS, tmp_path, tiny_models.conversation_dataset, model, **settings))
 
 
 # -- adapters --------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ TRAINED = [(name, how) for name in ADAPTERS for how in WITH if how == "sft" or n
 def test_adapters(adapter, how, tmp_path):
     """Of prompts and completions: nothing is trained at position 0, before which virtual tokens would come."""
     given = {"peft_config": ADAPTERS[adapter]}
-    assert_same_run(*side_by_side(tmp_path, tiny.conversations, untied, given, **WITH[how]))
+    assert_same_run(*side_by_side(tmp_path, tiny_models.conversation_dataset, untied, given, **WITH[how]))
 
 
 def test_a_model_that_has_adapters_already(tmp_path):
@@ -168,17 +168,19 @@ def test_a_model_that_has_adapters_already(tmp_path):
         set_seed(5)
         return get_peft_model(untied(), lora())
 
-    assert_same_run(*side_by_side(tmp_path, tiny.conversations, adapted))
+    assert_same_run(*side_by_side(tmp_path, tiny_models.conversation_dataset, adapted))
 
 
 def test_adapters_for_the_tokens_of_a_new_template(tmp_path):
     """TRL trains the rows of the tokens it adds, and the head."""
-    other = tiny.tokenizer("other").__class__(tokenizer_object=tiny.tokenizer()._tokenizer, eos_token="<|im_end|>")
+    other = tiny_models.tokenizer("other").__class__(
+        tokenizer_object=tiny_models.tokenizer()._tokenizer, eos_token="<|im_end|>"
+    )
     other.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
-    other.chat_template = tiny.TEMPLATE.replace("<|im_start|>", "<|turn|>")
+    other.chat_template = tiny_models.TEMPLATE.replace("<|im_start|>", "<|turn|>")
     other.save_pretrained(tmp_path / "other")
     settings = {"chat_template_path": str(tmp_path / "other")}
-    theirs, ours = side_by_side(tmp_path, tiny.turns, untied, {"peft_config": lora()}, **settings)
+    theirs, ours = side_by_side(tmp_path, tiny_models.message_dataset, untied, {"peft_config": lora()}, **settings)
     assert any("trainable_tokens" in name for name in theirs.moved) and any("lm_head" in name for name in theirs.moved)
     assert_same_run(theirs, ours)
 
@@ -189,9 +191,11 @@ def test_adapters_for_the_tokens_of_a_new_template(tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"model_init_kwargs": {"attn_implementation": "eager"}}], ids=str)
 def test_a_model_by_its_path(settings, tmp_path):
     """With its own tokenizer, which nobody passes."""
-    tiny.taught().save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tiny_models.trained_model().save_pretrained(tmp_path / "model")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "model")
     path = str(tmp_path / "model")
-    theirs, ours = side_by_side(tmp_path, tiny.turns, lambda: path, {"processing_class": None}, **settings)
+    theirs, ours = side_by_side(
+        tmp_path, tiny_models.message_dataset, lambda: path, {"processing_class": None}, **settings
+    )
     assert_same_run(theirs, ours)
     assert ours.trainer.model.config._attn_implementation == theirs.trainer.model.config._attn_implementation

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from peft import LoraConfig
 
-import tiny
-from beside_trl import OURS, TRL, make
+import tiny_models
+from beside_trl import OURS, TRL, make_trainer
+from dataset_shapes import as_text, packed_already, streamed, tokenizer_with_template, with_mask
 from qtarget import ConfigError
-from shapes import as_text, packed_already, streamed, tokenizer, with_mask
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Refused:
     name: str
     told: str
     settings: dict[str, Any] = field(default_factory=dict)
-    data: Callable[[], Any] = tiny.texts
+    data: Callable[[], Any] = tiny_models.text_dataset
     given: dict[str, Any] = field(default_factory=dict)
 
 
@@ -34,28 +34,35 @@ BY_BOTH = [
     Refused("another mode of truncation", "use 'keep_start' or 'keep_end'", {"truncation_mode": "keep_middle"}),
     Refused("another loss", "did you mean 'nll'", {"loss_type": "nlll"}),
     Refused("the assistant's part of text", "not conversational", ASSISTANT),
-    Refused("the assistant's part of from and value", "not conversational", ASSISTANT, tiny.from_value),
+    Refused("the assistant's part of from and value", "not conversational", ASSISTANT, tiny_models.from_value_dataset),
     Refused(
         "the assistant's part without markers",
         "no {% generation %} markers",
         ASSISTANT,
-        tiny.turns,
-        {"processing_class": tiny.tokenizer()},
+        tiny_models.message_dataset,
+        {"processing_class": tiny_models.tokenizer()},
     ),
     Refused(
         "completions of a formatting function",
         "`completion_only_loss=True`, which is incompatible",
         {"completion_only_loss": True},
-        tiny.prompts,
+        tiny_models.prompt_dataset,
         {"formatting_func": as_text},
     ),
     Refused("a mask, not prepared", "mask columns but no 'labels'", UNPREPARED, lambda: with_mask("completion_mask")),
-    Refused("rows made on the fly", "with_transform", {}, lambda: tiny.texts().with_transform(dict)),
-    Refused("rows of another shape", "give it one of messages", {}, lambda: tiny.texts().rename_column("text", "it")),
-    Refused("images", "vision-related", {}, lambda: tiny.texts().add_column("image", ["none"] * 8)),
+    Refused("rows made on the fly", "with_transform", {}, lambda: tiny_models.text_dataset().with_transform(dict)),
+    Refused(
+        "rows of another shape",
+        "give it one of messages",
+        {},
+        lambda: tiny_models.text_dataset().rename_column("text", "it"),
+    ),
+    Refused("images", "vision-related", {}, lambda: tiny_models.text_dataset().add_column("image", ["none"] * 8)),
     Refused("no data", "`train_dataset` is required", {}, lambda: None),
     Refused("a list", "must be a `Dataset`", {}, lambda: [{"text": "one"}]),
-    Refused("a stream without end", "max_steps has to be specified", {"max_steps": -1}, streamed(tiny.texts)),
+    Refused(
+        "a stream without end", "max_steps has to be specified", {"max_steps": -1}, streamed(tiny_models.text_dataset)
+    ),
     Refused("an end of sequence that is no token", "not found in the vocabulary", {"eos_token": "<none>"}),
     Refused("an auxiliary loss without experts", "not a Mixture-of-Experts", {"router_aux_loss_coef": 0.1}),
     Refused("selective, but nothing", "requires `gradient_ch", {"gradient_checkpointing_kwargs": {"selective": True}}),
@@ -80,7 +87,7 @@ BY_QTARGET = [
         "documents that see each other",
         "documents see each other",
         {"eval_packing": True, "max_length": 200},
-        given={"eval_dataset": tiny.turns()},
+        given={"eval_dataset": tiny_models.message_dataset()},
     ),
     Refused("two losses", "contradict each other", {"loss_type": "dft", "label_smoothing_factor": 0.1}),
 ]
@@ -88,8 +95,8 @@ BY_QTARGET = [
 
 def refusal(kind, case, folder):
     with pytest.raises((ValueError, TypeError, KeyError)) as error:
-        given = {"processing_class": tokenizer(tiny.MARKED_TEMPLATE), **case.given}
-        make(kind, tiny.llama(tied=False), folder, case.data(), given, **case.settings)
+        given = {"processing_class": tokenizer_with_template(tiny_models.MARKED_TEMPLATE), **case.given}
+        make_trainer(kind, tiny_models.llama(tied=False), folder, case.data(), given, **case.settings)
     return error.value
 
 
@@ -102,6 +109,6 @@ def test_what_trl_refuses_is_refused(case, tmp_path):
 @pytest.mark.filterwarnings("ignore:`compute_loss_func` is deprecated", "ignore:`label_smoothing_factor` is deprecated")
 @pytest.mark.parametrize("case", BY_QTARGET, ids=lambda case: case.name)
 def test_what_only_qtarget_refuses(case, tmp_path):
-    make(TRL, tiny.llama(), tmp_path, case.data(), case.given, **case.settings)
+    make_trainer(TRL, tiny_models.llama(), tmp_path, case.data(), case.given, **case.settings)
     error = refusal(OURS, case, tmp_path)
     assert isinstance(error, ConfigError) and len(error.faults) == 1 and case.told in error.faults[0]

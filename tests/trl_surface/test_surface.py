@@ -6,10 +6,9 @@ import pytest
 from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-import tiny
-from beside_trl import ONE_MICRO_BATCH, OURS, TRL, assert_same_run, one, side_by_side
-from runs import tokenised
-from shapes import (
+import tiny_models
+from beside_trl import ONE_MICRO_BATCH, OURS, TRL, assert_same_run, run_one, side_by_side
+from dataset_shapes import (
     SHAPES,
     extra_columns,
     labels_at_the_start,
@@ -19,6 +18,7 @@ from shapes import (
     some_without_labels,
     streamed,
 )
+from quick_runs import tokenised_dataset
 
 DFT = {"loss_type": "dft"}
 BFD = {"packing": True, "max_length": 32}
@@ -36,71 +36,80 @@ def test_a_dataset_of_any_shape(shape, tmp_path):
 
 CASES = {
     "bfd": (one_long_row, BFD),
-    "bfd of completions": (tiny.conversations, BFD | {"max_length": 64}),
+    "bfd of completions": (tiny_models.conversation_dataset, BFD | {"max_length": 64}),
     "bfd_split": (one_long_row, SPLIT),
-    "bfd_split of completions": (tiny.conversations, SPLIT),
+    "bfd_split of completions": (tiny_models.conversation_dataset, SPLIT),
     "wrapped": (one_long_row, WRAPPED),
-    "wrapped completions": (tiny.conversations, WRAPPED),
-    "bfd, shuffled": (tiny.prompts, BFD | {"shuffle_dataset": True}),
-    "bfd of a stream": (streamed(tiny.prompts), BFD),
+    "wrapped completions": (tiny_models.conversation_dataset, WRAPPED),
+    "bfd, shuffled": (tiny_models.prompt_dataset, BFD | {"shuffle_dataset": True}),
+    "bfd of a stream": (streamed(tiny_models.prompt_dataset), BFD),
     "bfd_split of a stream": (streamed(one_long_row), SPLIT),
-    "wrapped stream": (streamed(tiny.prompts), WRAPPED),
-    "bfd of a stream, shuffled": (streamed(tiny.prompts), BFD | {"shuffle_dataset": True}),
-    "padding_free": (tiny.texts, PADDING_FREE),
-    "padding_free with completions": (tiny.conversations, PADDING_FREE),
-    "padding_free, one micro-batch": (tiny.turns, PADDING_FREE | ONE_MICRO_BATCH),
-    "cut at the end": (tiny.texts, {"max_length": 13}),
-    "cut at the end, rows left without labels": (tiny.conversations, {"max_length": 29}),
+    "wrapped stream": (streamed(tiny_models.prompt_dataset), WRAPPED),
+    "bfd of a stream, shuffled": (streamed(tiny_models.prompt_dataset), BFD | {"shuffle_dataset": True}),
+    "padding_free": (tiny_models.text_dataset, PADDING_FREE),
+    "padding_free with completions": (tiny_models.conversation_dataset, PADDING_FREE),
+    "padding_free, one micro-batch": (tiny_models.message_dataset, PADDING_FREE | ONE_MICRO_BATCH),
+    "cut at the end": (tiny_models.text_dataset, {"max_length": 13}),
+    "cut at the end, rows left without labels": (tiny_models.conversation_dataset, {"max_length": 29}),
     "cut at the start, rows left without labels": (
         labels_at_the_start,
         {"max_length": 20, "truncation_mode": "keep_end"},
     ),
-    "cut at the start": (tiny.texts, {"max_length": 13, "truncation_mode": "keep_end"}),
+    "cut at the start": (tiny_models.text_dataset, {"max_length": 13, "truncation_mode": "keep_end"}),
     "not cut": (one_long_row, {"max_length": None}),
-    "shuffled": (tiny.texts, {"shuffle_dataset": True}),
-    "stream, shuffled": (streamed(tiny.texts), {"shuffle_dataset": True}),
-    "padded to a multiple": (tiny.texts, {"pad_to_multiple_of": 16}),
-    "another end of sequence": (tiny.texts, {"eos_token": "<|im_start|>"}),
-    "another padding token": (tiny.texts, {"pad_token": "<|im_start|>"}),
+    "shuffled": (tiny_models.text_dataset, {"shuffle_dataset": True}),
+    "stream, shuffled": (streamed(tiny_models.text_dataset), {"shuffle_dataset": True}),
+    "padded to a multiple": (tiny_models.text_dataset, {"pad_to_multiple_of": 16}),
+    "another end of sequence": (tiny_models.text_dataset, {"eos_token": "<|im_start|>"}),
+    "another padding token": (tiny_models.text_dataset, {"pad_token": "<|im_start|>"}),
     "two processes prepare": (many_rows, BFD | {"dataset_num_proc": 2}),
-    "not prepared": (lambda: tokenised(tiny.conversations(8)), {"dataset_kwargs": {"skip_prepare_dataset": True}}),
+    "not prepared": (
+        lambda: tokenised_dataset(tiny_models.conversation_dataset(8)),
+        {"dataset_kwargs": {"skip_prepare_dataset": True}},
+    ),
     "packed already": (packed_already, PADDING_FREE),
     "packed already, not prepared": (
         packed_already,
         {"packing": True, "dataset_kwargs": {"skip_prepare_dataset": True}},
     ),
-    "rows of like length together": (tiny.texts, {"train_sampling_strategy": "group_by_length"}),
+    "rows of like length together": (tiny_models.text_dataset, {"train_sampling_strategy": "group_by_length"}),
     "rows together by a column": (
         extra_columns,
         {"train_sampling_strategy": "group_by_length", "length_column_name": "score", "learning_rate": 0.1},
     ),
-    "rows in order": (tiny.texts, {"train_sampling_strategy": "sequential"}),
-    "columns kept": (tiny.conversations, {"remove_unused_columns": False}),
+    "rows in order": (tiny_models.text_dataset, {"train_sampling_strategy": "sequential"}),
+    "columns kept": (tiny_models.conversation_dataset, {"remove_unused_columns": False}),
     "one row a micro-batch": (
-        tiny.texts,
+        tiny_models.text_dataset,
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3},
     ),
-    "one micro-batch": (tiny.conversations, ONE_MICRO_BATCH),
-    "micro-batches left over": (lambda: tiny.texts(7), EPOCHS),
+    "one micro-batch": (tiny_models.conversation_dataset, ONE_MICRO_BATCH),
+    "micro-batches left over": (lambda: tiny_models.text_dataset(7), EPOCHS),
     # whole steps in every pass: what is left over is trained otherwise, see tests/training/test_trainer_resume.py
-    "a stream that ends": (streamed(lambda: tiny.texts(8)), {"max_steps": 4}),
-    "epochs": (tiny.conversations, EPOCHS),
-    "adamw": (tiny.conversations, SCHEDULE | {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 5}),
-    "schedule": (tiny.texts, SCHEDULE),
-    "logged at every second step": (tiny.texts, {"logging_steps": 2, "max_steps": 4}),
-    "tokens counted": (tiny.texts, {"include_num_input_tokens_seen": "non_padding"}),
-    "a process that loads": (tiny.conversations, {"dataloader_num_workers": 1}),
-    "another seed": (tiny.texts, {"seed": 5, "data_seed": 6}),
-    "label smoothing": (tiny.texts, {"label_smoothing_factor": 0.2}),
-    "label smoothing of completions": (tiny.conversations, {"label_smoothing_factor": 0.2} | ONE_MICRO_BATCH),
-    "dft": (tiny.conversations, DFT),
-    "dft of text": (tiny.texts, DFT | ONE_MICRO_BATCH),
+    "a stream that ends": (streamed(lambda: tiny_models.text_dataset(8)), {"max_steps": 4}),
+    "epochs": (tiny_models.conversation_dataset, EPOCHS),
+    "adamw": (
+        tiny_models.conversation_dataset,
+        SCHEDULE | {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 5},
+    ),
+    "schedule": (tiny_models.text_dataset, SCHEDULE),
+    "logged at every second step": (tiny_models.text_dataset, {"logging_steps": 2, "max_steps": 4}),
+    "tokens counted": (tiny_models.text_dataset, {"include_num_input_tokens_seen": "non_padding"}),
+    "a process that loads": (tiny_models.conversation_dataset, {"dataloader_num_workers": 1}),
+    "another seed": (tiny_models.text_dataset, {"seed": 5, "data_seed": 6}),
+    "label smoothing": (tiny_models.text_dataset, {"label_smoothing_factor": 0.2}),
+    "label smoothing of completions": (
+        tiny_models.conversation_dataset,
+        {"label_smoothing_factor": 0.2} | ONE_MICRO_BATCH,
+    ),
+    "dft": (tiny_models.conversation_dataset, DFT),
+    "dft of text": (tiny_models.text_dataset, DFT | ONE_MICRO_BATCH),
     "dft, bfd": (one_long_row, DFT | BFD),
-    "dft, bfd_split": (tiny.conversations, DFT | SPLIT),
-    "dft, wrapped": (tiny.conversations, DFT | WRAPPED),
-    "dft, padding_free": (tiny.conversations, DFT | PADDING_FREE),
-    "dft of a stream": (streamed(tiny.prompts), DFT),
-    "dft, cut at the end": (tiny.conversations, DFT | {"max_length": 29}),
+    "dft, bfd_split": (tiny_models.conversation_dataset, DFT | SPLIT),
+    "dft, wrapped": (tiny_models.conversation_dataset, DFT | WRAPPED),
+    "dft, padding_free": (tiny_models.conversation_dataset, DFT | PADDING_FREE),
+    "dft of a stream": (streamed(tiny_models.prompt_dataset), DFT),
+    "dft, cut at the end": (tiny_models.conversation_dataset, DFT | {"max_length": 29}),
 }
 
 
@@ -125,9 +134,9 @@ def test_a_step_without_labels_trains_nothing(settings, tmp_path):
 
 
 def test_a_template_from_a_file(tmp_path):
-    (tmp_path / "chat.jinja").write_text(tiny.TEMPLATE.replace("<|im_start|>", "<|im_start|>the "))
+    (tmp_path / "chat.jinja").write_text(tiny_models.TEMPLATE.replace("<|im_start|>", "<|im_start|>the "))
     settings = {"chat_template_path": str(tmp_path / "chat.jinja")}
-    theirs, ours = side_by_side(tmp_path, tiny.turns, **settings)
+    theirs, ours = side_by_side(tmp_path, tiny_models.message_dataset, **settings)
     assert_same_run(theirs, ours)
     text = ours.trainer.processing_class.decode(ours.trainer.train_dataset[0]["input_ids"])
     assert text.startswith("<|im_start|>the ")
@@ -135,19 +144,19 @@ def test_a_template_from_a_file(tmp_path):
 
 def test_a_template_from_another_tokenizer(tmp_path):
     """Its special tokens are added, and the model gets rows for them."""
-    other = copy.deepcopy(tiny.tokenizer())
+    other = copy.deepcopy(tiny_models.tokenizer())
     other.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
-    other.chat_template = tiny.TEMPLATE.replace("<|im_start|>", "<|turn|>")
+    other.chat_template = tiny_models.TEMPLATE.replace("<|im_start|>", "<|turn|>")
     other.save_pretrained(tmp_path / "other")
-    theirs, ours = side_by_side(tmp_path, tiny.turns, chat_template_path=str(tmp_path / "other"))
-    assert ours.trainer.model.vocab_size > tiny.llama().vocab_size
+    theirs, ours = side_by_side(tmp_path, tiny_models.message_dataset, chat_template_path=str(tmp_path / "other"))
+    assert ours.trainer.model.vocab_size > tiny_models.llama().vocab_size
     assert_same_run(theirs, ours)
 
 
 def test_a_tokenizer_without_padding_token(tmp_path):
-    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer = copy.deepcopy(tiny_models.tokenizer())
     tokenizer.pad_token = None
-    theirs, ours = side_by_side(tmp_path, tiny.turns, given={"processing_class": tokenizer})
+    theirs, ours = side_by_side(tmp_path, tiny_models.message_dataset, given={"processing_class": tokenizer})
     assert_same_run(theirs, ours)
     assert ours.trainer.model.config.pad_token_id == tokenizer.eos_token_id
 
@@ -155,7 +164,7 @@ def test_a_tokenizer_without_padding_token(tmp_path):
 def test_a_collator_of_ones_own(tmp_path):
     """Of pre-tokenised rows, which it may pad as it likes."""
     given = {"data_collator": DataCollatorForLanguageModeling(pad_token_id=5, pad_to_multiple_of=8)}
-    theirs, ours = side_by_side(tmp_path, lambda: tokenised(tiny.conversations(8)), given=given)
+    theirs, ours = side_by_side(tmp_path, lambda: tokenised_dataset(tiny_models.conversation_dataset(8)), given=given)
     assert_same_run(theirs, ours)
     assert next(iter(ours.trainer.get_train_dataloader()))["input_ids"].shape[1] % 8 == 0
 
@@ -168,13 +177,16 @@ def test_a_collator_of_ones_own(tmp_path):
 )
 def test_another_run_is_noticed(settings, tmp_path):
     with pytest.raises(AssertionError, match="step 1"):
-        assert_same_run(one(TRL, tmp_path, tiny.texts), one(OURS, tmp_path, tiny.texts, **settings))
+        assert_same_run(
+            run_one(TRL, tmp_path, tiny_models.text_dataset),
+            run_one(OURS, tmp_path, tiny_models.text_dataset, **settings),
+        )
 
 
 def test_one_label_less_is_noticed(tmp_path):
     def one_less() -> Dataset:
-        return tokenised(tiny.texts(8)).map(lambda row: {"labels": [*row["labels"][:-1], -100]})
+        return tokenised_dataset(tiny_models.text_dataset(8)).map(lambda row: {"labels": [*row["labels"][:-1], -100]})
 
-    theirs = one(TRL, tmp_path, lambda: tokenised(tiny.texts(8)))
+    theirs = run_one(TRL, tmp_path, lambda: tokenised_dataset(tiny_models.text_dataset(8)))
     with pytest.raises(AssertionError, match="step 1: loss"):
-        assert_same_run(theirs, one(OURS, tmp_path, one_less))
+        assert_same_run(theirs, run_one(OURS, tmp_path, one_less))

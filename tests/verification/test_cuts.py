@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import cuts
+import sharded_steps
 
 pytestmark = pytest.mark.distributed
 HERE = Path(__file__).parents[1] / "helpers"
@@ -21,11 +21,11 @@ TOLERANCE = 1e-4
 def found(tmp_path_factory):
     """From one start of two processes."""
     folder = tmp_path_factory.mktemp("cuts")
-    cuts.prepare(folder)
+    sharded_steps.prepare(folder)
     out = folder / "found.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, str(HERE / "cuts.py"), str(folder), str(out)],
+        [*command, str(HERE / "sharded_steps.py"), str(folder), str(out)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
@@ -39,7 +39,7 @@ def found(tmp_path_factory):
 CUTS = [
     (cut, case)
     for cut in ("ddp", "fsdp2, head root", "fsdp2, head own")
-    for case in cuts.CASES
+    for case in sharded_steps.CASES
     if not (cut.endswith("own") and case.startswith("tied"))
 ]
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 import yaml
 
-import runs
-import tiny
+import quick_runs
+import tiny_models
 from qtarget.cli.__main__ import main
 from qtarget.data import preparation
 from qtarget.data.columns import TokenColumnCollator
@@ -43,24 +43,24 @@ def world(tmp_path_factory) -> Path:
     """A student whose head has padded rows, a teacher, rows of several shapes and a cache of 8 tokens."""
     root = tmp_path_factory.mktemp("verify")
     models = {
-        "model": tiny.taught(vocab=len(tiny.tokenizer()) + 13),
-        "teacher": tiny.taught(seed=7, width=48, tied=False),
+        "model": tiny_models.trained_model(vocab=len(tiny_models.tokenizer()) + 13),
+        "teacher": tiny_models.trained_model(seed=7, width=48, tied=False),
     }
     for name, model in models.items():
         model.save_pretrained(root / name)
-        tiny.tokenizer().save_pretrained(root / name)
-    tiny.tokenizer().save_pretrained(root / "marked")
-    (root / "marked" / "chat_template.jinja").write_text(tiny.MARKED_TEMPLATE)
-    chats = tiny.conversations(6).to_list()
+        tiny_models.tokenizer().save_pretrained(root / name)
+    tiny_models.tokenizer().save_pretrained(root / "marked")
+    (root / "marked" / "chat_template.jinja").write_text(tiny_models.MARKED_TEMPLATE)
+    chats = tiny_models.conversation_dataset(6).to_list()
     many: dict[str, Iterable[dict]] = {
         "chats": chats,
-        "texts": tiny.texts(6),
-        "turns": tiny.turns(6),
-        "prompts": tiny.prompts(6),
+        "texts": tiny_models.text_dataset(6),
+        "turns": tiny_models.message_dataset(6),
+        "prompts": tiny_models.prompt_dataset(6),
         "weights": [{**row, "weight": 0.3 + number % 3} for number, row in enumerate(chats)],
         "sources": [{**row, "source": ("math", "chat")[number % 2]} for number, row in enumerate(chats)],
     }
-    ids = [tiny.tokenizer()(text)["input_ids"][:24] for text in tiny.SENTENCES[:6]]
+    ids = [tiny_models.tokenizer()(text)["input_ids"][:24] for text in tiny_models.SENTENCES[:6]]
     critical = [[(place + number) % 3 == 0 for place in range(len(row))] for number, row in enumerate(ids)]
     many["critical"] = [
         {"input_ids": row, "labels": row, "critical": mask} for row, mask in zip(ids, critical, strict=True)
@@ -214,7 +214,9 @@ def test_masks_of_messages(world, capsys):
     """Assistant's turns by a template that marks them; and one that leaves the end of turn outside its marks."""
     settings = {"target": "sft", "dataset_name": world / "turns", "assistant_only_loss": True}
     good, bad = world / "marked" / "chat_template.jinja", world / "endless.jinja"
-    bad.write_text(tiny.MARKED_TEMPLATE.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"))
+    bad.write_text(
+        tiny_models.MARKED_TEMPLATE.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    )
     status, made = verify(world, capsys, **settings, chat_template_path=good)
     assert status == 0 and statuses(made)[PROMPT] == statuses(made)[END] == "pass", made
     status, made = verify(world, capsys, **settings, chat_template_path=bad)
@@ -329,7 +331,7 @@ def prompt_in_the_loss(patch: pytest.MonkeyPatch) -> None:
 
 def end_token_lost(patch: pytest.MonkeyPatch) -> None:
     """The end of turn has no label."""
-    end = tiny.tokenizer().eos_token_id
+    end = tiny_models.tokenizer().eos_token_id
     relabelled(patch, lambda ids, labels: [-100 if label == end else label for label in labels])
 
 
@@ -502,8 +504,8 @@ def test_a_deliberate_fault_is_caught(mutant, settings, caught_by, world, capsys
 
 def wide(folder: Path) -> Subject:
     """A step whose largest part is its logits: 20,000 of them a token."""
-    data = tiny.conversations(8)
-    made = runs.trainer(tiny.llama(vocab=20_000), folder, data, target="dft")
+    data = tiny_models.conversation_dataset(8)
+    made = quick_runs.quick_trainer(tiny_models.llama(vocab=20_000), folder, data, target="dft")
     return Subject(made, data.to_list())
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.cli import recipe, setup
+from qtarget.cli.settings import Settings
 from qtarget.errors import ConfigError, loading, raise_together
 from qtarget.planning import memory, shapes, workload
 from qtarget.planning import steps as arithmetic
@@ -76,7 +77,7 @@ def show(arguments: Sequence[str], gpus: int) -> None:
     tell("steps", steps_line(config, steps))
     tell("clipping", _clipping_line(config))
     show_memory(found)
-    _show_notes(notes, found.untold)
+    _show_notes(asked.settings, found.untold)
     print("nothing contradicts itself")
 
 
@@ -106,17 +107,9 @@ def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, l
             shape = find(field, name, revision)
             others.append(Frozen("teacher", name, revision, shape, shapes.frozen_bytes(kwargs, shape, config.use_cpu)))
         faults += teacher_settings.settings_faults(config)
-        known_shapes = [other.shape for other in others]
-        known = [shape and shape.tokenizer for shape in known_shapes]
+        shapes_known = student is not None and all(other.shape is not None for other in others)
         if all(Path(name).is_dir() for name in [model.model_name_or_path, *(other.name for other in others)]):
-            faults += _tokenizer_faults(asked) if student is not None and None not in known_shapes else []
-        elif student is not None and student.tokenizer and all(known):
-            faults += [
-                f"{field} is {other.name!r}, which has the tokens of {other.shape.tokenizer} and the model those of "
-                f"{student.tokenizer}; use a teacher of the same family"
-                for other in others
-                if other.shape is not None and other.shape.tokenizer != student.tokenizer
-            ]
+            faults += _tokenizer_faults(asked) if shapes_known else []
         else:
             untold.append("whether student and teacher have the same tokens: their tokenizers are not here")
     if "reference" in models and config.reference_model_name_or_path is not None:
@@ -124,9 +117,6 @@ def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, l
         shape = find("reference_model_name_or_path", name, revision)
         width = shapes.frozen_bytes(config.reference_model_init_kwargs, shape, config.use_cpu)
         others.append(Frozen("reference", name, revision, shape, width))
-    for name, shape in [(model.model_name_or_path, student), *((other.name, other.shape) for other in others)]:
-        if shape is None:
-            untold.append(f"the memory of {name}: it has no config here, and its shape is not in qtarget's table")
     return student, others, untold
 
 
@@ -224,10 +214,19 @@ def layouts(gpus: int) -> dict[str, str]:
     return memory.KINDS if gpus > 1 else {"ddp": "one GPU"}
 
 
+def unknown_shapes(found: Found) -> list[str]:
+    """Models whose shape is not known here."""
+    names = [found.asked.model.model_name_or_path] if found.student is None else []
+    return [*names, *(other.name for other in found.others if other.shape is None)]
+
+
 def show_memory(found: Found) -> None:
-    """A table of the parts for each layout, and the most at one time."""
+    """A table of the parts for each layout, and the most at one time; or why there is none."""
     work = workload_of(found)
     if work is None:
+        unknown = unknown_shapes(found)
+        why = f"the shape of {', '.join(unknown)} is not: {shapes.why_unknown()}"
+        tell("memory", f"not known, as {why if unknown else 'max_length is not set and rows have any length'}")
         return
     tell("memory", "GiB on each GPU by arithmetic, without allocator, NCCL and CUDA (docs/plan.md); most: at one time")
     parts = {kind: memory.estimate(work, kind) for kind in layouts(found.gpus)}
@@ -241,20 +240,22 @@ def show_memory(found: Found) -> None:
 def workload_of(found: Found) -> memory.Workload | None:
     """What each GPU holds; None where a shape or max_length is not known."""
     asked, config = found.asked, found.asked.config
-    if found.student is None or any(other.shape is None for other in found.others) or not config.max_length:
+    if found.student is None or unknown_shapes(found) or not config.max_length:
         return None
     return workload.of_memory(config, asked.model, asked.settings.origin, found.student, found.others, found.gpus)
 
 
-def _show_notes(notes: dict[str, Any], untold: list[str]) -> None:
-    entries = {name: recipe.origin(text) for name, text in notes.get("provenance", {}).items()}
-    known = {name: found for name, found in entries.items() if found is not None}
-    if known:
-        counts = Counter(found[0] for found in known.values())
-        tell("values", ", ".join(f"{number} {origin}" for origin, number in sorted(counts.items())))
-        ours = [name for name, found in known.items() if found[0] == "ours"]
-        tell("ours", ", ".join(ours) or "none")
-    if notes.get("to_pin"):
-        tell("to pin", ", ".join(notes["to_pin"]) + ": they name branches, which move")
+def _show_notes(settings: Settings, untold: list[str]) -> None:
+    """Where values come from, what is still to pin, and what nobody knows."""
+    notes, flags = settings.notes, settings.given_by("flag")
+    # A flag took the place of the file's value, whose origin is then nobody's.
+    origins = {name: text for name, text in notes.get("provenance", {}).items() if name.split(".")[0] not in flags}
+    if origins:
+        words = {name: next(word for word in recipe.ORIGINS if text.startswith(word)) for name, text in origins.items()}
+        counts = [f"{number} {word}" for word, number in sorted(Counter(words.values()).items())]
+        tell("values", ", ".join([*counts, *[f"by flag: {', '.join(flags)}"] * bool(flags)]))
+        tell("ours", ", ".join(name for name, word in words.items() if word == "ours") or "none")
+    if to_pin := recipe.to_pin({**settings.given_by("file"), **notes, **flags}):
+        tell("to pin", ", ".join(to_pin) + ": they name branches, which move")
     for what in [*notes.get("unknown", []), *untold]:
         tell("unknown", what)

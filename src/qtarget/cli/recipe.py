@@ -1,23 +1,23 @@
-"""The notes in a recipe, which training ignores: name, sources of values, what to pin.
+"""The notes in a recipe, which training ignores: name, rows, where values come from.
 
-The notes are checked with the settings, looked at by ``qtarget train --dry_run`` and kept in the run's recipe.json.
+Notes are keys of the YAML file. Where a value comes from is the comment behind it. Both are shown by
+``qtarget train --dry_run`` and written into the run's recipe.json.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 FILE = "recipe.json"
 # note → (its type, what it says)
 NOTES: dict[str, tuple[type, str]] = {
     "name": (str, "what the recipe is called"),
-    "provenance": (dict, "field → published, ours or 'borrowed: NAME', each with '; a note' if there is more to say"),
-    "to_pin": (list, "fields that name a branch and should name a commit"),
     "unknown": (list, "sentences on what nobody outside can know about the original"),
     "expected_rows": (int, "rows of the training data"),
     "expected_batch": (int, "rows of an optimiser step, over all GPUs"),
@@ -30,28 +30,47 @@ NOTES: dict[str, tuple[type, str]] = {
         "chat_template: rendered with the model's; as_is: a column that is rendered already",
     ),
 }
-# Notes about the recipe as a whole, which have no provenance of their own.
-ABOUT = ("name", "provenance", "to_pin", "unknown")
-_ORIGIN = re.compile(r"(published|ours|borrowed: [^;]*[^;\s])(?:; (\S.*))?", re.DOTALL)
+# How a comment begins that says where its value comes from.
+ORIGINS = ("published", "borrowed", "ours")
+_ORIGIN = re.compile(rf"#\s*(({'|'.join(ORIGINS)})\b.*)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def origin(text: Any) -> tuple[str, str] | None:
-    """(published, ours or borrowed: NAME; the note or "") of an entry of ``provenance``; None where it is neither.
-
-    >>> origin("borrowed: arXiv:2510.00526; its scripts")
-    ('borrowed: arXiv:2510.00526', 'its scripts')
-    """
-    found = _ORIGIN.fullmatch(text) if isinstance(text, str) else None
-    return None if found is None else (found[1], found[2] or "")
-
-
-def faults(notes: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the notes of a file, a sentence each.
+def provenance(text: str) -> dict[str, str]:
+    """Field → the comment behind its value, where that begins with published, borrowed or ours.
 
     Args:
-        notes: as the file has them. fields: all of the file's keys with their values, notes among them.
+        text: of a YAML file that can be read. A field's parts are looked at too, one level deep.
+
+    Example:
+        >>> provenance("seed: 1  # ours\\ntarget:\\n  eta: 0.5  # ours: a guess\\nmax_steps: 91  # an epoch\\n")
+        {'seed': 'ours', 'target.eta': 'ours: a guess'}
     """
+    found = {}
+    for field, key, value in _values(yaml.compose(text, Loader=yaml.SafeLoader)):
+        comment = _ORIGIN.match(text[value.end_mark.index :].partition("\n")[0].strip())
+        if comment and key.end_mark.line == value.end_mark.line:  # else it belongs to what stands on that other line
+            found[field] = comment[1]
+    return found
+
+
+def _values(root: Any) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
+    """(field, its key, its value) of a file and, as ``field.part``, of the mappings in it."""
+    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+        yield str(key.value), key, value
+        if isinstance(value, yaml.MappingNode):
+            for part, inner in value.value:
+                yield f"{key.value}.{part.value}", part, inner
+
+
+def to_pin(fields: Mapping[str, Any]) -> list[str]:
+    """Fields that name a branch or a tag, which move, and no commit."""
+    revisions = {name: value for name, value in fields.items() if name.endswith("revision") and value is not None}
+    return [name for name, value in revisions.items() if not _COMMIT.fullmatch(str(value))]
+
+
+def faults(notes: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the notes of a file, a sentence each."""
     found = [
         f"{name} is {notes[name]!r}; use {_called(NOTES[name][0])}: {NOTES[name][1]}"
         for name in notes
@@ -72,53 +91,13 @@ def faults(notes: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
     columns = notes.get("dataset_source_columns", {"prompt": "", "completion": ""})
     if sorted(columns) != ["completion", "prompt"]:
         found.append(f"dataset_source_columns names {', '.join(columns) or 'nothing'}; name prompt and completion")
-    for name in notes.get("to_pin", []):
-        value = fields.get(name)
-        if name not in fields:
-            found.append(f"to_pin names {name!r}, which the recipe does not set; take it out{_near(name, fields)}")
-        elif _COMMIT.fullmatch(str(value)):
-            found.append(f"to_pin names {name!r}, which is pinned to {value}; take it out")
-    if "provenance" in notes:
-        found += _provenance_faults(notes["provenance"], fields)
-    return found
-
-
-def _provenance_faults(entries: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
-    """Every field has an entry, and no entry stands for nothing. ``target.eta`` speaks of a part of a field."""
-    found = [
-        f"provenance of {name} is {text!r}; use published, ours or 'borrowed: NAME', and '; a note' if there is one"
-        for name, text in entries.items()
-        if origin(text) is None
-    ]
-    found += [
-        f"provenance names {name!r}, which the recipe does not set; take it out{_near(name, fields)}"
-        for name in entries
-        if not _holds(fields, str(name)) or name in ABOUT
-    ]
-    missing = [name for name in fields if name not in ABOUT and name not in entries]
-    if missing:
-        found.append(f"provenance has no entry for {', '.join(missing)}; say published, ours or 'borrowed: NAME'")
     return found
 
 
 def write(folder: Path, notes: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
-    """Keep the notes beside the model, with the settings that flags put in place of the file's."""
+    """Write the notes beside the model, with the settings that flags put in place of the file's."""
     text = json.dumps({**notes, "flags": dict(flags)}, indent=2, default=str, ensure_ascii=False)
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def _holds(fields: Mapping[str, Any], name: str) -> bool:
-    value: Any = fields
-    for part in name.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return False
-        value = value[part]
-    return True
-
-
-def _near(name: str, valid: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), [name for name in valid if name not in ABOUT], n=1)
-    return f", or did you mean {near[0]!r}?" if near else ""
 
 
 def _entries(value: Any) -> list[Any]:

@@ -26,7 +26,7 @@ class Settings:
         values: settings of each group of fields ("training", "model", "script"), only those that were given.
         spelled: peers' keys for an objective.
         origin: field → "file" or "flag".
-        notes: what the file says of itself (``cli/recipe.py``).
+        notes: what the file says of itself, and as ``provenance`` where its values come from (``cli/recipe.py``).
         faults: what is wrong with them so far.
         unreadable: the config file could not be read.
     """
@@ -65,10 +65,12 @@ def read(arguments: Sequence[str]) -> Settings:
     if config_file is True or isinstance(config_file, list):
         raise ConfigError("--config stands without its value or with several; write --config FILE")
     if config_file is not None:
-        from_file = _read_file(str(config_file), settings.faults)
+        from_file, text = _read_file(str(config_file), settings.faults)
         settings.unreadable = from_file is None
         settings.notes = {key: value for key, value in (from_file or {}).items() if key in recipe.NOTES}
-        settings.faults += recipe.faults(settings.notes, from_file or {})
+        settings.faults += recipe.faults(settings.notes)
+        if from_file and (provenance := recipe.provenance(text)):
+            settings.notes["provenance"] = provenance
         given += [("file", key, value) for key, value in (from_file or {}).items()]
     given += [("flag", key, value) for key, value in flags.items()]
     where = {
@@ -154,25 +156,27 @@ def _flags(arguments: Sequence[str], faults: list[str]) -> dict[str, Any]:
     return flags
 
 
-def _read_file(path: str, faults: list[str]) -> dict[str, Any] | None:
+def _read_file(path: str, faults: list[str]) -> tuple[dict[str, Any] | None, str]:
+    """(the settings of a file, None where it holds none; its text)."""
     try:
-        loaded = yaml_text.load(Path(path).read_text(encoding="utf-8-sig"), f"config is {path!r}")
+        text = Path(path).read_text(encoding="utf-8-sig")
+        loaded = yaml_text.load(text, f"config is {path!r}")
     except UnicodeDecodeError as error:
         faults.append(f"config is {path!r}, which is not UTF-8 at byte {error.start}; save it as UTF-8 text")
-        return None
+        return None, ""
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         if isinstance(error, ConfigError):
             faults += error.faults
         else:
             reason = getattr(error, "strerror", None) or error
             faults.append(f"config is {path!r}, which cannot be read: {reason}; name a YAML file")
-        return None
+        return None, ""
     if loaded is None:
-        return {}
+        return {}, text
     if not isinstance(loaded, dict):
         faults.append(f"config is {path!r}, which holds a {type(loaded).__name__}; write lines of name: value")
-        return None
-    return {str(key): value for key, value in loaded.items()}
+        return None, ""
+    return {str(key): value for key, value in loaded.items()}, text
 
 
 def _hint(cls: type, name: str) -> tuple[type, ...]:

@@ -10,7 +10,8 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from qtarget.evaluation.compare import Comparison, Difference
@@ -116,90 +117,58 @@ def _cell(text: str) -> str:
 
 # -- page ----------------------------------------------------------------------------------------------------------
 
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem;
-  color: #1b1b1b; background: #fff; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #d5d5d5; white-space: nowrap; }
-th:first-child, td:first-child, td.word, th.word { text-align: left; }
-.wide { overflow-x: auto; }
-.plots { display: flex; flex-wrap: wrap; gap: 1.5rem; }
-figure { margin: 0; } figcaption { font-weight: 600; }
-svg text { font: 12px system-ui, sans-serif; fill: #1b1b1b; }
-svg .axis { stroke: #777; } svg .zero { stroke: #777; stroke-dasharray: 3 3; } svg .grid { stroke: #e3e3e3; }
-@media (prefers-color-scheme: dark) {
-  body { color: #e8e8e8; background: #16181b; } svg text { fill: #e8e8e8; }
-  th, td { border-color: #3a3d42; } svg .grid { stroke: #2b2e33; }
-  svg .mark { filter: brightness(1.7); } .key { filter: brightness(1.7); }
-}
-"""
+
+@dataclass
+class Plot:
+    """What ``compare_report.html`` draws. Places are (x, y) in pixels from the top left; arms are numbers.
+
+    Attributes:
+        rules: (class, x1, y1, x2, y2). texts: (x, y, anchor, words). bands, lines: (places, arm).
+        dots: (x, y, arm, title).
+    """
+
+    label: str
+    width: int
+    height: int
+    rules: list[tuple[str, float, float, float, float]] = field(default_factory=list)
+    texts: list[tuple[float, float, str, str]] = field(default_factory=list)
+    bands: list[tuple[list[tuple[float, float]], int]] = field(default_factory=list)
+    lines: list[tuple[list[tuple[float, float]], int]] = field(default_factory=list)
+    dots: list[tuple[float, float, int, str]] = field(default_factory=list)
 
 
 def html(comparison: Comparison) -> str:
-    digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-    first = escape(comparison.arms[0].name)
-    curves = "".join(_curves(comparison, task) for task in comparison.tasks) if comparison.n else ""
-    kinds = list(dict.fromkeys(difference.measure for difference in comparison.differences))
-    intervals = "".join(_intervals([d for d in comparison.differences if d.measure == kind], kind) for kind in kinds)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'sha256-{digest}'\">\n"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Differences to {first}</title><style>{_STYLE}</style></head><body>\n"
-        f"<h1>Differences to {first}</h1>\n"
-        + _table(heads(comparison), [cells(difference) for difference in comparison.differences])
-        + f'<div class="plots">{intervals}</div>\n'
-        + (f'<h2>pass@k, strict</h2>\n{_key(comparison)}<div class="plots">{curves}</div>\n' if curves else "")
-        + "<h2>Scores</h2>\n"
-        + _table(*score_rows(comparison))
-        + "".join(f"<p>{escape(fact)}</p>\n" for fact in facts(comparison))
-        + "</body></html>\n"
+    """The page. Whatever stands in it is escaped by the template's engine."""
+    from jinja2 import FileSystemLoader, StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    folder = Path(__file__).parent
+    style = (folder / "compare_report.css").read_text(encoding="utf-8")
+    by_measure: dict[str, list[Difference]] = {}
+    for difference in comparison.differences:
+        by_measure.setdefault(difference.measure, []).append(difference)
+    engine = ImmutableSandboxedEnvironment(
+        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    return engine.get_template("compare_report.html").render(
+        style=style,
+        digest=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        colours=_COLOURS,
+        dashes=_DASHES,
+        words=("arm", "score", "task", "reading"),
+        arms=[arm.name for arm in comparison.arms],
+        differences=(heads(comparison), [cells(difference) for difference in comparison.differences]),
+        scores=score_rows(comparison),
+        facts=facts(comparison),
+        intervals=[_intervals(differences, measure) for measure, differences in by_measure.items()],
+        curves=[_curves(comparison, task) for task in comparison.tasks] if comparison.n else [],
     )
 
 
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    words = {"arm", "score", "task", "reading"}
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        scope = ' scope="col"' if tag == "th" else ""
-        kinds = ['class="word"' if name in words else "" for name in names]
-        inner = "".join(f"<{tag}{scope} {kind}>{escape(cell)}</{tag}>" for cell, kind in zip(cells, kinds, strict=True))
-        return f"<tr>{inner}</tr>"
-
-    body = "\n".join(line(row, "td") for row in rows)
-    table = f"<table><thead>{line(names, 'th')}</thead><tbody>\n{body}\n</tbody></table>"
-    return f'<div class="wide" tabindex="0">{table}</div>\n'
-
-
-def _key(comparison: Comparison) -> str:
-    items = "".join(
-        f'<span class="key"><svg width="34" height="12" aria-hidden="true">{_line([(2, 6), (32, 6)], i)}</svg></span> '
-        f"{escape(arm.name)} &nbsp; "
-        for i, arm in enumerate(comparison.arms)
-    )
-    return f"<p>{items}</p>\n"
-
-
-def _line(points: Sequence[tuple[float, float]], number: int) -> str:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    dash = _DASHES[number % len(_DASHES)]
-    return (
-        f'<polyline class="mark" points="{path}" fill="none" stroke="{_COLOURS[number % len(_COLOURS)]}" '
-        f'stroke-width="2"{f" stroke-dasharray={chr(34)}{dash}{chr(34)}" if dash else ""}/>'
-    )
-
-
-def _svg(width: int, height: int, label: str, body: str) -> str:
-    return (
-        f'<figure><figcaption>{escape(label)}</figcaption><svg role="img" aria-label="{escape(label, quote=True)}" '
-        f'width="{width}" height="{height}" viewBox="0 0 {width} {height}">{body}</svg></figure>\n'
-    )
-
-
-def _curves(comparison: Comparison, task: str) -> str:
+def _curves(comparison: Comparison, task: str) -> Plot:
     """pass@k over k of every arm, with its 95 % band over problems."""
     width, height, left, bottom, top = 340, 220, 44, 34, 8
+    plot = Plot(task, width, height)
     n = comparison.n
     highest = max(0.05, *(max(comparison.scores[arm.name][task]["pass_high"]) for arm in comparison.arms))
 
@@ -207,55 +176,45 @@ def _curves(comparison: Comparison, task: str) -> str:
         x = left + (width - left - 10) * ((k - 1) / (n - 1) if n > 1 else 0.5)
         return x, height - bottom - (height - bottom - top) * value / highest
 
-    body = _grid(left, width - 10, [(place(1, highest * i / 4)[1], f"{100 * highest * i / 4:.0f}") for i in range(5)])
+    for i in range(5):
+        y = place(1, highest * i / 4)[1]
+        plot.rules.append(("grid", left, y, width - 10, y))
+        plot.texts.append((left - 6, y + 4, "end", f"{100 * highest * i / 4:.0f}"))
     for k in sorted({1, n, *(2**i for i in range(1, n.bit_length()) if 2**i <= n)}):
-        body += f'<text x="{place(k, 0)[0]:.1f}" y="{height - bottom + 16}" text-anchor="middle">{k}</text>'
-    body += f'<text x="{(left + width) / 2:.0f}" y="{height - 4}" text-anchor="middle">k</text>'
+        plot.texts.append((place(k, 0)[0], height - bottom + 16, "middle", str(k)))
+    plot.texts.append(((left + width) / 2, height - 4, "middle", "k"))
     for number, arm in enumerate(comparison.arms):
-        found: dict[str, Any] = comparison.scores[arm.name][task]
-        ks = range(1, n + 1)
-        upper = [place(k, found["pass_high"][k - 1]) for k in ks]
-        lower = [place(k, found["pass_low"][k - 1]) for k in reversed(ks)]
-        area = " ".join(f"{x:.1f},{y:.1f}" for x, y in upper + lower)
-        body += f'<polygon class="mark" points="{area}" fill="{_COLOURS[number % len(_COLOURS)]}" opacity="0.13"/>'
-        body += _line([place(k, found["pass"][k - 1]) for k in ks], number)
-    return _svg(width, height, task, body)
+        scores: dict[str, Any] = comparison.scores[arm.name][task]
+        upper, middle, lower = (
+            [place(k, value) for k, value in enumerate(scores[name], start=1)]
+            for name in ("pass_high", "pass", "pass_low")
+        )
+        plot.bands.append(([*upper, *reversed(lower)], number))
+        plot.lines.append((middle, number))
+    return plot
 
 
-def _grid(x1: float, x2: float, lines: Sequence[tuple[float, str]]) -> str:
-    return "".join(
-        f'<line class="grid" x1="{x1}" x2="{x2}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text x="{x1 - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(label)}</text>'
-        for y, label in lines
-    )
-
-
-def _intervals(differences: Sequence[Difference], measure: str) -> str:
+def _intervals(differences: Sequence[Difference], measure: str) -> Plot:
     """A dot and its interval for every task and arm; the broken line is no difference."""
-    row, left, width = 24, 220, 520
+    row, left, width, height = 24, 220, 520, 24 * len(differences) + 40
     factor = 1 if measure == "tokens" else 100
-    reach = factor * max(1e-3, *(max(abs(d.low), abs(d.high)) for d in differences)) * 1.08
-    height = row * len(differences) + 40
+    reach = max(1e-3, *(max(abs(d.low), abs(d.high)) for d in differences)) * 1.08
+    name = {"strict": "avg@n", "lenient": "lenient avg@n", "tokens": "tokens an answer"}.get(measure, measure)
+    plot = Plot(f"Difference in {name}", width, height)
 
     def place(value: float) -> float:
-        return left + (width - left - 10) * (factor * value / reach + 1) / 2
+        return left + (width - left - 10) * (value / reach + 1) / 2
 
-    body = f'<line class="zero" x1="{place(0):.1f}" x2="{place(0):.1f}" y1="6" y2="{height - 30}"/>'
+    plot.rules.append(("zero", place(0), 6, place(0), height - 30))
     for share in (-1, -0.5, 0, 0.5, 1):
         value = share * reach / 1.08
-        body += f'<text x="{place(value / factor):.1f}" y="{height - 10}" text-anchor="middle">{value:+.1f}</text>'
+        plot.texts.append((place(value), height - 10, "middle", f"{factor * value:+.1f}"))
     arms = list(dict.fromkeys(d.arm for d in differences))
     for number, difference in enumerate(differences):
-        y = 18 + row * number
+        y, arm = 18 + row * number, arms.index(difference.arm) + 1  # the first arm has no difference
         label = f"{difference.arm}, {difference.task}"
-        short = label if len(label) <= 34 else label[:33] + "…"
-        arm = arms.index(difference.arm) + 1
-        body += f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(short)}</text>'
-        body += _line([(place(difference.low), y), (place(difference.high), y)], arm)
-        body += (
-            f'<circle class="mark" cx="{place(difference.value):.1f}" cy="{y}" r="4" '
-            f'fill="{_COLOURS[arm % len(_COLOURS)]}"><title>{escape(label)}: {escape(cells(difference)[5])}, '
-            f"{escape(cells(difference)[6])}</title></circle>"
-        )
-    name = {"strict": "avg@n", "lenient": "lenient avg@n", "tokens": "tokens an answer"}.get(measure, measure)
-    return _svg(width, height, f"Difference in {name}", body)
+        shown = cells(difference)
+        plot.texts.append((left - 10, y + 4, "end", label if len(label) <= 34 else label[:33] + "…"))
+        plot.lines.append(([(place(difference.low), y), (place(difference.high), y)], arm))
+        plot.dots.append((place(difference.value), y, arm, f"{label}: {shown[5]}, {shown[6]}"))
+    return plot

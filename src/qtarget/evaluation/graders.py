@@ -1,9 +1,17 @@
-"""Grades a text against a problem's row, strictly and leniently, in a Judge's process.
+r"""The registry of graders: from a text and a problem's row to a verdict.
 
-A grader's name: ``math`` (answer: the gold expression), ``choice`` (options: their texts; answer: the letter),
-``reasoning_gym:NAME`` (answer, metadata), or ``my_pkg.my_module:function`` of (text, row). The last returns a bool, or
-a dict with ``strict`` and perhaps ``lenient`` (bools) and ``parsed`` (a string); a bool alone is both judgements, and
-what it read is unknown.
+A grader's name, as ``--verifier`` takes it:
+
+    math                        the marked answer against ``answer``, an expression or a list of them
+    math_verify                 math_verify of the final answer against that of ``answer``
+    choice                      the letter of an option against ``answer``; ``options`` are the texts
+    reasoning_gym:TASK          reasoning_gym's scorer of that task, right where its score reaches 1
+    my_pkg.my_module:function   your own, of (text, row)
+
+A verdict has two judgements, ``strict`` and ``lenient``, and what each read, ``parsed`` and ``lenient_parsed``. Your own
+function returns a bool, or a dict with ``strict`` and perhaps the others; a bool alone is both judgements, and what it
+read is unknown. The final answer of a text is what it marks, in <answer> tags, in \boxed{} or after ####, the last of
+its kind, or else the whole text.
 """
 
 from __future__ import annotations
@@ -14,52 +22,91 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from qtarget.errors import ConfigError, unknown
-from qtarget.evaluation import equality, extraction, verifiers
+from qtarget.errors import ConfigError, DataError, unknown
+from qtarget.evaluation import equality, extraction
+from qtarget.evaluation.extraction import final_answer
 
-LOADER = "qtarget.evaluation.graders:load_in_child"
 # A judgement that takes more memory than this fails instead of taking the machine with it; qtarget's own graders only,
 # since a user's may map a model.
 MEMORY_BYTES = 4 << 30
+# A score is a float that may have been summed.
+_RIGHT = 1.0 - 1e-9
 
-Grader = Callable[[str, Mapping[str, Any]], dict[str, Any]]
+Verdict = dict[str, Any]
+Grade = Callable[[str, Mapping[str, Any]], Verdict]
 
 
-def check(name: str) -> None:
-    """Raise ConfigError where a name is no grader or what it needs is not installed."""
-    if name == "choice":
+@dataclass(frozen=True)
+class _Kind:
+    """reads: the columns of a row. package: what it imports, None for nothing beside qtarget."""
+
+    reads: tuple[str, ...]
+    package: str | None = None
+
+
+_GYM, _OWN = "reasoning_gym:TASK", "my_pkg.my_module:function"
+_KINDS = {
+    "math": _Kind(("answer",), "math_verify"),
+    "math_verify": _Kind(("answer",), "math_verify"),
+    "choice": _Kind(("options", "answer")),
+    _GYM: _Kind(("answer",), "reasoning_gym"),
+}
+
+
+# -- names ---------------------------------------------------------------------------------------------------------
+
+
+def check(name: str, columns: Sequence[str] | None = None) -> None:
+    """Raise ConfigError where a name is no grader, needs what is not installed, or reads columns the rows lack."""
+    kind = _kind(name)
+    if kind is None and ":" not in name:
+        raise unknown("verifier", name, (*_KINDS, _OWN))
+    if kind is None:
+        from qtarget.targets.yaml_form import load_object
+
+        if not callable(load_object(name, "verifier")):
+            raise ConfigError(
+                f"verifier is {name!r}, which is no function; name one of (text, row) that returns a bool"
+            )
         return
-    if name != "math" and ":" not in name:
-        raise unknown("verifier", name, ("math", "choice", "reasoning_gym:TASK", "my_pkg.my_module:function"))
-    verifiers.check("math_verify" if name == "math" else name)
+    if kind.package is not None and importlib.util.find_spec(kind.package) is None:
+        raise ConfigError(f"verifier is {name!r}, but {kind.package} is not installed; pip install 'qtarget[eval]'")
+    if kind is _KINDS[_GYM]:
+        from reasoning_gym.factory import DATASETS
+
+        if (task := name.partition(":")[2]) not in DATASETS:
+            raise unknown("verifier reasoning_gym", task, DATASETS)
+    for column in kind.reads:
+        if columns is not None and column not in columns:
+            raise DataError(
+                f"verifier is {name!r}, which reads the column {column!r}, but the rows have {', '.join(columns)}; add "
+                f"it, or name a verifier of your own: {_OWN}"
+            )
 
 
 def reads(name: str) -> tuple[str, ...]:
     """The columns of a row that qtarget's own graders read."""
-    return ("options", "answer") if name == "choice" else ("answer",) if name == "math" or _is_gym(name) else ()
+    kind = _kind(name)
+    return () if kind is None else kind.reads
 
 
 def is_code(name: str) -> bool:
     """Whether a name stands for a user's own function, which is imported to judge."""
-    return ":" in name and not _is_gym(name)
-
-
-def _is_gym(name: str) -> bool:
-    return name.startswith("reasoning_gym:")
+    return ":" in name and _kind(name) is None
 
 
 def version(name: str) -> str:
     """What a verdict depends on beside the text: of packages their version, of a user's function its file."""
-    own = f"qtarget-{extraction.VERSION}"
-    if name == "choice":
-        return own
-    if name == "math":
-        return f"{own} math-verify-{importlib.metadata.version('math-verify')}"
-    if name.startswith("reasoning_gym:"):
-        return f"{own} reasoning-gym-{importlib.metadata.version('reasoning-gym')}"
+    if kind := _kind(name):
+        package = (kind.package or "").replace("_", "-")
+        return f"qtarget-{extraction.VERSION}" + (
+            f" {package}-{importlib.metadata.version(package)}" if package else ""
+        )
     module = importlib.import_module(name.partition(":")[0])
     try:
         source = inspect.getsource(module)
@@ -68,24 +115,39 @@ def version(name: str) -> str:
     return f"sha256-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
 
 
-def load_in_child(name: str) -> Grader:
-    """``load``, and a limit on the memory of this process."""
-    if ":" not in name or name.startswith("reasoning_gym:"):
-        _limit_memory()
-    return load(name)
+def _kind(name: str) -> _Kind | None:
+    return _KINDS.get(_GYM if name.startswith("reasoning_gym:") else name)
 
 
-def load(name: str) -> Grader:
-    """The grader of a checked name, with what it imports at its first call imported."""
+def load(name: str, whole_text: bool = False) -> Grade:
+    """The function of a checked name, with what it imports at its first call imported.
+
+    Args:
+        whole_text: reasoning_gym's scorers take a text that marks no answer for the answer.
+    """
     if name == "choice":
         return _choice
     if name == "math":
         equality.same(r"\frac{\sqrt{1}}{2}", r"\frac{\sqrt{4}}{4}")
         return _math
-    if name.startswith("reasoning_gym:"):
-        return _reasoning_gym(name)
-    own = verifiers.load(name)
+    if name == "math_verify":
+        # It warns that its own alarms are off; they are, for a call that takes too long is killed.
+        logging.getLogger("math_verify").setLevel(logging.ERROR)
+        _math_verify("1", {"answer": "1"})
+        return lambda text, row: _verdict(name, _math_verify(text, row))
+    if not is_code(name):
+        return _reasoning_gym(name.partition(":")[2], whole_text)
+    # Not load_object: it imports torch, for which a child that was killed would wait each time.
+    module, _, function = name.partition(":")
+    own = getattr(importlib.import_module(module), function)
     return lambda text, row: _verdict(name, own(text, row))
+
+
+def load_in_child(name: str, whole_text: bool = False) -> Grade:
+    """``load``, and for qtarget's own graders a limit on the memory of this process."""
+    if not is_code(name):
+        _limit_memory()
+    return load(name, whole_text)
 
 
 def _limit_memory() -> None:
@@ -101,10 +163,10 @@ def _limit_memory() -> None:
 # -- graders -------------------------------------------------------------------------------------------------------
 
 
-def _math(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
+def _math(text: str, row: Mapping[str, Any]) -> Verdict:
     strict, lenient = extraction.strict(text), extraction.lenient(text)
     golds = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    golds = [extraction.final_answer(str(one)) for one in golds]
+    golds = [final_answer(str(one)) for one in golds]
     # Of several each is normalised before a comma parts them: 1,234 is one of them.
     gold = golds[0] if len(golds) == 1 else ", ".join(map(extraction.normal, golds))
     right = strict is not None and equality.same(gold, strict)
@@ -116,7 +178,21 @@ def _math(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _choice(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
+def _math_verify(text: str, row: Mapping[str, Any]) -> bool:
+    """Raises ValueError where the row's own answer cannot be read."""
+    from math_verify import parse, verify
+
+    def parsed(answer: str) -> list:
+        """Plain LaTeX is read only between dollars."""
+        return parse(answer, parsing_timeout=None) or parse(f"${answer}$", parsing_timeout=None)
+
+    gold = parsed(final_answer(str(row["answer"])))
+    if not gold:
+        raise ValueError(f"the answer {row['answer']!r} cannot be read")
+    return bool(verify(gold, parsed(final_answer(text)), timeout_seconds=None))
+
+
+def _choice(text: str, row: Mapping[str, Any]) -> Verdict:
     strict = extraction.letter_strict(text, row["options"])
     lenient = extraction.letter_lenient(text, row["options"])
     return {
@@ -127,26 +203,30 @@ def _choice(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _reasoning_gym(name: str) -> Grader:
-    verify = verifiers.load(name)
+def _reasoning_gym(task: str, whole_text: bool) -> Grade:
+    from reasoning_gym import get_score_answer_fn
 
-    def grade(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
-        strict = extraction.marked(text) or None
+    score: Any = get_score_answer_fn(task)
+
+    def right(answer: str, row: Mapping[str, Any]) -> bool:
+        metadata = row.get("metadata") or {}
+        if isinstance(metadata, str):  # JSON lines whose tasks differ keep it as text
+            metadata = json.loads(metadata)
+        entry = {"question": row.get("question"), "answer": row["answer"], "metadata": metadata}
+        return score(answer=answer, entry=entry) >= _RIGHT
+
+    def grade(text: str, row: Mapping[str, Any]) -> Verdict:
+        strict = (final_answer(text) if whole_text else extraction.marked(text)) or None
         lenient = strict if strict is not None else unmarked(text, str(row["answer"]))
-        # The scorer reads its text's mark itself; what is parsed already has none.
-        right = strict is not None and verify(_tagged(strict), row)
+        strictly = strict is not None and right(strict, row)
         return {
             "parsed": strict,
             "lenient_parsed": lenient,
-            "strict": right,
-            "lenient": right if lenient == strict else lenient is not None and verify(_tagged(lenient), row),
+            "strict": strictly,
+            "lenient": strictly if lenient == strict else lenient is not None and right(lenient, row),
         }
 
     return grade
-
-
-def _tagged(answer: str) -> str:
-    return f"<answer>{answer}</answer>"
 
 
 def unmarked(text: str, gold: str) -> str | None:
@@ -157,7 +237,8 @@ def unmarked(text: str, gold: str) -> str | None:
     return "\n".join(lines[-max(1, len(gold.strip().splitlines())) :]).strip() or None
 
 
-def _verdict(name: str, said: Any) -> dict[str, Any]:
+def _verdict(name: str, said: Any) -> Verdict:
+    """From what a function returned; raises ConfigError where that is a dict without ``strict``."""
     if not isinstance(said, dict):
         return {"parsed": None, "lenient_parsed": None, "strict": bool(said), "lenient": bool(said), "unparsed": True}
     if "strict" not in said:
@@ -166,11 +247,10 @@ def _verdict(name: str, said: Any) -> dict[str, Any]:
         )
     parsed = None if said.get("parsed") is None else str(said["parsed"])
     lenient = said.get("lenient_parsed", parsed)
-    lenient = None if lenient is None else str(lenient)
     strict = bool(said["strict"])
     return {
         "parsed": parsed,
-        "lenient_parsed": lenient,
+        "lenient_parsed": None if lenient is None else str(lenient),
         "strict": strict,
         "lenient": bool(said.get("lenient", strict)),
         **({} if "parsed" in said else {"unparsed": True}),

@@ -14,8 +14,8 @@ import numpy as np
 from qtarget import files
 from qtarget.errors import ConfigError, StorageError
 from qtarget.evaluation import graders, records, scores
+from qtarget.evaluation.grading import Grader
 from qtarget.evaluation.tasks import Problem, Task
-from qtarget.evaluation.verifiers import Judge
 
 GREEDY = "greedy"
 
@@ -27,31 +27,31 @@ def plan(problems: Sequence[Problem], n: int) -> list[Key]:
     return [(problem.id, sample) for problem in problems for sample in (GREEDY, *range(n))]
 
 
-class Judges:
+class Graders:
     """Several killable processes of one grader, asked about a batch at once.
 
     Attributes:
-        timeouts, errors, last_error: as in ``Judge``, over all of them.
+        timeouts, errors, last_error: as in ``Grader``, over all of them.
     """
 
-    def __init__(self, grader: str, timeout: float, processes: int = 1):
-        self._judges = [Judge(grader, timeout, graders.LOADER) for _ in range(processes)]
-        self._free: queue.SimpleQueue[Judge] = queue.SimpleQueue()
-        for judge in self._judges:
-            self._free.put(judge)
+    def __init__(self, name: str, timeout: float, processes: int = 1):
+        self._graders = [Grader(name, timeout) for _ in range(processes)]
+        self._free: queue.SimpleQueue[Grader] = queue.SimpleQueue()
+        for grader in self._graders:
+            self._free.put(grader)
         self._threads = ThreadPoolExecutor(processes)
 
-    def __enter__(self) -> Judges:
+    def __enter__(self) -> Graders:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._threads.shutdown()
-        for judge in self._judges:
-            judge.__exit__()
+        for grader in self._graders:
+            grader.__exit__()
 
     @property
     def last_error(self) -> str | None:
-        return next((judge.last_error for judge in self._judges if judge.last_error), None)
+        return next((grader.last_error for grader in self._graders if grader.last_error), None)
 
     def __call__(self, items: Sequence[tuple[dict[str, Any], dict[str, Any]]], version: str) -> list[dict[str, Any]]:
         """(sample, problem's row) → the samples with their verdicts."""
@@ -61,12 +61,12 @@ class Judges:
         said: dict[str, Any] = {"parsed": None, "lenient_parsed": None, "strict": False, "lenient": False}
         fault = None
         if sample["text"].strip():
-            judge = self._free.get()
+            grader = self._free.get()
             try:
-                answer = judge.ask(sample["text"], row)
+                answer = grader.ask(sample["text"], row)
             finally:
-                self._free.put(judge)
-            said, fault = answer.value or said, answer.fault
+                self._free.put(grader)
+            said, fault = answer.verdict or said, answer.fault
         # A text that was cut off is wrong, whatever it had said by then.
         ended = sample["finish"] == "stop"
         verdict = {
@@ -137,26 +137,26 @@ class Run:
         Args:
             sampler: see ``sampling.Sampler``. step: told how many samples of the share are done.
         """
-        judges: Judges | None = None
+        open_graders: Graders | None = None
         done = 0
-        judged: str | None = None
+        opened_for: str | None = None
         try:
             for task, batch in self.batches():
-                if judges is None or judged != task.name:
-                    self._close(judges)
-                    judges, judged = Judges(task.grader, self._timeout, self._processes), task.name
-                self._batch(sampler, judges, task, batch)
+                if open_graders is None or opened_for != task.name:
+                    self._close(open_graders)
+                    open_graders, opened_for = Graders(task.grader, self._timeout, self._processes), task.name
+                self._batch(sampler, open_graders, task, batch)
                 done += len(batch)
                 step(done)
         finally:
-            self._close(judges)
+            self._close(open_graders)
 
-    def _close(self, judges: Judges | None) -> None:
-        if judges is not None:
-            self.last_error = judges.last_error or self.last_error
-            judges.__exit__()
+    def _close(self, open_graders: Graders | None) -> None:
+        if open_graders is not None:
+            self.last_error = open_graders.last_error or self.last_error
+            open_graders.__exit__()
 
-    def _batch(self, sampler: Any, judges: Judges, task: Task, batch: list[Key]) -> None:
+    def _batch(self, sampler: Any, open_graders: Graders, task: Task, batch: list[Key]) -> None:
         from qtarget.evaluation.sampling import Request, seed_of
 
         seeds = [
@@ -185,7 +185,7 @@ class Run:
             for (problem, sample), seed, completion in zip(batch, seeds, sampler(requests), strict=True)
             if (problem, sample) not in self.held[task.name].done
         ]
-        self.held[task.name].add(judges(made, task.version))
+        self.held[task.name].add(open_graders(made, task.version))
 
     def wait(self) -> None:
         """Until the other processes have written their shares."""
@@ -266,13 +266,13 @@ def rescore(
         rows = {problem.id: problem.row for problem in records.problems(folder, name)}
         held = records.samples(folder, name)
         judged: list[dict[str, Any]] = []
-        with Judges(about["verifier"], timeout, processes) as judges:
+        with Graders(about["verifier"], timeout, processes) as open_graders:
             for start in range(0, len(held), 64):
                 batch = held[start : start + 64]
                 fresh = [
                     ({k: v for k, v in record.items() if k != "unparsed"}, rows[record["problem"]]) for record in batch
                 ]
-                judged += judges(fresh, version)
+                judged += open_graders(fresh, version)
                 done += len(batch)
                 step(done)
         changed += sum(

@@ -1,7 +1,8 @@
-"""The benchmarks of ``math5``, ``med10`` and ``hle``: where they are, and their sizes.
+"""Experimental: the benchmarks of ``math5``, ``med10`` and ``hle`` on the hub.
 
-The counts are those behind the published numbers; another count is another benchmark and is refused. None of these
-could be downloaded where this was written: ids, columns and splits are from cards and lists, the counts are the check.
+The numbers of items are those behind the published scores; another number is another benchmark and is refused. None of
+these has been run, for none could be downloaded where this was written: ids, columns and splits are from cards and
+lists, and the number of items is the check.
 """
 
 from __future__ import annotations

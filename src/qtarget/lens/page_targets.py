@@ -74,12 +74,18 @@ def listed(record: Record, tokens: Sequence[int], asked: Target | None = None) -
         kind, run = own.get(name, ("asked for", ""))
         same = isinstance(run, str) or sliders.composed(run) == sliders.composed(asked)
         own |= {name: (kind, asked)} if same else {f"{name}, asked for": ("asked for", asked)}
-    defaults = {str(target): target.name for target in map(presets.build, presets.names())}
-    entries = [
-        {"name": defaults.get(name, name), "own": kind, **entry.of(target)} for name, (kind, target) in own.items()
-    ]
+    built = {name: _built(name) for name in presets.names()}
+    names = {str(target): name for name, target in built.items()}
+    entries = [{"name": names.get(name, name), "own": kind, **entry.of(target)} for name, (kind, target) in own.items()]
     shown = {entry["name"] for entry in entries}
-    return entries + [{"name": name, **entry.of(presets.build(name))} for name in presets.names() if name not in shown]
+    return entries + [{"name": name, **entry.of(built[name])} for name in built if name not in shown]
+
+
+def _built(name: str) -> Target | str:
+    try:
+        return presets.build(name)
+    except Exception as error:  # a preset of somebody's own, which must not take the page with it
+        return f"{name} failed: {reason(error)}"
 
 
 class _Entries:

@@ -1,7 +1,8 @@
-"""Shapes of models known without loading them: from a config, or as published."""
+"""Shapes of models without their weights: by the config.json of a folder or the hub."""
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,7 @@ class Shape:
 
     Attributes:
         layers, width, ffn, heads, kv_heads, head_dim, vocab: of its config; vocab counts padded rows.
-        tied: whether the head is the embedding. qkv_bias, qk_norm: whether attention has them.
-        tokenizer: models that share a name here share their tokens; None where it is not known.
+        tied: whether the head is the embedding.
         source: where the numbers are from. counted: the number of parameters, where it was counted.
         dtype: of the checkpoint's numbers; None where it is not known.
     """
@@ -30,9 +30,6 @@ class Shape:
     head_dim: int
     vocab: int
     tied: bool
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    tokenizer: str | None = None
     source: str = ""
     counted: int | None = None
     dtype: str | None = None
@@ -41,7 +38,6 @@ class Shape:
     def layer_parameters(self) -> int:
         """Attention, a gated feed-forward block and two norms."""
         attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        attention += self.head_dim * (self.heads + 2 * self.kv_heads) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
         return attention + 3 * self.width * self.ffn + 2 * self.width
 
     @property
@@ -52,48 +48,6 @@ class Shape:
     @property
     def parameters(self) -> int:
         return self.counted or self.layers * self.layer_parameters + self.root_parameters
-
-
-_LLAMA = {"kv_heads": 8, "head_dim": 128, "vocab": 128256, "tokenizer": "Llama 3"}
-_QWEN25 = {"head_dim": 128, "qkv_bias": True, "tokenizer": "Qwen2.5"}
-_QWEN3 = {"kv_heads": 8, "head_dim": 128, "vocab": 151936, "qk_norm": True, "tokenizer": "Qwen3"}
-
-
-def _shapes(numbers: tuple[int, int, int, int], tied: bool, source: str, **more: Any) -> Shape:
-    layers, width, ffn, heads = numbers
-    return Shape(layers=layers, width=width, ffn=ffn, heads=heads, tied=tied, source=source, dtype="bfloat16", **more)
-
-
-# Where each is from: its config.json; numbers that other public code states for it; or what is generally known of it and
-# was not looked up. The papers' tables have layers, heads and tying; the tests compare counts with the model cards'. That
-# all these checkpoints are in bfloat16 is general knowledge.
-_CODE, _GENERAL = "other public code, not its config.json", "general knowledge, not looked up"
-# A Qwen2.5-Math model has the shape of the Qwen2.5 model it was trained from, as its model card says.
-_Q15 = _shapes((28, 1536, 8960, 12), True, f"{_CODE}; arXiv:2412.15115", kv_heads=2, vocab=151936, **_QWEN25)
-_Q7 = _shapes((28, 3584, 18944, 28), False, "config.json; arXiv:2412.15115", kv_heads=4, vocab=152064, **_QWEN25)
-_Q14 = _shapes((48, 5120, 13824, 40), False, "config.json; arXiv:2412.15115", kv_heads=8, vocab=152064, **_QWEN25)
-_Q72 = _shapes((80, 8192, 29568, 64), False, f"{_GENERAL}; arXiv:2412.15115", kv_heads=8, vocab=152064, **_QWEN25)
-_L3 = _shapes((28, 3072, 8192, 24), True, "config.json", **_LLAMA)
-_L8 = _shapes((32, 4096, 14336, 32), False, "config.json; arXiv:2407.21783", **_LLAMA)
-_L70 = _shapes((80, 8192, 28672, 64), False, f"{_GENERAL}; arXiv:2407.21783", **_LLAMA)
-KNOWN: dict[str, Shape] = {
-    "Qwen/Qwen3-1.7B-Base": _shapes((28, 2048, 6144, 16), True, f"{_CODE}; arXiv:2505.09388", **_QWEN3),
-    "Qwen/Qwen3-8B": _shapes((36, 4096, 12288, 32), False, "config.json; arXiv:2505.09388", **_QWEN3),
-    "Qwen/Qwen3-8B-Base": _shapes((36, 4096, 12288, 32), False, "config.json; arXiv:2505.09388", **_QWEN3),
-    "Qwen/Qwen3-32B": _shapes((64, 5120, 25600, 64), False, "config.json; arXiv:2505.09388", **_QWEN3),
-    "Qwen/Qwen2.5-1.5B": _Q15,
-    "Qwen/Qwen2.5-Math-1.5B": _Q15,
-    "Qwen/Qwen2.5-7B": _Q7,
-    "Qwen/Qwen2.5-7B-Instruct": _Q7,
-    "Qwen/Qwen2.5-Math-7B": _Q7,
-    "Qwen/Qwen2.5-Math-7B-Instruct": _Q7,
-    "Qwen/Qwen2.5-14B-Instruct": _Q14,
-    "Qwen/Qwen2.5-Math-72B-Instruct": _Q72,
-    "meta-llama/Llama-3.2-3B": _L3,
-    "meta-llama/Llama-3.1-8B": _L8,
-    "meta-llama/Llama-3.1-8B-Instruct": _L8,
-    "meta-llama/Llama-3.1-70B-Instruct": _L70,
-}
 
 
 def bytes_of(dtype: Any) -> int:
@@ -119,7 +73,9 @@ def is_path(name: str) -> bool:
 
 
 def find(field: str, name: str, revision: str | None = None, trust_remote_code: bool = False) -> Shape | None:
-    """The shape of a model: of a folder, of the table, or of a config on the hub; None where none is at hand.
+    """The shape of a model by its config.json: of a folder, of the hub's cache here, or asked of the hub (about 1 kB).
+
+    Returns None where a hub id's config cannot be had; ``why_unknown`` says why.
 
     Raises:
         ConfigError: ``name`` is a folder that is not there, or holds no model.
@@ -129,10 +85,11 @@ def find(field: str, name: str, revision: str | None = None, trust_remote_code: 
     local = Path(name).is_dir()
     if not local and is_path(name):
         raise ConfigError(f"{field} is {name!r}, which is no folder here; make it, or name a hub id")
-    if not local and name in KNOWN:
-        return KNOWN[name]
+    offline = not local and not _hub_answers()
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code, local_files_only=offline
+        )
     except Exception as error:  # no network, no such model, no permission, a broken file: many kinds
         if local:
             told = " ".join(str(error).split())
@@ -140,6 +97,27 @@ def find(field: str, name: str, revision: str | None = None, trust_remote_code: 
         return None
     with loading(field, name, "config"):
         return of_config(config.get_text_config(), "its config.json", trust_remote_code)
+
+
+def why_unknown() -> str:
+    """Why ``find`` returned None, and what mends it."""
+    hub = "gives none that you may read (hf auth login)" if _hub_answers() else "does not answer"
+    return f"its config.json is not here, and the hub {hub}; name a folder that holds its config.json"
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    """Asked once, and briefly: Transformers would ask a hub that is not there for half a minute, about each model."""
+    import requests
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        requests.head(constants.ENDPOINT, timeout=5)
+    except requests.RequestException:
+        return False
+    return True
 
 
 def of_config(config: Any, source: str = "its config", trust_remote_code: bool = False) -> Shape:

@@ -19,7 +19,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 
 from qtarget.errors import DataError
-from qtarget.evaluation.verifiers import Judge
+from qtarget.evaluation.grading import Grader
 from qtarget.signals.decoding import Greedy
 from qtarget.signals.progress import Progress
 
@@ -48,7 +48,7 @@ class Search:
     """Finds the critical tokens of a list of problems.
 
     Args:
-        greedy: the model. judge: the verifier. rows: the original rows. prompts: their token ids.
+        greedy: the model. grader: of the answers. rows: the original rows. prompts: their token ids.
         alternatives: tokens tried in place of each. batch_size: sequences decoded together; decides nothing else.
         progress: gets each finished problem.
     """
@@ -56,14 +56,14 @@ class Search:
     def __init__(
         self,
         greedy: Greedy,
-        judge: Judge,
+        grader: Grader,
         rows: Sequence[Mapping[str, Any]],
         prompts: Sequence[list[int]],
         alternatives: int,
         batch_size: int,
         progress: Progress,
     ):
-        self._greedy, self._judge, self._rows, self._prompts = greedy, judge, rows, prompts
+        self._greedy, self._grader, self._rows, self._prompts = greedy, grader, rows, prompts
         self._count, self._batch_size, self._progress = alternatives, batch_size, progress
         self._problems: dict[int, _Problem] = {}
         self._tries: list[_Try] = []
@@ -123,9 +123,9 @@ class Search:
     def _right(self, problem: _Problem, answer: list[int]) -> bool:
         text = self._greedy.text(answer)
         if text not in problem.verdicts:
-            before = self._judge.timeouts, self._judge.errors
-            problem.verdicts[text] = self._judge(text, problem.row)
-            after = self._judge.timeouts, self._judge.errors
+            before = self._grader.timeouts, self._grader.errors
+            problem.verdicts[text] = self._grader(text, problem.row)
+            after = self._grader.timeouts, self._grader.errors
             for name, was, now in zip(("timeouts", "errors"), before, after, strict=True):
                 problem.counts[name] = problem.counts.get(name, 0) + now - was
         return problem.verdicts[text]

@@ -134,7 +134,8 @@ def _show_next(folder: Path, column: str) -> None:
     _OUTPUT,
     Option(
         "verifier",
-        "reasoning_gym:TASK, math_verify (both judge by the column answer), or your own function of (text, row): "
+        "reasoning_gym:TASK, math_verify (both judge by the column answer, an unmarked text as a whole), math, choice "
+        "(what the text marks), or your own function of (text, row): "
         "my_pkg.my_module:function",
         NAME,
         mend="use reasoning_gym:TASK, math_verify or my_pkg.my_module:function",
@@ -152,14 +153,15 @@ def search_critical(options: Any) -> int:
     weights: --dtype bfloat16 is faster on a GPU.
     """
     folder = options.output
-    from qtarget.evaluation import verifiers
+    from qtarget.evaluation import graders
+    from qtarget.evaluation.grading import Grader
     from qtarget.signals import critical, manifest
     from qtarget.signals.decoding import Greedy
     from qtarget.signals.progress import Progress
 
     run = _read_run(options, trainable=False)
     rows = _prompt_rows(run)
-    verifiers.check(options.verifier, rows.column_names)
+    graders.check(options.verifier, rows.column_names)
     shaping = ("verifier", "verifier_timeout", "alternatives", "max_new_tokens")
     about = {**{name: getattr(options, name) for name in shaping}, "content": _content(rows)}
     run.datasets = {"train": rows}
@@ -177,8 +179,8 @@ def search_critical(options: Any) -> int:
         f"token of a right answer up to {options.alternatives} answers of up to {options.max_new_tokens} tokens",
         flush=True,
     )
-    with verifiers.Judge(options.verifier, options.verifier_timeout) as judge:
-        search = critical.Search(greedy, judge, rows, prompts, options.alternatives, options.batch_size, progress)
+    with Grader(options.verifier, options.verifier_timeout, whole_text=True) as grader:
+        search = critical.Search(greedy, grader, rows, prompts, options.alternatives, options.batch_size, progress)
         search.run(_progress(len(rows), len(progress.done)))
     counts = critical.report(progress.done.values())
     source = run.config.source_column
@@ -186,7 +188,7 @@ def search_critical(options: Any) -> int:
     made = critical.table(progress.done, prompts, others)
     manifest.finish(folder, settings, {"train": made}, {"report": counts})
     file.unlink()
-    _report(counts, judge.last_error)
+    _report(counts, grader.last_error)
     longer = sum(len(ids) > (run.config.max_length or len(ids)) for ids in made["input_ids"])
     if longer:
         print(

@@ -26,7 +26,7 @@ _PROMPTS, _DTYPES = ("auto", "chat", "plain", "qwen-boxed"), ("float32", "bfloat
     Option("model", "a folder or hub id", NAME),
     Option(
         "tasks",
-        "reasoning-gym tasks, math5, med10, hle, their benchmarks, or FILE.jsonl; commas between",
+        "reasoning-gym tasks or FILE.jsonl, commas between; experimental, as never run: math5, med10, hle, their parts",
         NAME,
     ),
     Option("output", "where the results go", FOLDER),
@@ -35,7 +35,11 @@ _PROMPTS, _DTYPES = ("auto", "chat", "plain", "qwen-boxed"), ("float32", "bfloat
     Option("top_p", "of the samples", number(0, 1, open_low=True), 1.0),
     Option("max_new_tokens", "the longest answer, in tokens", whole(1), 1024),
     Option("seed", "of the samples", whole(0), 0),
-    Option("verifier", "of files: math, choice, reasoning_gym:TASK or my_pkg.my_module:function of (text, row)", NAME),
+    Option(
+        "verifier",
+        "of files: math, math_verify, choice, reasoning_gym:TASK or my_pkg.my_module:function of (text, row)",
+        NAME,
+    ),
     Option("problems", "of each task; unset: of generated ones 100, of others all", whole(1)),
     Option("task_seed", "of generated problems", whole(0), 0),
     Option("prompt", "chat: the tokenizer's template; auto: chat where there is one", one_of(*_PROMPTS), "auto"),

@@ -42,14 +42,12 @@ def run(options: Any) -> int:
             + "; give the tokens of a row and, of these, those with a label"
         )
     from qtarget.cli import preview
+    from qtarget.planning import shapes
 
     found = preview.look(options.words, options.gpus)
-    if found.student is None or any(other.shape is None for other in found.others):
-        unknown = [found.asked.model.model_name_or_path] if found.student is None else []
-        unknown += [other.name for other in found.others if other.shape is None]
+    if unknown := preview.unknown_shapes(found):
         raise ConfigError(
-            f"the shape of {', '.join(unknown)} is not known here, so nothing can be counted; name a folder that holds "
-            "its config.json"
+            f"the shape of {', '.join(unknown)} is not known here, so nothing can be counted: {shapes.why_unknown()}"
         )
     if not found.asked.config.max_length:
         raise ConfigError("max_length is not set, so rows have any length; set it, as memory grows with it")

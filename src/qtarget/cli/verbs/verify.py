@@ -168,9 +168,10 @@ def _estimate(run: setup.Run, trainer: QTargetTrainer) -> Callable[[int, int], i
     def held(model: Any) -> Any:
         """(shape, bytes of a number) of a model by its name; None where it cannot be looked up."""
         try:
-            return shapes.find("model", str(model.config._name_or_path)), model.dtype.itemsize
+            shape = shapes.find("model", str(model.config._name_or_path))
         except (ConfigError, AttributeError):
             return None
+        return None if shape is None else (shape, model.dtype.itemsize)
 
     def of_step(positions: int, supervised: int) -> int | None:
         student = held(trainer.student.base)

@@ -49,10 +49,11 @@ const POOLS = {
   pool: (coefficients) => coefficients,
 };
 
-/** [name, parameters] of `name` or `{name: parameters}`, with what it makes. */
+/** [function, parameters] of a part, which is written `name` or `{name: parameters}`. */
 function lookUp(table, what, part) {
-  const [name, parameters] = typeof part === 'string' ? [part, {}] : Object.entries(part)[0];
+  const [[name, parameters], ...more] = typeof part === 'string' ? [[part, {}]] : Object.entries(part);
   if (!Object.hasOwn(table, name)) throw new Error(`this page does not know the ${what} ${name}`);
+  if (more.length) throw new Error(`this page does not know what ${more[0][0]} is beside the ${what} ${name}`);
   return [table[name], parameters];
 }
 
