@@ -98,11 +98,10 @@ class CausalLM:
             ConfigError: they differ; the architecture does something to its logits that is not known here.
         """
         self._check_ids(inputs["input_ids"])
-        few = {"input_ids": inputs["input_ids"][:1, :tokens]}
         if "position_ids" in inputs:
             starts = (inputs["position_ids"][0, 1:tokens] == 0).nonzero()
             tokens = int(starts[0]) + 1 if len(starts) else tokens
-            few = {name: inputs[name][:1, :tokens] for name in ("input_ids", "position_ids")}
+        few: Inputs = {name: inputs[name][:1, :tokens] for name in ("input_ids", "position_ids") if name in inputs}
         own = self.model(**few).logits.float()
         hidden, weight, bias = self._states_and_head(few)
         rebuilt = hidden.float() @ weight.float().T

@@ -181,20 +181,16 @@ def add_target_forward(model: nn.Module) -> None:
         with maybe_gather_lm_head_ctx(weight, bias):  # type: ignore[arg-type]  # ZeRO-3
             weight, bias = whole(weight, hidden), None if bias is None else whole(bias, hidden)
             output = qtarget(hidden.to(weight.device), weight, bias, transform)
-        if qtarget.aux_loss:
-            output.aux_loss = _load_balancing_loss(self, states.router_logits, kwargs.get("attention_mask"))
+        if qtarget.aux_loss:  # of a mixture of experts, as its own forward computes it (arXiv:2101.03961)
+            from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+            config, mask = self.config.get_text_config(), kwargs.get("attention_mask")
+            experts = config.num_experts, config.num_experts_per_tok
+            output.aux_loss = load_balancing_loss_func(states.router_logits, *experts, mask)
         return output
 
     model.forward = types.MethodType(forward, model)
     model._qtarget_forward = True  # type: ignore[assignment]
-
-
-def _load_balancing_loss(model: Any, router_logits: Any, attention_mask: Tensor | None) -> Any:
-    """The auxiliary loss of a mixture of experts, as the architecture's own forward computes it (arXiv:2101.03961)."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    config = model.config.get_text_config()
-    return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)
 
 
 def head_parameters(model: Any) -> tuple[Tensor, Tensor | None]:
@@ -220,17 +216,14 @@ def whole(parameter: Tensor, like: Tensor) -> Tensor:
     """
     if not isinstance(parameter, DTensor):
         return parameter
-    if not (torch.is_grad_enabled() and parameter.requires_grad):
-        sharded: Any = parameter.detach()
-        return _as(sharded.full_tensor(), like)
-    mesh: Any = parameter.device_mesh
-    shared: Any = _Divided.apply(parameter, mesh.size())
-    return _as(shared.full_tensor(grad_placements=[Partial()] * mesh.ndim), like)
-
-
-def _as(tensor: Tensor, like: Tensor) -> Tensor:
-    lower = like.is_floating_point() and torch.finfo(like.dtype).bits < torch.finfo(tensor.dtype).bits
-    return tensor.to(like.dtype) if lower else tensor
+    sharded: Any = parameter.detach()
+    placements = None
+    if torch.is_grad_enabled() and parameter.requires_grad:
+        sharded = _Divided.apply(parameter, parameter.device_mesh.size())
+        placements = [Partial()] * parameter.device_mesh.ndim
+    full: Tensor = sharded.full_tensor(grad_placements=placements)
+    lower = like.is_floating_point() and torch.finfo(like.dtype).bits < torch.finfo(full.dtype).bits
+    return full.to(like.dtype) if lower else full
 
 
 class _Divided(torch.autograd.Function):

@@ -23,8 +23,7 @@ def load_frozen(name_or_path: str, revision: str | None, init_kwargs: dict | Non
     """
     from transformers import AutoModelForCausalLM
 
-    kwargs = dict(init_kwargs or {})
-    kwargs.setdefault("dtype", torch.float32 if device.type == "cpu" else "auto")
+    kwargs = {"dtype": torch.float32 if device.type == "cpu" else "auto", **(init_kwargs or {})}
     if revision is not None:
         kwargs["revision"] = revision
     model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
@@ -89,7 +88,6 @@ def place_as_student(model: nn.Module, role: str, accelerator: Any, device: torc
     Raises:
         ConfigError: ``device_map`` left its head where it cannot be multiplied beside the student's.
     """
-    placed = getattr(model, "hf_device_map", None)
     freeze(model)
     add_target_forward(model)
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
@@ -98,10 +96,10 @@ def place_as_student(model: nn.Module, role: str, accelerator: Any, device: torc
         return prepare_deepspeed(model, accelerator)
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         return _sharded(model, accelerator)
-    if placed is None:
+    if getattr(model, "hf_device_map", None) is None:
         return model.to(device)
     head = head_parameters(model)[0]
-    if head.device != device and head.device.type != torch.device(device).type:
+    if head.device.type != torch.device(device).type:
         raise ConfigError(
             f"{role}_model_init_kwargs.device_map left the {role}'s head on {head.device.type!r}, where it cannot be "
             f"multiplied beside the student's on {str(device)!r}; leave device_map out, or map the head to that device"

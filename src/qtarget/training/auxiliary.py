@@ -54,9 +54,7 @@ class AuxiliaryModels:
         self.teacher: TeacherSource | None = None
         if "teacher" in requires:
             self.teacher = teacher_source(args, accelerator, student, end_token, teacher, join)
-        self.reference: CausalLM | None = None
-        if "reference" in requires:
-            self.reference = self._reference(args, accelerator, student, reference)
+        self.reference = self._reference(args, accelerator, student, reference) if "reference" in requires else None
         self.old_policy = OldPolicy(student.unwrapped, args.psft_refresh) if "old_policy" in requires else None
         self._heads_checked = False
 
@@ -80,9 +78,7 @@ class AuxiliaryModels:
 
     def has(self, role: str) -> bool:
         """Whether teacher or reference can be asked."""
-        if role == "reference":
-            return self.reference is not None or self.has_adapters
-        return self.teacher is not None
+        return getattr(self, role) is not None or (role == "reference" and self.has_adapters)
 
     @property
     def average(self) -> EmaWeights | None:

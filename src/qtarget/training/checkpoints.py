@@ -113,8 +113,7 @@ def to_resume_from(resume_from_checkpoint: Any, output_dir: Any) -> str | None:
     """
     if isinstance(resume_from_checkpoint, str | Path):
         folder = Path(resume_from_checkpoint)
-        why = fault(folder)
-        if why is None:
+        if (why := fault(folder)) is None:
             return str(folder)
         whole = last(folder.parent)
         mend = "start anew in another output_dir" if whole is None else f"the last whole one is {str(whole)!r}"

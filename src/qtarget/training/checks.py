@@ -217,9 +217,6 @@ def packed_batch(inputs: Mapping[str, Any]) -> None:
         )
 
 
-# -- together ----------------------------------------------------------------------------------------------------
-
-
 def before_loading(
     model: str | nn.Module,
     args: Any,

@@ -91,17 +91,13 @@ class History(TrainerCallback):
         columns = torch.full_like(cells, step), cells // BINS, cells % BINS, count.long(), trust / count, update / count
         named = zip(SCHEMA.names, (column.tolist() for column in columns), strict=True)
         table = pa.Table.from_pydict(dict(named), schema=SCHEMA)
-        before = self._before(step)
+        if self._file.is_file():  # a resumed run goes on, and what it does again is written anew
+            earlier = pq.read_table(self._file)
+            stay = [known for known in pc.unique(earlier["step"]).to_pylist() if known % self.stride(step) == 0]
+            stays = pc.is_in(earlier["step"], pa.array(stay, pa.int32()))
+            table = pa.concat_tables([earlier.filter(pc.and_(pc.less(earlier["step"], step), stays)), table])
         with files.whole(self._file, report=False) as partial:
-            pq.write_table(table if before is None else pa.concat_tables([before, table]), partial, compression="zstd")
-
-    def _before(self, step: int) -> pa.Table | None:
-        """Maps of earlier steps that stay: a resumed run goes on, and what it does again is written anew."""
-        if not self._file.is_file():
-            return None
-        table = pq.read_table(self._file)
-        kept = [known for known in pc.unique(table["step"]).to_pylist() if known % self.stride(step) == 0]
-        return table.filter(pc.and_(pc.less(table["step"], step), pc.is_in(table["step"], pa.array(kept, pa.int32()))))
+            pq.write_table(table, partial, compression="zstd")
 
 
 def frames(folder: str | Path) -> list[dict[str, Any]]:

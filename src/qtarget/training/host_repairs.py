@@ -72,7 +72,7 @@ class StepBatches:
                 )
             taken = []
         self._pass, self._begins_within = batches, False
-        return taken, trainer.denominator(taken) if taken else None
+        return taken, trainer.denominator(taken)
 
     def resumed(self, trainer: QTargetTrainer, finished: int, trained: int, checkpoint: str | None) -> tuple[int, int]:
         """Passes finished, and micro-batches trained of the present one; of a stream worked out anew."""

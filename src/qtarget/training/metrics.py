@@ -57,9 +57,8 @@ class TokenMeter:
 
     def _add(self, mode: str, stats: dict[str, Tensor], batch: Batch) -> None:
         """``stats``: tensors of the shifted labels' shape, NaN where a token takes no part."""
-        tokens_of = {}
-        if (source := batch.columns.get(SOURCE_ID)) is not None:
-            tokens_of = {name: source[:, 1:] == number for number, name in enumerate(self._sources)}
+        source = batch.columns.get(SOURCE_ID)
+        tokens_of = {} if source is None else {name: source[:, 1:] == n for n, name in enumerate(self._sources)}
         for name, value in {**stats, _SFT_UPDATE: -torch.expm1(-stats["nll"])}.items():
             taking_part = ~torch.isnan(value)
             self._add_sum(mode, name, value.nansum(), taking_part.sum())
@@ -98,8 +97,7 @@ class TokenMeter:
 
         Nothing was added before the summary at the end of training, which stays as it is.
         """
-        means = self.read("train")
-        if not means:
+        if not (means := self.read("train")):
             return
         logs.update(means, **trainer.objective.values(max(trainer.state.global_step - 1, 0), trainer.total_steps))
         share, rate = logs.get("update_vs_sft"), logs.get("learning_rate")

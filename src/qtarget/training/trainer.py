@@ -189,8 +189,7 @@ class QTargetTrainer(HostHooks):
         return self.aux if all(self.aux.has(role) for role in roles) else self._load(roles)
 
     def _load(self, roles: Collection[str], *given: Any) -> AuxiliaryModels:
-        end = self.tokenizer.eos_token_id
-        return AuxiliaryModels(self.args, self.accelerator, self.student, roles, end, *given)
+        return AuxiliaryModels(self.args, self.accelerator, self.student, roles, self.tokenizer.eos_token_id, *given)
 
     def _roles(self, requires: frozenset[str]) -> frozenset[str]:
         """The models that targets need; online weights against a column need no reference of their own."""
