@@ -69,10 +69,10 @@ class CausalLM:
 
     def _states_and_head(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
         """(last hidden states, weight and bias of the head, whole)."""
-        asked = StatesCall()
-        states = self.model(**inputs, qtarget=asked)
+        call = StatesCall()
+        states = self.model(**inputs, qtarget=call)
         weight, bias = head_parameters(self.base)
-        if isinstance(weight, DTensor) and not asked.gathered:
+        if isinstance(weight, DTensor) and not call.gathered:
             # FSDP2 gathered the head itself and freed it when the forward ended
             return states.hidden, whole(weight, states.hidden), None if bias is None else whole(bias, states.hidden)
         return states.hidden, states.weight, states.bias
@@ -102,26 +102,26 @@ class CausalLM:
             starts = (inputs["position_ids"][0, 1:tokens] == 0).nonzero()
             tokens = int(starts[0]) + 1 if len(starts) else tokens
         few: Inputs = {name: inputs[name][:1, :tokens] for name in ("input_ids", "position_ids") if name in inputs}
-        own = self.model(**few).logits.float()
+        logits = self.model(**few).logits.float()
         hidden, weight, bias = self._states_and_head(few)
         rebuilt = hidden.float() @ weight.float().T
         if bias is not None:
             rebuilt = rebuilt + bias.float()
-        rebuilt = self.transform.apply(rebuilt)[:, -own.shape[1] :]
-        if rebuilt.shape != own.shape:
+        rebuilt = self.transform.apply(rebuilt)[:, -logits.shape[1] :]
+        if rebuilt.shape != logits.shape:
             raise ConfigError(
                 f"{type(self.base).__name__}'s head has {rebuilt.shape[-1]} rows in this process and the model "
-                f"{own.shape[-1]} tokens: it is split over processes in a form that cannot be gathered here; leave "
+                f"{logits.shape[-1]} tokens: it is split over processes in a form that cannot be gathered here; leave "
                 "tensor parallelism out (tp_plan), or shard with FSDP2"
             )
-        difference = (own - rebuilt).abs()
+        difference = (logits - rebuilt).abs()
         rounded = mixed_precision or hidden.dtype not in (torch.float32, torch.float64)
-        allowed = (5e-2 if rounded else 1e-3) * (1 + float(own.abs().max()))
-        if not own.isnan().any() and not float(difference.max()) <= allowed:
-            token, index = divmod(int(difference.argmax()), own.shape[-1])
+        allowed = (5e-2 if rounded else 1e-3) * (1 + float(logits.abs().max()))
+        if not logits.isnan().any() and not float(difference.max()) <= allowed:
+            token, index = divmod(int(difference.argmax()), logits.shape[-1])
             raise ConfigError(
                 f"{type(self.base).__name__}'s logits cannot be rebuilt from its hidden states: token {token}, id "
-                f"{index} is {float(own[0, token, index]):.4f} in the model and {float(rebuilt[0, token, index]):.4f} "
+                f"{index} is {float(logits[0, token, index]):.4f} in the model and {float(rebuilt[0, token, index]):.4f} "
                 f"from hidden states × head (scale {self.transform.scale}, softcap {self.transform.softcap}); this "
                 "architecture is not supported"
             )

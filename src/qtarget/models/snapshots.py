@@ -41,7 +41,7 @@ class WeightSnapshot:
             )
         self._model = model
         self.taken_at: int | None = None
-        self._kept: dict[str, Tensor] = {}
+        self._copies: dict[str, Tensor] = {}
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         """The trainable weights as this process keeps them. FSDP2 leaves what a forward without backward gathered in
@@ -55,13 +55,13 @@ class WeightSnapshot:
     def _take(self, step: int, share: float = 1.0) -> None:
         """Move the copies to the present weights: all the way, or by a share of the difference."""
         for name, parameter in self._trainable().items():
-            present, kept = _local(parameter), self._kept.get(name)
-            if kept is None:
-                self._kept[name] = self._first(present)
+            present, copy = _local(parameter), self._copies.get(name)
+            if copy is None:
+                self._copies[name] = self._first(present)
             elif share == 1:
-                kept.copy_(present)
+                copy.copy_(present)
             else:
-                kept.lerp_(present.to(kept.dtype), share)
+                copy.lerp_(present.to(copy.dtype), share)
         self.taken_at = step
 
     def _first(self, weights: Tensor) -> Tensor:
@@ -82,10 +82,10 @@ class WeightSnapshot:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, parameter in self._trainable().items():
-            weights, kept = _local(parameter), self._kept[name]
+            weights, copy = _local(parameter), self._copies[name]
             present = weights.clone()  # one parameter at a time: a second full copy is never held
-            weights.copy_(kept)
-            kept.copy_(present)
+            weights.copy_(copy)
+            copy.copy_(present)
 
     def forget(self) -> None:
         """Start anew with the next optimiser step 0."""
@@ -93,7 +93,7 @@ class WeightSnapshot:
 
     def save(self, folder: str | Path) -> None:
         if self.taken_at is not None and (_sharded(self._model) or int(os.environ.get("RANK", "0")) == 0):
-            torch.save({"taken_at": self.taken_at, "weights": self._kept}, self._file(folder))
+            torch.save({"taken_at": self.taken_at, "weights": self._copies}, self._file(folder))
 
     def load(self, folder: str | Path) -> None:
         """Raises StorageError where the checkpoint holds no such copies, or copies of other weights."""
@@ -113,7 +113,7 @@ class WeightSnapshot:
                 f"resume_from_checkpoint is {str(folder)!r}, whose {self.what} has other trainable weights than this "
                 "model; resume with the same adapters"
             )
-        self._kept = {name: value.to(trainable[name].device) for name, value in saved["weights"].items()}
+        self._copies = {name: value.to(trainable[name].device) for name, value in saved["weights"].items()}
         self.taken_at = saved["taken_at"]
 
     def _file(self, folder: str | Path) -> Path:
@@ -168,13 +168,13 @@ class EmaWeights(WeightSnapshot):
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """As its base, but the average stays as it is: a swap would round it to the model's precision."""
-        trainable, average = self._trainable(), self._kept
-        self._kept = {name: weights.to(trainable[name].dtype, copy=True) for name, weights in average.items()}
+        trainable, average = self._trainable(), self._copies
+        self._copies = {name: weights.to(trainable[name].dtype, copy=True) for name, weights in average.items()}
         try:
             with super().in_place():
                 yield
         finally:
-            self._kept = average
+            self._copies = average
 
 
 def _local(parameter: Tensor) -> Tensor:

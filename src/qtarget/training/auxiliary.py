@@ -58,17 +58,17 @@ class AuxiliaryModels:
         self.old_policy = OldPolicy(student.unwrapped, args.psft_refresh) if "old_policy" in requires else None
         self._heads_checked = False
 
-    def _reference(self, args: Any, accelerator: Any, student: CausalLM, given: nn.Module | None) -> CausalLM | None:
+    def _reference(self, args: Any, accelerator: Any, student: CausalLM, model: nn.Module | None) -> CausalLM | None:
         name = args.reference_model_name_or_path
-        if given is None and name:
+        if model is None and name:
             with loading("reference_model_name_or_path", name):
-                given = load_frozen(name, args.reference_model_revision, args.reference_model_init_kwargs, args.device)
-        elif given is None and self.has_adapters:
+                model = load_frozen(name, args.reference_model_revision, args.reference_model_init_kwargs, args.device)
+        elif model is None and self.has_adapters:
             return None
-        elif given is None:
-            given = copy_of_the_start(student.unwrapped)
-            self.reference_name = f"the weights at the start, {fingerprint(given)}"
-        return CausalLM(place_as_student(given, "reference", accelerator, args.device), student.vocab_size)
+        elif model is None:
+            model = copy_of_the_start(student.unwrapped)
+            self.reference_name = f"the weights at the start, {fingerprint(model)}"
+        return CausalLM(place_as_student(model, "reference", accelerator, args.device), student.vocab_size)
 
     @property
     def models(self) -> list[CausalLM]:

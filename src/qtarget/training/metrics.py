@@ -63,8 +63,8 @@ class TokenMeter:
             taking_part = ~torch.isnan(value)
             self._add_sum(mode, name, value.nansum(), taking_part.sum())
             for source_name, tokens in tokens_of.items():
-                mine = taking_part & tokens
-                self._add_sum(mode, f"{source_name}/{name}", value.masked_fill(~mine, 0).sum(), mine.sum())
+                of_source = taking_part & tokens
+                self._add_sum(mode, f"{source_name}/{name}", value.masked_fill(~of_source, 0).sum(), of_source.sum())
 
     def _add_sum(self, mode: str, name: str, total: Tensor, count: Tensor) -> None:
         device = "cpu" if total.device.type == "mps" else total.device  # MPS has no float64

@@ -35,11 +35,11 @@ class Saved(TypedDict, total=False):
     psft_refresh: int | str
 
 
-def identity(args: Any, objective: Objective, own: Mapping[str, str | None]) -> dict[str, Any]:
+def identity(args: Any, objective: Objective, names: Mapping[str, str | None]) -> dict[str, Any]:
     """The settings that decide what is trained, as JSON holds them.
 
     Args:
-        args: QTargetConfig. own: what to call a teacher or reference that ``args`` does not name.
+        args: QTargetConfig. names: what to call a teacher or reference that ``args`` does not name.
     """
     requires, models = objective.requires, args.models_for(objective.requires)
     settings = {"targets" if objective.sources else "target": objective.to_config(), "denominator": args.denominator}
@@ -47,7 +47,7 @@ def identity(args: Any, objective: Objective, own: Mapping[str, str | None]) -> 
         name = getattr(args, f"{role}_model_name_or_path")
         revision = getattr(args, f"{role}_model_revision") or "default"
         read_from_cache = role == "teacher" and args.teacher_cache is not None
-        named = f"{name} (revision {revision})" if name and not read_from_cache else own.get(role)
+        named = f"{name} (revision {revision})" if name and not read_from_cache else names.get(role)
         settings[role] = named if role in models else None
     decides = {
         "teacher_context": "teacher" in models and args.teacher_context is not None,
