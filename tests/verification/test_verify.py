@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+import qtarget as qt
 import quick_runs
 import tiny_models
 from qtarget.cli.__main__ import main
@@ -26,9 +27,10 @@ from qtarget.losses.engine import buffers, matmuls
 from qtarget.losses.engine.buffers import Scratch
 from qtarget.models import forward
 from qtarget.targets.presets import teachers
+from qtarget.targets.presets.entry import ENTRIES
 from qtarget.training import QTargetTrainer, denominator
 from qtarget.training.auxiliary import AuxiliaryModels
-from qtarget.verification import Subject, peak, report, resources
+from qtarget.verification import Subject, neighbours, peak, report, resources
 
 HERE = Path(__file__).parents[1] / "helpers"
 NAMES = [check.name for check in report.CHECKS]
@@ -168,6 +170,11 @@ def test_a_target_without_a_printed_loss_is_named(world, capsys):
     formula = next(check for check in made["checks"] if check["name"] == FORMULA)
     assert status == 0 and formula["status"] == "pass"
     assert re.fullmatch(r"dft: relative error \S+; composed has no printed loss", formula["told"])
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_the_limits_of_every_preset_can_be_built(name):
+    assert "share 0 is sft" in [limit.name for limit in neighbours.limits(qt.preset(name))]
 
 
 def test_nan_is_worse_than_any_error():

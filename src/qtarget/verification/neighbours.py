@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from qtarget.targets import Target, presets
 from qtarget.verification.check import Finding, check, within, worst
 from qtarget.verification.expected import Oracle, label_log_p, logits_of
-from qtarget.verification.subject import Sample, Subject, relative
+from qtarget.verification.subject import Given, Sample, Subject, relative
 
 
 @dataclass
@@ -46,17 +45,14 @@ def limits(target: Target) -> Iterator[Neighbour]:
     if name == "beyond-log":
         yield at_value("alpha", 0, sft)
         yield at_value("alpha", 1, dft)
-    if name == "profit":
-        yield at_value("tau", 0, sft)
-    if name == "eaft":
-        yield at_value("power", 0, sft)
+    sft_at_0 = {"profit": "tau", "label-smoothing": "smoothing", "kd-hybrid": "kd_weight"}
+    if name in sft_at_0:
+        yield at_value(sft_at_0[name], 0, sft)
     if name == "iw-sft":
         yield Neighbour("weight 1 is sft", target, sft, {"weight": 1.0})
     if name == "cft":
         yield Neighbour("critical everywhere is sft", target, sft, {"critical": 1.0})
         yield Neighbour("critical nowhere is nothing", target, None, {"critical": 0.0})
-    if name == "label-smoothing":
-        yield at_value("smoothing", 0, sft)
     if name in ("sft-kl", "asft"):
         anchored = sft if name == "sft-kl" else dft
         yield at_value("kl_weight", 0, anchored)
@@ -69,7 +65,6 @@ def limits(target: Target) -> Iterator[Neighbour]:
         yield Neighbour("kd-hybrid at kd_weight 1", target, build("kd-hybrid", kd_weight=1.0, **numbers))
         yield Neighbour("the student as teacher is nothing", target, None, student_teaches=True)
     if name == "kd-hybrid":
-        yield at_value("kd_weight", 0, sft)
         yield at_value("kd_weight", 1, build("kd", temperature=numbers["temperature"]))
     if name == "target-sft":
         yield at_value("eta", 0, dft)
@@ -96,7 +91,7 @@ def neighbours(subject: Subject) -> Finding:
     return within(errors[worst(errors)], subject.rounding, told, **errors)
 
 
-def _error(oracle: Oracle, sample: Sample, given: dict[str, Tensor], limit: Neighbour) -> float:
+def _error(oracle: Oracle, sample: Sample, given: Given, limit: Neighbour) -> float:
     """The engine's gradient of the one against float64's of the other, relative to sft's where that is nothing."""
     heads = sample.heads
     if limit.student_teaches:
