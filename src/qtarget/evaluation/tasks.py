@@ -127,8 +127,8 @@ def _generated_rows(name: str, count: int, seed: int) -> list[dict[str, Any]]:
     import reasoning_gym
 
     try:
-        made = reasoning_gym.create_dataset(name, size=count, seed=seed)
-        return [{key: made[i].get(key) for key in ("question", "answer", "metadata")} for i in range(count)]
+        dataset = reasoning_gym.create_dataset(name, size=count, seed=seed)
+        return [{key: dataset[i].get(key) for key in ("question", "answer", "metadata")} for i in range(count)]
     except Exception as error:  # some tasks need a package or data of their own
         raise ConfigError(
             f"task is {name!r}, which reasoning-gym cannot make: {reason(error)}; name another one"
@@ -253,7 +253,7 @@ def prompts(
     Raises:
         ConfigError: a prompt is empty or leaves no room for the answer.
     """
-    made = {}
+    ids_of = {}
     for task in tasks:
         for problem in task.problems:
             ids = prompt_ids(tokenizer, style, problem, task.instruction)
@@ -266,5 +266,5 @@ def prompts(
                     f"max_new_tokens is {max_new_tokens}: the prompt of problem {problem.id} of task {task.name} has "
                     f"{len(ids)} tokens, and the model has {positions} positions; {mend}"
                 )
-            made[task.name, problem.id] = ids
-    return made
+            ids_of[task.name, problem.id] = ids
+    return ids_of
