@@ -160,7 +160,7 @@ def compare(words: Sequence[str], draws: int = 10_000, seed: int = 0) -> Compari
     """All differences to the first arm. ``words``: see ``read``. ``draws``: of each bootstrap."""
     arms, manifest = read(words)
     n, tasks = manifest["n"], [*manifest["tasks"]]
-    made = {arm.name: {task: _scores(arm, task, n) for task in tasks} for arm in arms}
+    scores_of = {arm.name: {task: _scores(arm, task, n) for task in tasks} for arm in arms}
     measures = ("strict", "lenient", "greedy", f"pass@{n}", "tokens") if n else ("greedy", "tokens")
     differences = []
     for arm, measure in itertools.product(arms[1:], measures):
@@ -181,7 +181,7 @@ def compare(words: Sequence[str], draws: int = 10_000, seed: int = 0) -> Compari
     if len(arms) > 2:
         notes.append(f"{len(arms) - 1} arms are compared with one, each at 95 %: one of them may stand out by chance.")
     settings = {name: manifest[name] for name in manifest if name not in (*records.UNCOMPARED, "tasks")}
-    return Comparison(arms, tasks, n, settings, made, differences, notes)
+    return Comparison(arms, tasks, n, settings, scores_of, differences, notes)
 
 
 def _means(manifest: dict[str, Any]) -> dict[str, list[str]]:

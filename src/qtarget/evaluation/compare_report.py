@@ -50,12 +50,12 @@ def score_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     rows = []
     for task in comparison.tasks:
         for arm in comparison.arms:
-            found = comparison.scores[arm.name][task]
-            numbers = ["-" if found[key] is None else f"{100 * found[key]:.1f}" for key, _ in _SCORES]
-            entropy = "-" if found["entropy"] is None else f"{found['entropy']:.3f}"
-            last = f"{100 * found['pass'][-1]:.1f}" if found["pass"] else "-"
-            faults = f"{found['timeouts']} / {found['errors']}"
-            rows.append([task, arm.name, *numbers, last, f"{found['tokens']:.1f}", entropy, faults])
+            scores = comparison.scores[arm.name][task]
+            numbers = ["-" if scores[key] is None else f"{100 * scores[key]:.1f}" for key, _ in _SCORES]
+            entropy = "-" if scores["entropy"] is None else f"{scores['entropy']:.3f}"
+            last = f"{100 * scores['pass'][-1]:.1f}" if scores["pass"] else "-"
+            faults = f"{scores['timeouts']} / {scores['errors']}"
+            rows.append([task, arm.name, *numbers, last, f"{scores['tokens']:.1f}", entropy, faults])
     names = ["task", "arm", *(name for _, name in _SCORES), "pass@n", "tokens", "entropy", "time-outs / errors"]
     return names, rows
 
@@ -75,7 +75,7 @@ def facts(comparison: Comparison) -> list[str]:
 
 def as_json(comparison: Comparison) -> str:
     """All numbers, unrounded, for other programs."""
-    made = {
+    numbers = {
         "arms": {arm.name: [*map(str, arm.folders)] for arm in comparison.arms},
         "settings": comparison.settings,
         "n": comparison.n,
@@ -85,7 +85,7 @@ def as_json(comparison: Comparison) -> str:
         "scores": comparison.scores,
         "notes": comparison.notes,
     }
-    return json.dumps(made, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(numbers, indent=2, ensure_ascii=False) + "\n"
 
 
 def markdown(comparison: Comparison) -> str:

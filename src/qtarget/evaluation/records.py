@@ -138,18 +138,18 @@ def begin(folder: Path, manifest: dict[str, Any], tasks: list[Task], writes: boo
     Raises:
         StorageError: it holds something else. ConfigError: another run; names the first setting that differs.
     """
-    while (there := read_manifest(folder)) is None and not writes:
+    while (existing := read_manifest(folder)) is None and not writes:
         time.sleep(0.1)  # the first process checks the folder; where it refuses, the launcher ends all
-    if there is not None:
+    if existing is not None:
         wanted = json.loads(json.dumps(manifest))
-        for name, now, was in files.differences(wanted, there, ignored=_UNRESUMED):
+        for name, now, was in files.differences(wanted, existing, ignored=_UNRESUMED):
             raise ConfigError(
                 f"output is {str(folder)!r}, which holds a run with {name} {was!r}, and this one has {now!r}; go on with "
                 "the settings it was started with, or name another folder"
             )
-        return bool(there["finished"])
-    own = {files.partial_of(Path(FILE)).name, "problems", "samples"}  # killed as it began
-    if folder.exists() and (not folder.is_dir() or any(file.name not in own for file in folder.iterdir())):
+        return bool(existing["finished"])
+    expected = {files.partial_of(Path(FILE)).name, "problems", "samples"}  # killed as it began
+    if folder.exists() and (not folder.is_dir() or any(file.name not in expected for file in folder.iterdir())):
         raise StorageError(f"output is {str(folder)!r}, which is not an empty folder; name another one")
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     if any((folder / "samples").iterdir()):

@@ -168,9 +168,9 @@ class Run:
         """Merge the processes' files, and score. Only in the first process, after ``wait``."""
         for task in self.tasks:
             self.held[task.name].merge(plan(task.problems, self.n))
-        made = score(self.folder, {task.name: task.suite for task in self.tasks}, self.n)
-        records.finish(self.folder, made)
-        return made
+        all_scores = score(self.folder, {task.name: task.suite for task in self.tasks}, self.n)
+        records.finish(self.folder, all_scores)
+        return all_scores
 
 
 # -- scores --------------------------------------------------------------------------------------------------------
@@ -182,25 +182,30 @@ def score(folder: Path, tasks: dict[str, str | None], n: int) -> dict[str, Any]:
     Args:
         tasks: name → suite. n: samples a problem.
     """
-    held = {name: records.samples(folder, name) for name in tasks}
-    made: dict[str, Any] = {name: scores.summary(samples, n) for name, samples in held.items()}
+    samples_of = {name: records.samples(folder, name) for name in tasks}
+    summaries: dict[str, Any] = {name: scores.summary(samples, n) for name, samples in samples_of.items()}
     suites: dict[str, Any] = {}
     for suite in dict.fromkeys(suite for suite in tasks.values() if suite is not None):
         members = [name for name, own in tasks.items() if own == suite]
-        suites[suite] = {"tasks": members, **{r: _suite(r, members, made, held, n) for r in ("strict", "lenient")}}
-    return {"tasks": made, "suites": suites}
+        suites[suite] = {
+            "tasks": members,
+            **{r: _suite(r, members, summaries, samples_of, n) for r in ("strict", "lenient")},
+        }
+    return {"tasks": summaries, "suites": suites}
 
 
-def _suite(reading: str, members: list[str], made: dict[str, Any], held: dict[str, list], n: int) -> dict[str, Any]:
+def _suite(
+    reading: str, members: list[str], summaries: dict[str, Any], samples: dict[str, list], n: int
+) -> dict[str, Any]:
     """The macro average and its interval: problems are drawn inside each benchmark, then averaged."""
-    greedy = scores.macro([made[name][reading]["greedy"] for name in members])
+    greedy = scores.macro([summaries[name][reading]["greedy"] for name in members])
     if not n:
         return {"greedy": greedy}
     draws = [
-        scores.two_level(verdicts(scores.grouped(held[name]), reading), seed=number)
+        scores.two_level(verdicts(scores.grouped(samples[name]), reading), seed=number)
         for number, name in enumerate(members)
     ]
-    average = scores.macro([made[name][reading]["avg"] for name in members])
+    average = scores.macro([summaries[name][reading]["avg"] for name in members])
     return {"avg": average, "interval": list(scores.interval(np.mean(draws, axis=0))), "greedy": greedy}
 
 
@@ -234,24 +239,24 @@ def rescore(
     for name, about in manifest["tasks"].items():
         version = graders.version(about["verifier"])
         rows = {problem.id: problem.row for problem in records.problems(folder, name)}
-        held = records.samples(folder, name)
+        before = records.samples(folder, name)
         judged: list[dict[str, Any]] = []
         with Graders(about["verifier"], timeout, processes) as open_graders:
-            for start in range(0, len(held), 64):
-                unjudged = [{k: v for k, v in one.items() if k != "unparsed"} for one in held[start : start + 64]]
+            for start in range(0, len(before), 64):
+                unjudged = [{k: v for k, v in one.items() if k != "unparsed"} for one in before[start : start + 64]]
                 judged += open_graders([(one, rows[one["problem"]]) for one in unjudged], version)
                 step(done + len(judged))
         done += len(judged)
         changed += sum(
             (old["strict"], old["lenient"]) != (new["strict"], new["lenient"])
-            for old, new in zip(held, judged, strict=True)
+            for old, new in zip(before, judged, strict=True)
         )
         files.write(folder / "samples" / f"{name}.jsonl", "".join(map(files.line, judged)))
         about["verifier_version"] = version
-    made = score(folder, {name: about["suite"] for name, about in manifest["tasks"].items()}, manifest["n"])
+    all_scores = score(folder, {name: about["suite"] for name, about in manifest["tasks"].items()}, manifest["n"])
     records.write_manifest(folder, manifest)
-    records.finish(folder, made)
-    return made, changed
+    records.finish(folder, all_scores)
+    return all_scores, changed
 
 
 def _check_rescored(folder: Path, task: str, grader: str, verifier: str | None) -> None:

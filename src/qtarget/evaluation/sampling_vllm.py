@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, reason
 from qtarget.evaluation.sampling import Completion, Request, end_tokens, load_tokenizer
 
 
@@ -43,8 +43,7 @@ class VllmSampler:
         try:
             self._llm: Any = LLM(model=name, revision=revision, dtype=dtype or "auto")
         except (OSError, ValueError, RuntimeError) as error:
-            why = " ".join(str(error).split())
-            raise ConfigError(f"model is {name!r}, which vLLM cannot load: {why}") from error
+            raise ConfigError(f"model is {name!r}, which vLLM cannot load: {reason(error)}") from error
         try:
             own = GenerationConfig.from_pretrained(name, revision=revision or "main")
         except OSError:  # it has none

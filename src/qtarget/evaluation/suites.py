@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
-from qtarget.errors import ConfigError, DataError
+from qtarget.errors import ConfigError, DataError, reason
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,8 @@ def _loaded(name: str, benchmark: Benchmark) -> Any:
             return datasets.load_dataset(benchmark.hub, benchmark.config, split=benchmark.split)
         splits = datasets.load_dataset(benchmark.hub, benchmark.config)
     except Exception as error:  # datasets raises many kinds, all of them about what was asked for
-        why = " ".join(str(error).split())
         raise ConfigError(
-            f"task is {name!r}, whose data {benchmark.hub} cannot be loaded: {why}; {_own_file(benchmark)}"
+            f"task is {name!r}, whose data {benchmark.hub} cannot be loaded: {reason(error)}; {_own_file(benchmark)}"
         ) from error
     if len(splits) == 1 or "test" in splits:
         return splits["test"] if "test" in splits else next(iter(splits.values()))

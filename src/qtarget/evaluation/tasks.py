@@ -14,7 +14,7 @@ from string import ascii_uppercase as LETTERS
 from typing import Any
 
 from qtarget import files
-from qtarget.errors import ConfigError, DataError, StorageError, unknown
+from qtarget.errors import ConfigError, DataError, StorageError, reason, unknown
 from qtarget.evaluation import graders, suites
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -127,11 +127,12 @@ def _generated_rows(name: str, count: int, seed: int) -> list[dict[str, Any]]:
     import reasoning_gym
 
     try:
-        made = reasoning_gym.create_dataset(name, size=count, seed=seed)
-        return [{key: made[i].get(key) for key in ("question", "answer", "metadata")} for i in range(count)]
+        dataset = reasoning_gym.create_dataset(name, size=count, seed=seed)
+        return [{key: dataset[i].get(key) for key in ("question", "answer", "metadata")} for i in range(count)]
     except Exception as error:  # some tasks need a package or data of their own
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"task is {name!r}, which reasoning-gym cannot make: {why}; name another one") from error
+        raise ConfigError(
+            f"task is {name!r}, which reasoning-gym cannot make: {reason(error)}; name another one"
+        ) from error
 
 
 def _file_rows(file: Path, verifier: str) -> list[dict[str, Any]]:
@@ -252,7 +253,7 @@ def prompts(
     Raises:
         ConfigError: a prompt is empty or leaves no room for the answer.
     """
-    made = {}
+    ids_of = {}
     for task in tasks:
         for problem in task.problems:
             ids = prompt_ids(tokenizer, style, problem, task.instruction)
@@ -265,5 +266,5 @@ def prompts(
                     f"max_new_tokens is {max_new_tokens}: the prompt of problem {problem.id} of task {task.name} has "
                     f"{len(ids)} tokens, and the model has {positions} positions; {mend}"
                 )
-            made[task.name, problem.id] = ids
-    return made
+            ids_of[task.name, problem.id] = ids
+    return ids_of

@@ -135,27 +135,27 @@ def _about_teacher(record: Record, replay: Replay, figures: dict[str, float], do
 def _warnings(record: Record, replay: Replay, target: Target | None) -> list[str]:
     """Settings that equal another objective, or teach nothing."""
     if target is None:
-        run = [*targets_of_run(record).values()] or [presets.build("sft")]
-        if len(run) > 1 or not isinstance(run[0], Target):  # there is no single target to look at
+        run_targets = [*targets_of_run(record).values()] or [presets.build("sft")]
+        if len(run_targets) > 1 or not isinstance(run_targets[0], Target):  # there is no single target to look at
             return []
-        target = run[0]
+        target = run_targets[0]
     needed = {"teacher", "reference"} & target.requires
     if not needed <= set(record.others):
         return [f"target {target} needs a {' and a '.join(sorted(needed))}, which was not captured"]
     mine = replay.figures(target)
     summary = replay.summary(mine)
-    told = []
+    warnings = []
     if summary.update < 1e-6:
-        told.append(f"target {target} teaches nothing on these tokens: the update is {summary.update:.1e}")
+        warnings.append(f"target {target} teaches nothing on these tokens: the update is {summary.update:.1e}")
     for name in ("sft", "dft"):
         if target.name == name:
             continue
         other = replay.figures(presets.build(name))
         if np.abs(mine.q - other.q).max() < 1e-6 and np.abs(mine.q_tail - other.q_tail).max() < 1e-6:
-            told.append(f"target {target} is {name} on these tokens: every Q is the same")
+            warnings.append(f"target {target} is {name} on these tokens: every Q is the same")
     if not summary.reliable:
-        told.append(
+        warnings.append(
             f"k is too small for {target}: its figures may be off by {max(summary.update_error, summary.q_error):.2f}; "
             "capture with a larger --top_k"
         )
-    return told + mine.notes
+    return warnings + mine.notes

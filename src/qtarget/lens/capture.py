@@ -215,14 +215,14 @@ def _chunk(log_p: dict[str, Tensor], labels: Tensor, top_k: int) -> dict[str, li
 
 def differences(manifest: dict[str, Any], model: str, tokenizer: Any) -> list[str]:
     """Sentences on how a capture differs from the model and tokenizer a config names."""
-    told = {
+    pairs = {
         "model": (manifest.get("model"), model),
         "tokenizer": (manifest.get("tokenizer"), tokenizer_hash(tokenizer)),
         "chat_template": (manifest.get("chat_template"), template_hash(tokenizer)),
     }
     return [
         f"the capture was made with {name} {was!r}, and the config names {now!r}; capture again, or leave --config out"
-        for name, (was, now) in told.items()
+        for name, (was, now) in pairs.items()
         if was != now
     ]
 

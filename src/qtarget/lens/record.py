@@ -25,7 +25,7 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from qtarget import files
-from qtarget.errors import StorageError
+from qtarget.errors import StorageError, reason
 
 FORMAT = 1
 OTHERS = ("teacher", "reference")
@@ -201,8 +201,7 @@ def _table(file: Path) -> pa.Table:
     try:
         table = pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
-        why = " ".join(str(error).split())
-        raise StorageError(f"{file} cannot be read ({why}); capture again: qtarget lens capture") from None
+        raise StorageError(f"{file} cannot be read ({reason(error)}); capture again: qtarget lens capture") from None
     names = set(table.column_names)
     tokens = token_schema([name for name in OTHERS if name in names], [name for name in SIGNALS if name in names])
     schema = {_ROWS: ROW_SCHEMA, _VOCAB: VOCAB_SCHEMA}.get(file.name, tokens)
@@ -213,9 +212,8 @@ def _table(file: Path) -> pa.Table:
         try:
             column = table[wanted.name].combine_chunks().cast(wanted.type)
         except pa.ArrowException as error:
-            why = " ".join(str(error).split())
             raise StorageError(
-                f"{file}: column {wanted.name} holds no {wanted.type} ({why}); it is no capture of this program"
+                f"{file}: column {wanted.name} holds no {wanted.type} ({reason(error)}); it is no capture of this program"
             ) from None
         if column.null_count or (pa.types.is_list(wanted.type) and column.flatten().null_count):
             raise StorageError(f"{file}: column {wanted.name} holds null; it is no capture of this program")

@@ -103,7 +103,8 @@ class Replay:
         a, b, unsure = self.weights(target, notes)
         pools = [self._residual(term.pool) for term in target.residual_terms]
         p, p_tail = self.p, self.tail["student"]
-        left = 1 - a - sum(b, np.zeros_like(a))
+        mass = sum(b, np.zeros_like(a))
+        left = 1 - a - mass
         q = a[:, None] * self.is_label + left[:, None] * p
         q_tail = left * p_tail
         q_error = unsure * (np.abs(a) + sum(np.abs(weight) for weight in b)) if b else unsure
@@ -118,7 +119,6 @@ class Replay:
         tail = np.abs(p_tail - q_tail)
         # With no residual of its own every tail entry moves the same way, and the sum of moves is the move of the sum.
         unknown = np.maximum(most - tail, 0.0) / 2 if pools else np.zeros_like(a)
-        mass = sum(b, np.zeros_like(a))
         with np.errstate(invalid="ignore", divide="ignore"):
             residual = np.where(mass[:, None] != 0, mixed / mass[:, None], np.nan)
             residual_tail = np.where(mass != 0, mixed_tail / mass, np.nan)

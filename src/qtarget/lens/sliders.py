@@ -75,16 +75,16 @@ def of_parts(part: Any, controls: Values, owner: str = "") -> Any:
         return [of_parts(inner, controls) for inner in part]
     if not isinstance(part, Mapping):
         return part
-    made = {}
+    form = {}
     for key, value in part.items():
         if key in RANGES and isinstance(value, (int, float)) and RANGES[key][1] <= value <= RANGES[key][2]:
             name = key if key not in controls else f"{key}_{len(controls) + 1}"
             controls[name] = slider(key, value)
             controls[name]["text"] += f" ({owner})"
-            made[key] = {"of": name, "times": 1, "plus": 0}
+            form[key] = {"of": name, "times": 1, "plus": 0}
         else:
-            made[key] = of_parts(value, controls, key)
-    return made
+            form[key] = of_parts(value, controls, key)
+    return form
 
 
 def of_preset(preset: Preset, hyperparameters: Values) -> tuple[Values, list[Values]]:

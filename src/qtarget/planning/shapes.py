@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtarget.errors import ConfigError, loading
+from qtarget.errors import ConfigError, loading, reason
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ def find(field: str, name: str, revision: str | None = None, trust_remote_code: 
         )
     except Exception as error:  # no network, no such model, no permission, a broken file: many kinds
         if local:
-            told = " ".join(str(error).split())
-            raise ConfigError(f"{field} is {name!r}, whose config cannot be read: {told}") from error
+            raise ConfigError(f"{field} is {name!r}, whose config cannot be read: {reason(error)}") from error
         return None
     with loading(field, name, "config"):
         return of_config(config.get_text_config(), "its config.json", trust_remote_code)

@@ -54,7 +54,6 @@ def faults(steps: Steps | None, batch: int, gpus: int, config: Any, expected: in
             says. epochs: whether num_train_epochs was given.
     """
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    found = []
     if expected is not None and batch != expected:
         split = f"{gpus} GPUs x {micro} rows x {accumulation} accumulations is {batch}"
         wanted, rest = divmod(expected, gpus * micro)
@@ -63,17 +62,16 @@ def faults(steps: Steps | None, batch: int, gpus: int, config: Any, expected: in
             if not rest
             else f"{expected} is no multiple of {gpus} x {micro}: take another per_device_train_batch_size or --gpus"
         )
-        found.append(f"expected_batch is {expected} rows, but {split}; {mend}")
-        return found
+        return [f"expected_batch is {expected} rows, but {split}; {mend}"]
     if steps is None:
-        return found
+        return []
     if not steps.per_epoch:
         return [f"the data have {steps.rows} rows, fewer than a step's {batch}; with dataloader_drop_last none is left"]
     wanted = math.floor(config.num_train_epochs * steps.whole)
     if config.max_steps > 0 and epochs and config.max_steps != wanted:
         epoch = "1 epoch" if config.num_train_epochs == 1 else f"{config.num_train_epochs:g} epochs"
-        found.append(
+        return [
             f"max_steps is {config.max_steps}, but {epoch} of {steps.rows} rows are {wanted} "
             f"whole steps of {batch}; set max_steps: {wanted}, or leave out one of max_steps and num_train_epochs"
-        )
-    return found
+        ]
+    return []
