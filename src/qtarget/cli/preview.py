@@ -50,7 +50,7 @@ def look(arguments: Sequence[str], gpus: int) -> Found:
     notes, config = asked.settings.notes, asked.config
     batch = gpus * config.per_device_train_batch_size * config.gradient_accumulation_steps
     unpacked = rows is not None and not config.packing
-    steps = arithmetic.of(rows, gpus, config) if rows is not None and unpacked else None
+    steps = arithmetic.planned(rows, gpus, config) if rows is not None and unpacked else None
     given_epochs = "num_train_epochs" in asked.settings.origin
     faults += arithmetic.faults(steps, batch, gpus, config, notes.get("expected_batch"), given_epochs)
     raise_together(faults)
