@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qtarget.errors import ConfigError, DataError
-from qtarget.losses import TopK, target_distribution, target_loss
+from qtarget.losses import Head, TopK, target_distribution, target_loss
 from qtarget.losses.log_probs import log_probs
 from qtarget.models.frozen import evaluation_mode
 from qtarget.targets import Target, presets
@@ -146,16 +146,18 @@ def examine(trainer: QTargetTrainer, cache: CachedTeacher, rows: int, run_target
             gathered = cache.gather(_places(trainer, cache, rows_read, numbers, batch.labels.shape))
             cached = cache.top_k({name: value.to(batch.labels.device) for name, value in gathered.items()})
             heads = trainer.ask(batch, {"student", "teacher"})
+            student, live = heads["student"], heads["teacher"]
+            assert isinstance(student, Head)
             row, place = batch.supervised()
             every = max(1, -(-len(row) * len(chosen) // (len(numbers) * _MOST_TOKENS)))
             for at in zip(row[::every].split(_CHUNK), place[::every].split(_CHUNK), strict=True):
                 y, vocab = batch.shifted[at], trainer.vocab_size
-                log_p, log_t = (log_probs(heads[who], at, vocab) for who in ("student", "teacher"))
+                log_p, log_t = (log_probs(head, at, vocab) for head in (student, live))
                 logprobs = cached.logprobs[at].float()
                 gap = (log_t.gather(1, cached.ids[at].long()) - logprobs).abs()
                 gap = torch.where(logprobs > -1e3, gap, 0.0).amax(-1)
                 chunks.append(on_cpu({"gap": gap, "mass": cached.log_tail()[at].double().exp(), "row": at[0] + begin}))
-                weight = heads["student"].weight[:vocab].float()
+                weight = student.weight[:vocab].float()
                 for key, figures in _errors(log_p, log_t, cached, at, y, targets, weight):
                     by_target[key].append(on_cpu(figures))
     tokens = joined(chunks)
