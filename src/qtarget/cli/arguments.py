@@ -93,6 +93,13 @@ def writable(name: str, text: Any) -> Path:
 NEW_FILE = Kind("FILE", writable)
 
 
+def only(words: Sequence[str], asked: str) -> str:
+    """The one word that stands behind a command; ``asked`` says what is asked for there."""
+    if len(words) != 1:
+        raise ConfigError(f"{' '.join(words) or 'nothing'} was named where {asked}")
+    return words[0]
+
+
 @dataclass(frozen=True)
 class Option:
     """One option of a command.

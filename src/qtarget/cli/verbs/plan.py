@@ -6,7 +6,6 @@ nothing is trained. Formulas: docs/plan.md.
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qtarget.cli import setup
+from qtarget.cli import setup, terminal
 from qtarget.cli.arguments import ABOVE_ZERO, NEW_FILE, Option, Verb, whole
 from qtarget.errors import ConfigError
 
@@ -54,7 +53,7 @@ def run(options: Any) -> int:
     figures = _figures(found, options, _lengths(found, options))
     _show(found, options, figures)
     if options.json is not None:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(terminal.as_json(figures), encoding="utf-8")
     return 0
 
 
@@ -105,8 +104,7 @@ def _sample(rest: Sequence[str]) -> list[tuple[int, int]]:
         run = setup.read(rest, fixed, trains=False)
         if run.script.dataset_streaming:
             return []
-        train = run.datasets["train"]
-        run.datasets = {"train": train.select(evenly_spaced(len(train), _SAMPLE))}
+        run.keep(lambda length: evenly_spaced(length, _SAMPLE))
         rows = setup.build(run, weights=False).train_dataset
         return [(len(row["input_ids"]), sum(label != -100 for label in row["labels"][1:])) for row in rows]
 
