@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
-import math
 import re
 import types
 import typing
@@ -218,19 +218,13 @@ def _as(hint: tuple[type, ...], value: Any, key: str) -> Any:
         if isinstance(value, tuple({list, dict} - set(hint))):
             raise ConfigError(f"{key} is {value!r}; use text")
         return value if isinstance(value, (dict, list)) else str(value)
-    for number in (int, float):
-        if number in hint and not isinstance(value, (bool, list, dict)):
-            try:
-                as_float = float(value)
-            except (TypeError, ValueError):
-                break
-            if number is float:
-                return as_float
-            if math.isfinite(as_float) and as_float == int(as_float):
-                return int(as_float)
     if int in hint or float in hint:
-        what = "a number" if float in hint else "a whole number"
-        raise ConfigError(f"{key} is {value!r}; use {what}")
-    if bool in hint:
-        raise ConfigError(f"{key} is {value!r}; use true or false")
+        if not isinstance(value, (bool, list, dict)):
+            with contextlib.suppress(TypeError, ValueError):
+                as_float = float(value)
+                if int in hint and as_float.is_integer():
+                    return int(as_float)
+                if float in hint:
+                    return as_float
+        raise ConfigError(f"{key} is {value!r}; use {'a number' if float in hint else 'a whole number'}")
     return value

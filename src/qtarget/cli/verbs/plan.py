@@ -122,15 +122,10 @@ def _figures(found: Any, options: Any, rows: Any) -> dict[str, Any]:
     assert work is not None  # run() has looked
     work = replace(work, gpu_memory=int(options.gpu_memory * 2**30))
     room = _ROOM * options.gpu_memory * 2**30
-    kinds = preview.layouts(found.gpus)
-    held = {
-        kind: {
-            "parts": memory.estimate(work, kind),
-            "most": memory.peak(work, kind),
-            "fits": memory.peak(work, kind) <= room,
-        }
-        for kind in kinds
-    }
+    held = {}
+    for kind in preview.layouts(found.gpus):
+        most = memory.peak(work, kind)
+        held[kind] = {"parts": memory.estimate(work, kind), "most": most, "fits": most <= room}
     # A packed row is as long as can be: several of the data's rows go into it.
     each = config.max_length / rows.length if config.packing else 1.0
     batch = found.batch * each
@@ -211,16 +206,10 @@ def _show(found: Any, options: Any, figures: dict[str, Any]) -> None:
     from qtarget.cli import preview
     from qtarget.cli.preview import GIB, tell
 
-    config, notes = found.asked.config, found.asked.settings.notes
+    config = found.asked.config
     plural = "s" if found.gpus > 1 else ""
     print(f"plan for {found.gpus} GPU{plural} of {options.gpu_memory:g} GiB: no weights are loaded, nothing is trained")
-    if "name" in notes:
-        tell("recipe", notes["name"])
-    tell("target", config.resolve_objective().describe())
-    model = found.asked.model
-    tell("model", preview.model_line(model.model_name_or_path, model.model_revision, found.student))
-    for other in found.others:
-        tell(other.role, preview.model_line(other.name, other.revision, other.shape))
+    preview.show_head(found, "target", [config.resolve_objective().describe()])
     tell("batch", preview.batch_line(config, found.gpus, found.batch))
     row, step = figures["row"], figures["step"]
     tell(
@@ -228,7 +217,7 @@ def _show(found: Any, options: Any, figures: dict[str, Any]) -> None:
     )
     tell("", row["source"])
     whole = sum(step["flops"].values())
-    tell("a step", f"{step['tokens']:,.0f} tokens, {step['supervised']:,.0f} labels, {_operations(whole)} operations")
+    tell("a step", f"{step['tokens']:,.0f} tokens, {step['supervised']:,.0f} labels, {whole:.2e} operations")
     steps = figures["steps"]
     if config.packing:
         tell("steps", "not known: the number of rows is not known here" if steps is None else f"about {steps}, packed")
@@ -236,11 +225,11 @@ def _show(found: Any, options: Any, figures: dict[str, Any]) -> None:
         tell("steps", preview.steps_line(config, found.steps))
     if steps is not None:
         hours = f"; {figures['gpu_hours']:,.1f} GPU hours at {options.tflops:g}e12 a second" if options.tflops else ""
-        tell("run", f"{_operations(figures['flops'])} operations{hours}")
+        tell("run", f"{figures['flops']:.2e} operations{hours}")
     print("\noperations of a step")
     for name, value in step["flops"].items():
         if value:
-            print(f"  {name:<24}{_operations(value):>10}{value / whole:>8.1%}")
+            print(f"  {name:<24}{value:>10.2e}{value / whole:>8.1%}")
     print()
     preview.show_memory(found)
     kinds = preview.layouts(found.gpus)
@@ -272,22 +261,12 @@ def _show_cache(figures: dict[str, Any], kinds: dict[str, str]) -> None:
     if cache["bytes"] is None:
         tell("", f"on disk {size}; the number of rows is not known here")
         return
-    built = f"built once for {_operations(cache['build_flops'])} operations"
-    tell("", f"on disk {_size(cache['bytes'])}, {size}; {built}")
-    passes = cache["passes"]
-    if passes is None:
-        return
-    if passes <= 1:
-        told = f"this run asks about each row {passes:.2f} times: a cache pays from the second run on"
-    else:
-        saved = (passes - 1) * cache["build_flops"] / figures["flops"]
-        told = f"this run asks about each row {passes:.2f} times: built for it alone, a cache saves {saved:.1%} of it"
-    tell("", told)
-
-
-def _size(value: float) -> str:
-    return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.1f} MB"
-
-
-def _operations(value: float) -> str:
-    return f"{value:.2e}"
+    built = f"built once for {cache['build_flops']:.2e} operations"
+    disk = f"{cache['bytes'] / 1e9:.2f} GB" if cache["bytes"] >= 1e8 else f"{cache['bytes'] / 1e6:.1f} MB"
+    tell("", f"on disk {disk}, {size}; {built}")
+    if (passes := cache["passes"]) is not None:
+        pays = "a cache pays from the second run on"
+        if passes > 1:
+            saved = (passes - 1) * cache["build_flops"] / figures["flops"]
+            pays = f"built for it alone, a cache saves {saved:.1%} of it"
+        tell("", f"this run asks about each row {passes:.2f} times: {pays}")
