@@ -19,7 +19,7 @@ from settings import Settings
 from torch import Tensor
 
 import qtarget as qt
-from qtarget.signals.weights import weight
+from qtarget.losses.log_probs import importance_weight
 
 SFT = qt.preset("sft")
 
@@ -43,13 +43,13 @@ class Signals:
             made["reference"] = qt.Head(hidden(self.base, rows), self.base.lm_head.weight)
         if "critical" in self.requires:  # by construction: another token there would make the answer wrong
             made["critical"] = rows.kinds[:, 1:] != chains.FREE
-        if "weight" in self.requires:  # exp(mean log p − log p of the base), as the library's signal of that name
+        if "weight" in self.requires:  # exp(mean log p − log p of the base), as the library's column of that name
             ours, theirs = (
                 logps(m, rows, h) for m, h in ((student, states.detach()), (self.base, hidden(self.base, rows)))
             )
             counts = (labels != IGNORED).sum(1)
             gaps = (ours - theirs).sum(1) / counts
-            made["weight"] = torch.tensor([weight(float(gap), 1.0) for gap in gaps])[:, None].expand_as(labels)
+            made["weight"] = importance_weight(gaps, 1.0)[:, None].expand_as(labels)
         if self.old is not None:
             if step % self.refresh == 0:
                 self.old.load_state_dict(student.state_dict())

@@ -12,29 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_WHERE = {
-    "Head": "qtarget.losses",
-    "LossOutput": "qtarget.losses",
-    "TopK": "qtarget.losses",
-    "linear_target_loss": "qtarget.losses",
-    "target_distribution": "qtarget.losses",
-    "target_loss": "qtarget.losses",
-    "InducedTarget": "qtarget.targets.induced",
-    "induced_target": "qtarget.targets.induced",
-    "Target": "qtarget.targets",
-    "QTargetConfig": "qtarget.training",
-    "QTargetTrainer": "qtarget.training",
-    "ConfigError": "qtarget.errors",
-    "DataError": "qtarget.errors",
-    "NonFiniteLogits": "qtarget.errors",
-    "QTargetError": "qtarget.errors",
-    "StorageError": "qtarget.errors",
+_NAMES = {
+    "qtarget.losses": ("Head", "LossOutput", "TopK", "linear_target_loss", "target_distribution", "target_loss"),
+    "qtarget.targets": ("Target", "presets", "residual", "trust"),
+    "qtarget.targets.induced": ("InducedTarget", "induced_target"),
+    "qtarget.targets.presets": ("preset",),
+    "qtarget.training": ("QTargetConfig", "QTargetTrainer"),
+    "qtarget.errors": ("ConfigError", "DataError", "NonFiniteLogits", "QTargetError", "StorageError"),
 }
-_MODULES = {
-    "presets": "qtarget.targets.presets",
-    "residual": "qtarget.targets.residual",
-    "trust": "qtarget.targets.trust",
-}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "ConfigError",
@@ -69,14 +55,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        value: Any = importlib.import_module(_MODULES[name])
-    elif name == "preset":
-        value = importlib.import_module("qtarget.targets.presets").build
-    elif name in _WHERE:
-        value = getattr(importlib.import_module(_WHERE[name]), name)
-    else:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'qtarget' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), "build" if name == "preset" else name)
     globals()[name] = value
     return value
 

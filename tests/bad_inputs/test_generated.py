@@ -259,9 +259,9 @@ def test_any_rows_are_taken_or_refused(rows):
 def test_any_column_is_spread_or_refused(name, value, labels):
     columns = TokenColumns((name,))
     row = {"input_ids": [1] * len(labels), "labels": labels, name: value}
-    spread = refused_or(lambda: columns.spread(row, 0, "train"))
-    if spread is not None:
-        assert len(spread[name]) == len(labels) and all(math.isfinite(number) for number in spread[name])
+    per_token = refused_or(lambda: columns.per_token(row, 0, "train"))
+    if per_token is not None:
+        assert len(per_token[name]) == len(labels) and all(math.isfinite(number) for number in per_token[name])
 
 
 @many("tasks")

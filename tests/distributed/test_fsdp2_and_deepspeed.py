@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 import tiny_models
 from qtarget import ConfigError
 from qtarget.cli.__main__ import main
-from qtarget.models import snapshots
-from qtarget.training import auxiliary
+from qtarget.models import frozen, snapshots
 from quick_runs import largest_difference, quick_trainer
 
 HERE = Path(__file__).parents[1] / "helpers"
@@ -197,7 +196,7 @@ def test_resumed_bit_for_bit(together):
     ],
 )
 def test_copies_are_refused_under_zero3(settings, told, tmp_path, monkeypatch):
-    for module in (snapshots, auxiliary):
+    for module in (snapshots, frozen):
         monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ConfigError, match=told):
         quick_trainer(tiny_models.llama(), tmp_path, tiny_models.conversation_dataset(8), **settings)

@@ -35,7 +35,7 @@ def results(folder, right_pn, task="sums", grader="math", version="v1", first=0,
     right_pn = np.asarray(right_pn)
     problems, n = right_pn.shape
     made = Task(task, grader, version, [Problem(f"p{first + i}", f"{i}?", {"answer": str(i)}) for i in range(problems)])
-    records.begin(folder, records.describe({**SETTINGS, "n": n, **settings}, [made]), [made], writes=True)
+    records.begin(folder, records.manifest_of({**SETTINGS, "n": n, **settings}, [made]), [made], writes=True)
     rows = []
     for p, s in product(range(problems), ("greedy", *range(n))):
         right = bool(right_pn[p, 0 if s == "greedy" else s])
@@ -161,7 +161,7 @@ def test_several_tasks_have_their_mean(tmp_path):
             for name, size in (("short", 20), ("long", 80))
         ]
         folder = tmp_path / arm
-        records.begin(folder, records.describe(SETTINGS, parts), parts, writes=True)
+        records.begin(folder, records.manifest_of(SETTINGS, parts), parts, writes=True)
         for part, share in zip(parts, shares, strict=True):
             single = results(
                 tmp_path / f"{arm}-{part.name}",
@@ -185,7 +185,7 @@ def of_tasks(folder, shares, suite):
         Task(name, "math", "v", [Problem(f"p{i}", "?", {"answer": "1"}) for i in range(30)], suite=suite.get(name))
         for name in shares
     ]
-    records.begin(folder, records.describe(SETTINGS, parts), parts, writes=True)
+    records.begin(folder, records.manifest_of(SETTINGS, parts), parts, writes=True)
     for part in parts:
         single = results(
             folder.with_name(f"{folder.name}-{part.name}"), verdicts(3, shares[part.name], 30), part.name, version="v"

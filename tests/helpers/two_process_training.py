@@ -205,9 +205,10 @@ def fsdp2_bf16() -> Iterator[tuple[str, Weights, Weights]]:
 
 def figures_under_bf16() -> tuple[Weights, Weights]:
     """sft's loss is the mean of the nll, and both leave the forward with all their digits."""
-    made, batches, _ = sharded("sft", "bfd", 1, "root", BF16)
-    loss = made.compute_loss(made.model, batches[0])
-    return {"loss": loss.detach()[None]}, {"loss": torch.tensor([made.meter.read("train")["nll"]]).double()}
+    made, batches, count = sharded("sft", "bfd", 1, "root", BF16)
+    loss = made.compute_loss(made.model, batches[0], num_items_in_batch=count)
+    loss = made.accelerator.reduce(loss.detach(), "mean")  # as the figures are: over the tokens of both processes
+    return {"loss": loss[None]}, {"loss": torch.tensor([made.meter.read("train")["nll"]]).double()}
 
 
 def columns_under_bf16() -> tuple[Weights, Weights]:

@@ -11,7 +11,7 @@ from lens_pages import JS_FIGURES, Opened, agrees, near
 from lens_records import record_from_logits
 from published import CASES
 from qtarget.lens import page
-from qtarget.lens.page_targets import listed
+from qtarget.lens.page_targets import page_entries
 from qtarget.lens.replay import Replay
 from qtarget.targets.residual import Residual
 from qtarget.targets.trust import Rule
@@ -100,7 +100,7 @@ SCALED = {
 
 def figures_of(view, target):
     """Of a target that is put on the page."""
-    (entry,) = (e for e in listed(RECORD, range(N), target) if e.get("own"))
+    (entry,) = (e for e in page_entries(RECORD, range(N), target) if e.get("own"))
     view.evaluate("entry => { lens.D.targets[0] = entry; }", {**entry, "name": "put there"})
     return view.evaluate(JS_FIGURES, ["put there", {}])
 

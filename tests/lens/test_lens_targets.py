@@ -10,7 +10,7 @@ import qtarget as qt
 import tiny_models
 from lens_pages import JS_FIGURES, agrees
 from qtarget.lens import capture, page, record, sliders
-from qtarget.lens.page_targets import listed, of_run, recorded
+from qtarget.lens.page_targets import manifest_targets, page_entries, targets_of_run
 from qtarget.lens.replay import Replay
 from qtarget.targets.objective import Objective
 from qtarget.targets.presets.entry import ENTRIES
@@ -69,7 +69,7 @@ def of_a_run(target, **manifest):
 
 
 def entry(made, name, asked=None):
-    (found,) = (e for e in listed(made, range(N), asked) if e["name"] == name)
+    (found,) = (e for e in page_entries(made, range(N), asked) if e["name"] == name)
     return found
 
 
@@ -172,33 +172,37 @@ def test_a_preset_that_fails_at_its_defaults_is_named(monkeypatch):
 def test_two_composed_targets_are_told_apart():
     asked = qt.Target(qt.trust.probability(), qt.residual.uniform())
     made = of_a_run(COMPOSED)
-    names = [(e["name"], e.get("own")) for e in listed(made, range(N), asked)][:3]
+    names = [(e["name"], e.get("own")) for e in page_entries(made, range(N), asked)][:3]
     assert names == [("composed", "this run"), ("composed, asked for", "asked for"), ("sft", None)]
-    names = [(e["name"], e.get("own")) for e in listed(made, range(N), qt.Target.from_config(COMPOSED))]
+    names = [(e["name"], e.get("own")) for e in page_entries(made, range(N), qt.Target.from_config(COMPOSED))]
     assert names[:2] == [("composed", "this run"), ("sft", None)]
 
 
 def test_what_a_capture_records_of_its_run(own, tmp_path):
     """The parts of a target whose name is code, schedules as they end, a target for each source."""
-    single = recorded(Objective.single("my_targets:known_parts"))
+    single = manifest_targets(Objective.single("my_targets:known_parts"))
     assert single["target"] == "my_targets:known_parts"
     parts = qt.Target(qt.trust.probability(), qt.residual.guided(0.4))
-    assert of_run(of_a_run(**single)) == {"my_targets:known_parts": parts}
+    assert targets_of_run(of_a_run(**single)) == {"my_targets:known_parts": parts}
     rising = {"preset": "target-sft", "eta": {"schedule": "linear", "from": 0.0, "to": 0.7, "steps": 9}}
-    ((name, target),) = of_run(of_a_run(**recorded(Objective.single(rising)))).items()
+    ((name, target),) = targets_of_run(of_a_run(**manifest_targets(Objective.single(rising)))).items()
     assert "eta 0 → 0.7 (linear, 9 steps)" in name and target.hyperparameters["eta"] == 0.7
-    mixed = recorded(Objective.by_source({"math": "dft", "chat": {"preset": "kd", "temperature": 2.0}}, "source"))
-    assert [*of_run(of_a_run(**mixed))] == ["math: dft", "chat: kd(temperature=2.0)"]
-    assert recorded(Objective.single({"preset": "dft"})) == {"target": "dft"}, "nothing more where the target says it"
+    mixed = manifest_targets(
+        Objective.by_source({"math": "dft", "chat": {"preset": "kd", "temperature": 2.0}}, "source")
+    )
+    assert [*targets_of_run(of_a_run(**mixed))] == ["math: dft", "chat: kd(temperature=2.0)"]
+    assert manifest_targets(Objective.single({"preset": "dft"})) == {"target": "dft"}, (
+        "nothing more where the target says it"
+    )
     settings = {"target": "my_targets:known_parts", "teacher_model": tiny_models.trained_model(seed=7)}
     made = quick_trainer(tiny_models.trained_model(), tmp_path / "run", tiny_models.conversation_dataset(3), **settings)
     held = record.read(capture.capture(made, tmp_path / "capture", rows=3, top_k=7))
-    assert listed(held, range(len(held)))[0]["name"] == "my_targets:known_parts"
+    assert page_entries(held, range(len(held)))[0]["name"] == "my_targets:known_parts"
 
 
 def test_an_older_capture_of_a_schedule_is_named():
     rising = {"preset": "target-sft", "eta": {"schedule": "linear", "from": 0.0, "to": 0.7}}
-    (why,) = of_run(of_a_run(rising)).values()
+    (why,) = targets_of_run(of_a_run(rising)).values()
     assert isinstance(why, str) and why.endswith("; capture again")
 
 

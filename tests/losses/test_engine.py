@@ -73,8 +73,8 @@ def test_logits_are_scaled_before_they_are_capped(case, scale, softcap):
 def test_statistics_by_name(case):
     """kl_q costs a logarithm per entry, so it comes only when asked for; nothing else depends on that."""
     batch = hard_batch()
-    basic, everything = (run_engine(batch, preset_of(case), stats=stats) for stats in ("basic", "all"))
-    assert [*basic.stats, "kl_q"] == [*everything.stats]
+    basic, with_kl = (run_engine(batch, preset_of(case), stats=stats) for stats in ("basic", "all"))
+    assert [*basic.stats, "kl_q"] == [*with_kl.stats]
     assert_same(basic, run_oracle(batch, preset_of(case), stats="basic"))
 
 
@@ -94,13 +94,13 @@ def test_the_batch_is_as_hard_as_it_says():
 
 
 def residual_forgotten_at_the_label(monkeypatch):
-    real = RowMath._add_dense
+    real = RowMath._add_dense_residual
 
     def without(self, *args):
         term, at_label = real(self, *args)
         return term, 0 * at_label
 
-    monkeypatch.setattr(RowMath, "_add_dense", without)
+    monkeypatch.setattr(RowMath, "_add_dense_residual", without)
 
 
 def tanh_of_the_whole_difference(monkeypatch):
@@ -111,8 +111,8 @@ def stop_gradient_lost(monkeypatch):
     """The gradient of −p_y log p_y: right value, wrong weights."""
     real = RowMath._weights
 
-    def moving(self, rows, student, masses):
-        a, b, loss = real(self, rows, student, masses)
+    def moving(self, rows, student):
+        a, b, loss = real(self, rows, student)
         return a * (1 + student.log_p_y), b, loss
 
     monkeypatch.setattr(RowMath, "_weights", moving)
@@ -145,16 +145,16 @@ def bias_forgotten(monkeypatch):
 def value_of_another_objective(monkeypatch):
     real = RowMath._weights
 
-    def plain(self, rows, student, masses):
-        a, b, _ = real(self, rows, student, masses)
+    def plain(self, rows, student):
+        a, b, _ = real(self, rows, student)
         return a, b, -student.log_p_y
 
     monkeypatch.setattr(RowMath, "_weights", plain)
 
 
 def ignored_positions_counted(monkeypatch):
-    real = Tokens.spread
-    monkeypatch.setattr(Tokens, "spread", lambda self, per_token, fill: real(self, per_token, 0.0))
+    real = Tokens.scatter
+    monkeypatch.setattr(Tokens, "scatter", lambda self, per_token, fill: real(self, per_token, 0.0))
 
 
 MUTANTS = [

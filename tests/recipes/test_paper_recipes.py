@@ -252,7 +252,7 @@ def test_steps_are_those_the_trainer_takes(rows, drop, accumulation, tmp_path):
     settings = dict(per_device_train_batch_size=2, gradient_accumulation_steps=accumulation, dataloader_drop_last=drop)
     made = quick_runs.quick_trainer(tiny_models.llama(), tmp_path, data, max_steps=-1, num_train_epochs=2, **settings)
     loader = made.get_train_dataloader()
-    counted = steps.of(rows, 1, made.args)
+    counted = steps.planned(rows, 1, made.args)
     if rows == 1 and drop:
         assert counted.per_epoch == 0
         return
@@ -272,7 +272,7 @@ def test_steps_on_several_processes_are_those_of_accelerates_sampler(rows, drop)
     gpus, micro, accumulation = 4, 4, 2
     sampler = BatchSampler(SequentialSampler(range(rows)), micro, drop)
     each = len(list(BatchSamplerShard(sampler, gpus, 0)))
-    counted = steps.of(rows, gpus, settings_of(micro, accumulation, drop))
+    counted = steps.planned(rows, gpus, settings_of(micro, accumulation, drop))
     assert counted.per_epoch == max(-(-each // accumulation), 0)
     assert counted.whole <= rows // counted.batch
 

@@ -379,7 +379,7 @@ STEPS = {"max_steps": 3, "num_train_epochs": 9, "learning_rate": LR}
 
 
 def kept_of(made):
-    return made.aux.average._kept
+    return made.aux.average._copies
 
 
 @functools.cache

@@ -65,7 +65,7 @@ def test_right_after_a_refresh_psft_is_sft(tmp_path):
 def test_only_adapters_are_copied_under_lora(tmp_path):
     peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     made = train_quickly(tiny_models.trained_model(), tmp_path, peft_config=peft_config, target="psft", psft_refresh=2)
-    kept = made.aux.old_policy._kept
+    kept = made.aux.old_policy._copies
     assert kept and all("lora_" in name for name in kept)
 
 

@@ -531,11 +531,11 @@ def test_memory_is_measured_and_held_against_the_estimate(tmp_path, monkeypatch)
         (None, "not applicable"),
     ):
         subject.estimate = estimate
-        assert resources.memory(subject).status == status
+        assert resources.memory.run(subject).status == status
     wrong_detach(monkeypatch)  # it forms whole logits too
     mutant = wide(tmp_path)
     mutant.estimate = lambda *_: measured
-    assert resources.memory(mutant).status == "fail"
+    assert resources.memory.run(mutant).status == "fail"
 
 
 # -- the command ---------------------------------------------------------------------------------------------------

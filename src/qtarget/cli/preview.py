@@ -49,7 +49,7 @@ def look(arguments: Sequence[str], gpus: int) -> Found:
     rows, where = _rows(asked, faults)
     notes, config = asked.settings.notes, asked.config
     batch = gpus * config.per_device_train_batch_size * config.gradient_accumulation_steps
-    steps = None if rows is None or config.packing else arithmetic.of(rows, gpus, config)
+    steps = None if rows is None or config.packing else arithmetic.planned(rows, gpus, config)
     given_epochs = "num_train_epochs" in asked.settings.origin
     faults += arithmetic.faults(steps, batch, gpus, config, notes.get("expected_batch"), given_epochs)
     raise_together(faults)

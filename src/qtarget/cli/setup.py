@@ -207,14 +207,8 @@ def _resume_faults(config: Any) -> list[str]:
 def column_faults(config: Any, datasets: dict[str, Any]) -> list[str]:
     from qtarget.training import checks
 
-    objective, eval_objective = config.resolve_objective(), config.resolve_eval_objective()
-    faults = checks.columns_cannot_follow(config, [objective, eval_objective])
-    for name, dataset in datasets.items():
-        columns = dataset.column_names  # None: those of a stream, which are not known yet
-        trained = name == "train"
-        faults += checks.missing_columns(name, columns, objective if trained else eval_objective, config, not trained)
-        faults += checks.untrainable_rows(name, columns, config.dataset_text_field)
-    return faults
+    objectives = config.resolve_objective(), config.resolve_eval_objective()
+    return checks.column_faults(config, objectives, checks.column_sets(*objectives, datasets.items()))
 
 
 # How datasets calls what reads a file.

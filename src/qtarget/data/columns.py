@@ -1,15 +1,15 @@
 """Numbers that travel with each token: weight, critical, old_logps, uid and the data source.
 
-They are aligned with labels, before the shift. ``spread`` gives every row one number per token, once and early, so that
-cutting, dropping, shuffling and packing move them with their tokens; ``TokenColumnCollator`` pads or joins them as TRL's
-collator does the tokens.
+They are aligned with labels, before the shift. ``per_token`` gives every row one number per token, once and early, so
+that cutting, dropping, shuffling and packing move them with their tokens; ``TokenColumnCollator`` pads or joins them as
+TRL's collator does the tokens.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Number
 from typing import Any
 
@@ -76,25 +76,24 @@ class TokenColumns:
         first: Mapping[str, Any] = next(iter(dataset), {})
         uid = first.get(UID)
         uid_per_token = isinstance(uid, Sequence) and not isinstance(uid, str) and all(isinstance(u, int) for u in uid)
-        return TokenColumns(
-            (*(name for name in self.names if name in first), *((UID,) if uid_per_token else ())),
-            self.sources if self.source_column in first or SOURCE_ID in first else (),
-            self.source_column,
-            tuple(name for name in self.made if name in first),
+        return replace(
+            self,
+            names=(*(name for name in self.names if name in first), *((UID,) if uid_per_token else ())),
+            sources=self.sources if self.source_column in first or SOURCE_ID in first else (),
+            made=tuple(name for name in self.made if name in first),
         )
 
-    def spread(self, row: Mapping[str, Any], number: int, dataset_name: str) -> dict[str, list]:
+    def per_token(self, row: Mapping[str, Any], number: int, dataset_name: str) -> dict[str, list]:
         """The row's columns with one number per token.
 
         Raises:
             DataError: a column of another length, a NaN or negative weight, a mask that is not 0 and 1, a source
                 without a target; each names the row.
         """
-        length = len(row["input_ids"])
-        spread = {}
+        columns = {}
         for name in self.names:
             try:
-                spread[name] = _spread(name, row[name], row["labels"])
+                columns[name] = _per_token(name, row[name], row["labels"])
             except DataError as error:
                 error.during(f"row {number} of the {dataset_name} dataset")
                 raise
@@ -105,11 +104,11 @@ class TokenColumns:
                     f"row {number} of the {dataset_name} dataset: {self.source_column} is {source!r}, which targets does "
                     f"not name; add it there (it has {', '.join(self.sources)})"
                 )
-            spread[SOURCE_ID] = [self.sources.index(str(source))] * length
-        return spread
+            columns[SOURCE_ID] = [self.sources.index(str(source))] * len(row["input_ids"])
+        return columns
 
 
-def _spread(name: str, value: Any, labels: Sequence[int]) -> list:
+def _per_token(name: str, value: Any, labels: Sequence[int]) -> list:
     """One number per token. What stands at a token that is not trained is not looked at; NaN or None there becomes 0."""
     if isinstance(value, (Number, bool)) or value is None:
         if name in _PER_TOKEN_ONLY:
@@ -179,7 +178,7 @@ class TokenColumnCollator:
                 values = example[name]
                 length = len(example["input_ids"])
                 if not isinstance(values, list) or len(values) != length:  # where preparation was skipped
-                    values = _spread(name, values, example.get("labels", [0] * length))
+                    values = _per_token(name, values, example.get("labels", [0] * length))
                 padded[row, begin : begin + len(values)] = torch.as_tensor(values, dtype=padded.dtype)
         if self.gather is not None:
             batch.update(self.gather(batch))
@@ -193,11 +192,10 @@ def _is_ours(name: str, row: Mapping[str, Any]) -> bool:
 
 def _places(ids: torch.Tensor, rows: list) -> list[tuple[int, int]]:
     """Where the batch holds each row's first token: a row of its own, or one after the other in a single row."""
-    lengths = [len(row) for row in rows]
     if len(ids) == len(rows):
         places = [(number, 0) for number in range(len(rows))]
     else:
-        places = [(0, sum(lengths[:number])) for number in range(len(rows))]
+        places = [(0, sum(map(len, rows[:number]))) for number in range(len(rows))]
     for (row, begin), own in zip(places, rows, strict=True):
         if row >= len(ids) or ids[row, begin : begin + len(own)].tolist() != list(own):
             raise DataError(

@@ -47,7 +47,7 @@ class Preparation:
         columns = self.columns.of(dataset)
         if columns.names or columns.sources:
             dataset = dataset.map(
-                lambda row, number: columns.spread(row, number, name),
+                lambda row, number: columns.per_token(row, number, name),
                 with_indices=True,
                 **self._map("Spreading columns of", name, dataset),
             )
@@ -131,8 +131,8 @@ def _tell_untrained(dataset: Any, name: str, max_length: int | None, report: dic
     """Count rows that will teach nothing where none is dropped; a stream is not read ahead for it."""
     if not isinstance(dataset, Dataset):
         return
-    rows = (row["labels"][:max_length] for row in dataset.select_columns(["labels"]))
-    report[name] = sum(1 for labels in rows if all(label == -100 for label in labels))
+    rows = dataset.select_columns(["labels"])
+    report[name] = sum(not _is_trained({"labels": row["labels"][:max_length]}) for row in rows)
     if report[name]:
         logger.warning("%s; they teach nothing", _untrained(report[name], len(dataset), name))
 
@@ -148,8 +148,7 @@ class _TellingFilter:
         self.rows += 1
         trained = _is_trained(row)
         if not trained:
-            self.report[self.name] += 1
-            count = self.report[self.name]
+            self.report[self.name] = count = self.report[self.name] + 1
             if str(count).strip("0") == "1":
                 logger.warning("%s so far; they are dropped", _untrained(count, self.rows, self.name))
         return trained

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -32,26 +31,19 @@ def checked_texts(dataset: Any, name: str, text_field: str) -> Any:
         return dataset
     looked_at = _read_by_trl(columns, text_field)
 
-    def look(row: Mapping[str, Any], number: int) -> None:
+    def fault(row: Mapping[str, Any]) -> str | None:
         for column in looked_at:
-            if fault := _text_fault(column, row[column]):
-                raise DataError(f"row {number} of the {name} dataset: {fault}")
-        if {"prompt", "completion"} <= set(looked_at) and isinstance(row["prompt"], str) != isinstance(
-            row["completion"], str
-        ):
-            raise DataError(
-                f"row {number} of the {name} dataset: prompt is {_shown(row['prompt'])} and completion "
-                f"{_shown(row['completion'])}; write text in both, or messages in both"
+            if sentence := _text_fault(column, row[column]):
+                return sentence
+        both = {"prompt", "completion"} <= set(looked_at)
+        if both and isinstance(row["prompt"], str) != isinstance(row["completion"], str):
+            return (
+                f"prompt is {_shown(row['prompt'])} and completion {_shown(row['completion'])}; "
+                "write text in both, or messages in both"
             )
+        return None
 
-    if isinstance(dataset, Dataset):
-        with _readable(name):
-            for number, row in enumerate(dataset.with_format(None).select_columns(looked_at)):
-                look(row, number)
-        return dataset
-    if isinstance(dataset, IterableDataset):
-        return _looked_at_as_it_comes(dataset, look)
-    return dataset
+    return _refuse(dataset, name, fault, lambda: enumerate(dataset.with_format(None).select_columns(looked_at)))
 
 
 def _read_by_trl(columns: Sequence[str], text_field: str) -> list[str]:
@@ -63,46 +55,54 @@ def _read_by_trl(columns: Sequence[str], text_field: str) -> list[str]:
     return [column for column in wanted if column in columns]
 
 
-@contextmanager
-def _readable(name: str) -> Iterator[None]:
-    """Arrow cuts field names at a NUL, and then has two of one name, which it cannot give back."""
-    try:
-        yield
-    except ValueError as error:
-        if isinstance(error, ConfigError) or "duplicate field names" not in str(error):
-            raise
-        raise DataError(
-            f"a row of the {name} dataset holds a mapping with two fields of one name; write texts, messages or token ids"
-        ) from error
+def _refuse(
+    dataset: Any,
+    name: str,
+    fault: Callable[[Mapping[str, Any]], str | None],
+    suspects: Callable[[], Iterable[tuple[int, Mapping[str, Any]]]],
+) -> Any:
+    """Raise at the first row with a fault: at once, among the numbered ``suspects``, or of a stream as they come."""
 
-
-def _looked_at_as_it_comes(dataset: IterableDataset, look: Callable[[Mapping[str, Any], int], None]) -> IterableDataset:
-    def through(row: dict[str, Any], number: int) -> dict[str, Any]:
-        look(row, number)
+    def look(row: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+        if sentence := fault(row):
+            raise DataError(f"row {number} of the {name} dataset: {sentence}")
         return row
 
-    return dataset.map(through, with_indices=True)
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(look, with_indices=True)
+    if isinstance(dataset, Dataset):
+        try:
+            for number, row in suspects():
+                look(row, number)
+        except ValueError as error:
+            # Arrow cuts field names at a NUL, and then has two of one name, which it cannot give back.
+            if isinstance(error, ConfigError) or "duplicate field names" not in str(error):
+                raise
+            raise DataError(
+                f"a row of the {name} dataset holds a mapping with two fields of one name; "
+                "write texts, messages or token ids"
+            ) from error
+    return dataset
 
 
 def _text_fault(column: str, value: Any) -> str | None:
     if isinstance(value, str) and column not in ("messages", "conversations"):
         return None
-    told = f"{column} is {_shown(value)}"
+    is_value = f"{column} is {_shown(value)}"
+    as_messages = f"{is_value}; write messages, as in [{{role: user, content: text}}]"
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        if column in ("messages", "conversations"):
-            return f"{told}; write messages, as in [{{role: user, content: text}}]"
-        return f"{told}; write text, or messages as in [{{role: user, content: text}}]"
+        as_either = f"{is_value}; write text, or messages as in [{{role: user, content: text}}]"
+        return as_messages if column in ("messages", "conversations") else as_either
     for message in value:
         if not isinstance(message, Mapping):
-            return f"{told}; write messages, as in [{{role: user, content: text}}]"
+            return as_messages
         role, content = ("from", "value") if message.get("from") is not None else ("role", "content")
         if not isinstance(message.get(role), str):
             return f"{column} has a message whose role is {_shown(message.get(role))}; write user, assistant or system"
-        said = message.get(content)
-        if said is None and any(message.get(other) for other in _INSTEAD_OF_CONTENT):
-            continue
-        if not isinstance(said, (str, list)):
-            return f"{column} has a message whose content is {_shown(said)}; write text"
+        text = message.get(content)
+        instead = text is None and any(message.get(other) for other in _INSTEAD_OF_CONTENT)
+        if not instead and not isinstance(text, (str, list)):
+            return f"{column} has a message whose content is {_shown(text)}; write text"
     return None
 
 
@@ -121,22 +121,18 @@ def checked_tokens(dataset: Any, name: str, vocab_size: int) -> Any:
     if "input_ids" not in columns:
         return dataset
 
-    def look(row: Mapping[str, Any], number: int) -> None:
-        if fault := _token_fault({column: row[column] for column in columns}, vocab_size):
-            raise DataError(f"row {number} of the {name} dataset: {fault}")
+    def fault(row: Mapping[str, Any]) -> str | None:
+        return _token_fault({column: row[column] for column in columns}, vocab_size)
 
-    if isinstance(dataset, Dataset):
+    def suspects() -> Iterator[tuple[int, dict[str, Any]]]:
         begin = 0
         for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH):
             if not _all_right({column: table[column].combine_chunks() for column in columns}, vocab_size):
-                with _readable(name):
-                    for number in range(len(table)):
-                        look({column: table[column][number].as_py() for column in columns}, begin + number)
+                for number in range(len(table)):
+                    yield begin + number, {column: table[column][number].as_py() for column in columns}
             begin += len(table)
-        return dataset
-    if isinstance(dataset, IterableDataset):
-        return _looked_at_as_it_comes(dataset, look)
-    return dataset
+
+    return _refuse(dataset, name, fault, suspects)
 
 
 def _all_right(columns: dict[str, Any], vocab_size: int) -> bool:

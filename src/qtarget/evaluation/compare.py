@@ -6,6 +6,7 @@ levels are drawn: training seeds (where an arm has several; arms are paired by t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,42 +101,39 @@ def read(words: Sequence[str]) -> tuple[list[Arm], dict[str, Any]]:
     """
     if len(words) < 2:
         raise ConfigError(f"compare has {len(words)} result folders; name two or more")
-    named: list[tuple[str, list[Path]]] = []
+    named: dict[str, list[Path]] = {}
     for word in words:
         name, equals, rest = word.partition("=")
         if not equals or Path(word).is_dir():
             name, rest = Path(word.partition(",")[0]).name, word
-        named.append(
-            (name, [Path(rest)] if rest and Path(rest).is_dir() else [Path(part) for part in rest.split(",") if part])
-        )
-    for name, folders in named:
-        if not folders:
+        if name in named:
+            raise ConfigError(f"two arms are called {name!r}; write NAME=DIR")
+        is_one = rest != "" and Path(rest).is_dir()
+        named[name] = [Path(part) for part in ([rest] if is_one else rest.split(",")) if part]
+        if not named[name]:
             raise ConfigError(f"arm {name!r} names no folder; write {name}=DIR")
-    names = [name for name, _ in named]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"two arms are called {next(n for n in names if names.count(n) > 1)!r}; write NAME=DIR")
-    first = running.finished(named[0][1][0])
-    for _, folders in named:
-        if len(folders) != len(named[0][1]):
+    first_folders = next(iter(named.values()))
+    first = running.finished(first_folders[0])
+    for folders in named.values():
+        if len(folders) != len(first_folders):
             raise ConfigError("the arms have different numbers of training seeds; name as many folders for each")
         for folder in folders:
-            there = running.finished(folder)
-            told = "prompt_style" in first and "prompt_style" in there  # older folders do not say
+            manifest = running.finished(folder)
+            told = "prompt_style" in first and "prompt_style" in manifest  # older folders do not say
             ignored = records.UNCOMPARED if told else (*records.UNCOMPARED, "prompt_style")
-            for setting, was, now in files.differences(first, there, ignored=ignored):
+            for setting, was, now in files.differences(first, manifest, ignored=ignored):
                 raise ConfigError(
-                    f"{setting} is {now!r} in {str(folder)!r} and {was!r} in {str(named[0][1][0])!r}; compare "
+                    f"{setting} is {now!r} in {str(folder)!r} and {was!r} in {str(first_folders[0])!r}; compare "
                     "runs of one setting: run qtarget eval again, or --rescore where the verifier version differs"
                 )
-    return [Arm(name, tuple(folders), tuple(map(_groups, folders))) for name, folders in named], first
+    return [Arm(name, tuple(folders), tuple(map(_groups, folders))) for name, folders in named.items()], first
 
 
 def _groups(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
     manifest = running.finished(folder)
-    made = {}
-    for task in manifest["tasks"]:
-        held = records.samples(folder, task)
-        version = manifest["tasks"][task]["verifier_version"]
+    groups_of = {}
+    for task, about in manifest["tasks"].items():
+        held, version = records.samples(folder, task), about["verifier_version"]
         if other := next((r for r in held if r["verifier_version"] != version), None):
             raise StorageError(
                 f"{str(folder)!r} has verdicts of verifier version {other['verifier_version']!r} beside {version!r} in "
@@ -143,16 +141,16 @@ def _groups(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
             )
         groups = scores.grouped(held)
         wanted = [problem.id for problem in records.problems(folder, task)]
-        whole = {id: len(groups.get(id, ())) for id in wanted}
         asked = ["greedy", *range(manifest["n"])]
         lacking = next((id for id in wanted if [r["sample"] for r in groups.get(id, ())] != asked), None)
         if lacking is not None or len(groups) != len(wanted):
+            count = len(groups.get(lacking or "", ()))
             raise StorageError(
-                f"{str(folder)!r} has {whole.get(lacking or '', 0)} of {manifest['n'] + 1} answers to problem {lacking} "
-                f"of task {task}; its samples were changed: run qtarget eval into another folder"
+                f"{str(folder)!r} has {count} of {manifest['n'] + 1} answers to problem {lacking} of task {task}; its "
+                "samples were changed: run qtarget eval into another folder"
             )
-        made[task] = {id: groups[id] for id in wanted}
-    return made
+        groups_of[task] = {id: groups[id] for id in wanted}
+    return groups_of
 
 
 # -- differences ---------------------------------------------------------------------------------------------------
@@ -163,11 +161,10 @@ def compare(words: Sequence[str], draws: int = 10_000, seed: int = 0) -> Compari
     arms, manifest = read(words)
     n, tasks = manifest["n"], [*manifest["tasks"]]
     made = {arm.name: {task: _scores(arm, task, n) for task in tasks} for arm in arms}
+    measures = ("strict", "lenient", "greedy", f"pass@{n}", "tokens") if n else ("greedy", "tokens")
     differences = []
-    for arm in arms[1:]:
-        for measure in ("strict", "lenient", "greedy", f"pass@{n}", "tokens"):
-            if n or measure in ("greedy", "tokens"):
-                differences += _measure(arms[0], arm, measure, tasks, _means(manifest), n, draws, seed)
+    for arm, measure in itertools.product(arms[1:], measures):
+        differences += _differences(arms[0], arm, measure, manifest, draws, seed)
     notes = [
         f"Task {task} has {count} problems: too few for an interval to be trusted."
         for task in tasks
@@ -195,40 +192,30 @@ def _means(manifest: dict[str, Any]) -> dict[str, list[str]]:
     suites: dict[str, list[str]] = {}
     for task, about in manifest["tasks"].items():
         if about["suite"] is not None:
-            suites.setdefault(about["suite"], []).append(task)
+            suites.setdefault(f"mean of {about['suite']}", []).append(task)
     if suites:
-        return {f"mean of {suite}": members for suite, members in suites.items()}
+        return suites
     return {MEAN: [*manifest["tasks"]]} if len(manifest["tasks"]) > 1 else {}
 
 
-def _measure(
-    first: Arm,
-    other: Arm,
-    measure: str,
-    tasks: list[str],
-    means_of: dict[str, list[str]],
-    n: int,
-    draws: int,
-    seed: int,
+def _differences(
+    first: Arm, other: Arm, measure: str, manifest: dict[str, Any], draws: int, seed: int
 ) -> list[Difference]:
-    """One measure of every task, and of the means."""
-    made, drawn, both = [], [], []
-    for number, task in enumerate(tasks):
-        if measure in ("strict", "lenient"):
-            a, b = (_verdicts(arm, task, measure) for arm in (first, other))  # [s, p, n]
-            means = scores.two_level(b - a, draws, seed + number)
-        else:
-            a, b = (_values(arm, task, measure, n) for arm in (first, other))  # [s, p]
-            means = scores.one_level(b - a, draws, seed + number)
-        drawn.append(means)
-        both.append((float(a.mean()), float(b.mean())))
-        made.append(_difference(task, other.name, measure, both[-1], means, a.shape[1]))
-    for name, members in means_of.items():
-        own = [tasks.index(task) for task in members]
-        pair = (scores.macro([both[i][0] for i in own]), scores.macro([both[i][1] for i in own]))
-        problems = sum(made[i].problems for i in own)
-        made.append(_difference(name, other.name, measure, pair, np.mean([drawn[i] for i in own], axis=0), problems))
-    return made
+    """In one measure, of every task and of the means."""
+    drawn: dict[str, np.ndarray] = {}
+    of_task: dict[str, Difference] = {}
+    for number, task in enumerate(manifest["tasks"]):
+        a, b = (_values(arm, task, measure, manifest["n"]) for arm in (first, other))
+        drawn[task] = (scores.two_level if a.ndim == 3 else scores.one_level)(b - a, draws, seed + number)
+        pair = (float(a.mean()), float(b.mean()))
+        of_task[task] = _difference(task, other.name, measure, pair, drawn[task], a.shape[1])
+    of_means = []
+    for name, members in _means(manifest).items():
+        own = [of_task[task] for task in members]
+        pair = (scores.macro([one.first for one in own]), scores.macro([one.other for one in own]))
+        means, problems = np.mean([drawn[task] for task in members], axis=0), sum(one.problems for one in own)
+        of_means.append(_difference(name, other.name, measure, pair, means, problems))
+    return [*of_task.values(), *of_means]
 
 
 def _difference(
@@ -242,12 +229,10 @@ def _difference(
     return Difference(task, arm, measure, *pair, low, high, problems, needed)
 
 
-def _verdicts(arm: Arm, task: str, reading: str) -> np.ndarray:
-    return np.array([running.verdicts(groups[task], reading) for groups in arm.groups], dtype=float)
-
-
 def _values(arm: Arm, task: str, measure: str, n: int) -> np.ndarray:
-    """[s, p] of a measure that is one number a problem."""
+    """[s, p, n] verdicts of a reading, and [s, p] of a measure that is one number a problem."""
+    if measure in ("strict", "lenient"):
+        return np.array([running.verdicts(groups[task], measure) for groups in arm.groups], dtype=float)
     if measure.startswith("pass@"):
         return _pass(arm, task, n, n)
     return np.array([[_value(group, measure) for group in groups[task].values()] for groups in arm.groups], float)
@@ -262,35 +247,26 @@ def _value(group: list[dict[str, Any]], measure: str) -> float:
 
 def _pass(arm: Arm, task: str, n: int, k: int) -> np.ndarray:
     """[s, p] strict pass@k."""
-    return np.array([scores.pass_at(n, right_pn.sum(1), k) for right_pn in _verdicts(arm, task, "strict")])
+    return np.array([scores.pass_at(n, right_pn.sum(1), k) for right_pn in _values(arm, task, "strict", n)])
 
 
 def _scores(arm: Arm, task: str, n: int) -> dict[str, Any]:
     summaries = [scores.summary([r for group in groups[task].values() for r in group], n) for groups in arm.groups]
 
-    def mean(get: Any) -> float | None:
-        values = [get(summary) for summary in summaries]
-        return None if None in values else float(np.mean(values))
+    def mean(name: str, reading: str | None = None) -> float | None:
+        values: list[Any] = [(summary[reading] if reading else summary).get(name) for summary in summaries]
+        return None if None in values else scores.macro(values)
 
-    made = {
-        "strict": mean(lambda s: s["strict"].get("avg")),
-        "lenient": mean(lambda s: s["lenient"].get("avg")),
-        "majority": mean(lambda s: s["strict"].get("majority")),
-        "greedy": mean(lambda s: s["strict"]["greedy"]),
-        "no_answer": mean(lambda s: s["strict"]["no_answer"]),
-        "tokens": mean(lambda s: s["mean_tokens"]),
-        "truncated": mean(lambda s: s["truncated"]),
-        "entropy": mean(lambda s: s["entropy"]),
-        "timeouts": sum(s["timeouts"] for s in summaries),
-        "errors": sum(s["errors"] for s in summaries),
-        "pass": [],
-        "pass_low": [],
-        "pass_high": [],
+    curve = [_pass(arm, task, n, k) for k in range(1, n + 1)]
+    intervals = [scores.interval(scores.one_level(values, 2000)) for values in curve]
+    return {
+        "strict": mean("avg", "strict"),
+        "lenient": mean("avg", "lenient"),
+        **{name: mean(name, "strict") for name in ("majority", "greedy", "no_answer")},
+        "tokens": mean("mean_tokens"),
+        **{name: mean(name) for name in ("truncated", "entropy")},
+        **{name: sum(summary[name] for summary in summaries) for name in ("timeouts", "errors")},
+        "pass": [float(values.mean()) for values in curve],
+        "pass_low": [low for low, _ in intervals],
+        "pass_high": [high for _, high in intervals],
     }
-    for k in range(1, n + 1):
-        values = _pass(arm, task, n, k)
-        low, high = scores.interval(scores.one_level(values, 2000))
-        made["pass"].append(float(values.mean()))
-        made["pass_low"].append(low)
-        made["pass_high"].append(high)
-    return made

@@ -31,20 +31,13 @@ _SCORES = (
 
 def cells(difference: Difference) -> list[str]:
     """arm, measure, task, first, other, difference, interval, what may be said."""
-    factor, digits = (1, 1) if difference.measure == "tokens" else (100, 1)
-
-    def shown(value: float, sign: bool = False) -> str:
-        return f"{factor * value:{'+' if sign else ''}.{digits}f}"
-
+    factor = 1 if difference.measure == "tokens" else 100
+    first, other = (f"{factor * value:.1f}" for value in (difference.first, difference.other))
+    value, low, high = (f"{factor * value:+.1f}" for value in (difference.value, difference.low, difference.high))
+    measure = dict(_SCORES).get(difference.measure, difference.measure)
     return [
-        difference.arm,
-        {"strict": "avg@n", "lenient": "lenient avg@n"}.get(difference.measure, difference.measure),
-        difference.task,
-        shown(difference.first),
-        shown(difference.other),
-        shown(difference.value, sign=True),
-        f"{shown(difference.low, sign=True)} to {shown(difference.high, sign=True)}",
-        difference.sentence(),
+        *(difference.arm, measure, difference.task),
+        *(first, other, value, f"{low} to {high}", difference.sentence()),
     ]
 
 
@@ -103,7 +96,7 @@ def markdown(comparison: Comparison) -> str:
 
     parts = [
         f"# Differences to {_cell(comparison.arms[0].name)}",
-        table(heads(comparison), [cells(difference) for difference in comparison.differences]),
+        table(heads(comparison), [*map(cells, comparison.differences)]),
         "## Scores",
         table(*score_rows(comparison)),
         "\n".join(f"- {_cell(fact)}" for fact in facts(comparison)),
@@ -144,9 +137,7 @@ def html(comparison: Comparison) -> str:
 
     folder = Path(__file__).parent
     style = (folder / "compare_report.css").read_text(encoding="utf-8")
-    by_measure: dict[str, list[Difference]] = {}
-    for difference in comparison.differences:
-        by_measure.setdefault(difference.measure, []).append(difference)
+    differences, measures = comparison.differences, dict.fromkeys(one.measure for one in comparison.differences)
     engine = ImmutableSandboxedEnvironment(
         loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
@@ -157,10 +148,10 @@ def html(comparison: Comparison) -> str:
         dashes=_DASHES,
         words=("arm", "score", "task", "reading"),
         arms=[arm.name for arm in comparison.arms],
-        differences=(heads(comparison), [cells(difference) for difference in comparison.differences]),
+        differences=(heads(comparison), [*map(cells, differences)]),
         scores=score_rows(comparison),
         facts=facts(comparison),
-        intervals=[_intervals(differences, measure) for measure, differences in by_measure.items()],
+        intervals=[_intervals([one for one in differences if one.measure == measure]) for measure in measures],
         curves=[_curves(comparison, task) for task in comparison.tasks] if comparison.n else [],
     )
 
@@ -194,12 +185,13 @@ def _curves(comparison: Comparison, task: str) -> Plot:
     return plot
 
 
-def _intervals(differences: Sequence[Difference], measure: str) -> Plot:
-    """A dot and its interval for every task and arm; the broken line is no difference."""
+def _intervals(differences: Sequence[Difference]) -> Plot:
+    """A dot and its interval for every task and arm, of one measure; the broken line is no difference."""
+    measure = differences[0].measure
     row, left, width, height = 24, 220, 520, 24 * len(differences) + 40
     factor = 1 if measure == "tokens" else 100
     reach = max(1e-3, *(max(abs(d.low), abs(d.high)) for d in differences)) * 1.08
-    name = {"strict": "avg@n", "lenient": "lenient avg@n", "tokens": "tokens an answer"}.get(measure, measure)
+    name = {**dict(_SCORES), "tokens": "tokens an answer"}.get(measure, measure)
     plot = Plot(f"Difference in {name}", width, height)
 
     def place(value: float) -> float:

@@ -57,7 +57,8 @@ def _equal(gold: str, answer: str) -> bool:
     ordered = _tuple(gold), _tuple(answer)
     if ordered[0] and ordered[1]:
         return len(ordered[0]) == len(ordered[1]) and all(map(_equal, ordered[0], ordered[1]))
-    return _math_verify(gold, answer)
+    # Dollars first: without them a fraction may be read as its last number.
+    return math_verify(gold, answer, f"gold answer {gold[:80]!r}", ("${}$", "{}"))
 
 
 def number(text: str) -> Fraction | None:
@@ -138,17 +139,26 @@ def _bare(text: str) -> str:
     return re.sub(r"(?<!\d) | (?!\d)", "", text)
 
 
-def _math_verify(gold: str, answer: str) -> bool:
+def math_verify(gold: str, answer: str, named: str, readings: tuple[str, str]) -> bool:
+    """Whether math-verify takes two texts for equal.
+
+    Args:
+        named: the gold answer in an error. readings: formats in which a text is given to it, the second where it reads
+            nothing in the first.
+
+    Raises:
+        ValueError: it reads nothing in the gold answer.
+    """
     from math_verify import parse, verify
 
     # It warns that its own alarms are off; they are, for a call that takes too long is killed.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     def parsed(text: str) -> list:
-        """Dollars first: without them a fraction may be read as its last number."""
-        return parse(f"${text}$", parsing_timeout=None) or parse(text, parsing_timeout=None)
+        first, second = (reading.format(text) for reading in readings)
+        return parse(first, parsing_timeout=None) or parse(second, parsing_timeout=None)
 
     wanted = parsed(gold)
     if not wanted:
-        raise ValueError(f"the gold answer {gold[:80]!r} cannot be read")
+        raise ValueError(f"the {named} cannot be read")
     return bool(verify(wanted, parsed(answer), timeout_seconds=None))

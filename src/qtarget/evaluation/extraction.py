@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import deque
 from collections.abc import Sequence
+from string import ascii_uppercase
 
 # Changes when a text would give another answer; part of the verifier version in every sample.
 VERSION = 3
@@ -36,7 +38,7 @@ _LETTER_END = re.compile(
     r"likely|probably|definitely)(?=\s))\s*\*{0,2}([A-Z])[.*$]*\s*$|[(\[]([A-Z])[)\]][.*$]*\s*$"
 )
 _LETTER_ALONE = re.compile(r"(?<![A-Za-z])([A-Z])(?![A-Za-z''’])")
-_WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox|operatorname)\s*\{")
+_WRAPPER = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox|operatorname)\s*\{"
 # Neither holds "!", for 5! is 120; a point in front belongs to .5.
 _TRAILING = " \t\r\n.,;:。．，；"
 _LEADING = " \t\r\n,;:。，；"
@@ -51,11 +53,7 @@ def ascii_digits(text: str) -> str:
     """
     if text.isascii():
         return text
-    kept = []
-    for letter in text:
-        value = unicodedata.decimal(letter, None)
-        kept.append(letter if value is None else str(value))
-    return "".join(kept).translate(
+    return "".join(str(unicodedata.decimal(letter, letter)) for letter in text).translate(
         {0x2212: "-", 0xFF0D: "-", 0xFE63: "-", 0xFF0E: ".", 0xFF0F: "/", 0x066B: ".", 0x066C: ","}
     )
 
@@ -88,20 +86,17 @@ def enclosed(text: str) -> str | None:
     """The last answer in <answer> tags, else in a box; None without one. A box inside of tags is the answer in them."""
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
-    if start >= 0:
-        inner = text[start + len("<answer>") : end]
-        box = boxed(inner)
-        return (inner if box is None else box).strip()
-    box = boxed(text)
-    return None if box is None else box.strip()
+    inner = text[start + len("<answer>") : end] if start >= 0 else None
+    box = boxed(text if inner is None else inner)
+    answer = inner if box is None else box
+    return None if answer is None else answer.strip()
 
 
 def marked(text: str) -> str | None:
     """The last answer the text marks, its kinds in this order: <answer> tags, a box, ####; None without one."""
     found = enclosed(text)
     if found is None and "####" in text:
-        lines = text.rpartition("####")[2].strip().splitlines()
-        return lines[0].strip() if lines else ""
+        return next(iter(text.rpartition("####")[2].strip().splitlines()), "").strip()
     return found
 
 
@@ -127,10 +122,12 @@ def last_number(text: str) -> str | None:
     >>> last_number("from 5-3 to 1,234.50.")
     '1234.50'
     """
-    last = None
-    for last in _NUMBER.finditer(ascii_digits(text)):  # noqa: B007
-        pass
+    last = _last(_NUMBER, ascii_digits(text))
     return None if last is None else last[0].replace(",", "").removeprefix("+")
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
 
 
 def lenient(text: str) -> str | None:
@@ -144,10 +141,7 @@ def lenient(text: str) -> str | None:
     found = strict(text)
     if found is not None and (re.search(r"\d", found) or enclosed(text) is not None):
         return found
-    said = None
-    for said in _PHRASE.finditer(text):  # noqa: B007
-        pass
-    if said is not None:
+    if (said := _last(_PHRASE, text)) is not None:
         sentence = re.split(r"(?<=[^\d])\.(?:\s|$)|\.\s|\.$|\n", text[said.end() : said.end() + 400], maxsplit=1)[0]
         if "$" in sentence and (inner := re.findall(r"\$([^$]+)\$", sentence)):
             return normal(inner[0]) or None
@@ -173,11 +167,7 @@ _UNITS = frozenset(_UNIT_WORDS.split())
 # Units that may as well be variables: only in \text, or apart from a number.
 _UNIT_LETTERS = frozenset("mshglJNWKVATC")
 _BARE_UNIT = re.compile(r"(.*[\d)}])(\s*)([A-Za-z][A-Za-z\s/*^{}\d·-]*)", re.DOTALL)
-_WRAPPED_UNIT = re.compile(
-    r"(.*?)\s*\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox|operatorname)\s*\{([^{}]*)\}"
-    r"(?:\s*\^\s*\{?-?\d\}?)?\s*",
-    re.DOTALL,
-)
+_WRAPPED_UNIT = re.compile(rf"(.*?)\s*{_WRAPPER}([^{{}}]*)\}}(?:\s*\^\s*\{{?-?\d\}}?)?\s*", re.DOTALL)
 _GROUPED = re.compile(r"(?<![\d.])(\d{1,3})((?:(?:,|\{,\}|\\,|\\!,|,\\!)\d{3})+)(?![\d])")
 # Longer answers have no unit; the patterns that look for one are quadratic.
 _LONG = 200
@@ -199,18 +189,9 @@ def normal(answer: str) -> str:
     ):
         text = text.strip("$").strip() if text[0] == "$" else text[2:-2].strip()
         text = text.lstrip(_LEADING).rstrip(_TRAILING)
-        if not text:
-            return ""
     text = _GROUPED.sub(lambda found: found[1] + re.sub(r"\D", "", found[2]), text) if _is_one_number(text) else text
-    text = (
-        _SPACES.sub(" ", text)
-        .replace(r"\$", "")
-        .replace("\\%", "%")
-        .replace("£", "")
-        .replace("€", "")
-        .replace("±", "\\pm ")
-    )
-    text = re.sub(r"\\[dtc]frac", r"\\frac", text).replace("±", "\\pm ")
+    text = re.sub(r"\\\$|[£€]", "", _SPACES.sub(" ", text)).replace("\\%", "%").replace("±", "\\pm ")
+    text = re.sub(r"\\[dtc]frac", r"\\frac", text)
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree|°", "", text)
     text = _unwrap(_without_wrapped_units(text.strip().rstrip(_TRAILING))).strip().strip("$").strip()
     text = _ASSIGNED.sub("", text)
@@ -229,7 +210,7 @@ def _unwrap(text: str) -> str:
     kept: list[str] = []
     braces: list[bool] = []  # whether the brace belongs to a wrapper
     place = 0
-    for found in re.finditer(rf"{_WRAPPER.pattern}|\\[{{}}]|[{{}}]", text):
+    for found in re.finditer(rf"{_WRAPPER}|\\[{{}}]|[{{}}]", text):
         kept.append(text[place : found.start()])
         place, word = found.end(), found[0]
         if word in ("\\{", "\\}"):
@@ -286,17 +267,14 @@ def letter_strict(text: str, options: Sequence[str]) -> str | None:
     if found is not None:
         return _as_letter(found, options)
     valid = _letters(options)
-    said = None
-    for match in _LETTER_PHRASE.finditer(text):
-        word = match[1] in "aAiI" and _WORD.match(text, match.end())
-        if match[1].upper() in valid and not word:
-            said = match[1].upper()
-    if said is not None:
-        return said
-    phrase = None
-    for phrase in _PHRASE.finditer(text):  # noqa: B007
-        pass
-    if phrase is not None:
+    said = [
+        match[1].upper()
+        for match in _LETTER_PHRASE.finditer(text)
+        if match[1].upper() in valid and not (match[1] in "aAiI" and _WORD.match(text, match.end()))
+    ]
+    if said:
+        return said[-1]
+    if (phrase := _last(_PHRASE, text)) is not None:
         line = text[phrase.end() : phrase.end() + 2000].partition("\n")[0]
         for words in (line, line.partition(". ")[0]):
             if (by_text := _option_text(words, options)) is not None:
@@ -329,7 +307,7 @@ def letter_lenient(text: str, options: Sequence[str]) -> str | None:
 
 
 def _letters(options: Sequence[str]) -> str:
-    return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]
+    return ascii_uppercase[: len(options)]
 
 
 def _as_letter(answer: str, options: Sequence[str]) -> str | None:

@@ -22,7 +22,6 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,8 +130,6 @@ def load(name: str, whole_text: bool = False) -> Grade:
         equality.same(r"\frac{\sqrt{1}}{2}", r"\frac{\sqrt{4}}{4}")
         return _math
     if name == "math_verify":
-        # It warns that its own alarms are off; they are, for a call that takes too long is killed.
-        logging.getLogger("math_verify").setLevel(logging.ERROR)
         _math_verify("1", {"answer": "1"})
         return lambda text, row: _verdict(name, _math_verify(text, row))
     if not is_code(name):
@@ -170,37 +167,21 @@ def _math(text: str, row: Mapping[str, Any]) -> Verdict:
     # Of several each is normalised before a comma parts them: 1,234 is one of them.
     gold = golds[0] if len(golds) == 1 else ", ".join(map(extraction.normal, golds))
     right = strict is not None and equality.same(gold, strict)
-    return {
-        "parsed": strict,
-        "lenient_parsed": lenient,
-        "strict": right,
-        "lenient": right or (lenient is not None and equality.same(gold, lenient, percent=True)),
-    }
+    leniently = right or (lenient is not None and equality.same(gold, lenient, percent=True))
+    return {"parsed": strict, "lenient_parsed": lenient, "strict": right, "lenient": leniently}
 
 
 def _math_verify(text: str, row: Mapping[str, Any]) -> bool:
-    """Raises ValueError where the row's own answer cannot be read."""
-    from math_verify import parse, verify
-
-    def parsed(answer: str) -> list:
-        """Plain LaTeX is read only between dollars."""
-        return parse(answer, parsing_timeout=None) or parse(f"${answer}$", parsing_timeout=None)
-
-    gold = parsed(final_answer(str(row["answer"])))
-    if not gold:
-        raise ValueError(f"the answer {row['answer']!r} cannot be read")
-    return bool(verify(gold, parsed(final_answer(text)), timeout_seconds=None))
+    gold = final_answer(str(row["answer"]))
+    # Plain LaTeX is read only between dollars.
+    return equality.math_verify(gold, final_answer(text), f"answer {row['answer']!r}", ("{}", "${}$"))
 
 
 def _choice(text: str, row: Mapping[str, Any]) -> Verdict:
     strict = extraction.letter_strict(text, row["options"])
     lenient = extraction.letter_lenient(text, row["options"])
-    return {
-        "parsed": strict,
-        "lenient_parsed": lenient,
-        "strict": strict == row["answer"],
-        "lenient": lenient == row["answer"],
-    }
+    gold = row["answer"]
+    return {"parsed": strict, "lenient_parsed": lenient, "strict": strict == gold, "lenient": lenient == gold}
 
 
 def _reasoning_gym(task: str, whole_text: bool) -> Grade:
@@ -219,12 +200,8 @@ def _reasoning_gym(task: str, whole_text: bool) -> Grade:
         strict = (final_answer(text) if whole_text else extraction.marked(text)) or None
         lenient = strict if strict is not None else unmarked(text, str(row["answer"]))
         strictly = strict is not None and right(strict, row)
-        return {
-            "parsed": strict,
-            "lenient_parsed": lenient,
-            "strict": strictly,
-            "lenient": strictly if lenient == strict else lenient is not None and right(lenient, row),
-        }
+        leniently = strictly if lenient == strict else lenient is not None and right(lenient, row)
+        return {"parsed": strict, "lenient_parsed": lenient, "strict": strictly, "lenient": leniently}
 
     return grade
 
@@ -237,21 +214,15 @@ def unmarked(text: str, gold: str) -> str | None:
     return "\n".join(lines[-max(1, len(gold.strip().splitlines())) :]).strip() or None
 
 
-def _verdict(name: str, said: Any) -> Verdict:
+def _verdict(name: str, returned: Any) -> Verdict:
     """From what a function returned; raises ConfigError where that is a dict without ``strict``."""
-    if not isinstance(said, dict):
-        return {"parsed": None, "lenient_parsed": None, "strict": bool(said), "lenient": bool(said), "unparsed": True}
-    if "strict" not in said:
+    given = returned if isinstance(returned, dict) else {"strict": returned}
+    if "strict" not in given:
         raise ConfigError(
-            f"verifier is {name!r}, which returned {json.dumps(said, default=str)[:100]} without 'strict'"
+            f"verifier is {name!r}, which returned {json.dumps(given, default=str)[:100]} without 'strict'"
         )
-    parsed = None if said.get("parsed") is None else str(said["parsed"])
-    lenient = said.get("lenient_parsed", parsed)
-    strict = bool(said["strict"])
-    return {
-        "parsed": parsed,
-        "lenient_parsed": None if lenient is None else str(lenient),
-        "strict": strict,
-        "lenient": bool(said.get("lenient", strict)),
-        **({} if "parsed" in said else {"unparsed": True}),
-    }
+    parsed = given.get("parsed")
+    read = [None if one is None else str(one) for one in (parsed, given.get("lenient_parsed", parsed))]
+    strict, lenient = bool(given["strict"]), bool(given.get("lenient", given["strict"]))
+    verdict = {"parsed": read[0], "lenient_parsed": read[1], "strict": strict, "lenient": lenient}
+    return verdict if "parsed" in given else {**verdict, "unparsed": True}

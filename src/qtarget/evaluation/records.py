@@ -11,6 +11,7 @@ So the finished file has the same bytes however often the run was killed.
 
 from __future__ import annotations
 
+import glob
 import json
 import time
 from collections.abc import Iterable
@@ -105,23 +106,20 @@ class Sample(TypedDict):
     verifier_version: str
 
 
-def describe(settings: dict[str, Any], tasks: list[Task]) -> dict[str, Any]:
+def manifest_of(settings: dict[str, Any], tasks: list[Task]) -> dict[str, Any]:
     """The manifest of a run."""
-    return {
-        **settings,
-        "tasks": {
-            task.name: {
-                "problems": len(task.problems),
-                "digest": task.digest,
-                "instruction": task.instruction,
-                "verifier": task.grader,
-                "verifier_version": task.version,
-                "suite": task.suite,
-            }
-            for task in tasks
-        },
-        "program": f"qtarget {__version__}",
+    asked = {
+        task.name: Asked(
+            problems=len(task.problems),
+            digest=task.digest,
+            instruction=task.instruction,
+            verifier=task.grader,
+            verifier_version=task.version,
+            suite=task.suite,
+        )
+        for task in tasks
     }
+    return {**settings, "tasks": asked, "program": f"qtarget {__version__}"}
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -209,13 +207,12 @@ class Samples:
 
     def look(self) -> None:
         """Read what is there, also of other processes, whose last line may still be half."""
-        parts = sorted(self._folder.glob(f"{self._glob()}.*.part"))
-        for file in [self.final, *parts] if self.final.is_file() else parts:
+        for file in [self.final, *self._parts()] if self.final.is_file() else self._parts():
             for record in files.read_lines(file, Sample, _AGAIN, half_allowed=True):
                 self.done.setdefault(key(record), record)
 
-    def _glob(self) -> str:
-        return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in self._task)
+    def _parts(self) -> list[Path]:
+        return sorted(self._folder.glob(f"{glob.escape(self._task)}.*.part"))
 
     def add(self, records: Iterable[dict[str, Any]]) -> None:
         new = [record for record in records if key(record) not in self.done]
@@ -225,5 +222,5 @@ class Samples:
     def merge(self, order: list[tuple[str, int | str]]) -> None:
         """One file in the order of the plan; the parts go."""
         files.write(self.final, "".join(files.line(self.done[one]) for one in order))
-        for part in self._folder.glob(f"{self._glob()}.*.part"):
+        for part in self._parts():
             part.unlink()

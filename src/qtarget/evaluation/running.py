@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 from qtarget import files
 from qtarget.errors import ConfigError, StorageError
 from qtarget.evaluation import graders, records, scores
-from qtarget.evaluation.grading import Grader
+from qtarget.evaluation.grading import Answer, Grader
 from qtarget.evaluation.tasks import Problem, Task
 
 GREEDY = "greedy"
@@ -31,7 +33,7 @@ class Graders:
     """Several killable processes of one grader, asked about a batch at once.
 
     Attributes:
-        timeouts, errors, last_error: as in ``Grader``, over all of them.
+        last_error: what a call that failed said, of the first process that had one.
     """
 
     def __init__(self, name: str, timeout: float, processes: int = 1):
@@ -58,31 +60,25 @@ class Graders:
         return list(self._threads.map(lambda item: self._one(item[0], item[1], version), items))
 
     def _one(self, sample: dict[str, Any], row: dict[str, Any], version: str) -> dict[str, Any]:
-        said: dict[str, Any] = {"parsed": None, "lenient_parsed": None, "strict": False, "lenient": False}
-        fault = None
+        answer = Answer(None)
         if sample["text"].strip():
             grader = self._free.get()
             try:
                 answer = grader.ask(sample["text"], row)
             finally:
                 self._free.put(grader)
-            said, fault = answer.verdict or said, answer.fault
+        verdict = answer.verdict or {"parsed": None, "lenient_parsed": None, "strict": False, "lenient": False}
         # A text that was cut off is wrong, whatever it had said by then.
         ended = sample["finish"] == "stop"
-        verdict = {
-            "parsed": said["parsed"],
-            "lenient_parsed": said["lenient_parsed"],
-            "strict": bool(said["strict"]) and ended,
-            "lenient": bool(said["lenient"]) and ended,
-            "fault": fault,
-            "verifier_version": version,
-        }
-        return {**sample, **verdict, **({"unparsed": True} if said.get("unparsed") else {})}
+        right = {reading: bool(verdict[reading]) and ended for reading in ("strict", "lenient")}
+        unparsed = {"unparsed": True} if verdict.pop("unparsed", False) else {}
+        return {**sample, **verdict, **right, "fault": answer.fault, "verifier_version": version, **unparsed}
 
 
 # -- sampling ------------------------------------------------------------------------------------------------------
 
 
+@dataclass
 class Run:
     """One run's samples, of this process's share of the batches.
 
@@ -90,28 +86,26 @@ class Run:
         tasks, folder: begun with ``records.begin``. n, seed: see the command's help.
         prompts: of ``tasks.prompts``.
         batch_size: completions at once. timeout, processes: of the verifiers. rank, world: this process among all.
+
+    Attributes:
+        held: the samples of each task. last_error: what the latest call of a verifier that failed said.
     """
 
-    def __init__(
-        self,
-        tasks: Sequence[Task],
-        folder: Path,
-        *,
-        n: int,
-        seed: int,
-        prompts: dict[tuple[str, str], list[int]],
-        batch_size: int,
-        timeout: float,
-        processes: int = 1,
-        rank: int = 0,
-        world: int = 1,
-    ):
-        self.tasks, self.folder, self.n, self.seed = tasks, folder, n, seed
-        self._prompts, self._batch_size = prompts, batch_size
-        self._timeout, self._processes = timeout, processes
-        self.rank, self.world = rank, world
-        self.held = {task.name: records.Samples(folder, task.name, rank) for task in tasks}
-        self.last_error: str | None = None
+    tasks: Sequence[Task]
+    folder: Path
+    _: KW_ONLY
+    n: int
+    seed: int
+    prompts: dict[tuple[str, str], list[int]]
+    batch_size: int
+    timeout: float
+    processes: int = 1
+    rank: int = 0
+    world: int = 1
+    last_error: str | None = field(default=None, init=False)
+
+    def __post_init__(self):
+        self.held = {task.name: records.Samples(self.folder, task.name, self.rank) for task in self.tasks}
 
     def missing(self) -> int:
         """How many samples no process has made."""
@@ -119,17 +113,12 @@ class Run:
 
     def batches(self) -> list[tuple[Task, list[Key]]]:
         """Those of this process that lack a sample. They are cut from the plan: the same however often it was killed."""
-        cut = [
-            (task, order[start : start + self._batch_size])
-            for task in self.tasks
-            for order in [plan(task.problems, self.n)]
-            for start in range(0, len(order), self._batch_size)
-        ]
-        return [
-            (task, batch)
-            for task, batch in cut[self.rank :: self.world]
-            if any(one not in self.held[task.name].done for one in batch)
-        ]
+        cut = []
+        for task in self.tasks:
+            order = plan(task.problems, self.n)
+            cut += [(task, order[at : at + self.batch_size]) for at in range(0, len(order), self.batch_size)]
+        own = cut[self.rank :: self.world]
+        return [(task, batch) for task, batch in own if not self.held[task.name].done.keys() >= set(batch)]
 
     def sample(self, sampler: Any, step: Callable[[int], None] = lambda done: None) -> None:
         """Make, judge and write what is missing of this process's share.
@@ -137,24 +126,15 @@ class Run:
         Args:
             sampler: see ``sampling.Sampler``. step: told how many samples of the share are done.
         """
-        open_graders: Graders | None = None
         done = 0
-        opened_for: str | None = None
-        try:
-            for task, batch in self.batches():
-                if open_graders is None or opened_for != task.name:
-                    self._close(open_graders)
-                    open_graders, opened_for = Graders(task.grader, self._timeout, self._processes), task.name
-                self._batch(sampler, open_graders, task, batch)
-                done += len(batch)
-                step(done)
-        finally:
-            self._close(open_graders)
-
-    def _close(self, open_graders: Graders | None) -> None:
-        if open_graders is not None:
-            self.last_error = open_graders.last_error or self.last_error
-            open_graders.__exit__()
+        for _, batches in itertools.groupby(self.batches(), key=lambda one: one[0].name):
+            own = [*batches]
+            with Graders(own[0][0].grader, self.timeout, self.processes) as open_graders:
+                for task, batch in own:
+                    self._batch(sampler, open_graders, task, batch)
+                    done += len(batch)
+                    step(done)
+                self.last_error = open_graders.last_error or self.last_error
 
     def _batch(self, sampler: Any, open_graders: Graders, task: Task, batch: list[Key]) -> None:
         from qtarget.evaluation.sampling import Request, seed_of
@@ -164,28 +144,18 @@ class Run:
             for problem, sample in batch
         ]
         requests = [
-            Request(tuple(self._prompts[task.name, problem]), seed)
+            Request(tuple(self.prompts[task.name, problem]), seed)
             for (problem, _), seed in zip(batch, seeds, strict=True)
         ]
         rows = {problem.id: problem.row for problem in task.problems}
-        made = [
-            (
-                {
-                    "task": task.name,
-                    "problem": problem,
-                    "sample": sample,
-                    "seed": seed,
-                    "text": completion.text,
-                    "finish": completion.finish,
-                    "tokens": completion.tokens,
-                    "entropy": completion.entropy,
-                },
-                rows[problem],
-            )
-            for (problem, sample), seed, completion in zip(batch, seeds, sampler(requests), strict=True)
-            if (problem, sample) not in self.held[task.name].done
-        ]
-        self.held[task.name].add(open_graders(made, task.version))
+        answers = []
+        for (problem, sample), seed, completion in zip(batch, seeds, sampler(requests), strict=True):
+            if (problem, sample) not in self.held[task.name].done:
+                asked = {"task": task.name, "problem": problem, "sample": sample, "seed": seed}
+                # In this order in the file.
+                said = {name: getattr(completion, name) for name in ("text", "finish", "tokens", "entropy")}
+                answers.append((asked | said, rows[problem]))
+        self.held[task.name].add(open_graders(answers, task.version))
 
     def wait(self) -> None:
         """Until the other processes have written their shares."""
@@ -268,13 +238,10 @@ def rescore(
         judged: list[dict[str, Any]] = []
         with Graders(about["verifier"], timeout, processes) as open_graders:
             for start in range(0, len(held), 64):
-                batch = held[start : start + 64]
-                fresh = [
-                    ({k: v for k, v in record.items() if k != "unparsed"}, rows[record["problem"]]) for record in batch
-                ]
-                judged += open_graders(fresh, version)
-                done += len(batch)
-                step(done)
+                unjudged = [{k: v for k, v in one.items() if k != "unparsed"} for one in held[start : start + 64]]
+                judged += open_graders([(one, rows[one["problem"]]) for one in unjudged], version)
+                step(done + len(judged))
+        done += len(judged)
         changed += sum(
             (old["strict"], old["lenient"]) != (new["strict"], new["lenient"])
             for old, new in zip(held, judged, strict=True)

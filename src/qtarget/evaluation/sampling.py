@@ -23,7 +23,6 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from qtarget.errors import ConfigError, loading
 from qtarget.models.frozen import load_frozen
 
-GREEDY = "greedy"
 # Tokens that end a turn in the families at hand. They stop an answer where the tokenizer has them, whatever the model
 # is called: a base model trained on one and asked in the other's template would run on.
 _TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>")

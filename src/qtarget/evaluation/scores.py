@@ -6,8 +6,7 @@ pass@k from n ≥ k samples of which c are right: 1 − C(n−c, k)/C(n, k) (Che
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,16 +44,13 @@ def majority(parsed: Sequence[str | None], right: Sequence[bool]) -> float:
 
     Answers are the same where their normal forms are the same text; samples without one have no vote.
     """
-    votes = Counter(answer for answer in parsed if answer is not None)
-    if not votes:
-        return 0.0
-    most = max(votes.values())
-    winners = [answer for answer, count in votes.items() if count == most]
     verdicts: dict[str, list[bool]] = {}
     for answer, verdict in zip(parsed, right, strict=True):
         if answer is not None:
             verdicts.setdefault(answer, []).append(bool(verdict))
-    return sum(sum(verdicts[answer]) / len(verdicts[answer]) for answer in winners) / len(winners)
+    most = max(map(len, verdicts.values()), default=0)
+    winners = [votes for votes in verdicts.values() if len(votes) == most]
+    return sum(sum(votes) / most for votes in winners) / len(winners) if winners else 0.0
 
 
 def macro(averages: Sequence[float]) -> float:
@@ -87,19 +83,14 @@ def summary(records: Sequence[dict[str, Any]], n: int, seed: int = 0) -> dict[st
             part["avg"] = avg(right)
             part["interval"] = list(interval(two_level(right, seed=seed)))
             part["pass"] = pass_curve(right)
-            part["majority"] = (
-                None
-                if untold
-                else float(
-                    np.mean([majority([r[parsed] for r in group], [r[reading] for r in group]) for group in samples])
-                )
-            )
+            votes = [majority([r[parsed] for r in group], [r[reading] for r in group]) for group in samples]
+            part["majority"] = None if untold else macro(votes)
         part["greedy"] = share([record[reading] for record in greedy])
         part["no_answer"] = None if untold else share([record[parsed] is None for record in flat])
         result[reading] = part
     entropies = [(record["entropy"], record["tokens"]) for record in flat if record["entropy"] is not None]
     tokens = sum(count for _, count in entropies)
-    result |= {
+    return result | {
         "mean_tokens": float(np.mean([record["tokens"] for record in flat])),
         "truncated": share([record["finish"] == "length" for record in flat]),
         "empty": share([not record["text"].strip() for record in flat]),
@@ -107,7 +98,6 @@ def summary(records: Sequence[dict[str, Any]], n: int, seed: int = 0) -> dict[st
         "timeouts": sum(record["fault"] == "timeout" for record in records),
         "errors": sum(record["fault"] == "error" for record in records),
     }
-    return result
 
 
 def grouped(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -142,22 +132,19 @@ def two_level(values: np.ndarray, draws: int = 10_000, seed: int = 0) -> np.ndar
     """
     values = np.asarray(values)
     values = values[None] if values.ndim == 2 else values
-    seeds, problems, n = values.shape
+    n = values.shape[2]
     plus, minus = (values > 0).mean(2), (values < 0).mean(2)  # [s, p]
     rest = np.divide(minus, 1 - plus, out=np.zeros_like(minus), where=plus < 1).clip(0, 1)
     means_sp = values.mean(2)
     shift_sp = _together(values, means_sp) - means_sp
     generator = np.random.default_rng(seed)
-    means = np.empty(draws)
-    chunk = max(1, 2_000_000 // (seeds * problems))
-    for start in range(0, draws, chunk):
-        count = min(chunk, draws - start)
-        which = generator.integers(problems, size=(count, 1, problems))
-        seed_of = generator.integers(seeds, size=(count, seeds, 1))
-        ups = generator.binomial(n, plus[seed_of, which])
-        downs = generator.binomial(n - ups, rest[seed_of, which]) if minus.any() else 0
-        means[start : start + count] = ((ups - downs) / n + shift_sp[seed_of, which]).mean((1, 2))
-    return means.clip(values.min(), values.max())
+
+    def redrawn(*at: np.ndarray) -> np.ndarray:
+        ups = generator.binomial(n, plus[at])
+        downs = generator.binomial(n - ups, rest[at]) if minus.any() else 0
+        return (ups - downs) / n + shift_sp[at]
+
+    return _bootstrap(redrawn, plus.shape, draws, generator).clip(values.min(), values.max())
 
 
 def _together(values_spn: np.ndarray, means_sp: np.ndarray) -> np.ndarray:
@@ -173,14 +160,21 @@ def one_level(values: np.ndarray, draws: int = 10_000, seed: int = 0) -> np.ndar
     """[draws] bootstrap means of any numbers [p] or [s, p]: problems, and training seeds outermost, are drawn."""
     values = np.asarray(values, float)
     values = values[None] if values.ndim == 1 else values
-    seeds, problems = values.shape
-    generator = np.random.default_rng(seed)
+    return _bootstrap(lambda *at: values[at], values.shape, draws, np.random.default_rng(seed))
+
+
+def _bootstrap(
+    values_at: Callable[..., np.ndarray], shape: Sequence[int], draws: int, generator: np.random.Generator
+) -> np.ndarray:
+    """[draws] means of ``values_at(seeds, problems)``, both drawn anew each time; ``shape``: how many of each."""
+    seeds, problems = shape
     means = np.empty(draws)
     chunk = max(1, 2_000_000 // (seeds * problems))
     for start in range(0, draws, chunk):
         count = min(chunk, draws - start)
-        which = generator.integers(problems, size=(count, 1, problems))
-        means[start : start + count] = values[generator.integers(seeds, size=(count, seeds, 1)), which].mean((1, 2))
+        drawn_problems = generator.integers(problems, size=(count, 1, problems))
+        drawn_seeds = generator.integers(seeds, size=(count, seeds, 1))
+        means[start : start + count] = values_at(drawn_seeds, drawn_problems).mean((1, 2))
     return means
 
 

@@ -10,15 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from string import ascii_uppercase
 from typing import Any
 
 from qtarget.errors import ConfigError, DataError
-
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-def _every(row: Mapping[str, Any]) -> bool:
-    return True
 
 
 @dataclass(frozen=True)
@@ -33,7 +28,7 @@ class Benchmark:
     grader: str
     config: str | None = None
     split: str | None = "test"
-    keep: Callable[[Mapping[str, Any]], bool] = _every
+    keep: Callable[[Mapping[str, Any]], bool] = lambda row: True
 
 
 def _mmlu_medical(row: Mapping[str, Any]) -> bool:
@@ -119,10 +114,8 @@ def _loaded(name: str, benchmark: Benchmark) -> Any:
         raise ConfigError(
             f"task is {name!r}, whose data {benchmark.hub} cannot be loaded: {why}; {_own_file(benchmark)}"
         ) from error
-    if len(splits) == 1:
-        return next(iter(splits.values()))
-    if "test" in splits:
-        return splits["test"]
+    if len(splits) == 1 or "test" in splits:
+        return splits["test"] if "test" in splits else next(iter(splits.values()))
     raise ConfigError(
         f"task is {name!r}, but {benchmark.hub} has the splits {', '.join(splits)}; {_own_file(benchmark)}"
     )
@@ -133,8 +126,7 @@ def _math_row(row: Mapping[str, Any]) -> dict[str, Any] | None:
     answer = _first(row, ("answer", "final_answer"))
     if question is None or answer is None:
         return None
-    unit = row.get("unit")
-    return {"question": question, "answer": answer, **({"unit": unit} if unit else {})}
+    return {"question": question, "answer": answer, **({"unit": row["unit"]} if row.get("unit") else {})}
 
 
 def choice_row(row: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -142,9 +134,7 @@ def choice_row(row: Mapping[str, Any]) -> dict[str, Any] | None:
     question, options = _first(row, ("question", "prompt", "Question")), options_of(row)
     if "final_decision" in row:  # PubMedQA: the abstract is read, the answer a word
         context = row.get("context")
-        abstract = (
-            "\n".join((context or {}).get("contexts", [])) if isinstance(context, Mapping) else str(context or "")
-        )
+        abstract = "\n".join(context.get("contexts", [])) if isinstance(context, Mapping) else str(context or "")
         question, options = f"{abstract}\n{question}", ["yes", "no", "maybe"]
     if question is None or not options:
         return None
@@ -154,8 +144,8 @@ def choice_row(row: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def options_of(row: Mapping[str, Any]) -> list[str] | None:
-    if all(name in row for name in ("opa", "opb", "opc", "opd")):
-        return [str(row[name]) for name in ("opa", "opb", "opc", "opd")]
+    if row.keys() >= {*(names := ("opa", "opb", "opc", "opd"))}:
+        return [str(row[name]) for name in names]
     options = _first(row, ("options", "choices"))
     if isinstance(options, str):
         try:
@@ -170,7 +160,7 @@ def options_of(row: Mapping[str, Any]) -> list[str] | None:
 
 
 def _letter(answer: Any, options: list[str]) -> str | None:
-    valid = LETTERS[: len(options)]
+    valid = ascii_uppercase[: len(options)]
     if isinstance(answer, int) and 0 <= answer < len(options):
         return valid[answer]
     text = str(answer).strip()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from string import ascii_uppercase as LETTERS
 from typing import Any
 
 from qtarget import files
@@ -44,11 +47,12 @@ class Task:
     problems: list[Problem]
     instruction: str = ""
     suite: str | None = None
-    digest: str = field(init=False)
 
-    def __post_init__(self):
-        said = json.dumps([[p.id, p.prompt, p.row] for p in self.problems], sort_keys=True)
-        object.__setattr__(self, "digest", hashlib.sha256(said.encode()).hexdigest()[:16])
+    @cached_property
+    def digest(self) -> str:
+        """Tells its problems from others."""
+        asked = json.dumps([[p.id, p.prompt, p.row] for p in self.problems], sort_keys=True)
+        return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
 
 def load(
@@ -78,11 +82,13 @@ def load(
     for name, _ in asked:  # before anything is downloaded
         if not name.endswith(_SUFFIXES) and name not in known:
             raise unknown("task", name, known)
-    made = [_task(name, suite, problems, task_seed, verifier, instruction) for name, suite in asked]
-    for i, task in enumerate(made):
-        if task.name in [other.name for other in made[:i]]:
+    tasks = {}
+    for name, suite in asked:
+        task = _task(name, suite, problems, task_seed, verifier, instruction)
+        if task.name in tasks:
             raise ConfigError(f"tasks names {task.name!r} twice; name it once, or give the file another name")
-    return made
+        tasks[task.name] = task
+    return [*tasks.values()]
 
 
 def _generated() -> list[str]:
@@ -102,20 +108,19 @@ def _task(
                 f"verifier is not set, and {name} needs one; use math, choice, reasoning_gym:TASK or "
                 "my_pkg.my_module:function"
             )
-        grader, rows, label = verifier, _file_rows(Path(name), verifier), Path(name).stem
-        kind = ""
+        grader, rows, default = verifier, _file_rows(Path(name), verifier), ""
     elif name in suites.BENCHMARKS:
-        grader, rows, label = suites.BENCHMARKS[name].grader, suites.rows(name), name
-        kind = grader
+        grader, rows = suites.BENCHMARKS[name].grader, suites.rows(name)
+        default = _INSTRUCTIONS[grader]
     else:
-        grader, rows, label = f"reasoning_gym:{name}", _generated_rows(name, count or _GENERATED, task_seed), name
-        kind = "reasoning_gym"
+        grader, rows = f"reasoning_gym:{name}", _generated_rows(name, count or _GENERATED, task_seed)
+        default = _INSTRUCTIONS["reasoning_gym"]
     graders.check(grader)
-    rows = rows[:count]
-    if not rows:
+    if not (problems := _problems(rows[:count])):
         raise DataError(f"task is {name!r}, which has no problem; give it one row or more")
-    own = _INSTRUCTIONS.get(kind, "") if instruction is None else instruction
-    return Task(label, grader, graders.version(grader), _problems(rows), own, suite)
+    label = Path(name).stem if name.endswith(_SUFFIXES) else name
+    own = default if instruction is None else instruction
+    return Task(label, grader, graders.version(grader), problems, own, suite)
 
 
 def _generated_rows(name: str, count: int, seed: int) -> list[dict[str, Any]]:
@@ -132,11 +137,11 @@ def _generated_rows(name: str, count: int, seed: int) -> list[dict[str, Any]]:
 def _file_rows(file: Path, verifier: str) -> list[dict[str, Any]]:
     if not file.is_file():
         raise StorageError(f"task is {str(file)!r}, which is no file; name a file of JSON lines with prompt and answer")
-    rows = []
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"task is {str(file)!r}, which cannot be read ({error}); save it as UTF-8 text") from None
+    rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -176,19 +181,15 @@ def _is_prompt(value: Any) -> bool:
 
 def _problems(rows: list[dict[str, Any]]) -> list[Problem]:
     made: list[Problem] = []
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     for raw in rows:
         row = json.loads(json.dumps(raw, default=str))  # what a file of problems will hold
         prompt = row.get("prompt", row.get("question"))
         if isinstance(row.get("options"), list) and isinstance(prompt, str):
-            prompt += "".join(
-                f"\n{letter}. {text}" for letter, text in zip(suites.LETTERS, row["options"], strict=False)
-            )
-        if "id" in row:
-            name = str(row["id"])
-        else:
-            name = hashlib.sha256(json.dumps([prompt, row.get("answer")], sort_keys=True).encode()).hexdigest()[:12]
-        seen[name] = seen.get(name, 0) + 1
+            prompt += "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, row["options"], strict=False))
+        asked = json.dumps([prompt, row.get("answer")], sort_keys=True).encode()
+        name = str(row["id"]) if "id" in row else hashlib.sha256(asked).hexdigest()[:12]
+        seen[name] += 1
         if seen[name] > 1:
             if "id" in row:
                 raise DataError(f"id {name!r} stands twice among the problems; give each its own")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qtarget.lens.page_targets import of_run
+from qtarget.lens.page_targets import targets_of_run
 from qtarget.lens.record import Record
 from qtarget.lens.replay import Replay
 from qtarget.targets import Target, presets
@@ -71,11 +71,14 @@ class Advice:
 
     def lines(self) -> list[str]:
         """The advice as text, a line each."""
-        said = [f"{_PLACE[self.place]} ({', '.join(f'{name} {value:.3g}' for name, value in self.figures.items())})"]
-        said.append(f"targets that tend to suit: {self.suits}")
-        said += [f"seen: {case}" for case in self.cases]
-        said += [f"doubt: {doubt}" for doubt in self.doubts]
-        return said + [f"warning: {warning}" for warning in self.warnings]
+        figures = ", ".join(f"{name} {value:.3g}" for name, value in self.figures.items())
+        return [
+            f"{_PLACE[self.place]} ({figures})",
+            f"targets that tend to suit: {self.suits}",
+            *(f"seen: {case}" for case in self.cases),
+            *(f"doubt: {doubt}" for doubt in self.doubts),
+            *(f"warning: {warning}" for warning in self.warnings),
+        ]
 
 
 def advise(record: Record, target: Target | None = None) -> Advice:
@@ -83,7 +86,8 @@ def advise(record: Record, target: Target | None = None) -> Advice:
     replay = Replay(record)
     p = np.exp(replay.log_p_y)
     rank = np.asarray(record.tokens["rank"])
-    confident_wrong = (p < 0.1) & (replay.figures(presets.build("sft")).update > 0.9) & _sure(record, replay)
+    sure = record.numbers("entropy") < 0.1 * np.log(record.vocab_size)  # a tenth of what the entropy can be
+    confident_wrong = (p < 0.1) & (replay.figures(presets.build("sft")).update > 0.9) & sure
     figures = {
         "mean p_y": float(p.mean()),
         "median p_y": float(np.median(p)),
@@ -91,8 +95,7 @@ def advise(record: Record, target: Target | None = None) -> Advice:
         "confident conflicts": float(confident_wrong.mean()),
     }
     place = "strong" if p.mean() >= STRONG else "weak" if p.mean() < WEAK else "middle"
-    cases = list(_CASES[place])
-    suits = _SUITS[place]
+    cases = [*_CASES[place]]
     doubts = [
         f"the bounds {WEAK} and {STRONG} are halfway between published kinds of data, not measured on yours",
         "those cases are base models of 1.5B to 14B on other data; none of them promises anything here",
@@ -111,12 +114,7 @@ def advise(record: Record, target: Target | None = None) -> Advice:
     _about_teacher(record, replay, figures, doubts)
     if len(record) < 1000:
         doubts.append(f"{len(record)} tokens are few; capture more rows")
-    return Advice(place, figures, suits, cases, doubts, _warnings(record, replay, target))
-
-
-def _sure(record: Record, replay: Replay) -> np.ndarray:
-    """Tokens at which the student's entropy is below a tenth of what it can be."""
-    return record.numbers("entropy") < 0.1 * np.log(record.vocab_size)
+    return Advice(place, figures, _SUITS[place], cases, doubts, _warnings(record, replay, target))
 
 
 def _about_teacher(record: Record, replay: Replay, figures: dict[str, float], doubts: list[str]) -> None:
@@ -137,7 +135,7 @@ def _about_teacher(record: Record, replay: Replay, figures: dict[str, float], do
 def _warnings(record: Record, replay: Replay, target: Target | None) -> list[str]:
     """Settings that equal another objective, or teach nothing."""
     if target is None:
-        run = [*of_run(record).values()] or [presets.build("sft")]
+        run = [*targets_of_run(record).values()] or [presets.build("sft")]
         if len(run) > 1 or not isinstance(run[0], Target):  # there is no single target to look at
             return []
         target = run[0]

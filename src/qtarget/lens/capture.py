@@ -6,6 +6,7 @@ wrapped forward. Logits exist for a chunk of supervised tokens at a time and nev
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from qtarget import __version__, files
 from qtarget.data.text import text_of
 from qtarget.errors import ConfigError
-from qtarget.lens.page_targets import recorded
+from qtarget.lens.page_targets import manifest_targets
 from qtarget.lens.record import FILES, OTHERS, SIGNALS, Writer
 from qtarget.losses import Head, TopK
 from qtarget.losses.log_probs import log_probs
@@ -53,17 +54,16 @@ def check(trainer: QTargetTrainer, rows: int, top_k: int, folder: str | Path) ->
 
 def folder_faults(folder: Path) -> list[str]:
     """Why a capture may not have a folder: nothing of anybody else's is overwritten or deleted."""
+    partial, written = files.partial_of(folder), {*FILES, "manifest.json"}
     if (folder / "manifest.json").exists():
-        return [f"output is {str(folder)!r}, which holds a capture; name another folder, or delete that one"]
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        return [f"output is {str(folder)!r}, which is not an empty folder; name another one"]
-    partial = files.partial_of(folder)
-    own = {*FILES, "manifest.json"}
-    if partial.exists() and (not partial.is_dir() or any(file.name not in own for file in partial.iterdir())):
-        return [
-            f"output is {str(folder)!r}, and {str(partial)!r}, where it is made, holds other files; name another one"
-        ]
-    return []
+        what = "which holds a capture; name another folder, or delete that one"
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "which is not an empty folder; name another one"
+    elif partial.exists() and (not partial.is_dir() or any(file.name not in written for file in partial.iterdir())):
+        what = f"and {str(partial)!r}, where it is made, holds other files; name another one"
+    else:
+        return []
+    return [f"output is {str(folder)!r}, {what}"]
 
 
 def estimate(trainer: QTargetTrainer, rows: int, top_k: int) -> tuple[int, int, float]:
@@ -117,23 +117,22 @@ def _write(
     present = [name for name in SIGNALS if name in have]
     writer = Writer(folder, names, present)
     size = trainer.args.per_device_eval_batch_size
-    done, student = 0, trainer.student
+    done, student, chosen = 0, trainer.student, _rows(trainer, rows)
     with evaluation_mode(student.model):
-        for batch in _batches(_rows(trainer, rows), size):
+        while batch := [*itertools.islice(chosen, size)]:
             asked = trainer.batch(batch)
             heads = aux.ask(student, asked, {"student", *names})
             columns = {name: asked.columns[name] for name in present}
             tokens = _tokens(heads, asked.labels, columns, top_k, trainer.vocab_size, done)
-            writer.add([_row(done + i, row, asked.labels[i]) for i, row in enumerate(batch)], tokens)
+            writer.add([_row(done + i, [*row["input_ids"]], asked.labels[i]) for i, row in enumerate(batch)], tokens)
             done += len(batch)
             progress(done)
     tokenizer = trainer.tokenizer
     manifest = {
         "program": f"qtarget {__version__}",
         "model": student.name,
-        "teacher": _named(trainer, "teacher") if "teacher" in names else None,
-        "reference": _named(trainer, "reference") if "reference" in names else None,
-        **recorded(trainer.objective),
+        **{role: _named(trainer, role) if role in names else None for role in OTHERS},
+        **manifest_targets(trainer.objective),
         "vocab_size": trainer.vocab_size,
         "top_k": top_k,
         "max_length": trainer.args.max_length,
@@ -158,25 +157,10 @@ def _named(trainer: QTargetTrainer, role: str) -> str:
 
 
 def _rows(trainer: QTargetTrainer, rows: int) -> Iterator[dict[str, Any]]:
-    for number, row in enumerate(trainer.train_dataset):
-        if number == rows:
-            return
-        yield row
+    return itertools.islice(trainer.train_dataset, rows)
 
 
-def _batches(rows: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    batch: list[dict[str, Any]] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _row(number: int, row: dict[str, Any], labels: Tensor) -> dict[str, Any]:
-    ids = list(row["input_ids"])
+def _row(number: int, ids: list[int], labels: Tensor) -> dict[str, Any]:
     supervised = [i > 0 and int(label) != -100 for i, label in enumerate(labels[: len(ids)])]
     return {"row": number, "input_ids": ids, "supervised": supervised}
 
@@ -187,56 +171,43 @@ def _tokens(
     """The columns of tokens.parquet for a batch."""
     shifted = labels[:, 1:]
     row, place = (shifted != -100).nonzero(as_tuple=True)
-    made: dict[str, list] = {
+    tokens: dict[str, list] = {
         "row": (row + first_row).tolist(),
         "position": (place + 1).tolist(),
         "label": shifted[row, place].tolist(),
+        **{name: column[:, 1:][row, place].tolist() for name, column in columns.items()},
     }
-    parts: dict[str, list] = {}
-    for begin in range(0, len(row), _CHUNK):
+    for begin in range(0, max(len(row), 1), _CHUNK):  # once also for masked rows, whose columns are there all the same
         here = slice(begin, begin + _CHUNK)
         at = row[here], place[here]
         log_p = {"student": log_probs(heads["student"], at, vocab)}
         for name, head in heads.items():
             log_p[name] = log_p[name] if name in log_p else log_probs(head, at, vocab, log_p["student"])
-        for name, values in _chunk(log_p, shifted[row[here], place[here]], top_k).items():
-            parts.setdefault(name, []).extend(values)
-    for name, values in parts.items():
-        made[name] = values
-    for name, column in columns.items():
-        made[name] = column[:, 1:][row, place].tolist()
-    if not len(row):  # a batch of masked rows: its columns are there all the same
-        empty = ["log_p_y", "rank", "entropy", "ids"]
-        empty += [f"{name}{end}" for name in heads for end in ("", "_tail", "_floor")]
-        empty += [f"{name}_log_p_y" for name in heads if name != "student"]
-        made |= {name: [] for name in empty}
-    return made
+        for name, values in _chunk(log_p, shifted[at], top_k).items():
+            tokens.setdefault(name, []).extend(values)
+    return tokens
 
 
 def _chunk(log_p: dict[str, Tensor], labels: Tensor, top_k: int) -> dict[str, list]:
     student = log_p["student"]
     at_label = student.gather(1, labels[:, None])
     top = {name: values.topk(min(top_k, values.shape[1]), dim=-1) for name, values in log_p.items()}
-    union = torch.cat([labels[:, None], *(found.indices for found in top.values())], 1).sort(1).values
+    union = torch.cat([labels[:, None], *(found.indices for found in top.values())], 1)
     ids = [sorted(set(line)) for line in union.tolist()]
-    made: dict[str, list] = {
+    columns: dict[str, list] = {
         "log_p_y": at_label.squeeze(1).tolist(),
         "rank": (student > at_label).sum(1).tolist(),
         "entropy": (-(student.exp() * student.clamp(min=-1e4)).sum(1)).tolist(),
         "ids": ids,
     }
     for name, values in log_p.items():
-        outside = values.exp()
-        kept = []
-        for line, listed in enumerate(ids):
-            kept.append(values[line, listed].tolist())
-            outside[line, listed] = 0.0
-        made[name] = kept
-        made[f"{name}_tail"] = outside.sum(1, dtype=torch.float64).log().clamp(min=-1e4).tolist()
-        made[f"{name}_floor"] = top[name].values[:, -1].tolist()
+        outside = values.exp().scatter(1, union, 0.0)
+        columns[name] = [values[line, listed].tolist() for line, listed in enumerate(ids)]
+        columns[f"{name}_tail"] = outside.sum(1, dtype=torch.float64).log().clamp(min=-1e4).tolist()
+        columns[f"{name}_floor"] = top[name].values[:, -1].tolist()
         if name != "student":
-            made[f"{name}_log_p_y"] = values.gather(1, labels[:, None]).squeeze(1).tolist()
-    return made
+            columns[f"{name}_log_p_y"] = values.gather(1, labels[:, None]).squeeze(1).tolist()
+    return columns
 
 
 # -- what tells one capture from another -------------------------------------------------------------------------
@@ -258,8 +229,6 @@ def differences(manifest: dict[str, Any], model: str, tokenizer: Any) -> list[st
 
 def _end_tokens(trainer: QTargetTrainer) -> list[int]:
     """Ids that end a turn: the tokenizer's and the generation config's."""
-    ids = {trainer.tokenizer.eos_token_id}
-    generation = getattr(trainer.student.base, "generation_config", None)
-    own = getattr(generation, "eos_token_id", None)
-    ids.update(own if isinstance(own, list) else [own])
-    return sorted(index for index in ids if index is not None)
+    own = getattr(getattr(trainer.student.base, "generation_config", None), "eos_token_id", None)
+    ids = {trainer.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    return sorted(ids - {None})

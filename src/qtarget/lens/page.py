@@ -22,27 +22,13 @@ from typing import Any
 import numpy as np
 
 from qtarget.errors import ConfigError, StorageError
-from qtarget.lens.page_targets import listed, packed
+from qtarget.lens.page_targets import packed, page_entries
 from qtarget.lens.record import Record
 from qtarget.targets import Target
 
 _FOLDER = Path(__file__).with_name("page_files")
 # In this order: each file uses names of those before it.
-_SCRIPTS = (
-    "data.js",
-    "targets.js",
-    "formulas.js",
-    "figures.js",
-    "dom.js",
-    "controls.js",
-    "text.js",
-    "bars.js",
-    "map.js",
-    "lists.js",
-    "mask.js",
-    "compare.js",
-    "main.js",
-)
+_SCRIPTS = "data targets formulas figures dom controls text bars map lists mask compare main"
 # Kept (token, id) pairs of a page: 300 rows of 600 tokens at 33 ids, about 50 MB. Above it, the least likely ids of each
 # token go into its tail.
 _ENTRIES = 6_000_000
@@ -64,7 +50,7 @@ def html(record: Record, max_rows: int = 300, target: Target | None = None) -> s
     parts = {
         "style": (_FOLDER / "page.css").read_text(encoding="utf-8"),
         "script": "(() => {\n'use strict';\n"
-        + "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+        + "\n".join((_FOLDER / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS.split())
         + "})();",
         "data": _json(_data(record, max_rows, target)),
     }
@@ -159,7 +145,7 @@ def _data(record: Record, max_rows: int, target: Target | None) -> dict[str, Any
             "floor": {name: packed(values, "f4") for name, values in kept.floor.items()},
             "numbers": {name: packed([record.tokens[name][token] for token in tokens], "f4") for name in names},
         },
-        "targets": listed(record, tokens, target),
+        "targets": page_entries(record, tokens, target),
     }
 
 

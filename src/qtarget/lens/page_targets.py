@@ -32,7 +32,7 @@ def packed(values: Any, dtype: str) -> str:
     return base64.b64encode(np.asarray(values).astype(f"<{dtype}").tobytes()).decode()
 
 
-def recorded(objective: Objective) -> dict[str, Any]:
+def manifest_targets(objective: Objective) -> dict[str, Any]:
     """Lines of a capture's manifest: the run's target, and where a page would have to run code for it, its parts."""
     held = {}
     for source, target in objective.targets.items():
@@ -43,7 +43,7 @@ def recorded(objective: Objective) -> dict[str, Any]:
     return {"target": whole} | ({} if [*held.values()] == [whole] else {"run_targets": held})
 
 
-def of_run(record: Record) -> dict[str, Target | str]:
+def targets_of_run(record: Record) -> dict[str, Target | str]:
     """The captured run's targets by name, or why one is not known. A capture may be somebody else's: no code is run."""
     config = record.manifest.get("target")
     held = record.manifest.get("run_targets") or ({} if config is None else {str(config): config})
@@ -61,14 +61,16 @@ def of_run(record: Record) -> dict[str, Target | str]:
     return found
 
 
-def listed(record: Record, tokens: Sequence[int], asked: Target | None = None) -> list[Entry]:
+def page_entries(record: Record, tokens: Sequence[int], asked: Target | None = None) -> list[Entry]:
     """The run's own targets, ``asked``, whose code may be run, and every preset.
 
     Args:
         record: see ``record.read``. tokens: those that the page shows.
     """
     entry = _Entries(record, tokens)
-    own: dict[str, tuple[str, Target | str]] = {name: ("this run", target) for name, target in of_run(record).items()}
+    own: dict[str, tuple[str, Target | str]] = {
+        name: ("this run", target) for name, target in targets_of_run(record).items()
+    }
     if asked is not None:
         name = str(asked)
         kind, run = own.get(name, ("asked for", ""))

@@ -11,8 +11,10 @@ log-probabilities stand at all of them, and what is left over is its tail.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -24,12 +26,13 @@ from typing_extensions import TypedDict
 
 from qtarget import files
 from qtarget.errors import StorageError
-from qtarget.lens import record_values
 
 FORMAT = 1
 OTHERS = ("teacher", "reference")
 SIGNALS = ("weight", "critical", "old_logps")
-FILES = ("rows.parquet", "tokens.parquet", "vocab.parquet")
+_ROWS, _TOKENS, _VOCAB = FILES = ("rows.parquet", "tokens.parquet", "vocab.parquet")
+# A log-probability may be above 0 by rounding.
+_ROUNDING = 0.01
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -141,8 +144,8 @@ class Writer:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         schema = token_schema(others, signals)
-        self._tokens = pq.ParquetWriter(self.folder / "tokens.parquet", schema, compression="zstd")
-        self._rows = pq.ParquetWriter(self.folder / "rows.parquet", ROW_SCHEMA, compression="zstd")
+        self._tokens = pq.ParquetWriter(self.folder / _TOKENS, schema, compression="zstd")
+        self._rows = pq.ParquetWriter(self.folder / _ROWS, ROW_SCHEMA, compression="zstd")
         self.used: set[int] = set()
         self.counts = {"rows": 0, "tokens": 0}
 
@@ -151,10 +154,7 @@ class Writer:
         self._tokens.write_table(pa.Table.from_pydict(tokens, schema=self._tokens.schema))
         self.counts["rows"] += len(rows)
         self.counts["tokens"] += len(tokens["row"])
-        for row in rows:
-            self.used.update(row["input_ids"])
-        for ids in tokens["ids"]:
-            self.used.update(ids)
+        self.used.update(*(row["input_ids"] for row in rows), *tokens["ids"])
 
     def close(self, manifest: dict[str, Any], text_of: Any, special: Iterable[int]) -> None:
         """Write the vocabulary and, last of all, the manifest: a folder without one is not a record."""
@@ -164,9 +164,8 @@ class Writer:
         table = pa.Table.from_pydict(
             {"id": ids, "text": [text_of(i) for i in ids], "special": [i in special for i in ids]}, schema=VOCAB_SCHEMA
         )
-        pq.write_table(table, self.folder / "vocab.parquet", compression="zstd")
-        whole = {"format": FORMAT, **manifest, **self.counts}
-        files.write_json(self.folder / "manifest.json", whole)
+        pq.write_table(table, self.folder / _VOCAB, compression="zstd")
+        files.write_json(self.folder / "manifest.json", {"format": FORMAT, **manifest, **self.counts})
 
 
 def read(folder: str | Path) -> Record:
@@ -176,87 +175,106 @@ def read(folder: str | Path) -> Record:
         StorageError: no record there, one of another format, a truncated or foreign file, or no token in it.
     """
     folder = Path(folder)
-    manifest = _manifest(folder)
-    tables = {}
-    for name in FILES:
-        try:
-            tables[name] = pq.read_table(folder / name)
-        except (OSError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())
-            raise StorageError(
-                f"{folder / name} cannot be read ({reason}); capture again: qtarget lens capture"
-            ) from None
-    _check_columns(folder, tables)
-    tables = {name: _typed(folder / name, table) for name, table in tables.items()}
-    record = Record(
-        manifest,
-        tables["rows.parquet"].to_pylist(),
-        tables["tokens.parquet"].to_pydict(),
-        {line["id"]: (line["text"], line["special"]) for line in tables["vocab.parquet"].to_pylist()},
-    )
-    if len(record) != manifest["tokens"] or len(record.rows) != manifest["rows"]:
-        counted, said = (
-            f"{len(record)} tokens in {len(record.rows)} rows",
-            f"{manifest['tokens']} in {manifest['rows']}",
+    if not (folder / "manifest.json").is_file():
+        raise StorageError(
+            f"{str(folder)!r} is no capture: it has no manifest.json; make one with qtarget lens capture"
         )
-        raise StorageError(f"{folder} holds {counted} where its manifest says {said}; it was cut short: capture again")
+    manifest: dict[str, Any] = files.load(folder / "manifest.json", Manifest, "capture again", FORMAT)
+    rows, tokens, vocab = (_table(folder / name) for name in FILES)
+    texts = {line["id"]: (line["text"], line["special"]) for line in vocab.to_pylist()}
+    record = Record(manifest, rows.to_pylist(), tokens.to_pydict(), texts)
+    if len(record) != manifest["tokens"] or len(record.rows) != manifest["rows"]:
+        raise StorageError(
+            f"{folder} holds {len(record)} tokens in {len(record.rows)} rows where its manifest says "
+            f"{manifest['tokens']} in {manifest['rows']}; it was cut short: capture again"
+        )
     if not len(record):
         raise StorageError(f"{folder} holds no supervised token; capture rows that have some")
-    if fault := record_values.fault(record):
+    if fault := _impossible_value(record):
         file, what = fault
         raise StorageError(f"{folder / file}: {what}; it is no capture of this program, or was changed: capture again")
     return record
 
 
-def _typed(file: Path, table: pa.Table) -> pa.Table:
-    """The table with the types it was written with."""
-    have = set(table.column_names)
-    tokens = token_schema([o for o in OTHERS if o in have], [s for s in SIGNALS if s in have])
-    schema = {"rows.parquet": ROW_SCHEMA, "vocab.parquet": VOCAB_SCHEMA}.get(file.name, tokens)
+def _table(file: Path) -> pa.Table:
+    """A table of the capture, with the types it was written with."""
+    try:
+        table = pq.read_table(file)
+    except (OSError, pa.ArrowException) as error:
+        why = " ".join(str(error).split())
+        raise StorageError(f"{file} cannot be read ({why}); capture again: qtarget lens capture") from None
+    names = set(table.column_names)
+    tokens = token_schema([name for name in OTHERS if name in names], [name for name in SIGNALS if name in names])
+    schema = {_ROWS: ROW_SCHEMA, _VOCAB: VOCAB_SCHEMA}.get(file.name, tokens)
+    if missing := sorted({*schema.names} - names):
+        raise StorageError(f"{file} lacks the columns {', '.join(missing)}; it is no capture of this program")
     columns = []
-    for field_ in schema:
+    for wanted in schema:
         try:
-            column = table[field_.name].combine_chunks().cast(field_.type)
+            column = table[wanted.name].combine_chunks().cast(wanted.type)
         except pa.ArrowException as error:
-            reason = " ".join(str(error).split())
+            why = " ".join(str(error).split())
             raise StorageError(
-                f"{file}: column {field_.name} holds no {field_.type} ({reason}); it is no capture of this program"
+                f"{file}: column {wanted.name} holds no {wanted.type} ({why}); it is no capture of this program"
             ) from None
-        if column.null_count or (pa.types.is_list(field_.type) and column.flatten().null_count):
-            raise StorageError(f"{file}: column {field_.name} holds null; it is no capture of this program")
+        if column.null_count or (pa.types.is_list(wanted.type) and column.flatten().null_count):
+            raise StorageError(f"{file}: column {wanted.name} holds null; it is no capture of this program")
         columns.append(column)
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    file = folder / "manifest.json"
-    if not file.is_file():
-        raise StorageError(
-            f"{str(folder)!r} is no capture: it has no manifest.json; make one with qtarget lens capture"
-        )
-    manifest: dict[str, Any] = files.load(file, Manifest, "capture again", FORMAT)
-    return manifest
-
-
-def _check_columns(folder: Path, tables: dict[str, pa.Table]) -> None:
-    have = set(tables["tokens.parquet"].column_names)
-    others = [name for name in OTHERS if name in have]
-    wanted = {
-        "rows.parquet": set(ROW_SCHEMA.names),
-        "vocab.parquet": set(VOCAB_SCHEMA.names),
-        "tokens.parquet": set(token_schema(others).names),
-    }
-    for name, table in tables.items():
-        if missing := sorted(wanted[name] - set(table.column_names)):
-            raise StorageError(
-                f"{folder / name} lacks the columns {', '.join(missing)}; it is no capture of this program"
-            )
-
-
 def rows_of(record: Record) -> Iterator[tuple[dict[str, Any], list[int]]]:
     """Each row with the numbers of its tokens."""
-    places: dict[int, list[int]] = {}
+    tokens_of = defaultdict[int, list[int]](list)
     for number, row in enumerate(record.tokens["row"]):
-        places.setdefault(row, []).append(number)
+        tokens_of[row].append(number)
     for row in record.rows:
-        yield row, places.get(row["row"], [])
+        yield row, tokens_of[row["row"]]
+
+
+# -- could its numbers come from a model? --------------------------------------------------------------------------
+
+
+def _impossible_value(record: Record) -> tuple[str, str] | None:
+    """(file, what is wrong), or None, of numbers that come from no model: the file may be a stranger's, or edited."""
+    tokens, vocab_size = record.tokens, record.vocab_size
+    lengths = np.asarray([len(ids) for ids in tokens["ids"]])
+    flat = np.fromiter(chain.from_iterable(tokens["ids"]), np.int64, int(lengths.sum()))
+    labels, token_of = np.asarray(tokens["label"]), np.repeat(np.arange(len(lengths)), lengths)
+    for name, ids in (("label", labels), ("ids", flat)):
+        if len(ids) and not (ids.min() >= 0 and ids.max() < vocab_size):
+            bad = ids[(ids < 0) | (ids >= vocab_size)][0]
+            return _TOKENS, f"{name} holds {bad}, outside the vocabulary of {vocab_size}"
+    found = np.zeros(len(labels), bool)
+    found[token_of[flat == labels[token_of]]] = True
+    if not found.all():
+        return _TOKENS, f"label {labels[~found][0]} is not among the ids of its token"
+    for model in ("student", *record.others):
+        if not np.array_equal([len(values) for values in tokens[model]], lengths):
+            return _TOKENS, f"{model} has another number of log-probabilities than ids"
+        for name in (model, f"{model}_tail", f"{model}_floor"):
+            numbers = np.asarray([*chain.from_iterable(tokens[name])] if name == model else tokens[name], np.float64)
+            if np.isnan(numbers).any() or (len(numbers) and numbers.max() > _ROUNDING):
+                return _TOKENS, f"{name} holds {numbers.max()}; a log-probability is 0 or less"
+    if not np.isfinite(np.asarray(tokens["entropy"], np.float64)).all():
+        return _TOKENS, "entropy holds NaN or infinity"
+    return _places(record) or _texts(record)
+
+
+def _places(record: Record) -> tuple[str, str] | None:
+    for row in record.rows:
+        if len(row["supervised"]) != len(row["input_ids"]):
+            return _ROWS, f"row {row['row']} has {len(row['supervised'])} marks for {len(row['input_ids'])} input_ids"
+    length_of = {row["row"]: len(row["input_ids"]) for row in record.rows}
+    for row, position in zip(record.tokens["row"], record.tokens["position"], strict=True):
+        if row not in length_of:
+            return _TOKENS, f"row holds {row}, which {_ROWS} has not"
+        if not 0 < position < length_of[row]:
+            return _TOKENS, f"position holds {position} for a row of {length_of[row]} tokens"
+    return None
+
+
+def _texts(record: Record) -> tuple[str, str] | None:
+    used = set(chain.from_iterable(row["input_ids"] for row in record.rows))
+    missing = min(used - record.vocab.keys(), default=None)
+    return None if missing is None else (_VOCAB, f"it has no text for id {missing}")

@@ -71,9 +71,8 @@ def _legend(console: Console) -> Text:
 
 
 def _most_taught(record: Record, replay: Replay, figures: ReplayedTarget, tokens: list[int], count: int = 12) -> Table:
-    table = Table(title="taught most", title_justify="left", box=None, pad_edge=False)
-    for heading in ("position", "label", "p_y", "rank", "entropy", "trust", "update", "Q asks for"):
-        table.add_column(heading, justify="left" if heading in ("label", "Q asks for") else "right")
+    headings = ("position", "label", "p_y", "rank", "entropy", "trust", "update", "Q asks for")
+    table = _table("taught most", headings, left=("label", "Q asks for"))
     for token in sorted(tokens, key=lambda t: -figures.update[t])[:count]:
         top = np.argsort(-figures.q[token])[:3]
         asks = ", ".join(
@@ -94,13 +93,18 @@ def _most_taught(record: Record, replay: Replay, figures: ReplayedTarget, tokens
     return table
 
 
+def _table(title: str, headings: tuple[str, ...], left: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in left else "right")
+    return table
+
+
 def comparison(record: Record, extra: Target | None = None) -> Table:
     """Every preset that this capture can replay, beside plain SFT."""
     replay = Replay(record)
-    table = Table(title="targets on these tokens", title_justify="left", box=None, pad_edge=False)
-    columns = ("target", "trust", "update", "of sft's", "lr for sft's step", "90 % on", "off simplex", "error")
-    for heading in columns:
-        table.add_column(heading, justify="left" if heading == "target" else "right")
+    headings = ("target", "trust", "update", "of sft's", "lr for sft's step", "90 % on", "off simplex", "error")
+    table = _table("targets on these tokens", headings, left=("target",))
     targets = ([] if extra is None else [extra]) + [presets.build(name) for name in presets.names()]
     for target in targets:
         if not {"teacher", "reference"} & target.requires <= set(record.others):

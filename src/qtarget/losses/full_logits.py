@@ -13,6 +13,7 @@ from qtarget.losses.inputs import (
     Tokens,
     check_options,
     check_requirements,
+    check_top_k,
     denominator,
     real_vocabulary,
     supervised,
@@ -20,8 +21,6 @@ from qtarget.losses.inputs import (
 from qtarget.losses.output import LossOutput, simplex_tolerance
 from qtarget.targets import Target, TokenStats
 from qtarget.targets.residual import Residual
-
-_HOW = {"teacher": "pass teacher_logits=", "reference": "pass reference_logits="}
 
 
 def target_loss(
@@ -72,11 +71,10 @@ def target_loss(
         with_gradient = with_gradient + b * _cross_entropy(log_R.exp(), log_p)
     per_token = _published_value(target, evaluated, log_p.detach()) + (with_gradient - with_gradient.detach())
 
-    double = z.dtype == torch.float64
-    statistics = _statistics(evaluated, log_p.detach(), tokens.labels, simplex_tolerance(double), stats == "all")
-    stats_out = {name: tokens.spread(value, float("nan")) for name, value in statistics.items()}
+    statistics = _statistics(evaluated, log_p.detach(), tokens.labels, stats == "all")
+    stats_out = {name: tokens.scatter(value, float("nan")) for name, value in statistics.items()}
     if reduction == "none":
-        return LossOutput(tokens.spread(per_token, 0.0), stats_out)
+        return LossOutput(tokens.scatter(per_token, 0.0), stats_out)
     # With nothing supervised this is a zero that still has a graph, so that other ranks are not left waiting.
     return LossOutput(per_token.sum() / denominator(reduction, tokens, num_items), stats_out)
 
@@ -156,8 +154,7 @@ def _evaluate(z: Tensor, tokens: Tokens, target: Target, others: dict[str, Tenso
         values[f"{name}_log_p_y"] = log_other.gather(1, y).squeeze(1)
 
     def top_k_entropy(k: int) -> Tensor:
-        if k > z.shape[-1]:
-            raise ConfigError(f"top_k is {k}, but the vocabulary has {z.shape[-1]} tokens; use a smaller top_k")
+        check_top_k(k, z.shape[-1])
         top = z.topk(k, dim=-1).values
         gap = top - top[:, :1]
         # Σ exp(gap) is 1 for the likeliest and the rest: log1p keeps the digits of an entropy near 0.
@@ -217,15 +214,13 @@ def _published_value(target: Target, evaluated: EvaluatedTarget, log_p: Tensor) 
 
 
 @torch.no_grad()
-def _statistics(
-    evaluated: EvaluatedTarget, log_p: Tensor, labels: Tensor, tolerance: float, with_kl: bool
-) -> dict[str, Tensor]:
+def _statistics(evaluated: EvaluatedTarget, log_p: Tensor, labels: Tensor, with_kl: bool) -> dict[str, Tensor]:
     p = log_p.exp()
     g = _logit_gradient(evaluated, p, F.one_hot(labels, p.shape[-1]).to(p.dtype))
     Q = p - g
     log_p_y = log_p.gather(1, labels[:, None]).squeeze(1)
     mass = sum((b for b, _ in evaluated.residuals), torch.zeros_like(evaluated.a))
-    off_simplex = (-tolerance > Q).any(-1)
+    off_simplex = (-simplex_tolerance(p.dtype) > Q).any(-1)
     statistics = {
         "nll": -log_p_y,
         "ce_q": -(Q * log_p).sum(-1),
@@ -251,7 +246,7 @@ def _tokens_and_target(
     vocab_size = real_vocabulary(vocab_size, logits.shape[-1])
     given = {"teacher": teacher_logits, "reference": reference_logits}
     columns = {"old_logps": old_logps, "weight": weight, "critical": critical}
-    check_requirements(target, {**given, **columns, "old_policy": old_logps}, _HOW)
+    check_requirements(target, given, columns, "{}_logits=")
     dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
     tokens = supervised(labels, logits.shape[:-1], "logits", vocab_size, ignore_index, dtype, columns, [target])
     z = tokens.select(logits).to(dtype)

@@ -31,15 +31,7 @@ class Head:
     vocab_size: int | None = None
 
     def __post_init__(self):
-        if self.weight.ndim != 2 or self.hidden.shape[-1] != self.weight.shape[-1]:
-            raise ConfigError(
-                f"Head: hidden has shape {list(self.hidden.shape)} and weight {list(self.weight.shape)}; "
-                "weight must be [vocabulary, width] with hidden's width"
-            )
-        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
-            raise ConfigError(f"Head: bias has shape {list(self.bias.shape)}; weight asks for [{self.weight.shape[0]}]")
-        if self.logit_softcap is not None:
-            check_range("Head: logit_softcap", self.logit_softcap, 0, open_low=True)
+        check_head(self.hidden, self.weight, self.bias, self.logit_softcap, where="Head: ")
         if self.vocab_size is not None and not 0 < self.vocab_size <= self.weight.shape[0]:
             raise ConfigError(
                 f"Head: vocab_size is {self.vocab_size}; use a number from 1 to the weight's {self.weight.shape[0]} rows"
@@ -53,6 +45,23 @@ class Head:
     @property
     def token_shape(self) -> torch.Size:
         return self.hidden.shape[:-1]
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, *, where: str = "", prefix: str = ""
+) -> None:
+    """Raise where the parts of a head do not fit; ``prefix`` is that of their names."""
+    if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[-1]:
+        raise ConfigError(
+            f"{where}hidden has shape {list(hidden.shape)} and {prefix}weight {list(weight.shape)}; "
+            f"{prefix}weight must be [vocabulary, width] with hidden's width"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ConfigError(
+            f"{where}{prefix}bias has shape {list(bias.shape)}; {prefix}weight asks for [{weight.shape[0]}]"
+        )
+    if softcap is not None:
+        check_range(f"{where}logit_softcap", softcap, 0, open_low=True)
 
 
 @dataclass(frozen=True)

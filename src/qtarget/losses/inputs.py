@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, raise_together
 from qtarget.targets import Target
 
 REDUCTIONS = ("mean", "sum", "none")
-_HOW_TO_GIVE = {
-    "weight": "pass weight=, one number per token or per row",
-    "critical": "pass critical=, a boolean per token",
-    "old_policy": "pass old_logps=, the label's log-probability under the old policy per token",
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)
+# Requirement → what it is, and how to pass it.
+_INPUTS = {
+    "weight": ("weights", "weight=, one number per token or per row"),
+    "critical": ("a critical mask", "critical=, a boolean per token"),
+    "old_policy": (
+        "the old policy's log-probabilities",
+        "old_logps=, the label's log-probability under the old policy per token",
+    ),
 }
-
-
 # The requirement of a target that a column serves, where the two have other names.
 _SERVES = {"old_logps": "old_policy"}
 
@@ -89,7 +94,7 @@ class Tokens:
     index: Tensor | None
     labels: Tensor
     columns: dict[str, Tensor]
-    groups: tuple[slice, ...] = field(default=())
+    groups: tuple[slice, ...] = ()
 
     @property
     def count(self) -> int:
@@ -107,7 +112,7 @@ class Tokens:
             return values
         return torch.cat([values[group] for group in groups])
 
-    def spread(self, per_token: Tensor, fill: float) -> Tensor:
+    def scatter(self, per_token: Tensor, fill: float) -> Tensor:
         """[n] back to the labels' shape, ``fill`` at ignored positions."""
         if self.index is None:
             return per_token.view(self.shape)
@@ -122,19 +127,14 @@ def check_options(reduction: str, stats: str) -> None:
         raise ConfigError(f"stats is {stats!r}; use 'basic' or 'all'")
 
 
-def check_requirements(target: Target, given: dict[str, object], how_to_give: dict[str, str]) -> None:
-    """Raise where the target needs an input that is None."""
+def check_requirements(target: Target, models: dict[str, Any], columns: dict[str, Any], model: str) -> None:
+    """Raise where the target needs an input that is None; ``model``: how one of a model's name is passed."""
     if not isinstance(target, Target):
         raise ConfigError(f"target is {target!r}; use qt.preset(name), qt.Target(...) or qt.Target.from_config(...)")
-    how_to_give = {**_HOW_TO_GIVE, **how_to_give}
+    given = models | {_SERVES.get(name, name): column for name, column in columns.items()}
     missing = [name for name in sorted(target.requires) if given.get(name) is None]
-    if missing:
-        raise ConfigError([f"target {target} needs {_a(name)} and got none; {how_to_give[name]}" for name in missing])
-
-
-def _a(name: str) -> str:
-    words = {"old_policy": "the old policy's log-probabilities", "critical": "a critical mask", "weight": "weights"}
-    return words.get(name, f"a {name}")
+    known = [_INPUTS.get(name, (f"a {name}", model.format(name))) for name in missing]
+    raise_together(f"target {target} needs {what} and got none; pass {how}" for what, how in known)
 
 
 def supervised(
@@ -178,8 +178,7 @@ def supervised(
         key = torch.where(keep, torch.zeros_like(flat) if number is None else number, len(targets))
         index = key.argsort(stable=True).narrow(0, 0, n)  # not nonzero, which waits for the device
     kept = (flat if index is None else flat.index_select(0, index)).long()
-    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-    groups = tuple(slice(end - count, end) for end, count in zip(ends, counts, strict=True))
+    groups = tuple(slice(end - count, end) for end, count in zip(accumulate(counts), counts, strict=True))
     tokens = Tokens(labels.shape, index, kept, {}, groups)
     gathered = checks or Checks(labels.device)
     for name, column in columns.items():
@@ -188,9 +187,6 @@ def supervised(
     if checks is None:
         gathered.read()
     return tokens
-
-
-_WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 def _numbers(which: Tensor, labels: Tensor) -> Tensor:
@@ -243,10 +239,8 @@ def _column(
     if not read.numel():
         return values
 
-    def not_finite(all_finite):
-        return (
-            None if all_finite else f"{name} holds NaN or infinity at a supervised token; every number must be finite"
-        )
+    def not_finite(some):
+        return f"{name} holds NaN or infinity at a supervised token; every number must be finite" if some else None
 
     def negative(lowest):
         return f"weight holds {lowest:g}; weights must be 0 or more" if lowest < 0 else None
@@ -254,7 +248,7 @@ def _column(
     def neither(some, value):
         return f"critical holds {value:g}; it is a mask of tokens, use 0 and 1" if some else None
 
-    checks.add([torch.isfinite(read).all()], not_finite)
+    checks.add([~torch.isfinite(read).all()], not_finite)
     if name == "weight":
         checks.add([read.min()], negative)
     if name == "critical":
@@ -272,6 +266,11 @@ def denominator(reduction: str, tokens: Tokens, num_items: Tensor | float | None
     if isinstance(num_items, Tensor):
         return num_items.detach().clamp(min=1)
     return max(1, num_items)
+
+
+def check_top_k(k: int, vocab: int) -> None:
+    if k > vocab:
+        raise ConfigError(f"top_k is {k}, but the vocabulary has {vocab} tokens; use a smaller top_k")
 
 
 def real_vocabulary(vocab_size: int | None, width: int) -> int:

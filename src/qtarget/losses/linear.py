@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtarget.errors import ConfigError, check_range
+from qtarget.errors import ConfigError
 from qtarget.losses import engine, inputs
-from qtarget.losses.engine import chunks, matmuls
-from qtarget.losses.engine.calls import EngineCall, Result
+from qtarget.losses.engine import EngineCall, Result, chunks, matmuls
 from qtarget.losses.engine.sizes import check_chunk
-from qtarget.losses.heads import Head, TopK
+from qtarget.losses.heads import Head, TopK, check_head
 from qtarget.losses.inputs import (
     Checks,
     Tokens,
@@ -25,11 +24,6 @@ from qtarget.losses.inputs import (
 )
 from qtarget.losses.output import ALL_STATISTICS, LossOutput
 from qtarget.targets import Target
-
-_HOW = {
-    "teacher": "pass teacher=qt.Head(hidden, weight) or qt.TopK(ids, logprobs)",
-    "reference": "pass reference=qt.Head(hidden, weight) or qt.TopK(ids, logprobs)",
-}
 
 
 def linear_target_loss(
@@ -86,27 +80,29 @@ def linear_target_loss(
     """
     targets = _targets(target, which)
     check_options(reduction, stats)
-    _check_head(hidden, head_weight, head_bias, logit_softcap)
+    check_head(hidden, head_weight, head_bias, logit_softcap, prefix="head_")
     check_chunk(chunk_rows, head_weight.shape[0])
-    real = real_vocabulary(vocab_size, head_weight.shape[0])
+    vocab_size = real_vocabulary(vocab_size, head_weight.shape[0])
     given: dict[str, Any] = {"teacher": teacher, "reference": reference}
     columns = {"old_logps": old_logps, "weight": weight, "critical": critical}
     for one in targets:
-        check_requirements(one, {**given, **columns, "old_policy": old_logps}, _HOW)
+        check_requirements(one, given, columns, "{}=qt.Head(hidden, weight) or qt.TopK(ids, logprobs)")
     compute = matmuls.compute_dtype(hidden, head_weight)
     dtype = matmuls.result_dtype(compute)
     backend = engine.choose(backend, hidden.device, dtype)
     aux = {name: given[name] for name in given if any(name in one.requires for one in targets)}
     _check_devices(hidden, {"head_weight": head_weight, "head_bias": head_bias, "labels": labels, "which": which}, aux)
     checks = Checks(hidden.device)
-    tokens = supervised(labels, hidden.shape[:-1], "hidden", real, ignore_index, dtype, columns, targets, which, checks)
+    tokens = supervised(
+        labels, hidden.shape[:-1], "hidden", vocab_size, ignore_index, dtype, columns, targets, which, checks
+    )
     for name, other in aux.items():
-        _check_aux(name, other, tokens, real, checks, targets)
+        _check_aux(name, other, tokens, vocab_size, checks, targets)
     call = EngineCall(
         targets=targets,
         tokens=tokens,
         aux=aux,
-        vocab_size=real,
+        vocab_size=vocab_size,
         logit_scale=float(logit_scale),
         logit_softcap=logit_softcap,
         with_kl=stats == "all",
@@ -120,26 +116,30 @@ def linear_target_loss(
     scale = denominator(reduction, tokens, num_items)
     # Function.apply hides whether a graph is being recorded, so that is asked here.
     loss = _LinearTargetLoss.apply(hidden, head_weight, head_bias, call, per_token, scale, torch.is_grad_enabled())
-    statistics = {
-        name: tokens.spread(call.statistics[name], float("nan")) for name in ALL_STATISTICS if name in call.statistics
-    }
-    return LossOutput(loss, statistics)
+    found = call.statistics
+    return LossOutput(
+        loss, {name: tokens.scatter(found[name], float("nan")) for name in ALL_STATISTICS if name in found}
+    )
+
+
+def _student(call: EngineCall, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
+    flat = hidden.detach().reshape(-1, hidden.shape[-1])
+    bias = None if bias is None else bias.detach()
+    return Head(flat, weight.detach(), bias, call.logit_scale, call.logit_softcap)
 
 
 class _LinearTargetLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, call, per_token, scale, recording):
-        flat = hidden.detach().reshape(-1, hidden.shape[-1])
         wanted = tuple(recording and needed for needed in ctx.needs_input_grad[:3])
         ctx.call, ctx.wanted, ctx.per_token, ctx.hidden_shape = call, wanted, per_token, hidden.shape
         now = (False, False, False) if per_token else wanted
-        head = weight.detach(), None if bias is None else bias.detach()
-        result = chunks.run(call, flat, *head, now, divisor=scale)
+        result = chunks.run(call, _student(call, hidden, weight, bias), now, divisor=scale)
         call.statistics = result.stats
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         if per_token:
             ctx.save_for_backward(hidden, weight, bias)
-            return call.tokens.spread(result.loss, 0.0)
+            return call.tokens.scatter(result.loss, 0.0)
         ctx.result = result
         return result.loss.sum() / scale
 
@@ -151,10 +151,8 @@ class _LinearTargetLoss(torch.autograd.Function):
                 "or use target_loss on full logits"
             )
         if ctx.per_token:
-            hidden, weight, bias = ctx.saved_tensors
-            flat = hidden.detach().reshape(-1, hidden.shape[-1])
-            head = weight.detach(), None if bias is None else bias.detach()
-            result = chunks.run(ctx.call, flat, *head, ctx.wanted, upstream=ctx.call.tokens.select(upstream))
+            student = _student(ctx.call, *ctx.saved_tensors)
+            result = chunks.run(ctx.call, student, ctx.wanted, upstream=ctx.call.tokens.select(upstream))
             factor = result.factor
         else:
             if ctx.result is None:
@@ -223,19 +221,9 @@ def _aux_compute(head: Head, compute: torch.dtype) -> torch.dtype:
     return torch.float32 if own == torch.float64 else own
 
 
-def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
-    if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[-1]:
-        raise ConfigError(
-            f"hidden has shape {list(hidden.shape)} and head_weight {list(weight.shape)}; "
-            "head_weight must be [vocabulary, width] with hidden's width"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ConfigError(f"head_bias has shape {list(bias.shape)}; head_weight asks for [{weight.shape[0]}]")
-    if softcap is not None:
-        check_range("logit_softcap", softcap, 0, open_low=True)
-
-
-def _check_aux(name: str, other: object, tokens: Tokens, real: int, checks: Checks, targets: Sequence[Target]) -> None:
+def _check_aux(
+    name: str, other: object, tokens: Tokens, vocab_size: int, checks: Checks, targets: Sequence[Target]
+) -> None:
     if not isinstance(other, (Head, TopK)):
         raise ConfigError(f"{name} is a {type(other).__name__}; use qt.Head(hidden, weight) or qt.TopK(ids, logprobs)")
     if other.token_shape != tokens.shape:
@@ -250,20 +238,18 @@ def _check_aux(name: str, other: object, tokens: Tokens, real: int, checks: Chec
         return
 
     def out_of_range(low, high):
-        if low < 0 or high >= real:
-            return f"{name}: TopK ids run from {low:.0f} to {high:.0f}; use ids from 0 to {real - 1}"
-        return None
+        fault = f"{name}: TopK ids run from {low:.0f} to {high:.0f}; use ids from 0 to {vocab_size - 1}"
+        return fault if low < 0 or high >= vocab_size else None
 
     def twice(some, again):
         return f"{name}: TopK ids hold {again:.0f} twice for one token; each id may stand once" if some else None
 
     def too_much(mass):
-        if not mass > 1.05:  # a little more than rounding to 16 bits makes of 1
-            return None
-        return (
+        fault = (
             f"{name}: TopK logprobs sum to a probability of {mass:.3g}; "
             "use log_softmax over the whole vocabulary, whose k largest sum to 1 at most"
         )
+        return fault if mass > 1.05 else None  # a little more than rounding to 16 bits makes of 1
 
     checks.add([ids.min(), ids.max()], out_of_range)
     ordered = ids.sort(-1).values

@@ -25,8 +25,7 @@ def log_probs(other: Head | TopK, at: tuple[Tensor, ...], vocab: int, student: T
     if isinstance(other, Head):
         hidden = other.hidden[at]
         z = torch.empty(len(hidden), other.weight.shape[0], dtype=torch.float32, device=hidden.device)
-        head = HeadMatmuls.of(other.weight, other.bias, other.logit_scale, other.logit_softcap, torch.float32)
-        head.logits(hidden, z)
+        HeadMatmuls.of(other, torch.float32).logits(hidden, z)
         log_p = z[:, : min(vocab, other.width)].log_softmax(-1)
         return torch.nn.functional.pad(log_p, (0, vocab - log_p.shape[1]), value=_NOTHING)
     ids, kept, tail = other.ids[at].long(), other.logprobs[at].float(), other.log_tail()[at].float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 # Per-token statistics, in the order they are shown.
@@ -35,6 +36,6 @@ class LossOutput:
     stats: dict[str, Tensor]
 
 
-def simplex_tolerance(double: bool) -> float:
+def simplex_tolerance(dtype: torch.dtype) -> float:
     """How far below zero an entry of Q may fall by rounding alone."""
-    return 1e-12 if double else 1e-6
+    return 1e-12 if dtype == torch.float64 else 1e-6

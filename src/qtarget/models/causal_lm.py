@@ -11,9 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from qtarget.errors import ConfigError
 from qtarget.losses import Head
-from qtarget.models.forward import HeadTransform, LossCall, StatesCall, head_parameters
-from qtarget.models.frozen import adapters_off
-from qtarget.models.sharded_head import whole
+from qtarget.models.forward import HeadTransform, LossCall, StatesCall, head_parameters, whole
+from qtarget.models.frozen import adapters_off, evaluation_mode
 from qtarget.targets import presets
 
 Inputs = dict[str, Any]
@@ -33,16 +32,12 @@ class CausalLM:
         get_base = getattr(self.unwrapped, "get_base_model", None)
         # The causal language model itself, without wrappers or adapters.
         self.base: Any = self.unwrapped if get_base is None else get_base()
+        self.transform = HeadTransform.of(self.base.config)
 
     @property
     def name(self) -> str:
         """What it was loaded as, else its class."""
         return self.base.config._name_or_path or type(self.base).__name__
-
-    @property
-    def transform(self) -> HeadTransform:
-        """What the architecture does to hidden @ weight.T."""
-        return HeadTransform.of(self.base.config)
 
     @torch.no_grad()
     def head(self, inputs: Inputs) -> Head:
@@ -66,21 +61,18 @@ class CausalLM:
 
     @torch.no_grad()
     def label_log_p(self, inputs: Inputs, labels: Tensor) -> Tensor:
-        """log p of each label, float32 [B, T] as ``labels``; 0 where nothing is trained."""
+        """log p of each label, float32 [B, T] as ``labels``, dropout off; 0 where nothing is trained."""
         call = LossCall([presets.build("sft")], labels, {}, {}, self.vocab_size, None, "basic")
-        nll = self.model(**inputs, qtarget=call).record.stats["nll"]
+        with evaluation_mode(self.model):
+            nll = self.model(**inputs, qtarget=call).record.stats["nll"]
         return torch.nn.functional.pad(-nll.nan_to_num(0.0), (1, 0))
-
-    def without_adapters(self) -> WithoutAdapters:
-        """The model as it was before its adapters."""
-        return WithoutAdapters(self.model, self.vocab_size)
 
     def _states_and_head(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
         """(last hidden states, weight and bias of the head, whole)."""
-        asked = StatesCall()
-        states = self.model(**inputs, qtarget=asked)
+        call = StatesCall()
+        states = self.model(**inputs, qtarget=call)
         weight, bias = head_parameters(self.base)
-        if isinstance(weight, DTensor) and not asked.gathered:
+        if isinstance(weight, DTensor) and not call.gathered:
             # FSDP2 gathered the head itself and freed it when the forward ended
             return states.hidden, whole(weight, states.hidden), None if bias is None else whole(bias, states.hidden)
         return states.hidden, states.weight, states.bias
@@ -106,40 +98,37 @@ class CausalLM:
             ConfigError: they differ; the architecture does something to its logits that is not known here.
         """
         self._check_ids(inputs["input_ids"])
-        few = {"input_ids": inputs["input_ids"][:1, :tokens]}
         if "position_ids" in inputs:
             starts = (inputs["position_ids"][0, 1:tokens] == 0).nonzero()
             tokens = int(starts[0]) + 1 if len(starts) else tokens
-            few = {name: inputs[name][:1, :tokens] for name in ("input_ids", "position_ids")}
-        own = self.model(**few).logits.float()
+        few: Inputs = {name: inputs[name][:1, :tokens] for name in ("input_ids", "position_ids") if name in inputs}
+        logits = self.model(**few).logits.float()
         hidden, weight, bias = self._states_and_head(few)
         rebuilt = hidden.float() @ weight.float().T
         if bias is not None:
             rebuilt = rebuilt + bias.float()
-        rebuilt = self.transform.apply(rebuilt)[:, -own.shape[1] :]
-        if rebuilt.shape != own.shape:
+        rebuilt = self.transform.apply(rebuilt)[:, -logits.shape[1] :]
+        if rebuilt.shape != logits.shape:
             raise ConfigError(
                 f"{type(self.base).__name__}'s head has {rebuilt.shape[-1]} rows in this process and the model "
-                f"{own.shape[-1]} tokens: it is split over processes in a form that cannot be gathered here; leave "
+                f"{logits.shape[-1]} tokens: it is split over processes in a form that cannot be gathered here; leave "
                 "tensor parallelism out (tp_plan), or shard with FSDP2"
             )
-        if own.isnan().any():
-            return
-        difference = (own - rebuilt).abs()
+        difference = (logits - rebuilt).abs()
         rounded = mixed_precision or hidden.dtype not in (torch.float32, torch.float64)
-        allowed = (5e-2 if rounded else 1e-3) * (1 + float(own.abs().max()))
-        if not float(difference.max()) <= allowed:
-            place = divmod(int(difference.argmax()), own.shape[-1])
+        allowed = (5e-2 if rounded else 1e-3) * (1 + float(logits.abs().max()))
+        if not logits.isnan().any() and not float(difference.max()) <= allowed:
+            token, index = divmod(int(difference.argmax()), logits.shape[-1])
             raise ConfigError(
-                f"{type(self.base).__name__}'s logits cannot be rebuilt from its hidden states: token {place[0]}, id "
-                f"{place[1]} is {float(own.flatten()[difference.argmax()]):.4f} in the model and "
-                f"{float(rebuilt.flatten()[difference.argmax()]):.4f} from hidden states × head (scale "
-                f"{self.transform.scale}, softcap {self.transform.softcap}); this architecture is not supported"
+                f"{type(self.base).__name__}'s logits cannot be rebuilt from its hidden states: token {token}, id "
+                f"{index} is {float(logits[0, token, index]):.4f} in the model and {float(rebuilt[0, token, index]):.4f} "
+                f"from hidden states × head (scale {self.transform.scale}, softcap {self.transform.softcap}); this "
+                "architecture is not supported"
             )
 
 
 class WithoutAdapters(CausalLM):
-    """A PEFT model as its base was, dropout off."""
+    """A PEFT model as it was before its adapters, dropout off."""
 
     def head(self, inputs: Inputs) -> Head:
         with adapters_off(self.unwrapped):

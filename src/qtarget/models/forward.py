@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from qtarget.data.columns import SOURCE_ID, columns_of
 from qtarget.losses import Head, TopK, linear_target_loss
-from qtarget.models.sharded_head import whole
 from qtarget.targets import Target
 
 
@@ -37,10 +36,8 @@ class HeadTransform:
     def of(cls, config: Any) -> HeadTransform:
         """As the model's configuration says, by the names the architectures use."""
         text = config.get_text_config()
-        scale = getattr(text, "logit_scale", None)
-        for name in ("output_multiplier", "lm_head_multiplier"):
-            if scale is None:
-                scale = getattr(text, name, None)
+        factors = (getattr(text, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
+        scale = next((factor for factor in factors if factor is not None), None)
         scaling = getattr(text, "logits_scaling", None)
         if scale is None and scaling is not None:  # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
             scale = scaling if text.model_type == "hyperclovax" else 1 / scaling
@@ -95,7 +92,7 @@ class LossCall:
     Args:
         targets: one for all tokens, or one per data source.
         labels: [batch, length], before the shift.
-        columns: weight, critical, old_logps and the source's number, of the labels' shape.
+        columns: of the labels' shape: those that the targets read, the number of the source, and any others.
         others: teacher and reference.
         aux_loss: also return the auxiliary loss of a mixture of experts.
         backend: who does the rows' mathematics; see ``qtarget.linear_target_loss``.
@@ -113,40 +110,29 @@ class LossCall:
         aux_loss: bool = False,
         backend: str = "auto",
     ):
-        self.targets = targets
-        self.labels = labels
-        self.columns = columns
-        self.others = others
-        self.vocab_size = vocab_size
-        self.num_items = num_items
-        self.stats = stats
-        self.aux_loss = aux_loss
-        self.backend = backend
+        self.targets, self.labels, self.columns, self.others = targets, labels, columns, others
+        self.vocab_size, self.num_items, self.stats = vocab_size, num_items, stats
+        self.aux_loss, self.backend = aux_loss, backend
         self.gathered = False
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: HeadTransform) -> ModelOutput:
         labels = self.labels[:, 1:].to(hidden.device)
         # Virtual tokens of prompt tuning come first: the last positions are the labels'.
         hidden = hidden[:, -self.labels.shape[1] :][:, :-1]
-        columns = {name: column[:, 1:] for name, column in self.columns.items()}
-        source = columns.pop(SOURCE_ID, None)
-        num_items = self.num_items
-        if num_items is None:  # the mean over this batch, whatever its sources
-            num_items = (labels != -100).sum()
-        single = len(self.targets) == 1
+        source = None if len(self.targets) == 1 else self.columns.get(SOURCE_ID)
         output = linear_target_loss(
             hidden,
             weight,
             labels,
-            self.targets[0] if single else self.targets,
-            which=None if single or source is None else source.to(hidden.device),
+            self.targets[0] if len(self.targets) == 1 else self.targets,
+            which=None if source is None else source[:, 1:].to(hidden.device),
             head_bias=bias,
             **self.others,  # type: ignore[arg-type]
-            **{name: columns[name] for name in columns_of(*self.targets)},  # type: ignore[arg-type]
+            **{name: self.columns[name][:, 1:] for name in columns_of(*self.targets)},  # type: ignore[arg-type]
             vocab_size=None if self.vocab_size is None else min(self.vocab_size, weight.shape[0]),
             logit_scale=transform.scale,
             logit_softcap=transform.softcap,
-            num_items=num_items,
+            num_items=self.num_items,
             stats=self.stats,
             backend=self.backend,
         )
@@ -195,20 +181,16 @@ def add_target_forward(model: nn.Module) -> None:
         with maybe_gather_lm_head_ctx(weight, bias):  # type: ignore[arg-type]  # ZeRO-3
             weight, bias = whole(weight, hidden), None if bias is None else whole(bias, hidden)
             output = qtarget(hidden.to(weight.device), weight, bias, transform)
-        if qtarget.aux_loss:
-            output.aux_loss = _load_balancing_loss(self, states.router_logits, kwargs.get("attention_mask"))
+        if qtarget.aux_loss:  # of a mixture of experts, as its own forward computes it (arXiv:2101.03961)
+            from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+            config, mask = self.config.get_text_config(), kwargs.get("attention_mask")
+            experts = config.num_experts, config.num_experts_per_tok
+            output.aux_loss = load_balancing_loss_func(states.router_logits, *experts, mask)
         return output
 
     model.forward = types.MethodType(forward, model)
     model._qtarget_forward = True  # type: ignore[assignment]
-
-
-def _load_balancing_loss(model: Any, router_logits: Any, attention_mask: Tensor | None) -> Any:
-    """The auxiliary loss of a mixture of experts, as the architecture's own forward computes it (arXiv:2101.03961)."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    config = model.config.get_text_config()
-    return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)
 
 
 def head_parameters(model: Any) -> tuple[Tensor, Tensor | None]:
@@ -218,6 +200,43 @@ def head_parameters(model: Any) -> tuple[Tensor, Tensor | None]:
         adapter = head.active_adapters[0] if head.active_adapters else None
         head = head.original_module if head.disable_adapters or adapter is None else head.modules_to_save[adapter]
     return head.weight, getattr(head, "bias", None)
+
+
+def whole(parameter: Tensor, like: Tensor) -> Tensor:
+    """A head's parameter as a plain tensor, gathered where FSDP2 shards it.
+
+    A head in a group of its own reaches the loss as a shard: its module is never called, so nothing gathers it. A bare
+    ``full_tensor()`` would give each process only its own gradient; marked as partial they are summed over the mesh, and
+    divided by its size as FSDP divides every other gradient. A head in the root group is gathered by FSDP already and
+    comes through as it is.
+
+    Args:
+        parameter: weight or bias of the head. like: hidden states, whose precision a gathered head takes: the
+            mixed-precision policy has cast them and never saw the head.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    sharded: Any = parameter.detach()
+    placements = None
+    if torch.is_grad_enabled() and parameter.requires_grad:
+        sharded = _Divided.apply(parameter, parameter.device_mesh.size())
+        placements = [Partial()] * parameter.device_mesh.ndim
+    full: Tensor = sharded.full_tensor(grad_placements=placements)
+    lower = like.is_floating_point() and torch.finfo(like.dtype).bits < torch.finfo(full.dtype).bits
+    return full.to(like.dtype) if lower else full
+
+
+class _Divided(torch.autograd.Function):
+    """The tensor itself; its gradient divided by a number."""
+
+    @staticmethod
+    def forward(ctx, tensor, divisor):
+        ctx.divisor = divisor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient / ctx.divisor, None
 
 
 def accepted(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from qtarget.errors import ConfigError
 from qtarget.models.forward import add_target_forward, head_parameters
@@ -22,8 +23,7 @@ def load_frozen(name_or_path: str, revision: str | None, init_kwargs: dict | Non
     """
     from transformers import AutoModelForCausalLM
 
-    kwargs = dict(init_kwargs or {})
-    kwargs.setdefault("dtype", torch.float32 if device.type == "cpu" else "auto")
+    kwargs = {"dtype": torch.float32 if device.type == "cpu" else "auto", **(init_kwargs or {})}
     if revision is not None:
         kwargs["revision"] = revision
     model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
@@ -32,10 +32,25 @@ def load_frozen(name_or_path: str, revision: str | None, init_kwargs: dict | Non
     return freeze(model)
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """The weights as they are now, without a forward patched onto the original, which would read the original."""
-    twin = copy.deepcopy(model)
-    twin.__dict__.pop("forward", None)
+def copy_of_the_start(student: nn.Module) -> nn.Module:
+    """The reference, where none is named: the model as it starts, frozen.
+
+    Raises:
+        ConfigError: this process does not hold all weights.
+    """
+    if any(parameter.is_meta for parameter in student.parameters()):
+        raise ConfigError(
+            "the reference is the model as it starts, but this process holds no weights to copy (FSDP's "
+            "cpu_ram_efficient_loading); set reference_model_name_or_path to the model's own name"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ConfigError(
+            "the reference is the model as it starts, which ZeRO-3 keeps in pieces; set "
+            "reference_model_name_or_path to the model's own name, or use ZeRO-2 or FSDP2"
+        )
+    twin = copy.deepcopy(student)
+    for patched in ("forward", "_qtarget_forward"):  # the patched forward would read the original
+        twin.__dict__.pop(patched, None)
     return freeze(twin)
 
 
@@ -73,7 +88,6 @@ def place_as_student(model: nn.Module, role: str, accelerator: Any, device: torc
     Raises:
         ConfigError: ``device_map`` left its head where it cannot be multiplied beside the student's.
     """
-    placed = getattr(model, "hf_device_map", None)
     freeze(model)
     add_target_forward(model)
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
@@ -82,10 +96,10 @@ def place_as_student(model: nn.Module, role: str, accelerator: Any, device: torc
         return prepare_deepspeed(model, accelerator)
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         return _sharded(model, accelerator)
-    if placed is None:
+    if getattr(model, "hf_device_map", None) is None:
         return model.to(device)
     head = head_parameters(model)[0]
-    if head.device != device and head.device.type != torch.device(device).type:
+    if head.device.type != torch.device(device).type:
         raise ConfigError(
             f"{role}_model_init_kwargs.device_map left the {role}'s head on {head.device.type!r}, where it cannot be "
             f"multiplied beside the student's on {str(device)!r}; leave device_map out, or map the head to that device"

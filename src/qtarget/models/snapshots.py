@@ -41,7 +41,7 @@ class WeightSnapshot:
             )
         self._model = model
         self.taken_at: int | None = None
-        self._kept: dict[str, Tensor] = {}
+        self._copies: dict[str, Tensor] = {}
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         """The trainable weights as this process keeps them. FSDP2 leaves what a forward without backward gathered in
@@ -55,12 +55,13 @@ class WeightSnapshot:
     def _take(self, step: int, share: float = 1.0) -> None:
         """Move the copies to the present weights: all the way, or by a share of the difference."""
         for name, parameter in self._trainable().items():
-            if name not in self._kept:
-                self._kept[name] = self._first(_local(parameter))
+            present, copy = _local(parameter), self._copies.get(name)
+            if copy is None:
+                self._copies[name] = self._first(present)
             elif share == 1:
-                self._kept[name].copy_(_local(parameter))
+                copy.copy_(present)
             else:
-                self._kept[name].lerp_(_local(parameter).to(self._kept[name].dtype), share)
+                copy.lerp_(present.to(copy.dtype), share)
         self.taken_at = step
 
     def _first(self, weights: Tensor) -> Tensor:
@@ -81,20 +82,18 @@ class WeightSnapshot:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, parameter in self._trainable().items():
-            here, kept = _local(parameter), self._kept[name]
-            now = here.clone()  # one parameter at a time: a second full copy is never held
-            here.copy_(kept)
-            kept.copy_(now)
+            weights, copy = _local(parameter), self._copies[name]
+            present = weights.clone()  # one parameter at a time: a second full copy is never held
+            weights.copy_(copy)
+            copy.copy_(present)
 
     def forget(self) -> None:
         """Start anew with the next optimiser step 0."""
         self.taken_at = None
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------
-
     def save(self, folder: str | Path) -> None:
         if self.taken_at is not None and (_sharded(self._model) or int(os.environ.get("RANK", "0")) == 0):
-            torch.save({"taken_at": self.taken_at, "weights": self._kept}, self._file(folder))
+            torch.save({"taken_at": self.taken_at, "weights": self._copies}, self._file(folder))
 
     def load(self, folder: str | Path) -> None:
         """Raises StorageError where the checkpoint holds no such copies, or copies of other weights."""
@@ -114,7 +113,7 @@ class WeightSnapshot:
                 f"resume_from_checkpoint is {str(folder)!r}, whose {self.what} has other trainable weights than this "
                 "model; resume with the same adapters"
             )
-        self._kept = {name: value.to(trainable[name].device) for name, value in saved["weights"].items()}
+        self._copies = {name: value.to(trainable[name].device) for name, value in saved["weights"].items()}
         self.taken_at = saved["taken_at"]
 
     def _file(self, folder: str | Path) -> Path:
@@ -168,22 +167,14 @@ class EmaWeights(WeightSnapshot):
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """As its base, but the copies stay as they are: a swap would round them to the model's precision."""
-        if self.taken_at is None:
-            yield
-            return
-        with torch.no_grad():
-            present = {name: _local(parameter).clone() for name, parameter in self._trainable().items()}
-            self._put(self._kept)
+        """As its base, but the average stays as it is: a swap would round it to the model's precision."""
+        trainable, average = self._trainable(), self._copies
+        self._copies = {name: weights.to(trainable[name].dtype, copy=True) for name, weights in average.items()}
         try:
-            yield
+            with super().in_place():
+                yield
         finally:
-            self._put(present)
-
-    @torch.no_grad()
-    def _put(self, weights: dict[str, Tensor]) -> None:
-        for name, parameter in self._trainable().items():
-            _local(parameter).copy_(weights[name])
+            self._copies = average
 
 
 def _local(parameter: Tensor) -> Tensor:

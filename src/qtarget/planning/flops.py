@@ -10,16 +10,6 @@ from dataclasses import dataclass, field
 
 from qtarget.planning.shapes import Shape
 
-PARTS = (
-    "student forward",
-    "student backward",
-    "recomputation",
-    "student head",
-    "teacher",
-    "teacher head",
-    "reference and copies",
-)
-
 
 @dataclass(frozen=True)
 class Work:
@@ -66,19 +56,22 @@ def of_step(work: Work) -> dict[str, float]:
     """
     once = forward(work.student, work.positions, work.length)
     logits = head(work.student, work.supervised)
-    parts = dict.fromkeys(PARTS, 0.0)
-    parts["student forward"] = once
-    parts["student backward"] = once * (1 if work.adapters else 2)
-    parts["recomputation"] = once if work.checkpointing else 0.0
-    parts["student head"] = logits * (2 if work.adapters else 3)
-    parts["teacher"] = sum(forward(shape, work.positions, work.length) for shape in work.teachers)
-    parts["teacher head"] = sum(head(shape, work.supervised) for shape in work.teachers)
-    if work.own_teacher:
-        parts["teacher"], parts["teacher head"] = once, logits
-    parts["reference and copies"] = work.copies * (once + logits) + sum(
-        forward(shape, work.positions, work.length) + head(shape, work.supervised) for shape in work.references
-    )
-    return parts
+
+    def asked(shapes: list[Shape]) -> tuple[float, float]:
+        """A forward pass and the logits of each of these."""
+        forwards = sum(forward(shape, work.positions, work.length) for shape in shapes)
+        return forwards, sum(head(shape, work.supervised) for shape in shapes)
+
+    teacher, teacher_head = (once, logits) if work.own_teacher else asked(work.teachers)
+    return {
+        "student forward": once,
+        "student backward": once * (1 if work.adapters else 2),
+        "recomputation": once if work.checkpointing else 0.0,
+        "student head": logits * (2 if work.adapters else 3),
+        "teacher": teacher,
+        "teacher head": teacher_head,
+        "reference and copies": work.copies * (once + logits) + sum(asked(work.references)),
+    }
 
 
 def teacher_share(parts: dict[str, float]) -> float:

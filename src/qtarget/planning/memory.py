@@ -19,19 +19,8 @@ KINDS = {"ddp": "DDP", "zero2": "ZeRO-2", "fsdp2": "FSDP2"}
 _BUCKET = 500_000_000
 _HALF = 2
 # Numbers that an optimiser keeps for a parameter.
-_STATES = {
-    "adamw_torch": 2,
-    "adamw_torch_fused": 2,
-    "adamw_torch_xla": 2,
-    "adamw_torch_npu_fused": 2,
-    "adamw_apex_fused": 2,
-    "adamw": 2,
-    "lion": 1,
-    "adagrad": 1,
-    "rmsprop": 1,
-    "sgd": 0,
-    "adafactor": 0,
-}
+_STATES = {"adamw": 2, "lion": 1, "adagrad": 1, "rmsprop": 1, "sgd": 0, "adafactor": 0}
+_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_apex_fused")
 _SINGLE = 4
 
 
@@ -279,12 +268,9 @@ def adapter_parameters(shape: Shape, rank: int, modules: list[str] | str | None)
         "up_proj": shape.width + shape.ffn,
         "down_proj": shape.ffn + shape.width,
     }
-    if modules in ("all-linear", ["all-linear"]):
-        names = list(sides)
-    elif modules is None:
-        names = ["q_proj", "v_proj"]
-    else:
-        names = [modules] if isinstance(modules, str) else list(modules)
+    names = ["q_proj", "v_proj"] if modules is None else [modules] if isinstance(modules, str) else modules
+    if names == ["all-linear"]:
+        names = [*sides]
     if not set(names) <= set(sides):
         return None
     return shape.layers * rank * sum(sides[name] for name in names)
@@ -295,5 +281,5 @@ def optimiser_states(name: str) -> tuple[int, int | None] | None:
     parameter); None where it is not known."""
     width = 1 if name.endswith("8bit") else None
     base = name.removeprefix("paged_").removesuffix("_8bit").removesuffix("_32bit").removesuffix("_bnb")
-    states = _STATES.get(base)
+    states = _STATES.get("adamw" if base in _ADAMW else base)
     return None if states is None else (states, width)

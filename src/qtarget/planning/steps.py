@@ -30,7 +30,7 @@ class Steps:
         return self.whole + bool(self.short)
 
 
-def of(rows: int, gpus: int, config: Any) -> Steps:
+def planned(rows: int, gpus: int, config: Any) -> Steps:
     """The steps of a run on ``rows`` rows, none of them packed."""
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     drop = config.dataloader_drop_last

@@ -11,17 +11,20 @@ As soon as one alternative ends right the token is not critical, and its others 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
+from typing_extensions import TypedDict
 
+from qtarget import files
 from qtarget.errors import DataError
 from qtarget.evaluation.grading import Grader
 from qtarget.signals.decoding import Greedy
-from qtarget.signals.progress import Progress
 
 COLUMN = "critical"
 # An alternative to decode: (problem, position in the answer, which of the alternatives). The smallest comes first, so
@@ -29,21 +32,46 @@ COLUMN = "critical"
 _Try = tuple[int, int, int]
 
 
+class _Record(TypedDict):
+    """What every record has; see ``Search`` for the rest."""
+
+    problem: int
+
+
+class Progress:
+    """Finished problems on disk, so that a killed search goes on where it stopped.
+
+    Attributes:
+        done: number of a problem → its record.
+
+    Raises:
+        StorageError: a whole line of the file cannot be read.
+    """
+
+    def __init__(self, file: Path):
+        self._journal = files.Journal(file)
+        self.done: dict[int, dict[str, Any]] = {}
+        for record in files.read_lines(file, _Record, "run the same command again") if file.is_file() else ():
+            self.done.setdefault(record["problem"], record)
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.done[record["problem"]] = record
+        self._journal.add([record])
+
+
 @dataclass
 class _Problem:
-    """A right answer whose tokens are being tried."""
+    """An answer and, where it is right, what its tokens are tried with."""
 
     number: int
-    row: Mapping[str, Any]
-    prompt: list[int]
     answer: list[int]
-    alternatives: list[list[int]]
-    critical: list[int]
-    open: int  # tokens not decided yet
-    counts: dict[str, int]  # of the verifier
+    alternatives: list[list[int]] = field(default_factory=list)
+    critical: list[int | None] = field(default_factory=list)  # None: not decided yet
+    counts: Counter[str] = field(default_factory=Counter)  # of the verifier
     verdicts: dict[str, bool] = field(default_factory=dict)  # many alternatives come back to the same text
 
 
+@dataclass
 class Search:
     """Finds the critical tokens of a list of problems.
 
@@ -53,48 +81,43 @@ class Search:
         progress: gets each finished problem.
     """
 
-    def __init__(
-        self,
-        greedy: Greedy,
-        grader: Grader,
-        rows: Sequence[Mapping[str, Any]],
-        prompts: Sequence[list[int]],
-        alternatives: int,
-        batch_size: int,
-        progress: Progress,
-    ):
-        self._greedy, self._grader, self._rows, self._prompts = greedy, grader, rows, prompts
-        self._count, self._batch_size, self._progress = alternatives, batch_size, progress
-        self._problems: dict[int, _Problem] = {}
-        self._tries: list[_Try] = []
-        self._searched = 0
+    greedy: Greedy
+    grader: Grader
+    rows: Sequence[Mapping[str, Any]]
+    prompts: Sequence[list[int]]
+    alternatives: int
+    batch_size: int
+    progress: Progress
+    _problems: dict[int, _Problem] = field(default_factory=dict, init=False)
+    _tries: list[_Try] = field(default_factory=list, init=False)
+    _searched: int = field(default=0, init=False)
 
     def run(self, step: Callable[[int, int], object] = lambda finished, right: None) -> None:
         """Search all problems that are not done.
 
         ``step`` gets, now and then, how many problems are finished, and how many right answers were searched in this run.
         """
-        waiting = iter([number for number in range(len(self._rows)) if number not in self._progress.done])
+        waiting = iter([number for number in range(len(self.rows)) if number not in self.progress.done])
         while True:
-            while len(self._tries) < self._batch_size and (group := [*islice(waiting, self._batch_size)]):
+            while len(self._tries) < self.batch_size and (group := [*islice(waiting, self.batch_size)]):
                 self._answer(group)
-                step(len(self._progress.done), self._searched)
+                step(len(self.progress.done), self._searched)
             if not self._tries:
                 return
-            self._try([heapq.heappop(self._tries) for _ in range(min(self._batch_size, len(self._tries)))])
-            step(len(self._progress.done), self._searched)
+            self._try([heapq.heappop(self._tries) for _ in range(min(self.batch_size, len(self._tries)))])
+            step(len(self.progress.done), self._searched)
 
     def _answer(self, group: list[int]) -> None:
         """Let the model answer, and line up the tokens of its right answers."""
-        answers = self._greedy([self._prompts[number] for number in group])
+        answers = self.greedy([self.prompts[number] for number in group])
         for number, answer in zip(group, answers, strict=True):
-            problem = _Problem(number, self._rows[number], self._prompts[number], answer, [], [], 0, {})
-            ended = answer[-1] in self._greedy.ends
-            if not ended or not self._right(problem, answer[:-1]):
-                self._progress.add({"problem": number, "ended": ended, "correct": False, **problem.counts})
+            problem = _Problem(number, answer)
+            if not self._is_right(problem, answer):
+                ended = answer[-1] in self.greedy.ends
+                self.progress.add({"problem": number, "ended": ended, "correct": False, **problem.counts})
                 continue
-            problem.alternatives = self._greedy.alternatives(problem.prompt, answer, self._count)
-            problem.critical, problem.open = [0] * len(answer), len(answer) - 1
+            problem.alternatives = self.greedy.alternatives(self.prompts[number], answer, self.alternatives)
+            problem.critical = [*[None] * (len(answer) - 1), 0]
             self._problems[number] = problem
             for place in range(len(answer) - 1):
                 heapq.heappush(self._tries, (number, place, 0))
@@ -105,50 +128,49 @@ class Search:
         for number, place, which in tries:
             problem = self._problems[number]
             replaced.append([*problem.answer[:place], problem.alternatives[place][which]])
-        going_on = [i for i, answer in enumerate(replaced) if answer[-1] not in self._greedy.ends]
+        going_on = [i for i, answer in enumerate(replaced) if answer[-1] not in self.greedy.ends]
         if going_on:
-            rests = self._greedy([[*self._problems[tries[i][0]].prompt, *replaced[i]] for i in going_on])
+            rests = self.greedy([[*self.prompts[tries[i][0]], *replaced[i]] for i in going_on])
             for i, rest in zip(going_on, rests, strict=True):
                 replaced[i] += rest
         for (number, place, which), answer in zip(tries, replaced, strict=True):
             problem = self._problems[number]
-            right = answer[-1] in self._greedy.ends and self._right(problem, answer[:-1])
-            if not right and which + 1 < self._count:
+            right = self._is_right(problem, answer)
+            if not right and which + 1 < self.alternatives:
                 heapq.heappush(self._tries, (number, place, which + 1))
-                continue
-            problem.critical[place] = int(not right)
-            problem.open -= 1
-            self._close(problem)
+            else:
+                problem.critical[place] = int(not right)
+                self._close(problem)
 
-    def _right(self, problem: _Problem, answer: list[int]) -> bool:
-        text = self._greedy.text(answer)
+    def _is_right(self, problem: _Problem, answer: list[int]) -> bool:
+        """Whether an answer ends, and says what it should."""
+        if answer[-1] not in self.greedy.ends:
+            return False
+        text, grader = self.greedy.text(answer[:-1]), self.grader
         if text not in problem.verdicts:
-            before = self._grader.timeouts, self._grader.errors
-            problem.verdicts[text] = self._grader(text, problem.row)
-            after = self._grader.timeouts, self._grader.errors
-            for name, was, now in zip(("timeouts", "errors"), before, after, strict=True):
-                problem.counts[name] = problem.counts.get(name, 0) + now - was
+            timeouts, errors = grader.timeouts, grader.errors
+            problem.verdicts[text] = grader(text, self.rows[problem.number])
+            problem.counts.update(timeouts=grader.timeouts - timeouts, errors=grader.errors - errors)
         return problem.verdicts[text]
 
     def _close(self, problem: _Problem) -> None:
-        if problem.open:
+        if None in problem.critical:
             return
         self._problems.pop(problem.number)
         self._searched += 1
-        told = {"answer": problem.answer, "critical": problem.critical}
-        self._progress.add({"problem": problem.number, "ended": True, "correct": True, **told, **problem.counts})
+        tokens = {"answer": problem.answer, "critical": problem.critical}
+        self.progress.add({"problem": problem.number, "ended": True, "correct": True, **tokens, **problem.counts})
 
 
 # -- results -----------------------------------------------------------------------------------------------------
 
 
-def report(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def report(records: Collection[Mapping[str, Any]]) -> dict[str, Any]:
     """Counts over all problems; ``tokens`` are those of right answers without their end tokens.
 
     Raises:
         DataError: no answer is right, or no token is critical.
     """
-    records = [*records]
     right = [record for record in records if record["correct"]]
     counts = {
         "problems": len(records),
@@ -156,8 +178,7 @@ def report(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "correct": len(right),
         "tokens": sum(len(record["answer"]) - 1 for record in right),
         "critical": sum(sum(record["critical"]) for record in right),
-        "timeouts": sum(record.get("timeouts", 0) for record in records),
-        "errors": sum(record.get("errors", 0) for record in records),
+        **{name: sum(record.get(name, 0) for record in records) for name in ("timeouts", "errors")},
     }
     verifier = f"the verifier took too long {counts['timeouts']} times and failed {counts['errors']} times"
     if not right:
@@ -182,22 +203,14 @@ def table(
     ``others``: further columns of the original rows, a value for each problem.
     """
     right = [number for number in sorted(records) if records[number]["correct"]]
-    made: dict[str, list] = {"input_ids": [], "labels": [], COLUMN: []}
+    columns: dict[str, list] = {"input_ids": [], "labels": [], COLUMN: []}
     for number in right:
         prompt, answer = prompts[number], records[number]["answer"]
-        made["input_ids"].append([*prompt, *answer])
-        made["labels"].append([-100] * len(prompt) + answer)
-        made[COLUMN].append([0] * len(prompt) + records[number]["critical"])
-    features = Features(
-        {"input_ids": List(Value("int64")), "labels": List(Value("int64")), COLUMN: List(Value("int8"))}
-    )
-    rows = Dataset.from_dict(made, features=features)
+        columns["input_ids"].append([*prompt, *answer])
+        columns["labels"].append([-100] * len(prompt) + answer)
+        columns[COLUMN].append([0] * len(prompt) + records[number]["critical"])
+    kinds = {"input_ids": "int64", "labels": "int64", COLUMN: "int8"}
+    rows = Dataset.from_dict(columns, Features({name: List(Value(kind)) for name, kind in kinds.items()}))
     for name, values in others.items():
         rows = rows.add_column(name, [values[number] for number in right])
     return rows
-
-
-def prompts_of(greedy: Greedy, rows: Iterable[Mapping[str, Any]]) -> Iterator[list[int]]:
-    """Token ids of every row's prompt; see ``Greedy.prompt``."""
-    for number, row in enumerate(rows):
-        yield greedy.prompt(row, number)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 from trl.data_utils import _tokenize, is_conversational_from_value, maybe_convert_to_chatml
 
@@ -35,8 +35,8 @@ class Greedy:
         self._base = trainer.student.base
         self._vocab = trainer.vocab_size
         self.max_new_tokens = max_new_tokens
-        own = getattr(self._base.generation_config, "eos_token_id", None)
-        ends = {self._tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+        of_model = getattr(self._base.generation_config, "eos_token_id", None)
+        ends = {self._tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])} - {None}
         if not ends:
             raise ConfigError("eos_token is not set, and neither tokenizer nor model has an end token; set eos_token")
         self.ends = frozenset(ends)
@@ -76,8 +76,7 @@ class Greedy:
             )["input_ids"]
         else:
             ids = _tokenize(self._trainer.processing_class, given)["input_ids"] if given else []
-        ids = list(ids)
-        if not ids:
+        if not len(ids):
             raise DataError(f"row {number} of the train split has an empty prompt; take the row out")
         longest = getattr(self._base.config.get_text_config(), "max_position_embeddings", None)
         if longest and len(ids) + 2 * self.max_new_tokens > longest:
@@ -86,7 +85,7 @@ class Greedy:
                 f"and the rest after an alternative up to {self.max_new_tokens} each, and the model has {longest} "
                 "positions; lower max_new_tokens, or take the row out"
             )
-        return ids
+        return list(ids)
 
     def text(self, ids: Sequence[int]) -> str:
         """What a verifier reads."""
@@ -96,31 +95,22 @@ class Greedy:
 
     def __call__(self, beginnings: Sequence[Sequence[int]]) -> list[list[int]]:
         """How each goes on, its end token included; without one at the end where max_new_tokens were not enough."""
-        longest = max(map(len, beginnings))
+        lines = [torch.tensor(beginning) for beginning in beginnings]
+        ids = pad_sequence(lines, batch_first=True, padding_value=self._pad, padding_side="left")
+        mask = pad_sequence([torch.ones_like(line) for line in lines], batch_first=True, padding_side="left")
         device = self._trainer.args.device
-        ids = torch.full((len(beginnings), longest), self._pad)
-        mask = torch.zeros_like(ids)
-        for line, beginning in enumerate(beginnings):
-            ids[line, longest - len(beginning) :] = torch.tensor(beginning)
-            mask[line, longest - len(beginning) :] = 1
-        with evaluation_mode(self._model), self._own_settings():
-            out = self._model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
-        return [self._until_end(line) for line in out[:, longest:].tolist()]
-
-    @contextlib.contextmanager
-    def _own_settings(self) -> Iterator[None]:
-        """generate() fills what it is not given from the model's settings; so those are replaced."""
+        # generate() fills what it is not given from the model's settings; so those are replaced
         before, self._base.generation_config = self._base.generation_config, self._settings
         try:
-            yield
+            with evaluation_mode(self._model):
+                out = self._model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
         finally:
             self._base.generation_config = before
-
-    def _until_end(self, ids: list[int]) -> list[int]:
-        for place, index in enumerate(ids):
-            if index in self.ends:
-                return ids[: place + 1]
-        return ids
+        rests = []
+        for line in out[:, ids.shape[1] :].tolist():
+            end = next((place for place, index in enumerate(line) if index in self.ends), len(line))
+            rests.append(line[: end + 1])
+        return rests
 
     @torch.no_grad()
     def alternatives(self, prompt: Sequence[int], answer: Sequence[int], count: int) -> list[list[int]]:
@@ -130,7 +120,7 @@ class Greedy:
         with evaluation_mode(self._model):
             logits = self._model(**accepted(self._base, inputs)).logits[0, -len(answer) - 1 : -1, : self._vocab]
         top = logits.float().topk(count + 1, dim=-1).indices.tolist()
-        return [[index for index in line if index != own][:count] for line, own in zip(top, answer, strict=True)]
+        return [[index for index in line if index != token][:count] for line, token in zip(top, answer, strict=True)]
 
 
 def _before_the_answer(messages: list[dict] | None) -> list[dict] | None:

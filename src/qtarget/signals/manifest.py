@@ -15,9 +15,8 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from qtarget import __version__, files
-from qtarget.errors import ConfigError, StorageError
-from qtarget.signals.origin import model_of, other_model, reference_of, tokenizer_of
-from qtarget.teachers.fingerprints import Model, template_hash, tokenizer_hash
+from qtarget.errors import ConfigError, StorageError, loading
+from qtarget.teachers.fingerprints import Model, named, template_hash, tokenizer_hash
 
 FILE = "signal.json"
 # Settings of a run that decide which tokens a row becomes and which of them are labels.
@@ -76,17 +75,63 @@ class Manifest(TypedDict):
 # -- made from ---------------------------------------------------------------------------------------------------
 
 
-def describe(kind: str, columns: list[str], config: Any, model: Any, tokenizer: Any, about: dict) -> dict[str, Any]:
+def model_of(model: Any) -> Model:
+    """A run's model as it starts. ``model``: TRL's ModelConfig."""
+    return named(model.model_name_or_path, model.model_revision or "main")
+
+
+def reference_of(config: Any, model: Any) -> Model:
+    """A run's reference: its own, or the model as it starts."""
+    if config.reference_model_name_or_path:
+        return named(config.reference_model_name_or_path, config.reference_model_revision or "main")
+    return model_of(model)
+
+
+def tokenizer_of(config: Any, model: Any) -> Any:
+    """A run's tokenizer with its chat template, loaded without the model.
+
+    Tokens that a template cloned from elsewhere brings along are left out; the template's own hash tells them apart.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    def load(field: str, name: str, revision: str | None = None) -> Any:
+        with loading(field, name, "tokenizer"):
+            trusted = config.trust_remote_code
+            return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=trusted)
+
+    tokenizer = load("model_name_or_path", model.model_name_or_path, model.model_revision)
+    path = config.chat_template_path
+    if path and Path(path).is_file():
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+    elif path:
+        tokenizer.chat_template = load("chat_template_path", path).chat_template
+    return tokenizer
+
+
+def other_model(was: Model, now: Model) -> bool:
+    """Told by the weights where both are known, for a folder may move; else by name and revision."""
+    if was["weights"] and now["weights"]:
+        return was["weights"] != now["weights"]
+    return (was["name"], was["revision"]) != (now["name"], now["revision"])
+
+
+def describe(kind: str, column: str, config: Any, model: Any, about: dict[str, Any]) -> dict[str, Any]:
     """The settings part of a manifest.
 
     Args:
-        kind: weights, old_logps or critical. columns: those added to the rows.
-        config: the run's QTargetConfig. model: TRL's ModelConfig. tokenizer: see ``tokenizer_of``.
-        about: further settings of the verb.
+        kind: weights, old_logps or critical. column: the one added to the rows.
+        config: the run's QTargetConfig. model: TRL's ModelConfig. about: further settings of the verb.
+
+    Raises:
+        ConfigError: the tokenizer cannot be loaded.
     """
+    tokenizer = tokenizer_of(config, model)
     return {
         "kind": kind,
-        "columns": columns,
+        "columns": [column],
         "program": f"qtarget {__version__}",
         "model": model_of(model),
         "tokenizer": tokenizer_hash(tokenizer),
@@ -114,19 +159,19 @@ def free(folder: Path, settings: dict[str, Any]) -> None:
     Raises:
         StorageError: it holds anything else. ConfigError: another run; names the first setting that differs.
     """
-    there = read(folder)
-    if there is None:
+    begun = read(folder)
+    if begun is None:
         own = {files.partial_of(Path(FILE)).name}  # killed as it began
         if folder.exists() and (not folder.is_dir() or any(file.name not in own for file in folder.iterdir())):
             raise StorageError(f"output is {str(folder)!r}, which is not an empty folder; name another one")
         return
-    if there.get("finished"):
+    if begun["finished"]:
         raise StorageError(
-            f"output is {str(folder)!r}, which holds finished rows of qtarget data {VERBS[there['kind']]}; "
+            f"output is {str(folder)!r}, which holds finished rows of qtarget data {VERBS[begun['kind']]}; "
             "name another folder, or delete that one"
         )
     wanted = json.loads(json.dumps(settings))
-    for name, now, was in files.differences(wanted, there, ignored=_RESULTS):
+    for name, now, was in files.differences(wanted, begun, ignored=_RESULTS):
         raise ConfigError(
             f"output is {str(folder)!r}, which holds an unfinished run with {name} {was!r}, and this one has {now!r}; go "
             "on with the settings it was started with, or name another folder"
@@ -187,7 +232,7 @@ def check(folder: str | Path, config: Any, model: Any) -> list[str]:
         manifest = read(folder)
         if manifest is None:
             return []
-        if not manifest.get("finished"):
+        if not manifest["finished"]:
             return [
                 f"dataset_name is {str(folder)!r}, which qtarget data {VERBS[manifest['kind']]} has not finished; run "
                 "the same command again, it goes on where it stopped"
@@ -201,17 +246,17 @@ def check(folder: str | Path, config: Any, model: Any) -> list[str]:
 
 
 def _changed_files(folder: Path, manifest: Manifest) -> list[str]:
-    again = f"make the folder again with qtarget data {VERBS[manifest['kind']]}"
     faults = []
     for name, digest in manifest["files"].items():
-        file = folder / name
-        if not file.is_file():
-            faults.append(f"dataset_name is {str(folder)!r}, whose file {name} is missing; put it back, or {again}")
-        elif checksum(file) != digest:
-            faults.append(
-                f"dataset_name is {str(folder)!r}, whose file {name} was changed since it was written; put the old one "
-                f"back, or {again}"
-            )
+        if not (folder / name).is_file():
+            what = "is missing; put it back"
+        elif checksum(folder / name) != digest:
+            what = "was changed since it was written; put the old one back"
+        else:
+            continue
+        faults.append(
+            f"dataset_name is {str(folder)!r}, whose file {name} {what}, or {_MEND} {VERBS[manifest['kind']]}"
+        )
     return faults
 
 
@@ -223,51 +268,43 @@ def _is_read(manifest: Manifest, config: Any) -> bool:
 
 
 def _differences_from_run(folder: Path, manifest: Manifest, config: Any, model: Any) -> list[str]:
-    column = manifest["columns"][0]
-    made = f"but column {column} of {str(folder)!r} was made with"
-    again = f"make it again: qtarget data {VERBS[manifest['kind']]}"
-    tokenizer = tokenizer_of(config, model)
-    faults = []
-    if tokenizer_hash(tokenizer) != manifest["tokenizer"]:
+    kind, column, was, faults = manifest["kind"], manifest["columns"][0], manifest["model"], list[str]()
+
+    def differs(now: str, made_with: str, mend: str) -> None:
         faults.append(
-            f"model_name_or_path is {model.model_name_or_path!r}, {made} another tokenizer, that of "
-            f"{manifest['model']['name']!r}; train a model with that one, or {again}"
+            f"{now}, but column {column} of {str(folder)!r} was made with {made_with}; {mend}, or make it again: "
+            f"qtarget data {VERBS[kind]}"
         )
-    if manifest["kind"] == "weights":
+
+    tokenizer = tokenizer_of(config, model)
+    if tokenizer_hash(tokenizer) != manifest["tokenizer"]:
+        now = f"model_name_or_path is {model.model_name_or_path!r}"
+        differs(now, f"another tokenizer, that of {was['name']!r}", "train a model with that one")
+    if kind == "weights":
         if template_hash(tokenizer) != manifest["chat_template"]:
-            faults.append(
-                f"chat_template_path is {config.chat_template_path!r}, {made} another chat template "
-                f"({manifest['chat_template_path'] or 'the own one of ' + manifest['model']['name']}); name that one, "
-                f"or {again}"
+            template = manifest["chat_template_path"] or "the own one of " + was["name"]
+            now = f"chat_template_path is {config.chat_template_path!r}"
+            differs(now, f"another chat template ({template})", "name that one")
+        for name, before in manifest["preprocessing"].items():
+            if before != (value := getattr(config, name)):
+                differs(f"{name} is {value!r}", f"{before!r}, so that it belongs to other tokens", "set it to that")
+    if kind == "old_logps" and "old_policy" in config.resolve_objective().requires and config.psft_refresh == "never":
+        start = model_of(model)
+        if other_model(was, start):
+            differs(
+                f"model_name_or_path is {start['name']!r}",
+                f"{was['name']!r}, and psft starts from the model its old log-probabilities are of",
+                "train that one",
             )
-        for name, was in manifest["preprocessing"].items():
-            if was != (now := getattr(config, name)):
-                faults.append(
-                    f"{name} is {now!r}, {made} {was!r}, so that it belongs to other tokens; set it to that, or {again}"
-                )
-    requires = config.resolve_objective().requires
-    if manifest["kind"] == "old_logps" and "old_policy" in requires and config.psft_refresh == "never":
-        now = model_of(model)
-        if other_model(manifest["model"], now):
-            faults.append(
-                f"model_name_or_path is {now['name']!r}, {made} {manifest['model']['name']!r}, and psft starts from the "
-                f"model its old log-probabilities are of; train that one, or {again}"
-            )
-        faults += _shorter_beginnings(manifest["preprocessing"], config, made, again)
-    if column == "reference_logp" and other_model(manifest["reference"], now := reference_of(config, model)):
-        faults.append(
-            f"the reference is {now['name']!r}, {made} {manifest['reference']['name']!r}; name that one in "
-            f"reference_model_name_or_path, or {again}"
+        # A row cut at its beginning once more leaves tokens without what their log-probabilities were measured after.
+        longest, before = config.max_length, manifest["preprocessing"]["max_length"]
+        if config.truncation_mode == "keep_end" and longest is not None and (before is None or longest < before):
+            now = f"max_length is {longest} and truncation_mode 'keep_end'"
+            differs(now, f"max_length {before}: its rows would lose their beginnings", "set it to that")
+    if column == "reference_logp" and other_model(manifest["reference"], reference := reference_of(config, model)):
+        differs(
+            f"the reference is {reference['name']!r}",
+            repr(manifest["reference"]["name"]),
+            "name that one in reference_model_name_or_path",
         )
     return faults
-
-
-def _shorter_beginnings(was: dict[str, Any], config: Any, made: str, again: str) -> list[str]:
-    """A row cut at its beginning once more leaves tokens without what their log-probabilities were measured after."""
-    now, before = config.max_length, was["max_length"]
-    if config.truncation_mode != "keep_end" or now is None or (before is not None and now >= before):
-        return []
-    return [
-        f"max_length is {now} and truncation_mode 'keep_end', {made} max_length {before}: its rows would lose their "
-        f"beginnings; set it to that, or {again}"
-    ]

@@ -6,8 +6,8 @@ token ids from the first supervised one on, so that teacher and student are join
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import Any
 
 from qtarget.errors import ConfigError, DataError, unknown
 from qtarget.teachers.cache.index import supervised_positions
+from qtarget.teachers.mapping import from_json
 
 _LONGEST, _LARGEST_POWER = 1_000_000, 1000
 _PLACES = ("prompt", "system")
@@ -28,9 +29,7 @@ def read_template(value: Any) -> dict[str, str] | None:
     """
     if value is None:
         return None
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        with contextlib.suppress(json.JSONDecodeError, RecursionError):  # a mapping as JSON text; no template is one
-            value = json.loads(value)
+    value = from_json(value)  # no template is a mapping in JSON
     templates = {"prompt": value} if isinstance(value, str) else value
     if not isinstance(templates, Mapping) or not templates:
         raise ConfigError(f"teacher_context is {value!r}; write text, or {{system: text, prompt: text}}")
@@ -44,10 +43,10 @@ def read_template(value: Any) -> dict[str, str] | None:
 
 
 def _compiled(place: str, text: str) -> Any:
-    from jinja2 import StrictUndefined, TemplateError
+    from jinja2 import TemplateError
 
     try:
-        return _environment()(undefined=StrictUndefined, keep_trailing_newline=True).from_string(text)
+        return _environment().from_string(text)
     except TemplateError as error:
         raise ConfigError(f"teacher_context.{place} is not a template: {error}; the syntax is Jinja's") from None
 
@@ -56,6 +55,7 @@ def _compiled(place: str, text: str) -> Any:
 def _environment() -> Any:
     """Jinja's sandbox: a template may come with a config somebody else wrote. It bounds ranges; multiplied texts and
     powers, of which a few letters fill the memory, are bounded here."""
+    from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Bounded(ImmutableSandboxedEnvironment):
@@ -71,7 +71,7 @@ def _environment() -> Any:
                 raise ValueError(f"a power of {right}; {_LARGEST_POWER} is the most")
             return super().call_binop(context, operator, left, right)
 
-    return Bounded
+    return Bounded(undefined=StrictUndefined, keep_trailing_newline=True)
 
 
 @dataclass(frozen=True)
@@ -124,18 +124,18 @@ class Context:
         return same if same == len(own) else first
 
     def _of_turns(self, row: Mapping[str, Any], turns: list[dict[str, Any]]) -> list[int]:
-        asked = [i for i, message in enumerate(turns) if message["role"] == "user"]
-        content = _text_of(turns[asked[-1]]["content"]) if asked else ""
+        question = next((message for message in reversed(turns) if message["role"] == "user"), None)
+        content = "" if question is None else _text_of(question["content"])
         if "prompt" in self.templates:
-            if not asked:
+            if question is None:
                 raise DataError("teacher_context.prompt is set, but a row has no user message before its answer")
-            turns[asked[-1]]["content"] = self._render("prompt", row, {"prompt": content})
+            question["content"] = self._render("prompt", row, {"prompt": content})
         if "system" in self.templates:
-            said = self._render("system", row, {"prompt": content})
+            system = self._render("system", row, {"prompt": content})
             if turns and turns[0]["role"] == "system":
-                turns[0]["content"] = f"{_text_of(turns[0]['content'])}\n\n{said}"
+                turns[0]["content"] = f"{_text_of(turns[0]['content'])}\n\n{system}"
             else:
-                turns.insert(0, {"role": "system", "content": said})
+                turns.insert(0, {"role": "system", "content": system})
         return self._ids(row, turns)
 
     def _ids(self, row: Mapping[str, Any], turns: list[dict[str, Any]]) -> list[int]:
@@ -175,6 +175,5 @@ def _text_of(content: Any) -> str:
 
 def _before_the_answer(messages: Sequence[Mapping[str, Any]], is_prompt: bool) -> list[dict[str, Any]]:
     """Copies of the messages before the first one that may be trained."""
-    turns = [dict(message) for message in messages]
-    answers = [] if is_prompt else [i for i, message in enumerate(turns) if message["role"] == "assistant"]
-    return turns[: answers[0]] if answers else turns
+    before = itertools.takewhile(lambda message: is_prompt or message["role"] != "assistant", messages)
+    return [dict(message) for message in before]

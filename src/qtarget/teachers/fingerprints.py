@@ -49,11 +49,11 @@ def weights_hash(name_or_path: str, revision: str | None = None) -> str | None:
     folder = Path(name_or_path)
     if not folder.is_dir():
         return _commit(name_or_path, revision)
-    files = sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
-    if not files:
+    weight_files = sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
+    if not weight_files:
         return None
     digest = hashlib.sha256()
-    for file in files:
+    for file in weight_files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:

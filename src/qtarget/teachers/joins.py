@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from qtarget.errors import ConfigError, DataError
 from qtarget.teachers.cache.reader import CachedTeacher
@@ -65,7 +66,7 @@ class CacheJoin:
             return {self.column: [-1] * len(row["input_ids"])}
         before: list[int] = []
         if self.context is not None:
-            before = _in_row(number, name, _before, self.context, row, ids, labels)[0]
+            before, _ = _before(self.context, row, ids, labels, f"row {number} of the {name} dataset")
         places = self.cache.places(ids, labels, before)
         if places is None:
             raise DataError(
@@ -112,7 +113,7 @@ class ContextJoin:
         if self.asking is not None and row not in self.asking:
             nobody = [-1] * len(row["input_ids"])
             return {self.column: nobody, _IDS: np.zeros(0, np.int64), _BEGIN: 0}
-        before, begin = _in_row(number, name, _before, self.context, row, ids, labels)
+        before, begin = _before(self.context, row, ids, labels, f"row {number} of the {name} dataset")
         first = (number_of_set << _SET) | (number << _ROW)
         uids = _within([first | position for position in range(len(ids))], len(row["input_ids"]), cut)
         return {self.column: uids, _IDS: np.asarray(before, dtype=np.int64), _BEGIN: begin}
@@ -140,8 +141,8 @@ class ContextJoin:
             one = input_ids[:1, :1]
             none = torch.zeros(0, dtype=torch.int64, device=input_ids.device)
             return {"input_ids": one, "attention_mask": torch.ones_like(one)}, (none,) * 4
-        sequences: list[np.ndarray] = []
-        joins: list[list[np.ndarray]] = [[], [], [], []]
+        sequences: list[Tensor] = []
+        joins: list[np.ndarray] = []
         for b, t in _documents(uid):
             before, begin = self.row_of(int(uid[b, t[0]]))
             t = t[(uid[b, t] & _POSITION) >= begin]
@@ -149,20 +150,13 @@ class ContextJoin:
             if not taught.any():
                 continue
             d, at = len(sequences), len(before) + np.arange(len(t)) - 1  # of the token before
-            sequences.append(np.concatenate([np.asarray(before, dtype=np.int64), ids[b, t]]))
-            for join, values in zip(joins, (np.full(len(t), b), t, np.full(len(t), d), at), strict=True):
-                join.append(values[taught])
-        length = max(len(sequence) for sequence in sequences)
-        padded = np.full((len(sequences), length), self.pad_token_id, dtype=np.int64)
-        mask = np.zeros_like(padded)
-        for d, sequence in enumerate(sequences):
-            padded[d, : len(sequence)], mask[d, : len(sequence)] = sequence, 1
-        made = {"input_ids": padded, "attention_mask": mask}
+            sequences.append(torch.cat([torch.tensor(before, dtype=torch.int64), torch.from_numpy(ids[b, t])]))
+            joins.append(np.stack(np.broadcast_arrays(b, t, d, at))[:, taught])
         device = input_ids.device
-        return (
-            {name: torch.from_numpy(value).to(device) for name, value in made.items()},
-            tuple(torch.from_numpy(np.concatenate(join).astype(np.int64)).to(device) for join in joins),
-        )
+        padded = pad_sequence(sequences, batch_first=True, padding_value=self.pad_token_id)
+        mask = pad_sequence([torch.ones_like(sequence) for sequence in sequences], batch_first=True)
+        joined = torch.from_numpy(np.concatenate(joins, axis=1)).to(device)
+        return {"input_ids": padded.to(device), "attention_mask": mask.to(device)}, tuple(joined)
 
 
 def read_before(join: CacheJoin | ContextJoin | None, row: Mapping[str, Any]) -> tuple[list[int], int]:
@@ -181,20 +175,18 @@ def _documents(uid: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         yield from ((b, part) for part in np.split(t, ends) if len(part))
 
 
-def _before(context: Context, row: Mapping[str, Any], ids: list[int], labels: list[int]) -> tuple[list[int], int]:
-    if "messages" in row and list(row["input_ids"][: len(ids)]) != list(ids):
-        raise ConfigError(
-            "truncation_mode is 'keep_end' and cuts this row of messages, where teacher_context would replace a question "
-            "that is no longer there; use keep_start, or a larger max_length"
-        )
-    return context.of(row, ids, labels)
-
-
-def _in_row(number: int, name: str, function: Any, *arguments: Any) -> Any:
+def _before(
+    context: Context, row: Mapping[str, Any], ids: list[int], labels: list[int], which: str
+) -> tuple[list[int], int]:
     try:
-        return function(*arguments)
+        if "messages" in row and list(row["input_ids"][: len(ids)]) != list(ids):
+            raise ConfigError(
+                "truncation_mode is 'keep_end' and cuts this row of messages, where teacher_context would replace a "
+                "question that is no longer there; use keep_start, or a larger max_length"
+            )
+        return context.of(row, ids, labels)
     except ConfigError as error:
-        error.during(f"row {number} of the {name} dataset")
+        error.during(which)
         raise
 
 

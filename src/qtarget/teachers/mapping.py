@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from qtarget import files
 from qtarget.errors import ConfigError, raise_together, unknown
 
 # key of the mapping → the setting it stands for
@@ -29,9 +29,7 @@ def flat(value: Any) -> dict[str, Any]:
     """
     if value is None:
         return {}
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        with contextlib.suppress(json.JSONDecodeError, RecursionError):  # as Transformers reads its own mappings
-            value = json.loads(value)
+    value = from_json(value)
     if isinstance(value, str):
         value = {"model": value}
     if not isinstance(value, Mapping):
@@ -42,6 +40,14 @@ def flat(value: Any) -> dict[str, Any]:
         fault for key in value if key not in SETTINGS for fault in unknown("teacher's key", key, SETTINGS).faults
     )
     return {SETTINGS[key]: inner for key, inner in value.items()}
+
+
+def from_json(value: Any) -> Any:
+    """A mapping that is written as JSON text, as Transformers takes its own; whatever else it is, as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError):
+            return files.loads(value)
+    return value
 
 
 def twice(setting: str, inside: Any, beside: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, raise_together
 from qtarget.losses.heads import Head
 
 _KEYS = ("model_name_or_path", "weight", "revision", "init_kwargs")
@@ -48,27 +48,20 @@ def read_pool(value: Any) -> list[PoolMember]:
                 f"teachers holds {entry!r}; write model_name_or_path and weight, and revision and init_kwargs"
             )
             continue
-        weight = entry["weight"]
+        name, weight, kwargs = entry["model_name_or_path"], entry["weight"], entry.get("init_kwargs") or {}
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < 1e9:
-            name = entry["model_name_or_path"]
             faults.append(f"teachers: the weight of {name} is {weight!r}; use a number above 0, below 1e9")
-            continue
-        kwargs = entry.get("init_kwargs") or {}
-        if not isinstance(kwargs, Mapping):
-            faults.append(
-                f"teachers: init_kwargs of {entry['model_name_or_path']} is {kwargs!r}; write a mapping, as in "
-                "{dtype: bfloat16}"
-            )
-            continue
-        pool.append(PoolMember(str(entry["model_name_or_path"]), float(weight), entry.get("revision"), dict(kwargs)))
-    total = sum(teacher.weight for teacher in pool)
+        elif not isinstance(kwargs, Mapping):
+            faults.append(f"teachers: init_kwargs of {name} is {kwargs!r}; write a mapping, as in {{dtype: bfloat16}}")
+        else:
+            pool.append(PoolMember(str(name), float(weight), entry.get("revision"), dict(kwargs)))
+    total = sum(member.weight for member in pool)
     if not faults and abs(total - 1) > 1e-6:
         faults.append(
             f"teachers: the weights sum to {total:g}; let them sum to 1 (a temperature belongs to the target: "
             "teacher_temperature)"
         )
-    if faults:
-        raise ConfigError(faults)
+    raise_together(faults)
     return pool
 
 
@@ -90,7 +83,7 @@ def pooled_head(heads: Sequence[tuple[float, Head]], weight: Tensor | None = Non
     if weight is None:
         weight = torch.cat([head.weight[:width].to(dtype) for _, head in heads], 1)
     biases = [head.bias[:width] * (share * head.logit_scale) for share, head in heads if head.bias is not None]
-    return Head(hidden, weight, torch.stack([*biases]).sum(0) if biases else None, vocab_size=width)
+    return Head(hidden, weight, torch.stack(biases).sum(0) if biases else None, vocab_size=width)
 
 
 def with_exchanged_rows(head: Head, a: int, b: int, weight: Tensor | None = None) -> Head:

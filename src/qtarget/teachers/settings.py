@@ -41,11 +41,10 @@ def open_join(
     Raises:
         ConfigError: a cache built for something else, with the first difference.
     """
-    if args.teacher_cache is None and args.teacher_context is None:
-        return None
     if args.teacher_cache is None:
         templates = read_template(args.teacher_context)
-        assert templates is not None
+        if templates is None:
+            return None
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         return ContextJoin(Context(templates, tokenizer, chat_template), pad, asking)
     cache = CachedTeacher(args.teacher_cache, args.teacher_tail)
@@ -136,13 +135,10 @@ def cache_faults(args: Any, tokenizer: Any) -> list[str]:
     # With chat_template_path the tokenizer is not yet what it will be: it is compared when rows are prepared.
     wanted: dict[str, Any] = {} if args.chat_template_path else {"tokenizer": tokenizer_hash(tokenizer)}
     if named_models(args):
-        named, had = named_teacher(args), cache.manifest["teacher"]
-        if "pool" in named or "pool" in had:
-            wanted["teacher"] = named
-        elif had.get("weights") is None:  # a server does not say
-            wanted["teacher"] = {"name": named["name"]}
-        elif had["weights"] != named["weights"]:  # the same weights may lie in another folder now
-            wanted["teacher"] = named
+        had = cache.manifest["teacher"]
+        wanted["teacher"] = named_teacher(args)
+        if args.teachers is None and "pool" not in had and had["weights"] is None:  # a server does not say
+            wanted["teacher"] = {"name": args.teacher_model_name_or_path}
     difference = manifests.first_difference(cache.manifest, wanted)
     return [] if difference is None else [f"teacher_cache is {args.teacher_cache!r}: {difference}"]
 

@@ -165,25 +165,26 @@ class WithContext(TeacherSource):
         self.inner, self.join = inner, join
         self.models, self.average = inner.models, inner.average
 
+    def _joined(self, batch: Batch) -> tuple[Inputs, tuple[Tensor, ...]]:
+        return self.join.batch(batch.inputs["input_ids"], batch.labels, batch.columns[self.join.column])
+
     @torch.no_grad()
     def distribution(self, student: CausalLM, batch: Batch) -> Head:
-        own, (b, t, d, at) = self.join.batch(batch.inputs["input_ids"], batch.labels, batch.columns[self.join.column])
-        head = self.inner.head(student, own)
+        inputs, (b, t, d, at) = self._joined(batch)
+        head = self.inner.head(student, inputs)
         hidden = head.hidden.new_zeros(*batch.shifted.shape, head.hidden.shape[-1])
         hidden[b, t - 1] = head.hidden[d, at]
         return replace(head, hidden=hidden)
 
     def logits(self, ask: AskLogits, student: Any, batch: Batch, at: Places) -> Tensor:
-        own, (b, t, d, own_at) = self.join.batch(
-            batch.inputs["input_ids"], batch.labels, batch.columns[self.join.column]
-        )
-        asked = self.inner.logits_of(ask, student, own, (d, own_at))
-        number = {(row, place - 1): n for n, (row, place) in enumerate(zip(b.tolist(), t.tolist(), strict=True))}
-        whole = asked.new_zeros(len(at[0]), asked.shape[1])
-        for line, place in enumerate(zip(at[0].tolist(), at[1].tolist(), strict=True)):
-            if place in number:  # rows of a source without a teacher are not asked about
-                whole[line] = asked[number[place]]
-        return whole
+        inputs, (b, t, d, inner_at) = self._joined(batch)
+        answers = self.inner.logits_of(ask, student, inputs, (d, inner_at))
+        number = torch.full_like(batch.shifted, -1)
+        number[b, t - 1] = torch.arange(len(b), device=number.device)
+        answered = number[at] >= 0  # rows of a source without a teacher are not asked about
+        logits = answers.new_zeros(len(answered), answers.shape[1])
+        logits[answered] = answers[number[at][answered]]
+        return logits
 
 
 class Cached(TeacherSource):

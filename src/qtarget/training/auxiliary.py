@@ -1,8 +1,4 @@
-"""The models a target needs beside the student: a teacher, a reference, psft's old policy.
-
-Each sees the student's inputs without labels, through its own wrapped forward, in evaluation mode and before the
-student's forward; what comes back is joined to the labels by position, and by supervised token in the loss.
-"""
+"""The models a target needs beside the student: a teacher, a reference, psft's old policy."""
 
 from __future__ import annotations
 
@@ -12,21 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from qtarget.data.batch import Batch
-from qtarget.errors import ConfigError, loading
+from qtarget.data.columns import REFERENCE
+from qtarget.errors import loading
 from qtarget.losses import Head, TopK
 from qtarget.losses.log_probs import importance_weight
-from qtarget.models.causal_lm import CausalLM, Inputs
-from qtarget.models.frozen import (
-    evaluation_mode,
-    fingerprint,
-    frozen_copy,
-    load_frozen,
-    name_and_fingerprint,
-    place_as_student,
-)
+from qtarget.models.causal_lm import CausalLM, Inputs, WithoutAdapters
+from qtarget.models.frozen import copy_of_the_start, fingerprint, load_frozen, name_and_fingerprint, place_as_student
 from qtarget.models.snapshots import EmaWeights, OldPolicy, WeightSnapshot
 from qtarget.teachers.joins import CacheJoin, ContextJoin
 from qtarget.teachers.sources import TeacherSource, teacher_source
@@ -58,7 +47,6 @@ class AuxiliaryModels:
         reference: nn.Module | None = None,
         join: CacheJoin | ContextJoin | None = None,
     ):
-        self._args, self._accelerator = args, accelerator
         self.has_adapters = hasattr(student.unwrapped, "disable_adapter")
         self.teacher_name, self.reference_name = (
             None if model is None else name_and_fingerprint(model) for model in (teacher, reference)
@@ -66,25 +54,21 @@ class AuxiliaryModels:
         self.teacher: TeacherSource | None = None
         if "teacher" in requires:
             self.teacher = teacher_source(args, accelerator, student, end_token, teacher, join)
-        self.reference = self._reference(student, reference) if "reference" in requires else None
+        self.reference = self._reference(args, accelerator, student, reference) if "reference" in requires else None
         self.old_policy = OldPolicy(student.unwrapped, args.psft_refresh) if "old_policy" in requires else None
         self._heads_checked = False
 
-    def _reference(self, student: CausalLM, given: nn.Module | None) -> CausalLM | None:
-        args = self._args
-        if given is None and args.reference_model_name_or_path:
-            name = args.reference_model_name_or_path
+    def _reference(self, args: Any, accelerator: Any, student: CausalLM, model: nn.Module | None) -> CausalLM | None:
+        name = args.reference_model_name_or_path
+        if model is None and name:
             with loading("reference_model_name_or_path", name):
-                kwargs = args.reference_model_init_kwargs
-                given = load_frozen(name, args.reference_model_revision, kwargs, args.device)
-        if given is None and self.has_adapters:
+                model = load_frozen(name, args.reference_model_revision, args.reference_model_init_kwargs, args.device)
+        elif model is None and self.has_adapters:
             return None
-        if given is None:
-            given = _copy_of_the_start(student.unwrapped)
-            self.reference_name = f"the weights at the start, {fingerprint(given)}"
-        return CausalLM(place_as_student(given, "reference", self._accelerator, args.device), student.vocab_size)
-
-    # -- the run -------------------------------------------------------------------------------------------------
+        elif model is None:
+            model = copy_of_the_start(student.unwrapped)
+            self.reference_name = f"the weights at the start, {fingerprint(model)}"
+        return CausalLM(place_as_student(model, "reference", accelerator, args.device), student.vocab_size)
 
     @property
     def models(self) -> list[CausalLM]:
@@ -94,9 +78,7 @@ class AuxiliaryModels:
 
     def has(self, role: str) -> bool:
         """Whether teacher or reference can be asked."""
-        if role == "reference":
-            return self.reference is not None or self.has_adapters
-        return self.teacher is not None
+        return getattr(self, role) is not None or (role == "reference" and self.has_adapters)
 
     @property
     def average(self) -> EmaWeights | None:
@@ -118,17 +100,12 @@ class AuxiliaryModels:
 
     def release(self, requires: Collection[str]) -> None:
         """Free the models that nothing asks for from now on."""
-        freed = "teacher" not in requires and self.teacher is not None
-        if freed:
-            self.teacher = None
-        if "reference" not in requires and self.reference is not None:
-            self.reference, freed = None, True
-        if freed:
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-
-    # -- asking --------------------------------------------------------------------------------------------------
+        for role in {"teacher", "reference"} - {*requires}:
+            if getattr(self, role) is not None:
+                setattr(self, role, None)
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
 
     def check_heads(self, inputs: Inputs) -> None:
         """Once: logits rebuilt from hidden states are the models' own."""
@@ -154,7 +131,7 @@ class AuxiliaryModels:
         return heads
 
     def _reference_for(self, student: CausalLM) -> CausalLM:
-        return student.without_adapters() if self.reference is None else self.reference
+        return WithoutAdapters(student.model, student.vocab_size) if self.reference is None else self.reference
 
     def reference_log_p(self, student: CausalLM, inputs: Inputs, labels: Tensor) -> Tensor:
         """log p of each label under the reference, float32 [B, T]; 0 where nothing is trained."""
@@ -164,22 +141,19 @@ class AuxiliaryModels:
     def old_logps(self, student: CausalLM, batch: Batch) -> Tensor:
         """log p_y of psft's old policy, [B, T]; 0 where nothing is trained."""
         assert self.old_policy is not None
-        with self.old_policy.in_place(), evaluation_mode(student.model):
+        with self.old_policy.in_place():
             return student.label_log_p(batch.inputs, batch.labels)
 
     @torch.no_grad()
-    def online_weights(
-        self, student: CausalLM, batch: Batch, temperature: float, reference: Tensor | None = None
-    ) -> Tensor:
+    def online_weights(self, student: CausalLM, batch: Batch, temperature: float) -> Tensor:
         """iw-SFT's weights [B, T]: one number per sequence, taken from the model as it is now.
 
         w = exp(temperature · mean over its supervised tokens of (log p_θ − log p_ref)), clamped to [0, 16]
-        (arXiv:2507.12856; the mean and the clamp are those of the paper's code).
-
-        ``reference``: [B, T] its mean per sequence, in place of a model.
+        (arXiv:2507.12856; the mean and the clamp are those of the paper's code). A column of the batch may hold the
+        reference's mean per sequence, in place of a model.
         """
-        with evaluation_mode(student.model):
-            log_p = student.label_log_p(batch.inputs, batch.labels)
+        log_p = student.label_log_p(batch.inputs, batch.labels)
+        reference = batch.columns.get(REFERENCE)
         if reference is None:
             reference = self.reference_log_p(student, batch.inputs, batch.labels)
         trained = batch.labels != -100
@@ -190,20 +164,3 @@ class AuxiliaryModels:
         total = zeros.index_add(0, document.flatten(), gap.flatten())
         count = zeros.index_add(0, document.flatten(), trained.double().flatten()).clamp(min=1)
         return importance_weight(total / count, temperature).float()[document]
-
-
-def _copy_of_the_start(student: nn.Module) -> nn.Module:
-    """The reference, where none is named: the model as it starts."""
-    if any(parameter.is_meta for parameter in student.parameters()):
-        raise ConfigError(
-            "the reference is the model as it starts, but this process holds no weights to copy (FSDP's "
-            "cpu_ram_efficient_loading); set reference_model_name_or_path to the model's own name"
-        )
-    if is_deepspeed_zero3_enabled():
-        raise ConfigError(
-            "the reference is the model as it starts, which ZeRO-3 keeps in pieces; set "
-            "reference_model_name_or_path to the model's own name, or use ZeRO-2 or FSDP2"
-        )
-    copy = frozen_copy(student)
-    copy.__dict__.pop("_qtarget_forward", None)
-    return copy

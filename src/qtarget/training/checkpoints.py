@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import logging
 import os
@@ -48,13 +49,11 @@ def fault(folder: str | Path) -> str | None:
     if not (folder / TRAINER_STATE_NAME).is_file():
         return f"{TRAINER_STATE_NAME} is missing"
     try:
-        listed: dict[str, int] = files.loads((folder / FILES).read_bytes())
+        listed = files.checked(files.loads((folder / FILES).read_bytes()), dict[str, int])
     except FileNotFoundError:  # another program's, which writes its state last
         return None
     except (ValueError, OSError) as error:
         return f"{FILES} cannot be read ({error})"
-    if not isinstance(listed, dict):
-        return f"{FILES} holds no mapping"
     for name, size in listed.items():
         file = folder / name
         if not file.is_file():
@@ -66,9 +65,9 @@ def fault(folder: str | Path) -> str | None:
 
 def all_of(run: str | Path) -> list[Path]:
     """The checkpoints of a run, whole or not, the latest first."""
-    found = [folder for folder in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir()]
-    numbered = {int(number): folder for folder in found if (number := folder.name.split("-", 1)[1]).isdecimal()}
-    return [numbered[number] for number in sorted(numbered, reverse=True)]
+    steps = {folder: folder.name.split("-", 1)[1] for folder in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    folders = [folder for folder, step in steps.items() if step.isdecimal() and folder.is_dir()]
+    return sorted(folders, key=lambda folder: int(steps[folder]), reverse=True)
 
 
 def last(run: str | Path) -> Path | None:
@@ -78,24 +77,20 @@ def last(run: str | Path) -> Path | None:
 
 def passed_over(run: str | Path) -> list[str]:
     """A sentence for each checkpoint that is later than the last whole one."""
-    said = []
-    for folder in all_of(run):
-        if (why := fault(folder)) is None:
-            break
-        said.append(f"{folder} is not whole ({why}): it is passed over")
-    return said
+    faults = ((folder, fault(folder)) for folder in all_of(run))
+    later = itertools.takewhile(lambda pair: pair[1] is not None, faults)
+    return [f"{folder} is not whole ({why}): it is passed over" for folder, why in later]
 
 
 def unreadable_files(folder: str | Path) -> list[str]:
     """Sentences on files that cannot be read or are pickles of more than tensors; none where all can be loaded."""
     folder = Path(folder)
-    told, state = f"resume_from_checkpoint is {str(folder)!r}", folder / TRAINER_STATE_NAME
+    setting = f"resume_from_checkpoint is {str(folder)!r}"
     try:
-        if not isinstance(files.loads(state.read_bytes()), dict):
-            raise ValueError("it holds no mapping")
+        files.checked(files.loads((folder / TRAINER_STATE_NAME).read_bytes()), dict)
     except (OSError, ValueError) as error:
-        return [f"{told}, whose {TRAINER_STATE_NAME} cannot be read ({error}); name another checkpoint"]
-    found = []
+        return [f"{setting}, whose {TRAINER_STATE_NAME} cannot be read ({error}); name another checkpoint"]
+    faults = []
     pickled = {file for name in _PICKLED for file in folder.glob(name)}
     for file in sorted(pickled | {*folder.glob("*.safetensors")}):
         try:
@@ -106,8 +101,8 @@ def unreadable_files(folder: str | Path) -> list[str]:
                 with safe_globals():
                     torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
         except Exception as error:  # a pickle that is none may make anything of the unpickler
-            found.append(f"{told}, whose {file.name} cannot be loaded: {reason(error)}; name another checkpoint")
-    return found
+            faults.append(f"{setting}, whose {file.name} cannot be loaded: {reason(error)}; name another checkpoint")
+    return faults
 
 
 def to_resume_from(resume_from_checkpoint: Any, output_dir: Any) -> str | None:
@@ -118,22 +113,14 @@ def to_resume_from(resume_from_checkpoint: Any, output_dir: Any) -> str | None:
     """
     if isinstance(resume_from_checkpoint, str | Path):
         folder = Path(resume_from_checkpoint)
-        if not folder.is_dir():
-            raise StorageError(f"resume_from_checkpoint is {str(folder)!r}, which is no folder; {_whole_one(folder)}")
-        if (why := fault(folder)) is not None:
-            raise StorageError(
-                f"resume_from_checkpoint is {str(folder)!r}, which is not whole: {why}; {_whole_one(folder)}"
-            )
-        return str(folder)
-    if not resume_from_checkpoint or not Path(output_dir).is_dir():
-        return None
-    whole = last(output_dir)
+        if (why := fault(folder)) is None:
+            return str(folder)
+        whole = last(folder.parent)
+        mend = "start anew in another output_dir" if whole is None else f"the last whole one is {str(whole)!r}"
+        what = f"is not whole: {why}" if folder.is_dir() else "is no folder"
+        raise StorageError(f"resume_from_checkpoint is {str(folder)!r}, which {what}; {mend}")
+    whole = last(output_dir) if resume_from_checkpoint else None
     return None if whole is None else str(whole)
-
-
-def _whole_one(folder: Path) -> str:
-    whole = last(folder.parent)
-    return "start anew in another output_dir" if whole is None else f"the last whole one is {str(whole)!r}"
 
 
 def begin(trainer: QTargetTrainer, run: str, resume_from_checkpoint: Any) -> str | None:
@@ -168,41 +155,37 @@ def list_files(folder: Path) -> None:
 
 def put(written: Path, finished: Path) -> None:
     """Give a written checkpoint its name; one of an earlier run that has it goes first."""
-    remove(finished)
-    os.rename(written, finished)
-    _rmdir(written.parent)
+    _set_aside(finished)
+    written.rename(finished)
+    clear(finished.parent)
 
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint, which loses its name before its first file."""
-    bin_ = folder.parent / UNFINISHED / f"deleted-{folder.name}"
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(bin_, ignore_errors=True)
-        if folder.exists():
-            bin_.parent.mkdir(exist_ok=True)
-            os.rename(folder, bin_)
-            shutil.rmtree(bin_, ignore_errors=True)
-            _rmdir(bin_.parent)
+    _set_aside(folder)
+    clear(folder.parent)
+
+
+def _set_aside(folder: Path) -> None:
+    aside = folder.parent / UNFINISHED / f"deleted-{folder.name}"
+    aside.parent.mkdir(exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # there is none, or another process was first
+        folder.rename(aside)
 
 
 def clear(run: str | Path) -> None:
-    """Delete what a killed run has left unfinished."""
+    """Delete what is unfinished or set aside, also by a killed run."""
     shutil.rmtree(Path(run) / UNFINISHED, ignore_errors=True)
-
-
-def _rmdir(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not empty
-        folder.rmdir()
 
 
 def rotate(run: Path, limit: int | None, best: str | None) -> None:
     """Delete all but the last ``limit`` checkpoints and the best, as Transformers' ``rotate_checkpoints`` does."""
-    there = sort_checkpoints(str(run), use_mtime=True)
-    if not limit or limit <= 0 or not there:
+    folders = sort_checkpoints(str(run), use_mtime=True)
+    if not limit or limit <= 0 or not folders:
         return
-    protected = {there[-1]} | ({str(Path(best))} if best else set())
-    spare = [folder for folder in there if folder not in protected]
-    for folder in spare[: max(0, len(there) - max(limit, len(protected)))]:
+    protected = {folders[-1]} | ({str(Path(best))} if best else set())
+    spare = [folder for folder in folders if folder not in protected]
+    for folder in spare[: max(0, len(folders) - max(limit, len(protected)))]:
         remove(Path(folder))
 
 
@@ -232,9 +215,8 @@ def storage_errors(what: str, run: str | Path) -> Iterator[None]:
         if refusal is None:
             raise
         clear(run)
-        whole = last(run)
         mend = "there is no checkpoint yet, so start anew"
-        if whole is not None:
+        if (whole := last(run)) is not None:
             mend = f"go on from the last whole checkpoint, {whole.name}, with --resume_from_checkpoint true"
         raise StorageError(
             f"{what} could not be written to {str(run)!r}: {refusal}; make room or mend the folder's rights, then {mend}"
@@ -272,11 +254,7 @@ class AtomicCheckpoints:
         return os.path.join(run, UNFINISHED) if self.writing else run
 
     def save(
-        self,
-        trainer: QTargetTrainer,
-        run: Path,
-        write: Callable[[], object],
-        push: Callable[[str], object],
+        self, trainer: QTargetTrainer, run: Path, write: Callable[[], object], push: Callable[[str], object]
     ) -> None:
         """A checkpoint of the step that is done.
 
@@ -300,11 +278,11 @@ class AtomicCheckpoints:
                 self.writing = False
             _name_best(trainer, run, finished, written)
             trainer.write_into_checkpoint(written)
+            puts = trainer.is_world_process_zero()
             wait()
-            if trainer.is_world_process_zero():
+            if puts:
                 list_files(written)
             wait()
-            puts = trainer.is_world_process_zero()
             if first_here and not (written / FILES).exists():  # a node whose folder is its own
                 puts = True
                 list_files(written)

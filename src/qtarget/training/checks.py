@@ -1,11 +1,9 @@
-"""What can be known to be wrong before a step is trained.
-
-Each check returns sentences; those at the end put them together and raise.
-"""
+"""What can be known to be wrong before a step is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +20,14 @@ from qtarget.teachers import settings as teacher_settings
 if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
 
-_NAMES = {
-    "weight": "weights",
-    "critical": "a mask of critical tokens",
-    "old_logps": "the old policy's log-probabilities",
-}
-_MENDS = {
-    "weight": "add it, set weights: online, or choose another target",
-    "old_logps": "add it, set psft_refresh to a number of steps, or choose another target",
+# (name, columns, objective) of a dataset; columns is None where it does not know them before it is read.
+ColumnSet = tuple[str, list[str] | None, Objective]
+
+# column → what it holds, and what to do where it is missing
+_COLUMNS = {
+    "weight": ("weights", "add it, set weights: online"),
+    "critical": ("a mask of critical tokens", "add it"),
+    "old_logps": ("the old policy's log-probabilities", "add it, set psft_refresh to a number of steps"),
 }
 
 
@@ -46,46 +44,58 @@ def missing_teacher(args: Any, objectives: Iterable[Objective], teacher_given: b
     ]
 
 
-def two_teachers(args: Any, teacher_given: bool) -> list[str]:
-    """A teacher handed over as a model beside settings that name one."""
-    named = [name for name in args.teacher_settings if name != "teacher_model_name_or_path"]
-    return (
-        [f"teacher_model is given beside {named[0]}; a run has one teacher: keep one"]
-        if teacher_given and named
-        else []
-    )
+def datasets_of(train: Any, evaluated: Any) -> list[tuple[str, Any]]:
+    """(name, dataset) of a trainer's datasets, the one that is trained first."""
+    named = evaluated.items() if isinstance(evaluated, Mapping) else [("eval", evaluated)]
+    return [(name, dataset) for name, dataset in [("train", train), *named] if dataset is not None]
 
 
-def unused_teacher(args: Any, objectives: Iterable[Objective], teacher_given: bool) -> list[str]:
-    """Warnings: a teacher nobody asks is never loaded."""
-    objectives = list(objectives)
-    if (teacher_given or args.names_teacher) and not any("teacher" in o.requires for o in objectives):
-        return [f"a teacher is given, but target {objectives[0]} does not need it; it is not loaded"]
-    return []
+def column_sets(
+    objective: Objective, eval_objective: Objective, datasets: Iterable[tuple[str, Any]]
+) -> list[ColumnSet]:
+    """What is known of datasets, given by name; the one that is trained is called "train"."""
+    columns = [(name, getattr(dataset, "column_names", None)) for name, dataset in datasets]
+    return [
+        (name, [*names] if isinstance(names, list) else None, objective if name == "train" else eval_objective)
+        for name, names in columns
+    ]
 
 
-def missing_columns(
-    dataset_name: str, columns: Iterable[str] | None, objective: Objective, args: Any, evaluated: bool = False
+def column_faults(
+    args: Any, objectives: Iterable[Objective], sets: Iterable[ColumnSet], formatted: bool = False
 ) -> list[str]:
+    """Every fault of the datasets' columns. ``formatted``: a function makes the text of each row."""
+    faults = []
+    online = args.weights == "online" and any("weight" in objective.requires for objective in objectives)
+    if online and args.packing and args.packing_strategy == "wrapped":
+        faults.append(
+            "weights is 'online' and packing_strategy is 'wrapped', which runs sequences together, so that a weight per "
+            "sequence cannot be taken; use packing_strategy: bfd"
+        )
+    for name, columns, objective in sets:
+        faults += missing_columns(name, columns, objective, args)
+        faults += [] if formatted else untrainable_rows(name, columns, args.dataset_text_field)
+    return faults
+
+
+def missing_columns(dataset_name: str, columns: Sequence[str] | None, objective: Objective, args: Any) -> list[str]:
     """A target that reads a column the dataset does not have, or a column that nothing would read."""
     if columns is None:
         return []
-    columns = list(columns)
     has = f"(it has {', '.join(columns)})"
-    instead = ", or report another objective there: eval_target: sft" if evaluated else ""
+    instead = "" if dataset_name == "train" else ", or report another objective there: eval_target: sft"
     faults = []
     if "old_policy" in objective.requires and args.psft_refresh != "never" and "old_logps" in columns:
         faults.append(
             f"the {dataset_name} dataset has a column old_logps, but psft_refresh is {args.psft_refresh}, which takes "
             "the old policy from the model itself; set psft_refresh: never to read the column, or drop it"
         )
-    faults += [
-        f"target {objective} needs {_NAMES[name]}, but the {dataset_name} dataset has no column {name!r} {has}; "
-        + _MENDS.get(name, "add it, or choose another target")
-        + instead
-        for name in sorted(args.columns_for(objective.requires))
-        if name not in columns
-    ]
+    for name in sorted(set(args.columns_for(objective.requires)) - {*columns}):
+        what, mend = _COLUMNS[name]
+        faults.append(
+            f"target {objective} needs {what}, but the {dataset_name} dataset has no column {name!r} {has}; {mend}, or "
+            f"choose another target{instead}"
+        )
     if objective.column is not None and not {objective.column, SOURCE_ID} & set(columns):
         faults.append(
             f"targets names a target for each source, but the {dataset_name} dataset has no column "
@@ -94,22 +104,20 @@ def missing_columns(
     return faults
 
 
-def reference_column(
-    args: Any, sets: Iterable[tuple[str, Iterable[str] | None, Objective]], reference_given: bool
-) -> tuple[bool, list[str]]:
+def reference_column(args: Any, sets: Iterable[ColumnSet], reference_given: bool) -> tuple[bool, list[str]]:
     """Whether iw-sft's reference is read from a column in place of a model, and faults.
 
     Args:
-        sets: (name, columns, objective) of each dataset, the one that is trained first. reference_given: as a model.
+        sets: the one that is trained first. reference_given: as a model.
     """
-    read = [(name, [*columns], objective) for name, columns, objective in sets if columns is not None]
-    if args.weights != "online" or not read or REFERENCE not in read[0][1]:
+    known = [(name, columns, objective) for name, columns, objective in sets if columns is not None]
+    if args.weights != "online" or not known or REFERENCE not in known[0][1]:
         return False, []
-    other = "reference_model is given" if reference_given else "reference_model_name_or_path is set"
     if reference_given or args.reference_model_name_or_path is not None:
+        other = "reference_model is given" if reference_given else "reference_model_name_or_path is set"
         return False, [
-            f"{other}, and the {read[0][0]} dataset has a column {REFERENCE!r}; the "
-            "reference is read from one of them: leave one out"
+            f"{other}, and the {known[0][0]} dataset has a column {REFERENCE!r}; the reference is read from one of them: "
+            "leave one out"
         ]
     if args.packing and args.packing_strategy == "bfd_split":
         return False, [
@@ -119,57 +127,30 @@ def reference_column(
     return True, [
         f"weights are taken against column {REFERENCE!r}, which the {name} dataset has not; add it there, or report "
         "another objective there: eval_target: sft"
-        for name, columns, objective in read
+        for name, columns, objective in known
         if "weight" in objective.requires and REFERENCE not in columns
     ]
 
 
-def untrainable_rows(
-    dataset_name: str, columns: Iterable[str] | None, text_field: str, formatted: bool = False
-) -> list[str]:
+def untrainable_rows(dataset_name: str, columns: Iterable[str] | None, text_field: str) -> list[str]:
     """A dataset without any of the shapes that can be trained on."""
-    if columns is None or formatted:
-        return []
-    have = set(columns)
     shapes: list[set[str]] = [{"input_ids"}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {text_field}]
-    if any(shape <= have for shape in shapes):
+    if columns is None or any(shape <= set(columns) for shape in shapes):
         return []
     return [
-        f"the {dataset_name} dataset has columns {', '.join(sorted(have)) or 'none'}; give it one of messages, "
+        f"the {dataset_name} dataset has columns {', '.join(sorted(columns)) or 'none'}; give it one of messages, "
         f"prompt and completion, {text_field} (dataset_text_field), conversations, or input_ids and labels"
     ]
 
 
-def columns_cannot_follow(args: Any, objectives: Iterable[Objective]) -> list[str]:
-    """Settings under which what belongs to a sequence is lost."""
-    online = args.weights == "online" and any("weight" in objective.requires for objective in objectives)
-    if online and args.packing and args.packing_strategy == "wrapped":
-        return [
-            "weights is 'online' and packing_strategy is 'wrapped', which runs sequences together, so that a weight per "
-            "sequence cannot be taken; use packing_strategy: bfd"
-        ]
-    return []
-
-
-def own_loss_beside_target(compute_loss_func: object) -> list[str]:
-    if compute_loss_func is None:
-        return []
-    return [
-        "compute_loss_func is given beside target; a run trains one objective: remove it, or write it as a target of "
-        "your own (target: my_pkg.my_module:my_target)"
-    ]
-
-
-def adapter_on_head(
-    target_modules: object, head_names: Iterable[str] = ("lm_head", "embed_out", "output_layer")
-) -> list[str]:
+def adapter_on_head(target_modules: str | Iterable[str] | None) -> list[str]:
     """LoRA on the head would be ignored: the loss multiplies by the head's own weight."""
-    modules = [target_modules] if isinstance(target_modules, str) else list(target_modules or [])  # type: ignore[call-overload]
-    hit = [name for name in modules if name in head_names]
+    modules = [target_modules] if isinstance(target_modules, str) else target_modules or []
     return [
         f"lora_target_modules holds {name!r}; an adapter on the head is not supported: take it out, or train the whole "
         "head with lora_modules_to_save"
-        for name in hit
+        for name in modules
+        if name in ("lm_head", "embed_out", "output_layer")
     ]
 
 
@@ -182,15 +163,14 @@ def no_generation_markers(tokenizer: Any, args: Any) -> list[str]:
         return ["assistant_only_loss is true, but the tokenizer has no chat template; set chat_template_path"]
     if has_generation_markers(template):
         return []
-    given, tokenizer.chat_template = tokenizer.chat_template, template
+    own, tokenizer.chat_template = tokenizer.chat_template, template
     try:
-        known = get_training_chat_template(tokenizer) is not None
-    except ValueError:
-        known = False
+        if get_training_chat_template(tokenizer) is not None:
+            return []
+    except ValueError:  # TRL knows no template with markers for it
+        pass
     finally:
-        tokenizer.chat_template = given
-    if known:
-        return []
+        tokenizer.chat_template = own
     return [
         "assistant_only_loss is true, but the chat template has no {% generation %} markers, so nothing tells the "
         "assistant's tokens from the rest; name a template that has them in chat_template_path, or set "
@@ -198,17 +178,13 @@ def no_generation_markers(tokenizer: Any, args: Any) -> list[str]:
     ]
 
 
-def no_supervised_token(dataset_name: str, rows: Iterable[Mapping[str, Any]], looked_at: int = 1000) -> list[str]:
-    """Labels that are all ignored, or only at position 0, which nothing predicts."""
+def no_supervised_token(dataset_name: str, rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Labels of the first rows that are all ignored, or only at position 0, which nothing predicts."""
     seen = 0
-    for row in rows:
-        if "labels" not in row:
-            return []
-        if any(label != -100 for label in row["labels"][1:]):
+    for row in itertools.islice(rows, 1000):
+        if "labels" not in row or any(label != -100 for label in row["labels"][1:]):
             return []
         seen += 1
-        if seen == looked_at:
-            break
     what = f"none of its first {seen} rows has" if seen else "it has no row left with"
     return [
         f"the {dataset_name} dataset has no supervised token: {what} a label to train; check completion_only_loss, "
@@ -218,9 +194,7 @@ def no_supervised_token(dataset_name: str, rows: Iterable[Mapping[str, Any]], lo
 
 def packed_without_boundaries(dataset_name: str, dataset: Any, padding_free: bool) -> list[str]:
     """Packed rows that would get an all-ones mask: their documents would see each other."""
-    if padding_free or (not isinstance(dataset, torch.utils.data.Dataset) and not hasattr(dataset, "column_names")):
-        return []
-    if "seq_lengths" not in (getattr(dataset, "column_names", None) or []):
+    if padding_free or "seq_lengths" not in (getattr(dataset, "column_names", None) or []):
         return []
     if hasattr(dataset, "__len__") and all(len(lengths) < 2 for lengths in dataset["seq_lengths"]):
         return []
@@ -229,80 +203,6 @@ def packed_without_boundaries(dataset_name: str, dataset: Any, padding_free: boo
         "which documents see each other; set padding_free: true with max_length: null, or turn packing (eval_packing) "
         "on for all sets or none"
     ]
-
-
-# -- together ----------------------------------------------------------------------------------------------------
-
-
-def before_loading(
-    model: str | nn.Module,
-    args: Any,
-    objective: Objective,
-    eval_objective: Objective,
-    kwargs: Mapping[str, Any],
-    teacher_given: bool,
-    reference_given: bool,
-) -> list[str]:
-    """Every fault of a trainer's arguments that can be seen without weights."""
-    objectives = [objective, eval_objective]
-    faults = own_loss_beside_target(kwargs.get("compute_loss_func"))
-    faults += missing_teacher(args, objectives, teacher_given) + two_teachers(args, teacher_given)
-    faults += columns_cannot_follow(args, objectives)
-    faults += adapter_on_head(getattr(kwargs.get("peft_config"), "target_modules", None))
-    faults += reference_column(args, column_sets(objective, eval_objective, kwargs), reference_given)[1]
-    if any("teacher" in o.requires for o in objectives):
-        faults += teacher_settings.settings_faults(args)
-    for name, dataset, trained in _sets(kwargs.get("train_dataset"), kwargs.get("eval_dataset")):
-        columns = getattr(dataset, "column_names", None)
-        if dataset is None or isinstance(columns, dict):
-            continue
-        faults += missing_columns(name, columns, objective if trained else eval_objective, args, not trained)
-        formatted = kwargs.get("formatting_func") is not None
-        faults += untrainable_rows(name, columns, args.dataset_text_field, formatted)
-    reads_teacher = any("teacher" in o.requires for o in objectives) and not teacher_given
-    if reads_teacher or args.assistant_only_loss:
-        tokenizer = kwargs.get("processing_class") or _tokenizer_of(model)
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        if args.assistant_only_loss:
-            faults += no_generation_markers(tokenizer, args)
-        if reads_teacher and args.teacher_cache is not None:
-            faults += teacher_settings.cache_faults(args, tokenizer)
-        if reads_teacher:
-            faults += teacher_settings.tokenizer_faults(args, tokenizer)
-    return faults
-
-
-def column_sets(
-    objective: Objective, eval_objective: Objective, kwargs: Mapping[str, Any]
-) -> list[tuple[str, Iterable[str] | None, Objective]]:
-    """(name, columns, objective) of each dataset of a trainer's arguments."""
-    return [
-        (name, getattr(dataset, "column_names", None), objective if trained else eval_objective)
-        for name, dataset, trained in _sets(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
-    ]
-
-
-def _sets(train: Any, evaluated: Any) -> list[tuple[str, Any, bool]]:
-    """(name, dataset, whether it is trained on)."""
-    named = evaluated.items() if isinstance(evaluated, Mapping) else [("eval", evaluated)]
-    return [("train", train, True), *((name, dataset, False) for name, dataset in named)]
-
-
-def prepared(trainer: QTargetTrainer, images: bool) -> list[str]:
-    """Every fault of a trainer that has its data and its model. ``images``: whether its dataset holds some."""
-    if images:
-        return ["the dataset holds images; only text can be trained with a target: use TRL's SFTTrainer"]
-    faults = []
-    for name, dataset, _ in _sets(trainer.train_dataset, trainer.eval_dataset):
-        if dataset is None:
-            continue
-        faults += packed_without_boundaries(name, dataset, trainer.padding_free)
-        if not isinstance(dataset, torch.utils.data.IterableDataset):
-            faults += no_supervised_token(name, dataset)
-    parallelism = trainer.accelerator.parallelism_config
-    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-        faults.append("context and sequence parallelism are not supported: their labels are already shifted")
-    return faults
 
 
 def packed_batch(inputs: Mapping[str, Any]) -> None:
@@ -317,5 +217,54 @@ def packed_batch(inputs: Mapping[str, Any]) -> None:
         )
 
 
-def _tokenizer_of(model: Any) -> Any:
-    return AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config._name_or_path)
+def before_loading(
+    model: str | nn.Module,
+    args: Any,
+    objectives: Sequence[Objective],
+    sets: Iterable[ColumnSet],
+    kwargs: Mapping[str, Any],
+    teacher_given: bool,
+) -> list[str]:
+    """Every fault of a trainer's arguments that can be seen without weights, but for those of ``reference_column``."""
+    faults = []
+    if kwargs.get("compute_loss_func") is not None:
+        faults.append(
+            "compute_loss_func is given beside target; a run trains one objective: remove it, or write it as a target of "
+            "your own (target: my_pkg.my_module:my_target)"
+        )
+    faults += missing_teacher(args, objectives, teacher_given)
+    named = [name for name in args.teacher_settings if name != "teacher_model_name_or_path"]
+    if teacher_given and named:
+        faults.append(f"teacher_model is given beside {named[0]}; a run has one teacher: keep one")
+    faults += adapter_on_head(getattr(kwargs.get("peft_config"), "target_modules", None))
+    faults += column_faults(args, objectives, sets, kwargs.get("formatting_func") is not None)
+    asks_teacher = any("teacher" in objective.requires for objective in objectives)
+    loads_teacher = asks_teacher and not teacher_given
+    if asks_teacher:
+        faults += teacher_settings.settings_faults(args)
+    if loads_teacher or args.assistant_only_loss:
+        name = model if isinstance(model, str) else model.config._name_or_path  # type: ignore[union-attr]
+        tokenizer: Any = kwargs.get("processing_class") or AutoTokenizer.from_pretrained(name)
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        if args.assistant_only_loss:
+            faults += no_generation_markers(tokenizer, args)
+        if loads_teacher and args.teacher_cache is not None:
+            faults += teacher_settings.cache_faults(args, tokenizer)
+        if loads_teacher:
+            faults += teacher_settings.tokenizer_faults(args, tokenizer)
+    return faults
+
+
+def prepared(trainer: QTargetTrainer, images: bool) -> list[str]:
+    """Every fault of a trainer that has its data and its model. ``images``: whether its dataset holds some."""
+    if images:
+        return ["the dataset holds images; only text can be trained with a target: use TRL's SFTTrainer"]
+    faults = []
+    for name, dataset in datasets_of(trainer.train_dataset, trainer.eval_dataset):
+        faults += packed_without_boundaries(name, dataset, trainer.padding_free)
+        if not isinstance(dataset, torch.utils.data.IterableDataset):
+            faults += no_supervised_token(name, dataset)
+    parallelism = trainer.accelerator.parallelism_config
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        faults.append("context and sequence parallelism are not supported: their labels are already shifted")
+    return faults

@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 # Logits of a run from which on compiling pays: many times what benchmarks/engine.py measures, since a first
 # compile on another machine takes several times longer, and nobody with a short run should wait for it.
 PAYS_FROM = 4e10
-# Rows of which the supervised tokens are counted.
-_SAMPLED = 64
 
 
 def backend(targets: list[Target], device: torch.device, logits: float | None) -> str:
@@ -46,6 +44,6 @@ def logits_of_run(dataset: Any, rows: int, vocab_size: int) -> float | None:
     """
     if not isinstance(dataset, Dataset) or "labels" not in dataset.column_names or not len(dataset):
         return None
-    sample = dataset.select(range(min(_SAMPLED, len(dataset))))["labels"]
+    sample = dataset.select(range(min(64, len(dataset))))["labels"]
     supervised = sum(sum(label != -100 for label in labels) for labels in sample)
     return supervised / len(sample) * rows * vocab_size

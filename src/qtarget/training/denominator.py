@@ -44,7 +44,7 @@ def _kept(batch: Mapping[str, Tensor], objective: Objective) -> Tensor:
     """Tokens that a weight or critical column of their own target does not put at 0, after the shift."""
     kept = torch.ones_like(batch["labels"][..., 1:], dtype=torch.bool)
     for number, target in enumerate(objective.finals()):
-        mine = batch[SOURCE_ID][..., 1:] == number if SOURCE_ID in batch else torch.ones_like(kept)
+        of_target = batch[SOURCE_ID][..., 1:] == number if SOURCE_ID in batch else torch.ones_like(kept)
         for name in {"weight", "critical"} & set(columns_of(target)):
-            kept &= ~mine | (batch[name][..., 1:] != 0)
+            kept &= ~of_target | (batch[name][..., 1:] != 0)
     return kept

@@ -86,57 +86,37 @@ class History(TrainerCallback):
         sums, self._sums = self._accelerator.reduce(self._sums, reduction="sum").cpu(), None
         if not self._accelerator.is_main_process:
             return
-        count, trust, update = sums
-        (cells,) = (count > 0).nonzero(as_tuple=True)
-        table = pa.Table.from_pydict(
-            {
-                "step": [step] * len(cells),
-                "p_bin": (cells // BINS).tolist(),
-                "entropy_bin": (cells % BINS).tolist(),
-                "count": count[cells].long().tolist(),
-                "trust": (trust[cells] / count[cells]).tolist(),
-                "update": (update[cells] / count[cells]).tolist(),
-            },
-            schema=SCHEMA,
-        )
-        before = self._before(step)
+        (cells,) = (sums[0] > 0).nonzero(as_tuple=True)
+        count, trust, update = sums[:, cells]
+        columns = torch.full_like(cells, step), cells // BINS, cells % BINS, count.long(), trust / count, update / count
+        named = zip(SCHEMA.names, (column.tolist() for column in columns), strict=True)
+        table = pa.Table.from_pydict(dict(named), schema=SCHEMA)
+        if self._file.is_file():  # a resumed run goes on, and what it does again is written anew
+            earlier = pq.read_table(self._file)
+            stay = [known for known in pc.unique(earlier["step"]).to_pylist() if known % self.stride(step) == 0]
+            stays = pc.is_in(earlier["step"], pa.array(stay, pa.int32()))
+            table = pa.concat_tables([earlier.filter(pc.and_(pc.less(earlier["step"], step), stays)), table])
         with files.whole(self._file, report=False) as partial:
-            pq.write_table(table if before is None else pa.concat_tables([before, table]), partial, compression="zstd")
-
-    def _before(self, step: int) -> pa.Table | None:
-        """Maps of earlier steps that stay: a resumed run goes on, and what it does again is written anew."""
-        if not self._file.is_file():
-            return None
-        table = pq.read_table(self._file)
-        kept = [known for known in pc.unique(table["step"]).to_pylist() if known % self.stride(step) == 0]
-        return table.filter(pc.and_(pc.less(table["step"], step), pc.is_in(table["step"], pa.array(kept, pa.int32()))))
+            pq.write_table(table, partial, compression="zstd")
 
 
 def frames(folder: str | Path) -> list[dict[str, Any]]:
     """The maps of a run as the page plays them: [{step, count, trust, update}], 20 × 20 lists each, rows are p_y."""
     file = Path(folder) / FILE
     try:
-        read = pq.read_table(file)
-        table = pa.Table.from_arrays([read[name].cast(SCHEMA.field(name).type) for name in SCHEMA.names], SCHEMA.names)
+        cells = pq.read_table(file).select(SCHEMA.names).cast(SCHEMA).to_pylist()
     except (OSError, pa.ArrowException, KeyError) as error:
         raise StorageError(f"{file} cannot be read ({reason(error)}); train again with lens_every") from None
-    lines = table.to_pylist()
-    made: dict[int, dict[str, Any]] = {}
-    for line in lines:
-        if any(line[name] is None for name in SCHEMA.names) or not all(
-            0 <= line[n] < BINS for n in ("p_bin", "entropy_bin")
-        ):
+    maps: dict[int, dict[str, Any]] = {}
+    for cell in cells:
+        p_bin, entropy_bin = place = cell["p_bin"], cell["entropy_bin"]
+        if None in cell.values() or not all(0 <= number < BINS for number in place):
             raise StorageError(
-                f"{file} has a cell at p_bin {line['p_bin']}, entropy_bin {line['entropy_bin']}, which the map of {BINS} "
-                "by as many has not; train again with lens_every"
+                f"{file} has a cell at p_bin {p_bin}, entropy_bin {entropy_bin}, which the map of {BINS} by as many has "
+                "not; train again with lens_every"
             )
-        frame = made.setdefault(
-            line["step"],
-            {
-                "step": line["step"],
-                **{name: [[0] * BINS for _ in range(BINS)] for name in ("count", "trust", "update")},
-            },
-        )
-        for name in ("count", "trust", "update"):
-            frame[name][line["p_bin"]][line["entropy_bin"]] = line[name]
-    return [made[step] for step in sorted(made)]
+        empty = {name: [[0] * BINS for _ in range(BINS)] for name in ("count", "trust", "update")}
+        frame = maps.setdefault(cell["step"], {"step": cell["step"], **empty})
+        for name in empty:
+            frame[name][p_bin][entropy_bin] = cell[name]
+    return [maps[step] for step in sorted(maps)]

@@ -52,24 +52,17 @@ class HostHooks(SFTTrainer):
         return self.rows.on_device(super()._prepare_inputs, inputs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        host, count = super().get_batch_samples, self._get_num_items_in_batch
-        return self.step_batches.of_step(self._whole, host, count, epoch_iterator, num_batches, device)
+        return self.step_batches.of_step(self._whole, super().get_batch_samples, epoch_iterator, num_batches)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         return denominator.of_step(self._whole, batch_samples, device)
 
     def _init_training_state(
-        self,
-        max_steps: int,
-        num_update_steps_per_epoch: int,
-        num_train_epochs: int,
-        resume_from_checkpoint: str | None,
-        trial: Any,
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ) -> tuple[int, int]:
-        state = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
-        return self.step_batches.resumed(self._whole, *state, resume_from_checkpoint)
+        length = max_steps, num_update_steps_per_epoch, num_train_epochs
+        finished, trained = super()._init_training_state(*length, resume_from_checkpoint, trial)
+        return self.step_batches.resumed(self._whole, finished, trained, resume_from_checkpoint)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self._whole.release_models()

@@ -17,7 +17,6 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import has_length
@@ -40,20 +39,14 @@ class StepBatches:
         self._warned = False
 
     def of_step(
-        self,
-        trainer: QTargetTrainer,
-        host: Callable[..., Any],
-        count: Callable[..., Any],
-        batches: Iterator,
-        num_batches: int,
-        device: torch.device,
+        self, trainer: QTargetTrainer, host: Callable[..., Any], batches: Iterator, num_batches: int
     ) -> tuple[list, Any]:
         """The micro-batches of a step and their denominator.
 
         None where the run is at its end, and where a pass over a stream has too few left for a whole step.
 
         Args:
-            host: its ``get_batch_samples``. count: its ``_get_num_items_in_batch``. batches: of the present pass.
+            host: its ``get_batch_samples``. batches: of the present pass.
 
         Raises:
             ConfigError: a whole pass over a stream holds less than one step.
@@ -62,7 +55,7 @@ class StepBatches:
             trainer.control.should_training_stop = True
             return [], None
         if has_length(trainer.train_dataset):
-            samples: tuple[list, Any] = host(batches, num_batches, device)
+            samples: tuple[list, Any] = host(batches, num_batches, trainer.args.device)
             return samples
         taken = [*itertools.islice(batches, num_batches)]
         if taken and len(taken) < num_batches:
@@ -79,7 +72,7 @@ class StepBatches:
                 )
             taken = []
         self._pass, self._begins_within = batches, False
-        return taken, count(taken, device) if taken else None
+        return taken, trainer.denominator(taken)
 
     def resumed(self, trainer: QTargetTrainer, finished: int, trained: int, checkpoint: str | None) -> tuple[int, int]:
         """Passes finished, and micro-batches trained of the present one; of a stream worked out anew."""

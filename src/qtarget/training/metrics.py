@@ -27,105 +27,89 @@ COUNTS = "qtarget_counts.json"
 _SFT_UPDATE = "sft_update"
 
 
-class TokenSums:
-    """Sums of per-token statistics since they were last read, kept on the device so that no step waits for them.
-
-    Args:
-        sources: data sources, in the order of their numbers; each gets the same figures as ``source/name``.
-    """
-
-    def __init__(self, sources: Sequence[str] = ()) -> None:
-        self._sources = sources
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, stats: dict[str, Tensor], source: Tensor | None = None, loss_sum: Tensor | None = None) -> None:
-        """Add a micro-batch: tensors of the labels' shape, NaN where a token takes no part."""
-        stats = {**stats, _SFT_UPDATE: -torch.expm1(-stats["nll"])}
-        for name, value in stats.items():
-            taking_part = ~torch.isnan(value)
-            self._add(name, value.nansum(), taking_part.sum())
-            for number, source_name in enumerate(self._sources if source is not None else ()):
-                mine = taking_part & (source == number)
-                self._add(f"{source_name}/{name}", value.masked_fill(~mine, 0).sum(), mine.sum())
-        if loss_sum is not None:
-            self._add("loss", loss_sum.detach(), (~torch.isnan(stats["nll"])).sum())
-
-    def _add(self, name: str, total: Tensor, count: Tensor) -> None:
-        pair = (
-            torch.stack([total.double().cpu(), count.double().cpu()])
-            if total.device.type == "mps"
-            else torch.stack([total.double(), count.double()])
-        )
-        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
-
-    def read(self, accelerator: Any) -> dict[str, float]:
-        """Token-weighted means over all processes, with the number of tokens, and start again."""
-        if not self._sums:
-            return {}
-        names = list(self._sums)
-        pairs = torch.stack([self._sums[name] for name in names])
-        pairs = accelerator.reduce(pairs, reduction="sum").cpu()
-        self._sums = {}
-        means = {name: float(total / count) for name, (total, count) in zip(names, pairs, strict=True) if count > 0}
-        for prefix in ("", *(f"{source}/" for source in self._sources)):
-            if f"{prefix}nll" in names:
-                means[f"{prefix}supervised_tokens"] = float(pairs[names.index(f"{prefix}nll"), 1])
-            sft_update = means.pop(prefix + _SFT_UPDATE, 0.0)
-            if sft_update > 0 and f"{prefix}update" in means:
-                means[f"{prefix}update_vs_sft"] = means[f"{prefix}update"] / sft_update
-        return means
-
-
 class TokenMeter:
     """What a run logs: means over tokens, micro-batches and processes.
 
+    Sums and counts stay on the device until they are read, so that no step waits for them.
+
     Args:
-        sources: data sources, in the order of their numbers. accelerator: the run's. history: collects the lens' maps.
+        sources: data sources, in the order of their numbers; each gets the same figures as ``source/name``.
+        accelerator: the run's. history: collects the lens' maps.
     """
 
     def __init__(self, sources: Sequence[str], accelerator: Any, history: History | None = None):
         self._sources, self._accelerator, self._history = sources, accelerator, history
-        self._sums = {mode: TokenSums(sources) for mode in ("train", "eval")}
+        # "train" or "eval" → name → [sum, count]
+        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._lines_logged = 0
 
     def add(self, stats: dict[str, Tensor], batch: Batch, step: int) -> None:
         """A micro-batch of training, in optimiser step ``step`` (1 is the first)."""
-        self._sums["train"].add(stats, _sources_of(batch))
+        self._add("train", stats, batch)
         if self._history is not None and self._history.wants(step):
             self._history.add(stats)
 
     def add_evaluated(self, stats: dict[str, Tensor], batch: Batch, loss: Tensor) -> None:
         """A batch of evaluation; ``loss`` is a mean over its tokens."""
-        tokens = (batch.shifted != -100).sum().clamp(min=1)
-        self._sums["eval"].add(stats, _sources_of(batch), loss_sum=loss.detach() * tokens)
+        self._add("eval", stats, batch)
+        tokens = (batch.shifted != -100).sum()
+        self._add_sum("eval", "loss", loss.detach() * tokens.clamp(min=1), tokens)
+
+    def _add(self, mode: str, stats: dict[str, Tensor], batch: Batch) -> None:
+        """``stats``: tensors of the shifted labels' shape, NaN where a token takes no part."""
+        source = batch.columns.get(SOURCE_ID)
+        tokens_of = {} if source is None else {name: source[:, 1:] == n for n, name in enumerate(self._sources)}
+        for name, value in {**stats, _SFT_UPDATE: -torch.expm1(-stats["nll"])}.items():
+            taking_part = ~torch.isnan(value)
+            self._add_sum(mode, name, value.nansum(), taking_part.sum())
+            for source_name, tokens in tokens_of.items():
+                of_source = taking_part & tokens
+                self._add_sum(mode, f"{source_name}/{name}", value.masked_fill(~of_source, 0).sum(), of_source.sum())
+
+    def _add_sum(self, mode: str, name: str, total: Tensor, count: Tensor) -> None:
+        device = "cpu" if total.device.type == "mps" else total.device  # MPS has no float64
+        pair = torch.stack([number.to(device).double() for number in (total, count)])
+        self._sums[mode][name] = self._sums[mode].get(name, 0) + pair
 
     def begin_evaluation(self) -> None:
-        self._sums["eval"] = TokenSums(self._sources)
+        self._sums["eval"] = {}
 
     def read(self, mode: str) -> dict[str, float]:
-        """Means of "train" or "eval" since they were last read, TRL's name for the accuracy among them."""
-        means = self._sums[mode].read(self._accelerator)
-        return {**means, "mean_token_accuracy": means["accuracy"]} if "accuracy" in means else means
+        """Token-weighted means of "train" or "eval" over all processes, with the number of tokens, and start again."""
+        sums, self._sums[mode] = self._sums[mode], {}
+        if not sums:
+            return {}
+        reduced = self._accelerator.reduce(torch.stack([*sums.values()]), reduction="sum").tolist()
+        pairs = dict(zip(sums, reduced, strict=True))
+        means = {name: total / count for name, (total, count) in pairs.items() if count > 0}
+        for prefix in ("", *(f"{source}/" for source in self._sources)):
+            if f"{prefix}nll" in pairs:
+                means[f"{prefix}supervised_tokens"] = pairs[f"{prefix}nll"][1]
+            sft_update = means.pop(prefix + _SFT_UPDATE, 0.0)
+            if sft_update > 0 and f"{prefix}update" in means:
+                means[f"{prefix}update_vs_sft"] = means[f"{prefix}update"] / sft_update
+        if "accuracy" in means:
+            means["mean_token_accuracy"] = means["accuracy"]  # TRL's name
+        return means
 
     def add_to_log(self, trainer: QTargetTrainer, logs: dict[str, float]) -> None:
         """A line of training: means since the last one, and the scheduled numbers of the step just done.
 
         Nothing was added before the summary at the end of training, which stays as it is.
         """
-        if means := self.read("train"):
-            logs.update(means)
-            logs.update(trainer.objective.values(max(trainer.state.global_step - 1, 0), trainer.total_steps))
-            if (sentence := self._add_matching_rate(logs)) is not None:
-                trainer.accelerator.print(sentence)
-
-    def _add_matching_rate(self, logs: dict[str, float]) -> str | None:
-        """In the first lines: the rate at which plain SFT's step would be as large. Returns a sentence to print once."""
+        if not (means := self.read("train")):
+            return
+        logs.update(means, **trainer.objective.values(max(trainer.state.global_step - 1, 0), trainer.total_steps))
         share, rate = logs.get("update_vs_sft"), logs.get("learning_rate")
-        if not share or not rate or self._lines_logged >= _LINES_WITH_MATCHING_RATE:
-            return None
-        logs["lr_to_match_sft"] = rate / share
-        self._lines_logged += 1
-        return update_against_sft(share, rate) if self._lines_logged == 1 and abs(share - 1) > 1e-3 else None
+        if share and rate and self._lines_logged < _LINES_WITH_MATCHING_RATE:
+            logs["lr_to_match_sft"] = rate / share
+            self._lines_logged += 1
+            if self._lines_logged == 1 and abs(share - 1) > 1e-3:
+                trainer.accelerator.print(
+                    f"the update is {share:.3g} of plain SFT's on the same tokens; at this learning rate of {rate:.3g} "
+                    f"the step of {rate / share:.3g} would match it under SGD (Adam divides a constant factor out "
+                    "again, so there it tells how the steps compare with weight decay and clipping)"
+                )
 
     def save(self, folder: Path, num_tokens: int) -> None:
         """Into a checkpoint: the counts of a whole run."""
@@ -140,17 +124,3 @@ class TokenMeter:
             counts = files.loads((folder / COUNTS).read_bytes())
             self._lines_logged = int(counts["lines_logged"])
             return int(counts["num_tokens"])
-
-
-def _sources_of(batch: Batch) -> Tensor | None:
-    source = batch.columns.get(SOURCE_ID)
-    return None if source is None else source[:, 1:]
-
-
-def update_against_sft(share: float, learning_rate: float) -> str:
-    """The sentence a run prints at its first log line."""
-    return (
-        f"the update is {share:.3g} of plain SFT's on the same tokens; at this learning rate of {learning_rate:.3g} the "
-        f"step of {learning_rate / share:.3g} would match it under SGD (Adam divides a constant factor out again, so "
-        "there it tells how the steps compare with weight decay and clipping)"
-    )

@@ -77,8 +77,7 @@ class RowPreparer:
             DataError: a row that cannot be trained, a missing column, a cache that lacks a row; each names the row.
         """
         objective = self._objective if name == "train" else self._eval_objective
-        columns = get_dataset_column_names(dataset)
-        raise_together(checks.missing_columns(name, columns, objective, args, name != "train"))
+        raise_together(checks.missing_columns(name, get_dataset_column_names(dataset), objective, args))
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         kwargs: Any = args.dataset_kwargs or {}
         if formatting_func is None and not kwargs.get("skip_prepare_dataset"):
@@ -114,17 +113,14 @@ class RowPreparer:
     def _open_join(self, trainer: QTargetTrainer, args: QTargetConfig, tokenizer: Any) -> None:
         """Once, before the first rows are prepared."""
         if self.join is None and self._asks(self._objective.requires | self._eval_objective.requires):
-            template, completion_only = trainer.chat_template, trainer.completion_only_loss
-            self.join = open_join(args, tokenizer, template, completion_only, self._asking_rows(args))
+            asking = None  # every row may ask a teacher
+            if self._objective.sources and args.eval_target is None and not self._opens_teacher:
+                targets = self._objective.targets.items()
+                sources = frozenset(str(source) for source, target in targets if "teacher" in target.requires)
+                asking = RowsThatAsk(args.source_column, sources)
+            self.join = open_join(args, tokenizer, trainer.chat_template, trainer.completion_only_loss, asking)
         if self.join is not None:
             self.columns = replace(self.columns, made=(self.join.column,))
-
-    def _asking_rows(self, args: QTargetConfig) -> RowsThatAsk | None:
-        """The data sources whose target asks a teacher; None where every row may."""
-        if not self._objective.sources or args.eval_target is not None or self._opens_teacher:
-            return None
-        named = self._objective.targets.items()
-        return RowsThatAsk(args.source_column, frozenset(str(name) for name, t in named if "teacher" in t.requires))
 
     # -- batches -------------------------------------------------------------------------------------------------
 
@@ -134,8 +130,7 @@ class RowPreparer:
 
     def signature(self, columns: list[str] | None) -> list[str]:
         """The columns a dataset keeps: the host's and those that are carried."""
-        kept = columns or []
-        return [*kept, *(name for name in self._carried if name not in kept)]
+        return [*dict.fromkeys([*(columns or []), *self._carried])]
 
     def collator(self, inner: Any) -> TokenColumnCollator:
         """The host's collator, with the columns."""
@@ -144,17 +139,17 @@ class RowPreparer:
 
     def on_device(self, to_device: Callable[..., dict[str, Any]], inputs: dict[str, Any]) -> dict[str, Any]:
         """The host's ``_prepare_inputs``, past which columns keep their digits: DeepSpeed would cast every float."""
-        columns = {name: inputs[name] for name in self._names if name in inputs}
-        prepared = to_device({name: value for name, value in inputs.items() if name not in columns})
+        rest, columns = self._taken_apart(inputs)
+        prepared = to_device(rest)
         device = prepared["input_ids"].device
         return prepared | {name: column.to(device) for name, column in columns.items()}
 
-    @property
-    def _names(self) -> list[str]:
-        return [*self._carried, *reader.COLUMNS]
-
     def batch(self, inputs: dict[str, Any]) -> Batch:
         """What a step is given, taken apart."""
-        columns = {name: inputs[name] for name in self._names if name in inputs}
-        rest = {name: value for name, value in inputs.items() if name not in columns and name != "labels"}
-        return Batch(rest, inputs["labels"], columns)
+        rest, columns = self._taken_apart(inputs)
+        return Batch(rest, rest.pop("labels"), columns)
+
+    def _taken_apart(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What models read, and the columns."""
+        columns = {name: inputs[name] for name in (*self._carried, *reader.COLUMNS) if name in inputs}
+        return {name: value for name, value in inputs.items() if name not in columns}, columns

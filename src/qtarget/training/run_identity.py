@@ -35,43 +35,30 @@ class Saved(TypedDict, total=False):
     psft_refresh: int | str
 
 
-def identity(args: Any, objective: Objective, own: Mapping[str, str | None]) -> dict[str, Any]:
+def identity(args: Any, objective: Objective, names: Mapping[str, str | None]) -> dict[str, Any]:
     """The settings that decide what is trained, as JSON holds them.
 
     Args:
-        args: QTargetConfig. own: what to call a teacher or reference that ``args`` does not name.
+        args: QTargetConfig. names: what to call a teacher or reference that ``args`` does not name.
     """
-    requires = objective.requires
-    models = args.models_for(requires)
-    settings = {
-        "targets" if objective.sources else "target": objective.to_config(),
-        "denominator": args.denominator,
-    }
+    requires, models = objective.requires, args.models_for(objective.requires)
+    settings = {"targets" if objective.sources else "target": objective.to_config(), "denominator": args.denominator}
     for role in ("teacher", "reference"):
         name = getattr(args, f"{role}_model_name_or_path")
         revision = getattr(args, f"{role}_model_revision") or "default"
-        named = f"{name} (revision {revision})" if name else own.get(role)
+        read_from_cache = role == "teacher" and args.teacher_cache is not None
+        named = f"{name} (revision {revision})" if name and not read_from_cache else names.get(role)
         settings[role] = named if role in models else None
-    if "teacher" in models and args.teacher_cache is not None:
-        settings["teacher"] = own.get("teacher")
-    if "teacher" in models:
-        settings |= {
-            name: getattr(args, name)
-            for name, default in (
-                ("teacher_context", None),
-                ("teacher_end_token", "label"),
-                ("teacher_tail", "student"),
-            )
-            if getattr(args, name) != default
-        }
-    if objective.sources:
-        settings["source_column"] = args.source_column
-    if "weight" in requires:
-        settings["weights"] = args.weights
-        if args.weights == "online":
-            settings["weights_temperature"] = args.weights_temperature
-    if "old_policy" in requires:
-        settings["psft_refresh"] = args.psft_refresh
+    decides = {
+        "teacher_context": "teacher" in models and args.teacher_context is not None,
+        "teacher_end_token": "teacher" in models and args.teacher_end_token != "label",
+        "teacher_tail": "teacher" in models and args.teacher_tail != "student",
+        "source_column": bool(objective.sources),
+        "weights": "weight" in requires,
+        "weights_temperature": "weight" in requires and args.weights == "online",
+        "psft_refresh": "old_policy" in requires,
+    }
+    settings |= {name: getattr(args, name) for name, so in decides.items() if so}
     return json.loads(json.dumps(settings, default=str))
 
 
@@ -92,17 +79,12 @@ def describe(args: Any, objective: Objective, settings: dict[str, Any]) -> str:
 
 def trusted_code(args: Any) -> list[str]:
     """The models whose own code a run may run, because the user said so."""
-    asked = {
-        "the model": args.trust_remote_code or _trusts(args.model_init_kwargs),
-        "the teacher": _trusts(args.teacher_model_init_kwargs)
-        or any(_trusts(t.init_kwargs) for t in args.pool_members()),
-        "the reference": _trusts(args.reference_model_init_kwargs),
+    init_kwargs = {
+        "the model": [{"trust_remote_code": args.trust_remote_code}, args.model_init_kwargs],
+        "the teacher": [args.teacher_model_init_kwargs, *(member.init_kwargs for member in args.pool_members())],
+        "the reference": [args.reference_model_init_kwargs],
     }
-    return [who for who, on in asked.items() if on]
-
-
-def _trusts(init_kwargs: Any) -> bool:
-    return isinstance(init_kwargs, Mapping) and bool(init_kwargs.get("trust_remote_code"))
+    return [who for who, several in init_kwargs.items() if any((one or {}).get("trust_remote_code") for one in several)]
 
 
 def write(folder: str | Path, settings: dict[str, Any]) -> None:

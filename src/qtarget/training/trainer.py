@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from trl import SFTTrainer
 
 from qtarget.data.batch import Batch
-from qtarget.data.columns import REFERENCE, SOURCE_ID, columns_for, columns_of
+from qtarget.data.columns import SOURCE_ID, columns_for
 from qtarget.errors import ConfigError, raise_together
 from qtarget.losses import Head, TopK, engine
 from qtarget.models.causal_lm import CausalLM
@@ -97,16 +97,16 @@ class QTargetTrainer(HostHooks):
         kwargs.update(zip(names, positional, strict=False))
         args = QTargetConfig.of(model, args, target)
         objectives = self.objective, self.eval_objective = args.resolve_objective(), args.resolve_eval_objective()
-        given = teacher_model is not None, reference_model is not None
-        raise_together(checks.before_loading(model, args, *objectives, kwargs, *given))
-        for warning in checks.unused_teacher(args, objectives, given[0]):
-            logger.warning(warning)
+        datasets = checks.datasets_of(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+        sets = checks.column_sets(*objectives, datasets)
+        self.reads_reference_column, faults = checks.reference_column(args, sets, reference_model is not None)
+        teacher_given = teacher_model is not None
+        raise_together([*checks.before_loading(model, args, objectives, sets, kwargs, teacher_given), *faults])
+        if (teacher_given or args.names_teacher) and not any("teacher" in o.requires for o in objectives):
+            logger.warning(f"a teacher is given, but target {self.objective} does not need it; it is not loaded")
         engine.choose(args.loss_backend, args.device, torch.float32, "loss_backend")
-        sets = checks.column_sets(*objectives, kwargs)
-        self.reads_reference_column = checks.reference_column(args, sets, given[1])[0]
         self.rows = RowPreparer(args, *objectives, self.reads_reference_column, self.opens_teacher)
         self.step_batches, self.checkpoints = StepBatches(), AtomicCheckpoints()
-        kwargs.pop("compute_loss_func", None)
         with as_plain_nll(args):
             super().__init__(model, args, **kwargs)  # type: ignore[arg-type]
         # The trainer divides by the accumulation steps itself only where each micro-batch brings its own mean.
@@ -172,10 +172,12 @@ class QTargetTrainer(HostHooks):
         """Once: logits rebuilt from hidden states are the models' own, the student's and every other's.
 
         Raises:
-            ConfigError: an architecture that does something to its logits that is not known here.
+            ConfigError: an architecture that does something to its logits that is not known here, or a packed batch whose
+                documents see each other.
         """
         if self._heads_checked:
             return
+        checks.packed_batch(inputs)
         student = self.student if student is None else student
         with evaluation_mode(student.model):
             student.check_head(inputs, self.accelerator.mixed_precision != "no")
@@ -187,8 +189,7 @@ class QTargetTrainer(HostHooks):
         return self.aux if all(self.aux.has(role) for role in roles) else self._load(roles)
 
     def _load(self, roles: Collection[str], *given: Any) -> AuxiliaryModels:
-        end = self.tokenizer.eos_token_id
-        return AuxiliaryModels(self.args, self.accelerator, self.student, roles, end, *given)
+        return AuxiliaryModels(self.args, self.accelerator, self.student, roles, self.tokenizer.eos_token_id, *given)
 
     def _roles(self, requires: frozenset[str]) -> frozenset[str]:
         """The models that targets need; online weights against a column need no reference of their own."""
@@ -198,24 +199,19 @@ class QTargetTrainer(HostHooks):
     @property
     def reads_teacher(self) -> bool:
         """Whether there is a teacher to ask."""
-        return self.aux.teacher is not None
+        return self.aux.has("teacher")
 
     @property
     def evaluates_teacher(self) -> bool:
         """Whether the rows of evaluation find the teacher: by position always, by a join where their target asks one."""
-        return self.reads_teacher and (
-            self.rows.join is None or "teacher" in self.args.resolve_eval_objective().requires
-        )
+        asks_teacher = "teacher" in self.args.resolve_eval_objective().requires
+        return self.reads_teacher and (self.rows.join is None or asks_teacher)
 
     def release_models(self) -> None:
         """Free the models that no target needs from the next step on."""
         objectives = self.objective, self.eval_objective
         ahead = frozenset().union(*(o.requires_from(self.state.global_step, self.total_steps) for o in objectives))
         self.aux.release(self._roles(ahead))
-
-    def targets_now(self, training: bool = True) -> list[Target]:
-        """The targets of the next optimiser step, one per data source."""
-        return (self.objective if training else self.eval_objective).at(self.state.global_step, self.total_steps)
 
     # -- the loss ------------------------------------------------------------------------------------------------
 
@@ -232,12 +228,10 @@ class QTargetTrainer(HostHooks):
         num_items_in_batch: Tensor | int | None = None,
     ):
         training, step = model.training, self.state.global_step
-        targets = self.targets_now(training)
+        targets = (self.objective if training else self.eval_objective).at(step, self.total_steps)
         requires = frozenset().union(*(target.requires for target in targets))
         batch, student = self.rows.batch(inputs), CausalLM(model, self.vocab_size)
-        if not self._heads_checked:
-            checks.packed_batch(inputs)
-            self.check_heads(batch.inputs, student)
+        self.check_heads(batch.inputs, student)
         if training:
             self.aux.advance(step, requires)
         self._add_computed_columns(batch, student, requires)
@@ -245,18 +239,10 @@ class QTargetTrainer(HostHooks):
         source = batch.columns.get(SOURCE_ID) if len(targets) > 1 else None
         if self.label_only_token is not None:
             targets, source = teacher_settings.split_end_tokens(targets, source, batch.labels, self.label_only_token)
-        columns = {name: batch.columns[name] for name in columns_of(*targets) if name in batch.columns}
-        call = LossCall(
-            targets,
-            batch.labels,
-            columns if source is None else {**columns, SOURCE_ID: source},
-            heads,
-            self.vocab_size,
-            num_items_in_batch,
-            "all" if not training or self._logs_this_step() else "basic",
-            self.aux_loss_enabled,
-            self._engine_backend(),
-        )
+        columns = batch.columns if source is None else {**batch.columns, SOURCE_ID: source}
+        stats = "all" if not training or self._logs_this_step() else "basic"
+        settings = self.vocab_size, num_items_in_batch, stats, self.aux_loss_enabled, self._engine_backend()
+        call = LossCall(targets, batch.labels, columns, heads, *settings)
         try:
             output = model(**batch.inputs, qtarget=call)
         except ConfigError as error:
@@ -279,9 +265,7 @@ class QTargetTrainer(HostHooks):
         if self.aux.old_policy is not None and "old_policy" in requires:
             batch.columns["old_logps"] = self.aux.old_logps(student, batch)
         if self.args.weights == "online" and "weight" in requires:
-            reference = batch.columns.get(REFERENCE)
-            weights = self.aux.online_weights(student, batch, self.args.weights_temperature, reference)
-            batch.columns["weight"] = weights
+            batch.columns["weight"] = self.aux.online_weights(student, batch, self.args.weights_temperature)
 
     def _engine_backend(self) -> str:
         """Who does the rows' mathematics: the same at every step of a run, and asked once."""
@@ -314,10 +298,7 @@ class QTargetTrainer(HostHooks):
 
     def _count_tokens(self, inputs: dict[str, Any]) -> None:
         """TRL's num_tokens: all tokens forwarded so far, padding left out."""
-        if "attention_mask" in inputs:
-            count = inputs["attention_mask"].sum()
-        else:
-            count = torch.tensor(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
+        count = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
         self._total_train_tokens += int(self.accelerator.gather_for_metrics(count).sum()) // self._tp_size
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
@@ -374,10 +355,10 @@ class QTargetTrainer(HostHooks):
             ConfigError: it needs a model or a column that this trainer did not load.
         """
         objective = Objective.single(target)
-        there = {"teacher": self.evaluates_teacher, "reference": self.aux.has("reference")}
-        missing = [f"a {name}" for name, has in there.items() if name in objective.requires and not has]
-        names = self.rows.columns.names
-        missing += [f"column {name!r}" for name in columns_for(objective.requires) if name not in names]
+        models = {"teacher": self.evaluates_teacher, "reference": self.aux.has("reference")}
+        missing = [f"a {role}" for role, loaded in models.items() if role in objective.requires and not loaded]
+        columns = self.rows.columns.names
+        missing += [f"column {name!r}" for name in columns_for(objective.requires) if name not in columns]
         if missing:
             raise ConfigError(
                 f"target {objective} needs {', '.join(missing)}, which this trainer did not load; name the target "

@@ -1,6 +1,6 @@
 """Checks the trainer's promises on a user's own model, rows, target and config.
 
-``subject`` is the trainer, stepped through its own functions and watched; ``oracle`` works out what it should give from
+``subject`` is the trainer, stepped through its own functions and watched; ``expected`` works out what it should give from
 nothing of the trainer's; each other module is a family of checks.
 """
 

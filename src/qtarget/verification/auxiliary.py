@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,15 +13,20 @@ from qtarget.data.batch import Batch
 from qtarget.losses import TopK
 from qtarget.models.causal_lm import CausalLM
 from qtarget.teachers.sources import Cached, WithContext
-from qtarget.verification.check import Check, Finding, expect, not_applicable, worst
-from qtarget.verification.expected import Oracle, label_log_p
+from qtarget.verification.check import Finding, check, expect, not_applicable
+from qtarget.verification.expected import Oracle, label_log_p, logits_of
 from qtarget.verification.subject import Subject
 
 # Of log-probabilities, absolute: float32 through a whole model, and half precision.
 _CLOSE, _CLOSE_IN_HALF = 5e-3, 0.25
 
 
+@check(
+    "teacher sees the same ids",
+    "the teacher is asked about other tokens: check its tokenizer and teacher_context, or build its cache anew",
+)
 def teacher(subject: Subject) -> Finding:
+    """The teacher reads the ids the student reads, and the loss is given what it says of them."""
     if "teacher" not in subject.requires:
         return not_applicable("the target asks no teacher")
     source = subject.trainer.aux.teacher
@@ -31,7 +37,12 @@ def teacher(subject: Subject) -> Finding:
     return _asked(subject, "teacher", models, source if isinstance(source, WithContext) else None)
 
 
+@check(
+    "reference sees the same ids",
+    "the reference is asked about other tokens: check its tokenizer and how it is loaded",
+)
 def reference(subject: Subject) -> Finding:
+    """The reference reads the ids the student reads, and the loss is given what it says of them."""
     if "reference" not in subject.requires:
         return not_applicable("the target asks no reference")
     return _asked(subject, "reference", [subject.trainer.aux.reference or subject.trainer.student], None)
@@ -45,13 +56,10 @@ def _asked(subject: Subject, name: str, models: Sequence[CausalLM], context: Wit
     def watch(module: nn.Module, given: Any) -> None:
         seen.append(given[0].detach())
 
-    hooks = [model.base.get_input_embeddings().register_forward_pre_hook(watch) for model in models]
-    try:
-        with subject.without_dropout(), torch.no_grad():
-            subject.trainer.ask(batch, {name})
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, subject.without_dropout(), torch.no_grad():
+        for model in models:
+            hooks.enter_context(model.base.get_input_embeddings().register_forward_pre_hook(watch))
+        subject.trainer.ask(batch, {name})
     wrong = [_differences(subject, ids, batch, context) for ids in seen]
     error, count = _of_labels(subject, name)
     allowed = _CLOSE if subject.dtype in (torch.float32, torch.float64) else _CLOSE_IN_HALF
@@ -84,66 +92,38 @@ def _differences(subject: Subject, ids: Tensor, batch: Batch, context: WithConte
 
 def _of_labels(subject: Subject, name: str) -> tuple[float, int]:
     """(the largest difference of log p_y between what the loss was given and the model's own logits, labels)."""
-    oracle, count = Oracle(subject), 0
-    errors: list[float] = []
-    own = oracle.sampled[0].get(name)
-    for chosen, target in oracle.of_target():
-        head = subject.heads_at(chosen).get(name)
-        if name not in target.requires or own is None or head is None:
+    oracle, gaps = Oracle(subject), [torch.zeros(0)]
+    for sample in subject.samples:
+        own, head = oracle.given(sample).get(f"{name}_logits"), sample.heads.get(name)
+        if name not in sample.target.requires or own is None or head is None:
             continue
-        on = chosen.to(subject.device)
-        labels = subject.sample.labels[chosen].to(subject.device)
-        given = oracle.dense(head, oracle.sampled_logits[on])
+        given = oracle.dense(head, logits_of(sample.student))
         width = min(given.shape[1], own.shape[1])
-        gap = label_log_p(given[:, :width], labels) - label_log_p(own[on][:, :width], labels)
-        errors.append(float(gap.abs().max()))
-        count += len(labels)
-    return (errors[worst(dict(enumerate(errors)))] if errors else 0.0), count
-
-
-def _offsets(subject: Subject, trained: Tensor) -> list[int]:
-    """For each trained place, the padding before its row."""
-    offsets = subject.offsets(subject.step.batch)
-    return [offsets[row] for row, _ in trained.nonzero().tolist()]
+        log_p, own_log_p = (label_log_p(logits[:, :width], sample.labels) for logits in (given, own))
+        gaps.append((log_p - own_log_p).abs().cpu())
+    gap = torch.cat(gaps)
+    return float(gap.max()) if len(gap) else 0.0, len(gap)
 
 
 def _cached(subject: Subject, source: Cached) -> Finding:
     """Every supervised token has a place of its own in the cache, and what stands there is what the loss was given."""
-    batch = subject.step.batch
+    batch, join = subject.step.batch, source.join
     trained = batch["labels"][:, 1:] != -100
-    uids = batch[source.join.column][:, 1:][trained]
-    given = subject.step.call.others.get("teacher")
-    asked = uids[uids >= 0]
-    missing = sum(  # of the labels whose target asks the teacher
-        "teacher" in subject.targets[subject.number_of(subject.rows[row], place + 1 - offset)].requires
-        for offset, (row, place) in zip(_offsets(subject, trained), trained.nonzero().tolist(), strict=True)
-        if int(batch[source.join.column][row, place + 1]) < 0
-    )
-    if not len(asked) and not missing:
+    uids = batch[join.column][:, 1:][trained]
+    placed = uids[uids >= 0]
+    targets = [subject.targets[number] for *_, number in subject.supervised()]
+    missing = sum("teacher" in target.requires for target, uid in zip(targets, uids, strict=True) if uid < 0)
+    if not len(placed) and not missing:
         return not_applicable("no label among the rows looked at asks the teacher; look at more rows")
-    twice = len(asked) - len(asked.unique())
-    wanted = source.join.cache.gather(batch[source.join.column][:, 1:][trained])
+    shared = len(placed) - len(placed.unique())  # rows that are repeated in the data have one place in the cache
+    given, cached = subject.step.call.others.get("teacher"), join.cache.gather(uids)
     same = isinstance(given, TopK) and all(
-        torch.equal(own[trained.to(own.device)].cpu(), there)
-        for own, there in zip((given.ids, given.logprobs), list(wanted.values())[:2], strict=True)
+        torch.equal(values[trained.to(values.device)].cpu(), wanted)
+        for values, wanted in zip((given.ids, given.logprobs), list(cached.values())[:2], strict=True)
     )
-    holds = same and missing == 0  # rows that are repeated in the data have one place in the cache
-    told = f"{len(asked)} labels have a place in the cache, {missing} have none, {twice} share one"
+    told = f"{len(placed)} labels have a place in the cache, {missing} have none, {shared} share one"
     told += "" if same else "; what the loss was given is not what stands there"
-    return expect(holds, told, labels=len(asked), missing=missing, shared=twice)
+    return expect(same and not missing, told, labels=len(placed), missing=missing, shared=shared)
 
 
-CHECKS = [
-    Check(
-        "teacher sees the same ids",
-        "the teacher reads the ids the student reads, and the loss is given what it says of them",
-        "the teacher is asked about other tokens: check its tokenizer and teacher_context, or build its cache anew",
-        teacher,
-    ),
-    Check(
-        "reference sees the same ids",
-        "the reference reads the ids the student reads, and the loss is given what it says of them",
-        "the reference is asked about other tokens: check its tokenizer and how it is loaded",
-        reference,
-    ),
-]
+CHECKS = [teacher, reference]

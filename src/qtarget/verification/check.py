@@ -43,6 +43,16 @@ class Check:
     run: Callable[[Subject], Finding]
 
 
+def check(name: str, hint: str) -> Callable[[Callable[[Subject], Finding]], Check]:
+    """Makes a function a check, with its docstring as the promise."""
+
+    def checked(run: Callable[[Subject], Finding]) -> Check:
+        promise = " ".join((run.__doc__ or "").split()).rstrip(".")
+        return Check(name, promise[:1].lower() + promise[1:], hint, run)
+
+    return checked
+
+
 def worst(errors: Mapping[Any, float]) -> Any:
     """The name of the largest error; NaN is larger than any, which ``max`` would pass over."""
     return max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])

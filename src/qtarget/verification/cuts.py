@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,17 +10,23 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from qtarget.data.columns import columns_of
 from qtarget.data.preparation import Preparation
-from qtarget.verification.check import Check, Finding, expect, not_applicable, within, worst
-from qtarget.verification.expected import Oracle, at
+from qtarget.models.forward import accepted
+from qtarget.verification.check import Finding, check, expect, not_applicable, within, worst
+from qtarget.verification.expected import Oracle
 from qtarget.verification.subject import Gradient, Row, Subject, distance, relative
 
 # A chunk of this many tokens leaves a last one that is shorter.
 _CHUNKS = (7, 16)
 
 
+@check(
+    "micro-batches",
+    "the denominator is not counted over the whole step: a custom trainer's compute_loss or _get_num_items_in_batch "
+    "averages each micro-batch for itself",
+)
 def micro_batches(subject: Subject) -> Finding:
+    """In how many micro-batches a step is cut: the gradient is that of all rows in one micro-batch."""
     rows = subject.rows
     if subject.trainer.args.denominator == "micro_batch":
         return not_applicable(
@@ -36,7 +41,9 @@ def micro_batches(subject: Subject) -> Finding:
     return _against_one(subject, {name: [subject.collate(part) for part in parts] for name, parts in cuts.items()})
 
 
+@check("padding", "padded positions take part: check the pad token, the attention mask and labels at padding")
 def padding(subject: Subject) -> Finding:
+    """How far rows are padded: the gradient is that of all rows in one micro-batch."""
     batch = subject.step.batch
     if "attention_mask" not in batch:
         return not_applicable("the batches have no attention mask, so no padding")
@@ -45,22 +52,30 @@ def padding(subject: Subject) -> Finding:
     fill = {"labels": -100, "input_ids": int(getattr(collator, "pad_token_id", 0) or 0)}
     for name, value in batch.items():
         if isinstance(value, Tensor) and value.shape[:2] == batch["labels"].shape:
-            padded = value.new_full((value.shape[0], more, *value.shape[2:]), fill.get(name, _nothing_at(name)))
+            nothing = fill.get(name, -1 if name.startswith("qtarget_uid_") else 0)
+            padded = value.new_full((value.shape[0], more, *value.shape[2:]), nothing)
             longer[name] = torch.cat([value, padded], 1)
     return _against_one(subject, {f"{more} more tokens": [longer]})
 
 
-def _nothing_at(name: str) -> int:
-    return -1 if name.startswith("qtarget_uid_") else 0
-
-
+@check(
+    "padding-free",
+    "documents of a line see each other, or positions do not start again: this model or its attn_implementation "
+    "cannot tell them apart by position_ids; leave padding_free and packing off",
+)
 def padding_free(subject: Subject) -> Finding:
+    """Rows in one line without padding: the gradient is that of all rows in one micro-batch."""
     if why := _no_positions(subject):
         return not_applicable(why)
     return _against_one(subject, {"in one line": [_joined(subject, subject.rows)]})
 
 
+@check(
+    "packing",
+    "packed documents see each other, or a label or column moved: set packing: false, or another attn_implementation",
+)
 def packing(subject: Subject) -> Finding:
+    """Rows packed into sequences: the gradient is that of all rows in one micro-batch."""
     if why := _no_positions(subject):
         return not_applicable(why)
     if subject.packing_strategy == "wrapped":
@@ -69,19 +84,18 @@ def packing(subject: Subject) -> Finding:
     together = max(len(row["seq_lengths"]) for row in packed)
     if together < 2:
         return not_applicable("no two of the rows fit into one sequence")
-    cut = [_joined(subject, [row]) for row in packed]
-    if subject.trainer.args.denominator == "micro_batch":
-        cut = [_joined(subject, packed)]
-    found = _against_one(subject, {f"{len(subject.rows)} rows in {len(packed)} sequences": cut})
-    return dataclasses.replace(found, figures={**found.figures, "most_rows_in_a_sequence": together})
+    batches = [packed] if subject.trainer.args.denominator == "micro_batch" else [[row] for row in packed]
+    cut = [_joined(subject, rows) for rows in batches]
+    finding = _against_one(subject, {f"{len(subject.rows)} rows in {len(packed)} sequences": cut})
+    finding.figures["most_rows_in_a_sequence"] = together
+    return finding
 
 
 def pack(subject: Subject) -> list[Row]:
     """The rows packed by the run's own strategy, into sequences as long as half of them or the longest row."""
     trainer = subject.trainer
     lengths = [len(row["input_ids"]) for row in subject.rows]
-    carried = [name for name in trainer.rows.columns.carried if all(name in row for row in subject.rows)]
-    names = ["input_ids", "labels", *carried]
+    names = sorted({"input_ids", "labels", *trainer.rows.columns.carried}.intersection(*subject.rows))
     prepare = Preparation(
         max_length=max(max(lengths), -(-sum(lengths) // 2)),
         truncation_mode="keep_start",
@@ -99,62 +113,57 @@ def pack(subject: Subject) -> list[Row]:
 def _joined(subject: Subject, rows: list[Row]) -> dict[str, Tensor]:
     """A padding-free batch, by the trainer's own collator told so."""
     collator = subject.trainer.data_collator
-    inner = collator.inner
-    try:
-        collator.inner = dataclasses.replace(inner, padding_free=True)
-        return subject.collate(rows)
-    finally:
-        collator.inner = inner
+    padding_free = dataclasses.replace(collator, inner=dataclasses.replace(collator.inner, padding_free=True))
+    return padding_free([dict(row) for row in rows])
 
 
 def _no_positions(subject: Subject) -> str | None:
     """Why rows cannot be joined into one line; None where they can."""
     if not dataclasses.is_dataclass(getattr(subject.trainer.data_collator, "inner", None)):
         return "the collator is the user's own, which is not told to leave padding out"
-    parameters = inspect.signature(type(subject.base).forward).parameters
-    if "position_ids" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    if not accepted(subject.base, {"position_ids": None}):
         return f"{type(subject.base).__name__} takes no position_ids, by which documents are told apart"
     return None
 
 
 def _against_one(subject: Subject, cuts: Mapping[str, list[dict[str, Any]]]) -> Finding:
     """Each cut's gradient against that of all rows in one padded micro-batch."""
-    errors = {name: distance(subject.gradient(batches), subject.step.gradient) for name, batches in cuts.items()}
-    told = "; ".join(f"{name}: relative error {error:.1e}" for name, (error, _) in errors.items())
-    error, weight = errors[worst({name: error for name, (error, _) in errors.items()})]
-    if not error <= subject.rounding:
+    distances = {name: distance(subject.gradient(batches), subject.step.gradient) for name, batches in cuts.items()}
+    errors = {name: error for name, (error, _) in distances.items()}
+    told = "; ".join(f"{name}: relative error {error:.1e}" for name, error in errors.items())
+    largest, weight = distances[worst(errors)]
+    if not largest <= subject.rounding:
         told += f", most of it in {weight}"
-    return within(error, subject.rounding, told, **{name: error for name, (error, _) in errors.items()})
+    return within(largest, subject.rounding, told, **errors)
 
 
+@check("chunk size", "the loss engine depends on its chunks: report it with qtarget env")
 def chunks(subject: Subject) -> Finding:
-    """The engine over the sample in chunks of a few tokens, against all tokens at once."""
-    sample, (_, columns) = subject.sample, Oracle(subject).sampled
+    """How many tokens the engine takes at a time leaves the gradient unchanged."""
+    oracle = Oracle(subject)
     errors: dict[int, float] = {}
-    for chosen, target in Oracle(subject).of_target():
-        read = {name: column for name, column in at(columns, chosen).items() if name in columns_of(target)}
-        others = subject.heads_at(chosen)
-
-        def made(
-            rows: int, chosen: Tensor = chosen, target: Any = target, others: Any = others, read: Any = read
-        ) -> tuple[Tensor, Tensor]:
-            hidden = sample.hidden[chosen.to(sample.hidden.device)]
-            return subject.engine(hidden, sample.labels[chosen], target, others, read, chunk_rows=rows)
-
-        whole = made(len(chosen))
-        for rows in _CHUNKS:
-            if rows < len(chosen):
-                found = [relative(got, wanted) for got, wanted in zip(made(rows), whole, strict=True)]
-                found.append(errors.get(rows, 0.0))
-                errors[rows] = found[worst(dict(enumerate(found)))]
+    for sample in subject.samples:
+        given = oracle.given(sample)
+        whole = subject.engine(sample, given, chunk_rows=len(sample.labels))
+        for size in _CHUNKS:
+            if size < len(sample.labels):
+                parts = subject.engine(sample, given, chunk_rows=size)
+                both = dict(enumerate(relative(got, wanted) for got, wanted in zip(parts, whole, strict=True)))
+                both[-1] = errors.get(size, 0.0)  # of the targets before
+                errors[size] = both[worst(both)]
     if not errors:
         return not_applicable("the rows have too few supervised tokens to be cut into chunks")
-    told = "; ".join(f"{rows} tokens: relative error {error:.1e}" for rows, error in errors.items())
-    return within(errors[worst(errors)], subject.rounding, told, **{str(rows): e for rows, e in errors.items()})
+    told = "; ".join(f"{size} tokens: relative error {error:.1e}" for size, error in errors.items())
+    return within(errors[worst(errors)], subject.rounding, told, **{str(size): error for size, error in errors.items()})
 
 
+@check(
+    "world size",
+    "processes do not count labels together, or average what was already divided: check the launcher, and that no "
+    "process holds other rows or weights",
+)
 def world_size(subject: Subject) -> Finding:
-    """The gradient that DDP leaves in each process, over the trainer's own loader, against autograd over all rows."""
+    """A step over several processes has the gradient of one."""
     trainer, world = subject.trainer, subject.processes
     if world == 1:
         return not_applicable("one process; start it with torchrun --nproc_per_node 2 -m qtarget verify ...")
@@ -162,6 +171,7 @@ def world_size(subject: Subject) -> Finding:
         return not_applicable("denominator is micro_batch: each process's batch counts the same, whatever it holds")
     if len(subject.rows) < world:
         return not_applicable(f"{len(subject.rows)} rows cannot be shared by {world} processes; look at more")
+    # What DDP leaves in each process, over the trainer's own loader, against autograd over all rows.
     steps = 2 if len(subject.rows) >= 2 * world else 1
     size = len(subject.rows) // (world * steps)
     used = size * world * steps  # a last batch would be filled up with rows from the front
@@ -174,65 +184,26 @@ def world_size(subject: Subject) -> Finding:
     return within(error, subject.rounding, told, processes=world, worst=worst)
 
 
+@check(
+    "labels in place",
+    "labels were shifted or moved before the collator: give rows whose labels stand beside their input_ids",
+)
 def labels_in_place(subject: Subject) -> Finding:
-    """In every layout, a label is the id that stands at its own place."""
-    batches = {"padded": [subject.step.batch]}
+    """A label is the id at its own place, in every layout of a batch."""
+    layouts = {"padded": [subject.step.batch]}
     if _no_positions(subject) is None:
-        batches["padding-free"] = [_joined(subject, subject.rows)]
-        batches["packed"] = [_joined(subject, [row]) for row in pack(subject)]
-    wrong: dict[str, int] = {}
-    count = 0
-    for name, made in batches.items():
-        for batch in made:
+        layouts["padding-free"] = [_joined(subject, subject.rows)]
+        layouts["packed"] = [_joined(subject, [row]) for row in pack(subject)]
+    count, wrong = 0, dict.fromkeys(layouts, 0)
+    for name, batches in layouts.items():
+        for batch in batches:
             trained = batch["labels"] != -100
             count += int(trained.sum())
-            wrong[name] = wrong.get(name, 0) + int((batch["labels"] != batch["input_ids"])[trained].sum())
-    told = f"{count} labels in {', '.join(batches)} batches"
+            wrong[name] += int((batch["labels"] != batch["input_ids"])[trained].sum())
+    told = f"{count} labels in {', '.join(layouts)} batches"
     if any(wrong.values()):
         told += "; not the id at their place: " + ", ".join(f"{n} {name}" for name, n in wrong.items() if n)
     return expect(not any(wrong.values()), told, labels=count, **wrong)
 
 
-_SAME = "the gradient is that of all rows in one micro-batch"
-
-CHECKS = [
-    Check(
-        "micro-batches",
-        f"in how many micro-batches a step is cut: {_SAME}",
-        "the denominator is not counted over the whole step: a custom trainer's compute_loss or _get_num_items_in_batch "
-        "averages each micro-batch for itself",
-        micro_batches,
-    ),
-    Check(
-        "padding",
-        f"how far rows are padded: {_SAME}",
-        "padded positions take part: check the pad token, the attention mask and labels at padding",
-        padding,
-    ),
-    Check(
-        "padding-free",
-        f"rows in one line without padding: {_SAME}",
-        "documents of a line see each other, or positions do not start again: this model or its attn_implementation "
-        "cannot tell them apart by position_ids; leave padding_free and packing off",
-        padding_free,
-    ),
-    Check(
-        "packing",
-        f"rows packed into sequences: {_SAME}",
-        "packed documents see each other, or a label or column moved: set packing: false, or another attn_implementation",
-        packing,
-    ),
-    Check(
-        "chunk size",
-        "how many tokens the engine takes at a time leaves the gradient unchanged",
-        "the loss engine depends on its chunks: report it with qtarget env",
-        chunks,
-    ),
-    Check(
-        "world size",
-        "a step over several processes has the gradient of one",
-        "processes do not count labels together, or average what was already divided: check the launcher, and that no "
-        "process holds other rows or weights",
-        world_size,
-    ),
-]
+CHECKS = [micro_batches, padding, padding_free, packing, chunks, world_size, labels_in_place]

@@ -7,9 +7,8 @@ A document is forwarded alone, without padding, neighbours or chunks, through ``
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +19,10 @@ from qtarget.data.batch import Batch
 from qtarget.data.columns import REFERENCE, columns_for, columns_of
 from qtarget.losses import Head, TopK, target_distribution, target_loss
 from qtarget.losses.log_probs import importance_weight
-from qtarget.models.forward import HeadTransform, head_parameters
+from qtarget.models.forward import HeadTransform
 from qtarget.models.frozen import adapters_off
 from qtarget.targets import Target
-from qtarget.verification.subject import Gradient, Row, Subject
+from qtarget.verification.subject import Given, Gradient, Row, Sample, Subject, supervised
 
 _TILE = 8192  # rows of the head cast to float64 at a time
 
@@ -33,15 +32,14 @@ class Document:
     """Supervised tokens of one row.
 
     Attributes:
-        places: [n] of the labels in the row. labels: [n]. logits: [n, V], the student's own. others: teacher and
-            reference, [n, V'] logits. columns: weight, critical and old_logps, [n] each.
+        places: [n] of the labels in the row. labels: [n]. logits: [n, V], the student's own. given: what else its loss
+            reads, by its names in ``target_loss``: logits [n, V'] of teacher and reference, columns [n].
     """
 
     places: Tensor
     labels: Tensor
     logits: Tensor
-    others: dict[str, Tensor]
-    columns: dict[str, Tensor]
+    given: Given
 
 
 class Oracle:
@@ -55,43 +53,30 @@ class Oracle:
 
     def document(self, row: Row) -> Document:
         """A row through the models' own forward, with the student's graph where one is being recorded."""
-        labels = torch.tensor(row["labels"], device=self.device)
-        places = (labels != -100).nonzero().flatten()
-        places = places[places > 0]  # nothing predicts the first token
         ids = torch.tensor([row["input_ids"]], device=self.device)
-        logits = self.logits(self.model, ids)[0, places - 1]
+        places = torch.tensor(supervised(row), device=self.device, dtype=torch.int64)
+        labels = torch.tensor(row["labels"], device=self.device)
+        logits = own_logits(self.model, {"input_ids": ids})[0, places - 1]
+        document = Document(places, labels[places], logits, {})
         with torch.no_grad():
-            others = self._others(row, ids, labels, places, logits.detach())
-            columns = self._columns(row, labels, places, logits.detach(), others)
-        return Document(places, labels[places], logits, others, columns)
+            document.given |= self._models(row, ids, labels, document)
+            document.given |= self._columns(row, document)
+        return document
 
-    def logits(self, model: torch.nn.Module, ids: Tensor, **more: Tensor) -> Tensor:
-        """[B, T, V], whatever virtual tokens the model puts first."""
-        logits: Tensor = model(input_ids=ids, **more).logits
-        return logits[:, -ids.shape[1] :]
-
-    def _others(self, row: Row, ids: Tensor, labels: Tensor, places: Tensor, student: Tensor) -> dict[str, Tensor]:
-        made, aux = {}, self.trainer.aux
+    def _models(self, row: Row, ids: Tensor, labels: Tensor, document: Document) -> Given:
+        given, args, aux = {}, self.trainer.args, self.trainer.aux
+        before = document.places - 1
         if "teacher" in self.subject.requires:
             assert aux.teacher is not None
-            batch = self.trainer.rows.batch(self.trainer.data_collator([dict(row)]))
-            batch = Batch({"input_ids": ids}, labels[None], batch.columns)
-            at = torch.zeros_like(places), places - 1
-            found = aux.teacher.logits(self._ask, self.model, batch, at)
-            made["teacher"] = self.dense(found, student) if isinstance(found, TopK) else found
-        if self._asks_reference:
+            columns = self.trainer.rows.batch(self.trainer.data_collator([dict(row)])).columns
+            batch = Batch({"input_ids": ids}, labels[None], columns)
+            teacher = aux.teacher.logits(own_logits, self.model, batch, (torch.zeros_like(before), before))
+            given["teacher_logits"] = self.dense(teacher, document.logits) if isinstance(teacher, TopK) else teacher
+        if "reference" in args.models_for(self.subject.requires) and not self.trainer.reads_reference_column:
             with adapters_off(self.model) if aux.reference is None else contextlib.nullcontext():
                 model = self.model if aux.reference is None else aux.reference.model
-                made["reference"] = self.logits(model, ids)[0, places - 1]
-        return made
-
-    def _ask(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        return self.logits(model, inputs["input_ids"], **{k: v for k, v in inputs.items() if k == "attention_mask"})
-
-    @property
-    def _asks_reference(self) -> bool:
-        requires = self.trainer.args.models_for(self.subject.requires)
-        return "reference" in requires and not self.trainer.reads_reference_column
+                given["reference_logits"] = own_logits(model, {"input_ids": ids})[0, before]
+        return given
 
     def dense(self, head: Head | TopK, student: Tensor) -> Tensor:
         """[n, real] float64 logits at n positions; k kept tokens as documented: the rest of the mass in the student's
@@ -100,10 +85,7 @@ class Oracle:
         ``student``: [n, V] the student's own logits.
         """
         if isinstance(head, Head):
-            logits = head.hidden.double() @ head.weight[: head.width].double().T
-            if head.bias is not None:
-                logits = logits + head.bias[: head.width].double()
-            return HeadTransform(head.logit_scale, head.logit_softcap).apply(logits)
+            return logits_of(head)
         ids, kept = head.ids.long().to(self.device), head.logprobs.double().to(self.device)
         log_tail = head.tail_logprob
         log_tail = torch.log1p(-kept.exp().sum(-1).clamp(max=1)) if log_tail is None else log_tail.double()
@@ -112,153 +94,108 @@ class Oracle:
         shape = shape.scatter(1, ids, -math.inf).log_softmax(-1)
         return (log_tail.to(self.device)[:, None] + shape).scatter(1, ids, kept)
 
-    def _columns(
-        self, row: Row, labels: Tensor, places: Tensor, student: Tensor, others: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        args = self.trainer.args
-        needed = columns_for(self.subject.requires)
-        made = {
-            name: torch.tensor(row[name], dtype=torch.float64, device=self.device)[places]
-            for name in needed
-            if name in row
-        }
-        log_p = label_log_p(student, labels[places])
+    def _columns(self, row: Row, document: Document) -> Given:
+        args, needed = self.trainer.args, columns_for(self.subject.requires)
+
+        def column(name: str) -> Tensor:
+            return torch.tensor(row[name], dtype=torch.float64, device=self.device)[document.places]
+
+        columns = {name: column(name) for name in needed if name in row}
+        log_p = label_log_p(document.logits, document.labels)
         if "old_logps" in needed and args.psft_refresh != "never":  # copied just now: r = 1
-            made["old_logps"] = log_p
+            columns["old_logps"] = log_p
         if "weight" in needed and args.weights == "online":
             if self.trainer.reads_reference_column:
-                reference = torch.tensor(row[REFERENCE], dtype=torch.float64, device=self.device)[places]
+                reference = column(REFERENCE)
             else:
-                reference = label_log_p(others["reference"], labels[places])
-            gap = (log_p - reference).mean()
-            made["weight"] = importance_weight(gap, args.weights_temperature).expand(len(places))
-        return made
-
-    def numbers(self, row: Row, places: Tensor) -> Tensor:
-        """[n]: which of the run's targets is each token's."""
-        return torch.tensor([self.subject.number_of(row, place) for place in places.tolist()], device=self.device)
+                reference = label_log_p(document.given["reference_logits"], document.labels)
+            weight = importance_weight((log_p - reference).mean(), args.weights_temperature)
+            columns["weight"] = weight.expand(len(log_p))
+        return columns
 
     # -- gradients -----------------------------------------------------------------------------------------------
 
-    @functools.cached_property
-    def denominator(self) -> int:
-        """Of a step over all rows."""
-        return self._denominator(self.subject.rows)
-
-    def _denominator(self, rows: Sequence[Row]) -> int:
-        """Supervised labels; with "kept" those that no column puts at 0."""
+    def denominator(self, rows: Sequence[Row]) -> int:
+        """Of a step over the rows: supervised labels; with "kept" those that no column puts at 0."""
         total = 0
         for row in rows:
-            for place in range(1, len(row["labels"])):
-                if row["labels"][place] == -100:
-                    continue
+            for place in supervised(row):
                 target = self.subject.targets[self.subject.number_of(row, place)]
-                named = {"weight", "critical"} & set(columns_of(target))
-                if self.trainer.args.denominator != "kept" or all(row[name][place] != 0 for name in named):
-                    total += 1
+                masks = {"weight", "critical"} & set(columns_of(target))
+                total += self.trainer.args.denominator != "kept" or all(row[name][place] != 0 for name in masks)
         return max(1, total)
 
     def gradient(self, rows: Sequence[Row]) -> Gradient:
         """Of a step over some rows: autograd through each document alone, the loss in float64."""
-        subject, count = self.subject, self._denominator(rows)
+        subject, count = self.subject, self.denominator(rows)
         subject.model.zero_grad(set_to_none=True)
         with subject.without_dropout(), torch.enable_grad():
             for row in rows:
                 self._loss(row).div(count).backward()
-        return subject._taken(subject.model)
+        return subject.taken()
 
     def _loss(self, row: Row) -> Tensor:
         document = self.document(row)
-        numbers = self.numbers(row, document.places)
+        numbers = torch.tensor([self.subject.number_of(row, place) for place in document.places.tolist()])
         logits = document.logits.double()
         loss = logits.new_zeros(())
-        for number, target in enumerate(self.subject.targets):
-            mine = document.labels.masked_fill(numbers != number, -100)
-            if not bool((mine != -100).any()):
-                continue
-            loss = loss + self.loss(logits, mine, target, document.others, document.columns)
+        for number in numbers.unique().tolist():
+            target = self.subject.targets[number]
+            labels = document.labels.masked_fill((numbers != number).to(self.device), -100)
+            given = self._given(logits, target, document.given)
+            loss = loss + target_loss(logits, labels, target, reduction="sum", **given).loss
         return loss
 
-    def loss(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        target: Target,
-        others: dict[str, Tensor],
-        columns: dict[str, Tensor],
-    ) -> Tensor:
-        """Summed, float64."""
-        return target_loss(logits, labels, target, reduction="sum", **self._given(logits, target, others, columns)).loss
-
-    def _given(self, logits: Tensor, target: Target, others: dict[str, Tensor], columns: dict[str, Tensor]) -> dict:
-        return {
-            **{f"{name}_logits": z.double() for name, z in others.items() if name in target.requires},
-            **{name: column for name, column in columns.items() if name in columns_of(target)},
-            "vocab_size": min(self.subject.vocab, logits.shape[-1]),
-        }
+    def _given(self, logits: Tensor, target: Target, given: Given) -> dict[str, Any]:
+        """Of what there is, what the target reads."""
+        names = {*columns_of(target), *(f"{name}_logits" for name in target.requires)}
+        read = {name: value.double() for name, value in given.items() if name in names}
+        return {**read, "vocab_size": min(self.subject.vocab, logits.shape[-1])}
 
     # -- a few tokens --------------------------------------------------------------------------------------------
 
-    @functools.cached_property
-    def sampled(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(others, columns) of the sample's tokens, in their order, from the documents they are of."""
-        sample, others, columns = self.subject.sample, [], []
+    def given(self, sample: Sample) -> Given:
+        """What the loss of a sample's tokens reads, as ``Document.given``, from the documents they are of."""
+        parts = []
         with self.subject.without_dropout(), torch.no_grad():
             for row in sample.row.unique_consecutive().tolist():
                 document = self.document(self.subject.rows[row])
                 at = torch.searchsorted(document.places, sample.place[sample.row == row].to(self.device))
-                others.append({name: z[at].double() for name, z in document.others.items()})
-                columns.append({name: column[at] for name, column in document.columns.items()})
-        return _joined(others), _joined(columns)
+                parts.append({name: value[at].double() for name, value in document.given.items()})
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    @functools.cached_property
-    def sampled_logits(self) -> Tensor:
-        """[n, V] float64, from the hidden states the trainer had, so that only the loss is looked at."""
-        return self.logits_of(self.subject.sample.hidden)
+    def hidden_gradient(self, sample: Sample, given: Given, logits: Tensor | None = None) -> Tensor:
+        """dH [n, d] float64 of the summed loss of a sample: (p − Q) through the student's head.
 
-    def logits_of(self, hidden: Tensor, through: torch.dtype | None = None) -> Tensor:
-        """[n, V] float64 of hidden states [n, d]; ``through``: the dtype the head is rounded to before."""
-        bias = head_parameters(self.subject.base)[1]
-        hidden = hidden.detach().double()
-        logits = torch.cat([hidden @ piece.T for piece in self._head(through)], 1)
-        if bias is not None:
-            logits = logits + bias.detach().to(through or bias.dtype).double()
-        return HeadTransform.of(self.subject.base.config).apply(logits)
-
-    def to_hidden(self, logits: Tensor, g: Tensor, through: torch.dtype | None = None) -> Tensor:
-        """dH [n, d] float64 of a gradient g [n, V] on the logits: back through the softcap and the head."""
-        transform = HeadTransform.of(self.subject.base.config)
-        if transform.softcap is not None:
-            g = g * (1 - (logits / transform.softcap).square())
-        pieces = zip(g.split(_TILE, 1), self._head(through), strict=True)
-        return torch.stack([part @ piece for part, piece in pieces]).sum(0) * transform.scale
-
-    def _head(self, through: torch.dtype | None) -> Iterator[Tensor]:
-        for piece in head_parameters(self.subject.base)[0].detach().split(_TILE):
-            yield piece.to(through or piece.dtype).double()
-
-    def p_minus_q(
-        self, logits: Tensor, labels: Tensor, target: Target, others: dict[str, Tensor], columns: dict[str, Tensor]
-    ) -> Tensor:
-        """p − Q [n, V] of float64 logits: what a token's gradient is."""
-        Q = target_distribution(logits, labels, target, **self._given(logits, target, others, columns))
-        return logits.softmax(-1) - Q
-
-    def of_target(self) -> Iterator[tuple[Tensor, Target]]:
-        """(places in the sample, target) of each of the run's targets that some token of the sample has."""
-        for number, target in enumerate(self.subject.targets):
-            (chosen,) = (self.subject.sample.number == number).nonzero(as_tuple=True)
-            if len(chosen):
-                yield chosen, target
+        ``logits``: [n, V] in place of those that the student's states give.
+        """
+        logits = logits_of(sample.student) if logits is None else logits
+        Q = target_distribution(logits, sample.labels, sample.target, **self._given(logits, sample.target, given))
+        return through_head(sample.student, logits, logits.softmax(-1) - Q)
 
 
-def at(given: dict[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
-    return {name: value[chosen.to(value.device)] for name, value in given.items()}
+def own_logits(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """[B, T, V] by a model's own forward, whatever virtual tokens it puts first."""
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+    return model(**inputs).logits[:, -inputs["input_ids"].shape[1] :]
+
+
+def logits_of(head: Head) -> Tensor:
+    """[n, V] float64 of a head's states; the loss is looked at, and not how they came about."""
+    hidden = head.hidden.double()
+    logits = torch.cat([hidden @ piece.double().T for piece in head.weight[: head.width].split(_TILE)], 1)
+    if head.bias is not None:
+        logits = logits + head.bias[: head.width].double()
+    return HeadTransform(head.logit_scale, head.logit_softcap).apply(logits)
+
+
+def through_head(head: Head, logits: Tensor, g: Tensor) -> Tensor:
+    """dH [n, d] float64 of a gradient g [n, V] on a head's logits: back through the softcap and the weight."""
+    if head.logit_softcap is not None:
+        g = g * (1 - (logits / head.logit_softcap).square())
+    pieces = zip(g.split(_TILE, 1), head.weight.split(_TILE), strict=True)
+    return torch.stack([part @ piece.double() for part, piece in pieces]).sum(0) * head.logit_scale
 
 
 def label_log_p(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.double().log_softmax(-1).gather(-1, labels.to(logits.device)[:, None]).squeeze(-1)
-
-
-def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else {})}

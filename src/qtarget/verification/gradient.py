@@ -4,63 +4,60 @@ from __future__ import annotations
 
 import torch
 
-from qtarget.data.columns import columns_of
 from qtarget.targets.presets import printed_loss
-from qtarget.verification.check import FAIL, Check, Finding, not_applicable, within, worst
-from qtarget.verification.expected import Oracle, at
+from qtarget.verification.check import FAIL, Finding, check, not_applicable, within, worst
+from qtarget.verification.expected import Oracle, logits_of, through_head
 from qtarget.verification.subject import Subject, distance, relative
 
 
+@check(
+    "gradient is p - Q",
+    "the loss does not teach the target that is named: look at labels and their shift, the denominator, and what "
+    "teacher and reference are given",
+)
 def tokens(subject: Subject) -> Finding:
-    """What backward left on the trainer's hidden states, against (p − Q)·head / N in float64."""
-    sample, oracle, step = subject.sample, Oracle(subject), subject.step
-    others, columns = oracle.sampled
-    logits = oracle.sampled_logits
-    wanted = torch.zeros(len(sample.labels), step.hidden.shape[-1], dtype=torch.float64, device=logits.device)
-    for chosen, target in oracle.of_target():
-        on = chosen.to(logits.device)
-        labels = sample.labels[chosen].to(logits.device)
-        g = oracle.p_minus_q(logits[on], labels, target, at(others, chosen), at(columns, chosen))
-        wanted[on] = oracle.to_hidden(logits[on], g / oracle.denominator)
-    offset = torch.tensor(subject.offsets(step.batch))
-    got = step.hidden_gradient[sample.row, sample.place + offset[sample.row] - 1].double()
+    """What backward leaves on the last hidden states is (p - Q) times the head over N, and nothing where no token is
+    trained.
+    """
+    oracle, step, samples = Oracle(subject), subject.step, subject.samples
+    got = torch.cat([sample.gradient.double() for sample in samples])
+    wanted = torch.cat([oracle.hidden_gradient(sample, oracle.given(sample)) for sample in samples])
+    wanted = wanted / oracle.denominator(subject.rows)
     error = relative(got, wanted)
-    labels = step.batch["labels"].to(step.hidden_gradient.device)
-    untrained = torch.ones_like(labels, dtype=torch.bool)
-    untrained[:, :-1] = labels[:, 1:] == -100
-    stray = float(step.hidden_gradient[untrained].abs().max()) if bool(untrained.any()) else 0.0
-    told = f"{len(sample.labels)} tokens, relative error {error:.1e}"
-    figures = {"tokens": len(sample.labels), "gradient_where_nothing_is_trained": stray}
+    trained = torch.zeros(step.hidden_gradient.shape[:2], dtype=torch.bool)
+    trained[:, :-1] = step.batch["labels"][:, 1:] != -100
+    stray = float(step.hidden_gradient.masked_fill(trained[..., None].to(subject.device), 0).abs().max())
+    told = f"{len(got)} tokens, relative error {error:.1e}"
+    figures = {"tokens": len(got), "gradient_where_nothing_is_trained": stray}
     if stray:
         told += f"; a gradient of {stray:.1e} where nothing is trained"
         return Finding(FAIL, told, {"error": error, "allowed": subject.rounding, **figures})
     if not error <= subject.rounding:
-        worst = int((got - wanted).norm(dim=-1).argmax())
-        told += f"; worst at {subject.text_of([int(sample.labels[worst])])}, row {int(sample.row[worst])}"
+        where = [token for s in samples for token in zip(s.labels.tolist(), s.row.tolist(), strict=True)]
+        label, row = where[int((got - wanted).norm(dim=-1).argmax())]
+        told += f"; worst at {subject.text_of([label])}, row {row}"
     return within(error, subject.rounding, told, **figures)
 
 
+@check(
+    "published formula",
+    "the target's trust, residual or temperature is not the paper's: see qtarget targets show NAME",
+)
 def published(subject: Subject) -> Finding:
-    """The engine's gradient against autograd of each objective's printed loss."""
-    sample, oracle = subject.sample, Oracle(subject)
-    others, columns = oracle.sampled
-    errors, without = {}, []
-    for chosen, target in oracle.of_target():
-        loss = printed_loss(target)
+    """The gradient is autograd's of the loss as its paper prints it."""
+    oracle, errors, without = Oracle(subject), {}, []
+    for sample in subject.samples:
+        loss = printed_loss(sample.target)
         if loss is None:
-            without.append(f"{target} has no printed loss")
+            without.append(f"{sample.target} has no printed loss")
             continue
-        on = chosen.to(subject.device)
-        labels = sample.labels[chosen].to(subject.device)
-        logits = oracle.sampled_logits[on].clone().requires_grad_()
-        models = {f"{name}_logits": z for name, z in at(others, chosen).items()}
-        given = {**models, **at(columns, chosen), "vocab_size": subject.vocab}
+        given = oracle.given(sample)
+        logits = logits_of(sample.student).requires_grad_()
         with torch.enable_grad():
-            (g,) = torch.autograd.grad(loss(logits, labels, given).sum(), logits)
-        wanted = oracle.to_hidden(logits.detach(), g)
-        read = {name: column for name, column in at(columns, chosen).items() if name in columns_of(target)}
-        got, _ = subject.engine(sample.hidden[on], labels, target, subject.heads_at(chosen), read)
-        errors[str(target)] = relative(got, wanted)
+            losses = loss(logits, sample.labels, {**given, "vocab_size": subject.vocab})
+        (g,) = torch.autograd.grad(losses.sum(), logits)
+        got, _ = subject.engine(sample, given)
+        errors[str(sample.target)] = relative(got, through_head(sample.student, logits.detach(), g))
     if not errors:
         return not_applicable("; ".join(without))
     error = errors[worst(errors)]
@@ -68,8 +65,13 @@ def published(subject: Subject) -> Finding:
     return within(error, subject.rounding, told, **errors)
 
 
+@check(
+    "step is autograd's",
+    "if the gradient is p - Q token by token, something between the model's input and its last hidden states "
+    "differs: padding, attention masks, position ids, adapters",
+)
 def step(subject: Subject) -> Finding:
-    """The weights' gradient of a step, against autograd through the model's own logits."""
+    """A step moves the weights as autograd does through the model's own logits, document by document, in float64."""
     error, most_of_it = distance(subject.step.gradient, Oracle(subject).gradient(subject.rows))
     weights = sum(value.numel() for value in subject.step.gradient.values())
     told = f"{weights:,} weights, relative error {error:.1e}"
@@ -78,26 +80,4 @@ def step(subject: Subject) -> Finding:
     return within(error, subject.rounding, told, worst=most_of_it)
 
 
-CHECKS = [
-    Check(
-        "gradient is p - Q",
-        "what backward leaves on the last hidden states is (p - Q) times the head over N, and nothing where no token is "
-        "trained",
-        "the loss does not teach the target that is named: look at labels and their shift, the denominator, and what "
-        "teacher and reference are given",
-        tokens,
-    ),
-    Check(
-        "published formula",
-        "the gradient is autograd's of the loss as its paper prints it",
-        "the target's trust, residual or temperature is not the paper's: see qtarget targets show NAME",
-        published,
-    ),
-    Check(
-        "step is autograd's",
-        "a step moves the weights as autograd does through the model's own logits, document by document, in float64",
-        "if the gradient is p - Q token by token, something between the model's input and its last hidden states "
-        "differs: padding, attention masks, position ids, adapters",
-        step,
-    ),
-]
+CHECKS = [tokens, published, step]

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qtarget.verification.check import Check, Finding, expect, not_applicable
-from qtarget.verification.cuts import labels_in_place
+from qtarget.verification.check import Finding, check, expect, not_applicable
 from qtarget.verification.subject import Row, Subject
 
 # An end of turn stands this many tokens after the answer's text at most: a template may put a space or a line first.
@@ -32,66 +31,77 @@ class Reading:
     answer: list[int] = field(default_factory=list)
     ends: list[int | None] = field(default_factory=list)
 
-    def trained(self, places: list[int]) -> list[int]:
-        return [place for place in places if self.row["labels"][place] != -100]
+    def is_trained(self, place: int) -> bool:
+        return self.row["labels"][place] != -100
 
 
+@check(
+    "prompt is not trained",
+    "check completion_only_loss and assistant_only_loss, and the {% generation %} markers of the chat template",
+)
 def prompt(subject: Subject) -> Finding:
-    if _everything_is_trained(subject):
-        return not_applicable(_WHY_ALL)
+    """Nothing of the prompt has a label."""
+    args, row = subject.trainer.args, subject.raw[0]
+    if "prompt" in row and "completion" in row:
+        everything = args.completion_only_loss is False
+    else:
+        everything = not (args.assistant_only_loss and {"messages", "conversations"} & row.keys())
+    if everything:
+        return not_applicable(
+            "the run trains every token: its rows have no prompt apart, or completion_only_loss is false"
+        )
     return _of_places(subject, "prompt", False)
 
 
+@check(
+    "answer is trained",
+    "check assistant_only_loss, the {% generation %} markers of the chat template, and labels in the rows themselves",
+)
 def answer(subject: Subject) -> Finding:
+    """Every token of the answers has a label."""
     return _of_places(subject, "answer", True)
 
 
+@check(
+    "end of turn is trained",
+    "the chat template puts the end of turn outside {% generation %}, or the tokenizer's eos_token is another: set "
+    "eos_token or chat_template_path; without it the model will not stop",
+)
 def end(subject: Subject) -> Finding:
-    readings = list(_readings(subject))
-    ends = [(reading, place) for reading in readings for place in reading.ends]
-    cut = sum(place is None for _, place in ends)
-    there = [(reading, place) for reading, place in ends if place is not None]
-    if not there:
-        return not_applicable(
-            "every answer that was found is cut off by max_length before its end" if cut else _WHY_NOT_FOUND, cut=cut
-        )
-    without = sum(place < 0 for _, place in there)
-    lost = sum(place >= 0 and not reading.trained([place]) for reading, place in there)
-    tokens = {reading.row["input_ids"][place] for reading, place in there if place >= 0}
-    told = f"{len(there) - without - lost} of {len(there)} answers end with a trained token"
+    """The token that ends an answer has a label, so that the model learns to stop."""
+    ends = [(reading, place) for reading in _readings(subject) for place in reading.ends]
+    whole = [(reading, place) for reading, place in ends if place is not None]
+    cut = len(ends) - len(whole)
+    if not whole:
+        why = "every answer that was found is cut off by max_length before its end" if cut else _WHY_NOT_FOUND
+        return not_applicable(why, cut=cut)
+    without = sum(place < 0 for _, place in whole)
+    lost = sum(place >= 0 and not reading.is_trained(place) for reading, place in whole)
+    tokens = {reading.row["input_ids"][place] for reading, place in whole if place >= 0}
+    told = f"{len(whole) - without - lost} of {len(whole)} answers end with a trained token"
     told += "".join(f", {subject.text_of([token])}" for token in sorted(tokens)[:3])
     told += f"; {cut} more are cut off by max_length" if cut else ""
     told += f"; {without} end with no token of its own" if without else ""
-    return expect(not lost and not without, told, answers=len(there), untrained=lost, without_end=without, cut=cut)
+    return expect(not lost and not without, told, answers=len(whole), untrained=lost, without_end=without, cut=cut)
 
 
 def _of_places(subject: Subject, what: str, trained: bool) -> Finding:
-    count, odd, example = 0, [], None
+    count, wrong, example = 0, 0, ""
     for reading in _readings(subject):
         places = getattr(reading, what)
-        wrong = [place for place in places if (place in set(reading.trained(places))) != trained]
-        count += len(places)
-        odd += wrong
-        if wrong and example is None:
-            example = subject.text_of([reading.row["input_ids"][place] for place in wrong[:8]])
+        odd = [place for place in places if reading.is_trained(place) != trained]
+        count, wrong = count + len(places), wrong + len(odd)
+        if odd and not example:
+            example = f", as {subject.text_of([reading.row['input_ids'][place] for place in odd[:8]])}"
     if not count:
         return not_applicable(_WHY_NOT_FOUND)
-    told = f"{count} tokens of {what}s, {len(odd)} of them {'not trained' if trained else 'trained'}"
-    told += f", as {example}" if example else ""
-    return expect(not odd, told, tokens=count, wrong=len(odd))
+    told = f"{count} tokens of {what}s, {wrong} of them {'not trained' if trained else 'trained'}{example}"
+    return expect(not wrong, told, tokens=count, wrong=wrong)
 
 
 # -- reading rows ------------------------------------------------------------------------------------------------
 
-_WHY_ALL = "the run trains every token: its rows have no prompt apart, or completion_only_loss is false"
 _WHY_NOT_FOUND = "what is asked and what is answered could not be found in the prepared rows"
-
-
-def _everything_is_trained(subject: Subject) -> bool:
-    args, row = subject.trainer.args, subject.raw[0]
-    if "prompt" in row and "completion" in row:
-        return args.completion_only_loss is False
-    return not args.assistant_only_loss or not ("messages" in row or "conversations" in row)
 
 
 def _readings(subject: Subject) -> Iterator[Reading]:
@@ -99,8 +109,7 @@ def _readings(subject: Subject) -> Iterator[Reading]:
     left = list(subject.raw)
     for row in subject.rows:
         for number, raw in enumerate(left):
-            reading = _read(subject, row, raw)
-            if reading is not None:
+            if (reading := _read(subject, row, raw)) is not None:
                 del left[: number + 1]
                 yield reading
                 break
@@ -149,50 +158,22 @@ def _end(tokenizer: Any, ids: list[int], spans: list[tuple[int, ...]], cursor: i
 def _parts(raw: Mapping[str, Any], text_field: str) -> list[tuple[bool, str]]:
     """(whether it is asked, its text) of each message of a row, in order."""
     if "prompt" in raw and "completion" in raw:
-        return [*_said(raw["prompt"], True), *_said(raw["completion"], False)]
-    if "messages" in raw:
-        return _said(raw["messages"], None)
-    if "conversations" in raw:
-        return _said([{"role": m.get("from"), "content": m.get("value")} for m in raw["conversations"]], None)
-    return _said(raw[text_field], False) if text_field in raw else []
+        return [*_texts(raw["prompt"], True), *_texts(raw["completion"], False)]
+    for name, asked in (("messages", None), ("conversations", None), (text_field, False)):
+        if name in raw:
+            return _texts(raw[name], asked)
+    return []
 
 
-def _said(value: Any, asked: bool | None) -> list[tuple[bool, str]]:
+def _texts(value: Any, asked: bool | None) -> list[tuple[bool, str]]:
     """``asked``: of every message alike, or None to tell by its role."""
-    messages = [{"content": value, "role": None}] if isinstance(value, str) else value
-    made = []
-    for message in messages:
-        content, role = message.get("content"), message.get("role")
+    texts = []
+    for message in [{"content": value}] if isinstance(value, str) else value:
+        content, role = message.get("content", message.get("value")), message.get("role", message.get("from"))
         if isinstance(content, str) and content.strip():
             answers = role in ("assistant", "gpt", "model") if asked is None else not asked
-            made.append((not answers, content.strip()))
-    return made
+            texts.append((not answers, content.strip()))
+    return texts
 
 
-CHECKS = [
-    Check(
-        "labels in place",
-        "a label is the id at its own place, in every layout of a batch",
-        "labels were shifted or moved before the collator: give rows whose labels stand beside their input_ids",
-        labels_in_place,
-    ),
-    Check(
-        "prompt is not trained",
-        "nothing of the prompt has a label",
-        "check completion_only_loss and assistant_only_loss, and the {% generation %} markers of the chat template",
-        prompt,
-    ),
-    Check(
-        "answer is trained",
-        "every token of the answers has a label",
-        "check assistant_only_loss, the {% generation %} markers of the chat template, and labels in the rows themselves",
-        answer,
-    ),
-    Check(
-        "end of turn is trained",
-        "the token that ends an answer has a label, so that the model learns to stop",
-        "the chat template puts the end of turn outside {% generation %}, or the tokenizer's eos_token is another: set "
-        "eos_token or chat_template_path; without it the model will not stop",
-        end,
-    ),
-]
+CHECKS = [prompt, answer, end]

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
 
 @dataclass
 class Peak:
@@ -32,10 +30,10 @@ def watched(device: torch.device) -> Iterator[Peak]:
         torch.cuda.synchronize(device)
         peak.bytes = torch.cuda.max_memory_allocated(device) - before
         return
-    there = _of_process()
+    resident = _of_process()
     yield peak
-    if there is not None:
-        peak.bytes = max(0, _read("VmHWM") - there)
+    if resident is not None:
+        peak.bytes = max(0, _read("VmHWM") - resident)
 
 
 def _of_process() -> int | None:
@@ -44,12 +42,12 @@ def _of_process() -> int | None:
     with suppress(OSError, AttributeError):  # what was freed would hide as much of what comes
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     try:
-        _CLEAR.write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")
         return _read("VmRSS")
     except (OSError, KeyError, ValueError):
         return None
 
 
 def _read(name: str) -> int:
-    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return 1024 * int(lines[name].split()[0])

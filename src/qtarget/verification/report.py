@@ -5,24 +5,18 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from qtarget.errors import ConfigError
 from qtarget.verification import auxiliary, cuts, gradient, masks, neighbours, resources
 from qtarget.verification.check import FAIL, NOT_APPLICABLE, PASS, Check, Finding
-from qtarget.verification.subject import Subject
+from qtarget.verification.subject import Subject, supervised
 
 logger = logging.getLogger(__name__)
 
-CHECKS: list[Check] = [
-    *gradient.CHECKS,
-    *cuts.CHECKS,
-    *masks.CHECKS,
-    *auxiliary.CHECKS,
-    *neighbours.CHECKS,
-    *resources.CHECKS,
-]
+FAMILIES = (gradient, cuts, masks, auxiliary, neighbours, resources)
+CHECKS: list[Check] = [check for family in FAMILIES for check in family.CHECKS]
 
 
 @dataclass(frozen=True)
@@ -51,18 +45,12 @@ class Report:
             {
                 "name": check.name,
                 "promise": check.promise,
-                "status": finding.status,
-                "told": finding.told,
-                "figures": finding.figures,
-                "hint": _hint(check, finding),
+                **asdict(finding),
+                "hint": (finding.hint or check.hint) if finding.status == FAIL else None,
             }
             for check, finding in self.found
         ]
         return {"passed": not self.failed, "about": self.about, "checks": checks}
-
-
-def _hint(check: Check, finding: Finding) -> str | None:
-    return (finding.hint or check.hint) if finding.status == FAIL else None
 
 
 def verify(
@@ -73,16 +61,16 @@ def verify(
     Raises:
         ConfigError: no row has a supervised token.
     """
-    if not any(label != -100 for row in subject.rows for label in row["labels"][1:]):
+    if not any(map(supervised, subject.rows)):
         raise ConfigError(
             "rows: none of those looked at has a supervised token; look at more rows, or check completion_only_loss, "
             "assistant_only_loss and max_length"
         )
-    found = []
+    findings = []
     for check in CHECKS if checks is None else checks:
         progress(check.name)
-        found.append((check, _run(check, subject)))
-    return Report(found, about(subject))
+        findings.append((check, _run(check, subject)))
+    return Report(findings, _about(subject))
 
 
 def _run(check: Check, subject: Subject) -> Finding:
@@ -96,16 +84,15 @@ def _run(check: Check, subject: Subject) -> Finding:
         return Finding(FAIL, f"stopped by {text}", {"stopped_by": text}, "the traceback is in the log above")
 
 
-def about(subject: Subject) -> dict[str, Any]:
+def _about(subject: Subject) -> dict[str, Any]:
+    sampled = {sample.number for sample in subject.samples}
     return {
         "target": "; ".join(map(str, subject.targets)),
         "model": str(getattr(subject.base.config, "_name_or_path", "")) or type(subject.base).__name__,
         "rows": len(subject.rows),
         "tokens": sum(len(row["input_ids"]) for row in subject.rows),
-        "not_among_the_rows": [
-            str(target) for number, target in enumerate(subject.targets) if number not in subject.sample.number.tolist()
-        ],
-        "supervised_tokens": sum(label != -100 for row in subject.rows for label in row["labels"][1:]),
+        "not_among_the_rows": [str(target) for number, target in enumerate(subject.targets) if number not in sampled],
+        "supervised_tokens": sum(len(supervised(row)) for row in subject.rows),
         "device": str(subject.device),
         "dtype": str(subject.dtype).removeprefix("torch."),
         "processes": subject.processes,

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qtarget.data.columns import columns_of
 from qtarget.losses import Head
-from qtarget.verification.check import Check, Finding, expect, not_applicable, within
-from qtarget.verification.expected import Oracle, at
-from qtarget.verification.subject import Subject, relative
+from qtarget.verification.check import Finding, check, expect, not_applicable, within
+from qtarget.verification.expected import Oracle, label_log_p, logits_of, own_logits
+from qtarget.verification.subject import Sample, Subject, relative, supervised
 
 # Twice what rounding a result to bfloat16's 8 bits does: on a GPU what the last product reads is rounded too.
 _BF16 = 2**-8
@@ -20,40 +18,38 @@ _BF16 = 2**-8
 _OVER, _UNDER, _LEAST = 1.35, 0.5, 256 << 20
 
 
+@check(
+    "bf16",
+    "logits are rounded on the way: on a GPU check the device's bfloat16 matmuls, and report it with qtarget env",
+)
 def bf16(subject: Subject) -> Finding:
-    """States and heads rounded to bfloat16: the engine against float64 of the same rounded numbers, and of the unrounded
-    ones; for comparison, what rounding the logits would add."""
-    sample, oracle = subject.sample, Oracle(subject)
-    _, columns = oracle.sampled
-    made: dict[str, list[Tensor]] = {name: [] for name in ("engine", "exact", "unrounded", "eager")}
-    for chosen, target in oracle.of_target():
-        on = chosen.to(subject.device)
-        hidden, labels = sample.hidden[on], sample.labels[chosen].to(subject.device)
-        own = at(columns, chosen)
-        read = {name: column for name, column in own.items() if name in columns_of(target)}
-        heads = subject.heads_at(chosen)
-        rounded = {name: _rounded(head) if isinstance(head, Head) else head for name, head in heads.items()}
-        low = hidden.bfloat16()
-
-        def exact(logits: Tensor, heads: Any, target: Any = target, labels: Tensor = labels, own: Any = own) -> Tensor:
-            others = {name: oracle.dense(head, logits) for name, head in heads.items()}
-            return oracle.p_minus_q(logits, labels, target, others, own)
-
-        def down(logits: Tensor, g: Tensor) -> Tensor:
-            return oracle.to_hidden(logits, g, torch.bfloat16)
-
-        logits = oracle.logits_of(low, torch.bfloat16)
-        made["engine"].append(subject.engine(low, labels, target, rounded, read, torch.bfloat16)[0])
-        made["exact"].append(down(logits, exact(logits, rounded)))
-        made["eager"].append(down(logits, exact(logits.bfloat16().double(), rounded)))
-        logits = oracle.sampled_logits[on]
-        made["unrounded"].append(oracle.to_hidden(logits, exact(logits, heads)))
-    joined = {name: torch.cat(values).double() for name, values in made.items()}
-    error, eager = relative(joined["engine"], joined["exact"]), relative(joined["eager"], joined["exact"])
-    total, shift = relative(joined["engine"], joined["unrounded"]), _autocast_shift(subject, oracle)
-    told = f"the loss adds {error:.1e} (with logits in bf16: {eager:.1e}); against fp32 {total:.1e}"
+    """With states and heads in bfloat16 the loss adds no more error than rounding its result does."""
+    oracle = Oracle(subject)
+    gradients = [_bf16_gradients(oracle, sample) for sample in subject.samples]
+    engine, exact, unrounded, eager = (torch.cat(parts).double() for parts in zip(*gradients, strict=True))
+    error, with_logits = relative(engine, exact), relative(eager, exact)
+    total, shift = relative(engine, unrounded), _autocast_shift(subject)
+    told = f"the loss adds {error:.1e} (with logits in bf16: {with_logits:.1e}); against fp32 {total:.1e}"
     told += "" if shift is None else f"; under autocast log p_y is off by {shift:.1e} on average"
-    return within(error, _BF16, told, bf16_logits=eager, against_fp32=total, log_p_shift=shift)
+    return within(error, _BF16, told, bf16_logits=with_logits, against_fp32=total, log_p_shift=shift)
+
+
+def _bf16_gradients(oracle: Oracle, sample: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dH by the engine from rounded states and heads, in float64 from the same and from the unrounded ones; and what
+    rounding the logits would add.
+    """
+    given = oracle.given(sample)
+    heads = {name: _rounded(head) if isinstance(head, Head) else head for name, head in sample.heads.items()}
+    rounded = replace(sample, student=_rounded(sample.student), heads=heads)
+
+    def exact(sample: Sample, logits: Tensor) -> Tensor:
+        models = {f"{name}_logits": oracle.dense(head, logits) for name, head in sample.heads.items()}
+        return oracle.hidden_gradient(sample, {**given, **models}, logits)
+
+    engine, _ = oracle.subject.engine(rounded, given)
+    logits = logits_of(rounded.student)
+    unrounded = exact(sample, logits_of(sample.student))
+    return engine, exact(rounded, logits), unrounded, exact(rounded, logits.bfloat16().double())
 
 
 def _rounded(head: Head) -> Head:
@@ -61,17 +57,14 @@ def _rounded(head: Head) -> Head:
     return replace(head, hidden=head.hidden.bfloat16(), weight=head.weight.detach().bfloat16(), bias=bias)
 
 
-def _autocast_shift(subject: Subject, oracle: Oracle) -> float | None:
+def _autocast_shift(subject: Subject) -> float | None:
     """Mean |Δ log p_y| over the first document when the model computes under bfloat16 autocast."""
     row = subject.rows[0]
-    ids = torch.tensor([row["input_ids"]], device=subject.device)
-    labels = torch.tensor(row["labels"], device=subject.device)
-    places = (labels != -100).nonzero().flatten()
-    places = places[places > 0]
+    ids, labels = (torch.tensor([row[name]], device=subject.device) for name in ("input_ids", "labels"))
+    places = torch.tensor(supervised(row), device=subject.device)
 
     def log_p() -> Tensor:
-        logits = oracle.logits(subject.model, ids)[0, places - 1].float()
-        return logits.log_softmax(-1).gather(-1, labels[places][:, None])
+        return label_log_p(own_logits(subject.model, {"input_ids": ids})[0, places - 1], labels[0, places])
 
     with subject.without_dropout(), torch.no_grad():
         full = log_p()
@@ -83,7 +76,12 @@ def _autocast_shift(subject: Subject, oracle: Oracle) -> float | None:
     return float((low - full).abs().mean())
 
 
+@check(
+    "memory of a step",
+    "the estimate does not know this model or attention: plan with the measured figure, and a margin",
+)
 def memory(subject: Subject) -> Finding:
+    """Gradients, activations and the engine's buffers take what the estimate says."""
     batch = subject.step.batch
     positions, supervised = batch["labels"].numel(), int((batch["labels"][:, 1:] != -100).sum())
     measured = subject.step.bytes
@@ -101,17 +99,4 @@ def memory(subject: Subject) -> Finding:
     return expect(_UNDER <= share <= _OVER, f"{told} ({share:.2f} of it)", share=share, **figures)
 
 
-CHECKS = [
-    Check(
-        "bf16",
-        "with states and heads in bfloat16 the loss adds no more error than rounding its result does",
-        "logits are rounded on the way: on a GPU check the device's bfloat16 matmuls, and report it with qtarget env",
-        bf16,
-    ),
-    Check(
-        "memory of a step",
-        "gradients, activations and the engine's buffers take what the estimate says",
-        "the estimate does not know this model or attention: plan with the measured figure, and a margin",
-        memory,
-    ),
-]
+CHECKS = [bf16, memory]

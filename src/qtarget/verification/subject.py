@@ -1,7 +1,7 @@
 """A trainer on a few of the user's own rows, stepped through its own functions, watched.
 
 Everything here goes through the trainer: its collator, its count of labels, its ``training_step``. What it should give is
-worked out in ``oracle``, which shares none of that.
+worked out in ``expected``, which shares none of that.
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qtarget.data.columns import SOURCE_ID, columns_of
 from qtarget.losses import Head, TopK, linear_target_loss
 from qtarget.models.forward import HeadTransform, LossCall, head_parameters
 from qtarget.targets import Target, presets
 from qtarget.teachers.agreement.measure import evenly_spaced
 from qtarget.verification import peak
+from qtarget.verification.check import worst
 
 if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
 
 Gradient = dict[str, Tensor]
+# What a loss reads beside logits and labels, by its names in ``target_loss``.
+Given = dict[str, Tensor]
 Row = dict[str, Any]
 # Relative errors of a gradient that rounding explains. A lost token or a wrong divisor shows at 1e-2 and more.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -39,34 +43,37 @@ class Step:
     """One step of the trainer over a batch, as it was seen from outside.
 
     Attributes:
-        batch: as the collator made it. call: what the model's forward was asked for. hidden, hidden_gradient: [B, T, d],
-            the last hidden states and what backward left on them. loss: as reported.
-        gradient: of every trained weight, on the CPU. bytes: the most memory it took beyond what was there, or None.
+        batch: as the collator made it. call: what the model's forward was asked for. student: its last hidden states,
+            [B, T, d], and its head. hidden_gradient: what backward left on the states. gradient: of every trained weight,
+            on the CPU. bytes: the most memory it took beyond what was there, or None.
     """
 
     batch: dict[str, Tensor]
     call: LossCall
-    hidden: Tensor
+    student: Head
     hidden_gradient: Tensor
-    loss: float
     gradient: Gradient
     bytes: int | None
 
 
 @dataclass
 class Sample:
-    """A few supervised tokens, [n] each.
+    """A few supervised tokens of one of the run's targets, [n] each.
 
     Attributes:
-        row: number of the prepared row. place: of the label in its row. labels: the labels. number: which of the run's
-            targets is theirs. hidden: [n, d] student's states that predict them.
+        number, target: which target. row: number of the prepared row. place: of the label in its row. labels: the labels.
+        student: the states that predict them, with the head. gradient: [n, d], what backward left on the states.
+        heads: teacher and reference, as the trainer asked them.
     """
 
+    number: int
+    target: Target
     row: Tensor
     place: Tensor
     labels: Tensor
-    number: Tensor
-    hidden: Tensor
+    student: Head
+    gradient: Tensor
+    heads: dict[str, Head | TopK]
 
 
 class Subject:
@@ -91,6 +98,8 @@ class Subject:
         self.model: Any = trainer.model
         self.base: Any = trainer.student.base
         self.device = torch.device(trainer.args.device)
+        # Tokens the tokenizer knows, whatever the head's padding; counted here and not asked of the trainer.
+        self.vocab = 1 + max(trainer.tokenizer.get_vocab().values())
         self.processes = int(trainer.accelerator.num_processes)
         # Where numbers of a target are on a schedule, half way: both ends have their part in it.
         trainer.state.max_steps = max(2, trainer.args.max_steps)
@@ -103,8 +112,8 @@ class Subject:
     def targets(self) -> list[Target]:
         """The run's targets, one per data source; plain SFT last where the end token is taught by its label alone."""
         trainer = self.trainer
-        made = trainer.objective.at(trainer.state.global_step, trainer.state.max_steps)
-        return [*made, presets.build("sft")] if trainer.label_only_token is not None else list(made)
+        targets = trainer.objective.at(trainer.state.global_step, trainer.state.max_steps)
+        return [*targets, *([presets.build("sft")] if trainer.label_only_token is not None else [])]
 
     @property
     def requires(self) -> frozenset[str]:
@@ -129,8 +138,7 @@ class Subject:
     # -- steps ---------------------------------------------------------------------------------------------------
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        batch: dict[str, Tensor] = self.trainer.data_collator([dict(row) for row in rows])
-        return batch
+        return self.trainer.data_collator([dict(row) for row in rows])
 
     @functools.cached_property
     def step(self) -> Step:
@@ -148,49 +156,46 @@ class Subject:
             if torch.is_grad_enabled() and isinstance(named.get("qtarget"), LossCall):
                 seen["call"] = named["qtarget"]
 
-        hooks = [
-            self.base.base_model.register_forward_hook(on_states),
-            self.model.register_forward_pre_hook(on_call, with_kwargs=True),
-        ]
         for model in self._models:  # weights that are mapped from a file are there once they are read
             for parameter in model.parameters():
                 parameter.detach().sum()
-        try:
-            with peak.watched(self.device) as memory:
-                loss = self._run([batch], self.model)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with (
+            self.base.base_model.register_forward_hook(on_states),
+            self.model.register_forward_pre_hook(on_call, with_kwargs=True),
+            peak.watched(self.device) as memory,
+        ):
+            self._run([batch], self.model)
         length = batch["labels"].shape[1]  # virtual tokens of prompt tuning come first
-        hidden = seen["hidden"]
-        states, gradient = (x.detach()[:, -length:] for x in (hidden, hidden.grad))
-        return Step(batch, seen["call"], states, gradient, loss, self._taken(self.model), memory.bytes)
+        states, gradient = (values.detach()[:, -length:] for values in (seen["hidden"], seen["hidden"].grad))
+        weight, bias = head_parameters(self.base)
+        transform = HeadTransform.of(self.base.config)
+        bias = None if bias is None else bias.detach()
+        student = Head(states, weight.detach(), bias, transform.scale, transform.softcap)
+        return Step(batch, seen["call"], student, gradient, self.taken(), memory.bytes)
 
     def gradient(self, batches: Sequence[Mapping[str, Tensor]], model: nn.Module | None = None) -> Gradient:
         """Of one optimiser step over so many micro-batches, as the trainer forms it. ``model``: the student, wrapped."""
-        model = self.model if model is None else model
-        self._run(batches, model)
-        return self._taken(model)
+        self._run(batches, self.model if model is None else model)
+        return self.taken()
 
-    def _run(self, batches: Sequence[Mapping[str, Tensor]], model: Any) -> float:
+    def _run(self, batches: Sequence[Mapping[str, Tensor]], model: Any) -> None:
         trainer = self.trainer
         self.model.zero_grad(set_to_none=True)
         trainer.current_gradient_accumulation_steps = len(batches)
         count = trainer.denominator(batches)
-        loss = 0.0
         with self.without_dropout(model):
             for batch in batches:
-                loss += float(trainer.training_step(model, dict(batch), count))
-        return loss
+                trainer.training_step(model, dict(batch), count)
 
-    def _taken(self, model: Any) -> Gradient:
-        made = {
+    def taken(self) -> Gradient:
+        """What backward left on the trained weights, which it leaves no longer."""
+        gradient = {
             name: parameter.grad.detach().to("cpu", copy=True)
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad and parameter.grad is not None
         }
         self.model.zero_grad(set_to_none=True)
-        return made
+        return gradient
 
     @contextmanager
     def without_dropout(self, *models: Any) -> Iterator[None]:
@@ -199,7 +204,7 @@ class Subject:
         modes = [(module, module.training) for model in models for module in model.modules()]
         for model in models:
             model.eval()
-            model.train = _mode_of(model)  # the trainer calls it before each micro-batch
+            model.train = functools.partial(_set_mode, model)  # the trainer calls it before each micro-batch
             model.train()
         try:
             yield
@@ -212,33 +217,48 @@ class Subject:
     # -- tokens --------------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def sample(self) -> Sample:
-        labels = self.step.batch["labels"]
-        offset = self.offsets(self.step.batch)
-        of_target: dict[int, dict[int, list[tuple[int, int]]]] = {}  # number of the target → row → places
-        for r, t in (labels[:, 1:] != -100).nonzero().tolist():
-            target = self.number_of(self.rows[r], t + 1 - offset[r])
-            of_target.setdefault(target, {}).setdefault(r, []).append((r, t + 1))
-        picked: list[tuple[int, int]] = []
-        for by_row in of_target.values():  # some of every target, from a few rows that have it
-            rows = list(by_row)
-            places = [place for i in evenly_spaced(len(rows), _ROWS) for place in by_row[rows[i]]]
-            picked += [places[i] for i in evenly_spaced(len(places), max(1, _TOKENS // len(of_target)))]
-        chosen = torch.tensor(sorted(picked), dtype=torch.int64)
-        row, place = chosen.view(-1, 2).T
-        number = torch.tensor([self.number_of(self.rows[r], p - offset[r]) for r, p in chosen.tolist()])
-        hidden = self.step.hidden[row, place - 1]
-        return Sample(row, place - torch.tensor(offset)[row], labels[row, place], number, hidden)
+    def samples(self) -> list[Sample]:
+        """Some tokens of every target that the rows have, from a few of its rows."""
+        step, labels = self.step, self.step.batch["labels"]
+        of_target: dict[int, dict[int, list[tuple[int, int, int]]]] = {}  # number of the target → row → tokens
+        for row, place, position, number in self.supervised():
+            of_target.setdefault(number, {}).setdefault(row, []).append((row, place, position))
+        samples = []
+        for number, by_row in sorted(of_target.items()):
+            rows = list(by_row.values())
+            tokens = [token for i in evenly_spaced(len(rows), _ROWS) for token in rows[i]]
+            spread = evenly_spaced(len(tokens), max(1, _TOKENS // len(of_target)))
+            row, place, position = torch.tensor([tokens[i] for i in spread]).T
+            before = (row, position - 1)  # what predicts the label
+            samples.append(
+                Sample(
+                    number,
+                    self.targets[number],
+                    row,
+                    place,
+                    labels[row, position].to(self.device),
+                    replace(step.student, hidden=step.student.hidden[before]),
+                    step.hidden_gradient[before],
+                    {name: _head_at(head, before) for name, head in step.call.others.items()},
+                )
+            )
+        return samples
 
-    def offsets(self, batch: Mapping[str, Tensor]) -> list[int]:
-        """How many padding tokens stand before each row of a padded batch."""
-        mask = batch.get("attention_mask")
-        return [0] * len(self.rows) if mask is None else mask.int().argmax(1).tolist()
+    def supervised(self) -> list[tuple[int, int, int, int]]:
+        """(row, place of the label in it, position in the first step's batch, number of its target) of every label."""
+        batch = self.step.batch
+        # Padding may stand before a row.
+        offsets = (
+            batch["attention_mask"].int().argmax(1).tolist() if "attention_mask" in batch else [0] * len(self.rows)
+        )
+        supervised = []
+        for row, before in (batch["labels"][:, 1:] != -100).nonzero().tolist():
+            place = before + 1 - offsets[row]
+            supervised.append((row, place, before + 1, self.number_of(self.rows[row], place)))
+        return supervised
 
     def number_of(self, row: Row, place: int) -> int:
         """Which target is a token's: that of its source, or plain SFT for an end token taught by its label alone."""
-        from qtarget.data.columns import SOURCE_ID
-
         if self.trainer.label_only_token is not None and row["labels"][place] == self.trainer.label_only_token:
             return len(self.targets) - 1
         return int(row[SOURCE_ID][place]) if SOURCE_ID in row else 0
@@ -248,49 +268,22 @@ class Subject:
 
     # -- the engine ----------------------------------------------------------------------------------------------
 
-    def heads_at(self, chosen: Tensor) -> dict[str, Head | TopK]:
-        """Teacher and reference, as the trainer asked them, at some tokens of the sample."""
-        sample, offset = self.sample, torch.tensor(self.offsets(self.step.batch))
-        row = sample.row[chosen]
-        at = (row, sample.place[chosen] + offset[row] - 1)
-        made: dict[str, Head | TopK] = {}
-        for name, head in self.step.call.others.items():
-            if isinstance(head, Head):
-                made[name] = replace(head, hidden=head.hidden[at])
-            else:
-                tail = None if head.tail_logprob is None else head.tail_logprob[at]
-                made[name] = replace(head, ids=head.ids[at], logprobs=head.logprobs[at], tail_logprob=tail)
-        return made
-
-    def engine(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        target: Target,
-        others: Mapping[str, Head | TopK],
-        columns: Mapping[str, Tensor],
-        dtype: torch.dtype | None = None,
-        chunk_rows: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(dH, dW) of the summed loss by the engine, the student's head in ``dtype`` where one is given."""
-        weight, bias = head_parameters(self.base)
-        transform = HeadTransform.of(self.base.config)
-        hidden, weight = hidden.detach(), weight.detach()
-        if dtype is not None:
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-        hidden.requires_grad_()
-        weight = weight.clone().requires_grad_()
+    def engine(self, sample: Sample, given: Given, chunk_rows: int | None = None) -> tuple[Tensor, Tensor]:
+        """(dH, dW) of a sample's summed loss by the engine, in its student's dtype, with the columns in ``given``."""
+        student, target = sample.student, sample.target
+        hidden, weight = (value.clone().requires_grad_() for value in (student.hidden, student.weight))
+        columns = {name: given[name].to(self.device) for name in columns_of(target) if name in given}
         out = linear_target_loss(
             hidden,
             weight,
-            labels.to(hidden.device),
+            sample.labels,
             target,
-            head_bias=None if bias is None else bias.detach().to(weight.dtype),
-            **{name: head for name, head in others.items() if name in target.requires},  # type: ignore[arg-type]
-            **{name: column.to(hidden.device) for name, column in columns.items()},  # type: ignore[arg-type]
+            head_bias=student.bias,
+            **{name: head for name, head in sample.heads.items() if name in target.requires},  # type: ignore[arg-type]
+            **columns,  # type: ignore[arg-type]
             vocab_size=min(self.vocab, weight.shape[0]),
-            logit_scale=transform.scale,
-            logit_softcap=transform.softcap,
+            logit_scale=student.logit_scale,
+            logit_softcap=student.logit_softcap,
             reduction="sum",
             chunk_rows=chunk_rows,
         )
@@ -298,21 +291,23 @@ class Subject:
         assert hidden.grad is not None and weight.grad is not None
         return hidden.grad, weight.grad
 
-    @functools.cached_property
-    def vocab(self) -> int:
-        """Tokens the tokenizer knows, whatever the head's padding; counted here and not asked of the trainer."""
-        tokenizer = self.trainer.tokenizer
-        return 1 + max(index for index in tokenizer.get_vocab().values())
+
+def supervised(row: Row) -> list[int]:
+    """Places of a row's labels that are trained: nothing predicts the first token."""
+    return [place for place, label in enumerate(row["labels"]) if place and label != -100]
 
 
-def _mode_of(model: Any) -> Callable[..., Any]:
-    """A ``train`` that leaves the parts of a model in the mode they are in."""
+def _head_at(head: Head | TopK, at: tuple[Tensor, ...]) -> Head | TopK:
+    if isinstance(head, Head):
+        return replace(head, hidden=head.hidden[at])
+    tail = None if head.tail_logprob is None else head.tail_logprob[at]
+    return replace(head, ids=head.ids[at], logprobs=head.logprobs[at], tail_logprob=tail)
 
-    def train(mode: bool = True) -> Any:
-        model.training = mode
-        return model
 
-    return train
+def _set_mode(model: Any, mode: bool = True) -> Any:
+    """As ``Module.train``, but the parts of the model stay in the mode they are in."""
+    model.training = mode
+    return model
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
@@ -324,18 +319,10 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 
 def distance(got: Gradient, wanted: Gradient) -> tuple[float, str]:
     """(‖difference‖ / ‖wanted‖ over all weights, the weight with the largest share of the difference)."""
-    if got.keys() != wanted.keys():
-        odd = sorted(got.keys() ^ wanted.keys())
+    if odd := sorted(got.keys() ^ wanted.keys()):
         return math.inf, odd[0]
-    squares, size = {}, 0.0
-    for name, value in wanted.items():
-        squares[name] = float((got[name].double() - value.double()).square().sum())
-        size += float(value.double().square().sum())
-    if not squares:
+    if not wanted:
         return math.inf, "no weight"
-    total = sum(squares.values())
-    # ``max`` would pass over a NaN.
-    worst = next(
-        (name for name, square in squares.items() if math.isnan(square)), max(squares, key=lambda n: squares[n])
-    )
-    return math.sqrt(total / size) if size else math.sqrt(total), worst
+    squares = {name: float((got[name].double() - value.double()).square().sum()) for name, value in wanted.items()}
+    size = sum(float(value.double().square().sum()) for value in wanted.values())
+    return math.sqrt(sum(squares.values()) / (size or 1.0)), worst(squares)

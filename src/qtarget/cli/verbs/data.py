@@ -36,21 +36,21 @@ def measure_weights(options: Any) -> int:
     """Your rows with reference_logp, the mean log-prob of a row under the reference; iw-sft with weights: online then
     needs no second model.
     """
-    from qtarget.signals import origin, weights
+    from qtarget.signals import manifest, scoring
 
     run = _read_run(options)
     originals = run.datasets
-    weights.check(run.config, run.model, options.fixed)
+    scoring.validate_reference(run.config, run.model, options.fixed)
     about = {
-        "reference": origin.reference_of(run.config, run.model),
+        "reference": manifest.reference_of(run.config, run.model),
         "weights_temperature": run.config.weights_temperature if options.fixed else None,
     }
 
     return _measured(
         run,
         options.output,
-        ("weights", weights.column_of(options.fixed), about),
-        lambda trainer, tell, step: weights.tables(trainer, originals, options.fixed, tell, step),
+        ("weights", scoring.weight_column(options.fixed), about),
+        lambda trainer, tell, step: scoring.weights(trainer, originals, options.fixed, tell, step),
     )
 
 
@@ -59,9 +59,9 @@ def measure_old_logps(options: Any) -> int:
     """Your rows as token ids with old_logps, the log-prob of each label under the model as it starts; for psft with
     psft_refresh: never.
     """
-    from qtarget.signals import old_logps
+    from qtarget.signals import scoring
 
-    return _measured(_read_run(options), options.output, ("old_logps", old_logps.COLUMN, {}), old_logps.tables)
+    return _measured(_read_run(options), options.output, ("old_logps", "old_logps", {}), scoring.old_logps)
 
 
 def _read_run(options: Any, **how: Any) -> setup.Run:
@@ -104,7 +104,7 @@ def _measured(run: setup.Run, folder: Path, made: tuple[str, str, dict[str, Any]
 
 
 def _settings(run: setup.Run, kind: str, column: str, about: dict[str, Any]) -> dict[str, Any]:
-    from qtarget.signals import manifest, origin
+    from qtarget.signals import manifest
 
     script = run.script
     dataset = {
@@ -112,10 +112,8 @@ def _settings(run: setup.Run, kind: str, column: str, about: dict[str, Any]) -> 
         "config": script.dataset_config,
         "rows": {split: len(rows) for split, rows in run.datasets.items()},
     }
-    tokenizer = origin.tokenizer_of(run.config, run.model)
-    return manifest.describe(
-        kind, [column], run.config, run.model, tokenizer, {"dataset": dataset, "dtype": run.model.dtype, **about}
-    )
+    about = {"dataset": dataset, "dtype": run.model.dtype, **about}
+    return manifest.describe(kind, column, run.config, run.model, about)
 
 
 def _show_next(folder: Path, column: str) -> None:
@@ -156,7 +154,6 @@ def search_critical(options: Any) -> int:
     from qtarget.evaluation.grading import Grader
     from qtarget.signals import critical, manifest
     from qtarget.signals.decoding import Greedy
-    from qtarget.signals.progress import Progress
 
     run = _read_run(options, trainable=False)
     rows = _prompt_rows(run)
@@ -170,10 +167,10 @@ def search_critical(options: Any) -> int:
     run.datasets = {"train": Dataset.from_list([{"input_ids": [0, 0], "labels": [0, 0]}])}
     trainer = setup.build(run)
     greedy = Greedy(trainer, options.max_new_tokens)
-    prompts = [*critical.prompts_of(greedy, rows)]
+    prompts = [greedy.prompt(row, number) for number, row in enumerate(rows)]
     manifest.begin(folder, settings)
     file = folder / "progress.jsonl"
-    progress = Progress(file)
+    progress = critical.Progress(file)
     print(
         f"{len(rows)} rows, {sum(map(len, prompts))} tokens of prompts, {len(progress.done)} done before; for each "
         f"token of a right answer up to {options.alternatives} answers of up to {options.max_new_tokens} tokens",

@@ -91,7 +91,7 @@ def _evaluate(options: Any) -> int:
     prompts = tasks.prompts(made, tokenizer, options.prompt, positions, options.max_new_tokens)
     folder = options.output
     settings = _settings(options) | {"prompt_style": tasks.resolved(options.prompt, tokenizer)}
-    manifest = records.describe(settings, made)
+    manifest = records.manifest_of(settings, made)
     if records.begin(folder, manifest, made, writes=rank == 0):
         if rank == 0:
             print(f"{folder} is finished; its scores again:")

@@ -113,7 +113,7 @@ def show(options: Any) -> int:
         console.print(lens.comparison(read, target))
         return 0
     if target is None:
-        name, target = next(iter(page_targets.of_run(read).items()), ("sft", "sft"))
+        name, target = next(iter(page_targets.targets_of_run(read).items()), ("sft", "sft"))
         if isinstance(target, str):
             if name != "sft":
                 console.print(f"note: the capture's target {name} is not shown: {target}", markup=False)

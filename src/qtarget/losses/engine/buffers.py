@@ -5,13 +5,18 @@ Shape suffixes: r rows of the block, v vocabulary, k kept ids of a top-k distrib
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from qtarget.targets import Target
+
 _kept = threading.local()
+# Numbers of a block's rows by name, [r] each.
+PerRow = dict[str, Tensor]
 # tanh(d/2) is ±1 beyond, in float64 too.
 _FAR = 40.0
 
@@ -44,7 +49,7 @@ class Rows:
     z: Tensor
     aux: dict[str, Tensor | TopKRows]
     labels: Tensor
-    columns: dict[str, Tensor]
+    columns: PerRow
     g: Tensor | None = None
     places: Places | None = None
     factor: Tensor | None = None
@@ -68,7 +73,7 @@ class RowResult:
     """Published loss [r], statistics [r] each, and whether each row has a gradient [r]."""
 
     loss: Tensor
-    stats: dict[str, Tensor]
+    stats: PerRow
     active: Tensor
 
 
@@ -141,6 +146,39 @@ class Scratch:
     def dot(self, x: Tensor, y: Tensor) -> Tensor:
         """Σ_v x y, [r]; ``torch.linalg.vecdot`` would allocate a block each time."""
         return torch.mul(x, y, out=self.get("product", *x.shape)).sum(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowCode:
+    """Base of what computes blocks of rows, for one target.
+
+    Args:
+        vocab_size: real tokens. scratch: buffers for a block.
+        gradient: write the gradient. with_kl: also kl_q.
+        softcap: cap of the logits already applied, whose derivative the gradient must carry.
+    """
+
+    target: Target
+    vocab_size: int
+    scratch: Scratch
+    gradient: bool = True
+    with_kl: bool = False
+    softcap: float | None = None
+
+    def _dense(self, rows: Rows, name: str) -> Tensor:
+        """A model's logits [r, v_m]; log-probabilities [r, vocab_size] of a top-k distribution, its tail filled in."""
+        other = rows.aux[name]
+        if isinstance(other, Tensor):
+            return other
+        out = self.scratch.get(f"dense_{name}", *rows.z.shape).narrow(1, 0, self.vocab_size)
+        if other.tail == "even":
+            outside = max(1, self.vocab_size - other.ids.shape[1])
+            torch.sub(other.log_tail.unsqueeze(1).expand_as(out), math.log(outside), out=out)
+        else:
+            student = rows.z.narrow(1, 0, self.vocab_size)
+            outside_lse = student.scatter(1, other.ids, float("-inf")).logsumexp(1)
+            torch.add(student, (other.log_tail - outside_lse).unsqueeze(1), out=out)
+        return out.scatter_(1, other.ids, other.logprobs)
 
 
 def workspace(dtype: torch.dtype, device: torch.device) -> Scratch:

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from qtarget.errors import NonFiniteLogits
 from qtarget.losses import inputs
-from qtarget.losses.engine import buffers, matmuls, who
+from qtarget.losses.engine import EngineCall, Result, buffers, matmuls, who
 from qtarget.losses.engine.buffers import Places, RowResult, Rows, TopKRows
-from qtarget.losses.engine.calls import EngineCall, Result
 from qtarget.losses.engine.device_rows import DeviceRows, Part
 from qtarget.losses.engine.matmuls import HeadMatmuls, WeightGradient
 from qtarget.losses.engine.passes import CannotCompile
@@ -31,9 +30,7 @@ _ROOM = 1 / 3
 
 def run(
     call: EngineCall,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    student: Head,
     want: tuple[bool, bool, bool],
     upstream: Tensor | None = None,
     divisor: Tensor | float = 1,
@@ -41,44 +38,37 @@ def run(
     """Loss, statistics and, where ``want`` says so, gradients of the summed loss.
 
     Args:
-        hidden: [N, d], flattened positions. weight: [V, d]. bias: [V] or None.
+        student: hidden [N, d], flattened positions; nothing here has a graph.
         want: whether to form the gradient of (hidden, weight, bias).
         upstream: [n] factors on each token's loss, or None for 1.
         divisor: what the gradients are divided by.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _Run(call, hidden, weight, bias, want, upstream, divisor).result()
+    with torch.autocast(student.hidden.device.type, enabled=False):
+        return _Run(call, student, want, upstream, divisor).result()
 
 
 class _Run:
     """The state of one call: buffers, heads as they are multiplied, and how far it has come."""
 
-    def __init__(self, call, hidden, weight, bias, want, upstream, divisor):
-        self.call, self.hidden, self.want = call, hidden, want
-        self.tokens, self.device = call.tokens, hidden.device
-        self.vocab = weight.shape[0]
+    def __init__(self, call, student, want, upstream, divisor):
+        self.call, self.student, self.want = call, student, want
+        self.tokens, self.device = call.tokens, student.hidden.device
+        self.vocab = student.weight.shape[0]
         self.dtype = matmuls.result_dtype(call.compute)
-        self.head = HeadMatmuls.of(weight, bias, call.logit_scale, call.logit_softcap, call.compute)
-        self.aux_heads = {
-            name: HeadMatmuls.of(
-                other.weight, other.bias, other.logit_scale, other.logit_softcap, call.aux_compute[name]
-            )
-            for name, other in call.aux.items()
-            if isinstance(other, Head)
-        }
+        self.head = HeadMatmuls.of(student, call.compute)
+        aux = {name: other for name, other in call.aux.items() if isinstance(other, Head)}
+        self.aux_heads = {name: HeadMatmuls.of(other, call.aux_compute[name]) for name, other in aux.items()}
         self.gradient = any(want)
         # g beside the logits, in 16 bits; else over them.
         self.beside = call.backend != "torch" and call.compute in matmuls.HALF and self.gradient
         self.scratch = buffers.workspace(self.dtype, self.device)
-        self.sizes = self._sizes(weight)
-        self.math = [who.computes(call, target, self._place()) for target in call.targets]
+        self.sizes = self._sizes(student.weight)
+        self.place = who.Place(self.vocab, self.scratch, self.gradient, self.beside)
+        self.math = [who.computes(call, target, self.place) for target in call.targets]
         # Blocks of each target of which loss and statistics are still to be worked out, with their tokens.
         self.parts: list[tuple[DeviceRows, list[tuple[slice, Part]]]] = []
         self._scale(upstream, divisor)
-        self._prepare(hidden, weight, bias)
-
-    def _place(self) -> who.Place:
-        return who.Place(self.vocab, self.scratch, self.gradient, self.beside)
+        self._prepare(student.weight)
 
     def _sizes(self, weight: Tensor) -> Sizes:
         call, n = self.call, self.tokens.count
@@ -114,27 +104,28 @@ class _Run:
         else:
             self.factor = self.factor / divisor
 
-    def _prepare(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    def _prepare(self, weight: Tensor) -> None:
         n, sizes = self.tokens.count, self.sizes
-        rows = min(sizes.logits, n)
-        if inputs.on_host(self.device) and not self.beside:
-            self.logits = self.scratch.get("logits", rows, self.vocab)
-            self.aux_logits = {m: self.scratch.get(m, rows, h.weight.shape[0]) for m, h in self.aux_heads.items()}
-        else:
-            make = buffers.padded_rows
-            self.logits = make(rows, self.vocab, self.dtype, self.device)
-            self.aux_logits = {
-                m: make(rows, h.weight.shape[0], self.dtype, self.device) for m, h in self.aux_heads.items()
-            }
-        # one row more, to which device code writes rows that have no gradient
-        self.g = (
-            buffers.padded_rows(min(sizes.gradient, n) + 1, self.vocab, self.call.compute, self.device)
-            if self.beside
-            else None
-        )
-        self.out = Result(torch.zeros(n, dtype=self.dtype, device=self.device), {}, factor=self.factor)
+
+        def logits(name: str, width: int) -> Tensor:
+            rows = min(sizes.logits, n)
+            if inputs.on_host(self.device) and not self.beside:
+                return self.scratch.get(name, rows, width)
+            return buffers.padded_rows(rows, width, self.dtype, self.device)
+
+        self.logits = logits("logits", self.vocab)
+        self.aux_logits = {name: logits(name, head.weight.shape[0]) for name, head in self.aux_heads.items()}
+        self.g = None
+        if self.beside:  # one row more, to which device code writes rows that have no gradient
+            rows = min(sizes.gradient, n) + 1
+            self.g = buffers.padded_rows(rows, self.vocab, self.call.compute, self.device)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+        self.out = Result(zeros(n), {}, factor=self.factor)
         if self.want[0]:
-            self.out.d_hidden = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
+            self.out.d_hidden = zeros(*self.student.hidden.shape)
         self.d_weight = None
         if self.want[1]:
             # One product of all of g may round to the weight's own 16 bits: to bfloat16, whose range a sum does not
@@ -142,9 +133,9 @@ class _Run:
             half = sizes.whole and weight.dtype == self.call.compute == torch.bfloat16
             dtype = weight.dtype if half and not isinstance(self.factor, Tensor) else self.dtype
             out = torch.empty(weight.shape, dtype=dtype, device=self.device)
-            self.d_weight = WeightGradient(out, sizes.whole)
-        if self.want[2] and bias is not None:
-            self.out.d_bias = torch.zeros(bias.shape, dtype=self.dtype, device=self.device)
+            self.d_weight = WeightGradient(out)
+        if self.want[2]:
+            self.out.d_bias = zeros(self.vocab)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -171,17 +162,14 @@ class _Run:
             chunk = slice(begin, min(begin + rows - front, n))
             z = self.logits[front : front + chunk.stop - begin]
             self._form_logits(chunk, z)
-            places = []
+            active = []
             for segment, number in self._segments(chunk):
                 here = z[segment.start - begin : segment.stop - begin]
-                places.append(self._blocks(self._rows(segment, here, number), segment, number))
+                active.append(self._blocks(self._rows(segment, here, number), segment, number))
             begin = chunk.stop
             if not self.gradient:
                 continue
-            if all(place is None for place in places):  # every row has a gradient
-                kept.append(torch.arange(chunk.start, chunk.stop, device=self.device))
-            else:
-                kept.append(self._pack(chunk, front, places))
+            kept.append(self._pack(chunk, front, active))
             count = sum(len(numbers) for numbers in kept)
             if begin == n or rows - count < rows * _ROOM:
                 if begin == n:
@@ -196,17 +184,16 @@ class _Run:
         n, sizes = self.tokens.count, self.sizes
         skips = any(target.may_skip_tokens for target in self.call.targets)
         assert self.g is not None
-        for begin in range(0, n, sizes.gradient):
-            part = slice(begin, min(begin + sizes.gradient, n))
+        for part in _cut(slice(0, n), sizes.gradient):
             places = Places(self.device) if skips else None
             for chunk in _cut(part, sizes.logits):
                 z = self.logits[: chunk.stop - chunk.start]
                 self._form_logits(chunk, z)
                 for segment, number in self._segments(chunk):
-                    g = self.g if skips else self.g[segment.start - begin : segment.stop - begin]
+                    g = self.g if skips else self.g[segment.start - part.start : segment.stop - part.start]
                     rows = self._rows(segment, z[segment.start - chunk.start : segment.stop - chunk.start], number)
                     self._blocks(replace(rows, g=g, places=places), segment, number)
-            count, numbers = part.stop - begin, torch.arange(part.start, part.stop, device=self.device)
+            count, numbers = part.stop - part.start, torch.arange(part.start, part.stop, device=self.device)
             # Before the last products, so that the host can go on while they run.
             wanted = [] if places is None else [places.count]
             if part.stop == n:
@@ -234,9 +221,7 @@ class _Run:
         skips = self.call.targets[number].may_skip_tokens and self.gradient and not self.beside and not waits
         active = []
         length = segment.stop - segment.start
-        block = length if waits else self.sizes.block
-        for begin in range(0, length, block):
-            here = slice(begin, min(begin + block, length))
+        for here in _cut(slice(0, length), length if waits else self.sizes.block):
             there = slice(segment.start + here.start, segment.start + here.stop)
             with_gradient = self._run_rows(rows[here], there, number)
             if skips:
@@ -259,7 +244,7 @@ class _Run:
             part = math.run(rows)
         except CannotCompile as error:
             who.tell(f"backend {self.call.backend!r} cannot be compiled here, so 'torch' is used: {error}")
-            self.math[number] = who.computes_in_torch(self.call, self.call.targets[number], self._place())
+            self.math[number] = who.computes_in_torch(self.call, self.call.targets[number], self.place)
             self._form_logits(segment, rows.z)
             fresh = self._rows(segment, rows.z, number)
             return self._run_rows(replace(fresh, g=rows.g, places=rows.places), segment, number)
@@ -282,12 +267,13 @@ class _Run:
 
     def _pack(self, chunk: slice, front: int, active: Sequence[Tensor | None]) -> Tensor:
         """Move the chunk's rows that have a gradient to the front of the buffer; returns their token numbers."""
-        lengths = [segment.stop - segment.start for segment, _ in self._segments(chunk)]
-        every = [
-            torch.ones(length, dtype=torch.bool, device=self.device) if mask is None else mask
-            for mask, length in zip(active, lengths, strict=True)
-        ]
-        (rows,) = torch.cat(every).nonzero(as_tuple=True)
+        if all(mask is None for mask in active):  # every row has one
+            return torch.arange(chunk.start, chunk.stop, device=self.device)
+        every = torch.ones(chunk.stop - chunk.start, dtype=torch.bool, device=self.device)
+        for (segment, _), mask in zip(self._segments(chunk), active, strict=True):
+            if mask is not None:
+                every[segment.start - chunk.start : segment.stop - chunk.start] = mask
+        (rows,) = every.nonzero(as_tuple=True)
         if len(rows) < chunk.stop - chunk.start:
             # A block at a time: what is written lies before what is still to be read.
             for to, piece in enumerate(rows.split(self.sizes.block)):
@@ -298,11 +284,10 @@ class _Run:
     # -- rows ----------------------------------------------------------------------------------------------------
 
     def _form_logits(self, chunk: slice, out: Tensor) -> None:
-        self.head.logits(self._states(self.hidden, chunk), out)
+        self.head.logits(self._states(self.student.hidden, chunk), out)
 
     def _states(self, hidden: Tensor, chunk: slice) -> Tensor:
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        index = self.tokens.index
+        flat, index = hidden.reshape(-1, hidden.shape[-1]), self.tokens.index
         return flat[chunk] if index is None else flat.index_select(0, index[chunk])
 
     def _rows(self, segment: slice, z: Tensor, number: int) -> Rows:
@@ -342,8 +327,7 @@ class _Run:
             d_hidden = self.head.d_hidden(g)
             self.out.d_hidden.index_copy_(0, places, d_hidden if self.alpha == 1 else d_hidden.mul_(self.alpha))
         if self.d_weight is not None:
-            h = self.hidden.reshape(-1, self.hidden.shape[-1]).index_select(0, places)
-            self.d_weight.add(g, h, self.alpha)
+            self.d_weight.add(g, self.student.hidden.index_select(0, places), self.alpha)
         if self.out.d_bias is not None:
             self.out.d_bias.add_(g.sum(0, dtype=self.dtype), alpha=self.alpha)
 

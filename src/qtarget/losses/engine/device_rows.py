@@ -11,55 +11,51 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qtarget.losses import inputs
 from qtarget.losses.engine import top_k
-from qtarget.losses.engine.block import label_statistics, top_k_too_large
-from qtarget.losses.engine.buffers import RowResult, Rows, Scratch, TopKRows
+from qtarget.losses.engine.block import label_statistics
+from qtarget.losses.engine.buffers import PerRow, RowCode, RowResult, Rows, TopKRows
 from qtarget.losses.engine.passes import HostReads, Passes
 from qtarget.losses.engine.row_functions import GROUP, Pass
 from qtarget.losses.engine.row_plan import FOUND, NEVER, TABLE, RowPlan
+from qtarget.losses.inputs import check_top_k
 from qtarget.losses.output import simplex_tolerance
-from qtarget.targets import Target, TokenStats
+from qtarget.targets import TokenStats
 
 logger = logging.getLogger(__name__)
 _watched: set[str] = set()
 
 
-@dataclass(frozen=True)
-class DeviceRows:
-    """Computes blocks of rows for one target.
+@dataclass(frozen=True, kw_only=True)
+class DeviceRows(RowCode):
+    """Two passes; scratch is only for a top-k distribution that has to be written out.
 
     Args:
-        plan: the target's one difference. passes: who runs over the logits.
-        vocab_size: real tokens. support: columns the residual covers.
-        gradient: write the gradient. with_kl: also kl_q.
-        softcap: cap of the logits already applied, whose derivative the gradient must carry.
+        plan: the target's one difference. passes: who runs over the logits. support: columns the residual covers.
         factor: what the written gradient is multiplied by.
-        scratch: buffers for a top-k distribution that has to be written out.
     """
 
-    target: Target
     plan: RowPlan
     passes: Passes
-    vocab_size: int
     support: int
-    scratch: Scratch
-    gradient: bool = True
-    with_kl: bool = False
-    softcap: float | None = None
     factor: float = 1.0
 
     def run(self, rows: Rows) -> Part:
         """Write the block's gradient; what is reported of the rows is worked out later, for all blocks at once."""
         z, y = rows.z, rows.labels
-        kept = self._kept(rows)
-        aux_log_p = {name: self._aux_log_p_y(rows, name) for name in ("teacher", "reference") if self._reads(name)}
-        o = self._other_logits(rows) if kept is None and self.plan.other is not None else z
+        pool = None if self.plan.is_pair else self.plan.pool
+        kept = top_k.cheap_rows([] if pool is None else [pool], rows)
+        given = dict(rows.columns)
+        for name in ("teacher", "reference"):
+            if f"{name}_log_p_y" in self.target.needs:
+                given[f"{name}_log_p_y"] = self._aux_log_p_y(rows, name)
+        o = self._dense(rows, self.plan.other) if kept is None and self.plan.other is not None else z
         case = self._case(kept, z.shape[1])
         entries = None if kept is None else top_k.take_out(z, y, kept)
         table, groups = self.passes.sums(z, o, y, case)
@@ -67,93 +63,65 @@ class DeviceRows:
         if entries is not None:
             table, shares = entries.put_back(table, self.plan.c_o, padded=case.pooled)
             case = replace(case, pooled=False, one_shift=True)
-        part = Part(table, rows.columns, aux_log_p)
-        stats = self._stats(part, lambda k: _top_k_entropy(z, groups, entries, k))
-        part.a, part.b = self._weights(stats)
-        weight = part.b[0] if part.b else torch.zeros_like(part.a)  # of the one difference
-        part.active = (part.a != 0) | (weight != 0) if part.b else part.a != 0
-        factor = torch.full_like(part.a, self.factor)
-        weights = torch.stack([part.a, weight, factor if rows.factor is None else factor * rows.factor])
-        places = rows.places.take(part.active) if rows.places is not None else None
-        part.found = self._second_pass(rows, o, table, weights, case, places)
+        entropies: dict[int, Tensor] = {}
+        a, b = self._weights(self._stats(table, given, entropies, lambda k: _top_k_entropy(z, groups, entries, k)))
+        weight = b[0] if b else torch.zeros_like(a)  # of the one difference
+        active = (a != 0) | (weight != 0)
+        factor = torch.full_like(a, self.factor)
+        weights = torch.stack([a, weight, factor if rows.factor is None else factor * rows.factor])
+        places = rows.places.take(active) if rows.places is not None else None
+        found = self._second_pass(rows, o, table, weights, case, places)
         if shares is not None:
-            found, g = shares.gradient(part.a, weight, table.select(0, _REST_MASS), self.with_kl)
-            part.found = _together(part.found, found)
+            more, g = shares.gradient(a, weight, table.select(0, TABLE.index("rest_mass")), self.with_kl)
+            found = _together(found, more)
             if self.gradient:
                 shares.write(g, rows, places, self.softcap, weights.select(0, 2))
-        return part
+        return Part(table, found, a, b, active, given, entropies)
 
     # -- what the passes are given -------------------------------------------------------------------------------
 
-    def _kept(self, rows: Rows) -> TopKRows | None:
-        """A top-k distribution that needs no dense row: outside its k, R is the student's shape times one number."""
-        pool = self.plan.pool
-        if pool is None or self.plan.other is None or self.plan.is_pair:
-            return None
-        other = rows.aux[self.plan.other]
-        cheap = isinstance(other, TopKRows) and other.tail == "student" and pool.keeps_student_shape
-        return other if cheap else None  # type: ignore[return-value]
-
-    def _other_logits(self, rows: Rows) -> Tensor:
-        assert self.plan.other is not None
-        other = rows.aux[self.plan.other]
-        if isinstance(other, Tensor):
-            return other
-        buffer = self.scratch.get(f"dense_{self.plan.other}", *rows.z.shape)
-        return top_k.dense(other, rows.z, self.vocab_size, buffer)
-
-    def _reads(self, name: str) -> bool:
-        return f"{name}_log_p_y" in self.target.needs
-
     def _aux_log_p_y(self, rows: Rows, name: str) -> Tensor:
         """log-probability of the label under another model, [r]: one more read of its logits."""
-        other = rows.aux[name]
-        if isinstance(other, TopKRows):
-            other = top_k.dense(other, rows.z, self.vocab_size, self.scratch.get(f"dense_{name}", *rows.z.shape))
-        covered = min(self.vocab_size, other.shape[1])
-        logits = other.narrow(1, 0, covered).clamp(min=NEVER)
-        y = rows.labels.clamp(max=covered - 1)
-        table, _ = self.passes.sums(logits, logits, y, Pass(covered))
-        return table.select(0, TABLE.index("log_p_y")).masked_fill(rows.labels >= covered, float("-inf"))
+        other = self._dense(rows, name)
+        support = min(self.vocab_size, other.shape[1])
+        logits = other.narrow(1, 0, support).clamp(min=NEVER)
+        y = rows.labels.clamp(max=support - 1)
+        table, _ = self.passes.sums(logits, logits, y, Pass(support))
+        return table.select(0, TABLE.index("log_p_y")).masked_fill(rows.labels >= support, float("-inf"))
 
     def _case(self, kept: TopKRows | None, width: int) -> Pass:
-        plan = self.plan
-        if kept is None:
-            return Pass(
-                support=self.support,
-                c_z=plan.c_z,
-                c_o=plan.c_o,
-                c_b=plan.c_b,
-                slope=plan.slope or 0.0,
-                pooled=plan.pool is not None,
-                other=plan.other is not None,
-                offset=plan.slope is not None,
-                pair=plan.is_pair,
-                groups="top_k_entropy" in self.target.needs,
-            )
-        # With a padded vocabulary the pool is the student itself over real tokens: what it has outside the k.
+        plan, groups = self.plan, "top_k_entropy" in self.target.needs
+        if kept is not None:
+            # With a padded vocabulary the pool is the student itself over real tokens: what it has outside the k.
+            return Pass(support=self.vocab_size, pooled=self.vocab_size < width, groups=groups)
         return Pass(
-            support=self.vocab_size,
-            pooled=self.vocab_size < width,
-            groups="top_k_entropy" in self.target.needs,
+            support=self.support,
+            c_z=plan.c_z,
+            c_o=plan.c_o,
+            c_b=plan.c_b,
+            slope=plan.slope or 0.0,
+            pooled=plan.pool is not None,
+            other=plan.other is not None,
+            offset=plan.slope is not None,
+            pair=plan.is_pair,
+            groups=groups,
         )
 
-    def _stats(self, part: Part, top_k_entropy: Callable[[int], Tensor]) -> TokenStats:
-        rows = part.rows
-        values = {name: rows[name] for name in ("log_p_y", "rest_mass", "entropy", "offset_mass")}
-        if self.plan.slope is None:
-            del values["offset_mass"]
-            if "offset_mass" in self.target.needs:
-                values["offset_mass"] = torch.ones_like(rows["log_p_y"])
-        values |= part.columns
-        values |= {f"{name}_log_p_y": value for name, value in part.aux_log_p.items()}
+    def _stats(
+        self, table: Tensor, given: PerRow, entropies: dict[int, Tensor], top_k_entropy: Callable[[int], Tensor] | None
+    ) -> TokenStats:
+        """Entropies of the top k read the logits, which are gone when the loss is reported: ``entropies`` holds them."""
+        values = _by_name(TABLE, table)
+        if self.plan.slope is None and "offset_mass" in self.target.needs:
+            values["offset_mass"] = torch.ones_like(values["log_p_y"])
 
-        def remembered(k: int) -> Tensor:  # it reads the logits, which are gone when the loss is reported
-            if k not in part.top_k_entropies:
-                part.top_k_entropies[k] = top_k_entropy(k)
-            return part.top_k_entropies[k]
+        def remembered(k: int) -> Tensor:
+            if k not in entropies:
+                assert top_k_entropy is not None, f"the entropy of the top {k} is asked for after the logits are gone"
+                entropies[k] = top_k_entropy(k)
+            return entropies[k]
 
-        return TokenStats(values, remembered, self.target.needs)
+        return TokenStats(values | given, remembered, self.target.needs)
 
     def _weights(self, stats: TokenStats) -> tuple[Tensor, list[Tensor]]:
         """The target's weights. The first time, a rule that reads a number of the device is told of by its name."""
@@ -195,12 +163,11 @@ class DeviceRows:
 
     def report(self, parts: Sequence[Part]) -> RowResult:
         """Loss and statistics of all rows of the blocks."""
-        part = parts[0] if len(parts) == 1 else _joined(parts)
-        rows, a, b = part.rows, part.a, part.b
-        label_loss = self.target.label_loss(self._stats(part, _gone))
+        part = _joined(parts)
+        rows, found, a, b = _by_name(TABLE, part.table), _by_name(FOUND, part.found), part.a, part.b
+        label_loss = self.target.label_loss(self._stats(part.table, part.given, part.entropies, None))
         statistics = label_statistics(rows["log_p_y"], rows["entropy"], rows["z_y"] >= rows["top"], a, b)
-        tolerance = simplex_tolerance(a.dtype == torch.float64)
-        found = dict(zip(FOUND, part.found.unbind(0), strict=True))
+        tolerance = simplex_tolerance(a.dtype)
         loss, cross, lowest = label_loss, torch.zeros_like(a), found["lowest"]
         if self.plan.pool is None:  # Q is p_y + a (1 − p_y) at the label and (1 − a) p_v elsewhere
             lowest = rows["log_p_y"].exp() + a * rows["rest_mass"]
@@ -218,7 +185,7 @@ class DeviceRows:
             statistics["kl_q"] = found["kl_q"].masked_fill(lowest < -tolerance, float("nan"))
         return RowResult(loss, statistics, part.active)
 
-    def _residual_value(self, entropy: Tensor, found: dict[str, Tensor]) -> Tensor:
+    def _residual_value(self, entropy: Tensor, found: PerRow) -> Tensor:
         """The residual's published value for a weight of one; see ``Target.value``. CE(R, p) = H(p) + Σ (B − R) log p."""
         if self.target.value == "tempered_kl":
             return self.target.residual_terms[0].factor * found["kl"]
@@ -231,69 +198,51 @@ class Part:
 
     Attributes:
         table: [len(TABLE), r]. found: [len(FOUND), r]. a: [r]. b: [r] each. active: [r], whether the row has a gradient.
-        columns, aux_log_p: what the rule was given. top_k_entropies: what it asked, by k.
+        given: what the rule reads beside the student's statistics. entropies: of the top k that it asked for, by k.
     """
 
     table: Tensor
-    columns: dict[str, Tensor]
-    aux_log_p: dict[str, Tensor]
-    top_k_entropies: dict[int, Tensor] = field(default_factory=dict)
-    a: Tensor = field(init=False)
-    b: list[Tensor] = field(init=False)
-    active: Tensor = field(init=False)
-    found: Tensor = field(init=False)
-
-    @property
-    def rows(self) -> dict[str, Tensor]:
-        return dict(zip(TABLE, self.table.unbind(0), strict=True))
+    found: Tensor
+    a: Tensor
+    b: list[Tensor]
+    active: Tensor
+    given: PerRow
+    entropies: dict[int, Tensor]
 
 
-_REST_MASS = TABLE.index("rest_mass")
+def _joined(values: Sequence[Any]) -> Any:
+    """The parts of several blocks as one: their tensors, and those in their lists and dicts, end to end."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat(tuple(values), -1) if len(values) > 1 else first
+    if isinstance(first, dict):
+        return {key: _joined([value[key] for value in values]) for key in first}
+    if isinstance(first, list):
+        return [_joined(column) for column in zip(*values, strict=True)]
+    return Part(*(_joined([getattr(part, field.name) for part in values]) for field in fields(Part)))
 
 
-def _joined(parts: Sequence[Part]) -> Part:
-    first = parts[0]
-
-    def each(values: Sequence[dict]) -> dict:
-        return {key: torch.cat([value[key] for value in values]) for key in values[0]}
-
-    whole = Part(
-        torch.cat([part.table for part in parts], 1),
-        each([part.columns for part in parts]),
-        each([part.aux_log_p for part in parts]),
-        each([part.top_k_entropies for part in parts]),
-    )
-    whole.a = torch.cat([part.a for part in parts])
-    whole.b = [torch.cat([part.b[j] for part in parts]) for j in range(len(first.b))]
-    whole.active = torch.cat([part.active for part in parts])
-    whole.found = torch.cat([part.found for part in parts], 1)
-    return whole
+def _by_name(names: Sequence[str], table: Tensor) -> PerRow:
+    return dict(zip(names, table.unbind(0), strict=True))
 
 
-def _together(found: Tensor, more: dict[str, Tensor]) -> Tensor:
+def _together(found: Tensor, more: PerRow) -> Tensor:
     """What the second pass found, with what the k entries of a top-k distribution add."""
-    rows = dict(zip(FOUND, found.unbind(0), strict=True))
+    rows = _by_name(FOUND, found)
     for name, value in more.items():
         rows[name] = torch.minimum(rows[name], value) if name == "lowest" else rows[name] + value
     return torch.stack([rows[name] for name in FOUND])
-
-
-def _gone(k: int) -> Tensor:
-    raise AssertionError(f"the entropy of the top {k} is asked for after the logits are gone")
 
 
 def _top_k_entropy(z: Tensor, groups: Tensor | None, entries: top_k.Entries | None, k: int) -> Tensor:
     """Entropy of the k largest, renormalised: they are among the k groups of columns with the largest maxima."""
     assert groups is not None
     width = z.shape[1]
-    if k > width:
-        raise top_k_too_large(k, width)
+    check_top_k(k, width)
     best = groups.topk(min(k, groups.shape[1]), dim=1).indices
     places = (best.unsqueeze(2) * GROUP + torch.arange(GROUP, device=z.device)).flatten(1)
-    if width % GROUP:  # the last group has fewer columns
-        values = z.gather(1, places.clamp(max=width - 1)).masked_fill(places >= width, NEVER)
-    else:
-        values = z.gather(1, places)
+    # the last group may have fewer columns
+    values = z.gather(1, places.clamp(max=width - 1)).masked_fill(places >= width, NEVER)
     if entries is not None:  # the entries that were taken out
         values = torch.cat([values, entries.z], 1)
     largest = values.topk(k, dim=1).values

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qtarget.losses import inputs
+from qtarget.losses.heads import Head
 
 HALF = (torch.bfloat16, torch.float16)
 # Vocabulary rows of a half-precision head cast up at a time.
@@ -66,13 +67,11 @@ class HeadMatmuls:
     compute: torch.dtype
 
     @classmethod
-    def of(
-        cls, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, compute: torch.dtype
-    ) -> HeadMatmuls:
+    def of(cls, head: Head, compute: torch.dtype) -> HeadMatmuls:
         """A float32 head that is multiplied in 16 bits is cast once a call, here."""
-        if compute in HALF and weight.dtype != compute:
-            weight = weight.to(compute)
-        return cls(weight.detach(), None if bias is None else bias.detach(), scale, softcap, compute)
+        weight = head.weight.to(compute) if compute in HALF else head.weight
+        bias = None if head.bias is None else head.bias.detach()
+        return cls(weight.detach(), bias, head.logit_scale, head.logit_softcap, compute)
 
     def logits(self, h: Tensor, out: Tensor) -> None:
         """Write [r, V] logits of h [r, d] to ``out``, float32 or float64."""
@@ -106,23 +105,20 @@ class WeightGradient:
     """gᵀ H over all chunks of a call.
 
     Args:
-        out: [V, d], not yet written. whole: all of g comes at once, so that the product goes straight to ``out``'s
-            dtype: one rounding, and no float32 accumulator to fill, add to and cast.
+        out: [V, d], not yet written; in 16 bits only where all of g comes at once, so that the product goes straight to
+            its dtype: one rounding, and no float32 accumulator to fill, add to and cast.
     """
 
     out: Tensor
-    whole: bool
     written: bool = False
 
     def add(self, g: Tensor, h: Tensor, alpha: float) -> None:
         """out += alpha · gᵀ h; the first product writes, so that no pass fills ``out`` with zeros."""
-        h = h.to(g.dtype)
-        if self.whole and self.out.dtype == g.dtype:
-            self.out.addmm_(g.t(), h, beta=0, alpha=alpha)  # accumulated and scaled in float32 inside the product
-        elif g.dtype in HALF:
-            wide_addmm(self.out, g.t(), h, beta=1.0 if self.written else 0.0, alpha=alpha)
+        h, beta = h.to(g.dtype), 1.0 if self.written else 0.0
+        if self.out.dtype == g.dtype:  # in 16 bits too: accumulated and scaled in float32 inside the product
+            self.out.addmm_(g.t(), h, beta=beta, alpha=alpha)
         else:
-            self.out.addmm_(g.t(), h, beta=1 if self.written else 0, alpha=alpha)
+            wide_addmm(self.out, g.t(), h, beta=beta, alpha=alpha)
         self.written = True
 
     def finish(self) -> Tensor:
@@ -133,8 +129,7 @@ class WeightGradient:
 def wide_mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a b in float32 from 16-bit inputs, whatever the device offers."""
     if not _multiplies_wide(a.device):
-        a, b = a.float(), b.float()
-        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+        return torch.mm(a.float(), b.float(), out=out)
     if out is None:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,27 +21,6 @@ class CannotCompile(Exception):
     """A pass that its compiler refuses on this machine."""
 
 
-class Passes(Protocol):
-    """Who runs the two passes."""
-
-    def sums(self, z: Tensor, o: Tensor, y: Tensor, case: Pass) -> tuple[Tensor, Tensor | None]: ...
-
-    def drifts(self, z: Tensor) -> bool:
-        """Whether sums in z's dtype leave log R's normaliser off by more than what is written is rounded by."""
-
-    def gradient(
-        self,
-        z: Tensor,
-        o: Tensor,
-        y: Tensor,
-        table: Tensor,
-        weights: Tensor,
-        case: Pass,
-        g: Tensor,
-        places: Tensor | None,
-    ) -> Tensor: ...
-
-
 class TritonPasses:
     """The kernels."""
 
@@ -56,13 +35,14 @@ class TritonPasses:
         except self._kernels.COMPILE_ERRORS as error:
             raise CannotCompile(f"{type(error).__name__}: {error}") from error
 
-    def drifts(self, z):
+    def drifts(self, z: Tensor) -> bool:
+        """Whether sums in z's dtype leave log R's normaliser off by more than what is written is rounded by."""
         return True
 
-    def sums(self, z, o, y, case):
+    def sums(self, z: Tensor, o: Tensor, y: Tensor, case: Pass) -> tuple[Tensor, Tensor | None]:
         return self._run(self._kernels.sums, z, o, y, case)
 
-    def gradient(self, z, o, y, table, weights, case, g, places):
+    def gradient(self, z, o, y, table, weights, case: Pass, g: Tensor, places: Tensor | None) -> Tensor:
         return self._run(self._kernels.gradient, z, o, y, table, weights, case, g, places)
 
 
@@ -84,15 +64,15 @@ class FunctionPasses:
         except (TorchDynamoException, InductorError) as error:
             raise CannotCompile(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
 
-    def drifts(self, z):
+    def drifts(self, z: Tensor) -> bool:
         return z.dtype == torch.float64 or not inputs.on_host(z.device)  # there float32 is summed in float64
 
-    def sums(self, z, o, y, case):
+    def sums(self, z: Tensor, o: Tensor, y: Tensor, case: Pass) -> tuple[Tensor, Tensor | None]:
         c = _coefficients(case.coefficients, z.dtype, z.device)
         peaks, groups = self._run("maxima", z, o, y, c, case.support, case.flags)
         return self._run("sums", z, o, y, peaks, c, case.support, case.flags), groups
 
-    def gradient(self, z, o, y, table, weights, case, g, places):
+    def gradient(self, z, o, y, table, weights, case: Pass, g: Tensor, places: Tensor | None) -> Tensor:
         c = _coefficients(case.coefficients, z.dtype, z.device)
         beside = case.write and (g is z or places is not None)
         out = None
@@ -104,8 +84,11 @@ class FunctionPasses:
         if places is not None and out is not None:  # −1 is the last row, which is there for rows without a gradient
             g.index_put_((places,), out)
         elif beside:
-            g.copy_(out)
+            g.copy_(out)  # type: ignore[arg-type]  # beside only where there is something to write
         return found
+
+
+Passes = TritonPasses | FunctionPasses
 
 
 class HostReads(TorchDispatchMode):

@@ -167,9 +167,10 @@ def gradient(
             d = (d - s["m_u"]) + shift
         if support < z.shape[1]:
             R, d = torch.where(v < support, R, 0.0), torch.where(v < support, d, NEVER)
-        # B − R = −B (e^d − 1): by its series where d is small, so that nothing cancels
-        near = -(base * d) * (1 + d * (0.5 + d * (1 / 6 + d * (1 / 24 + d * _further(z)))))
-        difference = torch.where(d.abs() < _near(z), near, base - R)
+        # B − R = −B (e^d − 1): by its series where d is small, its next term below rounding, so that nothing cancels
+        small, further = (2e-3, 1 / 120) if z.dtype == torch.float64 else (0.0625, 0.0)
+        near = -(base * d) * (1 + d * (0.5 + d * (1 / 6 + d * (1 / 24 + d * further))))
+        difference = torch.where(d.abs() < small, near, base - R)
         g = g + b * difference
         found["kl"] = _sum(R * d + difference)
         found["cross"] = _sum(difference * log_p)
@@ -199,15 +200,6 @@ def _gap(z: Tensor, x: Tensor, o: Tensor, z_y: Tensor, c: Tensor, support: int, 
     if support < z.shape[1]:
         d = torch.where(torch.arange(z.shape[1], device=z.device).unsqueeze(0) < support, d, NEVER)
     return d
-
-
-def _near(z: Tensor) -> float:
-    """Where the series of ``gradient`` has every digit: the next term is below rounding."""
-    return 2e-3 if z.dtype == torch.float64 else 0.0625
-
-
-def _further(z: Tensor) -> float:
-    return 1 / 120 if z.dtype == torch.float64 else 0.0
 
 
 def _sum(x: Tensor) -> Tensor:

@@ -6,30 +6,15 @@ For the blocks of a CPU (``block.py``), and for two passes over logits from whic
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qtarget.losses.engine.buffers import Rows, Scratch, Student, Term, TopKRows
+from qtarget.losses.engine.buffers import PerRow, Rows, Scratch, Student, Term, TopKRows
 from qtarget.losses.engine.row_functions import derived, kl_terms
 from qtarget.losses.engine.row_plan import NEVER, TABLE
 from qtarget.targets.residual import Residual
-
-
-@dataclass
-class Sums:
-    """Sums over the unnormalised p of a block of rows, [r, 1] each.
-
-    Attributes:
-        rest: Σ p without the label, so that 1 − p_y keeps its digits where p_y is near 1. dot: Σ p z.
-        outside: what lies outside the kept ids, where there are any.
-    """
-
-    rest: Tensor
-    dot: Tensor
-    outside: Outside | None = None
 
 
 @dataclass
@@ -57,20 +42,25 @@ def cheap_rows(pools: list[Residual], rows: Rows) -> TopKRows | None:
     return None
 
 
-def sums(p: Tensor, z: Tensor, y: Tensor, p_y: Tensor, kept: TopKRows | None, real: int, scratch: Scratch) -> Sums:
-    """Each entry is read once for Σ p and once for Σ p z, with kept ids or without; p is as it was afterwards."""
+def sums(
+    p: Tensor, z: Tensor, y: Tensor, p_y: Tensor, kept: TopKRows | None, vocab_size: int, scratch: Scratch
+) -> tuple[Tensor, Tensor, Outside | None]:
+    """(Σ p without the label, so that 1 − p_y keeps its digits near 1; Σ p z; what is outside the kept ids), [r, 1] each.
+
+    Each entry is read once for Σ p and once for Σ p z, with kept ids or without; p is as it was afterwards.
+    """
     if kept is None:
         p.scatter_(1, y, 0.0)
         rest = p.sum(-1, keepdim=True)
         p.scatter_(1, y, p_y)
-        return Sums(rest, scratch.dot(p, z)[:, None])
+        return rest, scratch.dot(p, z)[:, None], None
     inside, z_y = p.gather(1, kept.ids), z.gather(1, y)
     p.scatter_(1, kept.ids, 0.0).scatter_(1, y, 0.0)
     product = torch.mul(p, z, out=scratch.get("product", *z.shape))
-    but_label, dot = (x[:, :real].sum(-1, keepdim=True) for x in (p, product))
+    but_label, dot = (x[:, :vocab_size].sum(-1, keepdim=True) for x in (p, product))
     padded, padded_dot = torch.zeros_like(p_y), torch.zeros_like(p_y)
-    if real < p.shape[1]:
-        padded, padded_dot = (x[:, real:].sum(-1, keepdim=True) for x in (p, product))
+    if vocab_size < p.shape[1]:
+        padded, padded_dot = (x[:, vocab_size:].sum(-1, keepdim=True) for x in (p, product))
     p.scatter_(1, y, p_y).scatter_(1, kept.ids, inside)
     is_label = kept.ids == y
     label_outside = torch.where(is_label.any(-1, keepdim=True), 0.0, p_y)
@@ -79,10 +69,10 @@ def sums(p: Tensor, z: Tensor, y: Tensor, p_y: Tensor, kept: TopKRows | None, re
     in_dot = (inside * z.gather(1, kept.ids)).sum(-1, keepdim=True)
     # Where the student leaves next to nothing outside the k, p has lost the tail's shape; logits have not.
     lost = bool((outside.mass < 1e-30 * (rest + p_y)).any())
-    return Sums(rest, outside.dot + padded_dot + in_dot, None if lost else outside)
+    return rest, outside.dot + padded_dot + in_dot, None if lost else outside
 
 
-def add_kept(
+def add_top_k(
     outside: Outside,
     pool: Residual,
     rows: Rows,
@@ -90,9 +80,9 @@ def add_kept(
     weight: Tensor,
     g: Tensor,
     start: Tensor | None,
-    real: int,
+    vocab_size: int,
 ) -> tuple[Term, Tensor]:
-    """As ``RowMath._add_dense`` for a top-k distribution whose tail has the student's shape: k gathers, no exponentials.
+    """As ``RowMath._add_dense_residual`` where a tail has the student's shape: k gathers, no exponentials.
 
     Outside the k, t = p (1 − T_K)/(1 − P_K), so R/p is one number per row.
     """
@@ -121,7 +111,7 @@ def add_kept(
     label_pull = torch.where(is_label.any(-1), (difference_rk * is_label).sum(-1), student.p_y * shrink_tail)
     base_rk = p_rk * (start / student.inv[:, None]) if start is not None else g.gather(1, kept.ids)
     # Real tokens outside the k, then padded rows, where R is 0.
-    for part, pull in ((slice(0, real), weight * shrink_tail), (slice(real, z.shape[-1]), weight)):
+    for part, pull in ((slice(0, vocab_size), weight * shrink_tail), (slice(vocab_size, z.shape[-1]), weight)):
         p, factor = student.scaled[:, part], (pull * student.inv)[:, None]
         if start is not None:
             torch.mul(p, start + factor, out=g[:, part])
@@ -136,19 +126,6 @@ def add_kept(
     size = size + (a + weight).abs() * outside.padded.squeeze(1) * student.inv
     size = size + g_rk.masked_fill(is_label, 0.0).abs().sum(-1)
     return Term(ce, kl, size), weight * label_pull
-
-
-def dense(other: TopKRows, z: Tensor, vocab_size: int, buffer: Tensor) -> Tensor:
-    """Log-probabilities [r, vocab_size] of a top-k distribution with its tail filled in, written to ``buffer`` [r, v]."""
-    out = buffer.narrow(1, 0, vocab_size)
-    if other.tail == "even":
-        outside = max(1, vocab_size - other.ids.shape[1])
-        torch.sub(other.log_tail.unsqueeze(1).expand_as(out), math.log(outside), out=out)
-    else:
-        student = z.narrow(1, 0, vocab_size)
-        outside_lse = student.scatter(1, other.ids, float("-inf")).logsumexp(1)
-        torch.add(student, (other.log_tail - outside_lse).unsqueeze(1), out=out)
-    return out.scatter_(1, other.ids, other.logprobs)
 
 
 # -- for two passes over logits ------------------------------------------------------------------------------------
@@ -200,7 +177,7 @@ class Entries:
         s["shift"] = shares.d_tail
         return torch.stack([s[name] for name in TABLE]), shares
 
-    def _shares(self, s: dict[str, Tensor], log_outside: Tensor, power: float) -> Shares:
+    def _shares(self, s: PerRow, log_outside: Tensor, power: float) -> Shares:
         log_p = (self.z - s["m"].unsqueeze(1)) - s["log_s"].unsqueeze(1)
         log_p = torch.where(self.is_label, s["log_p_y"].unsqueeze(1), log_p)
         rest = log_outside - s["m"] - s["log_s"]
@@ -222,7 +199,7 @@ class Shares:
     d: Tensor
     d_tail: Tensor
 
-    def gradient(self, a: Tensor, b: Tensor, rest_mass: Tensor, with_kl: bool) -> tuple[dict[str, Tensor], Tensor]:
+    def gradient(self, a: Tensor, b: Tensor, rest_mass: Tensor, with_kl: bool) -> tuple[PerRow, Tensor]:
         """(what the k add to what the second pass found, g [r, k])."""
         a, b, rest_mass = a.unsqueeze(1), b.unsqueeze(1), rest_mass.unsqueeze(1)
         p, R = self.log_p.exp(), (self.log_p + self.d).exp()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
-from qtarget.losses.engine import matmuls
+from qtarget.losses.engine import EngineCall, matmuls
 from qtarget.losses.engine.block import RowMath
 from qtarget.losses.engine.buffers import Scratch
-from qtarget.losses.engine.calls import EngineCall
 from qtarget.losses.engine.device_rows import DeviceRows
 from qtarget.losses.engine.passes import FunctionPasses, Passes, TritonPasses
 from qtarget.losses.engine.row_plan import RowPlan
@@ -44,31 +44,30 @@ def computes(call: EngineCall, target: Target, place: Place) -> RowMath | Device
         return computes_in_torch(call, target, place)
     passes: Passes = TritonPasses() if call.backend == "triton" else FunctionPasses()
     return DeviceRows(
-        target=target,
         plan=plan,
         passes=passes,
-        vocab_size=call.vocab_size,
         support=place.width if plan.pool is None else _support(call, plan.pool, place.width),
-        scratch=place.scratch,
-        gradient=place.gradient,
-        with_kl=call.with_kl,
-        softcap=call.logit_softcap,
         factor=matmuls.gradient_factor(call.compute) if place.beside else 1.0,
+        **_of_both(call, target, place),
     )
 
 
 def computes_in_torch(call: EngineCall, target: Target, place: Place) -> RowMath:
     """Blocks in place, which every target and every device has."""
     pools = [term.pool for term in target.residual_terms]
-    return RowMath(
-        target=target,
-        vocab_size=call.vocab_size,
-        support=tuple(_support(call, pool, place.width) for pool in pools),
-        gradient=place.gradient,
-        with_kl=call.with_kl,
-        softcap=call.logit_softcap,
-        scratch=place.scratch,
-    )
+    support = tuple(_support(call, pool, place.width) for pool in pools)
+    return RowMath(support=support, **_of_both(call, target, place))
+
+
+def _of_both(call: EngineCall, target: Target, place: Place) -> dict[str, Any]:
+    return {
+        "target": target,
+        "vocab_size": call.vocab_size,
+        "scratch": place.scratch,
+        "gradient": place.gradient,
+        "with_kl": call.with_kl,
+        "softcap": call.logit_softcap,
+    }
 
 
 def tell(sentence: str) -> None:

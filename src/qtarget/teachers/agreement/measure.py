@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,16 +21,7 @@ from qtarget.errors import ConfigError, DataError
 from qtarget.losses import TopK
 from qtarget.losses.log_probs import log_probs
 from qtarget.models.frozen import evaluation_mode
-from qtarget.teachers.agreement.report import (
-    CONFIDENT,
-    DENIED,
-    PLACES,
-    Agreement,
-    Conflict,
-    EndToken,
-    Place,
-    Side,
-)
+from qtarget.teachers.agreement.report import CONFIDENT, DENIED, PLACES, Agreement, Conflict, EndToken, Place, Side
 
 if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
@@ -99,15 +90,16 @@ def _check(trainer: QTargetTrainer, rows: int, top_k: Sequence[int]) -> None:
 
 
 def _rows(trainer: QTargetTrainer, rows: int) -> list[dict[str, Any]]:
-    """Prepared rows that hold about so many documents: evenly evenly_spaced, or the first of a stream."""
+    """Prepared rows that hold about so many documents: evenly spaced, or the first of a stream."""
     dataset = trainer.train_dataset
     if not hasattr(dataset, "__len__"):
         taken: list[dict[str, Any]] = []
         documents = 0
-        stream = iter(dataset)
-        while documents < rows and (row := next(stream, None)) is not None:
+        for row in dataset:
             taken.append(row)
             documents += _documents_in(row)
+            if documents >= rows:
+                break
         return taken
     chosen = [dataset[place] for place in evenly_spaced(len(dataset), rows)]
     documents = sum(map(_documents_in, chosen))
@@ -143,7 +135,7 @@ class _Tally:
         self.top_k = [k for k in top_k if k <= trainer.vocab_size]
         self.cached_k: int | None = None
         self.end: int | None = trainer.tokenizer.eos_token_id
-        self.parts: dict[str, list[Tensor]] = {}
+        self.chunks: list[dict[str, Tensor]] = []
         self.documents = self.touched = 0
 
     def add(self, rows: list[dict[str, Any]]) -> None:
@@ -151,43 +143,36 @@ class _Tally:
         batch = trainer.batch(rows)
         heads = trainer.ask(batch, {"student", "teacher"})
         student, teacher = heads["student"], heads["teacher"]
-        if isinstance(teacher, TopK):
+        if isinstance(teacher, TopK) and self.cached_k is None:
             self.cached_k = teacher.ids.shape[-1]
+            self.top_k = [*(k for k in self.top_k if k < self.cached_k), self.cached_k]
         document = batch.documents() + self.documents
         self.documents = int(document.max()) + 1
         shifted, document = batch.shifted, document[:, 1:]
-        asked = shifted != -100
+        compared = shifted != -100
         if self._ends_differ:
             self.touched += int(shifted.eq(torch.tensor(self.end)).sum())
             if trainer.label_only_token is not None:
-                asked = asked & (shifted != trainer.label_only_token)
-        places = asked.nonzero(as_tuple=True)
-        for begin in range(0, len(places[0]), _CHUNK):
-            at = tuple(place[begin : begin + _CHUNK] for place in places)
+                compared &= shifted != trainer.label_only_token
+        places = compared.nonzero(as_tuple=True)
+        for at in zip(*(place.split(_CHUNK) for place in places), strict=True):
             log_p = log_probs(student, at, trainer.vocab_size)
             log_t = log_probs(teacher, at, trainer.vocab_size, log_p)
             kept = (teacher.ids[at].long(), teacher.log_tail()[at]) if isinstance(teacher, TopK) else None
-            made = _of_chunk(log_p, log_t, kept, shifted[at], self._ks())
-            for name, values in {**made, "row": document[at], "label": shifted[at]}.items():
-                values = values.cpu()
-                self.parts.setdefault(name, []).append(values.double() if values.is_floating_point() else values)
+            figures = _of_chunk(log_p, log_t, kept, shifted[at], self.top_k)
+            self.chunks.append(on_cpu({**figures, "row": document[at], "label": shifted[at]}))
 
     @property
     def _ends_differ(self) -> bool:
         return self.teacher.ends_with not in (None, self.end) and self.end is not None
 
-    def _ks(self) -> list[int]:
-        if self.cached_k is None:
-            return self.top_k
-        return [*(k for k in self.top_k if k < self.cached_k), self.cached_k]
-
     def agreement(self, rows: int) -> Agreement:
-        if not self.parts:
+        if not any(len(chunk["row"]) for chunk in self.chunks):
             raise DataError(
                 f"rows is {rows}, and none of the rows looked at has a supervised token that the teacher is asked about; "
                 "look at more rows, or check completion_only_loss, assistant_only_loss and max_length"
             )
-        tokens = {name: torch.cat(parts) for name, parts in self.parts.items()}
+        tokens = joined(self.chunks)
         for who in ("student", "teacher"):
             if bool(torch.isnan(tokens[f"{who}_entropy"]).any()):
                 field = "model_init_kwargs" if who == "student" else "teacher_model_init_kwargs"
@@ -210,7 +195,7 @@ class _Tally:
             top1_match=_mean(sides),
             kl_teacher_student=_mean(tokens["kl_teacher_student"]),
             kl_student_teacher=_mean(tokens["kl_student_teacher"]),
-            top_k_mass={k: min(1.0, _mean(tokens["mass"][:, place])) for place, k in enumerate(self._ks())},
+            top_k_mass={k: min(1.0, _mean(tokens["mass"][:, place])) for place, k in enumerate(self.top_k)},
             cached_k=self.cached_k,
             lost_mass=_mean(tokens["lost"]) if cached else None,
             labels_outside_k=_mean(tokens["outside"]) if cached else None,
@@ -230,8 +215,8 @@ class _Tally:
             if not bool(here.any()):
                 yield Place(name, 0, None, None, None)
                 continue
-            own = {key: values[here] for key, values in tokens.items()}
-            yield Place(name, int(here.sum()), _side(own, "student"), _side(own, "teacher"), _mean(conflict[here]))
+            part = {key: values[here] for key, values in tokens.items()}
+            yield Place(name, int(here.sum()), _side(part, "student"), _side(part, "teacher"), _mean(conflict[here]))
 
     def _conflicting(self, tokens: dict[str, Tensor], conflict: Tensor) -> Iterable[Conflict]:
         def text(index: int) -> str:
@@ -241,10 +226,10 @@ class _Tally:
         everywhere = Counter(tokens["label"].tolist())
         counts = Counter(labels)
         for label in sorted(counts, key=lambda index: (-counts[index], index))[:_MOST_CONFLICTING]:
-            said = Counter(top for own, top in zip(labels, instead, strict=True) if own == label)
-            often = sorted(said.items(), key=lambda item: (-item[1], item[0]))[:3]
-            others = tuple((top, text(top), count) for top, count in often)
-            yield Conflict(label, text(label), counts[label], everywhere[label], others)
+            others = Counter(top for own, top in zip(labels, instead, strict=True) if own == label)
+            often = sorted(others.items(), key=lambda item: (-item[1], item[0]))[:3]
+            named = tuple((top, text(top), count) for top, count in often)
+            yield Conflict(label, text(label), counts[label], everywhere[label], named)
 
     def _end_token(self) -> EndToken | None:
         if not self._ends_differ:
@@ -271,11 +256,10 @@ def _of_chunk(
         largest = t.topk(max(top_k, default=1), dim=-1).values
         top = t.argmax(-1)
     else:  # a tail in the student's shape may peak higher, on a token that is not the teacher's
-        own = t.gather(1, kept[0])
-        largest = own.sort(-1, descending=True).values
-        top = kept[0].gather(1, own.argmax(-1, keepdim=True)).squeeze(1)
-    cumulated = largest.cumsum(-1)
-    made = {
+        kept_p = t.gather(1, kept[0])
+        largest = kept_p.sort(-1, descending=True).values
+        top = kept[0].gather(1, kept_p.argmax(-1, keepdim=True)).squeeze(1)
+    figures = {
         "student_log_p": log_p.gather(1, at_label).squeeze(1),
         "teacher_log_p": log_t.gather(1, at_label).squeeze(1),
         "student_top": log_p.argmax(-1),
@@ -286,12 +270,22 @@ def _of_chunk(
         # Rounding leaves some 1e-7 on either side of 0.
         "kl_teacher_student": (t * gap).sum(-1).clamp(min=0),
         "kl_student_teacher": -(p * gap).sum(-1).clamp(max=0),
-        "mass": cumulated[:, [k - 1 for k in top_k]],
+        "mass": largest.cumsum(-1)[:, [k - 1 for k in top_k]],
     }
     if kept is not None:
-        made["lost"] = kept[1].float().exp()
-        made["outside"] = (kept[0] != at_label).all(-1)
-    return made
+        figures["lost"] = kept[1].float().exp()
+        figures["outside"] = (kept[0] != at_label).all(-1)
+    return figures
+
+
+def on_cpu(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values.cpu() for name, values in columns.items()}
+
+
+def joined(chunks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The columns of all chunks of tokens, those of numbers with a point in float64."""
+    columns = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    return {name: values.double() if values.is_floating_point() else values for name, values in columns.items()}
 
 
 def _thirds(row: Tensor, end: Tensor) -> Tensor:

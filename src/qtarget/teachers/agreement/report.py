@@ -128,14 +128,10 @@ class Agreement:
         """ "identical", "misaligned", "helps" or "mixed", by the rules of thumb above."""
         if self.kl_teacher_student < IDENTICAL_KL:
             return "identical"
-        certain = self.nll_gap_error is not None and abs(self.nll_gap) > STANDARD_ERRORS * self.nll_gap_error
-        if certain and abs(self.nll_gap) > NLL_MARGIN:
+        if not self._alike_on_labels:
             return "misaligned" if self.nll_gap > 0 else "helps"
-        return "helps" if self._sharper and not self.too_sure else "mixed"
-
-    @property
-    def _sharper(self) -> bool:
-        return self.teacher.entropy <= SHARPER * self.student.entropy and self.top1_match >= AGREEING
+        sharper = self.teacher.entropy <= SHARPER * self.student.entropy and self.top1_match >= AGREEING
+        return "helps" if sharper and not self.too_sure else "mixed"
 
     @property
     def too_sure(self) -> bool:
@@ -151,40 +147,40 @@ class Agreement:
         kl, match = f"KL(teacher‖student) {self.kl_teacher_student:.3g}", f"top-1 match {self.top1_match:.0%}"
         if self.judgement == "identical":
             why = " (it is the student's own average, which starts as the student)" if self.own_average else ""
-            said = (
+            sentence = (
                 f"nearly identical to the student{why}: {kl} is below {IDENTICAL_KL}, {match}; the target is nearly the "
                 "one without a teacher"
             )
         elif self.judgement == "misaligned":
-            said = (
+            sentence = (
                 f"misaligned: it explains the labels worse than the student ({self._nlls()}), {kl}, {match}; it pulls "
                 "away from the demonstrations"
             )
             if self.teacher.p > self.student.p:  # a few labels it denies outweigh many that it gives more
-                said += (
+                sentence += (
                     f", although its mean p of the label is higher ({self.teacher.p:.3f} against {self.student.p:.3f}): "
                     "it may only be too sharp"
                 )
-        elif self.judgement == "helps" and self.nll_gap < 0 and not self._undecided:
-            said = f"likely to help: it explains the labels better than the student ({self._nlls()}), {kl}, {match}"
+        elif self.judgement == "helps" and self.nll_gap < 0 and not self._alike_on_labels:
+            sentence = f"likely to help: it explains the labels better than the student ({self._nlls()}), {kl}, {match}"
         elif self.judgement == "helps":
-            said = (
+            sentence = (
                 f"likely to help: it is clearly sharper than the student (entropy {self.teacher.entropy:.3g} against "
                 f"{self.student.entropy:.3g}) and agrees with it ({match}), {kl}; on the labels alike ({self._nlls()})"
             )
         else:
-            said = f"mixed: on the labels no clear difference to the student ({self._nlls()}), {kl}, {match}"
+            sentence = f"mixed: on the labels no clear difference to the student ({self._nlls()}), {kl}, {match}"
         if self.too_sure:
-            said += (
+            sentence += (
                 f"; too sure of other tokens: confident of another token than the label on {self.conflicts:.0%} of the "
                 f"tokens, more than {CONFLICTS_OFTEN:.0%}"
             )
             if self.sides_with_teacher is not None:
-                said += f" (the student sides with it on {self.sides_with_teacher:.0%} of these)"
-        return said
+                sentence += f" (the student sides with it on {self.sides_with_teacher:.0%} of these)"
+        return sentence
 
     @property
-    def _undecided(self) -> bool:
+    def _alike_on_labels(self) -> bool:
         error = math.inf if self.nll_gap_error is None else self.nll_gap_error
         return abs(self.nll_gap) <= max(NLL_MARGIN, STANDARD_ERRORS * error)
 
@@ -265,22 +261,22 @@ class Agreement:
 
     def lines(self) -> list[str]:
         """All figures as plain text, a line each; the verdict comes last."""
-        said = [f"{self.rows} rows, {self.tokens} supervised tokens: student | teacher"]
+        lines = [f"{self.rows} rows, {self.tokens} supervised tokens: student | teacher"]
         for what, student, teacher in self.figures():
-            said.append(f"  {what}: " + (f"{student} | {teacher}" if student else teacher))
-        said.append("by place in the answer: nll, p, likeliest of the student | of the teacher, conflicts")
+            lines.append(f"  {what}: " + (f"{student} | {teacher}" if student else teacher))
+        lines.append("by place in the answer: nll, p, likeliest of the student | of the teacher, conflicts")
         for place in self.places:
             if place.student is None or place.teacher is None:
-                said.append(f"  {place.name}: no tokens")
+                lines.append(f"  {place.name}: no tokens")
                 continue
             sides = " | ".join(
                 f"{side.nll:.3f} {side.p:.3f} {side.accuracy:.0%}" for side in (place.student, place.teacher)
             )
-            said.append(f"  {place.name}: {place.tokens} tokens, {sides}, {place.conflicts:.0%}")
+            lines.append(f"  {place.name}: {place.tokens} tokens, {sides}, {place.conflicts:.0%}")
         if self.conflicting:
-            said.append("labels with most conflicts, and what the teacher says instead")
-            said += [f"  {label}: {often}, {instead}" for label, often, instead in self.conflict_lines()]
-        return [*said, *(f"note: {note}" for note in self.notes()), f"verdict: {self.verdict}"]
+            lines.append("labels with most conflicts, and what the teacher says instead")
+            lines += [f"  {label}: {often}, {instead}" for label, often, instead in self.conflict_lines()]
+        return [*lines, *(f"note: {note}" for note in self.notes()), f"verdict: {self.verdict}"]
 
     def conflict_lines(self) -> list[tuple[str, str, str]]:
         """(the label, how often of how many, what instead) of the labels with most conflicts, fit for a terminal."""

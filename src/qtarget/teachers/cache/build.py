@@ -26,7 +26,6 @@ from qtarget.teachers.cache.index import KEY_BYTES, row_key, supervised_position
 from qtarget.teachers.cache.reader import INDEX
 from qtarget.teachers.cache.scorers import LiveScorer, Scorer, teacher_log_probs
 from qtarget.teachers.joins import read_before
-from qtarget.training.trainer import QTargetTrainer
 
 if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
@@ -76,10 +75,9 @@ def bytes_per_token(k: int, dtype: str = "float16") -> int:
 def about(trainer: QTargetTrainer) -> dict[str, Any]:
     """The manifest's part on tokenizer, preparation, context and teacher."""
     tokenizer, args = trainer.tokenizer, trainer.args
-    (end, *_) = [*sorted(teacher_settings.end_tokens(args)), None]
     return {
         **teacher_settings.what_decides_rows(args, tokenizer, trainer.completion_only_loss),
-        "end_token": end,
+        "end_token": min(teacher_settings.end_tokens(args), default=None),
         "teacher": teacher_settings.named_teacher(args),
     }
 
@@ -157,7 +155,7 @@ def needed_for(
 def build(
     trainer: QTargetTrainer,
     folder: str | Path,
-    made: Plan,
+    planned: Plan,
     k: int,
     *,
     dtype: str = "float16",
@@ -170,7 +168,7 @@ def build(
 
     Args:
         trainer: a QTargetTrainer with packing off and its teacher loaded (or a scorer in its place).
-        folder: where it goes. made: the plan. k: tokens kept. dtype: of the log-probabilities.
+        folder: where it goes. planned: the plan. k: tokens kept. dtype: of the log-probabilities.
         about: the manifest's part on teacher, tokenizer and preparation.
         progress: called with the tokens of each shard that is there.
 
@@ -179,19 +177,19 @@ def build(
         DataError: the teacher gives NaN. Shards already written stay.
     """
     folder = Path(folder)
-    check_folder(folder, made, k, dtype, about)  # before anything is made there
+    check_folder(folder, planned, k, dtype, about)  # before anything is made there
     folder.mkdir(parents=True, exist_ok=True)
     score = scorer or LiveScorer(trainer, k)
     with _alone(folder):
-        check_folder(folder, made, k, dtype, about)  # another build may have been here since
-        manifest = _begin(folder, made, k, dtype, about)
-        for number, group in enumerate(made.shards):
+        check_folder(folder, planned, k, dtype, about)  # another build may have been here since
+        manifest = _begin(folder, planned, k, dtype, about)
+        for number, group in enumerate(planned.shards):
             if number < len(manifest["shards"]):
-                progress(sum(made.rows[row].tokens for row in group))
+                progress(sum(planned.rows[row].tokens for row in group))
                 continue
-            line = _write_shard(trainer, folder, made, number, score, dtype, batch_size)
+            line = _write_shard(trainer, folder, planned, number, score, dtype, batch_size)
             manifest["shards"].append(line)
-            if len(manifest["shards"]) == len(made.shards):
+            if len(manifest["shards"]) == len(planned.shards):
                 manifest["state"] = "complete"
             manifests.write(folder, manifest)
             progress(line["tokens"])
@@ -219,16 +217,15 @@ def _alone(folder: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def _begin(folder: Path, made: Plan, k: int, dtype: str, about: dict[str, Any]) -> dict[str, Any]:
+def _begin(folder: Path, planned: Plan, k: int, dtype: str, about: dict[str, Any]) -> dict[str, Any]:
     """The manifest to go on with: a new one, or that of an interrupted build of exactly this."""
-    counts = np.array([row.tokens for row in made.rows], np.int32)
-    starts = np.zeros(len(counts), np.int64)
-    order = np.array([row for group in made.shards for row in group])
-    starts[order] = np.cumsum([0, *counts[order][:-1]])
-    fresh = _fresh(made, k, dtype, about)
     if not (folder / manifests.FILE).exists():
-        index = shards.write_arrays(folder / INDEX, {"keys": made.keys, "counts": counts, "starts": starts})
-        manifest = {**fresh, "index": index, "shards": []}
+        counts = np.array([row.tokens for row in planned.rows], np.int32)
+        starts = np.zeros(len(counts), np.int64)
+        order = np.concatenate(planned.shards)
+        starts[order] = np.cumsum([0, *counts[order][:-1]])
+        index = shards.write_arrays(folder / INDEX, {"keys": planned.keys, "counts": counts, "starts": starts})
+        manifest = {**_fresh(planned, k, dtype, about), "index": index, "shards": []}
         manifests.write(folder, manifest)
         return manifest
     manifest = {**manifests.read(folder)}
@@ -240,7 +237,7 @@ def _begin(folder: Path, made: Plan, k: int, dtype: str, about: dict[str, Any]) 
     return manifest
 
 
-def _fresh(made: Plan, k: int | None, dtype: str, about: dict[str, Any]) -> dict[str, Any]:
+def _fresh(planned: Plan, k: int | None, dtype: str, about: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": manifests.FORMAT,
         "program": f"qtarget {__version__}",
@@ -248,13 +245,13 @@ def _fresh(made: Plan, k: int | None, dtype: str, about: dict[str, Any]) -> dict
         **about,
         "k": k,
         "dtype": dtype,
-        "rows": len(made.rows),
-        "tokens": made.tokens,
-        "planned_shards": len(made.shards),
+        "rows": len(planned.rows),
+        "tokens": planned.tokens,
+        "planned_shards": len(planned.shards),
     }
 
 
-def check_folder(folder: Path, made: Plan, k: int | None, dtype: str, about: dict[str, Any]) -> None:
+def check_folder(folder: Path, planned: Plan, k: int | None, dtype: str, about: dict[str, Any]) -> None:
     """Raise StorageError where a build may not have a folder; ``k``: None where it is not known yet."""
     if not folder.exists():
         return
@@ -267,24 +264,24 @@ def check_folder(folder: Path, made: Plan, k: int | None, dtype: str, about: dic
         return
     manifest = manifests.read(folder)
     left_out = ("state", "program", *(("k",) if k is None else ()))
-    wanted = {name: value for name, value in _fresh(made, k, dtype, about).items() if name not in left_out}
+    wanted = {name: value for name, value in _fresh(planned, k, dtype, about).items() if name not in left_out}
     difference = manifests.first_difference(
         manifest, wanted, "name another folder, or build with what it was begun with"
     )
     have = shards.map_arrays(folder / INDEX)
-    if difference is None and not np.array_equal(have["keys"], made.keys):
+    if difference is None and not np.array_equal(have["keys"], planned.keys):
         difference = "the rows are not those it was begun with: text, order or context changed; name another folder"
     if difference is not None:
         raise StorageError(f"output is {str(folder)!r}, which holds a teacher cache: {difference}")
 
 
 def _write_shard(
-    trainer: QTargetTrainer, folder: Path, made: Plan, number: int, score: Scorer, dtype: str, batch_size: int
+    trainer: QTargetTrainer, folder: Path, planned: Plan, number: int, score: Scorer, dtype: str, batch_size: int
 ) -> dict[str, Any]:
     ids, logprobs, tails = [], [], []
-    group = made.shards[number]
+    group = planned.shards[number]
     for begin in range(0, len(group), batch_size):
-        rows = [made.rows[row] for row in group[begin : begin + batch_size]]
+        rows = [planned.rows[row] for row in group[begin : begin + batch_size]]
         for row, (top, kept, tail) in zip(rows, score([_row(trainer, row) for row in rows]), strict=True):
             if not (np.isfinite(kept).all() and not np.isnan(tail).any()):
                 raise DataError(
@@ -303,19 +300,17 @@ def _row(trainer: QTargetTrainer, row: Row) -> dict[str, Any]:
     return datasets_of(trainer)[row.dataset][row.number]
 
 
-def seconds_for(trainer: QTargetTrainer, made: Plan, batch_size: int) -> float:
+def seconds_for(trainer: QTargetTrainer, planned: Plan, batch_size: int) -> float:
     """Estimated seconds of a build: one batch of rows of middling length, timed after a first that warms up."""
-    by_length = sorted(range(len(made.rows)), key=lambda row: made.rows[row].length)
+    by_length = sorted(range(len(planned.rows)), key=lambda row: planned.rows[row].length)
     middle = by_length[max(0, len(by_length) // 2 - batch_size // 2) :][:batch_size]
-    rows = [_row(trainer, made.rows[row]) for row in middle]
+    rows = [_row(trainer, planned.rows[row]) for row in middle]
     score = LiveScorer(trainer, 1)
-    for _ in score(rows[:1]):
-        pass
+    list(score(rows[:1]))
     begin = time.perf_counter()
-    for _ in score(rows):
-        pass
+    list(score(rows))
     spent = time.perf_counter() - begin
-    return spent * sum(row.length for row in made.rows) / max(1, sum(made.rows[row].length for row in middle))
+    return spent * sum(row.length for row in planned.rows) / max(1, sum(planned.rows[row].length for row in middle))
 
 
 def check_room(folder: str | Path, megabytes: float) -> None:

@@ -10,8 +10,9 @@ by the size of the log-probabilities.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,8 @@ from qtarget.losses import TopK, target_distribution, target_loss
 from qtarget.losses.log_probs import log_probs
 from qtarget.models.frozen import evaluation_mode
 from qtarget.targets import Target, presets
-from qtarget.teachers.cache.reader import IDS, LOGPROBS, TAIL, CachedTeacher
+from qtarget.teachers.agreement.measure import joined, on_cpu
+from qtarget.teachers.cache.reader import CachedTeacher
 from qtarget.teachers.joins import read_before
 
 if TYPE_CHECKING:
@@ -108,25 +110,23 @@ class Report:
         yield "gradient: ‖difference‖ / ‖live‖ of p − Q, and of what reaches hidden states; loss: mean difference, nats"
 
 
-def targets_for(asked: Any) -> dict[str, Target]:
+def targets_for(run_target: Any) -> dict[str, Target]:
     """The targets that are looked at: the three with a teacher, and the run's own where it is another."""
-    found = {name: presets.build(name) for name in ("kd", "kd-hybrid", "target-sft")}
-    try:
-        own = None if asked is None else Target.from_config(asked)
-    except ConfigError:  # on a schedule
-        own = None
-    if own is not None and own.requires == {"teacher"} and own not in found.values():
-        found[str(own)] = own
-    return found
+    targets = {name: presets.build(name) for name in ("kd", "kd-hybrid", "target-sft")}
+    with contextlib.suppress(ConfigError):  # on a schedule
+        own = None if run_target is None else Target.from_config(run_target)
+        if own is not None and own.requires == {"teacher"} and own not in targets.values():
+            targets[str(own)] = own
+    return targets
 
 
 @torch.no_grad()
-def examine(trainer: QTargetTrainer, cache: CachedTeacher, rows: int, asked: Any = None) -> Report:
+def examine(trainer: QTargetTrainer, cache: CachedTeacher, rows: int, run_target: Any = None) -> Report:
     """Ask the live teacher about rows of a trainer's training set and compare.
 
     Args:
         trainer: a QTargetTrainer with packing off, the cache's teacher loaded and the student in its place.
-        cache: opened. rows: how many, evenly over the set. asked: the run's own target.
+        cache: opened. rows: how many, evenly over the set. run_target: the run's own target.
 
     Raises:
         DataError: a row that the cache does not have.
@@ -134,48 +134,46 @@ def examine(trainer: QTargetTrainer, cache: CachedTeacher, rows: int, asked: Any
     data = trainer.train_dataset
     count = min(rows, len(data))
     chosen = sorted({round(i * (len(data) - 1) / max(1, count - 1)) for i in range(count)})
-    targets = targets_for(asked)
-    sums = {(name, tail): _Sums() for name in targets for tail in TAILS}
-    tails, gaps, row_count = [], [], 0
+    targets = targets_for(run_target)
+    chunks: list[dict[str, Tensor]] = []
+    by_target: dict[tuple[str, str], list[dict[str, Tensor]]] = {(name, tail): [] for name in targets for tail in TAILS}
     size = trainer.args.per_device_eval_batch_size
     with evaluation_mode(trainer.model):
         for begin in range(0, len(chosen), size):
-            batch = [dict(data[number]) for number in chosen[begin : begin + size]]
-            places = _places(trainer, cache, batch, chosen[begin : begin + size])
-            asked = trainer.batch(batch)
-            labels = asked.labels
-            heads = trainer.ask(asked, {"student", "teacher"})
-            student, live = heads["student"], heads["teacher"]
-            padded = torch.full(labels.shape, -1)
-            for line, own in zip(padded, places, strict=True):
-                line[: len(own)] = torch.tensor(own)
-            gathered = {name: value.to(labels.device) for name, value in cache.gather(padded).items()}
-            row, place = asked.supervised()
-            every = max(1, -(-len(row) * len(chosen) // (len(batch) * _MOST_TOKENS)))
-            row, place = row[::every], place[::every]
-            for start in range(0, len(row), _CHUNK):
-                at = row[start : start + _CHUNK], place[start : start + _CHUNK]
-                kept = {name: value[:, 1:][at] for name, value in gathered.items()}
-                gap = _chunk(trainer, student, live, kept, at, labels, targets, sums, row_count, cache)
-                gaps.append(gap)
-                tails.append(kept[TAIL].double().exp().cpu())
-            row_count += len(batch)
-    mass, gap = torch.cat(tails), torch.cat(gaps)
+            numbers = chosen[begin : begin + size]
+            rows_read = [data[number] for number in numbers]
+            batch = trainer.batch(rows_read)
+            gathered = cache.gather(_places(trainer, cache, rows_read, numbers, batch.labels.shape))
+            cached = cache.top_k({name: value.to(batch.labels.device) for name, value in gathered.items()})
+            heads = trainer.ask(batch, {"student", "teacher"})
+            row, place = batch.supervised()
+            every = max(1, -(-len(row) * len(chosen) // (len(numbers) * _MOST_TOKENS)))
+            for at in zip(row[::every].split(_CHUNK), place[::every].split(_CHUNK), strict=True):
+                y, vocab = batch.shifted[at], trainer.vocab_size
+                log_p, log_t = (log_probs(heads[who], at, vocab) for who in ("student", "teacher"))
+                logprobs = cached.logprobs[at].float()
+                gap = (log_t.gather(1, cached.ids[at].long()) - logprobs).abs()
+                gap = torch.where(logprobs > -1e3, gap, 0.0).amax(-1)
+                chunks.append(on_cpu({"gap": gap, "mass": cached.log_tail()[at].double().exp(), "row": at[0] + begin}))
+                weight = heads["student"].weight[:vocab].float()
+                for key, figures in _errors(log_p, log_t, cached, at, y, targets, weight):
+                    by_target[key].append(on_cpu(figures))
+    tokens = joined(chunks)
     return Report(
-        rows=row_count,
-        tokens=len(mass),
+        rows=len(chosen),
+        tokens=len(tokens["row"]),
         k=cache.k,
-        lost_mass=_summary(mass),
-        rounding=_summary(gap),
-        targets=[total.result(name, tail) for (name, tail), total in sums.items()],
+        lost_mass=_summary(tokens["mass"]),
+        rounding=_summary(tokens["gap"]),
+        targets=[_target_error(*key, joined(figures), tokens["row"]) for key, figures in by_target.items()],
     )
 
 
 def _places(
-    trainer: QTargetTrainer, cache: CachedTeacher, batch: list[dict[str, Any]], numbers: list[int]
-) -> list[list[int]]:
-    found = []
-    for row, number in zip(batch, numbers, strict=True):
+    trainer: QTargetTrainer, cache: CachedTeacher, rows: list[dict[str, Any]], numbers: list[int], shape: torch.Size
+) -> Tensor:
+    padded = torch.full(shape, -1)
+    for line, row, number in zip(padded, rows, numbers, strict=True):
         before, _ = read_before(trainer.rows.join, row)
         places = cache.places(row["input_ids"], row["labels"], before)
         if places is None:
@@ -183,58 +181,47 @@ def _places(
                 f"row {number} of the train dataset is not in the teacher cache {str(cache.folder)!r}: it was added or "
                 "changed since; build a cache for these rows"
             )
-        found.append(places)
-    return found
+        line[: len(places)] = torch.tensor(places)
+    return padded
 
 
-def _chunk(
-    trainer: QTargetTrainer,
-    student: Any,
-    live: Any,
-    kept: dict[str, Tensor],
-    at: tuple[Tensor, Tensor],
-    labels: Tensor,
-    targets: dict[str, Target],
-    sums: dict[tuple[str, str], _Sums],
-    first_row: int,
-    cache: CachedTeacher,
-) -> Tensor:
-    """Add a few tokens to the sums. Returns the largest gap of each between kept and live log-probabilities."""
-    vocab = trainer.vocab_size
-    y = labels[:, 1:][at]
-    log_p, log_t = log_probs(student, at, vocab), log_probs(live, at, vocab)
-    ids, logprobs = kept[IDS].long(), kept[LOGPROBS].float()
-    weight = student.weight[:vocab].float()
-    one = (torch.arange(len(y), device=y.device),)
-    rounding = 2.0**-11 if cache.manifest["dtype"] == "float16" else 2.0**-23
-    log_c = {
-        tail: log_probs(TopK(kept[IDS], kept[LOGPROBS], kept[TAIL], tail=tail), one, vocab, log_p) for tail in TAILS
-    }
+def _errors(
+    log_p: Tensor,
+    log_t: Tensor,
+    cached: TopK,
+    at: tuple[Tensor, ...],
+    y: Tensor,
+    targets: Mapping[str, Target],
+    weight: Tensor,
+) -> Iterator[tuple[tuple[str, str], dict[str, Tensor]]]:
+    """((target, tail), figures of each token, [n]): squares are those of ‖·‖ of a token's gradient.
+
+    Args:
+        log_p, log_t: [n, V], the student's and the live teacher's. cached: at positions [B, T − 1], of which ``at`` names
+            n. y: [n] labels. weight: [V, d] of the student's head.
+    """
+    ids, logprobs = cached.ids[at].long(), cached.logprobs[at].float()
+    rounding = 2.0**-11 if cached.logprobs.dtype == torch.float16 else 2.0**-23
+    log_c = {tail: log_probs(replace(cached, tail=tail), at, log_p.shape[1], log_p) for tail in TAILS}
     for name, target in targets.items():
         live_q, live_loss, _ = _taught(log_p, y, target, log_t)
-        pull = log_p.exp() - live_q
-        of_live = _square(pull), _square(pull @ weight)
+        live = log_p.exp() - live_q
+        live_squares = {"live": _squares(live), "live_hidden": _squares(live @ weight)}
         bounded = all(term.pool.keeps_student_shape for term in target.residual_terms)
         for tail in TAILS:
             q, loss, trust = _taught(log_p, y, target, log_c[tail])
             off = q - live_q
-            bound = None
+            figures = {"q": off.abs().sum(-1) / 2, "loss": (loss - live_loss).abs()}
+            figures |= {"off": _squares(off), "off_hidden": _squares(off @ weight), **live_squares}
             if bounded and tail == "student":
                 outside = q.scatter(1, ids, 0.0).sum(-1) - torch.where((ids == y[:, None]).any(-1), 0.0, trust)
-                bound = outside + rounding * (q.gather(1, ids) * logprobs.abs().clamp(max=100)).sum(-1) + _SLACK
-            sums[name, tail].add(
-                q=off.abs().sum(-1) / 2,
-                bound=bound,
-                squares=(_square(off), of_live[0], _square(off @ weight), of_live[1]),
-                loss=(loss - live_loss).abs(),
-                rows=at[0] + first_row,
-            )
-    there = logprobs > -1e3
-    return torch.where(there, (log_t.gather(1, ids) - logprobs).abs(), 0.0).amax(-1).cpu()
+                rounded = rounding * (q.gather(1, ids) * logprobs.abs().clamp(max=100)).sum(-1)
+                figures["bound"] = outside + rounded + _SLACK
+            yield (name, tail), figures
 
 
-def _square(x: Tensor) -> float:
-    return float(x.square().sum(dtype=torch.float64))
+def _squares(x: Tensor) -> Tensor:
+    return x.square().sum(-1, dtype=torch.float64)
 
 
 def _taught(log_p: Tensor, y: Tensor, target: Target, log_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,44 +231,23 @@ def _taught(log_p: Tensor, y: Tensor, target: Target, log_t: Tensor) -> tuple[Te
     return q, out.loss.detach(), out.stats["trust"]
 
 
-class _Sums:
-    """What ``TargetError`` needs, summed over tokens."""
-
-    def __init__(self) -> None:
-        self.q: list[Tensor] = []
-        self.bound: list[Tensor] = []
-        self.loss: list[Tensor] = []
-        self.rows: list[Tensor] = []
-        self.squares = [0.0, 0.0, 0.0, 0.0]
-
-    def add(self, q: Tensor, bound: Tensor | None, squares: tuple[float, ...], loss: Tensor, rows: Tensor) -> None:
-        self.q.append(q.double().cpu())
-        self.loss.append(loss.double().cpu())
-        self.rows.append(rows.cpu())
-        if bound is not None:
-            self.bound.append(bound.double().cpu())
-        self.squares = [have + more for have, more in zip(self.squares, squares, strict=True)]
-
-    def result(self, name: str, tail: str) -> TargetError:
-        q, loss, rows = torch.cat(self.q), torch.cat(self.loss), torch.cat(self.rows)
-        bound = torch.cat(self.bound) if self.bound else None
-        by_row = torch.zeros(int(rows.max()) + 1, dtype=loss.dtype).index_add(0, rows, loss)
-        count = torch.zeros_like(by_row).index_add(0, rows, torch.ones_like(loss)).clamp(min=1)
-        return TargetError(
-            target=name,
-            tail=tail,
-            q_mean=float(q.mean()),
-            q_max=float(q.max()),
-            bound_mean=None if bound is None else float(bound.mean()),
-            bound_max=None if bound is None else float(bound.max()),
-            holds=None if bound is None else bool((q <= bound).all()),
-            logit_gradient=(self.squares[0] / max(self.squares[1], 1e-300)) ** 0.5,
-            hidden_gradient=(self.squares[2] / max(self.squares[3], 1e-300)) ** 0.5,
-            loss_mean=float(loss.mean()),
-            loss_row=float((by_row / count).max()),
-        )
+def _target_error(target: str, tail: str, figures: Mapping[str, Tensor], row: Tensor) -> TargetError:
+    q, loss, bound = figures["q"], figures["loss"], figures.get("bound")
+    total = {name: float(values.sum()) for name, values in figures.items()}
+    return TargetError(
+        target=target,
+        tail=tail,
+        q_mean=float(q.mean()),
+        q_max=float(q.max()),
+        bound_mean=None if bound is None else float(bound.mean()),
+        bound_max=None if bound is None else float(bound.max()),
+        holds=None if bound is None else bool((q <= bound).all()),
+        logit_gradient=(total["off"] / max(total["live"], 1e-300)) ** 0.5,
+        hidden_gradient=(total["off_hidden"] / max(total["live_hidden"], 1e-300)) ** 0.5,
+        loss_mean=float(loss.mean()),
+        loss_row=float((row.bincount(loss) / row.bincount().clamp(min=1)).max()),
+    )
 
 
 def _summary(values: Tensor) -> dict[str, float]:
-    values = values.double()
     return {"mean": float(values.mean()), "p99": float(values.quantile(0.99)), "max": float(values.max())}

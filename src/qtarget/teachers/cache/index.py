@@ -34,12 +34,11 @@ class RowIndex:
     """From a row's key to where its tokens are.
 
     Args:
-        keys: [R, 16] uint8, no key twice. counts: [R] int32, supervised tokens of each row. starts: [R] int64, place of
-            its first token among all tokens of the cache.
+        keys: [R, 16] uint8, no key twice. starts: [R] int64, place of each row's first token among those of the cache.
     """
 
-    def __init__(self, keys: np.ndarray, counts: np.ndarray, starts: np.ndarray):
-        self.keys, self.counts, self.starts = keys, counts, starts
+    def __init__(self, keys: np.ndarray, starts: np.ndarray):
+        self.keys, self.starts = keys, starts
         first = np.ascontiguousarray(keys).view("<u8")[:, 0]
         self._order = np.argsort(first, kind="stable")
         self._sorted = first[self._order]
@@ -50,13 +49,8 @@ class RowIndex:
     def find(self, key: bytes) -> int | None:
         """Number of the row, or None."""
         first = np.frombuffer(key, "<u8", count=1)[0]
-        at = int(np.searchsorted(self._sorted, first))
-        while at < len(self._sorted) and self._sorted[at] == first:
-            number = int(self._order[at])
-            if self.keys[number].tobytes() == key:
-                return number
-            at += 1
-        return None
+        alike = slice(*(int(np.searchsorted(self._sorted, first, side)) for side in ("left", "right")))
+        return next((int(row) for row in self._order[alike] if self.keys[row].tobytes() == key), None)
 
     def places(self, number: int, labels: Sequence[int]) -> list[int]:
         """One place per token of the row, −1 where nothing is supervised."""

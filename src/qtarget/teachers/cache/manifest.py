@@ -16,7 +16,6 @@ from qtarget.teachers.fingerprints import Model
 
 FILE = "manifest.json"
 FORMAT = 1
-DTYPES = ("float16", "float32")  # of the log-probabilities
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -119,9 +118,9 @@ def first_difference(manifest: Mapping[str, Any], wanted: Mapping[str, Any], men
     """
     for name, now, had in files.differences(wanted, manifest, partly=True):
         part, _, inner = name.partition(".")
-        said = name if not inner else inner if part == "preparation" else f"{part}'s {inner}"
+        field = name if not inner else inner if part == "preparation" else f"{part}'s {inner}"
         return (
-            f"the cache was built with {said} {json.dumps(had, ensure_ascii=False)}, and this run has "
+            f"the cache was built with {field} {json.dumps(had, ensure_ascii=False)}, and this run has "
             f"{json.dumps(now, ensure_ascii=False)}; {mend or _MENDS.get(part, _MEND)}"
         )
     return None

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from qtarget.errors import DataError, StorageError
 from qtarget.losses.heads import TopK
-from qtarget.teachers.cache import contents, shards
 from qtarget.teachers.cache import manifest as manifests
+from qtarget.teachers.cache import shards
 from qtarget.teachers.cache.index import RowIndex, row_key
 
 INDEX = "index.safetensors"
@@ -72,19 +72,21 @@ class CachedTeacher:
         """
         every = not self._check_lazily if checksums is None else checksums
         index: Any = {**self.manifest["index"], "file": INDEX}  # the one that is read, whatever the manifest calls it
-        for number, line in enumerate([index, *self.manifest["shards"]]):
-            if sentence := shards.fault(self.folder, line, every or number == 0):
-                raise StorageError(f"teacher_cache: {sentence}")
-            if number == 0:
-                contents.check_index(self.folder / line["file"], self.manifest)
-            else:
-                contents.check_shard(self.folder / line["file"], line, self.manifest, values=every)
+        self._check_file(index, checksum=True)
+        shards.check_index(self.folder / INDEX, self.manifest)
+        for line in self.manifest["shards"]:
+            self._check_file(line, every)
+            shards.check_shard(self.folder / line["file"], line, self.manifest, values=every)
+
+    def _check_file(self, line: Any, checksum: bool) -> None:
+        if sentence := shards.fault(self.folder, line, checksum):
+            raise StorageError(f"teacher_cache: {sentence}")
 
     @property
     def index(self) -> RowIndex:
         if self._index is None:
             arrays = shards.map_arrays(self.folder / INDEX)
-            self._index = RowIndex(*(np.asarray(arrays[name]) for name in ("keys", "counts", "starts")))
+            self._index = RowIndex(np.asarray(arrays["keys"]), np.asarray(arrays["starts"]))
         return self._index
 
     def places(self, input_ids: Sequence[int], labels: Sequence[int], context: Sequence[int] = ()) -> list[int] | None:
@@ -123,10 +125,9 @@ class CachedTeacher:
     def _arrays(self, number: int) -> dict[str, np.ndarray]:
         if number not in self._mapped:
             line = self.manifest["shards"][number]
-            if self._check_lazily and (sentence := shards.fault(self.folder, line)):
-                raise StorageError(f"teacher_cache: {sentence}")
             if self._check_lazily:
-                contents.check_shard(self.folder / line["file"], line, self.manifest, values=True)
+                self._check_file(line, checksum=True)
+                shards.check_shard(self.folder / line["file"], line, self.manifest, values=True)
             self._mapped[number] = shards.map_arrays(self.folder / line["file"])
         return self._mapped[number]
 

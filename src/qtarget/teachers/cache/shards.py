@@ -1,7 +1,11 @@
-"""A cache's safetensors files: written whole or not at all, mapped, with checksums."""
+"""A cache's safetensors files: written whole or not at all, mapped, and checked.
+
+Checksums tell what was changed later; the numbers are checked too, for anybody can write a checksum.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 from collections.abc import Mapping
@@ -14,9 +18,12 @@ from safetensors.numpy import save
 
 from qtarget import files
 from qtarget.errors import StorageError
+from qtarget.teachers.cache.index import KEY_BYTES
 
 _DTYPES = {"I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "U8": "u1"}
-_READ_BYTES = 1 << 22
+_ROWS = 1 << 16  # looked at at once
+# More than rounding to 16 bits makes of a probability of 1.
+_MOST_MASS = 1.05
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -48,11 +55,8 @@ def fault(folder: Path, line: Mapping[str, Any], checksum: bool = True) -> str |
 
 
 def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
     with path.open("rb") as stream:
-        while block := stream.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 def map_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -84,3 +88,57 @@ def map_arrays(path: Path) -> dict[str, np.ndarray]:
         return arrays
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise StorageError(f"{path} is not a file of a teacher cache: {error}; copy or build the cache anew") from error
+
+
+def check_index(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise StorageError where the index is of another shape, or leads to tokens the cache does not have."""
+    arrays = map_arrays(path)
+    rows = manifest["rows"]
+    _shapes(path, arrays, {"keys": ((rows, KEY_BYTES), "u1"), "counts": ((rows,), "<i4"), "starts": ((rows,), "<i8")})
+    counts, starts = arrays["counts"].astype(np.int64), arrays["starts"]
+    ends = starts + counts
+    if rows and (
+        counts.min() < 1 or starts.min() < 0 or ends.max() > manifest["tokens"] or counts.sum() != manifest["tokens"]
+    ):
+        raise _foreign(path, f"the index leads outside the {manifest['tokens']} tokens (counts, starts)")
+
+
+def check_shard(path: Path, line: Mapping[str, Any], manifest: Mapping[str, Any], values: bool) -> None:
+    """Raise StorageError where a shard is of another shape than the manifest says, or holds no log-probabilities.
+
+    Args:
+        line: of the manifest. values: look at every number, which reads the file.
+    """
+    arrays = map_arrays(path)
+    n, k, dtype = line["tokens"], manifest["k"], np.dtype(manifest["dtype"]).str
+    _shapes(path, arrays, {"ids": ((n, k), "<i4"), "logprobs": ((n, k), dtype), "tail": ((n,), "<f4")})
+    for begin in range(0, n if values else 0, _ROWS):
+        part = slice(begin, begin + _ROWS)
+        ids, tail = arrays["ids"][part], arrays["tail"][part]
+        logprobs = arrays["logprobs"][part].astype(np.float32)
+        low, high, vocab = int(ids.min()), int(ids.max()), manifest["vocab_size"]
+        if low < 0 or high >= vocab:
+            raise _foreign(path, f"its ids run from {low} to {high}, outside the vocabulary of {vocab}")
+        if not np.isfinite(logprobs).all() or np.isnan(tail).any():
+            raise _foreign(path, "its log-probabilities are NaN or infinite (logprobs, tail)")
+        with np.errstate(over="ignore"):
+            mass = float((np.exp(logprobs).sum(1) + np.exp(tail)).max())
+        if mass > _MOST_MASS:
+            raise _foreign(path, f"its probabilities sum to {mass:.3g} for one token (logprobs, tail)")
+
+
+def _shapes(path: Path, arrays: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+    for name, (shape, dtype) in wanted.items():
+        if name not in arrays:
+            raise _foreign(path, f"it has no array {name}")
+        held = arrays[name]
+        if held.shape != shape or held.dtype != np.dtype(dtype):
+            raise _foreign(
+                path,
+                f"{name} is {held.dtype} of shape {list(held.shape)}, and the manifest says {np.dtype(dtype)} of shape "
+                f"{list(shape)}",
+            )
+
+
+def _foreign(path: Path, what: str) -> StorageError:
+    return StorageError(f"{path} is not a file of this teacher cache: {what}; copy the cache again or build it anew")

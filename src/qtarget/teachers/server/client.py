@@ -12,12 +12,14 @@ against vLLM itself.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import re
 import time
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,6 +27,7 @@ import requests
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
+from qtarget import files
 from qtarget.errors import ConfigError, raise_together
 from qtarget.teachers.server.answers import NotSpoken, Reader, Scored, is_whole
 
@@ -42,15 +45,15 @@ _LIMIT = re.compile(
 )
 
 
+@dataclass(eq=False)
 class _Refused(Exception):
     """A status that is not worth a second try, with the server's own words."""
 
-    def __init__(self, status: int, said: str):
-        super().__init__(f"{status} {said}")
-        self.status, self.said = status, said
+    status: int
+    message: str
 
     def __str__(self) -> str:
-        return f'{self.status}, "{self.said}"' if self.said else str(self.status)
+        return f'{self.status}, "{self.message}"' if self.message else str(self.status)
 
 
 class TeacherServer:
@@ -105,8 +108,7 @@ class TeacherServer:
         self._k, self._vocab_size = k, vocab_size
         self._timeout, self._retries = timeout, retries
         self._key = key
-        self._served: str | None = None
-        self._speaks = False
+        self._served: str | None = None  # the model's name, once a probe was answered as it must be
         self._session = requests.Session()
         # As a callable and not a header: requests would replace a header by what ~/.netrc has for the host.
         self._session.auth = self._sign
@@ -121,14 +123,14 @@ class TeacherServer:
             ConfigError: the server cannot be reached, does not serve the model, gives no prompt_logprobs with token ids,
                 or allows less than k.
         """
-        self._served, self._speaks = None, False
+        served = self._served = None
         try:
-            self._served = self._choose(self._request("/models", retries=min(self._retries, _FIRST_RETRIES)))
-            self._probe(self._served)
+            served = self._choose(self._request("/models", retries=min(self._retries, _FIRST_RETRIES)))
+            self._probe(served)
         except _Refused as refusal:
-            raise self._refusal(refusal) from None
-        self._speaks = True
-        return self._served
+            raise self._refusal(refusal, served) from None
+        self._served = served
+        return served
 
     def score(self, sequences: list[list[int]]) -> list[Scored]:
         """Ask for all ``sequences`` in one request; the first call asks what ``check`` asks before it.
@@ -153,11 +155,11 @@ class TeacherServer:
                     )
         if not sequences:
             return []
-        served = self._served if self._speaks and self._served is not None else self.check()
+        served = self._served or self.check()
         try:
             return self._ask(served, sequences)
         except _Refused as refusal:
-            raise self._refusal(refusal) from None
+            raise self._refusal(refusal, served) from None
         except NotSpoken as lacking:
             raise ConfigError(
                 f"prompt_logprobs was answered by {self._url} before and now {lacking}; "
@@ -190,7 +192,7 @@ class TeacherServer:
         except NotSpoken as lacking:
             why = str(lacking)
         except _Refused as refusal:  # a strict server refuses a field it does not know
-            if refusal.status not in (400, 422) or _LIMIT.search(refusal.said):
+            if refusal.status not in (400, 422) or _LIMIT.search(refusal.message):
                 raise
             why = f"it refuses with {refusal}"
         else:
@@ -205,9 +207,7 @@ class TeacherServer:
         body |= {"prompt_logprobs": self._k, "add_special_tokens": False}
         choices = self._in_order(self._request("/completions", body), len(prompt))
         reader = Reader(self._url, self._k, self._vocab_size)
-        return [
-            reader.read(choice, ids, number) for number, (choice, ids) in enumerate(zip(choices, prompt, strict=True))
-        ]
+        return [reader.read(choice, prompt[number], number) for number, choice in enumerate(choices)]
 
     def _in_order(self, answer: Any, sent: int) -> list[dict[str, Any]]:
         """The choices in the order of the prompts, which an answer need not keep."""
@@ -236,7 +236,7 @@ class TeacherServer:
         happened = mend = ""
         retries = self._retries if retries is None else retries
         for attempt in range(1, retries + 2):
-            asked = 0.0
+            pause = 0.0
             try:
                 response = self._session.request(
                     "GET" if body is None else "POST",
@@ -271,19 +271,19 @@ class TeacherServer:
                     mend = "look into the server's log"
                     if response.status_code == 429:
                         mend = "wait, or send fewer sequences at a time"
-                    asked = _retry_after(response.headers.get("Retry-After"))
+                    pause = _retry_after(response.headers.get("Retry-After"))
                 elif not 200 <= response.status_code < 300:
                     raise _Refused(response.status_code, self._said(response))
                 else:
                     try:
-                        return json.loads(response.content)
-                    except (ValueError, RecursionError):
+                        return files.loads(response.content)
+                    except ValueError:
                         happened = "answers with what is not JSON"
                         mend = "give the address of the server itself and not of a page in front of it"
-            if asked > _LONGEST_RETRY_AFTER:
-                raise ConfigError(f"url is {self._url!r}, which {happened} and asks to wait {asked:.0f} s; start later")
+            if pause > _LONGEST_RETRY_AFTER:
+                raise ConfigError(f"url is {self._url!r}, which {happened} and asks to wait {pause:.0f} s; start later")
             if attempt <= retries:
-                wait = max(asked, min(self._backoff * 2 ** (attempt - 1), _LONGEST_BACKOFF))
+                wait = max(pause, min(self._backoff * 2 ** (attempt - 1), _LONGEST_BACKOFF))
                 logger.warning(
                     "%s %s; asking again in %.1f s (retry %d of %d)", self._url, happened, wait, attempt, retries
                 )
@@ -291,23 +291,19 @@ class TeacherServer:
         tries = "1 try" if not retries else f"{retries + 1} tries"
         raise ConfigError(f"url is {self._url!r}, which {happened} after {tries}; {mend}")
 
-    def _refusal(self, refusal: _Refused) -> ConfigError:
-        """What to do about a status that no retry would change."""
-        if refusal.status in (400, 422) and _LIMIT.search(refusal.said):
+    def _refusal(self, refusal: _Refused, served: str | None) -> ConfigError:
+        """What to do about a status that no retry would change; ``served``: the model's name, once it is known."""
+        if refusal.status in (400, 422) and _LIMIT.search(refusal.message):
             return ConfigError(
                 f"k is {self._k}, and {self._url} was started with a smaller --max-logprobs ({refusal}); start it with "
                 f"--max-logprobs {self._k}, or ask for a smaller k"
             )
         if refusal.status in (401, 403):
-            got = (
-                f"api_key is refused by {self._url}"
-                if self._key
-                else f"api_key is not set and {self._url} asks for one"
-            )
-            return ConfigError(f"{got} ({refusal}); pass the server's key as api_key or in OPENAI_API_KEY")
-        if refusal.status == 404 and self._served is not None:
+            got = f"is refused by {self._url}" if self._key else f"is not set and {self._url} asks for one"
+            return ConfigError(f"api_key {got} ({refusal}); pass the server's key as api_key or in OPENAI_API_KEY")
+        if refusal.status == 404 and served is not None:
             return ConfigError(
-                f"model is {self._served!r}, for which {self._url} has no completions ({refusal}); serve it with "
+                f"model is {served!r}, for which {self._url} has no completions ({refusal}); serve it with "
                 "vLLM, or name another model"
             )
         if refusal.status == 404 or 300 <= refusal.status < 400:
@@ -322,16 +318,14 @@ class TeacherServer:
 
     def _said(self, response: requests.Response) -> str:
         """The server's own message, on one line."""
-        said: Any = response.text
-        try:
-            answer = json.loads(response.content)
-        except (ValueError, RecursionError):
-            answer = None
-        if isinstance(answer, dict):
-            error = answer.get("error")
-            nested = error.get("message") if isinstance(error, dict) else error
-            said = nested or answer.get("message") or answer.get("detail") or said
-        return self._shown(said if isinstance(said, str) else json.dumps(said))
+        message: Any = response.text
+        with contextlib.suppress(ValueError):
+            answer = files.loads(response.content)
+            if isinstance(answer, dict):
+                error = answer.get("error")
+                nested = error.get("message") if isinstance(error, dict) else error
+                message = nested or answer.get("message") or answer.get("detail") or message
+        return self._shown(message if isinstance(message, str) else json.dumps(message))
 
     def _shown(self, text: str) -> str:
         """On one line, short, and without the key, which some servers repeat."""
@@ -364,17 +358,12 @@ def _url_faults(url: Any) -> list[str]:
 
 def _root(error: BaseException) -> str:
     """What the system said, under the layers of two libraries that wrap it."""
-    said = ""
-    cause: BaseException | None = error
-    while cause is not None:
-        said = getattr(cause, "strerror", None) or str(cause) or said
-        cause = cause.__cause__ or cause.__context__
-    return said
+    cause = error.__cause__ or error.__context__
+    return (_root(cause) if cause else "") or getattr(error, "strerror", None) or str(error)
 
 
 def _retry_after(value: str | None) -> float:
     """Seconds a server asks to wait: a number or a date; 0 where it asks for nothing readable."""
-    try:
+    with contextlib.suppress(InvalidHeader):
         return 0.0 if value is None else Retry().parse_retry_after(value)
-    except InvalidHeader:
-        return 0.0
+    return 0.0
