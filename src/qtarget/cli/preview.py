@@ -151,9 +151,8 @@ def _rows(asked: setup.Run, faults: list[str]) -> tuple[int | None, str]:
         faults.append(f"dataset_name is {name!r}, which is no folder or file here; make it, or name a hub id")
         return expected, ""
     said = "not known here" if expected is None else f"{expected:,} as the recipe says"
-    if source is None:
-        return expected, f"taken as a hub id and not asked; rows: {said}"
-    return expected, f"not prepared yet, from {source}; rows: {said}"
+    place = "taken as a hub id and not asked" if source is None else f"not prepared yet, from {source}"
+    return expected, f"{place}; rows: {said}"
 
 
 # -- what is told ------------------------------------------------------------------------------------------------

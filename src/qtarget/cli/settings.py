@@ -213,7 +213,7 @@ def _as(hint: tuple[type, ...], value: Any, key: str) -> Any:
     if str in hint:
         if value is False:
             return "no"  # eval_strategy: no
-        if value is True and key == "resume_from_checkpoint":
+        if key == "resume_from_checkpoint" and str(value).lower() == "true":
             return True
         if isinstance(value, tuple({list, dict} - set(hint))):
             raise ConfigError(f"{key} is {value!r}; use text")

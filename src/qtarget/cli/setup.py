@@ -187,8 +187,8 @@ def _resume_faults(config: Any) -> list[str]:
     """What can be seen of a checkpoint without models; the trainer looks again with them."""
     from qtarget.training import checkpoints, run_identity
 
-    folder = checkpoints.to_resume_from(resume(config.resume_from_checkpoint), config.output_dir)
-    if folder is None and str(config.resume_from_checkpoint).lower() == "true":
+    folder = checkpoints.to_resume_from(config.resume_from_checkpoint, config.output_dir)
+    if folder is None and config.resume_from_checkpoint is True:
         if not (passed_over := checkpoints.passed_over(config.output_dir)):
             return []  # a run killed before its first checkpoint starts anew by the same command
         return [
@@ -319,7 +319,3 @@ def _without_weights(model: Any, config: Any) -> tuple[Any, Any]:
     student.hf_device_map = {"": "meta"}  # so that nothing tries to move it
     config.model_init_kwargs = None
     return student, AutoTokenizer.from_pretrained(model.model_name_or_path, **loading)
-
-
-def resume(value: Any) -> Any:
-    return True if str(value).lower() == "true" else value

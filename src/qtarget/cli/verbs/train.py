@@ -66,7 +66,7 @@ def train(trainer: QTargetTrainer, run: setup.Run) -> int:
     config, script = run.config, run.script
     evaluated = trainer.eval_dataset is not None
     before = summary.at_start(trainer) if evaluated else {}
-    result = trainer.train(resume_from_checkpoint=setup.resume(config.resume_from_checkpoint))
+    result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     after = summary.evaluate(trainer) if evaluated else {}
     trainer.save_model(config.output_dir)
     trainer.save_metrics("train", result.metrics)
