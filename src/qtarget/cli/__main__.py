@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 
 from qtarget.cli import terminal
-from qtarget.cli.arguments import Verb
 from qtarget.errors import QTargetError, unknown
 
 # verb → (what it does, an example)
@@ -55,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if debug:
         rest.remove("--debug")
     try:
-        return _verb(verb)(rest)
+        if verb not in VERBS:
+            raise unknown("verb", verb, VERBS)
+        return importlib.import_module(f"qtarget.cli.verbs.{verb}").VERB(rest)
     except QTargetError as error:
         if debug:
             raise
@@ -69,12 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nqtarget {verb}: interrupted", file=sys.stderr)
         return 130
-
-
-def _verb(name: str) -> Verb:
-    if name not in VERBS:
-        raise unknown("verb", name, VERBS)
-    return importlib.import_module(f"qtarget.cli.verbs.{name}").VERB
 
 
 if __name__ == "__main__":

@@ -93,6 +93,13 @@ def writable(name: str, text: Any) -> Path:
 NEW_FILE = Kind("FILE", writable)
 
 
+def only(words: Sequence[str], asked: str) -> str:
+    """The one word that stands behind a command; ``asked`` says what is asked for there."""
+    if len(words) != 1:
+        raise ConfigError(f"{' '.join(words) or 'nothing'} was named where {asked}")
+    return words[0]
+
+
 @dataclass(frozen=True)
 class Option:
     """One option of a command.
@@ -220,9 +227,11 @@ class Verb:
         usages = [f"{' ' * 7 if number else 'usage: '}{one.usage(self.name)}" for number, one in enumerate(commands)]
         parts = ["\n".join(usages), self.about]
         for command in commands:
-            about = textwrap.wrap(f"{command.word}: {' '.join((command.run.__doc__ or '').split())}", _WIDTH)
-            about = about if command.word else []
-            parts.append("\n".join([*about, *(line for option in command.options for line in option.lines())]))
+            lines = [line for option in command.options for line in option.lines()]
+            if command.word:
+                about = " ".join((command.run.__doc__ or "").split())
+                lines = textwrap.wrap(f"{command.word}: {about}", _WIDTH) + lines
+            parts.append("\n".join(lines))
         if not more and any(command.settings for command in commands):
             parts.append("Any setting of a training run may be given as --name value too: qtarget train --help")
         return "\n\n".join(part for part in [*parts, more] if part).rstrip("\n") + "\n"
@@ -232,7 +241,6 @@ def entry(name: str, text: str) -> list[str]:
     """A name and what it is, as lines of a help."""
     indent = " " * _MARGIN
     head = f"  {name}  ".ljust(_MARGIN)
-    lines = textwrap.wrap(
+    return textwrap.wrap(
         f"{head}{text}", _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
-    return lines or [head]

@@ -94,17 +94,14 @@ def every() -> str:
     """All settings, from the real configs."""
     from qtarget.cli.settings import groups
 
-    return _lines(
-        {
-            f"{group} ({config.__name__})": [_row(field) for field in dataclasses.fields(config) if field.init]
-            for group, config in groups().items()
-        }
-    )
-
-
-def _row(field: dataclasses.Field) -> tuple[str, Any, str]:
-    text = " ".join(str(field.metadata.get("help", "")).replace("%%", "%").replace("``", "").split())
-    return field.name, None if field.default is dataclasses.MISSING else field.default, text
+    grouped = {}
+    for group, config in groups().items():
+        rows = grouped[f"{group} ({config.__name__})"] = []
+        for field in dataclasses.fields(config):
+            if field.init:
+                text = " ".join(str(field.metadata.get("help", "")).replace("%%", "%").replace("``", "").split())
+                rows.append((field.name, None if field.default is dataclasses.MISSING else field.default, text))
+    return _lines(grouped)
 
 
 def _lines(grouped: dict[str, list[tuple[str, Any, str]]]) -> str:

@@ -49,8 +49,7 @@ def look(arguments: Sequence[str], gpus: int) -> Found:
     rows, where = _rows(asked, faults)
     notes, config = asked.settings.notes, asked.config
     batch = gpus * config.per_device_train_batch_size * config.gradient_accumulation_steps
-    unpacked = rows is not None and not config.packing
-    steps = arithmetic.planned(rows, gpus, config) if rows is not None and unpacked else None
+    steps = None if rows is None or config.packing else arithmetic.planned(rows, gpus, config)
     given_epochs = "num_train_epochs" in asked.settings.origin
     faults += arithmetic.faults(steps, batch, gpus, config, notes.get("expected_batch"), given_epochs)
     raise_together(faults)
@@ -60,22 +59,15 @@ def look(arguments: Sequence[str], gpus: int) -> Found:
 def show(arguments: Sequence[str], gpus: int) -> None:
     """Check and print. Raises ConfigError with every contradiction found."""
     found = look(arguments, gpus)
-    asked, student, others, steps = found.asked, found.student, found.others, found.steps
-    notes, config = asked.settings.notes, asked.config
-
+    asked, config = found.asked, found.asked.config
     print(f"dry run on {gpus} GPU{'s' if gpus > 1 else ''}: no weights are loaded, nothing is written")
-    if "name" in notes:
-        tell("recipe", notes["name"])
-    tell("settings", f"{len(asked.settings.origin)} given, all valid; {config.resolve_objective().describe()}")
-    for note in asked.notes:
-        tell("", note)
-    tell("model", model_line(asked.model.model_name_or_path, asked.model.model_revision, student))
-    for other in others:
-        tell(other.role, model_line(other.name, other.revision, other.shape))
+    given = f"{len(asked.settings.origin)} given, all valid; {config.resolve_objective().describe()}"
+    show_head(found, "settings", [given, *asked.notes])
     tell("data", f"{asked.script.dataset_name}: {found.where}")
     tell("batch", batch_line(config, gpus, found.batch))
-    tell("steps", steps_line(config, steps))
-    tell("clipping", _clipping_line(config))
+    tell("steps", steps_line(config, found.steps))
+    limit = f"gradient norm {config.max_grad_norm:g}" if config.max_grad_norm else "none"
+    tell("clipping", f"{limit}, of a gradient whose denominator is {config.denominator}")
     show_memory(found)
     _show_notes(asked.settings, found.untold)
     print("nothing contradicts itself")
@@ -159,9 +151,8 @@ def _rows(asked: setup.Run, faults: list[str]) -> tuple[int | None, str]:
         faults.append(f"dataset_name is {name!r}, which is no folder or file here; make it, or name a hub id")
         return expected, ""
     said = "not known here" if expected is None else f"{expected:,} as the recipe says"
-    if source is None:
-        return expected, f"taken as a hub id and not asked; rows: {said}"
-    return expected, f"not prepared yet, from {source}; rows: {said}"
+    place = "taken as a hub id and not asked" if source is None else f"not prepared yet, from {source}"
+    return expected, f"{place}; rows: {said}"
 
 
 # -- what is told ------------------------------------------------------------------------------------------------
@@ -174,7 +165,19 @@ def tell(what: str, text: str) -> None:
         print(f"  {'':<10}{line}")
 
 
-def model_line(name: str, revision: str | None, shape: shapes.Shape | None) -> str:
+def show_head(found: Found, what: str, texts: Sequence[str]) -> None:
+    """The recipe's name, what is trained toward, and each model."""
+    asked = found.asked
+    if "name" in asked.settings.notes:
+        tell("recipe", asked.settings.notes["name"])
+    for number, text in enumerate(texts):
+        tell("" if number else what, text)
+    tell("model", _model_line(asked.model.model_name_or_path, asked.model.model_revision, found.student))
+    for other in found.others:
+        tell(other.role, _model_line(other.name, other.revision, other.shape))
+
+
+def _model_line(name: str, revision: str | None, shape: shapes.Shape | None) -> str:
     told = f"{name}, revision {'default' if revision is None else revision}"
     if shape is None:
         return f"{told}; its shape is not known here"
@@ -202,11 +205,6 @@ def steps_line(config: Any, steps: arithmetic.Steps | None) -> str:
     if total == steps.whole:
         return f"{told}; max_steps stops before the {over} rows left over"
     return f"{told} and one of {steps.short} rows"
-
-
-def _clipping_line(config: Any) -> str:
-    limit = f"gradient norm {config.max_grad_norm:g}" if config.max_grad_norm else "none"
-    return f"{limit}, of a gradient whose denominator is {config.denominator}"
 
 
 def layouts(gpus: int) -> dict[str, str]:

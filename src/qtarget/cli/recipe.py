@@ -71,21 +71,19 @@ def to_pin(fields: Mapping[str, Any]) -> list[str]:
 
 def faults(notes: Mapping[str, Any]) -> list[str]:
     """What is wrong with the notes of a file, a sentence each."""
-    found = [
-        f"{name} is {notes[name]!r}; use {_called(NOTES[name][0])}: {NOTES[name][1]}"
-        for name in notes
-        if not _is(notes[name], NOTES[name][0])
-    ]
-    found += [
-        f"{name} holds {entry!r}; write text there"
-        for name in notes
-        if not found and NOTES[name][0] in (list, dict)
-        for entry in _entries(notes[name])
-        if not isinstance(entry, str)
-    ]
+    called = {str: "text", dict: "a mapping", list: "a list", int: "a whole number"}
+    found = []
+    for name, value in notes.items():
+        kind, about = NOTES[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            found.append(f"{name} is {value!r}; use {called[kind]}: {about}")
+    for name, value in notes.items():
+        if not found and isinstance(value, list | dict):
+            inside = [*value, *value.values()] if isinstance(value, dict) else value
+            found += [f"{name} holds {entry!r}; write text there" for entry in inside if not isinstance(entry, str)]
     if found:
         return found
-    found += [f"{name} is {notes[name]}; use a number from 1" for name in notes if _is_below_one(notes[name])]
+    found += [f"{name} is {n}; use a number from 1" for name, n in notes.items() if isinstance(n, int) and n < 1]
     if notes.get("dataset_source_prompt", "as_is") not in ("as_is", "chat_template"):
         found.append(f"dataset_source_prompt is {notes['dataset_source_prompt']!r}; use chat_template or as_is")
     columns = notes.get("dataset_source_columns", {"prompt": "", "completion": ""})
@@ -98,19 +96,3 @@ def write(folder: Path, notes: Mapping[str, Any], flags: Mapping[str, Any]) -> N
     """Write the notes beside the model, with the settings that flags put in place of the file's."""
     text = json.dumps({**notes, "flags": dict(flags)}, indent=2, default=str, ensure_ascii=False)
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def _entries(value: Any) -> list[Any]:
-    return [*value, *(value.values() if isinstance(value, Mapping) else [])]
-
-
-def _is(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _is_below_one(value: Any) -> bool:
-    return isinstance(value, int) and value < 1
-
-
-def _called(kind: type) -> str:
-    return {str: "text", dict: "a mapping", list: "a list", int: "a whole number"}[kind]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
-import math
 import re
 import types
 import typing
@@ -71,7 +71,7 @@ def read(arguments: Sequence[str]) -> Settings:
         settings.faults += recipe.faults(settings.notes)
         if from_file and (provenance := recipe.provenance(text)):
             settings.notes["provenance"] = provenance
-        given += [("file", key, value) for key, value in (from_file or {}).items()]
+        given += [("file", key, value) for key, value in (from_file or {}).items() if key not in recipe.NOTES]
     given += [("flag", key, value) for key, value in flags.items()]
     where = {
         f.name: (group, _hint(cls, f.name))
@@ -80,8 +80,6 @@ def read(arguments: Sequence[str]) -> Settings:
         if f.init
     }
     for origin, key, value in _with_flat_teacher(given, settings.faults):
-        if origin == "file" and key in recipe.NOTES:
-            continue
         try:
             if key in where:
                 group, hint = where[key]
@@ -161,34 +159,26 @@ def _read_file(path: str, faults: list[str]) -> tuple[dict[str, Any] | None, str
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         loaded = yaml_text.load(text, f"config is {path!r}")
+        if loaded is None or isinstance(loaded, dict):
+            return {str(key): value for key, value in (loaded or {}).items()}, text
+        faults.append(f"config is {path!r}, which holds a {type(loaded).__name__}; write lines of name: value")
+    except ConfigError as error:
+        faults += error.faults
     except UnicodeDecodeError as error:
         faults.append(f"config is {path!r}, which is not UTF-8 at byte {error.start}; save it as UTF-8 text")
-        return None, ""
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        if isinstance(error, ConfigError):
-            faults += error.faults
-        else:
-            reason = getattr(error, "strerror", None) or error
-            faults.append(f"config is {path!r}, which cannot be read: {reason}; name a YAML file")
-        return None, ""
-    if loaded is None:
-        return {}, text
-    if not isinstance(loaded, dict):
-        faults.append(f"config is {path!r}, which holds a {type(loaded).__name__}; write lines of name: value")
-        return None, ""
-    return {str(key): value for key, value in loaded.items()}, text
+        reason = getattr(error, "strerror", None) or error
+        faults.append(f"config is {path!r}, which cannot be read: {reason}; name a YAML file")
+    return None, ""
 
 
 def _hint(cls: type, name: str) -> tuple[type, ...]:
     """The plain types a field takes, such as (float,) for ``float | None``."""
     annotation = typing.get_type_hints(cls)[name]
-    options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    options = typing.get_args(annotation) if is_union else (annotation,)
     plain = [typing.get_origin(option) or option for option in options if option is not type(None)]
     return tuple(option for option in plain if isinstance(option, type)) if Any not in plain else ()
-
-
-def _is_union(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
 
 
 def _yaml(text: str, key: str) -> Any:
@@ -200,18 +190,18 @@ def _as(hint: tuple[type, ...], value: Any, key: str) -> Any:
     text = isinstance(value, str)
     if text and "\0" in value:
         raise ConfigError(f"{key} is {value!r}, which holds a NUL character; take it out")
-    if text and value.lower() in ("none", "null", "~") and key != "report_to":  # whose "none" is a name
-        return None
-    if value is None:
+    none = text and value.lower() in ("none", "null", "~") and key != "report_to"  # whose "none" is a name
+    if value is None or none:
         return None
     if not hint:  # any type: a target
         return _yaml(value, key) if text else value
-    if list in hint and isinstance(value, list):
-        return value
-    if list in hint and text and value.startswith("["):
-        return _yaml(value, key)
-    if list in hint and str not in hint and text:
-        return [value]
+    if list in hint:
+        if isinstance(value, list):
+            return value
+        if text and value.startswith("["):
+            return _yaml(value, key)
+        if text and str not in hint:
+            return [value]
     if dict in hint and (isinstance(value, dict) or (text and re.match(r"\s*\{(?![{%])", value))):  # no template
         return _yaml(value, key) if text else value
     if bool in hint and not (text and str in hint):
@@ -223,24 +213,18 @@ def _as(hint: tuple[type, ...], value: Any, key: str) -> Any:
     if str in hint:
         if value is False:
             return "no"  # eval_strategy: no
-        if value is True and key == "resume_from_checkpoint":
+        if key == "resume_from_checkpoint" and str(value).lower() == "true":
             return True
         if isinstance(value, tuple({list, dict} - set(hint))):
             raise ConfigError(f"{key} is {value!r}; use text")
         return value if isinstance(value, (dict, list)) else str(value)
-    for number in (int, float):
-        if number in hint and not isinstance(value, (bool, list, dict)):
-            try:
-                as_float = float(value)
-            except (TypeError, ValueError):
-                break
-            if number is float:
-                return as_float
-            if math.isfinite(as_float) and as_float == int(as_float):
-                return int(as_float)
     if int in hint or float in hint:
-        what = "a number" if float in hint else "a whole number"
-        raise ConfigError(f"{key} is {value!r}; use {what}")
-    if bool in hint:
-        raise ConfigError(f"{key} is {value!r}; use true or false")
+        if not isinstance(value, (bool, list, dict)):
+            with contextlib.suppress(TypeError, ValueError):
+                as_float = float(value)
+                if int in hint and as_float.is_integer():
+                    return int(as_float)
+                if float in hint:
+                    return as_float
+        raise ConfigError(f"{key} is {value!r}; use {'a number' if float in hint else 'a whole number'}")
     return value

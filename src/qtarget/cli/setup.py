@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,14 @@ class Run:
     datasets: dict[str, Any]
     notes: list[str]
 
+    def keep(self, chosen: Callable[[int], Iterable[int]]) -> None:
+        """Drop the test split and all training rows but those chosen of so many: what is left out is not tokenised.
+
+        A stream stays whole.
+        """
+        train = self.datasets["train"]
+        self.datasets = {"train": train.select(chosen(len(train))) if hasattr(train, "select") else train}
+
 
 def read(
     arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains: bool = True, trainable: bool = True
@@ -84,6 +92,7 @@ def read(
 def check(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains: bool = True) -> Run:
     """``read`` without the datasets: what the settings alone tell."""
     from qtarget.cli import settings as reading
+    from qtarget.training import checks
 
     # TRL's own default trips a deprecation warning of Transformers on every start.
     warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -98,8 +107,10 @@ def check(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains:
         if not value:
             settings.faults.append(f"{name} is not set; name a folder or a hub id, in the config or as --{name}")
     if config is not None:
-        settings.faults += (_output_faults(config) if trains else []) + _need_faults(config)
-        settings.faults += _adapter_faults(model)
+        settings.faults += _output_faults(config) if trains else []
+        objectives = [config.resolve_objective(), config.resolve_eval_objective()]
+        settings.faults += checks.missing_teacher(config, objectives, False) + _resume_faults(config)
+        settings.faults += checks.adapter_on_head(model.lora_target_modules) if model.use_peft else []
     raise_together(settings.faults)
     assert config is not None
     return Run(settings, config, model, script, {}, notes)
@@ -143,16 +154,16 @@ def _training_config(settings: Settings):
 def _of_transformers(error: Exception, values: dict[str, Any]) -> str:
     """A refusal of TRL or Transformers, which may not say which setting it is about."""
     text = reason(error)
-    said = [name for name, value in values.items() if name in text or any(one in text for one in _words(value))]
+    said = []
+    for name, value in values.items():
+        words = [word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str) and word]
+        if any(word in text for word in [name, *words]):
+            said.append(name)
     if isinstance(error, ImportError) and values.get("deepspeed"):
         said = ["deepspeed"]
     if not said or any(name in text for name in said):
         return text
     return f"{said[0]} is {values[said[0]]!r}: {text}"
-
-
-def _words(value: Any) -> list[str]:
-    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str) and one]
 
 
 def _output_faults(config: Any) -> list[str]:
@@ -172,19 +183,12 @@ def _output_faults(config: Any) -> list[str]:
     return checkpoints.unwritable(folder)
 
 
-def _need_faults(config: Any) -> list[str]:
-    from qtarget.training import checks
-
-    faults = checks.missing_teacher(config, [config.resolve_objective(), config.resolve_eval_objective()], False)
-    return faults + _resume_faults(config)
-
-
 def _resume_faults(config: Any) -> list[str]:
     """What can be seen of a checkpoint without models; the trainer looks again with them."""
     from qtarget.training import checkpoints, run_identity
 
-    folder = checkpoints.to_resume_from(resume(config.resume_from_checkpoint), config.output_dir)
-    if folder is None and str(config.resume_from_checkpoint).lower() == "true":
+    folder = checkpoints.to_resume_from(config.resume_from_checkpoint, config.output_dir)
+    if folder is None and config.resume_from_checkpoint is True:
         if not (passed_over := checkpoints.passed_over(config.output_dir)):
             return []  # a run killed before its first checkpoint starts anew by the same command
         return [
@@ -195,15 +199,9 @@ def _resume_faults(config: Any) -> list[str]:
         return []
     if broken := checkpoints.unreadable_files(folder):
         return broken
-    settings = run_identity.identity(config, config.resolve_objective(), {})
-    known = {name: value for name, value in settings.items() if name not in ("teacher", "reference")}
+    known = run_identity.identity(config, config.resolve_objective(), {})
+    del known["teacher"], known["reference"]
     return run_identity.differences(folder, known, partly=True)
-
-
-def _adapter_faults(model: Any) -> list[str]:
-    from qtarget.training import checks
-
-    return checks.adapter_on_head(model.lora_target_modules) if model.use_peft else []
 
 
 def column_faults(config: Any, datasets: dict[str, Any]) -> list[str]:
@@ -261,21 +259,15 @@ def build(run: Run, kind: Any = None, weights: bool = True) -> Any:
 
     config, model = run.config, run.model
     _check_files(model, config)
-    init = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(config.model_init_kwargs or {}),
-    }
+    init = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
+    init |= config.model_init_kwargs or {}
     config.model_init_kwargs = {name: value for name, value in init.items() if value is not None}
     settings: dict[str, Any] = {"train_dataset": run.datasets["train"], "eval_dataset": run.datasets.get("test")}
     try:
+        student = model.model_name_or_path
         if weights:
-            student = model.model_name_or_path
-            settings |= {
-                "quantization_config": get_quantization_config(model),
-                "peft_config": get_peft_config(model),
-            }
+            settings["quantization_config"] = get_quantization_config(model)
+            settings["peft_config"] = get_peft_config(model)
         else:
             student, settings["processing_class"] = _without_weights(model, config)
         return (kind or QTargetTrainer)(student, config, **settings)
@@ -284,18 +276,13 @@ def build(run: Run, kind: Any = None, weights: bool = True) -> Any:
     except UnicodeDecodeError as error:
         name = run.script.dataset_name
         raise ConfigError(f"dataset_name is {name!r}, which is not UTF-8 ({error}); save it as that") from error
-    except OSError as error:
-        raise ConfigError(
-            f"model_name_or_path is {model.model_name_or_path!r}, which cannot be loaded: {reason(error)}"
-        ) from error
-    except (ValueError, ImportError) as error:  # TRL's and Transformers' own refusals
-        raise ConfigError(reason(error)) from error
     except Exception as error:
-        if not _comes_of_loading(error):
+        refusal = isinstance(error, ValueError | ImportError) and not isinstance(error, OSError)
+        if not (refusal or isinstance(error, OSError) or _comes_of_loading(error)):
             raise
-        raise ConfigError(
-            f"model_name_or_path is {model.model_name_or_path!r}, which cannot be loaded: {reason(error)}"
-        ) from error
+        name = model.model_name_or_path  # TRL's and Transformers' own refusals say what they are about
+        about = "" if refusal else f"model_name_or_path is {name!r}, which cannot be loaded: "
+        raise ConfigError(about + reason(error)) from error
 
 
 def _check_files(model: Any, config: Any) -> None:
@@ -304,10 +291,9 @@ def _check_files(model: Any, config: Any) -> None:
 
     name = model.model_name_or_path
     how = {"revision": model.model_revision, "trust_remote_code": config.trust_remote_code}
-    with loading("model_name_or_path", name):
-        AutoConfig.from_pretrained(name, **how)
-    with loading("model_name_or_path", name, "tokenizer"):
-        AutoTokenizer.from_pretrained(name, **how)
+    for kind, what in ((AutoConfig, ""), (AutoTokenizer, "tokenizer")):
+        with loading("model_name_or_path", name, what):
+            kind.from_pretrained(name, **how)
     path = config.chat_template_path
     if path is not None and is_path(path) and not Path(path).exists():
         raise ConfigError(
@@ -333,7 +319,3 @@ def _without_weights(model: Any, config: Any) -> tuple[Any, Any]:
     student.hf_device_map = {"": "meta"}  # so that nothing tries to move it
     config.model_init_kwargs = None
     return student, AutoTokenizer.from_pretrained(model.model_name_or_path, **loading)
-
-
-def resume(value: Any) -> Any:
-    return True if str(value).lower() == "true" else value

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from qtarget.cli import terminal
 
 if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
@@ -19,6 +22,13 @@ _ROWS = [
     ("kl_q", "KL(Q ‖ student)"),
     ("entropy", "student's entropy (nats)"),
     ("teacher_kl", "drift: KL(teacher ‖ student)"),
+]
+# (what a picture shows, statistics of the log)
+_PANELS = [
+    ("loss and negative log-likelihood", ("loss", "nll")),
+    ("weight of label and residual", ("trust", "residual_mass")),
+    ("update: share of probability asked to move", ("update",)),
+    ("student's entropy (nats)", ("entropy",)),
 ]
 
 _DRIFT_ROWS = 64  # how far student and teacher are apart is read off that many held-out rows
@@ -59,8 +69,6 @@ def at_start(trainer: QTargetTrainer) -> dict[str, float]:
 
 def show(trainer: QTargetTrainer, before: dict[str, float], after: dict[str, float], folder: Path) -> None:
     """Print the table and the next command, and draw the run's curves."""
-    from qtarget.cli import curves
-
     if before and after:
         _table(before, after)
     elif after:
@@ -70,26 +78,20 @@ def show(trainer: QTargetTrainer, before: dict[str, float], after: dict[str, flo
     if trainer.evaluates_teacher and before:
         print(_about_drift(trainer, before, after))
     picture = folder / "curves.png"
-    if curves.draw(trainer.state.log_history, str(trainer.args.resolve_objective()), picture):
+    if _draw(trainer.state.log_history, str(trainer.args.resolve_objective()), picture):
         print(f"curves     {picture}")
     print(f"model      {folder}  (plain Transformers files)")
     print(f"next       qtarget train --config FILE --model_name_or_path {folder} --output_dir {folder}-2")
 
 
 def _table(before: dict[str, float], after: dict[str, float]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"held-out, {int(after['supervised_tokens'])} supervised tokens", title_justify="left", box=None
-    )
-    for heading, justify in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    title = f"held-out, {int(after['supervised_tokens'])} supervised tokens"
+    table = terminal.table("", "before", "after", "change", left=("",), title=title)
     for name, label in _ROWS:
         if name in before and name in after:
             change = after[name] - before[name]
             table.add_row(label, f"{before[name]:.4f}", f"{after[name]:.4f}", f"{change:+.4f}")
-    Console().print(table)
+    terminal.console(80).print(table)
 
 
 def _about_drift(trainer: QTargetTrainer, before: dict[str, float], after: dict[str, float]) -> str:
@@ -101,3 +103,33 @@ def _about_drift(trainer: QTargetTrainer, before: dict[str, float], after: dict[
             "student has moved."
         )
     return text
+
+
+def _draw(log_history: Sequence[Mapping[str, float]], title: str, path: Path) -> bool:
+    """Write the curves of ``trainer.state.log_history`` to ``path``; False where there is nothing to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = [entry for entry in log_history if "loss" in entry]
+    if not steps:
+        return False
+    figure, axes = pyplot.subplots(2, 2, figsize=(9, 5.5), layout="constrained")
+    for axis, (heading, names) in zip(axes.flat, _PANELS, strict=True):
+        for name, style in zip(names, ("-", "--"), strict=False):
+            points = [(entry["step"], entry[name]) for entry in steps if name in entry]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, marker="." if len(points) < 50 else None, label=name)
+        held_out = [(entry["step"], entry["eval_nll"]) for entry in log_history if "eval_nll" in entry]
+        if "nll" in names and held_out:
+            axis.plot(*zip(*held_out, strict=True), "s", fillstyle="none", label="held-out nll")
+        axis.set_title(heading, fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if len(axis.lines) > 1:
+            axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return True

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
+import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from qtarget.errors import ConfigError
@@ -29,14 +33,14 @@ def console(width: int) -> Any:
     return Console(width=None if sys.stdout.isatty() else width, highlight=False)
 
 
-def table(*headings: str, left: tuple[str, ...] = (), title: str | None = None) -> Any:
-    """A table without lines, of numbers but for the columns named in ``left``."""
+def table(*headings: str, left: tuple[str, ...] = (), title: str | None = None, **column: Any) -> Any:
+    """A table without lines, of numbers but for the columns named in ``left``; ``column``: as rich's ``add_column``."""
     from rich.table import Table
     from rich.text import Text
 
     made = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for heading in headings:
-        made.add_column(Text(heading), justify="left" if heading in left else "right")
+        made.add_column(Text(heading), justify="left" if heading in left else "right", **column)
     return made
 
 
@@ -56,17 +60,48 @@ def bar(total: int, what: str) -> Callable[[int], None]:
     return advance
 
 
+def timed_bar(total: int, what: str, units: str, before: int = 0) -> Callable[..., None]:
+    """A bar that once also prints how long the other ``units`` take: at the first call that does not forbid it."""
+    advance, started, printed = bar(total, what), time.monotonic(), False
+    advance(before)
+
+    def step(done: int, tells: bool = True) -> None:
+        nonlocal printed
+        if tells and not printed:
+            left = duration((time.monotonic() - started) * (total - done) / (done - before))
+            print(f"about {left} for the other {total - done} {units}, by the first {done - before}", flush=True)
+        printed = printed or tells
+        advance(done)
+
+    return step
+
+
+@contextlib.contextmanager
+def spinner(what: str) -> Iterator[Callable[..., None]]:
+    """A bar without an end on the main process's terminal; yields what updates it, as ``rich.progress`` does."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    shown = is_main() and sys.stderr.isatty()
+    with Progress(console=Console(stderr=True), transient=True, disable=not shown) as progress:
+        yield functools.partial(progress.update, progress.add_task(what, total=None))
+
+
 def duration(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-class TimeLeft:
-    """Seconds that the rest of a work takes, by what is done since this was made."""
+def as_json(value: Any) -> str:
+    """What ``--json`` writes. JSON has no NaN and no infinity: they become text."""
 
-    def __init__(self, total: int, before: int = 0):
-        self._total, self._before, self._started = total, before, time.monotonic()
+    def finite(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: finite(inner) for name, inner in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(inner) for inner in part]
+        return str(part) if isinstance(part, float) and not math.isfinite(part) else part
 
-    def estimate(self, done: int) -> str:
-        left = (time.monotonic() - self._started) * (self._total - done) / (done - self._before)
-        return duration(left)
+    return json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -6,14 +6,12 @@ A teacher is asked about every supervised token of a dataset, and trained from a
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qtarget.cli import setup, terminal
-from qtarget.cli.arguments import FLAG, FOLDER, NAME, NEW_FILE, Kind, Option, Verb, one_of, whole
+from qtarget.cli.arguments import FLAG, FOLDER, NAME, NEW_FILE, Kind, Option, Verb, one_of, only, whole
 from qtarget.errors import ConfigError
 
 VERB = Verb("cache", __doc__)
@@ -53,6 +51,7 @@ def build(options: Any) -> int:
     k = options.k if options.k or options.coverage else _K
     from rich.progress import Progress
 
+    from qtarget.cli import settings
     from qtarget.teachers import settings as teacher_settings
     from qtarget.teachers.cache import build as cache_build
     from qtarget.teachers.cache import scorers as cache_scorers
@@ -61,7 +60,8 @@ def build(options: Any) -> int:
     server, dtype = options.server is not None, options.cache_dtype
     fixed = setup.row_by_row(options.words, target="sft" if server else "kd")
     run = setup.read(options.words, fixed, trains=False)
-    folder = options.output or Path(_config_value(options.words, "teacher_cache") or "")
+    named = settings.read(options.words).values["training"].get("teacher_cache")
+    folder = options.output or Path(named or "")
     if folder == Path(""):
         raise ConfigError("output is not set; name the cache's folder as -o DIR, or as teacher_cache in the config")
     if run.config.teacher_ema_decay is not None:
@@ -88,7 +88,7 @@ def build(options: Any) -> int:
     repeated = f" ({plan.repeated} more are the same as another)" if plan.repeated else ""
     print(f"rows       {len(plan.rows)}{repeated}, {plan.tokens} supervised tokens, as {len(plan.shards)} files")
     print(f"teacher    {teacher_settings.describe(about['teacher'])}")
-    time = "" if server else f", about {_time(cache_build.seconds_for(trainer, plan, options.batch_size))}"
+    time = "" if server else f", about {terminal.duration(cache_build.seconds_for(trainer, plan, options.batch_size))}"
     print(f"size       {megabytes:.1f} MB for k = {k}, {dtype}, in {folder}{time}", flush=True)
     with Progress(disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("asking the teacher", total=plan.tokens)
@@ -110,12 +110,6 @@ def build(options: Any) -> int:
     return 0
 
 
-def _config_value(rest: Sequence[str], name: str) -> Any:
-    from qtarget.cli import settings
-
-    return settings.read(rest).values["training"].get(name)
-
-
 def _show_coverage(k: int, found: dict[str, Any]) -> None:
     needed = ", ".join(f"{percent} % of tokens need {n} or fewer" for percent, n in found["needed_k"].items())
     kept = ", ".join(f"{n}: {mass:.4f}" for n, mass in found["kept_mass"].items())
@@ -124,19 +118,10 @@ def _show_coverage(k: int, found: dict[str, Any]) -> None:
     print(f"           mean kept mass by k: {kept}")
 
 
-def _time(seconds: float) -> str:
-    hours, minutes = seconds / 3600, seconds / 60
-    return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.0f} s"
-
-
 @VERB.command(Option("verify", "read every file and compare checksums", FLAG), word="inspect", takes="DIR")
 def inspect(options: Any) -> int:
     """What a cache was built for and of."""
-    if len(options.words) != 1:
-        raise ConfigError(
-            f"{' '.join(options.words) or 'nothing'} was named where the folder of one cache is asked for"
-        )
-    (folder,) = options.words
+    folder = only(options.words, "the folder of one cache is asked for")
     from qtarget.teachers import settings as teacher_settings
     from qtarget.teachers.cache import manifest as manifests
     from qtarget.teachers.cache.reader import CachedTeacher
@@ -144,7 +129,6 @@ def inspect(options: Any) -> int:
     manifest = manifests.read(folder)
     size = sum(line["bytes"] for line in manifest["shards"]) / 2**20
     done, planned = len(manifest["shards"]), manifest["planned_shards"]
-    preparation = ", ".join(f"{name} {value}" for name, value in manifest["preparation"].items())
     lines = {
         "state": manifest["state"] + ("" if done == planned else f": {done} of {planned} files"),
         "teacher": teacher_settings.describe(manifest["teacher"]),
@@ -152,7 +136,7 @@ def inspect(options: Any) -> int:
         "rows": f"{manifest['rows']}, {manifest['tokens']} supervised tokens",
         "kept": f"{manifest['k']} tokens each, {manifest['dtype']}, {size:.1f} MB in {done} files",
         "tokenizer": f"{manifest['tokenizer']}, {manifest['vocab_size']} tokens; template {manifest['chat_template']}",
-        "preparation": preparation,
+        "preparation": ", ".join(f"{name} {value}" for name, value in manifest["preparation"].items()),
         "program": manifest["program"],
     }
     for name, value in lines.items():
@@ -174,29 +158,29 @@ def doctor(options: Any) -> int:
     """Asks the live teacher again about some rows: the mass that was left out, and the error of the target and of the
     gradient that comes of it.
     """
-    rest = options.words
-    folder = options.cache or _config_value(rest, "teacher_cache")
-    if folder is None:
-        raise ConfigError("teacher_cache is not set; name the folder as --cache DIR, or as teacher_cache in the config")
+    from qtarget.cli import settings
     from qtarget.teachers.cache.reader import CachedTeacher
 
+    rest = options.words
+    given = settings.read(rest).values["training"]
+    folder = options.cache or given.get("teacher_cache")
+    if folder is None:
+        raise ConfigError("teacher_cache is not set; name the folder as --cache DIR, or as teacher_cache in the config")
     cache = CachedTeacher(folder)
     cache.check_files(checksums=True)
     from qtarget.teachers.cache import doctor as cache_doctor
 
-    asked = _config_value(rest, "target")
-    named = _config_value(rest, "teacher_model_name_or_path") or _config_value(rest, "teachers")
+    named = given.get("teacher_model_name_or_path") or given.get("teachers")
     had = cache.manifest["teacher"]
     if named is None and "pool" not in had:  # the cache says which teacher it is of
         rest = [*rest, "--teacher_model_name_or_path", had["name"]]
     fixed = setup.row_by_row(rest, target="kd", teacher_context=cache.manifest["teacher_context"])
     run = setup.read(rest, fixed, trains=False)
     run.datasets.pop("test", None)
-    trainer = setup.build(run)
-    report = cache_doctor.examine(trainer, cache, options.rows, asked)
+    report = cache_doctor.examine(setup.build(run), cache, options.rows, given.get("target"))
     console = terminal.console(120)
     for part in report.shown():
         console.print(part, markup=False)
     if options.json is not None:
-        options.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(terminal.as_json(report.to_dict()), encoding="utf-8")
     return 0

@@ -7,17 +7,15 @@ says what it was made from, and a run that differs in that is refused.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qtarget.cli import setup, terminal
 from qtarget.cli.arguments import ABOVE_ZERO, FOLDER, NAME, Option, Verb, whole
 from qtarget.errors import ConfigError
-
-if TYPE_CHECKING:
-    from qtarget.training.trainer import QTargetTrainer
 
 VERB = Verb("data", __doc__)
 _OUTPUT = Option(
@@ -48,10 +46,12 @@ def measure_weights(options: Any) -> int:
         "weights_temperature": run.config.weights_temperature if options.fixed else None,
     }
 
-    def tables(trainer: QTargetTrainer, tell: Callable, step: Callable) -> Any:
-        return scoring.weights(trainer, originals, options.fixed, tell, step)
-
-    return _measured(run, options.output, ("weights", scoring.weight_column(options.fixed), about), tables)
+    return _measured(
+        run,
+        options.output,
+        ("weights", scoring.weight_column(options.fixed), about),
+        lambda trainer, tell, step: scoring.weights(trainer, originals, options.fixed, tell, step),
+    )
 
 
 @VERB.command(_OUTPUT, word="oldlogps", settings=True)
@@ -77,8 +77,7 @@ def _measured(run: setup.Run, folder: Path, made: tuple[str, str, dict[str, Any]
     from qtarget.signals import manifest, scoring
 
     kind, column, about = made
-    originals = run.datasets
-    numbered = scoring.numbered(originals, column)
+    originals, numbered = run.datasets, scoring.numbered(run.datasets, column)
     settings = _settings(run, kind, column, about)
     manifest.free(folder, settings)
     run.datasets = numbered
@@ -88,15 +87,13 @@ def _measured(run: setup.Run, folder: Path, made: tuple[str, str, dict[str, Any]
     tokens = sum(scoring.supervised(labels) for rows in ready.values() for labels in rows["labels"])
     print(f"{count} rows, {tokens} supervised tokens", flush=True)
     manifest.begin(folder, settings)
-    advance, done = terminal.bar(count, column), 0
-    advance(0)
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        advance(done)
-
-    results = tables(trainer, lambda seconds: print(f"about {terminal.duration(seconds)}", flush=True), step)
+    advance, done = terminal.bar(count, column), itertools.count()
+    advance(next(done))
+    results = tables(
+        trainer,
+        lambda seconds: print(f"about {terminal.duration(seconds)}", flush=True),
+        lambda: advance(next(done)),
+    )
     dropped = {split: len(originals[split]) - len(ready.get(split, ())) for split in originals}
     manifest.finish(folder, settings, results, {"dropped": dropped})
     for split, left_out in dropped.items():
@@ -151,6 +148,8 @@ def search_critical(options: Any) -> int:
     weights: --dtype bfloat16 is faster on a GPU.
     """
     folder = options.output
+    from datasets import Dataset
+
     from qtarget.evaluation import graders
     from qtarget.evaluation.grading import Grader
     from qtarget.signals import critical, manifest
@@ -164,7 +163,8 @@ def search_critical(options: Any) -> int:
     run.datasets = {"train": rows}
     settings = _settings(run, "critical", critical.COLUMN, about)
     manifest.free(folder, settings)
-    run.datasets = {"train": _stand_in()}
+    # The trainer holds model and tokenizer here and trains nothing; prompts alone it would refuse.
+    run.datasets = {"train": Dataset.from_list([{"input_ids": [0, 0], "labels": [0, 0]}])}
     trainer = setup.build(run)
     greedy = Greedy(trainer, options.max_new_tokens)
     prompts = [greedy.prompt(row, number) for number, row in enumerate(rows)]
@@ -209,13 +209,6 @@ def _prompt_rows(run: setup.Run) -> Any:
     return rows
 
 
-def _stand_in() -> Any:
-    """A row for the trainer, which holds model and tokenizer here and trains nothing; prompts alone it would refuse."""
-    from datasets import Dataset
-
-    return Dataset.from_list([{"input_ids": [0, 0], "labels": [0, 0]}])
-
-
 def _content(rows: Any) -> str:
     """What tells other rows of the same dataset's name."""
     digest = hashlib.sha256()
@@ -226,20 +219,8 @@ def _content(rows: Any) -> str:
 
 def _progress(total: int, before: int) -> Callable[[int, int], None]:
     """The bar, and an estimate once the first right answer was searched: those that are wrong take next to no time."""
-    advance, left, printed = terminal.bar(total, "critical"), terminal.TimeLeft(total, before), False
-    advance(before)
-
-    def step(done: int, searched: int) -> None:
-        nonlocal printed
-        if searched and not printed:
-            printed = True
-            print(
-                f"about {left.estimate(done)} for the other {total - done} problems, by the first {done - before}",
-                flush=True,
-            )
-        advance(done)
-
-    return step
+    step = terminal.timed_bar(total, "critical", "problems", before)
+    return lambda done, searched: step(done, tells=bool(searched))
 
 
 def _report(counts: dict[str, Any], last_error: str | None) -> None:

@@ -19,18 +19,17 @@ def show(options: Any) -> int:
     from qtarget import __version__
     from qtarget.losses import engine
 
-    lines = [("qtarget", __version__), ("python", platform.python_version()), ("platform", platform.platform())]
+    lines = {"qtarget": __version__, "python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
-            lines.append((package, importlib.metadata.version(package)))
+            lines[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            lines.append((package, "not installed"))
+            lines[package] = "not installed"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    lines.append(("gpu", ", ".join(gpus) or "none"))
-    lines.append(("cpu threads", f"{torch.get_num_threads()}, {torch.backends.cpu.get_cpu_capability()}"))
-    device = torch.device("cuda" if gpus else "cpu")
-    lines.append(("engine backends", ", ".join(engine.available(device))))
-    width = max(len(name) for name, _ in lines)
-    for name, value in lines:
+    lines["gpu"] = ", ".join(gpus) or "none"
+    lines["cpu threads"] = f"{torch.get_num_threads()}, {torch.backends.cpu.get_cpu_capability()}"
+    lines["engine backends"] = ", ".join(engine.available(torch.device("cuda" if gpus else "cpu")))
+    width = max(map(len, lines))
+    for name, value in lines.items():
         print(f"{name:<{width}}  {value}")
     return 0

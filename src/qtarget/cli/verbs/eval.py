@@ -163,42 +163,21 @@ def _rescore(options: Any) -> int:
 
 def _progress(total: int) -> Callable[[int], None]:
     """A bar with the time left on a terminal; elsewhere an estimate after the first batch."""
-    advance, left, first = terminal.bar(total, "answers"), terminal.TimeLeft(total), True
-    advance(0)
-
-    def step(done: int) -> None:
-        nonlocal first
-        if first and not sys.stderr.isatty() and done < total:
-            print(f"about {left.estimate(done)} for the other {total - done} answers, by the first {done}", flush=True)
-        first = False
-        advance(done)
-
-    return step
+    step = terminal.timed_bar(total, "answers", "answers")
+    return lambda done: step(done, tells=done < total and not sys.stderr.isatty())
 
 
 def _show(scores: dict[str, Any], last_error: str | None) -> None:
     headings = ("task", "score", "avg@n", "95 %", "pass@n", "maj@n", "greedy", "no answer")
-    table = terminal.table(*headings, left=("task", "score"))
-    for column in table.columns:
-        column.no_wrap = True
-    for name, task in scores["tasks"].items():
+    table = terminal.table(*headings, left=("task", "score"), no_wrap=True)
+    suites = {f"{name} mean": suite for name, suite in scores["suites"].items()}
+    for name, scored in [*scores["tasks"].items(), *suites.items()]:
         for reading in ("strict", "lenient"):
-            part = task[reading]
-            table.add_row(
-                name if reading == "strict" else "",
-                reading,
-                percent(part.get("avg")),
-                span(part.get("interval")),
-                percent(part["pass"][-1] if "pass" in part else None),
-                percent(part.get("majority")),
-                percent(part["greedy"]),
-                percent(part["no_answer"]),
-            )
-    for name, suite in scores["suites"].items():
-        for reading in ("strict", "lenient"):
-            part = suite[reading]
-            row = (percent(part.get("avg")), span(part.get("interval")), "", "", percent(part["greedy"]), "")
-            table.add_row(f"{name} mean" if reading == "strict" else "", reading, *row)
+            part = scored[reading]
+            of_task = [part["pass"][-1] if "pass" in part else None, part.get("majority"), part["no_answer"]]
+            passed, majority, no_answer = [""] * 3 if name in suites else map(percent, of_task)
+            heads = (name if reading == "strict" else "", reading, percent(part.get("avg")), span(part.get("interval")))
+            table.add_row(*heads, passed, majority, percent(part["greedy"]), no_answer)
     terminal.console(120).print(table)
     for name, task in scores["tasks"].items():
         entropy = "" if task["entropy"] is None else f", entropy {task['entropy']:.3f} nats a token"

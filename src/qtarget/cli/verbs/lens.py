@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.cli import setup, terminal
-from qtarget.cli.arguments import FILE, FOLDER, NAME, TEXT, Option, Verb, one_of, whole
-from qtarget.errors import ConfigError
+from qtarget.cli.arguments import FILE, FOLDER, NAME, TEXT, Option, Verb, one_of, only, whole
+from qtarget.errors import ConfigError, raise_together
 
 VERB = Verb("lens", __doc__)
 _WIDTH = 160  # of a pipe: lines cut for 80 columns are hard to search
+_ONE = "one folder of a capture is asked for, as in: qtarget lens show my_capture"
 _TARGET = Option("target", "in place of the one the capture was made for", TEXT)
 
 
@@ -29,14 +30,10 @@ def capture_rows(options: Any) -> int:
     rows, top_k, folder = options.rows, options.top_k, options.output
     from qtarget.lens import capture
 
-    if faults := capture.folder_faults(folder):
-        raise ConfigError(faults)
-
+    raise_together(capture.folder_faults(folder))
     fixed = {**setup.MEASURES, "packing": False, "padding_free": False}
     run = setup.read(options.words, fixed, trains=False)
-    run.datasets.pop("test", None)
-    if hasattr(run.datasets["train"], "select"):  # what is not captured need not be tokenised
-        run.datasets["train"] = run.datasets["train"].select(range(min(rows, len(run.datasets["train"]))))
+    run.keep(lambda length: range(min(rows, length)))
     trainer = setup.build(run)
     capture.check(trainer, rows, top_k, folder)
     count, tokens, megabytes = capture.estimate(trainer, rows, top_k)
@@ -60,11 +57,12 @@ def capture_rows(options: Any) -> int:
 )
 def report(options: Any) -> int:
     """One HTML file, without a network: every target with its parameters, on every token of the capture."""
-    folder, out = _capture_folder(options), options.output
+    folder, out = only(options.words, _ONE), options.output
     from qtarget.lens import page, record
 
     read = record.read(folder)
-    _check_config(read, options.config)
+    if options.config is not None:
+        _check_config(read, options.config)
     if options.run is not None:
         from qtarget.training import history
 
@@ -83,21 +81,16 @@ def report(options: Any) -> int:
     return 0
 
 
-def _check_config(read: Any, config: Path | None) -> None:
-    """Refuse a capture of another model, tokenizer or template than the config names."""
-    if config is None:
-        return
+def _check_config(read: Any, config: Path) -> None:
     from transformers import AutoTokenizer
 
     from qtarget.cli import settings
     from qtarget.lens import capture
 
     named = settings.read(["--config", str(config)])
-    if named.faults:
-        raise ConfigError(named.faults)
+    raise_together(named.faults)
     model = str(named.values["model"].get("model_name_or_path"))
-    if faults := capture.differences(read.manifest, model, AutoTokenizer.from_pretrained(model)):
-        raise ConfigError(faults)
+    raise_together(capture.differences(read.manifest, model, AutoTokenizer.from_pretrained(model)))
 
 
 @VERB.command(
@@ -109,7 +102,7 @@ def _check_config(read: Any, config: Path | None) -> None:
 )
 def show(options: Any) -> int:
     """A row in the terminal, and the tokens that are taught most."""
-    folder = _capture_folder(options)
+    folder = only(options.words, _ONE)
     from qtarget.lens import page_targets, record
     from qtarget.lens import terminal as lens
     from qtarget.targets import Target
@@ -132,13 +125,13 @@ def show(options: Any) -> int:
 @VERB.command(_TARGET, word="advise", takes="DIR")
 def advise(options: Any) -> int:
     """Where the data lie between known and new to the model, and which targets tend to suit."""
-    folder = _capture_folder(options)
+    folder = only(options.words, _ONE)
     from qtarget.lens import record
     from qtarget.lens.advise import advise
 
     console = terminal.console(_WIDTH)
     for line in advise(record.read(folder), _target(options.target)).lines():
-        console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+        console.print(line, markup=False, soft_wrap=not console.is_terminal)
     return 0
 
 
@@ -147,15 +140,6 @@ def _target(value: str | None) -> Any:
     from qtarget.targets import Target
 
     return None if value is None else Target.from_config(yaml_text.load(value, f"target is {value!r}"))
-
-
-def _capture_folder(options: Any) -> str:
-    if len(options.words) != 1:
-        raise ConfigError(
-            f"{' '.join(options.words) or 'nothing'} was named where one folder of a capture is asked for, as in: "
-            "qtarget lens show my_capture"
-        )
-    return options.words[0]
 
 
 # -- any loss ----------------------------------------------------------------------------------------------------
@@ -207,16 +191,13 @@ def induced(options: Any) -> int:
         )
     console = terminal.console(_WIDTH)
     console.print(table)
-    named = sorted({RULES[int(rule)] for rule in made.rule if int(rule) >= 0})
-    console.print(
-        "trust and residual are unique only by a rule, here: "
-        + ("; ".join({"student": _STUDENT, "largest": _LARGEST}[name] for name in named) or "none applies"),
-        markup=False,
-        highlight=False,
-    )
+    rules = "; ".join(_RULES[name] for name in sorted({RULES[rule] for rule in made.rule.tolist() if rule >= 0}))
+    console.print(f"trust and residual are unique only by a rule, here: {rules or 'none applies'}", markup=False)
     console.print("the scale of a loss is not in its gradient: half the loss has another Q and the same fixed point")
     return 0
 
 
-_STUDENT = "Q_k/p_k is one constant c for every k but the label, so the residual is the student and γ = 1 − c"
-_LARGEST = "the largest γ that leaves the residual non-negative"
+_RULES = {
+    "student": "Q_k/p_k is one constant c for every k but the label, so the residual is the student and γ = 1 − c",
+    "largest": "the largest γ that leaves the residual non-negative",
+}

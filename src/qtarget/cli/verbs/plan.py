@@ -6,7 +6,6 @@ nothing is trained. Formulas: docs/plan.md.
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qtarget.cli import setup
+from qtarget.cli import setup, terminal
 from qtarget.cli.arguments import ABOVE_ZERO, NEW_FILE, Option, Verb, whole
 from qtarget.errors import ConfigError
 
@@ -54,7 +53,7 @@ def run(options: Any) -> int:
     figures = _figures(found, options, _lengths(found, options))
     _show(found, options, figures)
     if options.json is not None:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(terminal.as_json(figures), encoding="utf-8")
     return 0
 
 
@@ -105,8 +104,7 @@ def _sample(rest: Sequence[str]) -> list[tuple[int, int]]:
         run = setup.read(rest, fixed, trains=False)
         if run.script.dataset_streaming:
             return []
-        train = run.datasets["train"]
-        run.datasets = {"train": train.select(evenly_spaced(len(train), _SAMPLE))}
+        run.keep(lambda length: evenly_spaced(length, _SAMPLE))
         rows = setup.build(run, weights=False).train_dataset
         return [(len(row["input_ids"]), sum(label != -100 for label in row["labels"][1:])) for row in rows]
 
@@ -124,15 +122,10 @@ def _figures(found: Any, options: Any, rows: Any) -> dict[str, Any]:
     assert work is not None  # run() has looked
     work = replace(work, gpu_memory=int(options.gpu_memory * 2**30))
     room = _ROOM * options.gpu_memory * 2**30
-    kinds = preview.layouts(found.gpus)
-    held = {
-        kind: {
-            "parts": memory.estimate(work, kind),
-            "most": memory.peak(work, kind),
-            "fits": memory.peak(work, kind) <= room,
-        }
-        for kind in kinds
-    }
+    held = {}
+    for kind in preview.layouts(found.gpus):
+        most = memory.peak(work, kind)
+        held[kind] = {"parts": memory.estimate(work, kind), "most": most, "fits": most <= room}
     # A packed row is as long as can be: several of the data's rows go into it.
     each = config.max_length / rows.length if config.packing else 1.0
     batch = found.batch * each
@@ -213,16 +206,10 @@ def _show(found: Any, options: Any, figures: dict[str, Any]) -> None:
     from qtarget.cli import preview
     from qtarget.cli.preview import GIB, tell
 
-    config, notes = found.asked.config, found.asked.settings.notes
+    config = found.asked.config
     plural = "s" if found.gpus > 1 else ""
     print(f"plan for {found.gpus} GPU{plural} of {options.gpu_memory:g} GiB: no weights are loaded, nothing is trained")
-    if "name" in notes:
-        tell("recipe", notes["name"])
-    tell("target", config.resolve_objective().describe())
-    model = found.asked.model
-    tell("model", preview.model_line(model.model_name_or_path, model.model_revision, found.student))
-    for other in found.others:
-        tell(other.role, preview.model_line(other.name, other.revision, other.shape))
+    preview.show_head(found, "target", [config.resolve_objective().describe()])
     tell("batch", preview.batch_line(config, found.gpus, found.batch))
     row, step = figures["row"], figures["step"]
     tell(
@@ -230,7 +217,7 @@ def _show(found: Any, options: Any, figures: dict[str, Any]) -> None:
     )
     tell("", row["source"])
     whole = sum(step["flops"].values())
-    tell("a step", f"{step['tokens']:,.0f} tokens, {step['supervised']:,.0f} labels, {_operations(whole)} operations")
+    tell("a step", f"{step['tokens']:,.0f} tokens, {step['supervised']:,.0f} labels, {whole:.2e} operations")
     steps = figures["steps"]
     if config.packing:
         tell("steps", "not known: the number of rows is not known here" if steps is None else f"about {steps}, packed")
@@ -238,11 +225,11 @@ def _show(found: Any, options: Any, figures: dict[str, Any]) -> None:
         tell("steps", preview.steps_line(config, found.steps))
     if steps is not None:
         hours = f"; {figures['gpu_hours']:,.1f} GPU hours at {options.tflops:g}e12 a second" if options.tflops else ""
-        tell("run", f"{_operations(figures['flops'])} operations{hours}")
+        tell("run", f"{figures['flops']:.2e} operations{hours}")
     print("\noperations of a step")
     for name, value in step["flops"].items():
         if value:
-            print(f"  {name:<24}{_operations(value):>10}{value / whole:>8.1%}")
+            print(f"  {name:<24}{value:>10.2e}{value / whole:>8.1%}")
     print()
     preview.show_memory(found)
     kinds = preview.layouts(found.gpus)
@@ -274,22 +261,12 @@ def _show_cache(figures: dict[str, Any], kinds: dict[str, str]) -> None:
     if cache["bytes"] is None:
         tell("", f"on disk {size}; the number of rows is not known here")
         return
-    built = f"built once for {_operations(cache['build_flops'])} operations"
-    tell("", f"on disk {_size(cache['bytes'])}, {size}; {built}")
-    passes = cache["passes"]
-    if passes is None:
-        return
-    if passes <= 1:
-        told = f"this run asks about each row {passes:.2f} times: a cache pays from the second run on"
-    else:
-        saved = (passes - 1) * cache["build_flops"] / figures["flops"]
-        told = f"this run asks about each row {passes:.2f} times: built for it alone, a cache saves {saved:.1%} of it"
-    tell("", told)
-
-
-def _size(value: float) -> str:
-    return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.1f} MB"
-
-
-def _operations(value: float) -> str:
-    return f"{value:.2e}"
+    built = f"built once for {cache['build_flops']:.2e} operations"
+    disk = f"{cache['bytes'] / 1e9:.2f} GB" if cache["bytes"] >= 1e8 else f"{cache['bytes'] / 1e6:.1f} MB"
+    tell("", f"on disk {disk}, {size}; {built}")
+    if (passes := cache["passes"]) is not None:
+        pays = "a cache pays from the second run on"
+        if passes > 1:
+            saved = (passes - 1) * cache["build_flops"] / figures["flops"]
+            pays = f"built for it alone, a cache saves {saved:.1%} of it"
+        tell("", f"this run asks about each row {passes:.2f} times: {pays}")

@@ -5,11 +5,10 @@ What each trusts, where the rest goes, defaults, what it needs and where it come
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from qtarget.cli.arguments import Option, Verb
-from qtarget.errors import ConfigError
+from qtarget.cli import terminal
+from qtarget.cli.arguments import Option, Verb, only
 
 VERB = Verb("targets", __doc__, bare=True)
 _JSON = Option("json", "as JSON")
@@ -20,7 +19,18 @@ def every(options: Any) -> int:
     """All of them, a line each."""
     from qtarget.targets import presets
 
-    _table([_record(name) for name in presets.names()], options.json)
+    records = [_record(name) for name in presets.names()]
+    if options.json:
+        print(terminal.as_json(records), end="")
+        return 0
+    headings = ("target", "trusts", "the rest goes to", "needs", "source")
+    table = terminal.table(*headings, left=headings, overflow="fold")
+    for record in records:
+        needs = ", ".join(record["needs"]) or "-"
+        table.add_row(record["name"], record["trusts"], record["rest"], needs, record["source"])
+    console = terminal.console(80)
+    console.print(table)
+    console.print("\nformula and parameters: qtarget targets show NAME", style="dim")
     return 0
 
 
@@ -29,47 +39,27 @@ def one(options: Any) -> int:
     """One of them in full."""
     from qtarget.targets import presets
 
-    if len(options.words) != 1:
-        raise ConfigError("targets show takes one name, as in: qtarget targets show target-sft")
-    _show(_record(presets.describe(options.words[0]).name), options.json)
+    name = only(options.words, "one target is asked for, as in: qtarget targets show target-sft")
+    record = _record(presets.describe(name).name)
+    if options.json:
+        print(terminal.as_json(record), end="")
+    else:
+        _show(record)
     return 0
 
 
-def _record(name: str) -> dict:
+def _record(name: str) -> dict[str, Any]:
     from qtarget.targets import presets
 
-    entry = presets.describe(name)
+    entry, target = presets.describe(name), presets.build(name)
+    written = ("name", "summary", "formula", "trusts", "rest", "parameters")
     return {
-        "name": entry.name,
-        "summary": entry.summary,
-        "formula": entry.formula,
-        "trusts": entry.trusts,
-        "rest": entry.rest,
-        "parameters": entry.parameters,
-        "parts": presets.build(name).to_config(composed=True),
-        "needs": sorted(presets.build(name).requires),
+        **{field: getattr(entry, field) for field in written},
+        "parts": target.to_config(composed=True),
+        "needs": sorted(target.requires),
         "source": entry.source,
         "aliases": list(entry.aliases),
     }
-
-
-def _table(records: list[dict], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(records, ensure_ascii=False, indent=2))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("target", "trusts", "the rest goes to", "needs", "source"):
-        table.add_column(heading, overflow="fold")
-    for record in records:
-        table.add_row(
-            record["name"], record["trusts"], record["rest"], ", ".join(record["needs"]) or "-", record["source"]
-        )
-    console = Console()
-    console.print(table)
-    console.print("\nformula and parameters: qtarget targets show NAME", style="dim")
 
 
 def _flow(value: object) -> str:
@@ -81,16 +71,11 @@ def _flow(value: object) -> str:
     return "null" if value is None else str(value)
 
 
-def _show(record: dict, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(record, ensure_ascii=False, indent=2))
-        return
-    from rich.console import Console
-
+def _show(record: dict[str, Any]) -> None:
     parameters = ", ".join(f"{key}: {value}" for key, value in record["parameters"].items())
     name = record["name"]
     written = f"{{preset: {name}, {parameters}}}" if parameters else name
-    console = Console(highlight=False)
+    console = terminal.console(80)
     console.print(f"[bold]{name}[/bold]  {record['summary']}\n", soft_wrap=True)
     rows = [
         ("formula", record["formula"]),

@@ -8,16 +8,12 @@ is checked with kd, where the config names a teacher.
 
 from __future__ import annotations
 
-import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qtarget.cli import setup, terminal
 from qtarget.cli.arguments import NEW_FILE, Option, Verb, whole
 from qtarget.errors import ConfigError
-
-if TYPE_CHECKING:
-    from qtarget.training.trainer import QTargetTrainer
 
 VERB = Verb("teacher", __doc__)
 
@@ -35,18 +31,14 @@ def check(options: Any) -> int:
 
     run = setup.read(options.words, setup.MEASURES, trains=False)
     _ask_a_teacher(run.config)
-    run.datasets.pop("test", None)
-    train = run.datasets["train"]
-    if hasattr(train, "select"):  # what is not looked at need not be tokenised
-        run.datasets["train"] = train.select(agreement.evenly_spaced(len(train), rows))
+    run.keep(lambda length: agreement.evenly_spaced(length, rows))
     trainer = setup.build(run)
     count, tokens = agreement.estimate(trainer, rows)
     print(f"{count} rows, {tokens} supervised tokens", flush=True)
-    made = _measured(trainer, rows)
+    with terminal.spinner("comparing") as update:
+        made = agreement.measure(trainer, rows, progress=lambda done: update(completed=done))
     if out is not None:
-        out.write_text(
-            json.dumps(made.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        out.write_text(terminal.as_json(made.to_dict()), encoding="utf-8")
     _show(made)
     if out is not None:
         print(f"figures    {out}")
@@ -69,17 +61,6 @@ def _ask_a_teacher(config: Any) -> None:
     print(f"target {objectives[0]} asks no teacher; the one that is named is checked with target kd")
     for name, value in {"target": "kd", **setup.NO_TARGET}.items():
         setattr(config, name, value)
-
-
-def _measured(trainer: QTargetTrainer, rows: int) -> Any:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from qtarget.teachers.agreement import measure as agreement
-
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("comparing", total=None)
-        return agreement.measure(trainer, rows, progress=lambda done: bar.update(task, completed=done))
 
 
 def _show(made: Any) -> None:

@@ -7,7 +7,6 @@ use_eaft, gem_beta, ...) are read too. On several GPUs: accelerate launch -m qta
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,23 +60,24 @@ def train_model(options: Any) -> int:
 
 
 def train(trainer: QTargetTrainer, run: setup.Run) -> int:
+    from qtarget import files
     from qtarget.cli import recipe, summary
 
     config, script = run.config, run.script
     evaluated = trainer.eval_dataset is not None
     before = summary.at_start(trainer) if evaluated else {}
-    result = trainer.train(resume_from_checkpoint=setup.resume(config.resume_from_checkpoint))
+    result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     after = summary.evaluate(trainer) if evaluated else {}
     trainer.save_model(config.output_dir)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     if trainer.accelerator.is_main_process:
         folder = Path(config.output_dir)
-        (folder / "target.json").write_text(json.dumps(trainer.args.resolve_objective().to_config(), indent=2) + "\n")
+        files.write_json(folder / "target.json", trainer.args.resolve_objective().to_config())
         if run.settings.notes:
             recipe.write(folder, run.settings.notes, run.settings.given_by("flag"))
         if evaluated:
-            (folder / "before_after.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
+            files.write_json(folder / "before_after.json", {"before": before, "after": after})
         # After the last evaluation, whose figures it shows. A folder is no data set of the hub to link to.
         name = script.dataset_name
         trainer.create_model_card(model_name=folder.name, dataset_name=None if Path(name).exists() else name)

@@ -11,7 +11,6 @@ Exit status: 0 no check failed, 1 some did, 2 something is wrong with what was a
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -26,14 +25,9 @@ if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
 
 VERB = Verb("verify", __doc__)
-# Rows stay whole and in their order; no rounding but that of float32.
-_FIXED: dict[str, Any] = {
-    "bf16": False,
-    "fp16": False,
-    "torch_compile": False,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
+# No rounding but that of float32.
+_FIXED: dict[str, Any] = dict.fromkeys(("bf16", "fp16", "torch_compile"), False)
+_FIXED |= {"report_to": "none", "disable_tqdm": True}
 _ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 _MARKS = {"pass": "green", "fail": "bold red", "not applicable": "dim"}
 
@@ -58,16 +52,17 @@ def verify_run(options: Any) -> int:
     with tempfile.TemporaryDirectory() as folder:  # a trainer makes its output_dir when it is made
         fixed = {**setup.MEASURES, **setup.ONE_BY_ONE, **_FIXED, "output_dir": folder}
         subject = _subject(options.words, fixed, options.rows, options.keep_dtype)
-        made = _verified(verify, subject)
+        with terminal.spinner("verifying") as update:
+            made = verify(subject, progress=lambda name: update(description=name))
     if terminal.is_main():
+        figures = terminal.as_json(made.to_dict())
         if options.json == "-":
-            print(_json(made), end="")
+            print(figures, end="")
         else:
-            if options.json is not None:
-                options.json.write_text(_json(made), encoding="utf-8")
             _show(made)
-            if options.json is not None:
-                print(f"figures    {options.json}")
+        if options.json not in (None, "-"):
+            options.json.write_text(figures, encoding="utf-8")
+            print(f"figures    {options.json}")
     return int(_failed_anywhere(made, subject))
 
 
@@ -89,21 +84,6 @@ def _failed_anywhere(made: Any, subject: Any) -> bool:
     return any(everywhere)
 
 
-def _json(made: Any) -> str:
-    return json.dumps(_finite(made.to_dict()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity; what failed may have either."""
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    if isinstance(value, float) and not -float("inf") < value < float("inf"):
-        return str(value)
-    return value
-
-
 # -- what is verified --------------------------------------------------------------------------------------------
 
 
@@ -117,8 +97,8 @@ def _subject(rest: list[str], fixed: dict[str, Any], rows: int, keep_dtype: bool
     if not keep_dtype:
         run.model.dtype = "float32"
         run.config.model_init_kwargs = {**(run.config.model_init_kwargs or {}), "dtype": "float32"}
-    run.datasets.pop("test", None)
-    run.datasets["train"], raw = _some(run.datasets["train"], rows, run.config.source_column)
+    some, raw = _some(run.datasets["train"], rows, run.config.source_column)
+    run.datasets = {"train": some}
     trainer = setup.build(run)
     if not keep_dtype:
         _in_float32(trainer)
@@ -202,16 +182,6 @@ def _estimate(run: setup.Run, trainer: QTargetTrainer) -> Callable[[int, int], i
 # -- what is told ------------------------------------------------------------------------------------------------
 
 
-def _verified(verify: Callable[..., Any], subject: Any) -> Any:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    shown = terminal.is_main() and sys.stderr.isatty()
-    with Progress(console=Console(stderr=True), transient=True, disable=not shown) as bar:
-        task = bar.add_task("verifying", total=None)
-        return verify(subject, progress=lambda name: bar.update(task, description=name))
-
-
 def _show(made: Any) -> None:
     from rich.text import Text
 
@@ -226,7 +196,8 @@ def _show(made: Any) -> None:
     )
     if about["not_among_the_rows"]:
         console.print(Text(f"not among these rows: {'; '.join(about['not_among_the_rows'])}; look at more with --rows"))
-    table = terminal.table("check", "", "figures", left=("check", "", "figures"))
+    headings = ("check", "", "figures")
+    table = terminal.table(*headings, left=headings)
     for column in table.columns[:2]:
         column.no_wrap = True
     for check, finding in made.found:
