@@ -94,7 +94,7 @@ def every() -> str:
     """All settings, from the real configs."""
     from qtarget.cli.settings import groups
 
-    grouped = {}
+    grouped: dict[str, list] = {}
     for group, config in groups().items():
         rows = grouped[f"{group} ({config.__name__})"] = []
         for field in dataclasses.fields(config):
