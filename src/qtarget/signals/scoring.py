@@ -141,7 +141,7 @@ def old_logps(trainer: QTargetTrainer, tell: Tell, step: Step) -> dict[str, Data
 
 
 def weights(
-    trainer: QTargetTrainer, originals: dict[str, Dataset], fixed: bool, tell: Tell, step: Step
+    trainer: QTargetTrainer, tell: Tell, step: Step, originals: dict[str, Dataset], fixed: bool
 ) -> dict[str, Dataset]:
     """iw-sft's signal (arXiv:2507.12856): the original rows with a number each, without those that train no token.
 

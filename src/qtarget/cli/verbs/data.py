@@ -6,6 +6,7 @@ says what it was made from, and a run that differs in that is refused.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -50,7 +51,7 @@ def measure_weights(options: Any) -> int:
         run,
         options.output,
         ("weights", scoring.weight_column(options.fixed), about),
-        lambda trainer, tell, step: scoring.weights(trainer, originals, options.fixed, tell, step),
+        functools.partial(scoring.weights, originals=originals, fixed=options.fixed),
     )
 
 
