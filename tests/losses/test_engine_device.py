@@ -18,7 +18,7 @@ if importlib.util.find_spec("triton") is None:
 from roofline import BYTES, SMALL, STUDENT
 
 from device_path import Watch, as_on_a_device
-from qtarget.losses.engine import matmuls, sizes
+from qtarget.losses.engine import buffers, matmuls, sizes
 from qtarget.losses.engine.buffers import Places, Rows, Scratch, TopKRows, padded_rows
 from qtarget.losses.engine.device_rows import DeviceRows
 from qtarget.losses.engine.row_plan import FOUND, TABLE, RowPlan
@@ -65,6 +65,25 @@ def rounded_gradient_bound(up: Batch, target: qt.Target, dtype) -> dict[str, flo
     truth = g @ up.weight, g.T @ up.hidden
     got = low @ up.weight, low.T @ up.hidden
     return {name: relative_error(a, b) for name, a, b in zip(("hidden", "weight"), got, truth, strict=True)}
+
+
+def rows_beside_garbage(rows, width, dtype, device):
+    """As ``padded_rows``, with NaN beyond the rows' ends."""
+    made = padded_rows(rows, width, dtype, device)
+    torch.as_strided(made, (rows, made.stride(0)), (made.stride(0), 1)).fill_(torch.nan)
+    return made
+
+
+@pytest.mark.parametrize("name", ["kd", "target-sft", "sft-kl", "gem"])
+def test_what_lies_beyond_the_rows_of_an_odd_vocabulary_is_not_read(name, monkeypatch):
+    """An empty buffer may hold anything, NaN too."""
+    low, up = half(n=8, v=67)
+    monkeypatch.setattr(buffers, "padded_rows", rows_beside_garbage)
+    with as_on_a_device():
+        got = run(low, qt.preset(name), reduction="sum")
+    truth = run_oracle(up, qt.preset(name), reduction="sum")
+    assert float((got.loss.double() - truth.loss).abs() / truth.loss.abs().clamp(min=1)) <= 1e-5
+    assert relative_error(got.gradients["weight"], truth.gradients["weight"]) <= 1e-2
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])

@@ -68,7 +68,7 @@ def sums(z: Tensor, o: Tensor, y: Tensor, case: Pass) -> tuple[Tensor, Tensor | 
         z, o, y, out, kept,
         z.stride(0), o.stride(0), out.stride(0), kept.stride(0),
         width, _reach(width, z), case.support, _reach(case.support, o), excess, c_o, c_b, slope,
-        POOLED=case.pooled, OTHER=case.other, OFFSET=case.offset, PAIR=case.pair, NARROW=_narrow(case, width),
+        POOLED=case.pooled, OTHER=case.other, OFFSET=case.offset, PAIR=case.pair, NARROW=_narrow(case, width, o),
         GROUP=GROUP if case.groups else 0, ODD=width % _VECTOR != 0, DOUBLE=z.dtype == torch.float64, BLOCK=BLOCK,
         num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
@@ -87,7 +87,7 @@ def gradient(
         *case.coefficients,
         POOLED=case.pooled, OTHER=case.other, OFFSET=case.offset, PAIR=case.pair, ONE_SHIFT=case.one_shift,
         CAPPED=case.softcap is not None, KL=case.with_kl, WRITE=case.write, SKIPS=places is not None,
-        NARROW=_narrow(case, width), ODD=width % _VECTOR != 0, DOUBLE=z.dtype == torch.float64, BLOCK=BLOCK,
+        NARROW=_narrow(case, width, o), ODD=width % _VECTOR != 0, DOUBLE=z.dtype == torch.float64, BLOCK=BLOCK,
         num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
     return found
@@ -103,9 +103,11 @@ def _reach(width: int, *tensors: Tensor) -> int:
     return min(-(-width // _VECTOR) * _VECTOR, *(tensor.stride(0) for tensor in tensors))
 
 
-def _narrow(case: Pass, width: int) -> bool:
-    """Whether columns have to be told apart: beyond the support, or where a tile's last lanes would enter a sum."""
-    return case.support < width or (case.pooled and case.c_z + case.c_o <= 0)
+def _narrow(case: Pass, width: int, o: Tensor) -> bool:
+    """Whether columns have to be told apart: beyond the support, or where a tile's last lanes would enter a sum. So would
+    what lies in the other model's buffer beyond its row, which nobody wrote."""
+    beyond = case.other and _reach(case.support, o) > case.support
+    return case.support < width or beyond or (case.pooled and case.c_z + case.c_o <= 0)
 
 
 @triton.jit
