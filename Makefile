@@ -108,10 +108,11 @@ test-distributed: $(VENV)/.ready ## the tests that start several processes: DDP,
 browser: ## install a chromium for the page's tests, where there is none (Debian and Ubuntu, as root)
 	@command -v $(CHROMIUM) >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }
 
-check: $(VENV)/.ready ## lint, format, types
+check: $(VENV)/.ready ## lint, format, types, and the limits of make house
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/python scripts/house.py
 
 house: $(VENV)/.ready ## the house in figures: what reaches where, what is described twice, how long it is; against limits
 	@$(BIN)/python scripts/house.py
