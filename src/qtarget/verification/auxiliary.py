@@ -14,7 +14,7 @@ from qtarget.losses import TopK
 from qtarget.models.causal_lm import CausalLM
 from qtarget.teachers.sources import Cached, WithContext
 from qtarget.verification.check import Finding, check, expect, not_applicable
-from qtarget.verification.expected import Oracle, label_log_p, logits_of
+from qtarget.verification.expected import Expected, label_log_p, logits_of
 from qtarget.verification.subject import Subject
 
 # Of log-probabilities, absolute: float32 through a whole model, and half precision.
@@ -92,12 +92,12 @@ def _differences(subject: Subject, ids: Tensor, batch: Batch, context: WithConte
 
 def _of_labels(subject: Subject, name: str) -> tuple[float, int]:
     """(the largest difference of log p_y between what the loss was given and the model's own logits, labels)."""
-    oracle, gaps = Oracle(subject), [torch.zeros(0)]
+    expected, gaps = Expected(subject), [torch.zeros(0)]
     for sample in subject.samples:
-        own, head = oracle.given(sample).get(f"{name}_logits"), sample.heads.get(name)
+        own, head = expected.given(sample).get(f"{name}_logits"), sample.heads.get(name)
         if name not in sample.target.requires or own is None or head is None:
             continue
-        given = oracle.dense(head, logits_of(sample.student))
+        given = expected.dense(head, logits_of(sample.student))
         width = min(given.shape[1], own.shape[1])
         log_p, own_log_p = (label_log_p(logits[:, :width], sample.labels) for logits in (given, own))
         gaps.append((log_p - own_log_p).abs().cpu())

@@ -13,7 +13,7 @@ from torch import Tensor
 from qtarget.data.preparation import Preparation
 from qtarget.models.forward import accepted
 from qtarget.verification.check import Finding, check, expect, not_applicable, within, worst
-from qtarget.verification.expected import Oracle
+from qtarget.verification.expected import Expected
 from qtarget.verification.subject import Gradient, Row, Subject, distance, relative
 
 # A chunk of this many tokens leaves a last one that is shorter.
@@ -140,10 +140,10 @@ def _against_one(subject: Subject, cuts: Mapping[str, list[dict[str, Any]]]) -> 
 @check("chunk size", "the loss engine depends on its chunks: report it with qtarget env")
 def chunks(subject: Subject) -> Finding:
     """How many tokens the engine takes at a time leaves the gradient unchanged."""
-    oracle = Oracle(subject)
+    expected = Expected(subject)
     errors: dict[int, float] = {}
     for sample in subject.samples:
-        given = oracle.given(sample)
+        given = expected.given(sample)
         whole = subject.engine(sample, given, chunk_rows=len(sample.labels))
         for size in _CHUNKS:
             if size < len(sample.labels):
@@ -178,7 +178,7 @@ def world_size(subject: Subject) -> Finding:
     trainer.train_dataset = trainer.train_dataset.select(range(used))
     wrapped, batches = trainer.one_pass(size)
     got: Gradient = subject.gradient(batches, wrapped)
-    error, worst = distance(got, Oracle(subject).gradient(subject.rows[:used]))
+    error, worst = distance(got, Expected(subject).gradient(subject.rows[:used]))
     error = float(trainer.accelerator.gather(torch.tensor([error], device=subject.device)).max())
     told = f"{world} processes, {len(batches)} micro-batches of {size} rows each: relative error {error:.1e}"
     return within(error, subject.rounding, told, processes=world, worst=worst)

@@ -42,7 +42,7 @@ class Document:
     given: Given
 
 
-class Oracle:
+class Expected:
     """Args: subject: what is verified."""
 
     def __init__(self, subject: Subject):

@@ -6,7 +6,7 @@ import torch
 
 from qtarget.targets.presets import printed_loss
 from qtarget.verification.check import FAIL, Finding, check, not_applicable, within, worst
-from qtarget.verification.expected import Oracle, logits_of, through_head
+from qtarget.verification.expected import Expected, logits_of, through_head
 from qtarget.verification.subject import Subject, distance, relative
 
 
@@ -19,10 +19,10 @@ def tokens(subject: Subject) -> Finding:
     """What backward leaves on the last hidden states is (p - Q) times the head over N, and nothing where no token is
     trained.
     """
-    oracle, step, samples = Oracle(subject), subject.step, subject.samples
+    expected, step, samples = Expected(subject), subject.step, subject.samples
     got = torch.cat([sample.gradient.double() for sample in samples])
-    wanted = torch.cat([oracle.hidden_gradient(sample, oracle.given(sample)) for sample in samples])
-    wanted = wanted / oracle.denominator(subject.rows)
+    wanted = torch.cat([expected.hidden_gradient(sample, expected.given(sample)) for sample in samples])
+    wanted = wanted / expected.denominator(subject.rows)
     error = relative(got, wanted)
     trained = torch.zeros(step.hidden_gradient.shape[:2], dtype=torch.bool)
     trained[:, :-1] = step.batch["labels"][:, 1:] != -100
@@ -45,13 +45,13 @@ def tokens(subject: Subject) -> Finding:
 )
 def published(subject: Subject) -> Finding:
     """The gradient is autograd's of the loss as its paper prints it."""
-    oracle, errors, without = Oracle(subject), {}, []
+    expected, errors, without = Expected(subject), {}, []
     for sample in subject.samples:
         loss = printed_loss(sample.target)
         if loss is None:
             without.append(f"{sample.target} has no printed loss")
             continue
-        given = oracle.given(sample)
+        given = expected.given(sample)
         logits = logits_of(sample.student).requires_grad_()
         with torch.enable_grad():
             losses = loss(logits, sample.labels, {**given, "vocab_size": subject.vocab})
@@ -72,7 +72,7 @@ def published(subject: Subject) -> Finding:
 )
 def step(subject: Subject) -> Finding:
     """A step moves the weights as autograd does through the model's own logits, document by document, in float64."""
-    error, most_of_it = distance(subject.step.gradient, Oracle(subject).gradient(subject.rows))
+    error, most_of_it = distance(subject.step.gradient, Expected(subject).gradient(subject.rows))
     weights = sum(value.numel() for value in subject.step.gradient.values())
     told = f"{weights:,} weights, relative error {error:.1e}"
     if not error <= subject.rounding:

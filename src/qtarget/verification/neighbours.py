@@ -9,7 +9,7 @@ import torch
 
 from qtarget.targets import Target, presets
 from qtarget.verification.check import Finding, check, within, worst
-from qtarget.verification.expected import Oracle, label_log_p, logits_of
+from qtarget.verification.expected import Expected, label_log_p, logits_of
 from qtarget.verification.subject import Given, Sample, Subject, relative
 
 
@@ -78,20 +78,20 @@ def limits(target: Target) -> Iterator[Neighbour]:
 )
 def neighbours(subject: Subject) -> Finding:
     """At the ends of its numbers the target has the gradient of the target it becomes there."""
-    oracle, errors = Oracle(subject), {}
+    expected, errors = Expected(subject), {}
     for sample in subject.samples:
         # A teacher says nothing of a head's padded rows: the student as its own teacher is then not the student.
         padded = sample.student.width > subject.vocab
-        given = oracle.given(sample)
+        given = expected.given(sample)
         for limit in limits(sample.target):
             if not (limit.student_teaches and padded):
                 name = limit.name if len(subject.targets) == 1 else f"{sample.target}: {limit.name}"
-                errors[name] = _error(oracle, sample, given, limit)
+                errors[name] = _error(expected, sample, given, limit)
     told = "; ".join(f"{name}: {error:.1e}" for name, error in errors.items())
     return within(errors[worst(errors)], subject.rounding, told, **errors)
 
 
-def _error(oracle: Oracle, sample: Sample, given: Given, limit: Neighbour) -> float:
+def _error(expected: Expected, sample: Sample, given: Given, limit: Neighbour) -> float:
     """The engine's gradient of the one against float64's of the other, relative to sft's where that is nothing."""
     heads = sample.heads
     if limit.student_teaches:
@@ -100,9 +100,9 @@ def _error(oracle: Oracle, sample: Sample, given: Given, limit: Neighbour) -> fl
     columns = {
         name: log_p_y if value is None else torch.full_like(log_p_y, value) for name, value in limit.columns.items()
     }
-    got, _ = oracle.subject.engine(replace(sample, target=limit.target, heads=heads), {**given, **columns})
+    got, _ = expected.subject.engine(replace(sample, target=limit.target, heads=heads), {**given, **columns})
     neighbour = presets.build("sft") if limit.neighbour is None else limit.neighbour
-    wanted = oracle.hidden_gradient(replace(sample, target=neighbour), given)
+    wanted = expected.hidden_gradient(replace(sample, target=neighbour), given)
     return float(got.double().norm() / wanted.norm()) if limit.neighbour is None else relative(got, wanted)
 
 

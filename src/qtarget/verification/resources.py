@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qtarget.losses import Head
 from qtarget.verification.check import Finding, check, expect, not_applicable, within
-from qtarget.verification.expected import Oracle, label_log_p, logits_of, own_logits
+from qtarget.verification.expected import Expected, label_log_p, logits_of, own_logits
 from qtarget.verification.subject import Sample, Subject, relative, supervised
 
 # Twice what rounding a result to bfloat16's 8 bits does: on a GPU what the last product reads is rounded too.
@@ -24,8 +24,8 @@ _OVER, _UNDER, _LEAST = 1.35, 0.5, 256 << 20
 )
 def bf16(subject: Subject) -> Finding:
     """With states and heads in bfloat16 the loss adds no more error than rounding its result does."""
-    oracle = Oracle(subject)
-    gradients = [_bf16_gradients(oracle, sample) for sample in subject.samples]
+    expected = Expected(subject)
+    gradients = [_bf16_gradients(expected, sample) for sample in subject.samples]
     engine, exact, unrounded, eager = (torch.cat(parts).double() for parts in zip(*gradients, strict=True))
     error, with_logits = relative(engine, exact), relative(eager, exact)
     total, shift = relative(engine, unrounded), _autocast_shift(subject)
@@ -34,19 +34,19 @@ def bf16(subject: Subject) -> Finding:
     return within(error, _BF16, told, bf16_logits=with_logits, against_fp32=total, log_p_shift=shift)
 
 
-def _bf16_gradients(oracle: Oracle, sample: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _bf16_gradients(expected: Expected, sample: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dH by the engine from rounded states and heads, in float64 from the same and from the unrounded ones; and what
     rounding the logits would add.
     """
-    given = oracle.given(sample)
+    given = expected.given(sample)
     heads = {name: _rounded(head) if isinstance(head, Head) else head for name, head in sample.heads.items()}
     rounded = replace(sample, student=_rounded(sample.student), heads=heads)
 
     def exact(sample: Sample, logits: Tensor) -> Tensor:
-        models = {f"{name}_logits": oracle.dense(head, logits) for name, head in sample.heads.items()}
-        return oracle.hidden_gradient(sample, {**given, **models}, logits)
+        models = {f"{name}_logits": expected.dense(head, logits) for name, head in sample.heads.items()}
+        return expected.hidden_gradient(sample, {**given, **models}, logits)
 
-    engine, _ = oracle.subject.engine(rounded, given)
+    engine, _ = expected.subject.engine(rounded, given)
     logits = logits_of(rounded.student)
     unrounded = exact(sample, logits_of(sample.student))
     return engine, exact(rounded, logits), unrounded, exact(rounded, logits.bfloat16().double())
