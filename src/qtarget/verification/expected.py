@@ -43,7 +43,7 @@ class Document:
 
 
 class Expected:
-    """Args: subject: what is verified."""
+    """What a subject's trainer should give. ``subject``: what is verified."""
 
     def __init__(self, subject: Subject):
         self.subject = subject
