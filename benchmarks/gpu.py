@@ -40,7 +40,7 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-for folder in ("tests", "benchmarks", "src"):
+for folder in ("tests/helpers", "benchmarks", "src"):
     if str(ROOT / folder) not in sys.path:
         sys.path.insert(0, str(ROOT / folder))
 # This process asks the driver for a device without opening it, so that its forks can.

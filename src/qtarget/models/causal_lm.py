@@ -79,7 +79,8 @@ class CausalLM:
 
     def _check_ids(self, ids: Tensor) -> None:
         """A model with fewer embeddings than the tokenizer has tokens cannot read them all."""
-        rows = self.base.get_input_embeddings().num_embeddings
+        embeddings = self.base.get_input_embeddings()
+        rows = getattr(embeddings, "original_module", embeddings).num_embeddings  # PEFT wraps them to train some tokens
         if rows < self.vocab_size and int(ids.max()) >= rows:
             raise ConfigError(
                 f"a teacher or reference has embeddings for {rows} tokens, fewer than the tokenizer's "
