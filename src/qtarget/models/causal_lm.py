@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -28,11 +29,24 @@ class CausalLM:
 
     def __init__(self, model: Any, vocab_size: int):
         self.model, self.vocab_size = model, vocab_size
-        self.unwrapped: Any = extract_model_from_parallel(model)
+
+    # Found when first asked for: a training step makes one of these and seldom looks inside.
+
+    @functools.cached_property
+    def unwrapped(self) -> Any:
+        """The model without what wraps it, adapters in place."""
+        return extract_model_from_parallel(self.model)
+
+    @functools.cached_property
+    def base(self) -> Any:
+        """The causal language model itself, without wrappers or adapters."""
         get_base = getattr(self.unwrapped, "get_base_model", None)
-        # The causal language model itself, without wrappers or adapters.
-        self.base: Any = self.unwrapped if get_base is None else get_base()
-        self.transform = HeadTransform.of(self.base.config)
+        return self.unwrapped if get_base is None else get_base()
+
+    @functools.cached_property
+    def transform(self) -> HeadTransform:
+        """What the architecture does to hidden @ weight.T."""
+        return HeadTransform.of(self.base.config)
 
     @property
     def name(self) -> str:

@@ -11,6 +11,7 @@ vocabulary and are 0 beyond.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -21,15 +22,15 @@ from qtarget.targets.parts import Part, named
 MODELS = ("student", "teacher", "reference")
 
 
-class Residual(Part):
+class Residual(Part, ABC):
     """Base of the residuals."""
 
     known: ClassVar[dict[str, type[Residual]]] = {}
 
     @property
+    @abstractmethod
     def coefficients(self) -> Mapping[str, float]:
         """Of each model's logits in the pool: ``{"student": 0.5, "teacher": 0.5}``; what is missing counts as 0."""
-        raise NotImplementedError
 
     @property
     def offset_slope(self) -> float | None:
