@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "qtarget.losses": ("Head", "LossOutput", "TopK", "linear_target_loss", "target_distribution", "target_loss"),
-    "qtarget.targets": ("Target", "presets", "residual", "trust"),
+    "qtarget.targets": ("Target", "divergence", "presets", "residual", "trust"),
     "qtarget.targets.induced": ("InducedTarget", "induced_target"),
     "qtarget.targets.presets": ("preset",),
     "qtarget.training": ("QTargetConfig", "QTargetTrainer"),
@@ -35,6 +35,7 @@ __all__ = [
     "StorageError",
     "Target",
     "TopK",
+    "divergence",
     "induced_target",
     "linear_target_loss",
     "preset",
@@ -48,7 +49,7 @@ __all__ = [
 if TYPE_CHECKING:
     from qtarget.errors import ConfigError, DataError, NonFiniteLogits, QTargetError, StorageError
     from qtarget.losses import Head, LossOutput, TopK, linear_target_loss, target_distribution, target_loss
-    from qtarget.targets import Target, presets, residual, trust
+    from qtarget.targets import Target, divergence, presets, residual, trust
     from qtarget.targets.induced import InducedTarget, induced_target
     from qtarget.targets.presets import build as preset
     from qtarget.training import QTargetConfig, QTargetTrainer

@@ -116,8 +116,8 @@ both = pytest.mark.parametrize("loss", [linear, full], ids=["linear", "full"])
         "target asft: kl_weight is -0.1; use a number from 0",
     ),
     reverse=(
-        lambda: qt.preset("asft", direction="reverse"),
-        "direction is 'reverse'; only 'forward', KL(reference ‖ student), is available",
+        lambda: qt.preset("asft", direction="backward"),
+        "direction is 'backward'; valid: forward, reverse",
     ),
     other_direction=(lambda: qt.preset("sft-kl", direction="back"), "direction is 'back'; valid: forward"),
     clip=(lambda: qt.preset("psft", clip=0), "clip is 0; use a number above 0 to 1"),

@@ -20,6 +20,7 @@ from qtarget.losses.inputs import (
 )
 from qtarget.losses.output import LossOutput, simplex_tolerance
 from qtarget.targets import Target, TokenStats
+from qtarget.targets.divergence import Divergence
 from qtarget.targets.residual import Residual
 
 
@@ -39,7 +40,9 @@ def target_loss(
     num_items: Tensor | float | None = None,
     stats: str = "basic",
 ) -> LossOutput:
-    """The loss of a target on full logits: g = a (p − δ) + Σ b (p − R), with a, b and R held constant.
+    """The loss of a target on full logits: g = a (p − δ) + Σ b p ⊙ (s − E_p[s]), with a, b and s held constant.
+
+    Under forward KL a residual's part is b (p − R); ``qtarget.divergence`` has the scores s of the others.
 
     Args:
         logits: [..., V]; half precision is computed in float32.
@@ -67,11 +70,11 @@ def target_loss(
     # Cross-entropy with everything that shapes the target held constant has the gradient above; the value shown is
     # the published one, to which that gradient is added as a zero.
     with_gradient = evaluated.a * nll
-    for b, log_R in evaluated.residuals:
-        with_gradient = with_gradient + b * _cross_entropy(log_R.exp(), log_p)
-    per_token = _published_value(target, evaluated, log_p.detach()) + (with_gradient - with_gradient.detach())
+    for term in evaluated.residuals:
+        with_gradient = with_gradient + term.b * term.pull(z)
+    per_token = _published_value(target, evaluated, z.detach()) + (with_gradient - with_gradient.detach())
 
-    statistics = _statistics(evaluated, log_p.detach(), tokens.labels, stats == "all")
+    statistics = _statistics(evaluated, z.detach(), tokens.labels, stats == "all")
     stats_out = {name: tokens.scatter(value, float("nan")) for name, value in statistics.items()}
     if reduction == "none":
         return LossOutput(tokens.scatter(per_token, 0.0), stats_out)
@@ -96,7 +99,8 @@ def target_distribution(
     """The target Q itself, [..., V]; NaN rows at ignored positions.
 
     ``reading="induced"``: Q = p − g, what the loss asks for in this step; it may leave the simplex.
-    ``reading="normalised"``: (a δ + Σ b R)/(a + Σ b), the fixed point; a row of NaN where a + Σ b = 0.
+    ``reading="normalised"``: (a δ + Σ b R)/(a + Σ b), the fixed point; a row of NaN where a + Σ b = 0, or where a
+    residual has another divergence than forward KL.
     The two agree where a + Σ b = 1. A residual equal to the student has no gradient and counts in neither a nor b.
     Inputs as in ``target_loss``.
     """
@@ -108,32 +112,75 @@ def target_distribution(
     p = z.detach().softmax(-1)
     delta = F.one_hot(tokens.labels, p.shape[-1]).to(p.dtype)
     if reading == "induced":
-        Q = p - _logit_gradient(evaluated, p, delta)
+        Q = p - _logit_gradient(evaluated, z.detach(), delta)
     else:
-        strength = evaluated.a + sum(b for b, _ in evaluated.residuals)
+        strength = evaluated.a + sum(term.b for term in evaluated.residuals)
         Q = evaluated.a[:, None] * delta + sum(
-            (b[:, None] * log_R.exp() for b, log_R in evaluated.residuals), torch.zeros_like(p)
+            (term.b[:, None] * term.log_R.exp() for term in evaluated.residuals), torch.zeros_like(p)
         )
-        Q = Q / strength.where(strength != 0, torch.full_like(strength, float("nan")))[:, None]
+        known = (strength != 0) & all(term.divergence.is_forward_kl for term in evaluated.residuals)
+        Q = Q / strength.where(known, torch.full_like(strength, float("nan")))[:, None]
     out = Q.new_full((tokens.shape.numel(), Q.shape[-1]), float("nan"))
     out[slice(None) if tokens.index is None else tokens.index] = Q
     return out.view(*tokens.shape, -1)
 
 
 @dataclass
+class EvaluatedTerm:
+    """A residual for each token: b [n], log R [n, V], and the columns it covers."""
+
+    b: Tensor
+    log_R: Tensor
+    support: int
+    divergence: Divergence
+
+    def pull(self, z: Tensor) -> Tensor:
+        """[n], of which the gradient on the logits is that of D(R, p), with R and the score held constant."""
+        if self.divergence.is_forward_kl:
+            return _cross_entropy(self.log_R.exp(), z.log_softmax(-1))
+        p = self._covered(z).softmax(-1)  # Σ s p has the gradient p ⊙ (s − E_p[s]); as p · (p s)/p it stays finite
+        constant = p.detach()
+        ratio = p / constant.clamp(min=torch.finfo(p.dtype).tiny)
+        return (self._score_times_p(z.detach()) * ratio).sum(-1)
+
+    def gradient(self, z: Tensor) -> Tensor:
+        """The gradient itself, [n, V]."""
+        if self.divergence.is_forward_kl:
+            return z.softmax(-1) - self.log_R.exp()
+        pulled, p = self._score_times_p(z), self._covered(z).softmax(-1)
+        return F.pad(pulled - p * pulled.sum(-1, keepdim=True), (0, z.shape[-1] - self.support))
+
+    def value(self, z: Tensor) -> Tensor:
+        """D(R, p), [n]."""
+        log_p = self._log_p(z)
+        log_R = self.log_R[:, : log_p.shape[-1]]
+        return self.divergence.value(log_p.exp(), log_R.exp(), log_p - log_R).sum(-1)
+
+    def _covered(self, z: Tensor) -> Tensor:
+        return z[:, : self.support]
+
+    def _log_p(self, z: Tensor) -> Tensor:
+        return z.log_softmax(-1) if self.divergence.is_forward_kl else self._covered(z).log_softmax(-1)
+
+    def _score_times_p(self, z: Tensor) -> Tensor:
+        log_p = self._covered(z).log_softmax(-1)
+        return self.divergence.times_p(log_p.exp(), log_p, log_p - self.log_R[:, : self.support])
+
+
+def _logit_gradient(evaluated: EvaluatedTarget, z: Tensor, delta: Tensor) -> Tensor:
+    g = evaluated.a[:, None] * (z.softmax(-1) - delta)
+    for term in evaluated.residuals:
+        g = g + term.b[:, None] * term.gradient(z)
+    return g
+
+
+@dataclass
 class EvaluatedTarget:
-    """A target's numbers for each token: a [n] of the label, b [n] and log R [n, V] of each residual."""
+    """A target's numbers for each token: a [n] of the label, and its residuals."""
 
     a: Tensor
-    residuals: list[tuple[Tensor, Tensor]]
+    residuals: list[EvaluatedTerm]
     label_loss: Tensor
-
-
-def _logit_gradient(evaluated: EvaluatedTarget, p: Tensor, delta: Tensor) -> Tensor:
-    g = evaluated.a[:, None] * (p - delta)
-    for b, log_R in evaluated.residuals:
-        g = g + b[:, None] * (p - log_R.exp())
-    return g
 
 
 @torch.no_grad()
@@ -170,13 +217,19 @@ def _evaluate(z: Tensor, tokens: Tokens, target: Target, others: dict[str, Tenso
         values["offset_mass"] = masses[0]
     token_stats = TokenStats(values, top_k_entropy, target.needs)
     a, b = target.weights(token_stats)
-    return EvaluatedTarget(a, list(zip(b, log_R, strict=True)), target.label_loss(token_stats))
+    residuals = [
+        EvaluatedTerm(
+            weight, F.pad(R, (0, z.shape[-1] - R.shape[-1]), value=float("-inf")), R.shape[-1], term.divergence
+        )
+        for weight, R, term in zip(b, log_R, target.residual_terms, strict=True)
+    ]
+    return EvaluatedTarget(a, residuals, target.label_loss(token_stats))
 
 
 def _pool_distribution(
     pool: Residual, z: Tensor, y: Tensor, others: dict[str, Tensor], vocab_size: int
 ) -> tuple[Tensor, Tensor]:
-    """(log R [n, V], mass [n] that an elementwise offset leaves of it)."""
+    """(log R on the columns it covers, mass [n] that an elementwise offset leaves of it)."""
     support = z.shape[-1] if pool.is_student_only else min([vocab_size, *(others[m].shape[-1] for m in pool.requires)])
     logits = {"student": z, **others}
     pooled = torch.zeros_like(z[:, :support])
@@ -187,7 +240,7 @@ def _pool_distribution(
         offset = F.logsigmoid(pool.offset_slope * (z - z.gather(1, y)))[:, :support]
         mass = (pooled.softmax(-1) * offset.exp()).sum(-1)
         pooled = pooled + offset
-    return F.pad(pooled.log_softmax(-1), (0, z.shape[-1] - support), value=float("-inf")), mass
+    return pooled.log_softmax(-1), mass
 
 
 def _cross_entropy(R: Tensor, log_p: Tensor) -> Tensor:
@@ -200,26 +253,29 @@ def _kl(log_R: Tensor, log_p: Tensor) -> Tensor:
     return torch.where(R > 0, R * (log_R - log_p), torch.zeros_like(R)).sum(-1)
 
 
-def _published_value(target: Target, evaluated: EvaluatedTarget, log_p: Tensor) -> Tensor:
+def _published_value(target: Target, evaluated: EvaluatedTarget, z: Tensor) -> Tensor:
     """The objective's value as its paper writes it, terms without a gradient left out."""
     if not evaluated.residuals:
         return evaluated.label_loss
     if target.value == "tempered_kl":  # b₁ = T·b, so b·T²·KL(R₁ ‖ R₂) = b₁·T·KL
-        (b, teacher), (_, student) = evaluated.residuals
+        teacher, student = evaluated.residuals
         temperature = target.residual_terms[0].factor
-        return evaluated.label_loss + b * temperature * _kl(teacher, student)
-    if target.value == "kl":
-        return evaluated.label_loss + sum(b * _kl(log_R, log_p) for b, log_R in evaluated.residuals)
-    return evaluated.label_loss + sum(b * _cross_entropy(log_R.exp(), log_p) for b, log_R in evaluated.residuals)
+        return evaluated.label_loss + teacher.b * temperature * _kl(teacher.log_R, student.log_R)
+    loss = evaluated.label_loss
+    for term in evaluated.residuals:
+        as_ce = target.value == "ce" and term.divergence.is_forward_kl
+        loss = loss + term.b * (_cross_entropy(term.log_R.exp(), z.log_softmax(-1)) if as_ce else term.value(z))
+    return loss
 
 
 @torch.no_grad()
-def _statistics(evaluated: EvaluatedTarget, log_p: Tensor, labels: Tensor, with_kl: bool) -> dict[str, Tensor]:
+def _statistics(evaluated: EvaluatedTarget, z: Tensor, labels: Tensor, with_kl: bool) -> dict[str, Tensor]:
+    log_p = z.log_softmax(-1)
     p = log_p.exp()
-    g = _logit_gradient(evaluated, p, F.one_hot(labels, p.shape[-1]).to(p.dtype))
+    g = _logit_gradient(evaluated, z, F.one_hot(labels, p.shape[-1]).to(p.dtype))
     Q = p - g
     log_p_y = log_p.gather(1, labels[:, None]).squeeze(1)
-    mass = sum((b for b, _ in evaluated.residuals), torch.zeros_like(evaluated.a))
+    mass = sum((term.b for term in evaluated.residuals), torch.zeros_like(evaluated.a))
     off_simplex = (-simplex_tolerance(p.dtype) > Q).any(-1)
     statistics = {
         "nll": -log_p_y,
@@ -258,7 +314,7 @@ def _tokens_and_target(
         if other.shape[:-1] != logits.shape[:-1]:
             raise ConfigError(f"{name}_logits has shape {list(other.shape)}; labels ask for {list(labels.shape)} + [V]")
         others[name] = tokens.select(other.detach()).to(dtype)
-        _check_finite(others[name], f"{name}_logits", tokens, allow_minus_infinity=True)
+        _check_finite(others[name], f"{name}_logits", tokens, name not in target.needs_full_support)
     return tokens, z, _evaluate(z.detach(), tokens, target, others, vocab_size)
 
 

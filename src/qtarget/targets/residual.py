@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from qtarget.errors import ConfigError, check_range, unknown
+from qtarget.targets.divergence import FORWARD_KL, Divergence
 from qtarget.targets.parts import Part, named
 
 MODELS = ("student", "teacher", "reference")
@@ -68,13 +69,11 @@ class Residual(Part, ABC):
 
 
 class Term(NamedTuple):
-    """One residual of a target: b (p − R) with b = factor × the weight that the trust rule leaves.
-
-    It is approached by forward KL; another divergence would be a third member with that as its default.
-    """
+    """One residual of a target, b D(R, p) with b = factor × the weight that the trust rule leaves."""
 
     factor: float
     pool: Residual
+    divergence: Divergence = FORWARD_KL
 
 
 @named("student")

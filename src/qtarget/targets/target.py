@@ -3,9 +3,10 @@
     Q_t = γ_t δ_{y_t} + (1 − γ_t) π̃_t          trust × residual, always stop-gradient
     loss_t = s_t · CE(Q_t, p_t)                gradient on the logits: s_t (p_t − Q_t)
 
-Every objective's logit gradient is g = a (p − δ) + Σ_j b_j (p − R_j) with a, b_j and R_j held constant, so a target
-is kept as a trust rule, which gives (a, b) from statistics of the token, and a list of residuals R_j with factors.
-A residual equal to the student has p − R = 0: it is left out.
+Every objective's logit gradient is g = a (p − δ) + Σ_j b_j p ⊙ (s_j − E_p[s_j]) with a, b_j, R_j and s_j held constant.
+So a target is kept as a trust rule, which gives (a, b) from statistics of the token, and a list of residuals R_j, each
+with a factor and the divergence that gives its score s_j. Under forward KL the term is b_j (p − R_j). A residual equal to
+the student has no gradient: it is left out.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qtarget.errors import ConfigError, check_range
+from qtarget.targets.divergence import as_divergence
 from qtarget.targets.residual import Student, Term, as_pool
 from qtarget.targets.stats import STATISTICS, TokenStats
 from qtarget.targets.trust import Rule, as_rule
@@ -33,10 +35,12 @@ class Target:
 
     Args:
         trust: a rule of ``qtarget.trust``, a number, or a function of the token's statistics.
-        residual: one of ``qtarget.residual``, or a list of (factor, residual); None: the student.
+        residual: one of ``qtarget.residual``, or a list of (factor, residual) and (factor, residual, divergence), the
+            divergence one of ``qtarget.divergence`` or forward KL; None: the student.
         scale: multiplies both parts; a number, a rule, or None for 1.
-        value: how the reported loss writes the residual's part: "kl" b·KL(R‖p), "ce" b·CE(R, p), or "tempered_kl"
-            b·T²·KL(R₁‖R₂) for a pair of residuals at temperature T. Gradients do not depend on it.
+        value: how the reported loss writes a residual's part under forward KL: "kl" b·KL(R‖p), "ce" b·CE(R, p), or
+            "tempered_kl" b·T²·KL(R₁‖R₂) for a pair of residuals at temperature T. Gradients do not depend on it; other
+            divergences are written as b·D.
         share: how much of the target this is, from 0 to 1; the rest is plain SFT (a warm-up moves it from 0 to 1).
         name, hyperparameters, formula: what it is called and shown as; ``qtarget.preset`` gives them. They take no part
             in comparisons, and a copy with other parts loses them.
@@ -103,8 +107,10 @@ class Target:
             object.__setattr__(self, name, value)
 
     def _composition(self) -> str:
-        parts = " + ".join(f"{factor:g}·{pool.label}" for factor, pool in self.residual)
-        return f"Q = γ δ + (1 − γ) π̃,  γ = {self.trust.name or 'function'},  π̃ = {parts}"
+        parts = " + ".join(f"{factor:g}·{pool.label}" for factor, pool, _ in self.residual)
+        others = ", ".join(dict.fromkeys(str(t.divergence) for t in self.residual if not t.divergence.is_forward_kl))
+        by = f", by {others}" if others else ""
+        return f"Q = γ δ + (1 − γ) π̃,  γ = {self.trust.name or 'function'},  π̃ = {parts}{by}"
 
     @property
     def residual_terms(self) -> tuple[Term, ...]:
@@ -112,6 +118,12 @@ class Target:
         if self.trust.fixed_rest == 0 or self.share == 0:
             return ()
         return tuple(term for term in self.residual if term.factor != 0 and not term.pool.is_student)
+
+    @property
+    def needs_full_support(self) -> frozenset[str]:
+        """The models that may not rule out a token: some divergence from a residual of theirs would be infinite."""
+        terms = (term for term in self.residual_terms if term.divergence.needs_full_support)
+        return frozenset(name for term in terms for name in term.pool.requires)
 
     @property
     def tempered(self) -> float | None:
@@ -198,22 +210,32 @@ class Target:
 
 
 def _terms(value: object) -> tuple[Term, ...]:
-    """What ``Target`` takes as its residual: one, a list of (factor, residual), or None for the student."""
+    """What ``Target`` takes as its residual: one, a list of (factor, residual[, divergence]), or None for the student."""
     if value is None:
         return (Term(1.0, Student()),)
     if not isinstance(value, (list, tuple)):
         return (Term(1.0, as_pool(value)),)
     terms = []
     for entry in value:
-        if not isinstance(entry, (list, tuple)) or len(entry) != len(Term._fields):
-            raise ConfigError(f"residual holds {entry!r}; write a residual, or a list of (factor, residual)")
-        term = Term(*entry)
-        terms.append(Term(check_range("weight of a residual", term.factor), as_pool(term.pool)))
+        if not isinstance(entry, (list, tuple)) or len(entry) not in (2, 3):
+            raise ConfigError(
+                f"residual holds {entry!r}; write a residual, or a list of (factor, residual) or (factor, residual, "
+                "divergence)"
+            )
+        factor, pool, divergence = Term(*entry)
+        term = Term(check_range("weight of a residual", factor), as_pool(pool), as_divergence(divergence))
+        temperature = getattr(term.pool, "temperature", 1)
+        if temperature != 1 and not term.divergence.is_forward_kl:
+            raise ConfigError(
+                f"temperature of {term.pool.label} is {temperature:g} beside divergence {term.divergence.label}: "
+                "it is for forward_kl alone, leave it at 1, or write a flattened teacher as pool: {teacher: 0.5}"
+            )
+        terms.append(term)
     return tuple(terms)
 
 
 def _tempered(terms: Sequence[Term]) -> float | None:
-    if len(terms) != 2 or terms[0].factor != -terms[1].factor:
+    if len(terms) != 2 or terms[0].factor != -terms[1].factor or not all(t.divergence.is_forward_kl for t in terms):
         return None
     pool = terms[1].pool
     at_temperature = pool.is_student_only and not pool.is_student and pool.offset_slope is None

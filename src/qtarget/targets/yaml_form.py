@@ -11,6 +11,7 @@ from typing import Any
 
 from qtarget.errors import ConfigError, check_range, unknown
 from qtarget.targets import peers, presets
+from qtarget.targets.divergence import FORWARD_KL, Divergence, FunctionDivergence, as_divergence
 from qtarget.targets.parts import Part
 from qtarget.targets.residual import Residual, Term, as_pool
 from qtarget.targets.target import Target
@@ -18,6 +19,7 @@ from qtarget.targets.trust import FunctionRule, Rule, as_rule
 
 _PARTS = ("trust", "residual", "scale", "value")
 _SHARE = "share"
+_DIVERGENCE = "divergence"
 
 
 def target_from_config(config: object) -> Target:
@@ -50,9 +52,9 @@ def target_from_config(config: object) -> Target:
             if key not in _PARTS:
                 raise unknown("key of target", key, _PARTS)
         return Target(
-            trust=_part(config.get("trust", 1.0), Rule, "trust"),
+            trust=part_from_config(config.get("trust", 1.0), Rule, "trust"),
             residual=_residual(config.get("residual", "student")),
-            scale=None if config.get("scale") is None else _part(config["scale"], Rule, "scale"),
+            scale=None if config.get("scale") is None else part_from_config(config["scale"], Rule, "scale"),
             value=config.get("value", "kl"),
         )
     raise ConfigError(
@@ -76,15 +78,16 @@ def target_to_config(target: Target, composed: bool = False) -> str | dict:
         whole = target_to_config(replace(target, share=1.0), composed)
         return {**({"preset": whole} if isinstance(whole, str) else whole), _SHARE: target.share}
     if not composed and (target.name in presets.names() or ":" in target.name):
-        return {"preset": target.name, **target.hyperparameters} if target.hyperparameters else target.name
+        numbers = {key: _written(value) for key, value in target.hyperparameters.items()}
+        return {"preset": target.name, **numbers} if numbers else target.name
     config: dict[str, Any] = {
-        "trust": _part_to_config(target.trust),
+        "trust": _written(target.trust),
         "residual": _term_to_config(target.residual[0])
         if [term.factor for term in target.residual] == [1.0]
         else [_term_to_config(term) for term in target.residual],
     }
     if target.scale is not None:
-        config["scale"] = _part_to_config(target.scale)
+        config["scale"] = _written(target.scale)
     if target.value != "kl":
         config["value"] = target.value
     return config
@@ -158,9 +161,14 @@ def _call(build: Callable, parameters: Mapping, field: str) -> Any:
         ) from error
 
 
-def _part(value: object, kind: type[Rule] | type[Residual], field: str) -> Any:
-    """A rule or residual: ``name`` | ``{name: {parameter: value}}`` | a number | ``my_pkg.my_module:name``."""
-    convert: Callable[..., Any] = as_rule if kind is Rule else as_pool
+# How each kind of part is made of what is no name, and of a plain function that a path leads to.
+_CONVERTED: dict[Any, Callable[..., Any]] = {Rule: as_rule, Residual: as_pool, Divergence: as_divergence}
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {Rule: FunctionRule, Divergence: FunctionDivergence}
+
+
+def part_from_config(value: object, kind: type[Part], field: str) -> Any:
+    """A part: ``name`` | ``{name: {parameter: value}}`` | a number | ``my_pkg.my_module:name``."""
+    convert = _CONVERTED[kind]
     parameters: Mapping = {}
     if isinstance(value, Mapping):
         if len(value) != 1:
@@ -177,40 +185,52 @@ def _part(value: object, kind: type[Rule] | type[Residual], field: str) -> Any:
         made = load_object(value, field)
         if isinstance(made, Part):
             return made
-        if kind is Rule and not isinstance(made, type) and not parameters:
-            return FunctionRule(made, path=value)
+        if kind in _FUNCTIONS and not isinstance(made, type) and not parameters:
+            return _FUNCTIONS[kind](made, path=value)
         return convert(_call(made, parameters, f"{field} {value}"))
     if value not in kind.known:
         raise unknown(field, value, kind.known)
     parameters = {
-        key: _part(inner, Rule, f"{field}.{key}") if key == "trust" else inner for key, inner in parameters.items()
+        key: part_from_config(inner, Rule, f"{field}.{key}") if key == "trust" else inner
+        for key, inner in parameters.items()
     }
     return convert(_call(kind.known[value], parameters, f"{field} {value}"))
 
 
 def _residual(value: object) -> Any:
-    """A residual, or a list of them, each with an optional ``weight`` beside its name."""
+    """A residual, or a list of them, each with an optional ``weight`` and ``divergence`` beside its name."""
     if not isinstance(value, (list, tuple)):
-        return _part(value, Residual, "residual")
+        if not isinstance(value, Mapping) or _DIVERGENCE not in value:
+            return part_from_config(value, Residual, "residual")
+        value = [value]
     terms = []
     for entry in value:
         if not isinstance(entry, (Mapping, str, Residual)):
             raise ConfigError(f"residual holds {entry!r}; write a name, or a name with its parameters")
         entry = dict(entry) if isinstance(entry, Mapping) else {entry: {}}
         factor = check_range("weight of a residual", entry.pop("weight", 1.0))
-        terms.append((factor, _part(entry, Residual, "residual")))
+        divergence = as_divergence(entry.pop(_DIVERGENCE, FORWARD_KL))
+        terms.append((factor, part_from_config(entry, Residual, "residual"), divergence))
     return terms
 
 
 def _term_to_config(term: Term) -> str | dict:
-    written = _part_to_config(term.pool)
-    if term.factor == 1.0:
+    written = _written(term.pool)
+    beside: dict[str, Any] = {} if term.factor == 1.0 else {"weight": term.factor}
+    if not term.divergence.is_forward_kl:
+        beside[_DIVERGENCE] = _written(term.divergence)
+    if not beside:
         return written
-    return {"weight": term.factor, **({written: {}} if isinstance(written, str) else written)}
+    return {**beside, **({written: {}} if isinstance(written, str) else written)}
+
+
+def _written(value: Any) -> Any:
+    """A part as YAML writes it; what is none as it is."""
+    return _part_to_config(value) if isinstance(value, Part) else value
 
 
 def _part_to_config(part: Part) -> str | dict:
-    if isinstance(part, FunctionRule):
+    if isinstance(part, (FunctionRule, FunctionDivergence)):
         function: Any = part.function
         return part.path or f"{function.__module__}:{function.__qualname__}"
     own = part.known.get(part.name) is not type(part)  # a subclass inherits the name of a part it is not
@@ -218,5 +238,5 @@ def _part_to_config(part: Part) -> str | dict:
     if not dataclasses.is_dataclass(part):
         return name
     values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-    parameters = {key: _part_to_config(value) if isinstance(value, Part) else value for key, value in values.items()}
+    parameters = {key: _written(value) for key, value in values.items()}
     return {name: parameters} if parameters else name

@@ -77,6 +77,8 @@ class RowPlan:
         terms = target.residual_terms
         if not terms:
             return RowPlan()
+        if not all(term.divergence.is_forward_kl for term in terms):
+            return None
         pool = terms[0].pool
         c_b = target.tempered if len(terms) == 2 else 1.0
         names = sorted(pool.requires)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from qtarget.errors import ConfigError, check_range, unknown
+from qtarget.errors import check_range, unknown
 from qtarget.targets import residual, trust
+from qtarget.targets.divergence import as_divergence
 from qtarget.targets.presets import printed
 from qtarget.targets.presets.entry import preset
-from qtarget.targets.presets.printed import kl_from, label_log_p, nll
+from qtarget.targets.presets.printed import divergence_from, label_log_p, nll
 from qtarget.targets.target import Target
 
 
@@ -20,6 +21,7 @@ def label_smoothing_loss(logits, labels, *, smoothing, vocab_size=None):
 
 @preset(
     "label-smoothing",
+    group="anchor",
     formula="L = (1 − ε)(−log p_y) + ε CE(U, p);  a = 1 − ε, b = ε, R = U",
     trusts="1 − ε",
     rest="every token alike",
@@ -32,40 +34,50 @@ def label_smoothing(smoothing: float = 0.1) -> Target:
     return Target(trust=trust.constant(1 - smoothing), residual=residual.uniform(), value="ce")
 
 
-def _beside_reference(label_loss, logits, kl_weight, reference, real):
+def _beside_reference(label_loss, logits, kl_weight, direction, reference, real):
     if kl_weight == 0:
         return label_loss
-    return label_loss + kl_weight * kl_from(reference, logits, real)
+    return label_loss + kl_weight * divergence_from(reference, logits, f"{direction}_kl", real)
+
+
+def _anchored(rule: trust.Rule, kl_weight: float, direction: str) -> Target:
+    """The rule's weight on the label beside λ KL(ref ‖ p), or λ KL(p ‖ ref)."""
+    check_range("kl_weight", kl_weight, 0)
+    if direction not in ("forward", "reverse"):
+        raise unknown("direction", direction, ("forward", "reverse"))
+    return Target(
+        trust=trust.anchored(rule, kl_weight), residual=[(1, residual.reference(), as_divergence(f"{direction}_kl"))]
+    )
 
 
 def sft_kl_loss(logits, labels, *, kl_weight, direction, reference_logits=None, vocab_size=None):
-    """−log p_y + λ KL(π_ref ‖ π_θ)"""
-    return _beside_reference(nll(logits, labels), logits, kl_weight, reference_logits, vocab_size)
+    """−log p_y + λ KL(π_ref ‖ π_θ), or λ KL(π_θ ‖ π_ref) in reverse"""
+    return _beside_reference(nll(logits, labels), logits, kl_weight, direction, reference_logits, vocab_size)
 
 
 @preset(
     "sft-kl",
-    formula="L = −log p_y + λ KL(ref ‖ p);  a = 1, b = λ, R = ref",
+    group="anchor",
+    formula="L = −log p_y + λ KL(ref ‖ p), in reverse λ KL(p ‖ ref);  a = 1, b = λ, R = ref",
     trusts="every label fully",
     rest="the reference, λ beside the label",
     source="arXiv:2509.23753 (baseline)",
     printed=sft_kl_loss,
 )
 def sft_kl(kl_weight: float = 0.1, direction: str = "forward") -> Target:
-    """Plain SFT with a spring back to the reference, KL(reference ‖ student) over the full vocabulary."""
-    _forward_only(direction)
-    check_range("kl_weight", kl_weight, 0)
-    return Target(trust=trust.anchored(trust.constant(1.0), kl_weight), residual=residual.reference())
+    """Plain SFT with a spring back to the reference, over the full vocabulary; in reverse KL(student ‖ reference)."""
+    return _anchored(trust.constant(1.0), kl_weight, direction)
 
 
 def asft_loss(logits, labels, *, kl_weight, direction, reference_logits=None, vocab_size=None):
-    """−sg(p_y) log p_y + λ KL(π_base ‖ π_θ)"""
-    return _beside_reference(printed.dft(logits, labels), logits, kl_weight, reference_logits, vocab_size)
+    """−sg(p_y) log p_y + λ KL(π_base ‖ π_θ), or λ KL(π_θ ‖ π_base) in reverse"""
+    return _beside_reference(printed.dft(logits, labels), logits, kl_weight, direction, reference_logits, vocab_size)
 
 
 @preset(
     "asft",
-    formula="L = −sg(p_y) log p_y + λ KL(ref ‖ p);  a = p_y, b = λ, R = ref",
+    group="anchor",
+    formula="L = −sg(p_y) log p_y + λ KL(ref ‖ p), in reverse λ KL(p ‖ ref);  a = p_y, b = λ, R = ref",
     trusts="p_y",
     rest="the reference, λ beside the label",
     source="arXiv:2509.23753",
@@ -73,19 +85,7 @@ def asft_loss(logits, labels, *, kl_weight, direction, reference_logits=None, vo
 )
 def asft(kl_weight: float = 0.05, direction: str = "forward") -> Target:
     """DFT with a spring back to the starting model."""
-    _forward_only(direction)
-    check_range("kl_weight", kl_weight, 0)
-    return Target(trust=trust.anchored(trust.probability(), kl_weight), residual=residual.reference())
-
-
-def _forward_only(direction: str) -> None:
-    if direction == "reverse":
-        raise ConfigError(
-            "direction is 'reverse'; only 'forward', KL(reference ‖ student), is available: "
-            "reverse KL is not of the form a(p − δ) + b(p − R)"
-        )
-    if direction != "forward":
-        raise unknown("direction", direction, ("forward",))
+    return _anchored(trust.probability(), kl_weight, direction)
 
 
 def psft_loss(logits, labels, *, clip, clip_high, old_logps):
@@ -96,6 +96,7 @@ def psft_loss(logits, labels, *, clip, clip_high, old_logps):
 
 @preset(
     "psft",
+    group="anchor",
     formula="L = −min(r, clip(r, 1 − clip, 1 + clip_high));  a = r·1[r < 1 + clip_high], r = p_y / p_old",
     trusts="p_y / p_old, until clipped",
     rest="the student",
@@ -123,6 +124,7 @@ def gem_loss(logits, labels, *, beta, h):
 
 @preset(
     "gem",
+    group="anchor",
     formula="L = CE(δ, p) − CE(q, p);  a = 1, b = −1, R = q = softmax(z/beta)",
     trusts="every label fully",
     rest="away from the sharpened student",

@@ -10,8 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from qtarget.errors import ConfigError, unknown
+from qtarget.targets.divergence import FORWARD_KL, as_divergence
 from qtarget.targets.presets.printed import nll
 from qtarget.targets.target import Target
+
+# What an objective mainly decides: how far the label is trusted by its probability, which tokens are trained, what the
+# student is held to, and what a teacher says. OWN: a user's.
+OWN = "own"
+GROUPS = ("label", "selection", "anchor", "distillation", OWN)
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class Preset:
             by name, and of ``teacher_logits``, ``reference_logits``, ``old_logps``, ``weight``, ``critical`` and
             ``vocab_size`` what it names → loss [n], whose gradient is left to autograd.
         aliases: other names.
+        group: one of ``GROUPS``. defaults: whose the default numbers are, and where paper and code differ.
+        traps: what the published code does beside its formula, and how it is here.
     """
 
     name: str
@@ -35,6 +43,9 @@ class Preset:
     source: str
     printed: Callable[..., Tensor] | None = None
     aliases: tuple[str, ...] = ()
+    group: str = OWN
+    defaults: str = ""
+    traps: str = ""
 
     @property
     def parameters(self) -> dict[str, object]:
@@ -58,18 +69,23 @@ def preset(
     source: str,
     printed: Callable[..., Tensor] | None = None,
     aliases: tuple[str, ...] = (),
+    group: str = OWN,
+    defaults: str = "",
+    traps: str = "",
 ):
     """Register the function below as an objective; see ``Preset``.
 
     Raises:
-        ConfigError: the name or an alias is taken.
+        ConfigError: the name or an alias is taken, or there is no such group.
     """
+    if group not in GROUPS:
+        raise unknown(f"group of preset {name}", group, GROUPS)
 
     def add(build: Callable[..., Target]) -> Callable[..., Target]:
         for entry in ENTRIES.values():
             if (taken := {name, *aliases} & {entry.name, *entry.aliases}) and _place(entry.build) != _place(build):
                 raise ConfigError(f"preset {name!r} is called {sorted(taken)[0]!r}, as {entry.name!r} is; rename it")
-        ENTRIES[name] = Preset(name, build, formula, trusts, rest, source, printed, aliases)
+        ENTRIES[name] = Preset(name, build, formula, trusts, rest, source, printed, aliases, group, defaults, traps)
         return build
 
     return add
@@ -122,7 +138,10 @@ def build(name: str, /, **hyperparameters: object) -> Target:
     except ConfigError as error:
         error.during(f"target {entry.name}")
         raise
-    return replace(target, name=entry.name, hyperparameters={**known, **hyperparameters}, formula=entry.formula)
+    numbers = {**known, **hyperparameters}
+    if "divergence" in numbers and (chosen := as_divergence(numbers.pop("divergence"))) != FORWARD_KL:
+        numbers["divergence"] = chosen  # forward KL is what a target has without one
+    return replace(target, name=entry.name, hyperparameters=numbers, formula=entry.formula)
 
 
 def printed_loss(target: Target) -> Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor] | None:

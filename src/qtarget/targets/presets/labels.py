@@ -13,6 +13,7 @@ from qtarget.targets.target import Target
 
 @preset(
     "sft",
+    group="label",
     formula="L = −log p_y;  a = 1",
     trusts="every label fully",
     rest="nowhere: Q = δ",
@@ -27,6 +28,7 @@ def sft() -> Target:
 
 @preset(
     "dft",
+    group="label",
     formula="L = −sg(p_y) log p_y;  a = p_y",
     trusts="p_y",
     rest="the student",
@@ -49,6 +51,7 @@ def beyond_log_loss(logits, labels, *, alpha):
 
 @preset(
     "beyond-log",
+    group="label",
     formula="L = (1 − p_y^alpha)/alpha;  a = p_y^alpha",
     trusts="p_y^alpha",
     rest="the student",
@@ -71,6 +74,7 @@ def profit_loss(logits, labels, *, tau, direction, tau_low, tau_high):
 
 @preset(
     "profit",
+    group="selection",
     formula="L = −m log p_y;  a = m = 1[p_y ≥ tau]",
     trusts="1 where p_y ≥ tau, else 0",
     rest="the student",
@@ -94,6 +98,7 @@ def eaft_loss(logits, labels, *, top_k, power, normalizer):
 
 @preset(
     "eaft",
+    group="selection",
     formula="L = −sg(a) log p_y;  a = (H_k / ln k)^power",
     trusts="the student's doubt, H_k / ln k",
     rest="the student",
@@ -112,6 +117,7 @@ def iw_sft_loss(logits, labels, *, weight):
 
 @preset(
     "iw-sft",
+    group="selection",
     formula="L = −w log p_y;  a = w",
     trusts="w, the weight of the row",
     rest="the student",
@@ -130,6 +136,7 @@ def cft_loss(logits, labels, *, critical):
 
 @preset(
     "cft",
+    group="selection",
     formula="L = −c log p_y;  a = c ∈ {0, 1}",
     trusts="1 on critical tokens, else 0",
     rest="the student",

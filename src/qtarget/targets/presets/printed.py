@@ -9,9 +9,14 @@ elsewhere (uniform, teacher, reference, guided) is a softmax over the real token
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
+
+from qtarget.targets.divergence import as_divergence
 
 
 def label_log_p(logits: Tensor, labels: Tensor) -> Tensor:
@@ -41,3 +46,45 @@ def kl_from(other: Tensor, logits: Tensor, vocab_size: int | None, temperature: 
     """KL(other ‖ student), both at one temperature, of other's logits [n, V']."""
     log_t = (other[:, :vocab_size] / temperature).log_softmax(-1)
     return kl(log_t, (logits / temperature).log_softmax(-1))
+
+
+def _kl_terms(q: Tensor, m: Tensor) -> Tensor:
+    """Σ q log(q/m), 0 log 0 = 0"""
+    return (torch.special.xlogy(q, q) - torch.special.xlogy(q, m)).sum(-1)
+
+
+def _todi(p: Tensor, R: Tensor, slope: float) -> Tensor:
+    w = torch.sigmoid(slope * (R / p).log()).detach()
+    return (w * R * (R / p).log() + (1 - w) * p * (p / R).log()).sum(-1)
+
+
+def _alpha(p: Tensor, R: Tensor, alpha: float) -> Tensor:
+    if alpha in (0, 1):
+        return _kl_terms(R, p) if alpha == 1 else _kl_terms(p, R)
+    return (1 - (R**alpha * p ** (1 - alpha)).sum(-1)) / (alpha * (1 - alpha))
+
+
+_DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    "reverse_kl": lambda p, R: _kl_terms(p, R),
+    "jsd": lambda p, R, beta: (
+        beta * _kl_terms(R, (1 - beta) * p + beta * R) + (1 - beta) * _kl_terms(p, (1 - beta) * p + beta * R)
+    ),
+    "skew_kl": lambda p, R, alpha: _kl_terms(R, alpha * R + (1 - alpha) * p),
+    "skew_reverse_kl": lambda p, R, alpha: _kl_terms(p, alpha * p + (1 - alpha) * R),
+    "total_variation": lambda p, R: (p - R).abs().sum(-1) / 2,
+    "alpha": _alpha,
+    "todi": _todi,
+}
+
+
+def divergence_from(other: Tensor, logits: Tensor, divergence: object, vocab_size: int | None = None) -> Tensor:
+    """D(other, student) of other's logits [n, V']: KL(other ‖ student), or another divergence by its printed formula.
+
+    That is over the tokens that the other covers, with the student renormalised there.
+    """
+    chosen = as_divergence(divergence)
+    if chosen.is_forward_kl:
+        return kl_from(other, logits, vocab_size)
+    R = other[:, :vocab_size].softmax(-1).detach()
+    numbers = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen)}  # type: ignore[arg-type]
+    return _DIVERGENCES[chosen.name](logits[:, : R.shape[-1]].softmax(-1), R, **numbers)
