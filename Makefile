@@ -152,7 +152,7 @@ study: $(VENV)/.ready ## the controlled study of docs/study.md: what is not on r
 study-report: $(VENV)/.ready ## docs/study.md and its pictures from the results on record
 	$(BIN)/python benchmarks/study/report.py
 
-study-quick: $(VENV)/.ready ## a small form of the study, under a minute, that shows that it works
+study-quick: $(VENV)/.ready ## a small form of the study, also of further arms: make study-quick STUDY_ARMS="idft kd+jsd"
 	rm -rf build/study-quick
 	$(BIN)/python benchmarks/study/run.py --quick
 	$(BIN)/python benchmarks/study/report.py --quick

@@ -3,6 +3,7 @@
     python benchmarks/study/run.py             # everything that is not on record yet; stop and start at will
     python benchmarks/study/run.py --quick     # a small form that shows it works, into build/study-quick
     python benchmarks/study/run.py --status    # how much is done
+    STUDY_ARMS="asft kd+jsd" python benchmarks/study/run.py --quick    # with further presets, or a divergence of one
 
 First the dev seeds train every arm at the centre at three learning rates; each arm keeps the one with the best dev score.
 Then each seed, which redoes everything (bases, teachers, demonstrations), trains all arms in all cells. A finished run is
@@ -129,6 +130,10 @@ def main() -> None:
     parser.add_argument("--status", action="store_true", help="say how much is done, and do nothing")
     parser.add_argument("--build", type=Path, default=QUICK_BUILD, help="folder of the quick form")
     args = parser.parse_args()
+    if arms.FURTHER and not args.quick:
+        parser.error(
+            f"STUDY_ARMS is {' '.join(arms.FURTHER)!r}; further arms are for --quick, the study has its fifteen"
+        )
     settings = QUICK if args.quick else FULL
     results, build = (args.build / "results", args.build / "models") if args.quick else (RESULTS, BUILD)
     if args.status:

@@ -1,6 +1,7 @@
 """The controlled study: its task is what it says, and its quick form holds the identities. No order of methods."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -123,6 +124,17 @@ def test_the_rate_of_an_arm(chains):
     assert arms.chosen_rates(scores) == {"a": 1e-4, "b": 1e-3}
     assert {arm.name for arm in arms.PRESETS} <= {*arms.CELLS["centre"].arms}
     assert len(arms.PRESETS) == 15
+
+
+def test_further_arms_are_for_the_quick_form():
+    asked = {**os.environ, "STUDY_ARMS": "kd+jsd target-sft+skew_kl"}
+    named = "import arms; print([arm.build().name for arm in arms.PRESETS[15:]], set(arms.CELLS['centre'].arms) >= {'kd+jsd'})"
+    shown = subprocess.run([sys.executable, "-c", named], cwd=STUDY, env=asked, capture_output=True, text=True)
+    assert shown.stdout == "['kd', 'target-sft'] True\n", shown.stderr
+    refused = subprocess.run(
+        [sys.executable, STUDY / "run.py", "--status"], cwd=ROOT, env=asked, capture_output=True, text=True
+    )
+    assert refused.returncode == 2 and "STUDY_ARMS is 'kd+jsd target-sft+skew_kl'" in refused.stderr
 
 
 # -- the quick form ------------------------------------------------------------------------------------------------
