@@ -128,7 +128,7 @@ def test_the_rate_of_an_arm(chains):
 
 def test_further_arms_are_for_the_quick_form():
     asked = {**os.environ, "STUDY_ARMS": "kd+jsd target-sft+skew_kl"}
-    named = "import arms; print([arm.build().name for arm in arms.PRESETS[15:]], set(arms.CELLS['centre'].arms) >= {'kd+jsd'})"
+    named = "import arms; print([arm.build().name for arm in arms.PRESETS[15:]], 'kd+jsd' in arms.CELLS['centre'].arms)"
     shown = subprocess.run([sys.executable, "-c", named], cwd=STUDY, env=asked, capture_output=True, text=True)
     assert shown.stdout == "['kd', 'target-sft'] True\n", shown.stderr
     refused = subprocess.run(
