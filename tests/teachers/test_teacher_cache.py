@@ -79,7 +79,7 @@ def test_holds_what_plain_forwards_say(kind, request):
         top = log_p.topk(ids.shape[1], dim=-1)
         assert kept.dtype == (torch.float16 if kind == "some" else torch.float32)
         step = 2**-11 if kind == "some" else 2**-22
-        assert bool((kept.double() - top.values).abs().le(1e-5 + step * top.values.abs()).all())
+        assert bool((kept.double() - top.values).abs().le(2e-5 + step * top.values.abs()).all())
         same = log_p.gather(1, ids.long())
         assert torch.allclose(same, top.values, atol=1e-5), "each id has the log-probability that stands beside it"
         if kind == "some":
