@@ -237,7 +237,8 @@ def test_a_large_vocabulary_and_logits_far_from_zero(name):
     whole = qt.TopK(ids, z_teacher.log_softmax(-1).float(), torch.full((tokens,), -6e4))
     for teacher in (qt.Head(teacher_hidden, teacher_weight), whole):
         got = qt.linear_target_loss(hidden, weight, labels, target, teacher=teacher, reduction="none").loss
-        assert abs(float((got - truth).mean())) < 1.5e-6, type(teacher).__name__
+        # Uncorrected it would be 1e-5 · 40; what float32 products leave, 2e-6, differs between processors.
+        assert abs(float((got - truth).mean())) < 4e-6, type(teacher).__name__
         assert float((got - truth).abs().max()) < 3e-5
 
 
