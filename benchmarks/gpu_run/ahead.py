@@ -35,6 +35,7 @@ WARP = 32
 
 _TEACHER = (("target-sft", {}),)
 _TEMPERED = (("kd", {"temperature": 2.0}),)
+_JSD = (("kd", {"divergence": "jsd"}),)
 _SIGMOID = (("gem", {"h": "logsigmoid"}),)
 _KL = {"stats": "all"}
 _CAP = {"logit_softcap": 30.0}
@@ -71,6 +72,14 @@ CALLS = (
             ("top-k", _TEACHER, "top-k"),
         )
     ],
+    *[
+        Call(f"kd by {name}", (("kd", {"divergence": name}),), "head")
+        for name in ("reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha", "todi")
+    ],
+    Call("kd by todi, padded", (("kd", {"divergence": "todi"}),), "head", real=REAL),
+    Call("kd by jsd, top-k, padded", _JSD, "top-k", real=REAL),
+    Call("kd by jsd, KL", _JSD, "head", options=_KL),
+    Call("kd by jsd, softcap", _JSD, "head", options=_CAP),
     Call("student, odd vocabulary", (("dft", {}),), vocab=ODD),
     Call("teacher, odd vocabulary", _TEACHER, "head", vocab=ODD),
 )

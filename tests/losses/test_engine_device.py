@@ -30,6 +30,7 @@ NAMES = qt.presets.names()
 TARGETS = {name: qt.preset(name) for name in NAMES} | {
     "gem logsigmoid": qt.preset("gem", h="logsigmoid"),
     "kd at T = 2": qt.preset("kd", temperature=2.0),
+    "kd by reverse_kl": qt.preset("kd", divergence="reverse_kl"),
 }
 every_target = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -464,6 +465,10 @@ class ShapesOnly:
         same_device(z, o, y)
         groups = z.new_empty(z.shape[0], -(-z.shape[1] // 128)) if case.groups else None
         return z.new_empty(len(TABLE), z.shape[0]), groups
+
+    def mean_score(self, z, o, y, table, weights, case):
+        same_device(z, o, y, table, weights)
+        return z.new_empty(z.shape[0])
 
     def gradient(self, z, o, y, table, weights, case, g, places):
         same_device(z, o, y, table, weights, g)

@@ -175,7 +175,14 @@ MUTANTS = {
     "no support": ("R = tl.where(v < support, R, 0.0)", "R = R", "label-smoothing"),
     "no softcap": ("g *= 1 - share * share", "g *= 1", "sft"),
     "a residual of the wrong sign": ("g += b * difference", "g -= b * difference", "kd"),
-    "top-k without its shift": ("d = zero + shift", "d = zero", "kd from top-k"),
+    "a tail that stays": ("difference = pull * tl", "difference = 0 * tl", "kd from top-k"),
+    "a mean score of 0": ("difference = pulled - base * mean", "difference = pulled", "kd by jsd"),
+    "a student over all rows": (
+        "base = base if FORWARD else tl.where(v < support, base, 0.0)",
+        "base = base",
+        "kd by jsd",
+    ),
+    "its sum over all rows": ("inside = tl.where(v < support, z - m_new, _NEVER)", "inside = z - m_new", "kd by jsd"),
 }
 
 
@@ -197,9 +204,11 @@ def test_a_mutant_is_noticed(mutant, tmp_path, monkeypatch):
     batch = ordinary_batch(softcap=30.0, vocab_size=61)
     if name == "kd from top-k":
         batch, name = with_topk(padded(ordinary_batch()), 5), "kd"
+    preset, _, divergence = name.partition(" by ")
+    target = qt.preset(preset, divergence=divergence) if divergence else qt.preset(preset)
     expected = contextlib.nullcontext() if mutant == "none" else pytest.raises((AssertionError, qt.ConfigError))
     with expected:
-        assert_kernels_are_the_oracle(batch, qt.preset(name), stats="basic")
+        assert_kernels_are_the_oracle(batch, target, stats="basic")
 
 
 # ---- compiled ahead of time

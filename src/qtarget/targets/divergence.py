@@ -43,7 +43,11 @@ class Divergence(Part, ABC):
 
     @abstractmethod
     def value(self, p: Tensor, R: Tensor, d: Tensor) -> Tensor:
-        """The terms of D(R, p) [n, V], whose sum over the vocabulary is reported. R may hold zeros, where d is +∞."""
+        """The terms of D(R, p) [n, V], whose sum over the vocabulary is reported. R may hold zeros, where d is +∞.
+
+        Both sum to one, so any multiple of p − R may be in them: here the one that leaves each term of second order in a
+        small d, so that the sum keeps its digits.
+        """
 
     def times_p(self, p: Tensor, log_p: Tensor, d: Tensor) -> Tensor:
         """p · score(d), finite also where p vanishes and the score of its d does not stay finite."""
@@ -74,6 +78,11 @@ class Divergence(Part, ABC):
 def _where(R: Tensor, x: Tensor) -> Tensor:
     """R · x, and 0 where R is 0, however x ends there."""
     return torch.where(R > 0, R * x, torch.zeros_like(x))
+
+
+def _difference(p: Tensor, R: Tensor, d: Tensor) -> Tensor:
+    """p − R, with the digits of a small d."""
+    return torch.where(d.abs() < 1, -p * torch.expm1(-d), p - R)
 
 
 def _log_mixture(d: Tensor, share: float) -> Tensor:
@@ -123,7 +132,7 @@ class ReverseKL(Divergence):
         return d
 
     def value(self, p: Tensor, R: Tensor, d: Tensor) -> Tensor:
-        return _where(p, d)
+        return _where(p, d) - _difference(p, R, d)
 
     def times_p(self, p: Tensor, log_p: Tensor, d: Tensor) -> Tensor:
         return _where(p, d)
@@ -186,7 +195,7 @@ class SkewKL(Divergence):
         return (1 - self.alpha) ** 2 * torch.where(d > 0, above, below)
 
     def value(self, p: Tensor, R: Tensor, d: Tensor) -> Tensor:
-        return _where(R, _log_mixture(-d, 1 - self.alpha))
+        return _where(R, _log_mixture(-d, 1 - self.alpha)) + (1 - self.alpha) * _difference(p, R, d)
 
     @property
     def reach(self) -> float:
@@ -214,7 +223,7 @@ class SkewReverseKL(Divergence):
         return log_p_over_m - self.alpha * torch.expm1(log_p_over_m)
 
     def value(self, p: Tensor, R: Tensor, d: Tensor) -> Tensor:
-        return _where(p, _log_mixture(d, 1 - self.alpha))
+        return _where(p, _log_mixture(d, 1 - self.alpha)) - (1 - self.alpha) * _difference(p, R, d)
 
     @property
     def reach(self) -> float:
@@ -236,7 +245,7 @@ class TotalVariation(Divergence):
         return 0.5 * d.sign()
 
     def value(self, p: Tensor, R: Tensor, d: Tensor) -> Tensor:
-        return 0.5 * (p - R).abs()
+        return 0.5 * _difference(p, R, d).abs()
 
     @property
     def reach(self) -> float:
@@ -272,12 +281,12 @@ class Alpha(Divergence):
 
     def value(self, p: Tensor, R: Tensor, d: Tensor) -> Tensor:
         if self.alpha == 0:
-            return _where(p, d)
+            return _where(p, d) - _difference(p, R, d)
         if self.alpha == 1:
-            return _where(R, -d)
-        # Terms that are 0 where R = p: those of the formula are of the size of p, and only their sum is small.
-        mean = (1 - self.alpha) * p + self.alpha * R
-        return (mean - _where(R, ((1 - self.alpha) * d).exp())) / (self.alpha * (1 - self.alpha))
+            return _where(R, -d) + _difference(p, R, d)
+        near = p * (self.alpha * torch.expm1(-d) - torch.expm1(-self.alpha * d))
+        far = (1 - self.alpha) * p + self.alpha * R - _where(R, ((1 - self.alpha) * d).exp())
+        return torch.where(d.abs() < 1, near, far) / (self.alpha * (1 - self.alpha))
 
     @property
     def reach(self) -> float | None:
@@ -308,7 +317,7 @@ class ToDi(Divergence):
 
     def score(self, d: Tensor) -> Tensor:
         w = torch.sigmoid(-self.slope * d)
-        return -w * torch.expm1(-d) + (1 - w) * d + torch.tanh(self.slope * d / 2)  # 1 − 2w
+        return -w * torch.expm1(-d) + (1 - w) * d + torch.tanh(0.5 * self.slope * d)  # 1 − 2w
 
     def times_p(self, p: Tensor, log_p: Tensor, d: Tensor) -> Tensor:
         w = torch.sigmoid(-self.slope * d)

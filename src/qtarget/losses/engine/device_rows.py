@@ -61,8 +61,8 @@ class DeviceRows(RowCode):
         table, groups = self.passes.sums(z, o, y, case)
         shares = None
         if entries is not None:
-            table, shares = entries.put_back(table, self.plan.c_o, padded=case.pooled)
-            case = replace(case, pooled=False, one_shift=True)
+            table, shares = entries.put_back(table, self.plan, padded=case.pooled)
+            case = replace(case, pooled=False, tail=True, divergence=self.plan.divergence)
         entropies: dict[int, Tensor] = {}
         a, b = self._weights(self._stats(table, given, entropies, lambda k: _top_k_entropy(z, groups, entries, k)))
         weight = b[0] if b else torch.zeros_like(a)  # of the one difference
@@ -104,7 +104,9 @@ class DeviceRows(RowCode):
             other=plan.other is not None,
             offset=plan.slope is not None,
             pair=plan.is_pair,
+            within=not plan.divergence.is_forward_kl and self.support < width,
             groups=groups,
+            divergence=plan.divergence,
         )
 
     def _stats(
@@ -147,9 +149,13 @@ class DeviceRows(RowCode):
         z = rows.z
         g = z if rows.g is None else rows.g
         case = replace(case, softcap=self.softcap, with_kl=self.with_kl, write=self.gradient)
-        if not (case.write or case.with_kl or case.pooled or case.one_shift):
+        if not (case.write or case.with_kl or case.pooled or case.tail):
             return z.new_zeros(len(FOUND), z.shape[0])
-        if case.pooled and g.dtype == z.dtype and self.passes.drifts(z):
+        if case.pooled and not case.divergence.is_forward_kl:
+            # Scores are small where R is near p, and their mean with them, so that its rounding needs no correction.
+            mean = self.passes.mean_score(z, o, rows.labels, table, weights, case)
+            table.select(0, TABLE.index("mean_score")).copy_(mean)
+        elif case.pooled and g.dtype == z.dtype and self.passes.drifts(z):
             # Both distributions sum to one, so Σ (B − R) tells by how much log R's normaliser is off. Where g is
             # rounded to 16 bits that is below rounding.
             plain = replace(case, write=False, with_kl=False)
@@ -188,8 +194,9 @@ class DeviceRows(RowCode):
     def _residual_value(self, entropy: Tensor, found: PerRow) -> Tensor:
         """The residual's published value for a weight of one; see ``Target.value``. CE(R, p) = H(p) + Σ (B − R) log p."""
         if self.target.value == "tempered_kl":
-            return self.target.residual_terms[0].factor * found["kl"]
-        return found["kl"] if self.target.value == "kl" else found["cross"] + entropy
+            return self.target.residual_terms[0].factor * found["divergence"]
+        as_ce = self.target.value == "ce" and self.plan.divergence.is_forward_kl
+        return found["cross"] + entropy if as_ce else found["divergence"]
 
 
 @dataclass

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtarget.losses.engine.kernel_scores import compared, expm1_over, is_small, kind
 from qtarget.losses.engine.row_functions import GROUP, Pass
 from qtarget.losses.engine.row_plan import FOUND, NEVER, TABLE, WEIGHTS
 
@@ -68,9 +69,9 @@ def sums(z: Tensor, o: Tensor, y: Tensor, case: Pass) -> tuple[Tensor, Tensor | 
         z, o, y, out, kept,
         z.stride(0), o.stride(0), out.stride(0), kept.stride(0),
         width, _reach(width, z), case.support, _reach(case.support, o), excess, c_o, c_b, slope,
-        POOLED=case.pooled, OTHER=case.other, OFFSET=case.offset, PAIR=case.pair, NARROW=_narrow(case, width, o),
-        GROUP=GROUP if case.groups else 0, ODD=width % _VECTOR != 0, DOUBLE=z.dtype == torch.float64, BLOCK=BLOCK,
-        num_warps=WARPS, maxnreg=REGISTERS,
+        POOLED=case.pooled, OTHER=case.other, OFFSET=case.offset, PAIR=case.pair, WITHIN=case.within,
+        NARROW=_narrow(case, width, o), GROUP=GROUP if case.groups else 0,
+        ODD=width % _VECTOR != 0, DOUBLE=z.dtype == torch.float64, BLOCK=BLOCK, num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
     return out, groups
 
@@ -81,14 +82,15 @@ def gradient(
     """As ``row_functions.gradient``; g goes to row ``places[i]`` of ``g`` for row i of z, or to row i."""
     rows, width = z.shape
     found = z.new_zeros(len(FOUND), rows)
+    name, number = kind(case.divergence)
     _gradient[(rows,)](
         z, o, y, y if places is None else places, table, weights, found, g,
         z.stride(0), o.stride(0), g.stride(0), rows, width, _reach(width, z, g), case.support, _reach(case.support, o),
-        *case.coefficients,
-        POOLED=case.pooled, OTHER=case.other, OFFSET=case.offset, PAIR=case.pair, ONE_SHIFT=case.one_shift,
-        CAPPED=case.softcap is not None, KL=case.with_kl, WRITE=case.write, SKIPS=places is not None,
-        NARROW=_narrow(case, width, o), ODD=width % _VECTOR != 0, DOUBLE=z.dtype == torch.float64, BLOCK=BLOCK,
-        num_warps=WARPS, maxnreg=REGISTERS,
+        *case.coefficients, number,
+        POOLED=case.pooled, OTHER=case.other, OFFSET=case.offset, PAIR=case.pair or case.within, TAIL=case.tail,
+        KIND=name, MEAN_ONLY=case.mean_only, CAPPED=case.softcap is not None, KL=case.with_kl, WRITE=case.write,
+        SKIPS=places is not None, NARROW=_narrow(case, width, o),
+        ODD=width % _VECTOR != 0, DOUBLE=z.dtype == torch.float64, BLOCK=BLOCK, num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
     return found
 
@@ -119,8 +121,8 @@ def _log_sigmoid(x):
 def _sums(
     z_ptr, o_ptr, y_ptr, out_ptr, group_ptr,
     z_stride, o_stride, out_stride, group_stride, width, reach, support, o_reach, excess, c_o, c_b, slope,
-    POOLED: tl.constexpr, OTHER: tl.constexpr, OFFSET: tl.constexpr, PAIR: tl.constexpr, NARROW: tl.constexpr,
-    GROUP: tl.constexpr, ODD: tl.constexpr, DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
+    POOLED: tl.constexpr, OTHER: tl.constexpr, OFFSET: tl.constexpr, PAIR: tl.constexpr, WITHIN: tl.constexpr,
+    NARROW: tl.constexpr, GROUP: tl.constexpr, ODD: tl.constexpr, DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(y_ptr + row).to(tl.int32)
@@ -156,6 +158,9 @@ def _sums(
         shrink = tl.exp2((m - m_new) * _LOG2E)
         dot = (dot + (m - m_new) * rest) * shrink + e * x
         rest = rest * shrink + e
+        if WITHIN:
+            inside = tl.where(v < support, z - m_new, _NEVER)
+            s_b = s_b * shrink + tl.exp2(inside * _LOG2E)
         if PAIR:
             s_b = s_b * tl.exp2(c_b * (m - m_new) * _LOG2E) + tl.exp2(c_b * (z - m_new) * _LOG2E)
         if OFFSET:
@@ -193,7 +198,7 @@ def _sums(
     if POOLED:
         s_u = tl.sum(s_u, 0)
         s_student = total
-        if PAIR:
+        if PAIR or WITHIN:
             s_student = tl.sum(s_b, 0)
         m_u -= c_own * m  # from here on relative, as d is
         tl.store(out_ptr + 5 * out_stride, m_u)
@@ -216,15 +221,6 @@ def _log1m(x, DOUBLE: tl.constexpr):
 
 
 @triton.jit
-def _expm1_over(d, DOUBLE: tl.constexpr):
-    """(e^d − 1)/d for small d."""
-    last = d * (1.0 / 24)
-    if DOUBLE:
-        last = d * (1.0 / 24 + d * (1.0 / 120))
-    return 1 + d * (0.5 + d * (1.0 / 6) + d * last)
-
-
-@triton.jit
 def _kl_term(p, log_p, g, DOUBLE: tl.constexpr):
     """Q log(Q/p) − Q + p for Q = p − g, 0 or more; by its series where Q is near p."""
     Q = tl.maximum(p - g, 0.0)
@@ -238,10 +234,10 @@ def _kl_term(p, log_p, g, DOUBLE: tl.constexpr):
 @triton.jit
 def _gradient(
     z_ptr, o_ptr, y_ptr, place_ptr, table_ptr, weight_ptr, found_ptr, g_ptr,
-    z_stride, o_stride, g_stride, rows, width, reach, support, o_reach, excess, c_o, c_b, slope, inv_cap,
-    POOLED: tl.constexpr, OTHER: tl.constexpr, OFFSET: tl.constexpr, PAIR: tl.constexpr, ONE_SHIFT: tl.constexpr,
-    CAPPED: tl.constexpr, KL: tl.constexpr, WRITE: tl.constexpr, SKIPS: tl.constexpr, NARROW: tl.constexpr,
-    ODD: tl.constexpr, DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
+    z_stride, o_stride, g_stride, rows, width, reach, support, o_reach, excess, c_o, c_b, slope, inv_cap, number,
+    POOLED: tl.constexpr, OTHER: tl.constexpr, OFFSET: tl.constexpr, PAIR: tl.constexpr, TAIL: tl.constexpr,
+    KIND: tl.constexpr, MEAN_ONLY: tl.constexpr, CAPPED: tl.constexpr, KL: tl.constexpr, WRITE: tl.constexpr,
+    SKIPS: tl.constexpr, NARROW: tl.constexpr, ODD: tl.constexpr, DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     place = row
@@ -258,23 +254,30 @@ def _gradient(
     a = tl.load(weight_ptr)
     factor = tl.load(weight_ptr + 2 * rows)
     label = -a * tl.load(table_ptr + 11 * rows)
-    if POOLED or ONE_SHIFT:
+    FORWARD: tl.constexpr = KIND == "forward_kl"
+    # A token that the other model rules out: −inf where that makes the divergence infinite.
+    LOWEST: tl.constexpr = float("-inf") if KIND == "reverse_kl" or KIND == "todi" else _NEVER
+    if POOLED or TAIL:
         z_y = tl.load(table_ptr)
         m_u = tl.load(table_ptr + 5 * rows)
         log_s_u = tl.load(table_ptr + 13 * rows)
         log_s_b = tl.load(table_ptr + 14 * rows)
         shift = tl.load(table_ptr + 15 * rows)
         b = tl.load(weight_ptr + rows)
-        excess, c_o, c_b = m * 0 + excess, m * 0 + c_o, m * 0 + c_b  # in the logits' dtype
+        excess, c_o, c_b, number = m * 0 + excess, m * 0 + c_o, m * 0 + c_b, m * 0 + number  # in the logits' dtype
+        mean = m * 0
+        if not MEAN_ONLY:
+            mean = tl.load(table_ptr + 17 * rows)
+        pull = tl.load(table_ptr + 18 * rows)
     z_ptr += row * z_stride
     g_ptr += place * g_stride
     if OTHER:
         o_ptr += row * o_stride
-    if ONE_SHIFT:  # an entry that was taken out gets its gradient elsewhere, the label's too
+    if TAIL:  # an entry that was taken out gets its gradient elsewhere, the label's too
         label = tl.where(tl.load(z_ptr + y) < 0.5 * _NEVER, label * 0, label)
     lanes = tl.arange(0, BLOCK)
     zero = tl.zeros([BLOCK], m.dtype)
-    size, lowest, kl, cross, drift, kl_q = zero, zero, zero, zero, zero, zero
+    size, lowest, divergence, cross, drift, kl_q = zero, zero, zero, zero, zero, zero
     for start in tl.range(0, width, BLOCK):
         v = start + lanes
         z = tl.load(z_ptr + v, mask=v < reach, other=_NEVER)
@@ -286,33 +289,42 @@ def _gradient(
         g = a * p
         if (y >= start) & (y < start + BLOCK):  # one tile of a row
             g = tl.where(v == y, label, g)
-        if POOLED or ONE_SHIFT:
-            base = p
+        if TAIL:  # what is outside the k moves as a whole, in the student's shape
+            difference = pull * tl.exp2(x * _LOG2E - log_s_b * _LOG2E)
+            if NARROW:  # beyond, R is 0, and another divergence does not look there
+                difference = tl.where(v < support, difference, p if FORWARD else zero)
+                divergence += tl.where(v < support, 0.0, difference)
+        if POOLED:
+            log2_base, base = log2_p, p
             if PAIR:
-                base = tl.exp2(c_b * x * _LOG2E - log_s_b * _LOG2E)
-            if ONE_SHIFT:  # R is the student's shape times one number per row
-                d = zero + shift
-                R = tl.exp2(log2_p + shift * _LOG2E)
-            else:
-                # from differences of logits, so that a teacher near the student loses no digits
-                d = excess * x
-                if OTHER:
-                    o = tl.maximum(tl.load(o_ptr + v, mask=v < o_reach, other=_NEVER).to(z.dtype), _NEVER)
-                    d += c_o * (o - z)
-                if OFFSET:
-                    d += _log_sigmoid(slope * (z - z_y))
-                R = tl.exp2((c_b * x + d - m_u) * _LOG2E - log_s_u * _LOG2E)
-                d = (d - m_u) + shift
+                log2_base = c_b * x * _LOG2E - log_s_b * _LOG2E
+                base = tl.exp2(log2_base)
+            # from differences of logits, so that a teacher near the student loses no digits
+            d = excess * x
+            if OTHER:
+                o = tl.maximum(tl.load(o_ptr + v, mask=v < o_reach, other=_NEVER).to(z.dtype), LOWEST)
+                d += c_o * (o - z)
+            if OFFSET:
+                d += _log_sigmoid(slope * (z - z_y))
+            R = tl.exp2((c_b * x + d - m_u) * _LOG2E - log_s_u * _LOG2E)
+            d = (d - m_u) + shift
             if NARROW:
                 R = tl.where(v < support, R, 0.0)
-                d = tl.where(v < support, d, _NEVER)
+                d = tl.where(v < support, d, _NEVER if FORWARD else zero)
+                base = base if FORWARD else tl.where(v < support, base, 0.0)
             # B − R = −B (e^d − 1)
-            near = -(base * d) * _expm1_over(d, DOUBLE)
-            difference = tl.where(tl.abs(d) < (2e-3 if DOUBLE else 0.0625), near, base - R)
+            near = -(base * d) * expm1_over(d, DOUBLE)
+            difference = tl.where(is_small(d, DOUBLE), near, base - R)
+            if FORWARD:
+                divergence += R * d + difference
+            else:
+                pulled, value = compared(base, R, difference, log2_base, -d, number, KIND, DOUBLE)
+                divergence += value
+                difference = pulled - base * mean
+        if POOLED or TAIL:
             g += b * difference
             size += tl.abs(g)
             lowest = tl.minimum(lowest, p - g)
-            kl += R * d + difference
             cross += difference * log2_p
             drift += difference
         if KL:
@@ -324,14 +336,15 @@ def _gradient(
             tl.store(g_ptr + v, (g * factor).to(g_ptr.dtype.element_ty), mask=v < reach)
     # in the order of FOUND
     found_ptr += row
-    if POOLED or ONE_SHIFT:
-        tl.store(found_ptr, tl.sum(size, 0))
-        tl.store(found_ptr + rows, tl.min(lowest, 0))
-        tl.store(found_ptr + 2 * rows, tl.sum(kl, 0))
-        tl.store(found_ptr + 3 * rows, tl.sum(cross, 0) * _LN2)
+    if POOLED or TAIL:
+        if not MEAN_ONLY:
+            tl.store(found_ptr, tl.sum(size, 0))
+            tl.store(found_ptr + rows, tl.min(lowest, 0))
+            tl.store(found_ptr + 2 * rows, tl.sum(divergence, 0))
+            tl.store(found_ptr + 3 * rows, tl.sum(cross, 0) * _LN2)
         tl.store(found_ptr + 4 * rows, tl.sum(drift, 0))
     if KL:
         tl.store(found_ptr + 5 * rows, tl.sum(kl_q, 0))
 
 
-assert (len(TABLE), len(WEIGHTS), len(FOUND)) == (17, 3, 6), "the kernels above count on these orders"
+assert (len(TABLE), len(WEIGHTS), len(FOUND)) == (19, 3, 6), "the kernels above count on these orders"

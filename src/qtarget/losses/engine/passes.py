@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qtarget.losses import inputs
 from qtarget.losses.engine import buffers, row_functions
 from qtarget.losses.engine.row_functions import Pass
+from qtarget.losses.engine.row_plan import FOUND
 
 # Each combination of flags is a graph of its own, more than dynamo expects of one function.
 _MOST_GRAPHS = 256
@@ -41,6 +43,11 @@ class TritonPasses:
 
     def sums(self, z: Tensor, o: Tensor, y: Tensor, case: Pass) -> tuple[Tensor, Tensor | None]:
         return self._run(self._kernels.sums, z, o, y, case)
+
+    def mean_score(self, z, o, y, table, weights, case: Pass) -> Tensor:
+        case = replace(case, mean_only=True, write=False, with_kl=False, softcap=None)
+        found = self._run(self._kernels.gradient, z, o, y, table, weights, case, z, None)
+        return found.select(0, FOUND.index("drift"))
 
     def gradient(self, z, o, y, table, weights, case: Pass, g: Tensor, places: Tensor | None) -> Tensor:
         return self._run(self._kernels.gradient, z, o, y, table, weights, case, g, places)
@@ -72,6 +79,10 @@ class FunctionPasses:
         peaks, groups = self._run("maxima", z, o, y, c, case.support, case.flags)
         return self._run("sums", z, o, y, peaks, c, case.support, case.flags), groups
 
+    def mean_score(self, z, o, y, table, weights, case: Pass) -> Tensor:
+        c = _coefficients(case.coefficients, z.dtype, z.device)
+        return self._run("mean_score", z, o, table, c, case.support, case.flags, case.divergence)
+
     def gradient(self, z, o, y, table, weights, case: Pass, g: Tensor, places: Tensor | None) -> Tensor:
         c = _coefficients(case.coefficients, z.dtype, z.device)
         beside = case.write and (g is z or places is not None)
@@ -79,7 +90,7 @@ class FunctionPasses:
         if case.write:  # not over what is read, for which inductor would make a copy of its own
             shape = (z.shape[0], g.shape[1])
             out = buffers.workspace(g.dtype, z.device).get("out", *shape) if beside else g.narrow(0, 0, shape[0])
-        arguments = (case.support, case.flags, case.softcap is not None, case.with_kl, out)
+        arguments = (case.support, case.flags, case.divergence, case.softcap is not None, case.with_kl, out)
         found = self._run("gradient", z, o, y, table, weights, c, *arguments)
         if places is not None and out is not None:  # −1 is the last row, which is there for rows without a gradient
             g.index_put_((places,), out)

@@ -10,6 +10,7 @@ Shape suffixes: r rows of the block, v vocabulary.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qtarget.losses.engine.row_plan import DERIVED, FOUND, NEVER, SUMS
+from qtarget.targets.divergence import FORWARD_KL, Divergence
 
 # Logits of which the largest is kept, so that the k largest can be looked for among few.
 GROUP = 128
@@ -29,12 +31,13 @@ class Pass:
 
     Attributes:
         pooled: whether R is a softmax of pooled logits; other: whether another model's logits are in the pool.
-        offset, pair: whether the pool has an offset, and B is not the student.
-        one_shift: R is p times one number per row, on the first ``support`` columns: what a top-k distribution leaves.
+        offset, pair: whether the pool has an offset, and B is the student at a temperature.
+        within: whether B is the student over the columns that R covers, and not over all.
+        tail: whether what is outside the k of a top-k distribution moves as a whole, in the student's shape.
         groups: whether maxima of groups of columns are kept.
-        support: columns R covers.
+        support: columns R covers. divergence: by which R is approached.
         softcap: cap whose derivative g carries, or None. with_kl: also KL(Q ‖ p).
-        write: whether g is written.
+        write: whether g is written. mean_only: whether only the mean score is found.
     """
 
     support: int
@@ -47,10 +50,13 @@ class Pass:
     other: bool = False
     offset: bool = False
     pair: bool = False
-    one_shift: bool = False
+    within: bool = False
+    tail: bool = False
     groups: bool = False
+    divergence: Divergence = FORWARD_KL
     with_kl: bool = False
     write: bool = True
+    mean_only: bool = False
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -61,7 +67,7 @@ class Pass:
 
     @property
     def flags(self) -> tuple[bool, ...]:
-        return (self.pooled, self.other, self.offset, self.pair, self.one_shift, self.groups)
+        return (self.pooled, self.other, self.offset, self.pair, self.within, self.tail, self.groups)
 
 
 def maxima(z: Tensor, o: Tensor, y: Tensor, c: Tensor, support: int, flags: tuple[bool, ...]):
@@ -73,9 +79,9 @@ def maxima(z: Tensor, o: Tensor, y: Tensor, c: Tensor, support: int, flags: tupl
         z: [r, v] logits. o: another model's. y: [r] labels. c: the coefficients of ``Pass`` as a tensor, so that another
             value is no other graph.
     """
-    pooled, other, offset, _, _, groups = flags
+    pooled, other, offset, _, _, _, groups = flags
     z_y = z.gather(1, y.unsqueeze(1))
-    is_y = torch.arange(z.shape[1], device=z.device).unsqueeze(0) == y.unsqueeze(1)
+    is_y = _columns(z) == y.unsqueeze(1)
     top = torch.where(is_y, NEVER, z).amax(1)
     # Above what is absent, so that e^(NEVER − m) is 0 even in a row where nothing is left.
     m = torch.maximum(z_y.squeeze(1), top).clamp(min=0.5 * NEVER)
@@ -89,27 +95,29 @@ def maxima(z: Tensor, o: Tensor, y: Tensor, c: Tensor, support: int, flags: tupl
 
 def sums(z: Tensor, o: Tensor, y: Tensor, peaks: Tensor, c: Tensor, support: int, flags: tuple[bool, ...]) -> Tensor:
     """[len(TABLE), r] from what ``maxima`` found, peaks [3, r]."""
-    pooled, other, offset, pair, _, _ = flags
+    pooled, other, offset, pair, within, _, _ = flags
     m, top, m_u = peaks.unsqueeze(2).unbind(0)
-    is_y = torch.arange(z.shape[1], device=z.device).unsqueeze(0) == y.unsqueeze(1)
+    is_y = _columns(z) == y.unsqueeze(1)
     z_y = z.gather(1, y.unsqueeze(1))
     x = z - m
     e = torch.where(is_y, 0.0, x.exp())
     found = dict.fromkeys(SUMS, torch.ones_like(m.squeeze(1)))
     found |= {"z_y": z_y.squeeze(1), "m": m.squeeze(1), "top": top.squeeze(1), "rest": _sum(e), "dot": _sum(e * x)}
-    if pair:
+    if within:
+        found["s_b"] = _sum(torch.where(_columns(z) < support, x.exp(), 0.0))
+    elif pair:
         found["s_b"] = _sum((c[2] * x).exp())
     if offset:
         found["s_plain"] = _sum(((c[0] + c[2]) * x).exp())
     if pooled:
         u = c[2] * x + _gap(z, x, o, z_y, c, support, other, offset)
         found |= {"m_u": m_u.squeeze(1), "s_u": _sum((u - m_u).exp())}
-    found |= derived(found, pooled, pair)
+    found |= derived(found, pooled, pair or within)
     return torch.stack([found[name] for name in (*SUMS, *DERIVED)])
 
 
-def derived(s: dict[str, Tensor], pooled: bool = False, pair: bool = False) -> dict[str, Tensor]:
-    """What follows from the sums of ``SUMS``, [r] each, by the names of ``DERIVED``."""
+def derived(s: dict[str, Tensor], pooled: bool = False, own_base: bool = False) -> dict[str, Tensor]:
+    """What follows from the sums of ``SUMS``, [r] each, by the names of ``DERIVED``. own_base: whether B is not p."""
     x_y = s["z_y"] - s["m"]
     e_y = x_y.exp()
     total = s["rest"] + e_y
@@ -119,7 +127,7 @@ def derived(s: dict[str, Tensor], pooled: bool = False, pair: bool = False) -> d
     found["log_p_y"] = torch.where(rest_mass < 0.5, torch.log1p(-rest_mass.clamp(max=0.5)), x_y - log_s)
     found["entropy"] = log_s - (s["dot"] + e_y * x_y) / total
     if pooled:
-        s_b = s["s_b"] if pair else total
+        s_b = s["s_b"] if own_base else total
         found["log_s_u"], found["log_s_b"] = s["s_u"].log(), s_b.log()
         found["shift"] = -(s["s_u"] / s_b).log()
         found["offset_mass"] = s["m_u"].exp() * (s["s_u"] / s["s_plain"])
@@ -135,6 +143,7 @@ def gradient(
     c: Tensor,
     support: int,
     flags: tuple[bool, ...],
+    divergence: Divergence,
     capped: bool,
     with_kl: bool,
     out: Tensor | None,
@@ -143,36 +152,37 @@ def gradient(
 
     g times each row's factor is written to ``out`` [r, v], or nowhere.
     """
-    pooled, other, offset, pair, one_shift, _ = flags
-    s = dict(zip((*SUMS, *DERIVED), table.unsqueeze(2).unbind(0), strict=True))
+    pooled, tail = flags[0], flags[5]
+    s = _by_name(table)
     a, b, factor = weights.unsqueeze(2).unbind(0)
-    m, z_y, shift = s["m"], s["z_y"], s["shift"]
+    m = s["m"]
     label = -a * s["rest_mass"]
-    if one_shift:  # an entry that was taken out gets its gradient elsewhere, the label's too
+    if tail:  # an entry that was taken out gets its gradient elsewhere, the label's too
         label = torch.where(z.gather(1, y.unsqueeze(1)) < 0.5 * NEVER, 0.0, label)
-    v = torch.arange(z.shape[1], device=z.device).unsqueeze(0)
-    x = z - m
+    v, x = _columns(z), z - m
     log_p = x - s["log_s"]
     p = log_p.exp()
     g = torch.where(v == y.unsqueeze(1), label, a * p)
     found = dict.fromkeys(FOUND, torch.zeros_like(m.squeeze(1)))
-    if pooled or one_shift:
-        base = (c[2] * x - s["log_s_b"]).exp() if pair else p
-        if one_shift:  # R is the student's shape times one number per row
-            d, R = shift.expand_as(z), (log_p + shift).exp()
+    if pooled or tail:
+        forward = divergence.is_forward_kl
+        if tail:
+            difference = s["tail_pull"] * (x - s["log_s_b"]).exp()
+            if support < z.shape[1]:  # beyond, R is 0, and another divergence does not look there
+                difference = torch.where(v < support, difference, p if forward else 0.0)
+                found["divergence"] = _sum(torch.where(v < support, 0.0, difference))
         else:
-            # The same rounded d as in the sums, so that R adds up to one however large the logits are.
-            d = _gap(z, x, o, z_y, c, support, other, offset)
-            R = ((c[2] * x + d - s["m_u"]) - s["log_s_u"]).exp()
-            d = (d - s["m_u"]) + shift
-        if support < z.shape[1]:
-            R, d = torch.where(v < support, R, 0.0), torch.where(v < support, d, NEVER)
-        # B − R = −B (e^d − 1): by its series where d is small, its next term below rounding, so that nothing cancels
-        small, further = (2e-3, 1 / 120) if z.dtype == torch.float64 else (0.0625, 0.0)
-        near = -(base * d) * (1 + d * (0.5 + d * (1 / 6 + d * (1 / 24 + d * further))))
-        difference = torch.where(d.abs() < small, near, base - R)
+            log_base, base, R, d = _compared(z, x, o, s, c, support, flags, divergence)
+            if forward:
+                # B − R = −B (e^d − 1): by its series where d is small, its next term below rounding: nothing cancels
+                small, further = (2e-3, 1 / 120) if z.dtype == torch.float64 else (0.0625, 0.0)
+                near = -(base * d) * (1 + d * (0.5 + d * (1 / 6 + d * (1 / 24 + d * further))))
+                difference = torch.where(d.abs() < small, near, base - R)
+                found["divergence"] = _sum(R * d + difference)
+            else:
+                difference = divergence.times_p(base, log_base, -d) - base * s["mean_score"]
+                found["divergence"] = _sum(divergence.value(base, R, -d))
         g = g + b * difference
-        found["kl"] = _sum(R * d + difference)
         found["cross"] = _sum(difference * log_p)
         found["drift"] = _sum(difference)
         found["size"] = _sum(g.abs())
@@ -186,20 +196,80 @@ def gradient(
     return torch.stack([found[name] for name in FOUND])
 
 
-def _gap(z: Tensor, x: Tensor, o: Tensor, z_y: Tensor, c: Tensor, support: int, other: bool, offset: bool) -> Tensor:
+def mean_score(
+    z: Tensor,
+    o: Tensor,
+    table: Tensor,
+    c: Tensor,
+    support: int,
+    flags: tuple[bool, ...],
+    divergence: Divergence,
+) -> Tensor:
+    """E_B[s], [r], of a divergence other than forward KL."""
+    s = _by_name(table)
+    log_base, base, _, d = _compared(z, z - s["m"], o, s, c, support, flags, divergence)
+    return _sum(divergence.times_p(base, log_base, -d))
+
+
+def _compared(
+    z: Tensor,
+    x: Tensor,
+    o: Tensor,
+    s: dict[str, Tensor],
+    c: Tensor,
+    support: int,
+    flags: tuple[bool, ...],
+    divergence: Divergence,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log B, B, R, d = log R − log B), [r, v]. Beyond the columns R covers R is 0; so is B, and d, where it is p within
+    them."""
+    _, other, offset, pair, within, _, _ = flags
+    log_base = c[2] * x - s["log_s_b"] if pair or within else x - s["log_s"]
+    # The same rounded d as in the sums, so that R adds up to one however large the logits are.
+    d = _gap(z, x, o, s["z_y"], c, support, other, offset, -math.inf if divergence.needs_full_support else NEVER)
+    R = ((c[2] * x + d - s["m_u"]) - s["log_s_u"]).exp()
+    d = (d - s["m_u"]) + s["shift"]
+    base = log_base.exp()
+    if support < z.shape[1]:
+        covered = _columns(z) < support
+        R, d = torch.where(covered, R, 0.0), torch.where(covered, d, 0.0 if within else NEVER)
+        base = torch.where(covered, base, 0.0) if within else base
+    return log_base, base, R, d
+
+
+def _gap(
+    z: Tensor,
+    x: Tensor,
+    o: Tensor,
+    z_y: Tensor,
+    c: Tensor,
+    support: int,
+    other: bool,
+    offset: bool,
+    lowest: float = NEVER,
+) -> Tensor:
     """d [r, v], the pooled logits less B's, x = z − m: from differences, so that a teacher near the student loses no
-    digits; −1e30 beyond the columns the residual covers."""
+    digits; −1e30 beyond the columns the residual covers, and ``lowest`` for what the other model rules out."""
     d = c[0] * x
     if other:
-        o = o.narrow(1, 0, support).clamp(min=NEVER)  # what it rules out is −inf
+        o = o.narrow(1, 0, support).clamp(min=lowest)  # what it rules out is −inf
         if support < z.shape[1]:
             o = torch.nn.functional.pad(o, (0, z.shape[1] - support), value=NEVER)
         d = d + c[1] * (o - z)
     if offset:
         d = d + torch.nn.functional.logsigmoid(c[3] * (z - z_y))
     if support < z.shape[1]:
-        d = torch.where(torch.arange(z.shape[1], device=z.device).unsqueeze(0) < support, d, NEVER)
+        d = torch.where(_columns(z) < support, d, NEVER)
     return d
+
+
+def _columns(z: Tensor) -> Tensor:
+    return torch.arange(z.shape[1], device=z.device).unsqueeze(0)
+
+
+def _by_name(table: Tensor) -> dict[str, Tensor]:
+    """A table's rows, [r, 1] each."""
+    return dict(zip((*SUMS, *DERIVED), table.unsqueeze(2).unbind(0), strict=True))
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -238,5 +308,5 @@ _ONE_LOOP: dict[str, str | int | bool | Callable[..., Any]] = {
 def compiled(name: str):
     """One of the functions above through inductor: a graph for each combination of flags and dtypes, for any number of
     rows and any vocabulary."""
-    functions: dict[str, Callable] = {"maxima": maxima, "sums": sums, "gradient": gradient}
+    functions: dict[str, Callable] = {"maxima": maxima, "sums": sums, "mean_score": mean_score, "gradient": gradient}
     return torch.compile(functions[name], dynamic=True, fullgraph=True, options=_ONE_LOOP)

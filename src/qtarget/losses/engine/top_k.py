@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qtarget.losses.engine.buffers import PerRow, Rows, Scratch, Student, TermValues, TopKRows
 from qtarget.losses.engine.row_functions import derived, kl_terms
-from qtarget.losses.engine.row_plan import NEVER, TABLE
+from qtarget.losses.engine.row_plan import NEVER, TABLE, RowPlan
 from qtarget.targets.divergence import Divergence
 from qtarget.targets.residual import Residual, Term
 
@@ -157,14 +157,13 @@ class Entries:
     is_label: Tensor
     label_kept: Tensor
 
-    def put_back(self, table: Tensor, power: float, padded: bool) -> tuple[Tensor, Shares]:
-        """(the table of all columns from that of what was left, log p and log R − log p of the k and of what is outside).
+    def put_back(self, table: Tensor, plan: RowPlan, padded: bool) -> tuple[Tensor, Shares]:
+        """(the table of all columns from that of what was left, the difference on the k and on what is outside).
 
         What is outside has a maximum of its own, so that it is never lost however sure the student is of the k.
 
         Args:
-            table: [len(TABLE), r]. power: of the other model in the pool. padded: whether the first pass's pool is the
-                student over real tokens.
+            table: [len(TABLE), r]. padded: whether the first pass's pool is the student over real tokens.
         """
         s = dict(zip(TABLE, table.unbind(0), strict=True))
         left, z_y = s["m"], torch.where(self.label_kept, self.z_label, s["z_y"])
@@ -185,42 +184,53 @@ class Entries:
             "top": torch.maximum(s["top"], self.z.masked_fill(self.is_label, float("-inf")).amax(1)),
         }
         s |= derived(s)
-        shares = self._shares(s, log_outside, power)
-        s["shift"] = shares.d_tail
+        # Not where every real token is kept, for which a share would be 0/0.
+        s["log_s_b"] = torch.where(log_outside > 0.1 * NEVER, log_outside - m, 0.0)
+        shares = self._shares(s, log_outside, plan, padded)
+        s["tail_pull"] = shares.difference.select(1, self.z.shape[1])
         return torch.stack([s[name] for name in TABLE]), shares
 
-    def _shares(self, s: PerRow, log_outside: Tensor, power: float) -> Shares:
+    def _shares(self, s: PerRow, log_outside: Tensor, plan: RowPlan, padded: bool) -> Shares:
+        """What is outside is one outcome more: R/p is one number there, and so are the scores of every divergence."""
+        divergence = plan.divergence
         log_p = (self.z - s["m"].unsqueeze(1)) - s["log_s"].unsqueeze(1)
         log_p = torch.where(self.is_label, s["log_p_y"].unsqueeze(1), log_p)
         rest = log_outside - s["m"] - s["log_s"]
-        some = rest > 0.1 * NEVER  # False where every real token is kept
-        gap = power * (self.kept.logprobs - log_p)
-        gap_tail = torch.where(some, power * (self.kept.log_tail - rest), 0.0)
-        tail = torch.where(some, rest + gap_tail, float("-inf"))
-        log_norm = torch.cat([log_p + gap, tail.unsqueeze(1)], 1).logsumexp(1)
-        d_tail = torch.where(some, gap_tail - log_norm, 0.0).clamp(min=NEVER)
-        return Shares(self, log_p, gap - log_norm.unsqueeze(1), d_tail)
+        log_tail = torch.where(rest > 0.1 * NEVER, self.kept.log_tail, rest)
+        log_base = torch.cat([log_p, rest.unsqueeze(1)], 1)
+        if padded and not divergence.is_forward_kl:
+            log_base = log_base - log_base.logsumexp(1, keepdim=True)
+        gap = plan.c_o * (torch.cat([self.kept.logprobs, log_tail.unsqueeze(1)], 1) - log_base)
+        d = (log_base + gap).logsumexp(1, keepdim=True) - gap  # log B − log R
+        base, R = log_base.exp(), (log_base - d).exp()
+        difference = divergence.times_p(base, log_base, d)
+        value = divergence.value(base, R, d)
+        if divergence.is_forward_kl:
+            value = value + difference
+        else:
+            difference = difference - base * difference.sum(1, keepdim=True)
+        return Shares(self, log_p, difference, value.sum(1))
 
 
 @dataclass
 class Shares:
-    """log p [r, k] of the entries, d = log R − log p [r, k] of each, and the one d [r] of everything outside."""
+    """A residual's difference on the k entries and, last, on everything outside [r, k + 1]; log p [r, k] of the entries;
+    the divergence [r]."""
 
     entries: Entries
     log_p: Tensor
-    d: Tensor
-    d_tail: Tensor
+    difference: Tensor
+    value: Tensor
 
     def gradient(self, a: Tensor, b: Tensor, rest_mass: Tensor, with_kl: bool) -> tuple[PerRow, Tensor]:
-        """(what the k add to what the second pass found, g [r, k])."""
+        """(what the k, and the divergence, add to what the second pass found, g [r, k])."""
         a, b, rest_mass = a.unsqueeze(1), b.unsqueeze(1), rest_mass.unsqueeze(1)
-        p, R = self.log_p.exp(), (self.log_p + self.d).exp()
-        difference = torch.where(self.d.abs() < 0.1, -p * torch.expm1(self.d), p - R)
+        p, difference = self.log_p.exp(), self.difference.narrow(1, 0, self.log_p.shape[1])
         g = torch.where(self.entries.is_label, -a * rest_mass, a * p) + b * difference
         found = {
             "size": g.abs().sum(1),
             "lowest": (p - g).amin(1),
-            "kl": (torch.where(R > 0, R * self.d, 0.0) + difference).sum(1),
+            "divergence": self.value,
             "cross": (difference * self.log_p).sum(1),
         }
         if with_kl:
