@@ -103,14 +103,11 @@ class RowMath(RowCode):
             if f"{name}_log_p_y" in needs:
                 values[f"{name}_log_p_y"] = self._other_log_p_y(rows, name)
 
-        def top_k_entropy(k: int) -> Tensor:
+        def top_k(k: int) -> Tensor:
             check_top_k(k, rows.z.shape[-1])
-            top = rows.z.topk(k, dim=-1).values
-            gap = top[:, :1] - top[:, 1:]
-            rest = (-gap).exp().sum(-1)
-            return rest.log1p() + (gap * (-gap).exp()).sum(-1) / (1 + rest)
+            return student.log_p(rows.z, rows.z.topk(k, dim=-1).indices)
 
-        stats = TokenStats(values, top_k_entropy, needs)
+        stats = TokenStats(values, top_k, needs)
         a, b = self.target.weights(stats)
         return a, b, self.target.label_loss(stats)
 
