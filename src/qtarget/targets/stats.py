@@ -22,7 +22,7 @@ STATISTICS: dict[str, str | None] = {
     "teacher_entropy": "teacher",  # in nats
     "reference_log_p_y": "reference",
     "reference_lower_mass": "reference",  # lower_mass of the reference's own probabilities
-    "kl_reference": "reference",  # KL(p ‖ reference) in nats, p renormalised over the tokens the reference covers
+    "kl_reference": "reference",  # KL(p ‖ reference) in nats, p renormalised over the tokens it covers; may be +∞
     "old_logps": "old_policy",
     "weight": "weight",
     "critical": "critical",

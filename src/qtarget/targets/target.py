@@ -121,10 +121,9 @@ class Target:
 
     @property
     def needs_full_support(self) -> frozenset[str]:
-        """The models that may not rule out a token: some divergence from them would be infinite."""
+        """The models that may not rule out a token: some divergence from a residual of theirs would be infinite."""
         terms = (term for term in self.residual_terms if term.divergence.needs_full_support)
-        of_rules = {"reference"} if "kl_reference" in self.needs else frozenset()
-        return frozenset(name for term in terms for name in term.pool.requires) | of_rules
+        return frozenset(name for term in terms for name in term.pool.requires)
 
     @property
     def tempered(self) -> float | None:

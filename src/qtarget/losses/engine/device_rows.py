@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qtarget.losses import inputs
-from qtarget.losses.engine import top_k
+from qtarget.losses.engine import token_statistics, top_k
 from qtarget.losses.engine.block import label_statistics
 from qtarget.losses.engine.buffers import PerRow, RowCode, RowResult, Rows, TopKRows
 from qtarget.losses.engine.passes import HostReads, Passes
@@ -52,10 +52,7 @@ class DeviceRows(RowCode):
         z, y = rows.z, rows.labels
         pool = None if self.plan.is_pair else self.plan.pool
         kept = top_k.cheap_rows([] if pool is None else [pool], rows)
-        given = dict(rows.columns)
-        for name in ("teacher", "reference"):
-            if f"{name}_log_p_y" in self.target.needs:
-                given[f"{name}_log_p_y"] = self._aux_log_p_y(rows, name)
+        given = rows.columns | self._read_off_rows(rows)
         o = self._dense(rows, self.plan.other) if kept is None and self.plan.other is not None else z
         case = self._case(kept, z.shape[1])
         entries = None if kept is None else top_k.take_out(z, y, kept)
@@ -80,6 +77,13 @@ class DeviceRows(RowCode):
         return Part(table, found, a, b, active, given, tops)
 
     # -- what the passes are given -------------------------------------------------------------------------------
+
+    def _read_off_rows(self, rows: Rows) -> PerRow:
+        """What the rule reads that is not in the first pass's table, [r] each."""
+        needs = self.target.needs
+        by_kernel = {f"{name}_log_p_y": name for name in ("teacher", "reference") if f"{name}_log_p_y" in needs}
+        found = token_statistics.of_rows(rows, needs - by_kernel.keys(), self.vocab_size, self._dense)
+        return found | {statistic: self._aux_log_p_y(rows, name) for statistic, name in by_kernel.items()}
 
     def _aux_log_p_y(self, rows: Rows, name: str) -> Tensor:
         """log-probability of the label under another model, [r]: one more read of its logits."""
