@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from qtarget.errors import ConfigError
+from qtarget.lens import token_statistics
 from qtarget.lens.record import OTHERS, Record
 from qtarget.targets import Target, TokenStats
 from qtarget.targets.residual import Pool, Residual
@@ -175,6 +176,7 @@ class Replay:
         }
         for name in self.record.others:
             values[f"{name}_log_p_y"] = self.record.numbers(f"{name}_log_p_y")
+        values |= token_statistics.of_tokens(self, target.needs, notes)
         for name, taken in _WITHOUT_COLUMN.items():
             if name in self.record.signals:
                 values[name] = self.record.numbers(name)

@@ -36,7 +36,8 @@ def of_rows(
         return {}
     r, v = rows.z.shape
     height = block_rows(r, v, rows.z.element_size(), rows.z.device)
-    blocks = [_of_block(rows[begin : begin + height], wanted, vocab_size, dense) for begin in range(0, r, height)]
+    cuts = [slice(begin, min(begin + height, r)) for begin in range(0, r, height)]
+    blocks = [_of_block(rows[cut], wanted, vocab_size, dense) for cut in cuts]
     return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
 
