@@ -133,3 +133,51 @@ def test_a_target_of_ones_own():
     distance = (np.abs(figures.q - inside).sum(1) + np.abs(figures.q_tail - outside)) / 2
     assert (distance <= figures.q_error + 1e-9).all() and figures.q_error.max() > 0
     assert np.abs(figures.trust - stats["trust"].numpy()).max() < 1e-9
+
+
+WHOLE_ROWS = ("sum_sq", "rank", "lower_mass", "top_k_mass", "teacher_entropy", "reference_lower_mass", "kl_reference")
+
+
+def reads(name):
+    def rule(stats):
+        return stats.top_k_mass(10) if name == "top_k_mass" else getattr(stats, name)
+
+    return qt.Target(qt.trust.needs(name)(rule))
+
+
+def off(replay, name):
+    """What is replayed of the statistic less what it is, [N]."""
+    target = reads(name)
+    needs = [f"{model}_logits" for model in ("teacher", "reference") if model in target.requires]
+    return replay.figures(target).trust - oracle(target, needs)[0]["trust"].numpy()
+
+
+@pytest.mark.parametrize("name", WHOLE_ROWS)
+def test_a_statistic_of_whole_rows_with_nothing_unknown(name):
+    assert np.abs(off(EVERYTHING, name)).max() < 1e-9
+
+
+@pytest.mark.parametrize("name", WHOLE_ROWS)
+def test_a_statistic_of_whole_rows_is_noted_where_it_is_unsure(name):
+    few = Replay(record(k=10))
+    error, notes = off(few, name), few.figures(reads(name)).notes
+    if name in ("rank", "top_k_mass"):
+        assert np.abs(error).max() < 1e-9 and notes == []
+    elif name == "kl_reference":
+        assert error.max() < 1e-9 and notes == ["kl_reference is at least what is shown: each tail counts as one token"]
+    else:
+        said = float(notes[0].split("may be off by ")[1].split()[0]) if notes else 0.01
+        assert np.abs(error).mean() <= 1.05 * said
+
+
+@pytest.mark.parametrize("name", ["lower_mass", "teacher_entropy"])
+def test_a_statistic_of_which_the_tails_hold_much_says_so(name):
+    (note,) = Replay(record(k=5)).figures(reads(name)).notes
+    assert note.startswith(f"{name} may be off by ") and note.endswith("; capture with a larger --top_k")
+
+
+def test_the_mass_of_more_than_was_kept():
+    target = qt.Target(qt.trust.needs("top_k_mass")(lambda stats: stats.top_k_mass(50)))
+    assert REPLAY.figures(target).notes == [
+        "top_k is 50, but only the 20 likeliest tokens were captured; capture with --top_k 50"
+    ]

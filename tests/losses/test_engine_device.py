@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_engine_memory import LargestTensor
+from test_token_statistics import EVERYTHING
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,6 +34,9 @@ TARGETS = {name: qt.preset(name) for name in NAMES} | {
     "kd by reverse_kl": qt.preset("kd", divergence="reverse_kl"),
 }
 every_target = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+every_target_and_statistic = pytest.mark.parametrize(
+    "target", [*TARGETS.values(), EVERYTHING], ids=[*TARGETS, "statistics of whole rows"]
+)
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
@@ -183,7 +187,7 @@ def test_a_float32_head_is_cast_once_a_call():
 # ---- when it waits
 
 
-@every_target
+@every_target_and_statistic
 def test_two_host_reads_a_call(target):
     """One for how many tokens there are, one for what is wrong with them."""
     low, _ = half()
@@ -509,7 +513,7 @@ def on_fake_cuda(target: qt.Target, form: str = "logits", labels_on: str = "cuda
 
 
 @pytest.mark.parametrize("form", FORMS)
-@every_target
+@every_target_and_statistic
 def test_everything_between_the_kernels_stays_on_the_device(target, form):
     if form != "logits" and not {"teacher", "reference"} & target.requires:
         form = "logits"

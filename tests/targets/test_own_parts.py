@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,19 @@ def test_its_printed_loss_has_the_engines_gradient(my_rules):
     leaf = batch.hidden.clone().requires_grad_()
     qt.linear_target_loss(leaf, batch.weight, batch.labels, target, reduction="sum").loss.backward()
     assert torch.allclose(leaf.grad, printed @ batch.weight, rtol=1e-10, atol=1e-12)
+
+
+def test_a_function_of_statistics_of_whole_rows(tmp_path, monkeypatch):
+    code = """
+        import qtarget as qt
+
+        @qt.trust.needs("sum_sq", "rank")
+        def first_or_sure(stats):
+            return (stats.rank == 1) | (stats.sum_sq > 0.5)
+    """
+    (tmp_path / "rules_of_rows.py").write_text(textwrap.dedent(code), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert_engine_is_oracle(ordinary_batch(), qt.Target.from_config({"trust": "rules_of_rows:first_or_sure"}))
 
 
 def test_a_preset_without_a_printed_loss(monkeypatch):

@@ -166,9 +166,9 @@ class Entropy(Rule):
 
     normalizer is "log_k" (the paper), a number (LLaMA-Factory uses 3.0) or "none" (axolotl; γ then reaches log k).
 
-    >>> undecided = TokenStats({"log_p_y": torch.zeros(1)}, top_k_entropy=lambda k: torch.tensor([math.log(k) / 2]))
+    >>> undecided = TokenStats({}, top_k=lambda k: torch.full((1, k), -math.log(2 * k)))
     >>> Entropy(top_k=5)(undecided)
-    tensor([0.5000])
+    tensor([1.])
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"log_p_y", "top_k_entropy"})

@@ -31,7 +31,7 @@ class TopKRows:
     tail: str
 
     def __getitem__(self, rows: slice) -> TopKRows:
-        return TopKRows(self.ids[rows], self.logprobs[rows], self.log_tail[rows], self.tail)
+        return TopKRows(*(_some(x, rows) for x in (self.ids, self.logprobs, self.log_tail)), self.tail)
 
 
 @dataclass
@@ -56,16 +56,21 @@ class Rows:
 
     def __getitem__(self, rows: slice) -> Rows:
         """Some of the rows; with ``places`` all of g stays."""
-        g = self.g if self.g is None or self.places is not None else self.g[rows]
+        g = self.g if self.g is None or self.places is not None else _some(self.g, rows)
         return Rows(
-            self.z[rows],
-            {name: other[rows] for name, other in self.aux.items()},
-            self.labels[rows],
-            {name: column[rows] for name, column in self.columns.items()},
+            _some(self.z, rows),
+            {name: _some(x, rows) if isinstance(x, Tensor) else x[rows] for name, x in self.aux.items()},
+            _some(self.labels, rows),
+            {name: _some(column, rows) for name, column in self.columns.items()},
             g,
             self.places,
-            None if self.factor is None else self.factor[rows],
+            None if self.factor is None else _some(self.factor, rows),
         )
+
+
+def _some(x: Tensor, rows: slice) -> Tensor:
+    """``x[rows]``, also of a tensor without data."""
+    return x.narrow(0, rows.start, rows.stop - rows.start)
 
 
 @dataclass
