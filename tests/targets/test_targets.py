@@ -515,13 +515,19 @@ def test_a_rule_that_reads_more_than_it_declares_is_told(read):
         getattr(stats, read)
 
 
-def test_a_rule_that_reads_the_top_k_without_declaring_it_is_told():
-    told = "reads stats.top_k_entropy without declaring it; add 'top_k_entropy' to the rule's needs"
+def top_k(k):
+    return torch.tensor([[0.5, 0.25, 0.125]], dtype=torch.float64).log()[:, :k]
+
+
+@pytest.mark.parametrize("name, expected", [("top_k_entropy", math.log(3) - 2 / 3 * math.log(2)), ("top_k_mass", 0.75)])
+def test_a_rule_that_reads_the_top_k_declares_it(name, expected):
+    told = f"reads stats.{name} without declaring it; add '{name}' to the rule's needs"
     with pytest.raises(AttributeError, match=told):
-        TokenStats({"log_p_y": P_Y.log()}, lambda k: P_Y, needs=frozenset()).top_k_entropy(5)
+        getattr(TokenStats({}, top_k, needs=frozenset()), name)(2)
     with pytest.raises(AttributeError, match=told):
-        TokenStats({"log_p_y": P_Y.log()}).top_k_entropy(5)
-    assert torch.equal(TokenStats({}, lambda k: P_Y, needs={"top_k_entropy"}).top_k_entropy(5), P_Y)
+        getattr(TokenStats({}), name)(2)
+    got = getattr(TokenStats({}, top_k, needs={name}), name)(2)
+    torch.testing.assert_close(got, torch.tensor([expected], dtype=torch.float64))
 
 
 def test_a_statistic_that_does_not_exist_lists_those_that_do():

@@ -186,18 +186,15 @@ class Replay:
             values["offset_mass"], unsure = self._offset_mass(target.residual_terms[0].pool)
             unsure = unsure / values["offset_mass"]
 
-        def top_k_entropy(k: int) -> torch.Tensor:
+        def top_k(k: int) -> torch.Tensor:
             kept = self.record.manifest["top_k"]
             if k > kept:
                 notes.append(
                     f"top_k is {k}, but only the {kept} likeliest tokens were captured; capture with --top_k {k}"
                 )
-            top = -np.sort(-self.logps["student"], axis=1)[:, : min(k, kept)]
-            p = np.exp(top - np.logaddexp.reduce(top, axis=1, keepdims=True))
-            with np.errstate(divide="ignore", invalid="ignore"):
-                return torch.from_numpy(-np.where(p > 0, p * np.log(p), 0.0).sum(1))
+            return torch.from_numpy(-np.sort(-self.logps["student"], axis=1)[:, : min(k, kept)])
 
-        stats = TokenStats({name: torch.from_numpy(v) for name, v in values.items()}, top_k_entropy, target.needs)
+        stats = TokenStats({name: torch.from_numpy(v) for name, v in values.items()}, top_k, target.needs)
         a, b = target.weights(stats)
         return a.numpy(), [weight.numpy() for weight in b], unsure
 

@@ -188,25 +188,29 @@ def _evaluate(z: Tensor, tokens: Tokens, target: Target, others: dict[str, Tenso
     """Evaluate the trust rule and the residuals; nothing here has a gradient."""
     y = tokens.labels[:, None]
     log_p = z.log_softmax(-1)
-    others_than_y = log_p.exp().scatter(1, y, 0.0)
+    p = log_p.exp()
     values = {
         "log_p_y": log_p.gather(1, y).squeeze(1),
-        "rest_mass": others_than_y.sum(-1),
-        "entropy": -(log_p.exp() * log_p).sum(-1),
+        "rest_mass": p.scatter(1, y, 0.0).sum(-1),
+        "entropy": _cross_entropy(p, log_p),
+        "sum_sq": p.square().sum(-1),
+        "rank": 1 + (z > z.gather(1, y)).sum(-1).to(z.dtype),
+        "lower_mass": _lower_mass(z, log_p, y),
         **tokens.columns,
     }
     for name, logits in others.items():
         log_other = logits[:, :vocab_size].log_softmax(-1)
-        log_other = F.pad(log_other, (0, vocab_size - log_other.shape[-1]), value=float("-inf"))
+        support = log_other.shape[-1]
+        log_other = F.pad(log_other, (0, vocab_size - support), value=float("-inf"))
         values[f"{name}_log_p_y"] = log_other.gather(1, y).squeeze(1)
+        values[f"{name}_entropy"] = _cross_entropy(log_other.exp(), log_other)
+        values[f"{name}_lower_mass"] = _lower_mass(log_other, log_other, y)
+        log_covered = z[:, :support].log_softmax(-1)
+        values[f"kl_{name}"] = _kl(log_covered, log_other[:, :support])
 
-    def top_k_entropy(k: int) -> Tensor:
+    def top_k(k: int) -> Tensor:
         check_top_k(k, z.shape[-1])
-        top = z.topk(k, dim=-1).values
-        gap = top - top[:, :1]
-        # Σ exp(gap) is 1 for the likeliest and the rest: log1p keeps the digits of an entropy near 0.
-        log_top = gap - gap[:, 1:].exp().sum(-1, keepdim=True).log1p()
-        return -(log_top.exp() * log_top).sum(-1)
+        return log_p.topk(k, dim=-1).values
 
     log_R, masses = [], []
     for term in target.residual_terms:
@@ -215,7 +219,7 @@ def _evaluate(z: Tensor, tokens: Tokens, target: Target, others: dict[str, Tenso
         masses.append(mass)
     if masses:
         values["offset_mass"] = masses[0]
-    token_stats = TokenStats(values, top_k_entropy, target.needs)
+    token_stats = TokenStats(values, top_k, target.needs)
     a, b = target.weights(token_stats)
     residuals = [
         EvaluatedTerm(
@@ -241,6 +245,10 @@ def _pool_distribution(
         mass = (pooled.softmax(-1) * offset.exp()).sum(-1)
         pooled = pooled + offset
     return pooled.log_softmax(-1), mass
+
+
+def _lower_mass(z: Tensor, log_p: Tensor, y: Tensor) -> Tensor:
+    return torch.where(z < z.gather(1, y), log_p.exp(), torch.zeros_like(z)).sum(-1)
 
 
 def _cross_entropy(R: Tensor, log_p: Tensor) -> Tensor:

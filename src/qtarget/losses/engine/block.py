@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qtarget.losses.engine import token_statistics
 from qtarget.losses.engine.buffers import PerRow, RowCode, RowResult, Rows, Scratch, Student, Term, TopKRows
 from qtarget.losses.engine.top_k import Outside, add_top_k, cheap_rows, sums
 from qtarget.losses.inputs import check_top_k
@@ -99,26 +100,15 @@ class RowMath(RowCode):
         values |= rows.columns
         if "offset_mass" in needs and self.target.residual_terms:
             values["offset_mass"] = self._offset_mass(self.target.residual_terms[0].pool, rows)
-        for name in ("teacher", "reference"):
-            if f"{name}_log_p_y" in needs:
-                values[f"{name}_log_p_y"] = self._other_log_p_y(rows, name)
+        values |= token_statistics.of_rows(rows, needs, self.vocab_size, self._dense)
 
-        def top_k_entropy(k: int) -> Tensor:
+        def top_k(k: int) -> Tensor:
             check_top_k(k, rows.z.shape[-1])
-            top = rows.z.topk(k, dim=-1).values
-            gap = top[:, :1] - top[:, 1:]
-            rest = (-gap).exp().sum(-1)
-            return rest.log1p() + (gap * (-gap).exp()).sum(-1) / (1 + rest)
+            return student.log_p(rows.z, rows.z.topk(k, dim=-1).indices)
 
-        stats = TokenStats(values, top_k_entropy, needs)
+        stats = TokenStats(values, top_k, needs)
         a, b = self.target.weights(stats)
         return a, b, self.target.label_loss(stats)
-
-    def _other_log_p_y(self, rows: Rows, name: str) -> Tensor:
-        logits = self._dense(rows, name)
-        support = min(self.vocab_size, logits.shape[-1])
-        log_p_y = logits[:, :support].log_softmax(-1).gather(1, rows.labels[:, None].clamp(max=support - 1))
-        return log_p_y.squeeze(1).masked_fill(rows.labels >= support, float("-inf"))
 
     # -- gradient where every residual is the student ------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qtarget.losses import inputs
-from qtarget.losses.engine import top_k
+from qtarget.losses.engine import token_statistics, top_k
 from qtarget.losses.engine.block import label_statistics
 from qtarget.losses.engine.buffers import PerRow, RowCode, RowResult, Rows, TopKRows
 from qtarget.losses.engine.passes import HostReads, Passes
@@ -27,6 +27,7 @@ from qtarget.losses.engine.row_plan import FOUND, NEVER, TABLE, RowPlan
 from qtarget.losses.inputs import check_top_k
 from qtarget.losses.output import simplex_tolerance
 from qtarget.targets import TokenStats
+from qtarget.targets.stats import OF_TOP_K
 
 logger = logging.getLogger(__name__)
 _watched: set[str] = set()
@@ -51,10 +52,7 @@ class DeviceRows(RowCode):
         z, y = rows.z, rows.labels
         pool = None if self.plan.is_pair else self.plan.pool
         kept = top_k.cheap_rows([] if pool is None else [pool], rows)
-        given = dict(rows.columns)
-        for name in ("teacher", "reference"):
-            if f"{name}_log_p_y" in self.target.needs:
-                given[f"{name}_log_p_y"] = self._aux_log_p_y(rows, name)
+        given = rows.columns | self._read_off_rows(rows)
         o = self._dense(rows, self.plan.other) if kept is None and self.plan.other is not None else z
         case = self._case(kept, z.shape[1])
         entries = None if kept is None else top_k.take_out(z, y, kept)
@@ -63,8 +61,8 @@ class DeviceRows(RowCode):
         if entries is not None:
             table, shares = entries.put_back(table, self.plan.c_o, padded=case.pooled)
             case = replace(case, pooled=False, one_shift=True)
-        entropies: dict[int, Tensor] = {}
-        a, b = self._weights(self._stats(table, given, entropies, lambda k: _top_k_entropy(z, groups, entries, k)))
+        tops: dict[int, Tensor] = {}
+        a, b = self._weights(self._stats(table, given, tops, lambda k: _largest(z, groups, entries, k)))
         weight = b[0] if b else torch.zeros_like(a)  # of the one difference
         active = (a != 0) | (weight != 0) if b else a != 0  # two operations less, in every chunk
         factor = torch.full_like(a, self.factor)
@@ -76,9 +74,16 @@ class DeviceRows(RowCode):
             found = _together(found, more)
             if self.gradient:
                 shares.write(g, rows, places, self.softcap, weights.select(0, 2))
-        return Part(table, found, a, b, active, given, entropies)
+        return Part(table, found, a, b, active, given, tops)
 
     # -- what the passes are given -------------------------------------------------------------------------------
+
+    def _read_off_rows(self, rows: Rows) -> PerRow:
+        """What the rule reads that is not in the first pass's table, [r] each."""
+        needs = self.target.needs
+        by_kernel = {f"{name}_log_p_y": name for name in ("teacher", "reference") if f"{name}_log_p_y" in needs}
+        found = token_statistics.of_rows(rows, needs - by_kernel.keys(), self.vocab_size, self._dense)
+        return found | {statistic: self._aux_log_p_y(rows, name) for statistic, name in by_kernel.items()}
 
     def _aux_log_p_y(self, rows: Rows, name: str) -> Tensor:
         """log-probability of the label under another model, [r]: one more read of its logits."""
@@ -90,7 +95,7 @@ class DeviceRows(RowCode):
         return table.select(0, TABLE.index("log_p_y")).masked_fill(rows.labels >= support, float("-inf"))
 
     def _case(self, kept: TopKRows | None, width: int) -> Pass:
-        plan, groups = self.plan, "top_k_entropy" in self.target.needs
+        plan, groups = self.plan, not self.target.needs.isdisjoint(OF_TOP_K)
         if kept is not None:
             # With a padded vocabulary the pool is the student itself over real tokens: what it has outside the k.
             return Pass(support=self.vocab_size, pooled=self.vocab_size < width, groups=groups)
@@ -108,20 +113,20 @@ class DeviceRows(RowCode):
         )
 
     def _stats(
-        self, table: Tensor, given: PerRow, entropies: dict[int, Tensor], top_k_entropy: Callable[[int], Tensor] | None
+        self, table: Tensor, given: PerRow, tops: dict[int, Tensor], largest: Callable[[int], Tensor] | None
     ) -> TokenStats:
-        """Entropies of the top k read the logits, which are gone when the loss is reported: ``entropies`` holds them."""
+        """The k largest are read off the logits, which are gone when the loss is reported: ``tops`` holds them."""
         values = _by_name(TABLE, table)
         if self.plan.slope is None and "offset_mass" in self.target.needs:
             values["offset_mass"] = torch.ones_like(values["log_p_y"])
 
-        def remembered(k: int) -> Tensor:
-            if k not in entropies:
-                assert top_k_entropy is not None, f"the entropy of the top {k} is asked for after the logits are gone"
-                entropies[k] = top_k_entropy(k)
-            return entropies[k]
+        def top_k(k: int) -> Tensor:
+            if k not in tops:
+                assert largest is not None, f"the top {k} is asked for after the logits are gone"
+                tops[k] = (largest(k).t() - values["m"]) - values["log_s"]
+            return tops[k].t()
 
-        return TokenStats(values | given, remembered, self.target.needs)
+        return TokenStats(values | given, top_k, self.target.needs)
 
     def _weights(self, stats: TokenStats) -> tuple[Tensor, list[Tensor]]:
         """The target's weights. The first time, a rule that reads a number of the device is told of by its name."""
@@ -165,7 +170,7 @@ class DeviceRows(RowCode):
         """Loss and statistics of all rows of the blocks."""
         part = _joined(parts)
         rows, found, a, b = _by_name(TABLE, part.table), _by_name(FOUND, part.found), part.a, part.b
-        label_loss = self.target.label_loss(self._stats(part.table, part.given, part.entropies, None))
+        label_loss = self.target.label_loss(self._stats(part.table, part.given, part.tops, None))
         statistics = label_statistics(rows["log_p_y"], rows["entropy"], rows["z_y"] >= rows["top"], a, b)
         tolerance = simplex_tolerance(a.dtype)
         loss, cross, lowest = label_loss, torch.zeros_like(a), found["lowest"]
@@ -198,7 +203,8 @@ class Part:
 
     Attributes:
         table: [len(TABLE), r]. found: [len(FOUND), r]. a: [r]. b: [r] each. active: [r], whether the row has a gradient.
-        given: what the rule reads beside the student's statistics. entropies: of the top k that it asked for, by k.
+        given: what the rule reads beside the student's statistics. tops: [k, r] the log-probabilities of
+            the k likeliest, by each k it asked for.
     """
 
     table: Tensor
@@ -207,7 +213,7 @@ class Part:
     b: list[Tensor]
     active: Tensor
     given: PerRow
-    entropies: dict[int, Tensor]
+    tops: dict[int, Tensor]
 
 
 def _joined(values: Sequence[Any]) -> Any:
@@ -234,19 +240,15 @@ def _together(found: Tensor, more: PerRow) -> Tensor:
     return torch.stack([rows[name] for name in FOUND])
 
 
-def _top_k_entropy(z: Tensor, groups: Tensor | None, entries: top_k.Entries | None, k: int) -> Tensor:
-    """Entropy of the k largest, renormalised: they are among the k groups of columns with the largest maxima."""
+def _largest(z: Tensor, groups: Tensor | None, entries: top_k.Entries | None, k: int) -> Tensor:
+    """The k largest logits, [r, k]: they are among the k groups of columns with the largest maxima."""
     assert groups is not None
     width = z.shape[1]
     check_top_k(k, width)
     best = groups.topk(min(k, groups.shape[1]), dim=1).indices
-    places = (best.unsqueeze(2) * GROUP + torch.arange(GROUP, device=z.device)).flatten(1)
+    places = torch.add(torch.arange(GROUP, device=z.device), best.unsqueeze(2), alpha=GROUP).flatten(1)
     # the last group may have fewer columns
     values = z.gather(1, places.clamp(max=width - 1)).masked_fill(places >= width, NEVER)
     if entries is not None:  # the entries that were taken out
         values = torch.cat([values, entries.z], 1)
-    largest = values.topk(k, dim=1).values
-    gap = largest.narrow(1, 1, k - 1) - largest.narrow(1, 0, 1)
-    share = gap.exp()
-    rest = share.sum(1)
-    return rest.log1p() - (gap * share).sum(1) / (1 + rest)
+    return values.topk(k, dim=1).values

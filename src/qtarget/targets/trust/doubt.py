@@ -23,9 +23,9 @@ class Entropy(Rule):
     power = 0 is SFT.
 
     >>> import torch
-    >>> undecided = TokenStats({"log_p_y": torch.zeros(1)}, top_k_entropy=lambda k: torch.tensor([math.log(k) / 2]))
+    >>> undecided = TokenStats({}, top_k=lambda k: torch.full((1, k), -math.log(2 * k)))
     >>> Entropy(top_k=5)(undecided)
-    tensor([0.5000])
+    tensor([1.])
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"log_p_y", "top_k_entropy"})
