@@ -43,7 +43,7 @@ def entropy(logits: Tensor) -> Tensor:
 def weighted_nll(logits: Tensor, labels: Tensor, weight: Callable[[Tensor], Tensor]) -> Tensor:
     """−sg(a) log p_y with the weight a = weight(p_y)"""
     log_p_y = label_log_p(logits, labels)
-    return -weight(log_p_y.exp()).detach() * log_p_y
+    return weight(log_p_y.exp()).detach() * -log_p_y
 
 
 def dft(logits: Tensor, labels: Tensor) -> Tensor:
