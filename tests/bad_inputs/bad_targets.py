@@ -210,6 +210,14 @@ CASES = [
         "key beside mode is 'kl_weights'; did you mean 'kl_weight'?",
     ),
     setting(
+        "a-typo-of-a-peer-s-key",
+        "the same at the top of the config",
+        "'kl_weights'; did you mean kl_weight?",
+        target=None,
+        mode="asft",
+        kl_weights=0.5,
+    ),
+    setting(
         "beta-alone",
         "distillation's number beside a target that says nothing of it",
         "beta is 0.5 without lmbda: 0, which makes it TRL's GKD on a fixed dataset; add it, or write a preset's own",

@@ -126,4 +126,7 @@ def test_divergences(capsys):
     shown = answer(capsys, "divergences")
     for record in records:
         assert re.search(rf"^{record['name']}\b", shown, re.M) and record["equation"] in shown
-    assert "Q stays on the simplex while a + 0.347 b ≤ 1" in shown and "Q may leave the simplex; R has to give" in shown
+    assert (
+        "Q stays on the simplex while a + 0.347 b ≤ 1" in shown
+        and "Q may leave the simplex; R must be above 0" in shown
+    )

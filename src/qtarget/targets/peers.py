@@ -140,7 +140,8 @@ def _objective_trans(config: Mapping) -> Spelling | None:
     return Spelling(target, f"objective_trans: {spelled} ({peer}) is read as {target}")
 
 
-# Of both models, which is another objective wherever the two differ beyond the teacher's top k.
+_GKD = ("rlhf_type", "lmbda", "beta", "temperature", "seq_kd", "sft_alpha", "gkd_logits_topk")
+_AXOLOTL_KD = ("kd_ce_alpha", "kd_alpha", "kd_temperature", "kd_beta", "kd_normalize_topk")
 _TOP_K = (
     "it renormalises both models over the teacher's top k and never teaches the rest; a teacher_cache keeps the k "
     "likeliest with their tail: leave it out"
@@ -251,9 +252,6 @@ def _asft_flag(config: Mapping) -> tuple[Target, str]:
     target = presets.build("asft", kl_weight=_number(config, "asft_alpha", 0.1))
     return _said(target, _per_micro_batch("LLaMA-Factory"))
 
-
-_GKD = ("rlhf_type", "lmbda", "beta", "temperature", "seq_kd", "sft_alpha", "gkd_logits_topk")
-_AXOLOTL_KD = ("kd_ce_alpha", "kd_alpha", "kd_temperature", "kd_beta", "kd_normalize_topk")
 
 # (the keys a reader owns, the first being its flag; the reader)
 _READERS: list[tuple[tuple[str, ...], Callable[[Mapping], Spelling | None]]] = [

@@ -122,7 +122,7 @@ def divergences(options: Any) -> int:
         lines = [f"{record['name']} {_flow(record['parameters'])}" if record["parameters"] else record["name"]]
         lines += [] if summary.startswith(record["equation"]) else [record["equation"]]
         simplex = "Q may leave the simplex" if reach is None else f"Q stays on the simplex while a + {reach:.3g} b ≤ 1"
-        needs = "; R has to give every token something" if record["needs_full_support"] else ""
+        needs = "; R must be above 0 everywhere" if record["needs_full_support"] else ""
         console.print("\n    ".join([*lines, summary, simplex + needs]), markup=False, soft_wrap=True)
     return 0
 
