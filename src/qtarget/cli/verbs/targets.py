@@ -131,7 +131,7 @@ def _record(name: str) -> dict[str, Any]:
     from qtarget.targets import presets
 
     entry, target = presets.describe(name), presets.build(name)
-    written = ("name", "group", "summary", "formula", "trusts", "rest", "parameters", "defaults", "traps")
+    written = ("name", "group", "summary", "formula", "trusts", "rest", "parameters", "defaults", "traps", "schedule")
     return {
         **{field: getattr(entry, field) for field in written},
         "gradient": _gradient(target, entry.parameters),
@@ -233,6 +233,7 @@ def _show(record: dict[str, Any]) -> None:
         ("source", record["source"]),
         ("also called", ", ".join(record["aliases"])),
         ("in a config", f"target: {written}"),
+        ("as published", f"target: {_flow({'preset': name, **record['schedule']})}" if record["schedule"] else ""),
         ("or in parts", f"target: {_flow(record['parts'])}"),
     ]
     for heading, text in rows:

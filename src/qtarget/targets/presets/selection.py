@@ -1,4 +1,4 @@
-"""Objectives that choose which tokens are trained, by the student, by the reference or by a column of the data."""
+"""Objectives that choose which tokens are trained, by student, reference or data."""
 
 from __future__ import annotations
 
