@@ -138,8 +138,7 @@ class EvaluatedTerm:
         """[n], of which the gradient on the logits is that of D(R, p), with R and the score held constant."""
         if self.divergence.is_forward_kl:
             return _cross_entropy(self.log_R.exp(), z.log_softmax(-1))
-        # Σ c log p has the gradient c − p Σ c, which is p ⊙ (s − E_p[s]) for c = p s, also where p underflows.
-        return (self._score_times_p(z.detach()) * self._covered(z).log_softmax(-1)).sum(-1)
+        return (self.gradient(z.detach()) * z).sum(-1)
 
     def gradient(self, z: Tensor) -> Tensor:
         """The gradient itself, [n, V]."""
