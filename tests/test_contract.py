@@ -51,7 +51,7 @@ def _called_in_lower_case(module: Any) -> list[str]:
         for name in vars(module)
         if name.islower()
         and not name.startswith("_")
-        and getattr(getattr(module, name), "__module__", "") == module.__name__
+        and f"{getattr(getattr(module, name), '__module__', '')}.".startswith(f"{module.__name__}.")
     )
 
 

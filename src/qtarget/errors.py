@@ -126,6 +126,12 @@ def check_range(
     return float(value)
 
 
+def check_bool(field: str, value: object) -> None:
+    """Raise unless ``value`` is true or false."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{field} is {value!r}; use true or false")
+
+
 @contextlib.contextmanager
 def loading(field: str, name: object, what: str = "") -> Iterator[None]:
     """Whatever a library raises for a folder or hub id that it cannot read becomes one sentence.

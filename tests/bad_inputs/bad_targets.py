@@ -203,6 +203,26 @@ CASES = [
         ("target is 'sft', but use_eaft", "keep one of them"),
         use_eaft=True,
     ),
+    target(
+        "a-typo-beside-a-peer-s-key",
+        "a key that no reader of mode knows",
+        {"mode": "asft", "kl_weights": 0.5},
+        "key beside mode is 'kl_weights'; did you mean 'kl_weight'?",
+    ),
+    setting(
+        "a-typo-of-a-peer-s-key",
+        "the same at the top of the config",
+        "'kl_weights'; did you mean kl_weight?",
+        target=None,
+        mode="asft",
+        kl_weights=0.5,
+    ),
+    setting(
+        "beta-alone",
+        "distillation's number beside a target that says nothing of it",
+        "beta is 0.5 without lmbda: 0, which makes it TRL's GKD on a fixed dataset; add it, or write a preset's own",
+        beta=0.5,
+    ),
     setting("a-contradiction", "two names of an objective", "the settings contradict each other", loss_type="dft"),
     setting(
         "an-unknown-loss-type",

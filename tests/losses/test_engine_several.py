@@ -29,7 +29,7 @@ MIXTURES = {
     "teacher and reference": [qt.preset("kd", temperature=2.0), qt.preset("asft"), qt.preset("gem", h="logsigmoid")],
     "columns": [qt.preset("cft"), qt.preset("iw-sft"), qt.preset("psft"), qt.preset("profit")],
     "the same twice": [qt.preset("target-sft"), qt.preset("target-sft")],
-    "all fifteen": [qt.preset(name) for name in qt.presets.names()],
+    "all presets": [qt.preset(name) for name in qt.presets.names()],
 }
 REDUCED = {"reduction": "sum", "stats": "all"}
 

@@ -314,13 +314,20 @@ def test_requires_names_the_extra_inputs(case):
     assert preset_of(case).requires == {REQUIREMENT[name] for name in case.needs if name != "vocab_size"}
 
 
-@pytest.mark.parametrize("direction, kept", [("higher", True), ("lower", False)])
-def test_profit_keeps_a_label_exactly_at_the_threshold(direction, kept):
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"direction": "higher", "tau": 0.5},
+        {"direction": "lower", "tau": 0.5},
+        {"direction": "middle", "tau_low": 0.5, "tau_high": 0.6},
+        {"direction": "middle", "tau_low": 0.4, "tau_high": 0.5},
+    ],
+)
+def test_profit_keeps_a_label_exactly_at_the_threshold(numbers):
+    """As its code does: it drops p > τ for lower, and p < τ_low or p > τ_high for middle."""
     leaf = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
-    target = qt.preset("profit", tau=0.5, direction=direction)
-    qt.target_loss(leaf, torch.tensor([1]), target, reduction="sum").loss.backward()
-    expected = torch.tensor([[0.5, -0.5]], dtype=torch.float64) * kept
-    assert_rows_agree(leaf.grad, expected, "gradient")
+    qt.target_loss(leaf, torch.tensor([1]), qt.preset("profit", **numbers), reduction="sum").loss.backward()
+    assert_rows_agree(leaf.grad, torch.tensor([[0.5, -0.5]], dtype=torch.float64), "gradient")
 
 
 # ---- identities

@@ -15,6 +15,7 @@ import qtarget as qt
 from engine_and_oracle import assert_engine_is_oracle, ordinary_batch
 from qtarget.cli.__main__ import main
 from qtarget.targets.presets import entry, labels
+from qtarget.targets.schedule import ScheduledTarget
 
 PAGE = (Path(__file__).parents[2] / "docs" / "targets.md").read_text(encoding="utf-8")
 RECIPES = [yaml.safe_load(block)["target"] for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.S)]
@@ -33,14 +34,14 @@ def my_rules(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_the_pages_recipes_reach_the_engine(recipe, my_rules):
-    target = qt.Target.from_config(recipe)
+    target = ScheduledTarget.read(recipe).at(5, 10)
     again = qt.Target.from_config(json.loads(json.dumps(target.to_config())))
     assert again == target and str(again) == str(target)
     assert_engine_is_oracle(ordinary_batch(), target)
 
 
-def test_the_page_shows_a_rule_a_residual_and_a_preset():
-    assert len(RECIPES) == 4
+def test_the_page_shows_schedules_a_rule_a_residual_a_divergence_and_a_preset():
+    assert len(RECIPES) == 7
 
 
 @pytest.mark.parametrize("named", ["certain", "my_rules:certain"])

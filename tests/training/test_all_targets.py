@@ -1,4 +1,4 @@
-"""Each of the fifteen targets from raw rows, a model and, where named, a teacher: the command line from end to end.
+"""Each of the named targets from raw rows, a model and, where named, a teacher: the command line from end to end.
 
 What a target needs besides is made by the project's own verbs: iw-sft's reference, cft's critical tokens, psft's old
 policy. In one process each; three of them, and all in the long tests, as commands of their own.

@@ -151,7 +151,7 @@ def test_a_share_is_written_back():
             {"schedule": "linear", "from": 0, "to": 1, "step": 3},
             "key of the schedule of eta is 'step'; did you mean 'st",
         ),
-        ({"schedule": "linear", "from": 0, "to": 1, "steps": 0}, "eta.steps is 0; use a whole number from 1"),
+        ({"schedule": "linear", "from": 0, "to": 1, "steps": 0}, "eta.steps is 0; use a whole number of steps"),
     ],
 )
 def test_a_schedule_that_makes_no_sense(eta, told, tmp_path):

@@ -13,7 +13,7 @@ from qtarget.errors import QTargetError, unknown
 VERBS = {
     "train": ("fine-tune a model toward a target", "qtarget train --config recipes/quickstart.yaml"),
     "plan": ("memory, steps, operations beforehand", "qtarget plan --config FILE --gpus 8 --gpu_memory 80"),
-    "targets": ("the objectives, their formulas", "qtarget targets    |  qtarget targets show target-sft"),
+    "targets": ("the objectives, their formulas", "qtarget targets    |  qtarget targets show|compare NAME"),
     "cache": ("a teacher asked once, kept on disk", "qtarget cache build --config FILE -o DIR"),
     "teacher": ("does a teacher suit rows and student", "qtarget teacher check --config FILE"),
     "data": ("the signals some targets train on", "qtarget data weights|oldlogps|critical --config FILE -o DIR"),

@@ -88,7 +88,7 @@ def read(arguments: Sequence[str]) -> Settings:
                 settings.spelled[key] = _yaml(value, key) if isinstance(value, str) else value
             else:
                 place = f"key in {config_file}" if origin == "file" else "flag"
-                raise ConfigError(_unknown_key(place, key, origin, where))
+                raise ConfigError(_unknown_key(place, key, origin, [*where, *peers.KEYS]))
         except ConfigError as error:
             settings.faults += error.faults
         else:

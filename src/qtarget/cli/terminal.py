@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
+import string
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qtarget.errors import ConfigError
@@ -42,6 +44,31 @@ def table(*headings: str, left: tuple[str, ...] = (), title: str | None = None, 
     for heading in headings:
         made.add_column(Text(heading), justify="left" if heading in left else "right", **column)
     return made
+
+
+def plot(curves: Mapping[str, Sequence[float]], axis: str, height: int = 16) -> str:
+    """Curves over equally spaced points from 0 to 1, a column each, in plain characters.
+
+    Each curve is drawn with a letter, equal ones with the same; where several meet, the first is seen.
+
+    Args:
+        curves: name → its values. axis: what stands below.
+    """
+    names: dict[tuple[float, ...], list[str]] = {}
+    for name, values in curves.items():
+        names.setdefault(tuple(values), []).append(name)
+    letters = dict(zip(names, itertools.cycle(string.ascii_lowercase), strict=False))
+    bottom = min(0.0, *map(min, names))
+    top = max(bottom + 1e-9, *map(max, names))
+    width = max(map(len, names))
+    grid = [[" "] * width for _ in range(height)]
+    for values, letter in reversed(letters.items()):
+        for column, value in enumerate(values):
+            grid[round((top - value) / (top - bottom) * (height - 1))][column] = letter
+    marked = {row: f"{top + (bottom - top) * row / (height - 1):8.3g}" for row in (0, height // 2, height - 1)}
+    lines = [f"{marked.get(row, ''):8} |{''.join(cells)}".rstrip() for row, cells in enumerate(grid)]
+    lines += [f"{'':8} +{'-' * width}", f"{'':10}0{axis:^{width - 2}}1", ""]
+    return "\n".join([*lines, *(f"{letter} = {', '.join(names[values])}" for values, letter in letters.items())])
 
 
 def bar(total: int, what: str) -> Callable[[int], None]:

@@ -53,9 +53,8 @@ class Objective:
         return frozenset().union(*(target.requires for target in self.targets.values()))
 
     def requires_from(self, step: int, total_steps: int) -> frozenset[str]:
-        """What some target needs at this step or later; schedules are monotone, so two looks are enough."""
-        ahead = [t for target in self.targets.values() for t in (target.at(step, total_steps), target.final)]
-        return frozenset().union(*(target.requires for target in ahead))
+        """What some target needs at this step or later."""
+        return frozenset().union(*(target.requires_from(step, total_steps) for target in self.targets.values()))
 
     def at(self, step: int, total_steps: int) -> list[Target]:
         """The targets for the optimiser step that follows ``step`` finished ones, in the order of ``targets``."""

@@ -38,6 +38,8 @@ def target_from_config(config: object) -> Target:
         return replace(target_from_config(config), share=share)
     spelled = _peers_keys(config)
     own = {key: value for key, value in config.items() if key not in spelled}
+    if spelled and not {"preset", *_PARTS} & own.keys():
+        peers.refuse_strays(spelled, own)
     if (read := peers.read(spelled, own or None)) is not None and not own:
         return read.target
     config = own or config
@@ -63,12 +65,13 @@ def target_from_config(config: object) -> Target:
 
 
 def _peers_keys(config: Mapping) -> dict[str, Any]:
-    """What is a peer's spelling, as it may also stand at the top of a config file: no part, no preset's parameter."""
-    taken = {*_PARTS, *(key for name in presets.names() for key in presets.describe(name).parameters)}
-    if "preset" not in config:
-        taken = {*_PARTS}
-    elif config["preset"] not in presets.names():  # a function of the user's own may take any name
+    """What is a peer's spelling, as it may also stand at the top of a config file; beside a preset or a part of a
+    target, what is called as a parameter of some preset is none."""
+    taken: set[str] = set()
+    if "preset" in config and config["preset"] not in presets.names():  # a function of the user's own may take any name
         return {}
+    if {"preset", *_PARTS} & config.keys():
+        taken = {*_PARTS, *(key for name in presets.names() for key in presets.describe(name).parameters)}
     return {key: value for key, value in config.items() if key in peers.KEYS and key not in taken}
 
 

@@ -12,6 +12,31 @@ from qtarget.verification.check import Finding, check, within, worst
 from qtarget.verification.expected import Expected, label_log_p, logits_of
 from qtarget.verification.subject import Given, Sample, Subject, relative
 
+# The numbers of presets at which they are sft, and dft.
+_SFT_AT: dict[str, dict[str, float]] = {
+    "profit": {"tau": 0},
+    "eaft": {"power": 0},
+    "label-smoothing": {"smoothing": 0},
+    "kd-hybrid": {"kd_weight": 0},
+    "mixce": {"mixing_ratio": 1},
+    "gold-floor": {"floor": 1},
+    "tailr": {"gamma": 0},
+    "focal": {"gamma": 0},
+    "poly": {"epsilon": 0},
+    "sed-sft": {"weight": 0},
+    "gift": {"beta": 200},
+    "sft-entropy": {"entropy_weight": 0},
+}
+_DFT_AT: dict[str, dict[str, float]] = {
+    "talr": {"tau": 1},
+    "mixce": {"mixing_ratio": 0},
+    "gold-floor": {"floor": 0},
+    "tailr": {"gamma": 1},
+    "trsft": {"high": 1},
+    "idft": {"strength": 0},
+    "target-sft": {"eta": 0},
+}
+
 
 @dataclass
 class Neighbour:
@@ -45,9 +70,10 @@ def limits(target: Target) -> Iterator[Neighbour]:
     if name == "beyond-log":
         yield at_value("alpha", 0, sft)
         yield at_value("alpha", 1, dft)
-    sft_at_0 = {"profit": "tau", "label-smoothing": "smoothing", "kd-hybrid": "kd_weight"}
-    if name in sft_at_0:
-        yield at_value(sft_at_0[name], 0, sft)
+    for key, value in _SFT_AT.get(name, {}).items():
+        yield at_value(key, value, sft)
+    for key, value in _DFT_AT.get(name, {}).items():
+        yield at_value(key, value, dft)
     if name == "iw-sft":
         yield Neighbour("weight 1 is sft", target, sft, {"weight": 1.0})
     if name == "cft":
@@ -66,10 +92,12 @@ def limits(target: Target) -> Iterator[Neighbour]:
         yield Neighbour("the student as teacher is nothing", target, None, student_teaches=True)
     if name == "kd-hybrid":
         yield at_value("kd_weight", 1, build("kd", temperature=numbers["temperature"]))
-    if name == "target-sft":
-        yield at_value("eta", 0, dft)
-        if numbers["teacher_temperature"] == 1:
-            yield Neighbour("the student as teacher is dft", target, dft, student_teaches=True)
+    if name == "taid":
+        yield at_value("t", 1, build("kd"))
+    if name in ("taid", "todi"):
+        yield Neighbour("the student as teacher is nothing", target, None, student_teaches=True)
+    if name == "target-sft" and numbers["teacher_temperature"] == 1:
+        yield Neighbour("the student as teacher is dft", target, dft, student_teaches=True)
 
 
 @check(

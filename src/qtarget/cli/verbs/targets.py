@@ -1,33 +1,62 @@
-"""``qtarget targets``: the objectives, as a table or one by one.
+"""``qtarget targets``: the objectives, as a table, one by one, or beside each other.
 
 What each trusts, where the rest goes, defaults, what it needs and where it comes from.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qtarget.cli import terminal
-from qtarget.cli.arguments import Option, Verb, only
+from qtarget.cli import terminal, yaml_text
+from qtarget.cli.arguments import NAME, TEXT, Option, Verb, only
+from qtarget.errors import ConfigError, raise_together, unknown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qtarget.targets import Target
 
 VERB = Verb("targets", __doc__, bare=True)
 _JSON = Option("json", "as JSON")
+_PROBABILITIES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
+_COLUMNS = 60
+_OTHERS = 999  # tokens beside the label where weights are compared, each as likely as the next
 
 
-@VERB.command(_JSON)
+@VERB.command(
+    _JSON,
+    Option("group", "only those of one: label, selection, anchor, distillation, own", NAME),
+    Option("search", "only those that mention it in their name, summary, formula or source", TEXT),
+)
 def every(options: Any) -> int:
     """All of them, a line each."""
-    from qtarget.targets import presets
+    from rich.text import Text
 
+    from qtarget.targets import presets
+    from qtarget.targets.presets.entry import GROUPS
+
+    if options.group not in (None, *GROUPS):
+        raise unknown("group", options.group, GROUPS)
     records = [_record(name) for name in presets.names()]
+    records = [record for record in records if options.group in (None, record["group"])]
+    if options.search is not None:
+        searched = [record for record in records if _mentions(record, options.search)]
+        if not searched:
+            names = (record["name"] for record in records)
+            raise ConfigError(f"search is {options.search!r}, which none of these mentions: {', '.join(names)}")
+        records = searched
     if options.json:
         print(terminal.as_json(records), end="")
         return 0
     headings = ("target", "trusts", "the rest goes to", "needs", "source")
     table = terminal.table(*headings, left=headings, overflow="fold")
-    for record in records:
-        needs = ", ".join(record["needs"]) or "-"
-        table.add_row(record["name"], record["trusts"], record["rest"], needs, record["source"])
+    for group in GROUPS:
+        if of_group := [record for record in records if record["group"] == group]:
+            table.add_row(Text(f"{group}:", style="bold"))
+        for record in of_group:
+            needs = ", ".join(record["needs"]) or "-"
+            cells = (record["name"], record["trusts"], record["rest"], needs, record["source"])
+            table.add_row(*map(Text, cells))  # a bracket in it is no markup
     console = terminal.console(80)
     console.print(table)
     console.print("\nformula and parameters: qtarget targets show NAME", style="dim")
@@ -48,18 +77,131 @@ def one(options: Any) -> int:
     return 0
 
 
+@VERB.command(_JSON, word="compare", takes="NAME NAME ...")
+def compare(options: Any) -> int:
+    """The weight a of the label over its probability p_y, drawn and as a table. A NAME may be a mapping, as in
+    '{preset: beyond-log, alpha: 2}'. Whatever a weight reads beside p_y is that of 999 other tokens, all alike."""
+    import torch
+
+    if not options.words:
+        raise ConfigError("nothing was named to compare; name targets, as in: qtarget targets compare dft beyond-log")
+    targets, faults = {}, []
+    for word in options.words:
+        try:
+            targets[word] = _drawable(word)
+        except ConfigError as error:
+            faults += error.faults
+    raise_together(faults)
+    table = {word: _label_weights(target, torch.tensor(_PROBABILITIES)) for word, target in targets.items()}
+    if options.json:
+        print(terminal.as_json({"p_y": _PROBABILITIES, "a": table, "other_tokens": _OTHERS}), end="")
+        return 0
+    points = (torch.arange(_COLUMNS) + 0.5) / _COLUMNS
+    curves = {word: _label_weights(target, points) for word, target in targets.items()}
+    console = terminal.console(80)
+    console.print(terminal.plot(curves, "p_y"), markup=False, soft_wrap=True)
+    shown = terminal.table("p_y", *targets)
+    for row, p_y in enumerate(_PROBABILITIES):
+        shown.add_row(f"{p_y:g}", *(f"{weights[row]:.4g}" for weights in table.values()))
+    console.print("\na, the weight of the label in g = a (p − δ) + ..., at")
+    console.print(shown)
+    console.print(f"\nthe rest of p is spread evenly over {_OTHERS} other tokens", style="dim")
+    return 0
+
+
+@VERB.command(_JSON, word="divergences")
+def divergences(options: Any) -> int:
+    """How a target may hold the student to a residual: divergence: NAME beside it, or in a preset that takes one."""
+    records = _divergences()
+    if options.json:
+        print(terminal.as_json(records), end="")
+        return 0
+    console = terminal.console(80)
+    for record in records:
+        reach, summary = record["reach"], record["summary"]
+        lines = [f"{record['name']} {_flow(record['parameters'])}" if record["parameters"] else record["name"]]
+        lines += [] if summary.startswith(record["equation"]) else [record["equation"]]
+        simplex = "Q may leave the simplex" if reach is None else f"Q stays on the simplex while a + {reach:.3g} b ≤ 1"
+        needs = "; R must be above 0 everywhere" if record["needs_full_support"] else ""
+        console.print("\n    ".join([*lines, summary, simplex + needs]), markup=False, soft_wrap=True)
+    return 0
+
+
 def _record(name: str) -> dict[str, Any]:
     from qtarget.targets import presets
 
     entry, target = presets.describe(name), presets.build(name)
-    written = ("name", "summary", "formula", "trusts", "rest", "parameters")
+    written = ("name", "group", "summary", "formula", "trusts", "rest", "parameters", "defaults", "traps", "schedule")
     return {
         **{field: getattr(entry, field) for field in written},
+        "gradient": _gradient(target, entry.parameters),
         "parts": target.to_config(composed=True),
         "needs": sorted(target.requires),
         "source": entry.source,
         "aliases": list(entry.aliases),
     }
+
+
+def _gradient(target: Target, parameters: dict[str, object]) -> str:
+    """In its general form where a divergence is or may be another than forward KL."""
+    if "divergence" in parameters or not all(term.divergence.is_forward_kl for term in target.residual):
+        return (
+            "g = a (p − δ) + Σ b p ⊙ (s − E_p[s]), by forward KL a (p − δ) + Σ b (p − R); a, b, R and s held constant"
+        )
+    return "g = a (p − δ) + Σ b (p − R), with a, b and R held constant"
+
+
+def _mentions(record: dict[str, Any], word: str) -> bool:
+    text = " ".join([record["name"], record["summary"], record["formula"], record["source"], *record["aliases"]])
+    return word.casefold() in text.casefold()
+
+
+def _drawable(word: str) -> Target:
+    """The target whose label weight is that of the one named, without models. Raises where it reads what p has not."""
+    from qtarget.targets import Target
+    from qtarget.targets.stats import STATISTICS
+
+    target = Target.from_config(yaml_text.load(word, f"target is {word!r}"))
+    if read := sorted(name for name in target.needs if STATISTICS[name] is not None):
+        raise ConfigError(
+            f"target is {word!r}, whose weight reads {', '.join(read)}: it is no curve over p_y, leave it out"
+        )
+    if not target.requires:
+        return target
+    return Target(trust=target.trust, scale=target.scale, share=target.share)
+
+
+def _label_weights(target: Target, p_y: Tensor) -> list[float]:
+    """a at each p_y."""
+    import torch
+
+    from qtarget.losses import target_loss
+
+    p_y = p_y.double()[:, None]
+    logits = torch.cat([p_y, ((1 - p_y) / _OTHERS).expand(-1, _OTHERS)], 1).log()
+    labels = torch.zeros(len(p_y), dtype=torch.long)
+    return target_loss(logits, labels, target, reduction="none").stats["trust"].tolist()
+
+
+def _divergences() -> list[dict[str, Any]]:
+    import inspect
+
+    from qtarget.targets.divergence import Divergence
+
+    records = []
+    for name, kind in Divergence.known.items():
+        divergence = kind()
+        records.append(
+            {
+                "name": name,
+                "parameters": dict(vars(divergence)),
+                "equation": divergence.equation,
+                "summary": (inspect.getdoc(kind) or "").partition("\n")[0],
+                "reach": divergence.reach,
+                "needs_full_support": divergence.needs_full_support,
+            }
+        )
+    return records
 
 
 def _flow(value: object) -> str:
@@ -76,19 +218,30 @@ def _show(record: dict[str, Any]) -> None:
     name = record["name"]
     written = f"{{preset: {name}, {parameters}}}" if parameters else name
     console = terminal.console(80)
-    console.print(f"[bold]{name}[/bold]  {record['summary']}\n", soft_wrap=True)
+    console.print(f"{name}  {record['summary']}\n", soft_wrap=True, markup=False)
     rows = [
+        ("group", record["group"]),
         ("formula", record["formula"]),
-        ("gradient", "g = a (p − δ) + Σ b (p − R), with a, b and R held constant"),
+        ("gradient", record["gradient"]),
         ("trusts", record["trusts"]),
         ("the rest", record["rest"]),
         ("defaults", parameters or "no parameters"),
+        ("whose", record["defaults"]),
+        ("divergence", _divergence_choices() if "divergence" in record["parameters"] else ""),
+        ("traps", record["traps"]),
         ("needs", ", ".join(record["needs"]) or "nothing but labels"),
         ("source", record["source"]),
         ("also called", ", ".join(record["aliases"])),
         ("in a config", f"target: {written}"),
+        ("as published", f"target: {_flow({'preset': name, **record['schedule']})}" if record["schedule"] else ""),
         ("or in parts", f"target: {_flow(record['parts'])}"),
     ]
     for heading, text in rows:
         if text:
             console.print(f"{heading:<12} {text}", soft_wrap=True, markup=False)
+
+
+def _divergence_choices() -> str:
+    from qtarget.targets.divergence import Divergence
+
+    return f"{', '.join(Divergence.known)} (qtarget targets divergences)"

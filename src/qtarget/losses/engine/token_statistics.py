@@ -1,4 +1,4 @@
-"""Statistics that trust rules read off whole rows, a block of rows at a time; only those that are asked for.
+"""Statistics that trust rules read off whole rows, in blocks of rows.
 
 Written without slices by ``[:, None]`` and without host reads, so that it runs on a device and on tensors without data.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from qtarget.errors import check_range, unknown
 from qtarget.targets import residual, trust
-from qtarget.targets.divergence import as_divergence
+from qtarget.targets.divergence import ReverseKL, as_divergence
 from qtarget.targets.presets import printed
 from qtarget.targets.presets.entry import preset
-from qtarget.targets.presets.printed import divergence_from, label_log_p, nll
+from qtarget.targets.presets.printed import covered_log_p, divergence_from, label_log_p, nll
 from qtarget.targets.target import Target
 
 
@@ -27,6 +29,8 @@ def label_smoothing_loss(logits, labels, *, smoothing, vocab_size=None):
     rest="every token alike",
     source="arXiv:1512.00567",
     printed=label_smoothing_loss,
+    defaults="the paper's",
+    traps="Transformers averages over a head's padded rows, too; here they are left out",
 )
 def label_smoothing(smoothing: float = 0.1) -> Target:
     """Keep a share ε for every token alike, padded rows of the head left out (Transformers averages over them too)."""
@@ -63,6 +67,8 @@ def sft_kl_loss(logits, labels, *, kl_weight, direction, reference_logits=None, 
     rest="the reference, λ beside the label",
     source="arXiv:2509.23753 (baseline)",
     printed=sft_kl_loss,
+    defaults="ASFT's code; EAFT's baseline has 0.5",
+    traps="weights do not carry over from estimates on the label alone (SkyRL, NeMo-RL): this is the whole vocabulary",
 )
 def sft_kl(kl_weight: float = 0.1, direction: str = "forward") -> Target:
     """Plain SFT with a spring back to the reference, over the full vocabulary; in reverse KL(student ‖ reference)."""
@@ -82,6 +88,8 @@ def asft_loss(logits, labels, *, kl_weight, direction, reference_logits=None, vo
     rest="the reference, λ beside the label",
     source="arXiv:2509.23753",
     printed=asft_loss,
+    defaults="the README's command; the authors' code and LLaMA-Factory have 0.1",
+    traps="both codes compute KL(ref ‖ p), while the paper speaks of a reverse anchor: give direction: reverse for that",
 )
 def asft(kl_weight: float = 0.05, direction: str = "forward") -> Target:
     """DFT with a spring back to the starting model."""
@@ -102,6 +110,8 @@ def psft_loss(logits, labels, *, clip, clip_high, old_logps):
     rest="the student",
     source="arXiv:2508.17784",
     printed=psft_loss,
+    defaults="the authors' yaml, where the upper clip is the lower one's; their only run script has clip_high 0.28",
+    traps="the lower clip changes the reported loss alone: it never stops a gradient",
 )
 def psft(clip: float = 0.2, clip_high: float | None = None) -> Target:
     """PPO's clip on demonstrations (column old_logps); with r = 1 it is sft."""
@@ -130,9 +140,61 @@ def gem_loss(logits, labels, *, beta, h):
     rest="away from the sharpened student",
     source="arXiv:2408.16673",
     printed=gem_loss,
+    defaults="the authors' train.py; their scripts pass h: logsigmoid, with half the gradient",
 )
 def gem(beta: float = 0.7, h: str = "linear") -> Target:
     """Take mass from what the sharpened student favours and leave the rest diverse; signed, so Q leaves the simplex."""
     rule = trust.anchored(trust.constant(1.0), -1.0)
     scale = trust.offset_mass() if h == "logsigmoid" else None
     return Target(trust=rule, residual=residual.sharpened(beta, h), scale=scale, value="ce")
+
+
+def gift_loss(logits, labels, *, beta, toward, reference_logits=None, teacher_logits=None, vocab_size=None):
+    """CE(Q, p), Q = softmax(log prior + β 1[y])"""
+    prior = covered_log_p(reference_logits if toward == "reference" else teacher_logits, vocab_size)
+    raised = torch.zeros_like(prior).scatter(-1, labels[:, None], beta)
+    Q = (prior + raised).softmax(-1)
+    return -(Q * logits.log_softmax(-1)[:, : Q.shape[-1]]).sum(-1)
+
+
+@preset(
+    "gift",
+    group="anchor",
+    formula="L = CE(Q, p), Q = softmax(log ref + β 1[y]);  a = G/(1 + G), G = ref_y (e^β − 1), b = 1 − a, R = ref",
+    trusts="the label where the reference gives it more than e^(−β)",
+    rest="the reference",
+    source="arXiv:2601.09233",
+    printed=gift_loss,
+    defaults="the authors' code: at 20 it is sft but for labels that the reference gives less than some 1e-8",
+    traps="their code adds 1e-10 to ref before the logarithm: at ref_y = e^(−30) that gives the label 0.046, not 5e-5",
+)
+def gift(beta: float = 20.0, toward: str = "reference") -> Target:
+    """Raise the label's logit in the reference by beta and learn that (toward: teacher does so in the teacher)."""
+    if toward not in ("reference", "teacher"):
+        raise unknown("toward", toward, ("reference", "teacher"))
+    prior = residual.reference() if toward == "reference" else residual.teacher()
+    return Target(trust=trust.gibbs(beta, toward), residual=prior, value="ce")
+
+
+def sft_entropy_loss(logits, labels, *, entropy_weight, vocab_size=None):
+    """−log p_y + λ (ln V − H): −log p_y − λ H, moved to 0 at the uniform distribution."""
+    H = printed.entropy(logits[:, :vocab_size])
+    return nll(logits, labels) + entropy_weight * (math.log(logits[:, :vocab_size].shape[-1]) - H)
+
+
+@preset(
+    "sft-entropy",
+    group="anchor",
+    formula="L = −log p_y − λ H + λ ln V;  a = 1, b = λ, R = U by reverse KL",
+    trusts="every label fully",
+    rest="away from certainty: toward every token alike, by reverse KL",
+    source="arXiv:1701.06548",
+    printed=sft_entropy_loss,
+    defaults="0.1 is this library's; the paper tunes it by task",
+    traps="the reported loss has λ ln V more than the paper's, so that the second part is a divergence, 0 at its best",
+)
+def sft_entropy(entropy_weight: float = 0.1) -> Target:
+    """sft with a bonus for the student's entropy, over the real vocabulary: less sure of itself, more diverse."""
+    check_range("entropy_weight", entropy_weight, 0)
+    rule = trust.anchored(trust.constant(1.0), entropy_weight)
+    return Target(trust=rule, residual=[(1, residual.uniform(), ReverseKL())])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +33,7 @@ class Preset:
         aliases: other names.
         group: one of ``GROUPS``. defaults: whose the default numbers are, and where paper and code differ.
         traps: what the published code does beside its formula, and how it is here.
+        schedule: the hyperparameters that move in the published runs, as YAML writes them; the defaults do not move.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Preset:
     group: str = OWN
     defaults: str = ""
     traps: str = ""
+    schedule: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def parameters(self) -> dict[str, object]:
@@ -72,6 +74,7 @@ def preset(
     group: str = OWN,
     defaults: str = "",
     traps: str = "",
+    schedule: Mapping[str, object] | None = None,
 ):
     """Register the function below as an objective; see ``Preset``.
 
@@ -85,7 +88,9 @@ def preset(
         for entry in ENTRIES.values():
             if (taken := {name, *aliases} & {entry.name, *entry.aliases}) and _place(entry.build) != _place(build):
                 raise ConfigError(f"preset {name!r} is called {sorted(taken)[0]!r}, as {entry.name!r} is; rename it")
-        ENTRIES[name] = Preset(name, build, formula, trusts, rest, source, printed, aliases, group, defaults, traps)
+        ENTRIES[name] = Preset(
+            name, build, formula, trusts, rest, source, printed, aliases, group, defaults, traps, schedule or {}
+        )
         return build
 
     return add

@@ -1,13 +1,14 @@
-"""Objectives that weigh the label and leave the rest to the student."""
+"""Objectives that weigh a label by how likely it is, and leave the rest to the student."""
 
 from __future__ import annotations
 
 import math
 
+from qtarget.errors import check_range
 from qtarget.targets import residual, trust
 from qtarget.targets.presets import printed
 from qtarget.targets.presets.entry import preset
-from qtarget.targets.presets.printed import label_log_p, nll
+from qtarget.targets.presets.printed import label_log_p, nll, weighted_nll
 from qtarget.targets.target import Target
 
 
@@ -34,6 +35,7 @@ def sft() -> Target:
     rest="the student",
     source="arXiv:2508.05629",
     printed=printed.dft,
+    traps="the loss is some ten times smaller than sft's, so sft's learning rate does not carry over",
     aliases=("p-loss",),
 )
 def dft() -> Target:
@@ -57,92 +59,179 @@ def beyond_log_loss(logits, labels, *, alpha):
     rest="the student",
     source="arXiv:2510.00526",
     printed=beyond_log_loss,
+    defaults="alpha 1 is this library's; the authors' example for mathematics has 10",
+    traps="where the paper writes −p^k, with alpha times this gradient, its code trains (1 − p^k)/k, as here",
 )
 def beyond_log(alpha: float = 1.0) -> Target:
     """A family: alpha 0 is sft, 1 has dft's gradient, more trusts only the likely, less than 0 leaves the simplex."""
     return Target(trust=trust.probability_power(alpha), residual=residual.student())
 
 
-def profit_loss(logits, labels, *, tau, direction, tau_low, tau_high):
-    """−1[p_y ≥ τ] log p_y; lower is p_y < τ, middle is τ_low ≤ p_y < τ_high."""
-    log_p_y = label_log_p(logits, labels)
-    p_y = log_p_y.exp().detach()
-    if direction == "middle":
-        return -((p_y >= tau_low) & (p_y < tau_high)).to(p_y.dtype) * log_p_y
-    return -(p_y >= tau if direction == "higher" else p_y < tau).to(p_y.dtype) * log_p_y
+def talr_loss(logits, labels, *, tau):
+    """−sg(p_y^(1/τ)) log p_y"""
+    return weighted_nll(logits, labels, lambda p_y: p_y ** (1 / tau))
 
 
 @preset(
-    "profit",
-    group="selection",
-    formula="L = −m log p_y;  a = m = 1[p_y ≥ tau]",
-    trusts="1 where p_y ≥ tau, else 0",
+    "talr",
+    group="label",
+    formula="L = −sg(p_y^(1/tau)) log p_y;  a = p_y^(1/tau)",
+    trusts="p_y^(1/tau)",
     rest="the student",
-    source="arXiv:2601.09195",
-    printed=profit_loss,
+    source="arXiv:2509.20758",
+    printed=talr_loss,
+    defaults="tau 1, which is dft, is this library's: the paper takes the median over the batch of a row's mean −log p_y",
+    traps="a batch's median would depend on how the batch is split; give the median over your rows. Ports keep a ≥ 0.01",
 )
-def profit(
-    tau: float = 0.1, direction: str = "higher", tau_low: float | None = None, tau_high: float | None = None
-) -> Target:
-    """Drop tokens below a probability; "lower" drops those above, "middle" keeps tau_low ≤ p_y < tau_high."""
-    return Target(trust=trust.probability_threshold(tau, direction, tau_low, tau_high), residual=residual.student())
+def talr(tau: float = 1.0) -> Target:
+    """Learn least from hard tokens, the more so the smaller tau is; beyond-log at alpha 1/tau has its gradient."""
+    check_range("tau", tau, 0, open_low=True)
+    return Target(trust=trust.probability_power(1 / tau, held=True), residual=residual.student())
 
 
-def eaft_loss(logits, labels, *, top_k, power, normalizer):
-    """−sg((H_k / ln k)^power) log p_y with H_k the entropy of the renormalised top k."""
-    log_top = logits.topk(top_k).values.log_softmax(-1)
-    entropy = -(log_top.exp() * log_top).sum(-1)
-    divisor = math.log(top_k) if normalizer == "log_k" else 1.0 if normalizer == "none" else float(normalizer)
-    return ((entropy / divisor) ** power).detach() * nll(logits, labels)
+def mixce_loss(logits, labels, *, mixing_ratio):
+    """η (−log p_y) + (1 − η) (−sg(p_y) log p_y)"""
+    return weighted_nll(logits, labels, lambda p_y: mixing_ratio + (1 - mixing_ratio) * p_y)
 
 
 @preset(
-    "eaft",
-    group="selection",
-    formula="L = −sg(a) log p_y;  a = (H_k / ln k)^power",
-    trusts="the student's doubt, H_k / ln k",
+    "mixce",
+    group="label",
+    formula="L = −sg(a) log p_y;  a = η + (1 − η) p_y",
+    trusts="between every label and p_y",
     rest="the student",
-    source="arXiv:2601.02151",
-    printed=eaft_loss,
+    source="arXiv:2305.16958",
+    printed=mixce_loss,
+    defaults="half and half is this library's; the paper chooses by data set",
 )
-def eaft(top_k: int = 20, power: float = 1.0, normalizer: str | float = "log_k") -> Target:
-    """Learn most where the student is undecided. Blind to the label: noise keeps its weight there."""
-    return Target(trust=trust.entropy(top_k, power, normalizer), residual=residual.student())
+def mixce(mixing_ratio: float = 0.5) -> Target:
+    """A share of sft beside dft: rare labels keep some weight."""
+    check_range("mixing_ratio", mixing_ratio, 0, 1)
+    return Target(
+        trust=trust.affine_probability(mixing_ratio, 1 - mixing_ratio, held=True), residual=residual.student()
+    )
 
 
-def iw_sft_loss(logits, labels, *, weight):
-    """−w log p_y with w given."""
-    return weight * nll(logits, labels)
+def gold_floor_loss(logits, labels, *, floor):
+    """−sg(max(p_y, floor)) log p_y"""
+    return weighted_nll(logits, labels, lambda p_y: p_y.clamp(min=floor))
 
 
 @preset(
-    "iw-sft",
-    group="selection",
-    formula="L = −w log p_y;  a = w",
-    trusts="w, the weight of the row",
+    "gold-floor",
+    group="label",
+    formula="L = −sg(a) log p_y;  a = max(p_y, floor)",
+    trusts="p_y, and never less than the floor",
     rest="the student",
-    source="arXiv:2507.12856",
-    printed=iw_sft_loss,
+    source="arXiv:2009.07839",
+    printed=gold_floor_loss,
+    defaults="the lower of the usual 0.1 to 0.2",
 )
-def iw_sft() -> Target:
-    """Importance-weighted rows, weights given as data; w > 1 leaves the simplex."""
-    return Target(trust=trust.trajectory_weight(), residual=residual.student())
+def gold_floor(floor: float = 0.1) -> Target:
+    """dft with a floor under rare labels, published five years before; floor 1 is sft."""
+    return Target(trust=trust.clipped_probability(low=floor), residual=residual.student())
 
 
-def cft_loss(logits, labels, *, critical):
-    """−c log p_y with c ∈ {0, 1} given."""
-    return critical.to(logits.dtype) * nll(logits, labels)
+def tailr_loss(logits, labels, *, gamma):
+    """−sg(p_y / (γ + (1 − γ) p_y)) log p_y"""
+    return weighted_nll(logits, labels, lambda p_y: p_y / (gamma + (1 - gamma) * p_y))
 
 
 @preset(
-    "cft",
-    group="selection",
-    formula="L = −c log p_y;  a = c ∈ {0, 1}",
-    trusts="1 on critical tokens, else 0",
+    "tailr",
+    group="label",
+    formula="L = −sg(a) log p_y;  a = p_y / (gamma + (1 − gamma) p_y)",
+    trusts="nearly every label, but for those far below gamma",
     rest="the student",
-    source="arXiv:2510.10974",
-    printed=cft_loss,
+    source="arXiv:2302.13344",
+    printed=tailr_loss,
+    defaults="this library's; the paper's are small and differ by task",
 )
-def cft() -> Target:
-    """Train only the tokens marked as critical; the denominator counts all supervised tokens."""
-    return Target(trust=trust.token_mask(), residual=residual.student())
+def tailr(gamma: float = 0.1) -> Target:
+    """Between sft (gamma 0) and dft (gamma 1), by total variation: only the unlikely labels lose weight."""
+    return Target(trust=trust.mixture_ratio(gamma), residual=residual.student())
+
+
+def trsft_loss(logits, labels, *, high):
+    """−sg(min(1, p_y / α)) log p_y"""
+    return weighted_nll(logits, labels, lambda p_y: (p_y / high).clamp(max=1))
+
+
+@preset(
+    "trsft",
+    group="label",
+    formula="L = −sg(a) log p_y;  a = min(1, p_y / high)",
+    trusts="every label from high on, less of those below",
+    rest="the student",
+    source="arXiv:2512.17636",
+    printed=trsft_loss,
+    defaults="the authors' code (TRAPO)",
+    traps="a second mode of their code subtracts 0.5 from the weight, which unlearns rare labels; it is not here",
+)
+def trsft(high: float = 0.1) -> Target:
+    """sft inside a trust region, dft outside it: only labels below ``high`` lose weight."""
+    return Target(trust=trust.clipped_probability(high=high), residual=residual.student())
+
+
+def luffy_loss(logits, labels, *, gamma):
+    """−p_y / (p_y + γ)"""
+    p_y = label_log_p(logits, labels).exp()
+    return -p_y / (p_y + gamma)
+
+
+@preset(
+    "luffy",
+    group="label",
+    formula="L = −p_y / (p_y + gamma);  a = gamma p_y / (p_y + gamma)²",
+    trusts="at most ¼, at p_y = gamma",
+    rest="the student",
+    source="arXiv:2504.14945",
+    printed=luffy_loss,
+    defaults="the authors' code, where 0.3 and 0.5 stand beside it",
+    traps="there it is the part of a reinforcement learner's loss that is on demonstrations; that learner is not here",
+)
+def luffy(gamma: float = 0.1) -> Target:
+    """Learn most from labels near gamma: neither the known nor the hopeless."""
+    return Target(trust=trust.shaped_probability(gamma), residual=residual.student())
+
+
+def chord_phi_loss(logits, labels):
+    """−sg(p_y (1 − p_y)) log p_y"""
+    return weighted_nll(logits, labels, lambda p_y: p_y * (1 - p_y))
+
+
+@preset(
+    "chord-phi",
+    group="label",
+    formula="L = −sg(p_y (1 − p_y)) log p_y;  a = p_y (1 − p_y)",
+    trusts="at most ¼, at p_y = ½",
+    rest="the student",
+    source="arXiv:2508.11408",
+    printed=chord_phi_loss,
+    traps="ms-swift divides by the tokens of each micro-batch and adds GRPO with a moving weight; neither is here",
+)
+def chord_phi() -> Target:
+    """Learn most where the student would toss a coin: neither the known nor the hopeless."""
+    return Target(trust=trust.bernoulli_variance(), residual=residual.student())
+
+
+def infosft_loss(logits, labels, *, confidence):
+    """−sg(p_y · relu(1 − logit p_y / logit P)) log p_y"""
+    wanted = math.log(confidence / (1 - confidence))
+    return weighted_nll(logits, labels, lambda p_y: p_y * (1 - p_y.logit() / wanted).relu())
+
+
+@preset(
+    "infosft",
+    group="label",
+    formula="L = −sg(a) log p_y;  a = p_y max(0, 1 − logit(p_y) / logit(confidence))",
+    trusts="p_y, and nothing from the confidence on",
+    rest="the student",
+    source="arXiv:2605.14967",
+    printed=infosft_loss,
+    defaults="the authors' code",
+    traps="a confidence of ½ or less would divide by 0 or turn the sign; it is refused",
+)
+def infosft(confidence: float = 0.93) -> Target:
+    """dft that stops where the student is sure: the tokens between noise and the known."""
+    return Target(trust=trust.confidence_gap(confidence), residual=residual.student())

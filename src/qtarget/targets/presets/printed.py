@@ -29,10 +29,26 @@ def nll(logits: Tensor, labels: Tensor) -> Tensor:
     return -label_log_p(logits, labels)
 
 
+def covered_log_p(logits: Tensor, vocab_size: int | None) -> Tensor:
+    """log p of another model over the real tokens, held constant."""
+    return logits[:, :vocab_size].log_softmax(-1).detach()
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """H = −Σ_v p_v log p_v"""
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def weighted_nll(logits: Tensor, labels: Tensor, weight: Callable[[Tensor], Tensor]) -> Tensor:
+    """−sg(a) log p_y with the weight a = weight(p_y)"""
+    log_p_y = label_log_p(logits, labels)
+    return weight(log_p_y.exp()).detach() * -log_p_y
+
+
 def dft(logits: Tensor, labels: Tensor) -> Tensor:
     """−sg(p_y) log p_y"""
-    log_p_y = label_log_p(logits, labels)
-    return -log_p_y.exp().detach() * log_p_y
+    return weighted_nll(logits, labels, lambda p_y: p_y)
 
 
 def kl(log_t: Tensor, log_p: Tensor) -> Tensor:

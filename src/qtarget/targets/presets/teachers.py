@@ -43,6 +43,8 @@ def kd_loss(logits, labels, *, temperature, divergence=FORWARD_KL, teacher_logit
     rest="the teacher",
     source="arXiv:1503.02531",
     printed=kd_loss,
+    defaults="temperature 1 and forward KL; the peers' differ, so name yours",
+    traps="peers that cut a teacher to its top k drop or renormalise the rest; here the tail keeps its mass",
 )
 def kd(temperature: float = 1.0, divergence: object = "forward_kl") -> Target:
     """Forget the labels and match the teacher on the demonstrations' contexts."""
@@ -69,6 +71,7 @@ def kd_hybrid_loss(
     rest="the teacher",
     source="arXiv:1503.02531",
     printed=kd_hybrid_loss,
+    defaults="DistillKit's halves",
 )
 def kd_hybrid(kd_weight: float = 0.5, temperature: float = 1.0, divergence: object = "forward_kl") -> Target:
     """A fixed mixture of label and teacher."""
@@ -103,9 +106,55 @@ def target_sft_loss(
     rest="student^(1 − η) · teacher^η",
     source="arXiv:2606.11189",
     printed=target_sft_loss,
+    defaults="this library's: the paper's are in the part of it that could not be read",
 )
 def target_sft(eta: float = 0.5, teacher_temperature: float = 1.0, divergence: object = "forward_kl") -> Target:
     """Trust the label as far as the student does, and let the teacher steer the rest; η = 0 is dft."""
     check_range("teacher_temperature", teacher_temperature, 0, open_low=True)
     guide = (1, residual.guided(eta, teacher_temperature), as_divergence(divergence))
     return Target(trust=trust.probability(), residual=[guide])
+
+
+def todi_loss(logits, labels, *, slope, teacher_logits, vocab_size=None):
+    """Σ_v w t log(t/p) + (1 − w) p log(p/t), w = sg σ(slope · log(t/p))"""
+    return divergence_from(teacher_logits, logits, {"todi": {"slope": slope}}, vocab_size)
+
+
+@preset(
+    "todi",
+    group="distillation",
+    formula="L = Σ w t log(t/p) + (1 − w) p log(p/t), w = sg σ(slope log(t/p));  a = 0, b = 1, R = t by ToDi",
+    trusts="0",
+    rest="the teacher, pulled up by forward KL and down by reverse KL",
+    source="arXiv:2505.16297",
+    printed=todi_loss,
+    defaults="the authors' code",
+)
+def todi(slope: float = 1.0) -> Target:
+    """kd with a divergence chosen token by token: forward KL where the student has too little, reverse where too much."""
+    return _distilled(1.0, 1.0, "kl", {"todi": {"slope": slope}})
+
+
+def taid_loss(logits, labels, *, t, teacher_logits=None, vocab_size=None):
+    """KL(sg softmax((1 − t) z + t z_T) ‖ p)"""
+    if t == 0:  # the student itself: no value and no gradient
+        return 0 * nll(logits, labels)
+    teacher = teacher_logits[:, :vocab_size]
+    return kl_from((1 - t) * logits[:, : teacher.shape[-1]] + t * teacher, logits, vocab_size)
+
+
+@preset(
+    "taid",
+    group="distillation",
+    formula="L = KL(sg R ‖ p), R = softmax((1 − t) z + t z_T);  a = 0, b = 1",
+    trusts="0",
+    rest="student^(1 − t) · teacher^t",
+    source="arXiv:2501.16937",
+    printed=taid_loss,
+    defaults="t where the authors' runs begin; there it goes to 1 over the run",
+    traps="their t also runs ahead as the loss falls, a number of the run's state; this is their disable_adaptive",
+    schedule={"t": {"schedule": "linear", "from": 0.4, "to": 1.0}},
+)
+def taid(t: float = 0.4) -> Target:
+    """A teacher that starts close to the student and moves away from it as t goes to 1, where it is kd."""
+    return Target(trust=trust.constant(0.0), residual=residual.guided(eta=t))
