@@ -33,7 +33,7 @@ def label_smoothing_loss(logits, labels, *, smoothing, vocab_size=None):
     traps="Transformers averages over a head's padded rows, too; here they are left out",
 )
 def label_smoothing(smoothing: float = 0.1) -> Target:
-    """Keep a share ε for every token alike, padded rows of the head left out (Transformers averages over them too)."""
+    """Keep a share ε for every token alike."""
     check_range("smoothing", smoothing, 0, 1)
     return Target(trust=trust.constant(1 - smoothing), residual=residual.uniform(), value="ce")
 

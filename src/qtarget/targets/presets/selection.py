@@ -146,7 +146,7 @@ def stm_loss(logits, labels, *, perplexity, reference_logits, vocab_size=None):
     source="arXiv:2501.14315",
     printed=stm_loss,
     defaults="the authors' code",
-    traps="their code divides by the kept tokens alone; here every supervised token counts (denominator: kept is theirs)",
+    traps="their code divides by the kept tokens alone; here every supervised token counts",
 )
 def stm(perplexity: float = 2.5) -> Target:
     """Drop what surprises the starting model, so that little of what it could do is unlearned."""
