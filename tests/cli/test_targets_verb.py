@@ -5,6 +5,7 @@ import math
 import re
 
 import pytest
+import yaml
 
 import qtarget as qt
 from qtarget.cli.__main__ import main
@@ -90,8 +91,14 @@ def test_show_says_whose_defaults_and_what_traps(capsys, monkeypatch):
     about = {"formula": "L", "trusts": "1[p_y ≥ 0.1]", "rest": "none", "source": "here", "group": "label"}
     qt.presets.preset("own", **about, defaults="the paper's", traps="its code halves a")(lambda: qt.Target(1.0))
     shown = answer(capsys, "show", "own")
+    assert "schedule " not in shown
     assert "1[p_y ≥ 0.1]" in answer(capsys), "a bracket is no markup"
     assert re.search(r"^whose +the paper's$", shown, re.M) and re.search(r"^traps +its code halves a$", shown, re.M)
+
+
+def test_show_says_what_moves_in_the_published_runs(capsys):
+    (written,) = re.findall(r"^schedule +(.*)$", answer(capsys, "show", "idft"), re.M)
+    assert yaml.safe_load(written) == qt.presets.describe("idft").schedule
 
 
 def test_compared_weights_are_those_of_the_formulas(capsys):

@@ -270,6 +270,7 @@ _READERS: list[tuple[tuple[str, ...], Callable[[Mapping], Spelling | None]]] = [
 ]
 
 KEYS: frozenset[str] = frozenset(key for keys, _ in _READERS for key in keys)
+FLAGS: frozenset[str] = frozenset(keys[0] for keys, _ in _READERS)
 
 
 def refuse_strays(spelled: Iterable[str], others: Iterable[str]) -> None:

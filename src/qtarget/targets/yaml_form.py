@@ -65,14 +65,15 @@ def target_from_config(config: object) -> Target:
 
 
 def _peers_keys(config: Mapping) -> dict[str, Any]:
-    """What is a peer's spelling, as it may also stand at the top of a config file; beside a preset or a part of a
-    target, what is called as a parameter of some preset is none."""
-    taken: set[str] = set()
-    if "preset" in config and config["preset"] not in presets.names():  # a function of the user's own may take any name
+    """What is a peer's spelling, as it may also stand at the top of a config file: no part, no preset's parameter, and
+    beside parts no parameter alone."""
+    spelled = {key: value for key, value in config.items() if key in peers.KEYS and key not in _PARTS}
+    if "preset" not in config:
+        return {} if {*_PARTS} & config.keys() and not peers.FLAGS & spelled.keys() else spelled
+    if config["preset"] not in presets.names():  # a function of the user's own may take any name
         return {}
-    if {"preset", *_PARTS} & config.keys():
-        taken = {*_PARTS, *(key for name in presets.names() for key in presets.describe(name).parameters)}
-    return {key: value for key, value in config.items() if key in peers.KEYS and key not in taken}
+    taken = {key for name in presets.names() for key in presets.describe(name).parameters}
+    return {key: value for key, value in spelled.items() if key not in taken}
 
 
 def target_to_config(target: Target, composed: bool = False) -> str | dict:

@@ -131,7 +131,7 @@ def _record(name: str) -> dict[str, Any]:
     from qtarget.targets import presets
 
     entry, target = presets.describe(name), presets.build(name)
-    written = ("name", "group", "summary", "formula", "trusts", "rest", "parameters", "defaults", "traps", "schedule")
+    written = ("name", "group", "summary", "formula", "trusts", "rest", "parameters", "defaults", "schedule", "traps")
     return {
         **{field: getattr(entry, field) for field in written},
         "gradient": _gradient(target, entry.parameters),
@@ -227,13 +227,13 @@ def _show(record: dict[str, Any]) -> None:
         ("the rest", record["rest"]),
         ("defaults", parameters or "no parameters"),
         ("whose", record["defaults"]),
+        ("schedule", _flow(dict(record["schedule"])) if record["schedule"] else ""),
         ("divergence", _divergence_choices() if "divergence" in record["parameters"] else ""),
         ("traps", record["traps"]),
         ("needs", ", ".join(record["needs"]) or "nothing but labels"),
         ("source", record["source"]),
         ("also called", ", ".join(record["aliases"])),
         ("in a config", f"target: {written}"),
-        ("as published", f"target: {_flow({'preset': name, **record['schedule']})}" if record["schedule"] else ""),
         ("or in parts", f"target: {_flow(record['parts'])}"),
     ]
     for heading, text in rows:
