@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from qtarget.errors import ConfigError, check_range
-from qtarget.targets.parts import Part, named
+from qtarget.targets.parts import KINDS, Kind, Part, named, part_from_config
 
 
 class Divergence(Part, ABC):
@@ -32,10 +32,15 @@ class Divergence(Part, ABC):
 
     Attributes:
         equation: D in one line.
+        reach: the most that s_v − E_p[s] can be over all pairs (p, R); None: without bound. Q = p (1 − b (s − E_p[s]))
+            stays non-negative as long as b · reach ≤ 1.
+        needs_full_support: whether D is infinite where R rules out what p does not.
     """
 
     known: ClassVar[dict[str, type[Divergence]]] = {}
     equation: ClassVar[str] = ""
+    reach: ClassVar[float | None] = None
+    needs_full_support: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, d: Tensor) -> Tensor:
@@ -52,19 +57,6 @@ class Divergence(Part, ABC):
     def times_p(self, p: Tensor, log_p: Tensor, d: Tensor) -> Tensor:
         """p · score(d), finite also where p vanishes and the score of its d does not stay finite."""
         return p * self.score(d)
-
-    @property
-    def reach(self) -> float | None:
-        """The most that s_v − E_p[s] can be over all pairs (p, R); None: without bound.
-
-        Q = p (1 − b (s − E_p[s])) stays non-negative as long as b · reach ≤ 1.
-        """
-        return None
-
-    @property
-    def needs_full_support(self) -> bool:
-        """Whether D is infinite where R rules out what p does not."""
-        return False
 
     @property
     def is_forward_kl(self) -> bool:
@@ -102,6 +94,7 @@ class ForwardKL(Divergence):
     """
 
     equation: ClassVar[str] = "Σ R log(R/p)"
+    reach: ClassVar[float | None] = 1.0
 
     def score(self, d: Tensor) -> Tensor:
         return -torch.expm1(-d)
@@ -111,10 +104,6 @@ class ForwardKL(Divergence):
 
     def times_p(self, p: Tensor, log_p: Tensor, d: Tensor) -> Tensor:
         return torch.where(d.abs() < 1, p * self.score(d), p - (log_p - d).exp())
-
-    @property
-    def reach(self) -> float:
-        return 1.0
 
 
 @named("reverse_kl")
@@ -127,6 +116,7 @@ class ReverseKL(Divergence):
     """
 
     equation: ClassVar[str] = "Σ p log(p/R)"
+    needs_full_support: ClassVar[bool] = True
 
     def score(self, d: Tensor) -> Tensor:
         return d
@@ -136,10 +126,6 @@ class ReverseKL(Divergence):
 
     def times_p(self, p: Tensor, log_p: Tensor, d: Tensor) -> Tensor:
         return _where(p, d)
-
-    @property
-    def needs_full_support(self) -> bool:
-        return True
 
 
 @named("jsd")
@@ -168,7 +154,7 @@ class JSD(Divergence):
         return (1 - self.beta) * _where(p, log_p_over_m) + self.beta * _where(R, log_p_over_m - d)
 
     @property
-    def reach(self) -> float:
+    def reach(self) -> float:  # type: ignore[override]
         return -(1 - self.beta) * math.log1p(-self.beta)
 
 
@@ -198,7 +184,7 @@ class SkewKL(Divergence):
         return _where(R, _log_mixture(-d, 1 - self.alpha)) + (1 - self.alpha) * _difference(p, R, d)
 
     @property
-    def reach(self) -> float:
+    def reach(self) -> float:  # type: ignore[override]
         return 1 - self.alpha
 
 
@@ -226,7 +212,7 @@ class SkewReverseKL(Divergence):
         return _where(p, _log_mixture(d, 1 - self.alpha)) - (1 - self.alpha) * _difference(p, R, d)
 
     @property
-    def reach(self) -> float:
+    def reach(self) -> float:  # type: ignore[override]
         return -math.log(self.alpha)
 
 
@@ -240,16 +226,13 @@ class TotalVariation(Divergence):
     """
 
     equation: ClassVar[str] = "½ Σ |p − R|"
+    reach: ClassVar[float | None] = 1.0
 
     def score(self, d: Tensor) -> Tensor:
         return 0.5 * d.sign()
 
     def value(self, p: Tensor, R: Tensor, d: Tensor) -> Tensor:
         return 0.5 * _difference(p, R, d).abs()
-
-    @property
-    def reach(self) -> float:
-        return 1.0
 
 
 @named("alpha")
@@ -289,11 +272,11 @@ class Alpha(Divergence):
         return torch.where(d.abs() < 1, near, far) / (self.alpha * (1 - self.alpha))
 
     @property
-    def reach(self) -> float | None:
+    def reach(self) -> float | None:  # type: ignore[override]
         return 1 / self.alpha if self.alpha > 0 else None
 
     @property
-    def needs_full_support(self) -> bool:
+    def needs_full_support(self) -> bool:  # type: ignore[override]
         return self.alpha == 0
 
 
@@ -309,6 +292,7 @@ class ToDi(Divergence):
     """
 
     equation: ClassVar[str] = "Σ w R log(R/p) + (1 − w) p log(p/R), w = σ(slope log(R/p))"
+    needs_full_support: ClassVar[bool] = True
 
     slope: float = 1.0
 
@@ -327,10 +311,6 @@ class ToDi(Divergence):
     def value(self, p: Tensor, R: Tensor, d: Tensor) -> Tensor:
         w = torch.sigmoid(-self.slope * d)
         return _where(R, -w * d) + _where(p, (1 - w) * d)
-
-    @property
-    def needs_full_support(self) -> bool:
-        return True
 
 
 @dataclass(frozen=True)
@@ -366,7 +346,7 @@ class FunctionDivergence(Divergence):
         return self.times_p(p, p.log(), d) if own is None else own(p, R, d)
 
     @property
-    def needs_full_support(self) -> bool:
+    def needs_full_support(self) -> bool:  # type: ignore[override]
         return not bool(torch.isfinite(self.function(torch.tensor([math.inf], dtype=torch.float64))).all())
 
 
@@ -383,8 +363,6 @@ def as_divergence(value: object) -> Divergence:
     JSD(beta=0.1)
     """
     if isinstance(value, (str, Mapping)):
-        from qtarget.targets.yaml_form import part_from_config
-
         return part_from_config(value, Divergence, "divergence")
     made: Any = value() if isinstance(value, type) and issubclass(value, Divergence) else value
     if callable(made) and not isinstance(made, Divergence):
@@ -395,6 +373,8 @@ def as_divergence(value: object) -> Divergence:
         )
     return made
 
+
+KINDS[Divergence] = Kind(as_divergence, FunctionDivergence)
 
 forward_kl = ForwardKL
 reverse_kl = ReverseKL

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from qtarget.errors import ConfigError, check_range, unknown
 from qtarget.targets.divergence import FORWARD_KL, Divergence
-from qtarget.targets.parts import Part, named
+from qtarget.targets.parts import KINDS, Kind, Part, named
 
 MODELS = ("student", "teacher", "reference")
 
@@ -246,6 +246,8 @@ def as_pool(value: object) -> Residual:
         check_range(f"coefficient of {model} in residual {made.label}", coefficient)
     return made
 
+
+KINDS[Residual] = Kind(as_pool)
 
 student = Student
 uniform = Uniform

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from qtarget.errors import ConfigError, check_range, unknown
 from qtarget.targets import peers, presets
-from qtarget.targets.divergence import FORWARD_KL, Divergence, FunctionDivergence, as_divergence
-from qtarget.targets.parts import Part
-from qtarget.targets.residual import Residual, Term, as_pool
+from qtarget.targets.divergence import FORWARD_KL, as_divergence
+from qtarget.targets.parts import call, load_object, part_from_config, part_to_config
+from qtarget.targets.residual import Residual, Term
 from qtarget.targets.target import Target
-from qtarget.targets.trust import FunctionRule, Rule, as_rule
+from qtarget.targets.trust import Rule
 
 _PARTS = ("trust", "residual", "scale", "value")
 _SHARE = "share"
@@ -82,16 +79,16 @@ def target_to_config(target: Target, composed: bool = False) -> str | dict:
         whole = target_to_config(replace(target, share=1.0), composed)
         return {**({"preset": whole} if isinstance(whole, str) else whole), _SHARE: target.share}
     if not composed and (target.name in presets.names() or ":" in target.name):
-        numbers = {key: _written(value) for key, value in target.hyperparameters.items()}
+        numbers = {key: part_to_config(value) for key, value in target.hyperparameters.items()}
         return {"preset": target.name, **numbers} if numbers else target.name
     config: dict[str, Any] = {
-        "trust": _written(target.trust),
+        "trust": part_to_config(target.trust),
         "residual": _term_to_config(target.residual[0])
         if [term.factor for term in target.residual] == [1.0]
         else [_term_to_config(term) for term in target.residual],
     }
     if target.scale is not None:
-        config["scale"] = _written(target.scale)
+        config["scale"] = part_to_config(target.scale)
     if target.value != "kl":
         config["value"] = target.value
     return config
@@ -106,29 +103,6 @@ def names_code(config: object) -> bool:
     return isinstance(config, str) and ":" in config
 
 
-def load_object(path: str, field: str) -> Any:
-    """What ``my_pkg.my_module:name`` points to. Importing runs the module: only for a path that the user wrote.
-
-    Raises:
-        ConfigError: it is no such path, or the module cannot be imported, whatever it raises.
-    """
-    module_name, _, attribute = path.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
-        raise ConfigError(f"{field} is {path!r}; write the path of an object, my_pkg.my_module:name")
-    try:
-        module = importlib.import_module(module_name)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # what a module does when it is imported is its own: it may even exit
-        why = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
-        raise ConfigError(
-            f"{field} is {path!r}, but importing {module_name} failed: {why}; mend that, or check the path"
-        ) from error
-    if not hasattr(module, attribute):
-        raise ConfigError(f"{field} is {path!r}, but {module_name} has no {attribute!r}; name something it has")
-    return getattr(module, attribute)
-
-
 def _from_name(name: object, hyperparameters: dict) -> Target:
     if not isinstance(name, str):
         raise ConfigError(f"target is {name!r}; use a name such as 'dft'")
@@ -140,65 +114,10 @@ def _from_name(name: object, hyperparameters: dict) -> Target:
     if not isinstance(made, Target):
         if not callable(made):
             raise ConfigError(f"target is {name!r}, which is neither a Target nor a function that returns one")
-        made = _call(made, hyperparameters, f"target {name}")
+        made = call(made, hyperparameters, f"target {name}")
     if not isinstance(made, Target):
         raise ConfigError(f"target is {name!r}, which returned {type(made).__name__}, not a Target")
     return replace(made, name=name, hyperparameters=hyperparameters)
-
-
-def _call(build: Callable, parameters: Mapping, field: str) -> Any:
-    try:
-        known = inspect.signature(build).parameters
-    except ValueError:
-        known = None
-    if known is not None:
-        for parameter in parameters:
-            if parameter not in known:
-                raise unknown(f"parameter of {field}", parameter, known)
-    try:
-        return build(**parameters)
-    except ConfigError:
-        raise
-    except Exception as error:  # a function of the user's own, or parameters of a kind it cannot take
-        raise ConfigError(
-            f"{field} failed with {type(error).__name__}: {error}; mend it or its parameters (--debug shows where)"
-        ) from error
-
-
-# How each kind of part is made of what is no name, and of a plain function that a path leads to.
-_CONVERTED: dict[Any, Callable[..., Any]] = {Rule: as_rule, Residual: as_pool, Divergence: as_divergence}
-_FUNCTIONS: dict[Any, Callable[..., Any]] = {Rule: FunctionRule, Divergence: FunctionDivergence}
-
-
-def part_from_config(value: object, kind: type[Part], field: str) -> Any:
-    """A part: ``name`` | ``{name: {parameter: value}}`` | a number | ``my_pkg.my_module:name``."""
-    convert = _CONVERTED[kind]
-    parameters: Mapping = {}
-    if isinstance(value, Mapping):
-        if len(value) != 1:
-            raise ConfigError(
-                f"{field} is {dict(value)!r}; write one name with its parameters, as in entropy: {{top_k: 20}}"
-            )
-        [(value, parameters)] = value.items()
-        parameters = parameters or {}
-        if not isinstance(parameters, Mapping) or not all(isinstance(key, str) for key in parameters):
-            raise ConfigError(f"{field}.{value} is {parameters!r}; write its parameters as name: value")
-    if not isinstance(value, str):
-        return convert(value)
-    if ":" in value:
-        made = load_object(value, field)
-        if isinstance(made, Part):
-            return made
-        if kind in _FUNCTIONS and not isinstance(made, type) and not parameters:
-            return _FUNCTIONS[kind](made, path=value)
-        return convert(_call(made, parameters, f"{field} {value}"))
-    if value not in kind.known:
-        raise unknown(field, value, kind.known)
-    parameters = {
-        key: part_from_config(inner, Rule, f"{field}.{key}") if key == "trust" else inner
-        for key, inner in parameters.items()
-    }
-    return convert(_call(kind.known[value], parameters, f"{field} {value}"))
 
 
 def _residual(value: object) -> Any:
@@ -219,28 +138,10 @@ def _residual(value: object) -> Any:
 
 
 def _term_to_config(term: Term) -> str | dict:
-    written = _written(term.pool)
+    written = part_to_config(term.pool)
     beside: dict[str, Any] = {} if term.factor == 1.0 else {"weight": term.factor}
     if not term.divergence.is_forward_kl:
-        beside[_DIVERGENCE] = _written(term.divergence)
+        beside[_DIVERGENCE] = part_to_config(term.divergence)
     if not beside:
         return written
     return {**beside, **({written: {}} if isinstance(written, str) else written)}
-
-
-def _written(value: Any) -> Any:
-    """A part as YAML writes it; what is none as it is."""
-    return _part_to_config(value) if isinstance(value, Part) else value
-
-
-def _part_to_config(part: Part) -> str | dict:
-    if isinstance(part, (FunctionRule, FunctionDivergence)):
-        function: Any = part.function
-        return part.path or f"{function.__module__}:{function.__qualname__}"
-    own = part.known.get(part.name) is not type(part)  # a subclass inherits the name of a part it is not
-    name = f"{type(part).__module__}:{type(part).__qualname__}" if own else part.name
-    if not dataclasses.is_dataclass(part):
-        return name
-    values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-    parameters = {key: _written(value) for key, value in values.items()}
-    return {name: parameters} if parameters else name

@@ -158,7 +158,7 @@ def induced(options: Any) -> int:
     import torch
 
     from qtarget.targets.induced import RULES, induced_target
-    from qtarget.targets.yaml_form import load_object
+    from qtarget.targets.parts import load_object
 
     sys.path.insert(0, "")  # a loss in the present folder, as `python -m` would find it
     loss = load_object(options.loss, "loss")

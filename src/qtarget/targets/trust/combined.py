@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qtarget.errors import ConfigError, check_range, unknown
-from qtarget.targets.parts import named
+from qtarget.targets.parts import KINDS, Kind, named
 from qtarget.targets.stats import STATISTICS, TokenStats
 from qtarget.targets.trust.label import Constant
 from qtarget.targets.trust.rule import Rule
@@ -120,3 +120,6 @@ def as_rule(value: object, field: str = "trust") -> Rule:
     if callable(value):
         return FunctionRule(value)
     raise ConfigError(f"{field} is {value!r}; use one of {', '.join(sorted(Rule.known))}, a number or a function")
+
+
+KINDS[Rule] = Kind(as_rule, FunctionRule)
