@@ -67,7 +67,7 @@ def _of_student(z: Tensor, y: Tensor, wanted: frozenset[str]) -> PerRow:
 def _of_other(name: str, other: Tensor, z: Tensor, y: Tensor, wanted: frozenset[str]) -> PerRow:
     """Of another model's logits [r, s]. A label that it does not have has a probability of 0."""
     found, s = {}, other.shape[1]
-    log_o = other.log_softmax(1)
+    log_o = _log_softmax(other)
     known, unknown = y.clamp(max=s - 1).unsqueeze(1), y >= s
     if f"{name}_log_p_y" in wanted:
         found[f"{name}_log_p_y"] = log_o.gather(1, known).squeeze(1).masked_fill(unknown, float("-inf"))
@@ -78,8 +78,14 @@ def _of_other(name: str, other: Tensor, z: Tensor, y: Tensor, wanted: frozenset[
         lower = torch.where(other < other.gather(1, known), log_o.exp(), 0.0).sum(1)
         found[f"{name}_lower_mass"] = lower.masked_fill(unknown, 0.0)
     if f"kl_{name}" in wanted:
-        found[f"kl_{name}"] = _kl(z.narrow(1, 0, s).log_softmax(1), log_o)
+        found[f"kl_{name}"] = _kl(_log_softmax(z.narrow(1, 0, s)), log_o)
     return found
+
+
+def _log_softmax(x: Tensor) -> Tensor:
+    """torch's own makes a copy of columns that are not contiguous."""
+    x = x - x.amax(1, keepdim=True)
+    return x - x.exp().sum(1, keepdim=True).log()
 
 
 def _kl(log_p: Tensor, log_o: Tensor) -> Tensor:
