@@ -159,7 +159,7 @@ class DeviceRows(RowCode):
         if case.pooled and not case.divergence.is_forward_kl:
             # Scores are small where R is near p, and their mean with them, so that its rounding needs no correction.
             mean = self.passes.mean_score(z, o, rows.labels, table, weights, case)
-            table.select(0, TABLE.index("mean_score")).copy_(mean)
+            table.select(0, TABLE.index("mean_score")).zero_().add_(mean)
         elif case.pooled and g.dtype == z.dtype and self.passes.drifts(z):
             # Both distributions sum to one, so Σ (B − R) tells by how much log R's normaliser is off. Where g is
             # rounded to 16 bits that is below rounding.

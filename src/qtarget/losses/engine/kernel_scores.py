@@ -1,7 +1,7 @@
-"""Scores and values of divergences in the second pass's kernel: ``targets/divergence.py`` in Triton.
+"""Scores and values of divergences in the second pass's kernel, in Triton.
 
-Everything is by e^(−|d|), d = log p − log R, so that nothing overflows, and by series where d is small, so that what is
-small keeps its digits.
+They are those of ``targets/divergence.py``, by e^(−|d|), d = log p − log R, so that nothing overflows, and by series
+where d is small, so that what is small keeps its digits.
 """
 
 from __future__ import annotations

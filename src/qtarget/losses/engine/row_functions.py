@@ -221,8 +221,8 @@ def _compared(
     flags: tuple[bool, ...],
     divergence: Divergence,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log B, B, R, d = log R − log B), [r, v]. Beyond the columns R covers R is 0; so is B, and d, where it is p within
-    them."""
+    """(log B, B, R, d = log R − log B), [r, v]. Beyond the columns that R covers R is 0; where B is the student over
+    these columns alone, B and d are 0 there, too."""
     _, other, offset, pair, within, _, _ = flags
     log_base = c[2] * x - s["log_s_b"] if pair or within else x - s["log_s"]
     # The same rounded d as in the sums, so that R adds up to one however large the logits are.
