@@ -183,7 +183,7 @@ class SkewKL(Divergence):
         # (1 − α)² (e^d − 1)/(α + (1 − α) e^d), by e^(−|d|)
         e = torch.expm1(-d.abs())
         above, below = -e / (1 + self.alpha * e), e / (1 + (1 - self.alpha) * e)
-        return (1 - self.alpha) ** 2 * torch.where(d > 0, above, below)
+        return (1 - self.alpha) ** 2 * torch.where(d >= 0, above, below)
 
     def value(self, p: Tensor, R: Tensor, d: Tensor) -> Tensor:
         return _where(R, _log_mixture(-d, 1 - self.alpha))
