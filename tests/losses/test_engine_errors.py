@@ -117,7 +117,7 @@ both = pytest.mark.parametrize("loss", [linear, full], ids=["linear", "full"])
     ),
     reverse=(
         lambda: qt.preset("asft", direction="backward"),
-        "direction is 'backward'; valid: forward, reverse",
+        "direction is 'backward'; did you mean 'forward'? valid: forward, reverse",
     ),
     other_direction=(lambda: qt.preset("sft-kl", direction="back"), "direction is 'back'; valid: forward"),
     clip=(lambda: qt.preset("psft", clip=0), "clip is 0; use a number above 0 to 1"),

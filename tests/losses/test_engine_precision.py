@@ -70,6 +70,8 @@ def assert_no_worse_than_full_logits(batch, exact, target, **options):
 @pytest.mark.parametrize("name", ["ordinary", "softcapped", "realistic", "hard", "hard and softcapped"])
 @every_case
 def test_single_precision(case, name):
+    if "total_variation" in case.id and "hard" in name:
+        pytest.skip("a teacher nearer than logits are rounded: on which side of p a token is cannot be told")
     batch, exact = single(name)
     target = preset_of(case)
     found = errors(run_engine(batch, target, chunk_rows=40), run_oracle(exact, target))

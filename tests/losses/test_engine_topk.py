@@ -24,6 +24,7 @@ from engine_and_oracle import (
     with_columns,
     with_ignored_labels,
 )
+from published import DIVERGENCES
 from qtarget.losses.engine import chunks
 from qtarget.losses.engine.block import RowMath
 
@@ -40,11 +41,17 @@ TARGETS = {
     "sft-kl": qt.preset("sft-kl"),
     "asft": qt.preset("asft"),
     "two residuals": qt.Target(0.3, [(0.6, qt.residual.teacher()), (0.4, qt.residual.guided(0.2))]),
+    **{f"kd by {divergence}": qt.preset("kd", divergence=divergence) for divergence in DIVERGENCES},
+    "target-sft by jsd": qt.preset("target-sft", eta=0.3, divergence="jsd"),
+    "two divergences": qt.Target(0.3, [(0.6, qt.residual.teacher(), "jsd"), (0.4, qt.residual.guided(0.2), "skew_kl")]),
     "two models in one pool": qt.Target(0.3, qt.residual.pool(teacher=0.7, reference=0.3)),
     "rule on the teacher": qt.Target(
         qt.trust.needs("teacher_log_p_y")(lambda stats: stats.teacher_log_p_y.exp()), qt.residual.teacher()
     ),
 }
+# On hard tokens a teacher is the student but for rounding, and then nobody can tell on which side of p a token is.
+SMOOTH = {name: target for name, target in TARGETS.items() if name != "kd by total_variation"}
+every_smooth_target = pytest.mark.parametrize("target", SMOOTH.values(), ids=SMOOTH)
 every_target = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 
 
@@ -105,10 +112,10 @@ def test_topk(target, k, tail, tail_given, vocab_size):
 
 @pytest.mark.parametrize("tail", ["student", "even"])
 @pytest.mark.parametrize("k", [1, 5])
-@every_target
+@every_smooth_target
 def test_topk_on_hard_tokens(target, k, tail):
     batch = with_topk(hard_batch(softcap=40.0, with_bias=True), k, tail=tail)
-    assert_engine_is_oracle(batch, target, chunk_rows=10)
+    assert_engine_is_oracle(batch, target, chunk_rows=10, floor=2e-12)
 
 
 @every_target
@@ -148,7 +155,7 @@ def test_topk_beside_a_dense_model(name):
 
 
 @pytest.mark.parametrize("tail", ["student", "even"])
-@every_target
+@pytest.mark.parametrize("target", [target for target in TARGETS.values() if not target.needs_full_support], ids=str)
 def test_nothing_outside_the_k(target, tail):
     """A teacher that rules out every other token, labels among them."""
     batch = with_topk(ordinary_batch(), 5, tail=tail)
@@ -226,7 +233,8 @@ def test_student_sure_of_the_k_in_single_precision(target, mass):
         ("loss", got.loss, truth.loss),
         ("ce_q", got.stats["ce_q"], truth.stats["ce_q"]),
     ):
-        assert_rows_agree(mine.reshape(-1), expected.reshape(-1), what, rtol=1e-5, floor=1e-5)
+        # d reaches 75, whose rounding in float32 is 8e-6 of e^d
+        assert_rows_agree(mine.reshape(-1), expected.reshape(-1), what, rtol=1.2e-5, floor=1e-5)
 
 
 def test_padded_rows_that_outweigh_the_rest():
@@ -247,7 +255,16 @@ def test_padded_rows_that_outweigh_the_rest():
 
 # ---- the cheap way is taken where it may be
 
-CHEAP = ["kd", "kd-hybrid", "target-sft, eta 0.3", "target-sft, eta 1", "sft-kl", "asft"]
+CHEAP = [
+    "kd",
+    "kd by reverse_kl",
+    "target-sft by jsd",
+    "kd-hybrid",
+    "target-sft, eta 0.3",
+    "target-sft, eta 1",
+    "sft-kl",
+    "asft",
+]
 
 
 @pytest.mark.parametrize("tail", ["student", "even"])
@@ -265,7 +282,7 @@ def test_a_tail_in_the_student_s_shape_needs_no_dense_row(name, tail, monkeypatc
             run_engine(batch, TARGETS[name])
 
 
-@every_target
+@every_smooth_target
 def test_cheap_and_dense_rows_agree_in_one_batch(target, monkeypatch):
     """Blocks of one row: each takes its own way."""
     monkeypatch.setattr(chunks, "block_rows", lambda *_: 1)

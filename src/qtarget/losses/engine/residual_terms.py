@@ -100,31 +100,27 @@ class DenseTerms(RowCode):
     ) -> tuple[TermValues, Tensor]:
         """b p̂ ⊙ (s − E_p̂[s]), where p̂ is p renormalised over the columns that R covers, and nothing beyond."""
         z, scaled, inv, rest_mass = rows.z[:, :support], student.scaled[:, :support], student.inv, student.rest_mass
-        mean_z = student.lse - student.entropy
+        known = rows.labels.clamp(max=support - 1)[:, None]
+        mean_log_p = -student.entropy
         log_covered = torch.zeros_like(inv)
         if support < rows.z.shape[1]:
-            covered = scaled.sum(-1) * inv
-            rest_mass = ((rest_mass - student.scaled[:, support:].sum(-1) * inv) / covered).clamp(min=0)
-            log_covered, inv = covered.log(), inv / covered
-            mean_z = self.scratch.dot(scaled, z) * inv
+            rest_mass, covered = _without(scaled, known)
+            log_covered, inv, rest_mass = (covered * inv).log(), 1 / covered, rest_mass / covered
+            mean_log_p = self.scratch.dot(scaled, z) * inv - student.lse
         R, shift, factor, lse_shift = self._beside_student(support, residual.pool, rows, student)
         lse_shift += R.sum(-1, keepdim=True).log_()  # of a float32 softmax over 49,152 entries: 1 within some 1e-5
         torch.add(log_covered[:, None] - lse_shift, shift, alpha=factor, out=shift)
         compared = Compared(scaled, inv, R, shift, z, student.lse + log_covered)
         value, factor = write_score(residual.divergence, compared, self.scratch)
         unit = inv * factor  # times which `shift` is p̂ ⊙ s
-        known = rows.labels.clamp(max=support - 1)[:, None]
-        here = shift.gather(1, known)
-        # Without the label: where p_y is near 1, its score less the mean has the digits of the other tokens only.
-        others = unit * shift.scatter_(1, known, 0.0).sum(-1)
-        shift.scatter_(1, known, here)
-        at_known = unit * here.squeeze(1)
-        mean = at_known + others
-        ce = student.entropy + unit * self.scratch.dot(shift, z) - mean * mean_z
-        at_label = at_known * rest_mass - student.p_y / log_covered.exp() * others
-        at_label = torch.where(
-            known.squeeze(1) == rows.labels, at_label, 0.0
-        )  # R is 0 at a label that it does not have
+        # Where p_y is near 1, the label's score less the mean has the digits of the other tokens only.
+        others, mean = (unit * x for x in _without(shift, known))
+        log_p = torch.sub(z, student.lse[:, None], out=R)
+        ce = student.entropy + unit * self.scratch.dot(shift, log_p) - mean * mean_log_p
+        pulled_y, p_y = unit * shift.gather(1, known).squeeze(1), inv * scaled.gather(1, known).squeeze(1)
+        at_label = pulled_y * rest_mass - p_y * others
+        # At a label that R does not cover, p̂ has nothing.
+        at_label = torch.where(known.squeeze(1) == rows.labels, at_label, 0.0)
         less_mean = (-weight * mean * inv)[:, None]
         if start is not None:
             torch.mul(student.scaled[:, support:], start, out=g[:, support:])
@@ -201,3 +197,11 @@ class DenseTerms(RowCode):
         assert pool.offset_slope is not None
         z_y = rows.z.gather(1, rows.labels[:, None])
         return F.logsigmoid(pool.offset_slope * (rows.z - z_y))
+
+
+def _without(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(Σ x [r] without the entry at ids [r, 1], Σ x); x is as it was afterwards."""
+    here = x.gather(1, ids)
+    rest = x.scatter_(1, ids, 0.0).sum(-1)
+    x.scatter_(1, ids, here)
+    return rest, rest + here.squeeze(1)
