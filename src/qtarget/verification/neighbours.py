@@ -12,7 +12,6 @@ from qtarget.verification.check import Finding, check, within, worst
 from qtarget.verification.expected import Expected, label_log_p, logits_of
 from qtarget.verification.subject import Given, Sample, Subject, relative
 
-
 # The numbers of presets at which they are sft, and dft.
 _SFT_AT: dict[str, dict[str, float]] = {
     "profit": {"tau": 0},
