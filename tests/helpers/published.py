@@ -116,7 +116,7 @@ CASES = [
         {"normalizer": "none"},
         {"normalizer": "none", "top_k": 10, "power": 2.0},
     ),
-    *cases("prift", REFERENCE, {"mode": "mass"}, {"mode": "mass", "threshold": 0.05}),
+    *cases("prift", REFERENCE, {"by": "mass"}, {"by": "mass", "threshold": 0.05}),
     *cases("stm", REFERENCE, {"perplexity": 20.0}),
     *cases("iw-sft", ("weight",)),
     *cases("cft", ("critical",)),

@@ -68,7 +68,7 @@ both = pytest.mark.parametrize("loss", [linear, full], ids=["linear", "full"])
 @table(
     name=(
         lambda: qt.preset("eatf"),
-        "target is 'eatf'; did you mean 'eaft'? valid: asft, beyond-log, cft, dft, eaft",
+        "target is 'eatf'; did you mean 'eaft'? valid: eaft",
     ),
     parameter=(
         lambda: qt.preset("eaft", topk=3),

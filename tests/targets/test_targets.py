@@ -396,7 +396,7 @@ def test_target_of_one_s_own(config, target):
     "config, text",
     [
         (3, "target is 3; use a name such as 'dft', a mapping, or my_pkg.my_module:my_target"),
-        ("dtf", "target is 'dtf'; did you mean 'dft'? valid: asft"),
+        ("dtf", "target is 'dtf'; did you mean 'dft'? valid: dft, idft"),
         ({"preset": 3}, "target is 3; use a name such as 'dft'"),
         ({"preset": "eaft", "topk": 3}, "parameter of eaft is 'topk'; did you mean 'top_k'? valid:"),
         (
@@ -411,8 +411,8 @@ def test_target_of_one_s_own(config, target):
             {"trust": 0.5, "residul": "teacher"},
             "key of target is 'residul'; did you mean 'residual'? valid: residual",
         ),
-        ({"trust": "entropi"}, "trust is 'entropi'; did you mean 'entropy'? valid: anchored"),
-        ({"trust": True}, "trust is True; use one of anchored"),
+        ({"trust": "entropi"}, "trust is 'entropi'; did you mean 'entropy'? valid: affine_probability"),
+        ({"trust": True}, "trust is True; use one of affine_probability"),
         ({"trust": 0.5, "residual": "techer"}, "residual is 'techer'; did you mean 'teacher'? valid: guided"),
         ({"trust": 0.5, "residual": 0.5}, "residual is 0.5; use one of guided"),
         ({"trust": {"entropy": {"k": 5}}}, "parameter of trust entropy is 'k'; "),
@@ -460,7 +460,7 @@ def test_config_that_means_nothing(config, text):
 
 def test_parts_that_are_none():
     with pytest.raises(
-        qt.ConfigError, match=r"trust is 'probability'; use one of anchored, .*, a number or a function"
+        qt.ConfigError, match=r"trust is 'probability'; use one of affine_probability, .*, a number or a function"
     ):
         qt.Target("probability")
     with pytest.raises(qt.ConfigError, match="residual is 'teacher'; use one of guided, "):

@@ -103,11 +103,11 @@ def cft() -> Target:
     return Target(trust=trust.token_mask(), residual=residual.student())
 
 
-def prift_loss(logits, labels, *, mode, threshold, reference_logits, vocab_size=None):
+def prift_loss(logits, labels, *, by, threshold, reference_logits, vocab_size=None):
     """−sg(a) log p_y: a = ref_y, or 1[u ≥ τ] with u = ref_y + Σ ref_v over the ref_v < ref_y."""
     ref = covered_log_p(reference_logits, vocab_size).exp()
     ref_y = ref.gather(-1, labels[:, None])
-    if mode == "prob":
+    if by == "prob":
         return ref_y.squeeze(-1) * nll(logits, labels)
     u = ref_y.squeeze(-1) + ref.where(ref < ref_y, 0).sum(-1)
     return (u >= threshold) * nll(logits, labels)
@@ -116,18 +116,18 @@ def prift_loss(logits, labels, *, mode, threshold, reference_logits, vocab_size=
 @preset(
     "prift",
     group="selection",
-    formula="L = −sg(a) log p_y;  a = ref_y, in mode mass a = 1[ref_y + Σ_{ref_v < ref_y} ref_v ≥ threshold]",
+    formula="L = −sg(a) log p_y;  a = ref_y, by mass a = 1[ref_y + Σ_{ref_v < ref_y} ref_v ≥ threshold]",
     trusts="the reference's p of the label",
     rest="the student",
     source="arXiv:2606.09396",
     printed=prift_loss,
-    defaults="the authors' code; threshold is for mode mass",
+    defaults="the authors' code; threshold is for by: mass",
 )
-def prift(mode: str = "prob", threshold: float = 0.5) -> Target:
-    """Learn what the starting model found likely, or, in mode mass, only what lies above its unlikely half."""
-    if mode not in ("prob", "mass"):
-        raise unknown("mode", mode, ("prob", "mass"))
-    rule = trust.reference_probability() if mode == "prob" else trust.reference_lower_mass(threshold)
+def prift(by: str = "prob", threshold: float = 0.5) -> Target:
+    """Learn what the starting model found likely, or, by mass, only what lies above its unlikely half."""
+    if by not in ("prob", "mass"):
+        raise unknown("by", by, ("prob", "mass"))
+    rule = trust.reference_probability() if by == "prob" else trust.reference_lower_mass(threshold)
     return Target(trust=rule, residual=residual.student())
 
 
