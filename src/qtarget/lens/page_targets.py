@@ -4,8 +4,8 @@
     form     {when: {h: "linear"}, sliders: ["beta"], trust, residual, scale, share}, written as YAML has a target
     or       {name, own, reason}: why it is not on the page
 
-A rule of somebody's own is evaluated here, and the page gets its weights token by token; of a divergence of somebody's own
-it gets a table.
+A rule of somebody's own is evaluated here, and the page gets its weights token by token. A divergence of somebody's own
+becomes a table.
 """
 
 from __future__ import annotations

@@ -21,9 +21,10 @@ _STEPS = 64  # of the table, in a nat
 def times_p(divergence: Divergence, log_p: np.ndarray, log_R: np.ndarray) -> np.ndarray:
     """p · score(log p − log R), float64; 0 where p and R are."""
     there = log_p > -np.inf
-    log_p, d = (torch.from_numpy(np.where(there, x, 0.0)) for x in (log_p, log_p - np.where(there, log_R, 0.0)))
-    p = log_p.exp() * torch.from_numpy(there)
-    pulled = divergence.times_p(p, log_p, d)
+    log_student = torch.from_numpy(np.where(there, log_p, 0.0))
+    d = log_student - torch.from_numpy(np.where(there, log_R, 0.0))
+    p = log_student.exp() * torch.from_numpy(there)
+    pulled = divergence.times_p(p, log_student, d)
     return torch.where(p > 0, pulled, pulled.nan_to_num()).numpy() * there
 
 

@@ -4,9 +4,9 @@ Outside the k kept tokens a cached teacher has the mass τ in the student's shap
 of the live and of the cached teacher, both are the same up to a factor on the kept tokens, so half their L1 distance is
 at most the larger of their masses outside. By Hölder's inequality p^(1−η) t^η summed outside is largest where t ∝ p, so
 that is R_c's, and the error of Q is at most b times it: a bound that needs no live teacher. It holds where a residual's
-coefficients sum to 1 (no teacher temperature), under forward KL, and is given for this tail only: what another divergence
-makes of a token outside hangs on how the live teacher shares that mass out, which the cache does not know. What rounding to
-float16 adds is bounded by the size of the log-probabilities.
+coefficients sum to 1 (no teacher temperature), under forward KL, and is given for this tail only: under another divergence
+the error depends on how the live teacher spreads the mass outside, which the cache does not know. What rounding to float16
+adds is bounded by the size of the log-probabilities.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class TargetError:
 
     Attributes:
         q_mean, q_max: ½‖Q_cached − Q_live‖₁ of a token. bound_mean, bound_max: what it can be at most; None for an even
-            tail, a temperature, or another divergence than forward KL. holds: no token is above its bound. logit_gradient, hidden_gradient: ‖difference‖/‖live‖ of p − Q and of
-            (p − Q) W, Frobenius. loss_mean: mean |difference| of a token's loss. loss_row: the largest of a row's mean.
+            tail, a teacher temperature, and another divergence than forward KL. holds: no token is above its bound.
+        logit_gradient, hidden_gradient: ‖difference‖/‖live‖ of p − Q and of (p − Q) W, Frobenius. loss_mean: mean
+            |difference| of a token's loss. loss_row: the largest of a row's mean.
     """
 
     target: str
@@ -108,7 +109,7 @@ class Report:
             )
         yield table
         yield "error of Q: ½‖Q_cached − Q_live‖₁ of a token, mean and max, and its bound, mean"
-        yield "(none: an even tail, a temperature, another divergence than forward KL)"
+        yield "(none: an even tail, a teacher temperature, another divergence than forward KL)"
         yield "gradient: ‖difference‖ / ‖live‖ of p − Q, and of what reaches hidden states; loss: mean difference, nats"
 
 
