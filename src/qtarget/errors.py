@@ -52,12 +52,13 @@ class NonFiniteLogits(ConfigError):
 
     Args:
         what: whose logits. token: number of the supervised token. tokens: the batch's ``Tokens``.
+        mend: what to do before anything else, as the target has it (``Target.on_ruled_out``).
 
     Attributes:
         row, position: where in the labels; ``position`` is None where they have one dimension.
     """
 
-    def __init__(self, what: str, token: int, tokens: Tokens):
+    def __init__(self, what: str, token: int, tokens: Tokens, mend: str = ""):
         place = token if tokens.index is None else int(tokens.index[token])
         self.what = what
         self.row: int = place
@@ -66,7 +67,7 @@ class NonFiniteLogits(ConfigError):
             self.row, self.position = divmod(place, tokens.shape[-1])
         where = f"row {self.row}" + ("" if self.position is None else f", position {self.position}")
         super().__init__(
-            f"{what} are NaN or infinite at {where}; lower the learning rate, check the data of that row, "
+            f"{what} are NaN or infinite at {where}; {mend}lower the learning rate, check the data of that row, "
             "or train in float32 or bfloat16 instead of float16"
         )
 

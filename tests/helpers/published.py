@@ -65,6 +65,14 @@ def cases(preset: str, needs: tuple[str, ...], *hyperparameters: dict[str, Any])
     ]
 
 
+DIVERGENCES: list[Any] = [
+    "reverse_kl",
+    *({"jsd": {"beta": beta}} for beta in (0.1, 0.5, 0.9)),
+    *({name: {"alpha": alpha}} for name in ("skew_kl", "skew_reverse_kl") for alpha in (0.1, 0.6)),
+    "total_variation",
+    *({"alpha": {"alpha": alpha}} for alpha in (0.0, 0.5, 1.0)),
+    "todi",
+]
 REFERENCE = ("reference_logits", "vocab_size")
 TEACHER = ("teacher_logits", "vocab_size")
 
@@ -96,18 +104,20 @@ CASES = [
     *cases("iw-sft", ("weight",)),
     *cases("cft", ("critical",)),
     *cases("label-smoothing", ("vocab_size",), *({"smoothing": epsilon} for epsilon in (0.0, 0.3, 0.9))),
-    *cases("sft-kl", REFERENCE, {"kl_weight": 0.5}, {"kl_weight": 3.0}),
+    *cases("sft-kl", REFERENCE, {"kl_weight": 0.5}, {"kl_weight": 3.0}, {"kl_weight": 0.5, "direction": "reverse"}),
     Case("sft-kl:kl_weight=0.0", "sft-kl", {"kl_weight": 0.0}),
-    *cases("asft", REFERENCE, {"kl_weight": 0.1}, {"kl_weight": 0.8}),
+    *cases("asft", REFERENCE, {"kl_weight": 0.1}, {"kl_weight": 0.8}, {"direction": "reverse"}),
     Case("asft:kl_weight=0.0", "asft", {"kl_weight": 0.0}),
     *cases("psft", ("old_logps",), {"clip": 0.5}, {"clip": 0.2, "clip_high": 0.28}),
     *cases("gem", (), *({"beta": beta, "h": h} for h in ("linear", "logsigmoid") for beta in (0.7, 0.3, 1.0))),
     *cases("kd", TEACHER, *({"temperature": t} for t in (1.0, 2.0, 0.5))),
+    *cases("kd", TEACHER, *({"divergence": divergence} for divergence in DIVERGENCES))[1:],
     *cases(
         "kd-hybrid",
         TEACHER,
         *({"kd_weight": weight, "temperature": t} for weight, t in ((0.2, 1.0), (0.5, 2.0), (0.9, 2.0), (1.0, 1.0))),
     ),
+    *cases("kd-hybrid", TEACHER, {"kd_weight": 0.2, "divergence": "jsd"})[1:],
     Case("kd-hybrid:kd_weight=0.0,temperature=1.0", "kd-hybrid", {"kd_weight": 0.0, "temperature": 1.0}),
     *(
         Case(f"target-sft:eta=0.0,teacher_temperature={t}", "target-sft", {"eta": 0.0, "teacher_temperature": t})
@@ -117,6 +127,7 @@ CASES = [
         "target-sft", TEACHER, *({"eta": eta, "teacher_temperature": t} for eta in (0.3, 0.5, 1.0) for t in (1.0, 2.0))
     ),
 ]
+CASES += cases("target-sft", TEACHER, {"eta": 0.3, "divergence": "reverse_kl"}, {"divergence": "skew_kl"})[1:]
 # A preset without cases of its own is tried at its defaults.
 INPUTS = {"teacher": TEACHER, "reference": REFERENCE, "old_policy": ("old_logps",)}
 for _name in set(qt.presets.names()) - {case.preset for case in CASES}:

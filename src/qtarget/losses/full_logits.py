@@ -138,10 +138,7 @@ class EvaluatedTerm:
         """[n], of which the gradient on the logits is that of D(R, p), with R and the score held constant."""
         if self.divergence.is_forward_kl:
             return _cross_entropy(self.log_R.exp(), z.log_softmax(-1))
-        p = self._covered(z).softmax(-1)  # Σ s p has the gradient p ⊙ (s − E_p[s]); as p · (p s)/p it stays finite
-        constant = p.detach()
-        ratio = p / constant.clamp(min=torch.finfo(p.dtype).tiny)
-        return (self._score_times_p(z.detach()) * ratio).sum(-1)
+        return (self.gradient(z.detach()) * z).sum(-1)
 
     def gradient(self, z: Tensor) -> Tensor:
         """The gradient itself, [n, V]."""
@@ -306,7 +303,7 @@ def _tokens_and_target(
     dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
     tokens = supervised(labels, logits.shape[:-1], "logits", vocab_size, ignore_index, dtype, columns, [target])
     z = tokens.select(logits).to(dtype)
-    _check_finite(z, "logits", tokens)
+    _check_finite(z, "logits", tokens, z.shape[-1])
     others = {}
     for name, other in given.items():
         if other is None or name not in target.requires:
@@ -314,13 +311,15 @@ def _tokens_and_target(
         if other.shape[:-1] != logits.shape[:-1]:
             raise ConfigError(f"{name}_logits has shape {list(other.shape)}; labels ask for {list(labels.shape)} + [V]")
         others[name] = tokens.select(other.detach()).to(dtype)
-        _check_finite(others[name], f"{name}_logits", tokens, name not in target.needs_full_support)
+        required = vocab_size if name in target.needs_full_support else 0
+        _check_finite(others[name], f"{name}_logits", tokens, required, target.on_ruled_out)
     return tokens, z, _evaluate(z.detach(), tokens, target, others, vocab_size)
 
 
-def _check_finite(z: Tensor, what: str, tokens: Tokens, allow_minus_infinity: bool = False) -> None:
+def _check_finite(z: Tensor, what: str, tokens: Tokens, required: int, mend: str = "") -> None:
+    """``required``: how many columns must be finite. Beyond, −inf may stand, a probability of 0, but not everywhere."""
     bad = ~torch.isfinite(z)
-    if allow_minus_infinity:  # a probability of 0, which not every token can have
-        bad &= (z != -float("inf")) | (z == -float("inf")).all(-1, keepdim=True)
+    ruled_out = z == -float("inf")
+    bad[:, required:] &= (~ruled_out | ruled_out.all(-1, keepdim=True))[:, required:]
     if bad.any():
-        raise NonFiniteLogits(what, int(bad.any(-1).nonzero()[0]), tokens)
+        raise NonFiniteLogits(what, int(bad.any(-1).nonzero()[0]), tokens, mend)

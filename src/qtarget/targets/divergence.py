@@ -308,11 +308,11 @@ class ToDi(Divergence):
 
     def score(self, d: Tensor) -> Tensor:
         w = torch.sigmoid(-self.slope * d)
-        return -w * torch.expm1(-d) + (1 - w) * d + (1 - 2 * w)
+        return -w * torch.expm1(-d) + (1 - w) * d + torch.tanh(self.slope * d / 2)  # 1 − 2w
 
     def times_p(self, p: Tensor, log_p: Tensor, d: Tensor) -> Tensor:
         w = torch.sigmoid(-self.slope * d)
-        far = w * (p - (log_p - d).exp()) + (1 - w) * _where(p, d) + (1 - 2 * w) * p
+        far = w * (p - (log_p - d).exp()) + (1 - w) * _where(p, d) + torch.tanh(self.slope * d / 2) * p
         return torch.where(d.abs() < 1, p * self.score(d), far)
 
     def value(self, p: Tensor, R: Tensor, d: Tensor) -> Tensor:

@@ -126,6 +126,17 @@ class Target:
         return frozenset(name for term in terms for name in term.pool.requires)
 
     @property
+    def on_ruled_out(self) -> str:
+        """What an error about such a model's logits says first; nothing where every divergence is finite."""
+        names = dict.fromkeys(str(t.divergence) for t in self.residual_terms if t.divergence.needs_full_support)
+        if not names:
+            return ""
+        return (
+            f"divergence {' and '.join(names)} is infinite where a model rules out a token by -inf: take jsd, skew_kl, "
+            "total_variation or another that is finite there, or a model without -inf; else "
+        )
+
+    @property
     def tempered(self) -> float | None:
         """1/T where the residuals are a pair whose weights cancel, the second the student at temperature T, and the
         value is written as one; else None."""

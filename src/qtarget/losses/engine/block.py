@@ -11,22 +11,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from qtarget.losses.engine.buffers import PerRow, RowCode, RowResult, Rows, Scratch, Student, Term, TopKRows
+from qtarget.losses.engine.buffers import PerRow, RowResult, Rows, Scratch, Student, TermValues, TopKRows
+from qtarget.losses.engine.residual_terms import READABLE, DenseTerms
 from qtarget.losses.engine.top_k import Outside, add_top_k, cheap_rows, sums
 from qtarget.losses.inputs import check_top_k
 from qtarget.losses.output import simplex_tolerance
 from qtarget.targets import TokenStats
 from qtarget.targets.residual import Residual
 
-# A probability from which a logarithm is read off: below it, the rounding of its exponent shows.
-_READABLE = 1e-12
-
 
 @dataclass(frozen=True, kw_only=True)
-class RowMath(RowCode):
+class RowMath(DenseTerms):
     """Plain PyTorch; the gradient goes over the logits.
 
     Args:
@@ -54,8 +51,10 @@ class RowMath(RowCode):
             loss = label_loss + self.target.residual_terms[0].factor * b[0] * kl
         else:
             terms = self._add_residuals(rows, student, outside, a, b, statistics)
-            values = [term.kl if self.target.value == "kl" else term.ce for term in terms]
-            loss = label_loss + sum((w * v for w, v in zip(b, values, strict=True)), torch.zeros_like(a))
+            loss = label_loss
+            for weight, term, found in zip(b, self.target.residual_terms, terms, strict=True):
+                as_ce = self.target.value == "ce" and term.divergence.is_forward_kl
+                loss = loss + weight * (found.ce if as_ce else found.value)
         if self.with_kl:
             statistics["kl_q"] = self._kl_q(z, student, statistics)
         if capped is not None:
@@ -74,7 +73,7 @@ class RowMath(RowCode):
         z_y = z.gather(1, y)
         log_p_y = (p_y / total).log()
         lse = z_y - log_p_y
-        hopeless = p_y < _READABLE
+        hopeless = p_y < READABLE
         if bool(hopeless.any()):
             lse = torch.where(hopeless, z.amax(-1, keepdim=True) - (top / total).log(), lse)
             log_p_y = torch.where(hopeless, z_y - lse, log_p_y)
@@ -140,19 +139,19 @@ class RowMath(RowCode):
 
     def _add_residuals(
         self, rows: Rows, student: Student, outside: Outside | None, a: Tensor, b: list[Tensor], statistics: PerRow
-    ) -> list[Term]:
-        """Write g = a (p − δ) + Σ b (p − R) over the logits, term by term."""
+    ) -> list[TermValues]:
+        """Write g = a (p − δ) + Σ b p ⊙ (s − E_p[s]) over the logits, term by term."""
         z, y = rows.z, rows.labels[:, None]
-        pools = [term.pool for term in self.target.residual_terms]
-        g = z if len(pools) == 1 else self.scratch.get("g", *z.shape)
+        residuals = self.target.residual_terms
+        g = z if len(residuals) == 1 else self.scratch.get("g", *z.shape)
         at_label = -a * student.rest_mass
-        terms: list[Term] = []
-        for support, pool, weight in zip(self.support, pools, b, strict=True):
+        terms: list[TermValues] = []
+        for support, residual, weight in zip(self.support, residuals, b, strict=True):
             start = None if terms else (a * student.inv)[:, None]
-            if outside is None or outside.kept is not cheap_rows([pool], rows):
-                term, label_pull = self._add_dense_residual(support, pool, rows, student, weight, g, start)
+            if outside is None or outside.kept is not cheap_rows([residual.pool], rows):
+                term, label_pull = self._add_dense_residual(support, residual, rows, student, weight, g, start)
             else:
-                term, label_pull = add_top_k(outside, pool, rows, student, weight, g, start, self.vocab_size)
+                term, label_pull = add_top_k(outside, residual, rows, student, weight, g, start, self.vocab_size)
             at_label = at_label + label_pull
             terms.append(term)
         if g is not z:
@@ -170,69 +169,23 @@ class RowMath(RowCode):
         """``size``: Σ |g|, where it is known."""
         work = self.scratch.get("work", *g.shape)
         statistics["update"] = (torch.abs(g, out=work).sum(-1) if size is None else size) / 2
-        # Non-negative weights that leave p a non-negative share give a non-negative Q: no need to look.
-        mass = sum(b[1:], b[0])
-        rounding = 1e-14 if g.dtype == torch.float64 else 1e-7
-        convex = (torch.stack([a, *b]) >= 0).all(0) & (a + mass <= 1 + rounding)
-        if bool(convex.all()):
+        if self._stays_on_simplex(a, b, g.shape[1]):  # no need to look
             statistics["off_simplex_fraction"] = torch.zeros_like(a)
             return
         torch.mul(student.scaled, student.inv[:, None], out=work).sub_(g)
         statistics["off_simplex_fraction"] = (work.amin(-1) < -simplex_tolerance(g.dtype)).to(g.dtype)
 
-    def _add_dense_residual(
-        self,
-        support: int,
-        pool: Residual,
-        rows: Rows,
-        student: Student,
-        weight: Tensor,
-        g: Tensor,
-        start: Tensor | None,
-    ) -> tuple[Term, Tensor]:
-        """Add b (p − R) to g for a residual given by dense logits. Returns the term and b (p − R) at the label.
-
-        p − R = −(p + R) tanh(d/2) with d = log R − log p: no cancellation where R is near p, no overflow where the two
-        are hundreds of nats apart.
-        """
-        z = rows.z
-        n, width = z.shape
-        shift = self.scratch.get("shift", n, support)  # pooled logits minus the student's
-        R = self.scratch.get("work", n, support)
-        factor = self._pool_shift(pool, rows, shift)
-        inside = z[:, :support]
-        torch.add(inside, shift, alpha=factor, out=R)
-        if pool.coefficient("student") == 0:
-            # The other models' logits themselves, not their difference to the student added back.
-            self._pooled(pool, rows, R)
-        torch.softmax(R, -1, out=R)
-        lse_shift = self._lse_shift(R, shift, factor, rows, student)
-        # A float32 softmax over 49,152 entries sums to 1 within some 1e-5, which counts times the size of the logits.
-        total = R.sum(-1)
-        ce = total * student.lse - self.scratch.dot(R, inside)
-        kl = factor * self.scratch.dot(R, shift) - total * lse_shift.squeeze(1)
-        torch.add(-lse_shift, shift, alpha=factor, out=shift)  # d
-        if bool(torch.isnan(kl).any()):  # an entry the pool rules out: 0 · (−inf)
-            kl = torch.where(R > 0, R * shift, torch.zeros_like(R)).sum(-1)
-        p = student.scaled[:, :support]
-        R.addcmul_(p, student.inv[:, None])  # p + R
-        self.scratch.tanh_half_(shift).mul_(R)  # R − p
-        # softmax and lse_shift are off by some 1e-7, which moves every entry alike: Σ (R − p) tells by how much.
-        drift = shift.sum(-1)
-        if support < width:
-            drift = drift - student.scaled[:, support:].sum(-1) * student.inv
-        undo = (weight * drift * student.inv)[:, None]
-        if start is not None:
-            torch.mul(student.scaled, start + undo, out=g)
-        else:
-            g.addcmul_(student.scaled, undo)
-        g[:, :support].addcmul_(shift, -weight[:, None])
-        if support < width:
-            g[:, support:].addcmul_(student.scaled[:, support:], (weight * student.inv)[:, None])
-        known = rows.labels.clamp(max=support - 1)  # R is 0 at a label that the other model does not have
-        difference_y = shift.gather(1, known[:, None]).squeeze(1) - drift * student.p_y  # R − p
-        at_label = -weight * torch.where(known == rows.labels, difference_y, -student.p_y)
-        return Term(ce, kl - drift), at_label
+    def _stays_on_simplex(self, a: Tensor, b: list[Tensor], width: int) -> bool:
+        """Whether the weights alone tell that no Q is negative: none is, and p keeps a share 1 − a − Σ b · reach."""
+        most = a
+        for weight, term, support in zip(b, self.target.residual_terms, self.support, strict=True):
+            # Renormalised over a part of the vocabulary, p̂ is more than p, and its pull may be more than p has.
+            whole = term.divergence.is_forward_kl or support == width
+            if term.divergence.reach is None or not whole:
+                return False
+            most = most + weight * term.divergence.reach
+        rounding = 1e-14 if a.dtype == torch.float64 else 1e-7
+        return bool(((torch.stack([a, *b]) >= 0).all(0) & (most <= 1 + rounding)).all())
 
     def _tempered(self, rows: Rows, student: Student, a: Tensor, b: Tensor, c: float, statistics: PerRow) -> Tensor:
         """Write g of distillation at a temperature over the logits. Returns KL(R ‖ B) of the tempered two."""
@@ -245,60 +198,7 @@ class RowMath(RowCode):
         statistics["ce_q"] = a * -student.log_p_y + (1 - a) * student.entropy + b * cross
         return kl
 
-    def _lse_shift(self, R: Tensor, shift: Tensor, factor: float, rows: Rows, student: Student) -> Tensor:
-        """Normaliser of the pooled logits minus the student's, [r, 1], read off one entry: log R = log p + shift − it.
-
-        At the label where both see it, else at the likeliest entry of R (whose index costs a slow pass).
-        """
-        y = rows.labels.clamp(max=R.shape[1] - 1)[:, None]
-        R_y = R.gather(1, y)
-        lse_shift = factor * shift.gather(1, y) + (student.log_p_y[:, None] - R_y.log())
-        unreadable = (R_y < _READABLE) | (student.p_y[:, None] < _READABLE) | (y != rows.labels[:, None])
-        if bool(unreadable.any()):
-            (at,) = unreadable.squeeze(1).nonzero(as_tuple=True)
-            top, at_top = R[at].max(-1, keepdim=True)
-            z_top = rows.z[at].gather(1, at_top) - student.lse[at, None]
-            lse_shift[at] = factor * shift[at].gather(1, at_top) + (z_top - top.log())
-        return lse_shift
-
-    def _pool_shift(self, pool: Residual, rows: Rows, out: Tensor) -> float:
-        """Pooled logits minus the student's, up to the factor returned.
-
-        Formed from differences, so that a teacher near the student loses no digits.
-        """
-        z = rows.z[:, : out.shape[1]]
-        others = {name: c for name, c in pool.nonzero.items() if name != "student"}
-        excess = pool.coefficient("student") + sum(others.values()) - 1
-        if len(others) == 1 and abs(excess) < 1e-12 and pool.offset_slope is None:
-            ((name, coefficient),) = others.items()
-            torch.sub(self._dense(rows, name)[:, : out.shape[1]], z, out=out)
-            return coefficient
-        for number, (name, coefficient) in enumerate(others.items()):
-            logits = self._dense(rows, name)[:, : out.shape[1]]
-            if number == 0:
-                torch.sub(logits, z, out=out).mul_(coefficient)
-            else:
-                out.add_(logits, alpha=coefficient).sub_(z, alpha=coefficient)
-        if not others:
-            torch.mul(z, excess, out=out)
-        elif abs(excess) > 1e-12:
-            out.add_(z, alpha=excess)
-        if pool.offset_slope is not None:
-            out.add_(self._offset(pool, rows))
-        return 1.0
-
-    def _pooled(self, pool: Residual, rows: Rows, out: Tensor) -> None:
-        """Pooled logits of a pool without the student, exactly as its models give them."""
-        out.zero_()
-        for name, coefficient in pool.nonzero.items():
-            out.add_(self._dense(rows, name)[:, : out.shape[1]], alpha=coefficient)
-
     # -- values --------------------------------------------------------------------------------------------------
-
-    def _offset(self, pool: Residual, rows: Rows) -> Tensor:
-        assert pool.offset_slope is not None
-        z_y = rows.z.gather(1, rows.labels[:, None])
-        return F.logsigmoid(pool.offset_slope * (rows.z - z_y))
 
     def _offset_mass(self, pool: Residual, rows: Rows) -> Tensor:
         if pool.offset_slope is None:
@@ -348,9 +248,9 @@ def _add_difference(
     R_top, at = R.max(-1, keepdim=True)
     B_top = B.gather(1, at)
     shift = d.gather(1, at) + (B_top.log() - R_top.log())
-    if bool((B_top < _READABLE).any()):  # then through the logits
+    if bool((B_top < READABLE).any()):  # then through the logits
         exact = (d + c * inside).logsumexp(-1, keepdim=True) - (c * z).logsumexp(-1, keepdim=True)
-        shift = torch.where(B_top < _READABLE, exact, shift)
+        shift = torch.where(B_top < READABLE, exact, shift)
     d.sub_(shift)
     kl = work.dot(R, d)
     if bool(torch.isnan(kl).any()):  # an entry that R rules out: 0 · (−inf)

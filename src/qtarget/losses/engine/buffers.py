@@ -97,11 +97,11 @@ class Student:
 
 
 @dataclass
-class Term:
+class TermValues:
     """What the reported values need of one residual, [r] each."""
 
-    ce: Tensor  # CE(R, p)
-    kl: Tensor  # KL(R ‖ p)
+    ce: Tensor  # CE(R, p), under another divergence than forward KL of p − p ⊙ (s − E_p[s]) for R
+    value: Tensor  # D(R, p)
     size: Tensor | None = None  # Σ |g| without the label, where it is known without another pass
 
 

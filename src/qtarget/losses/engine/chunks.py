@@ -350,10 +350,13 @@ class _Run:
         wrong, row, student_is_finite = found[len(wanted) :]
         if wrong:
             row = int(row)
+            if not student_is_finite:
+                raise NonFiniteLogits("logits", row, self.tokens)
             (number,) = [i for i, group in enumerate(self.tokens.groups) if group.start <= row < group.stop]
-            names = [name for name in self.call.aux if name in self.call.targets[number].requires]
+            target = self.call.targets[number]
+            names = [name for name in self.call.aux if name in target.requires]
             fault = " or ".join(f"{name} logits" for name in names) or "the trust rule's weights"
-            raise NonFiniteLogits(fault if student_is_finite else "logits", row, self.tokens)
+            raise NonFiniteLogits(fault, row, self.tokens, target.on_ruled_out)
         return found[: len(wanted)]
 
 

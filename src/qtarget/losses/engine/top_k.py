@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtarget.losses.engine.buffers import PerRow, Rows, Scratch, Student, Term, TopKRows
+from qtarget.losses.engine.buffers import PerRow, Rows, Scratch, Student, TermValues, TopKRows
 from qtarget.losses.engine.row_functions import derived, kl_terms
 from qtarget.losses.engine.row_plan import NEVER, TABLE
-from qtarget.targets.residual import Residual
+from qtarget.targets.divergence import Divergence
+from qtarget.targets.residual import Residual, Term
 
 
 @dataclass
@@ -74,58 +75,69 @@ def sums(
 
 def add_top_k(
     outside: Outside,
-    pool: Residual,
+    residual: Term,
     rows: Rows,
     student: Student,
     weight: Tensor,
     g: Tensor,
     start: Tensor | None,
     vocab_size: int,
-) -> tuple[Term, Tensor]:
-    """As ``RowMath._add_dense_residual`` where a tail has the student's shape: k gathers, no exponentials.
+) -> tuple[TermValues, Tensor]:
+    """As ``DenseTerms._add_dense_residual`` where a tail has the student's shape: k gathers, no exponentials.
 
-    Outside the k, t = p (1 − T_K)/(1 − P_K), so R/p is one number per row.
+    Outside the k, t = p (1 − T_K)/(1 − P_K), so R/p is one number per row: the problem has k + 1 outcomes.
     """
     kept, z = outside.kept, rows.z
     rest = outside.mass.squeeze(1) * student.inv
     rest_nll = student.lse * rest - student.inv * outside.dot.squeeze(1)
-    (power,) = (c for name, c in pool.nonzero.items() if name != "student")
+    (power,) = (c for name, c in residual.pool.nonzero.items() if name != "student")
     log_p_rk = student.log_p(z, kept.ids)
-    p_rk = log_p_rk.exp()
-    rest_log = rest.log()
-    # log of R/p before normalising, on the kept ids and outside them
-    gap_rk = power * (kept.logprobs - log_p_rk)
-    gap_tail = power * (kept.log_tail - rest_log)
-    pooled = torch.cat([log_p_rk + gap_rk, (rest_log + gap_tail)[:, None]], 1)
-    log_norm = pooled.logsumexp(-1)
-    d_rk, d_tail = gap_rk - log_norm[:, None], gap_tail - log_norm
-    log_R = pooled - log_norm[:, None]
-    R_rk, R_tail = log_R[:, :-1].exp(), log_R[:, -1].exp()
-    zero = torch.zeros_like(d_rk)
-    ce = -torch.where(R_rk > 0, R_rk * log_p_rk, zero).sum(-1) + (R_tail / rest) * rest_nll
-    kl = torch.where(R_rk > 0, R_rk * d_rk, zero).sum(-1) + torch.where(R_tail > 0, R_tail * d_tail, zero[:, 0])
+    # of the k outcomes and of what is outside
+    log_p = torch.cat([log_p_rk, rest.log()[:, None]], 1)
+    gap = power * (torch.cat([kept.logprobs, kept.log_tail[:, None]], 1) - log_p)  # log of R/p before normalising
+    d = gap - (log_p + gap).logsumexp(-1, keepdim=True)
+    p, R = log_p.exp(), (log_p + d).exp()
+    if residual.divergence.is_forward_kl:
+        pull, value = -(p + R) * torch.tanh(d / 2), torch.where(R > 0, R * d, torch.zeros_like(R)).sum(-1)
+        ce = -torch.where(R > 0, R * log_p, torch.zeros_like(R))[:, :-1].sum(-1) + (R[:, -1] / rest) * rest_nll
+        padded_pull = weight  # R is 0 there
+    else:
+        pull, value = _lumped(residual.divergence, p, log_p, d, R)
+        ce = student.entropy + (pull * log_p)[:, :-1].sum(-1) - (pull[:, -1] / rest) * rest_nll
+        padded_pull = torch.zeros_like(weight)
 
-    difference_rk = -(p_rk + R_rk) * torch.tanh(d_rk / 2)  # p − R
-    shrink_tail = -torch.expm1(d_tail)  # (p − R)/p outside the k
+    pull_rk, pull_tail = pull[:, :-1], pull[:, -1] / rest  # the tail's by p
     is_label = kept.ids == rows.labels[:, None]
-    label_pull = torch.where(is_label.any(-1), (difference_rk * is_label).sum(-1), student.p_y * shrink_tail)
-    base_rk = p_rk * (start / student.inv[:, None]) if start is not None else g.gather(1, kept.ids)
-    # Real tokens outside the k, then padded rows, where R is 0.
-    for part, pull in ((slice(0, vocab_size), weight * shrink_tail), (slice(vocab_size, z.shape[-1]), weight)):
-        p, factor = student.scaled[:, part], (pull * student.inv)[:, None]
+    label_pull = torch.where(is_label.any(-1), (pull_rk * is_label).sum(-1), student.p_y * pull_tail)
+    base_rk = p[:, :-1] * (start / student.inv[:, None]) if start is not None else g.gather(1, kept.ids)
+    # Real tokens outside the k, then padded rows.
+    for part, by in ((slice(0, vocab_size), weight * pull_tail), (slice(vocab_size, z.shape[-1]), padded_pull)):
+        scaled, factor = student.scaled[:, part], (by * student.inv)[:, None]
         if start is not None:
-            torch.mul(p, start + factor, out=g[:, part])
+            torch.mul(scaled, start + factor, out=g[:, part])
         else:
-            g[:, part].addcmul_(p, factor)
-    g_rk = base_rk + weight[:, None] * difference_rk
+            g[:, part].addcmul_(scaled, factor)
+    g_rk = base_rk + weight[:, None] * pull_rk
     g.scatter_(1, kept.ids, g_rk)
     if start is None:  # it comes on top of another term
-        return Term(ce, kl), weight * label_pull
+        return TermValues(ce, value), weight * label_pull
     a = start.squeeze(1) / student.inv
-    size = (a + weight * shrink_tail).abs() * outside.but_label.squeeze(1) * student.inv
-    size = size + (a + weight).abs() * outside.padded.squeeze(1) * student.inv
+    size = (a + weight * pull_tail).abs() * outside.but_label.squeeze(1) * student.inv
+    size = size + (a + padded_pull).abs() * outside.padded.squeeze(1) * student.inv
     size = size + g_rk.masked_fill(is_label, 0.0).abs().sum(-1)
-    return Term(ce, kl, size), weight * label_pull
+    return TermValues(ce, value, size), weight * label_pull
+
+
+def _lumped(divergence: Divergence, p: Tensor, log_p: Tensor, d: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+    """(p̂ ⊙ (s − E_p̂[s]) [r, k + 1], D [r]) of outcomes, p̂ being p over the real tokens alone; d = log R − log p."""
+    covered = p.sum(-1, keepdim=True)
+    p, log_p = p / covered, log_p - covered.log()
+    scored = divergence.times_p(p, log_p, -d - covered.log())
+    # Scores relative to the likeliest outcome's: where p is near 1, the mean would take all its digits.
+    top = p.argmax(-1, keepdim=True)
+    scored = (scored - p * (scored.gather(1, top) / p.gather(1, top))).scatter(1, top, 0.0)
+    value = divergence.value(p, R, -d - covered.log()).sum(-1)
+    return scored - p * scored.sum(-1, keepdim=True), value
 
 
 # -- for two passes over logits ------------------------------------------------------------------------------------

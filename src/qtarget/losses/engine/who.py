@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from qtarget.errors import ConfigError
 from qtarget.losses.engine import EngineCall, matmuls
 from qtarget.losses.engine.block import RowMath
 from qtarget.losses.engine.buffers import Scratch
@@ -55,9 +54,6 @@ def computes(call: EngineCall, target: Target, place: Place) -> RowMath | Device
 
 def computes_in_torch(call: EngineCall, target: Target, place: Place) -> RowMath:
     """Blocks in place, which every target and every device has."""
-    for term in target.residual_terms:
-        if not term.divergence.is_forward_kl:
-            raise ConfigError(f"divergence is {term.divergence}; the engine has forward_kl, use target_loss for others")
     pools = [term.pool for term in target.residual_terms]
     support = tuple(_support(call, pool, place.width) for pool in pools)
     return RowMath(support=support, **_of_both(call, target, place))
