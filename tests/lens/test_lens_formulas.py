@@ -1,9 +1,11 @@
-"""What the page computes in a browser is what the replay computes: every preset, every rule with every residual."""
+"""What the page computes in a browser is what the replay computes: every preset, every rule with every residual, every
+divergence."""
 
 import inspect
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 import lens_records
 import qtarget as qt
@@ -13,6 +15,7 @@ from published import CASES
 from qtarget.lens import page
 from qtarget.lens.page_targets import page_entries
 from qtarget.lens.replay import Replay
+from qtarget.targets.divergence import Divergence
 from qtarget.targets.residual import Residual
 from qtarget.targets.trust import Rule
 
@@ -29,6 +32,9 @@ EXTRA = [
     ("eaft", {"top_k": 3, "power": 0.5}),
     ("eaft", {"top_k": 40}),
     ("label-smoothing", {"smoothing": 1.0}),
+    ("sft-kl", {"direction": "reverse", "kl_weight": 0.5}),
+    *(("kd", {"divergence": name}) for name in Divergence.known),
+    ("target-sft", {"divergence": "jsd", "eta": 0.3}),
 ]
 TARGETS = [(case.preset, case.hyperparameters) for case in CASES] + EXTRA
 
@@ -63,7 +69,7 @@ class Between(Residual):
         return {"student": 1 - self.share, "reference": self.share}
 
 
-# Each rule and residual of the library, with parameters that are no defaults.
+# Each part of the library that has parameters, with some that are no defaults.
 PARAMETERS = {
     "constant": {"value": 0.3},
     "probability_power": {"alpha": 0.5},
@@ -76,9 +82,18 @@ PARAMETERS = {
     "tempered": {"temperature": 0.8},
     "sharpened": {"beta": 0.6, "h": "logsigmoid"},
     "pool": {"student": 0.5, "teacher": 0.3, "reference": 0.4},
+    "jsd": {"beta": 0.1},
+    "skew_kl": {"alpha": 0.3},
+    "skew_reverse_kl": {"alpha": 0.4},
+    "alpha": {"alpha": 0.3},
+    "todi": {"slope": 2.0},
 }
 RULE = {name: rule(**PARAMETERS.get(name, {})) for name, rule in Rule.known.items() if name != "offset_mass"}
 POOL = {name: pool(**PARAMETERS.get(name, {})) for name, pool in Residual.known.items()}
+DIVERGENCE = {name: kind(**PARAMETERS.get(name, {})) for name, kind in Divergence.known.items()}
+DIVERGENCE |= {"alpha 0": qt.divergence.alpha(0.0), "todi 0": qt.divergence.todi(0.0), "of one's own": torch.tanh}
+# Over the uniform residual the error has a bound, over the teacher it may have none, over the others R is not exact.
+APPROACHED = [POOL["uniform"], POOL["pool"], POOL["sharpened"], qt.residual.teacher(), qt.residual.guided(0.3)]
 SCALED = {
     "half": qt.Target(0.9, qt.residual.teacher(), scale=0.5),
     "by entropy": qt.Target(qt.trust.probability(), qt.residual.reference(), scale=qt.trust.entropy()),
@@ -114,18 +129,28 @@ def test_a_rule_with_every_residual(shared, rule):
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("divergence", DIVERGENCE)
+def test_a_divergence_from_residuals(shared, divergence):
+    for pool in APPROACHED:
+        target = qt.Target(0.7, [(0.4, pool, DIVERGENCE[divergence])])
+        agrees(figures_of(shared, target), target, REPLAY)
+
+
+@pytest.mark.browser
 @pytest.mark.parametrize("case", SCALED)
 def test_scales_shares_and_rules_of_ones_own(shared, case):
     agrees(figures_of(shared, SCALED[case]), SCALED[case], REPLAY)
 
 
 @pytest.mark.browser
-def test_the_page_knows_every_rule_and_residual_of_the_library(shared):
+def test_the_page_knows_every_part_of_the_library(shared):
     """Who adds one to targets/ adds it to targets.js."""
     assert {*shared.evaluate("Object.keys(lens.RULES)")} == {*Rule.known, "given"}
     assert {*shared.evaluate("Object.keys(lens.POOLS)")} == {*Residual.known}
-    assert {*PARAMETERS} <= {*Rule.known, *Residual.known}
-    for name, part in {**Rule.known, **Residual.known}.items():
+    assert {*shared.evaluate("Object.keys(lens.DIVERGENCES)")} == {*Divergence.known, "given"}
+    parts = {**Rule.known, **Residual.known, **Divergence.known}
+    assert {*PARAMETERS} <= {*parts}
+    for name, part in parts.items():
         assert name in PARAMETERS or not inspect.signature(part).parameters, name
 
 

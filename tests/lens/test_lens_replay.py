@@ -10,6 +10,7 @@ from lens_records import record_from_logits
 from published import CASES, label_log_p
 from qtarget import ConfigError
 from qtarget.lens.replay import Replay
+from qtarget.targets.divergence import Divergence, as_divergence
 
 N, V, K = 200, 300, 20
 Z = lens_records.random_logits(N, V)
@@ -22,6 +23,10 @@ GIVEN = {
     "critical": torch.randint(0, 2, (N,), generator=generator).double(),
     "old_logps": label_log_p(Z, Y) - 0.3 * torch.randn(N, generator=generator).double(),
 }
+
+
+def sinh(d):
+    return d.sinh()
 
 
 def record(k=K):
@@ -75,6 +80,45 @@ def test_with_the_whole_vocabulary_nothing_is_unknown(case):
     assert np.abs(figures.q - bucketed(EVERYTHING, q)[0]).max() < 1e-9 * max(1, np.abs(q).max())
     assert np.abs(figures.update - stats["update"].numpy()).max() < 1e-9 * max(1, figures.update.max())
     assert (figures.off_simplex == (stats["off_simplex_fraction"].numpy() > 0)).all()
+
+
+@pytest.mark.parametrize(
+    "divergence", [*map(as_divergence, Divergence.known), qt.divergence.alpha(0), as_divergence(sinh)], ids=str
+)
+def test_a_divergence_is_the_oracles_within_the_error_shown(divergence):
+    for pool in (
+        qt.residual.teacher(),
+        qt.residual.guided(0.3),
+        qt.residual.uniform(),
+        qt.residual.pool(reference=0.5),
+    ):
+        target = qt.Target(0.7, [(0.4, pool, divergence)])
+        stats, q = oracle(target, [f"{name}_logits" for name in pool.requires])
+        inside, outside = bucketed(REPLAY, q)
+        figures = REPLAY.figures(target)
+        distance = (np.abs(figures.q - inside).sum(1) + np.abs(figures.q_tail - outside)) / 2
+        assert (distance <= figures.q_error + 1e-9).all()
+        assert (np.abs(figures.update - stats["update"].numpy()) <= figures.update_error + 1e-9).all()
+        bounded = divergence.reach is not None or not pool.nonzero
+        assert np.isfinite(figures.q_error).all() == bounded == (not figures.notes)
+        assert not bounded or figures.q_error.mean() < 0.15
+        whole = EVERYTHING.figures(target)
+        assert max(whole.q_error.max(), whole.update_error.max()) < 1e-9 and not whole.notes
+        assert np.abs(whole.q - bucketed(EVERYTHING, q)[0]).max() < 1e-9 * max(1, np.abs(q).max())
+
+
+def test_a_tail_in_the_students_shape_is_exact_as_one_token():
+    top = Z.topk(K, dim=-1).indices
+    log_t = GIVEN["teacher_logits"].log_softmax(-1)
+    rest = torch.log1p(-log_t.exp().gather(1, top).sum(-1, keepdim=True)) - Z.scatter(1, top, -torch.inf).logsumexp(
+        -1, keepdim=True
+    )
+    shaped = (Z + rest).scatter(1, top, log_t.gather(1, top))
+    replay = Replay(record_from_logits(Z, Y, teacher=shaped, k=K))
+    for name in Divergence.known:
+        target = qt.preset("kd", divergence=name)
+        q = qt.target_distribution(Z, Y, target, teacher_logits=shaped).numpy()
+        assert np.abs(replay.figures(target).q - bucketed(replay, q)[0]).max() < 1e-12 * max(1, np.abs(q).max())
 
 
 def test_a_small_k_says_so():

@@ -1,4 +1,4 @@
-"""A preset of known parts that is registered while the tests run goes through every room by its entry alone."""
+"""A preset and a divergence that are registered while the tests run go through every room by their entries alone."""
 
 import importlib
 import json
@@ -15,13 +15,43 @@ from lens_pages import JS_FIGURES, agrees
 from qtarget.cli.__main__ import main
 from qtarget.lens import record
 from qtarget.lens.replay import Replay
+from qtarget.targets.divergence import Divergence
 from qtarget.targets.presets import entry
 
 NAME = "half-guided"
+# A class that is registered, and a function of d.
+BY = {"chi_square": {"chi_square": {"share": 0.3}}, "my_presets:cubed": "my_presets:cubed"}
 MODULE = '''"""An objective of somebody's own, of a rule and a residual that the library has."""
 
+from dataclasses import dataclass
+
 from qtarget import Target, presets, residual, trust
+from qtarget.targets.divergence import Divergence
+from qtarget.targets.parts import named
 from qtarget.targets.presets.printed import kl, label_log_p
+
+
+@named("chi_square")
+@dataclass(frozen=True)
+class ChiSquare(Divergence):
+    """½ Σ (p − R)²/(s p + (1 − s) R)"""
+
+    share: float = 0.5
+
+    def score(self, d):
+        x = d.exp()
+        middle = 1 + self.share * (x - 1)
+        return (x - 1) / middle - 0.5 * self.share * ((x - 1) / middle) ** 2
+
+    def times_p(self, p, log_p, d):
+        return p * self.score(d.clamp(max=300))
+
+    def value(self, p, R, d):
+        return 0.5 * (p - R) ** 2 / (self.share * p + (1 - self.share) * R).clamp(min=1e-300)
+
+
+def cubed(d):
+    return d + 0.1 * d.clamp(-5, 5) ** 3
 
 
 def printed(logits, labels, *, alpha, doubt, teacher_logits=None, vocab_size=None):
@@ -55,6 +85,7 @@ def preset(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setattr(entry, "ENTRIES", dict(entry.ENTRIES))
+        patch.setattr(Divergence, "known", dict(Divergence.known))
         yield importlib.import_module("my_presets")
         del sys.modules["my_presets"]
 
@@ -138,3 +169,36 @@ def test_the_lens_shows_it(preset, world, open_page, tmp_path, capsys):
     results = view.evaluate("() => lens.ready")
     assert sorted(results) == sorted({NAME, *qt.presets.names()} - {"sft-kl", "asft"})
     assert f"{NAME}, this run" in view.inner_text("#compare-view")
+
+
+@pytest.mark.parametrize("by", BY)
+def test_a_divergence_in_python_yaml_oracle_and_engine(preset, by):
+    target = qt.preset("kd-hybrid", divergence=BY[by])
+    assert qt.Target.from_config(json.loads(json.dumps(target.to_config()))) == target
+    assert qt.Target.from_config(target.to_config(composed=True)) == target
+    assert_engine_is_oracle(ordinary_batch(), target)
+
+
+@pytest.mark.parametrize("by", BY)
+def test_verify_passes_with_a_divergence_and_names_what_is_not_printed(preset, world, by, capsys):
+    target = json.dumps({"preset": "kd", "divergence": BY[by]})
+    words = ["verify", "--config", world / "config.yaml", "--target", target, "--json", "-"]
+    assert main([str(word) for word in words]) == 0
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks["gradient is p - Q"]["status"] == checks["step is autograd's"]["status"] == "pass"
+    assert "has no printed loss" in checks["published formula"]["told"]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("by", BY)
+def test_the_lens_shows_a_divergence(preset, world, open_page, tmp_path, by):
+    """By a table; from a capture alone a function's code is not run, so it is asked for."""
+    target = qt.preset("kd", divergence=BY[by])
+    asked = json.dumps(target.to_config())
+    assert main(["lens", "capture", "--config", f"{world}/config.yaml", "--rows", "6", "-o", f"{tmp_path}/c"]) == 0
+    assert main(["lens", "report", f"{tmp_path}/c", "-o", f"{tmp_path}/lens.html", "--target", asked]) == 0
+    view = open_page(tmp_path / "lens.html")
+    name = view.input_value("#name-A")
+    assert name == str(target)
+    script = JS_FIGURES.replace("{ length: 40 }", "{ length: 0 }")
+    agrees(view.evaluate(script, [name, {}]), target, Replay(record.read(tmp_path / "c")))

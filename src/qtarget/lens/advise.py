@@ -153,9 +153,8 @@ def _warnings(record: Record, replay: Replay, target: Target | None) -> list[str
         other = replay.figures(presets.build(name))
         if np.abs(mine.q - other.q).max() < 1e-6 and np.abs(mine.q_tail - other.q_tail).max() < 1e-6:
             warnings.append(f"target {target} is {name} on these tokens: every Q is the same")
-    if not summary.reliable:
+    if summary.k_is_too_small:
         warnings.append(
-            f"k is too small for {target}: its figures may be off by {max(summary.update_error, summary.q_error):.2f}; "
-            "capture with a larger --top_k"
+            f"k is too small for {target}: its figures may be off by {summary.error:.2f}; capture with a larger --top_k"
         )
     return warnings + mine.notes

@@ -4,7 +4,8 @@
     form     {when: {h: "linear"}, sliders: ["beta"], trust, residual, scale, share}, written as YAML has a target
     or       {name, own, reason}: why it is not on the page
 
-A rule of somebody's own is evaluated here, and the page gets its weights token by token.
+A rule of somebody's own is evaluated here, and the page gets its weights token by token. A divergence of somebody's own
+becomes a table.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from qtarget.errors import reason
 from qtarget.lens import sliders
 from qtarget.lens.record import Record
 from qtarget.lens.replay import Replay
+from qtarget.lens.scores import tabulated
 from qtarget.targets import Target, presets
+from qtarget.targets.divergence import as_divergence
 from qtarget.targets.objective import Objective
 from qtarget.targets.yaml_form import names_code
 
@@ -99,9 +102,13 @@ class _Entries:
     def of(self, target: Target | str) -> Entry:
         if isinstance(target, str):
             return {"reason": target, "parameters": {}}
+        entry = self._shown(target)
+        return entry | {"forms": [_with_tables(form, target) for form in entry.get("forms", ())]}
+
+    def _shown(self, target: Target) -> Entry:
         form = sliders.composed(target)
         code = _code(form)
-        if names_code(form["residual"]):
+        if any(names_code(named) for _, named in map(sliders.split, form["residual"])):
             return {"reason": f"{code} has an offset that the page does not know", "parameters": {}}
         known = target.name in presets.names()
         preset = presets.describe(target.name) if known else presets.written_as(target.name)
@@ -135,6 +142,23 @@ class _Entries:
         given = {"trust": a, "rest": rest, "unsure": unsure}
         trust = {"given": {key: packed(values[self.tokens], "f4") for key, values in given.items()}}
         return {"when": {}, "sliders": [], "trust": trust, "residual": form["residual"]}, notes
+
+
+def _with_tables(form: Entry, target: Target) -> Entry:
+    """A form with the scores of divergences that the page does not know in place of their names."""
+    written = [str(sliders.split(part)[0]) for part in sliders.composed(target)["residual"]]
+    own = dict(zip(written, target.residual, strict=True))
+
+    def on_page(residual: Any) -> Any:
+        beside, named = sliders.split(residual)
+        if not beside or sliders.on_page(beside["divergence"]):
+            return residual
+        # A function of the target need not have a path that leads to it.
+        known = own[str(beside)].divergence if str(beside) in own else as_divergence(beside["divergence"])
+        numbers = tabulated(known)
+        return {**named, "divergence": {"given": numbers | {"table": packed(numbers["table"], "f4")}}}
+
+    return form | {"residual": [*map(on_page, form["residual"])]}
 
 
 def _code(config: Any) -> str:

@@ -3,10 +3,14 @@
 A record keeps every model's log-probabilities at the ids of a token and the mass outside them. What a target does there
 is computed as written; a residual's share of the tail is bounded from that mass, from the largest probability that can
 be in it, and from the number of tokens outside. The middle of the bounds is shown, the distance to them is the error.
+
+Under another divergence than forward KL the tail counts as one token, which is exact where it has the student's shape.
+The score may have no bound, as reverse KL's: then the error is ∞, unless the whole vocabulary was captured.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,13 +19,17 @@ import torch
 from qtarget.errors import ConfigError
 from qtarget.lens import token_statistics
 from qtarget.lens.record import OTHERS, Record
+from qtarget.lens.scores import deepest, highest, times_p
 from qtarget.targets import Target, TokenStats
-from qtarget.targets.residual import Pool, Residual
+from qtarget.targets.residual import Pool, Residual, Term
 
 # A mean error of the update or of Q from which a figure is called unreliable: five percent of probability.
 UNRELIABLE = 0.05
 # Without a captured column: the weight of a plain row, every token critical, an old policy refreshed just now (r = 1).
 _WITHOUT_COLUMN = {"weight": "1", "critical": "1", "old_logps": "the student's own, so r = 1"}
+_NO_BOUND = (
+    "the residual's tail is taken in the student's shape, and the error of that has no bound, as the score has none"
+)
 
 
 @dataclass
@@ -70,9 +78,33 @@ class Summary:
     q_error: float
 
     @property
+    def error(self) -> float:
+        """The larger of both errors; ∞ where there is no bound."""
+        return max(self.update_error, self.q_error)
+
+    @property
     def reliable(self) -> bool:
-        """Whether k is large enough for this target."""
-        return max(self.update_error, self.q_error) <= UNRELIABLE
+        return self.error <= UNRELIABLE
+
+    @property
+    def k_is_too_small(self) -> bool:
+        return UNRELIABLE < self.error < np.inf
+
+
+@dataclass(frozen=True)
+class _Pull:
+    """What a residual of weight 1 does to each token.
+
+    R, g: [tokens, ids], the residual and its gradient on the logits; R_tail, g_tail: outside the ids. error: g is off by
+    at most this in total variation. most: the most that |g| can sum to outside.
+    """
+
+    R: np.ndarray
+    R_tail: np.ndarray
+    g: np.ndarray
+    g_tail: np.ndarray
+    error: np.ndarray
+    most: np.ndarray
 
 
 class Replay:
@@ -102,24 +134,22 @@ class Replay:
         """
         notes: list[str] = []
         a, b, unsure = self.weights(target, notes)
-        pools = [self._residual(term.pool) for term in target.residual_terms]
+        pulls = [self._pull(term, notes) for term in target.residual_terms]
         p, p_tail = self.p, self.tail["student"]
         mass = sum(b, np.zeros_like(a))
-        left = 1 - a - mass
-        q = a[:, None] * self.is_label + left[:, None] * p
-        q_tail = left * p_tail
+        q, q_tail = a[:, None] * self.is_label + (1 - a)[:, None] * p, (1 - a) * p_tail
         q_error = unsure * (np.abs(a) + sum(np.abs(weight) for weight in b)) if b else unsure
         mixed, mixed_tail = np.zeros_like(q), np.zeros_like(a)
         most = np.abs(a) * p_tail
-        for weight, (R, R_tail, error, R_most) in zip(b, pools, strict=True):
-            q, q_tail = q + weight[:, None] * R, q_tail + weight * R_tail
-            mixed, mixed_tail = mixed + weight[:, None] * R, mixed_tail + weight * R_tail
-            q_error = q_error + np.abs(weight) * error
-            most = most + np.abs(weight) * (p_tail + R_most)
+        for weight, pull in zip(b, pulls, strict=True):
+            q, q_tail = q - weight[:, None] * pull.g, q_tail - weight * pull.g_tail
+            mixed, mixed_tail = mixed + weight[:, None] * pull.R, mixed_tail + weight * pull.R_tail
+            q_error = q_error + _times(np.abs(weight), pull.error)
+            most = most + _times(np.abs(weight), pull.most)
         q = np.where(self.there, q, 0.0)
         tail = np.abs(p_tail - q_tail)
         # With no residual of its own every tail entry moves the same way, and the sum of moves is the move of the sum.
-        unknown = np.maximum(most - tail, 0.0) / 2 if pools else np.zeros_like(a)
+        unknown = np.maximum(most - tail, 0.0) / 2 if pulls else np.zeros_like(a)
         with np.errstate(invalid="ignore", divide="ignore"):
             residual = np.where(mass[:, None] != 0, mixed / mass[:, None], np.nan)
             residual_tail = np.where(mass != 0, mixed_tail / mass, np.nan)
@@ -261,22 +291,54 @@ class Replay:
         return high, np.zeros_like(high), high
 
     def _residual(self, pool: Residual) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(R at the ids, its tail, at most off by in total variation, at most the tail)."""
+        """(log R at the ids given that it is one of them, R's tail, the least and the most that it can be)."""
         scores = self._scores(pool)
         shift = scores.max(1)
-        x = np.exp(scores - shift[:, None])
+        inside = np.exp(scores - shift[:, None]).sum(1)
         with np.errstate(over="ignore", invalid="ignore"):
             shown, low, high = (_times(np.exp(-shift), tail) for tail in self._tail(pool))
-            total = x.sum(1) + shown
-            least, most = low / (x.sum(1) + low), np.where(np.isinf(high), 1.0, high / (x.sum(1) + high))
+            total = inside + shown
+            least, most = low / (inside + low), np.where(np.isinf(high), 1.0, high / (inside + high))
             here = np.where(np.isinf(total), 1.0, shown / total)
-        R = x * ((1 - here) / x.sum(1))[:, None]
-        return R, here, np.maximum(most - here, here - least), most
+        return scores - (shift + np.log(inside))[:, None], here, least, most
+
+    def _pull(self, term: Term, notes: list[str]) -> _Pull:
+        log_inside, tail, least, most = self._residual(term.pool)
+        p, p_tail = self.p, self.tail["student"]
+        R = np.exp(log_inside) * (1 - tail)[:, None]
+        if term.divergence.is_forward_kl:
+            return _Pull(R, tail, p - R, p_tail - tail, np.maximum(most - tail, tail - least), p_tail + most)
+        scored = functools.partial(times_p, term.divergence)
+
+        def inside(tail: np.ndarray) -> np.ndarray:
+            with np.errstate(divide="ignore"):
+                return scored(self.logps["student"], log_inside + np.log1p(-tail)[:, None])
+
+        score = highest(term.divergence, self._most_apart(term.pool))
+        if np.isinf(score).any() and self.outside.any():
+            notes.append(_NO_BOUND)
+        with np.errstate(divide="ignore"):
+            in_tail = scored(np.log(p_tail), np.log(tail))
+        here = inside(tail)
+        mean = here.sum(1) + in_tail
+        moved = np.maximum(*(np.abs(inside(other) - here).sum(1) for other in (least, most)))
+        above, below = _times(score, p_tail), deepest(term.divergence) * most
+        off = moved + np.maximum(above - in_tail, in_tail + below)  # of the mean score
+        error = moved + _times(p.sum(1), off)
+        g, g_tail = here - p * mean[:, None], in_tail - p_tail * mean
+        return _Pull(R, tail, g, g_tail, error, _times(p_tail, np.abs(mean) + off) + above + below)
+
+    def _most_apart(self, pool: Residual) -> np.ndarray:
+        """The most that log p − log R can be outside the ids: known where R is the same for every token."""
+        if pool.nonzero or pool.offset_slope is not None:
+            return np.full_like(self.log_p_y, np.inf)
+        return self.floor["student"] + np.log(self.record.vocab_size)
 
 
 def _times(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """x · y with 0 · ∞ = 0: nothing outside, whatever its exponent."""
-    return np.where(y == 0, 0.0, x * y)
+    with np.errstate(invalid="ignore"):
+        return np.where((x == 0) | (y == 0), 0.0, x * y)
 
 
 def _log_sigmoid(x: np.ndarray) -> np.ndarray:

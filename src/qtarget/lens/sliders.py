@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qtarget.targets import Target
+from qtarget.targets.divergence import Divergence
 from qtarget.targets.presets import Preset
 from qtarget.targets.yaml_form import names_code
 
@@ -32,16 +33,22 @@ RANGES: dict[str, tuple[str, float, float, float]] = {
     "temperature": ("temperature T", 0.25, 8, 0.05),
     "teacher_temperature": ("teacher_temperature", 0.25, 8, 0.05),
     "kd_weight": ("kd_weight λ, the teacher’s share", 0, 1, 0.01),
+    "jsd.beta": ("beta β, the residual’s share of the mixture", 0.01, 0.99, 0.01),
+    "skew_kl.alpha": ("alpha α, the residual’s share of the mixture", 0.01, 0.99, 0.01),
+    "skew_reverse_kl.alpha": ("alpha α, the student’s share of the mixture", 0.01, 0.99, 0.01),
+    "alpha.alpha": ("alpha α, from reverse KL at 0 to forward KL at 1", 0, 1, 0.01),
+    "todi.slope": ("slope of the weight", 0, 10, 0.1),
 }
 # The words a hyperparameter may be, each with the hyperparameters that then play no part.
 _CHOICES: dict[str, dict[Any, tuple[str, ...]]] = {
-    "direction": {"higher": (), "lower": (), "middle": ("tau",)},
+    "direction": {"higher": (), "lower": (), "middle": ("tau",), "forward": (), "reverse": ()},
     "normalizer": {"log_k": (), "none": (), 3.0: ()},
     "h": {"linear": (), "logsigmoid": ()},
 }
 # Of a default None: the number to start from, or the hyperparameter whose value it has until it is moved.
 _STARTS = {"tau_low": 0.1, "tau_high": 0.9}
 _FOLLOWS = {"clip_high": "clip"}
+_DIVERGENCE = "divergence"
 _WAYS = ((1, 0), (-1, 1), (-1, 0))
 
 Values = dict[str, Any]
@@ -53,10 +60,25 @@ def composed(target: Target) -> Values:
     assert isinstance(config, dict)
     config.pop("value", None)  # how the loss is reported plays no part here
     residual = config["residual"] if isinstance(config["residual"], list) else [config["residual"]]
-    for place, (factor, pool) in enumerate(target.residual):
-        if names_code(residual[place]) and pool.offset_slope is None:
-            residual[place] = {"weight": factor, "pool": pool.nonzero}
+    for place, (factor, pool, _) in enumerate(target.residual):
+        beside, named = split(residual[place])
+        if names_code(named) and pool.offset_slope is None:
+            residual[place] = {**beside, "weight": factor, "pool": pool.nonzero}
     return config | {"residual": residual}
+
+
+def split(residual: Any) -> tuple[Values, Any]:
+    """The divergence of a residual as YAML writes it, if there is one, and the rest."""
+    if not isinstance(residual, Mapping):
+        return {}, residual
+    beside = {key: value for key, value in residual.items() if key == _DIVERGENCE}
+    return beside, {key: value for key, value in residual.items() if key != _DIVERGENCE}
+
+
+def on_page(divergence: Any) -> bool:
+    """Whether the page knows a divergence, as YAML writes it: one of the library's."""
+    kind = Divergence.known.get(divergence if isinstance(divergence, str) else next(iter(divergence)))
+    return kind is not None and kind.__module__ == Divergence.__module__
 
 
 def slider(name: str, value: float) -> Values:
@@ -77,11 +99,14 @@ def of_parts(part: Any, controls: Values, owner: str = "") -> Any:
         return part
     form = {}
     for key, value in part.items():
-        if key in RANGES and isinstance(value, (int, float)) and RANGES[key][1] <= value <= RANGES[key][2]:
+        known = f"{owner}.{key}" if f"{owner}.{key}" in RANGES else key
+        if known in RANGES and isinstance(value, (int, float)) and RANGES[known][1] <= value <= RANGES[known][2]:
             name = key if key not in controls else f"{key}_{len(controls) + 1}"
-            controls[name] = slider(key, value)
+            controls[name] = slider(known, value)
             controls[name]["text"] += f" ({owner})"
             form[key] = {"of": name, "times": 1, "plus": 0}
+        elif key == _DIVERGENCE and not on_page(value):
+            form[key] = value
         else:
             form[key] = of_parts(value, controls, key)
     return form
@@ -91,21 +116,34 @@ def of_preset(preset: Preset, hyperparameters: Values) -> tuple[Values, list[Val
     """(controls by hyperparameter, forms), one form for each choice of the hyperparameters that are words."""
     values = {**preset.parameters, **hyperparameters}
     choices = {
-        name: [word for word in {**_CHOICES[name], values[name]: ()} if _accepted(preset, values | {name: word})]
-        for name in _CHOICES.keys() & values.keys()
+        name: [word for word in {**known, values[name]: ()} if _accepted(preset, values | {name: word})]
+        for name in values
+        if (known := _choices(name))
     }
     choices = {name: words for name, words in choices.items() if len(words) > 1}
-    controls: Values = {name: {"start": values[name], "choices": words} for name, words in choices.items()}
+    controls: Values = {
+        name: {"start": _shown(values[name]), "choices": [*map(_shown, words)]} for name, words in choices.items()
+    }
     forms = []
     for words in itertools.product(*choices.values()):
         when = dict(zip(choices, words, strict=True))
         start = _accepted(preset, values | when)
         if start is not None:  # else two choices that do not go together
-            idle = {*when, *(other for name, word in when.items() for other in _CHOICES[name].get(word, ()))}
+            idle = {*when, *(other for name, word in when.items() for other in _choices(name).get(word, ()))}
             form, moved = _form(preset, start, {name: start[name] for name in start if name not in idle})
-            forms.append({"when": when, "sliders": [*moved], **form})
+            shown = {name: _shown(word) for name, word in when.items()}
+            forms.append({"when": shown, "sliders": [*moved], **form})
             controls |= moved
     return {name: controls[name] for name in values if name in controls}, forms
+
+
+def _choices(name: str) -> Mapping[Any, tuple[str, ...]]:
+    return dict.fromkeys(Divergence.known, ()) if name == _DIVERGENCE else _CHOICES.get(name, {})
+
+
+def _shown(word: Any) -> Any:
+    """A choice as the page writes it; a divergence with its numbers."""
+    return str(word) if isinstance(word, Divergence) else word
 
 
 def _accepted(preset: Preset, values: Values) -> Values | None:
@@ -153,7 +191,10 @@ def _marked(part: Any, marks: Mapping[str, float], moving: set[str]) -> Any:
     if isinstance(part, list):
         return [_marked(inner, marks, moving) for inner in part]
     if isinstance(part, Mapping):
-        return {key: _marked(inner, marks, moving) for key, inner in part.items()}
+        return {
+            key: inner if key == _DIVERGENCE and not on_page(inner) else _marked(inner, marks, moving)
+            for key, inner in part.items()
+        }
     for (name, mark), (times, plus) in itertools.product(marks.items(), _WAYS):
         if part == plus + times * mark:
             moving.add(name)
@@ -172,7 +213,7 @@ def _holds(preset: Preset, values: Values, form: Values, ranges: Mapping[str, It
 
 
 def _meaning(target: Target) -> tuple:
-    pools = [(factor, pool.nonzero, pool.offset_slope) for factor, pool in target.residual_terms]
+    pools = [(factor, pool.nonzero, pool.offset_slope, by) for factor, pool, by in target.residual_terms]
     return target.trust, target.scale, target.share, pools
 
 

@@ -111,7 +111,7 @@ def comparison(record: Record, extra: Target | None = None) -> Table:
             table.add_row(str(target), *["-"] * 6, "not captured")
             continue
         summary = replay.summary(replay.figures(target))
-        error = f"{max(summary.update_error, summary.q_error):.3f}"
+        error = f"{summary.error:.3f}" if summary.error < np.inf else "no bound"
         table.add_row(
             str(target),
             f"{summary.trust:.3f}",
@@ -120,6 +120,6 @@ def comparison(record: Record, extra: Target | None = None) -> Table:
             f"× {summary.lr_factor:.3g}",
             f"{summary.carries_90:.0%}",
             f"{summary.off_simplex:.0%}",
-            error if summary.reliable else f"{error} k is too small",
+            f"{error} k is too small" if summary.k_is_too_small else error,
         )
     return table

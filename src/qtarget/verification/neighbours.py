@@ -91,7 +91,7 @@ def limits(target: Target) -> Iterator[Neighbour]:
         yield Neighbour("kd-hybrid at kd_weight 1", target, build("kd-hybrid", kd_weight=1.0, **numbers))
         yield Neighbour("the student as teacher is nothing", target, None, student_teaches=True)
     if name == "kd-hybrid":
-        yield at_value("kd_weight", 1, build("kd", temperature=numbers["temperature"]))
+        yield at_value("kd_weight", 1, build("kd", **{key: numbers[key] for key in numbers if key != "kd_weight"}))
     if name == "taid":
         yield at_value("t", 1, build("kd"))
     if name in ("taid", "todi"):

@@ -7,7 +7,7 @@ const COLUMNS = [
   ['rate for sft’s step', (s) => factor(s.lr_factor)],
   ['90 % on', (s) => percent(s.carries_90), (s) => s.carries_90],
   ['off simplex', (s) => percent(s.off_simplex), (s) => s.off_simplex],
-  ['error at most', (s) => round(s.error), (s) => s.error],
+  ['error at most', (s) => bound(s.error), (s) => s.error],
 ];
 
 /** Draws the table and fills it method by method; resolves when all are there. */
@@ -62,7 +62,7 @@ async function compareView(D) {
 }
 
 function compareCell([head, text, share], summary) {
-  const small = head === 'error at most' && summary.error > UNRELIABLE;
+  const small = head === 'error at most' && kIsTooSmall(summary.error);
   const bar = share ? el('span', { class: 'track' }, el('span', { class: 'bar', 'width%': 100 * Math.min(1, Math.max(0, share(summary))) })) : null;
   return el('td', {}, bar, el('span', { class: 'value', text: text(summary) }), small ? el('span', { class: 'unreliable', text: 'k is too small' }) : null);
 }

@@ -86,7 +86,7 @@ function drawFigures(o) {
   if (s) {
     const rate = (update) => (update > 0 ? (s.sft / update).toPrecision(2) : '∞');
     const range = `${rate(s.update + s.update_error)} to ${rate(s.update - s.update_error)}`;
-    const spread = s.update_error >= 5e-4 ? ` (${range})` : '';
+    const spread = s.update_error >= 5e-4 && s.update_error < Infinity ? ` (${range})` : '';
     const lines = [
       ['mean trust', round(s.trust)],
       ['mean update', plusMinus(s.update, s.update_error)],
@@ -94,14 +94,14 @@ function drawFigures(o) {
       ['rate for sft’s step', factor(s.lr_factor) + spread],
       ['tokens that carry 90 %', percent(s.carries_90)],
       ['off the simplex', percent(s.off_simplex)],
-      ['Q is off by at most', round(s.q_error)],
+      ['Q is off by at most', bound(s.q_error)],
     ];
     list.replaceChildren(
       ...lines.map(([name, value]) => el('div', {}, el('dt', { text: name }), el('dd', { text: value }))),
     );
   }
   const notes = o.target.notes.map((text) => el('p', { class: 'note', text: `Note: ${text}.` }));
-  if (s && s.error > UNRELIABLE) {
+  if (s && kIsTooSmall(s.error)) {
     const text = `k is too small: these figures may be off by ${round(s.error, 2)}. Capture with a larger --top_k.`;
     notes.push(el('p', { class: 'unreliable', text }));
   }

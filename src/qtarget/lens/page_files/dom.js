@@ -46,12 +46,13 @@ function tokenText(D, id, tag = 'bdi') {
 }
 
 const round = (x, digits = 3) => (Number.isFinite(x) ? x.toFixed(digits) : '–');
+const bound = (x) => (x === Infinity ? 'no bound' : round(x));
 const signed = (x, digits = 3) => (x < 0 ? '−' : '+') + Math.abs(x).toFixed(digits);
 const percent = (x, digits = 0) => (Number.isFinite(x) ? `${(100 * x).toFixed(digits)} %` : '–');
 const count = (n) => n.toLocaleString('en');
 const countOf = (n, what) => `${count(n)} ${what}${n === 1 ? '' : 's'}`;
 const plusMinus = (x, error, digits = 3) =>
-  error >= 0.5 * 10 ** -digits ? `${round(x, digits)} ± ${round(error, digits)}` : round(x, digits);
+  error >= 0.5 * 10 ** -digits && error < Infinity ? `${round(x, digits)} ± ${round(error, digits)}` : round(x, digits);
 const factor = (x) => (!Number.isFinite(x) ? '–' : `× ${x >= 100 ? x.toFixed(0) : x.toPrecision(3)}`);
 
 const LEVELS = 9;

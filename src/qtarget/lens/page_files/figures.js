@@ -1,6 +1,7 @@
 // Figures of a target over all tokens, computed in slices so that the page stays awake, and their summary.
 
 const UNRELIABLE = 0.05; // as in replay.py: from this mean error on, a figure is called unreliable
+const kIsTooSmall = (error) => error > UNRELIABLE && error < Infinity; // of a score without a bound no k is large enough
 const SLICE_MS = 24;
 const BLOCK = 1024;
 

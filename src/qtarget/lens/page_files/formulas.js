@@ -3,12 +3,12 @@
 
 const sigmoid = (x) => 1 / (1 + Math.exp(-x));
 /** x · y with 0 · ∞ = 0: nothing outside, whatever its exponent. */
-const times = (x, y) => (y === 0 ? 0 : x * y);
+const times = (x, y) => (x === 0 || y === 0 ? 0 : x * y);
 
 /** Room for one token's working; `q` and `R` are read by the bars. */
 function scratchFor(D) {
   const wide = () => new Float64Array(D.widest);
-  return { x: wide(), q: wide(), R: wide(), tail: new Float64Array(3), qTail: 0, RTail: 0, mass: 0, a: 0, b: 0, unsure: 0 };
+  return { x: wide(), q: wide(), R: wide(), g: wide(), tail: new Float64Array(3), qTail: 0, RTail: 0, mass: 0, a: 0, b: 0, unsure: 0 };
 }
 
 /** What a pool's exponentials sum to outside the ids, into out: [shown, at least, at most]. */
@@ -119,6 +119,46 @@ function offsetMass(D, { pool, slope, tables }, i, s) {
 }
 
 /**
+ * What a residual of weight 1 does by a divergence, p (s − E s): into s.g at the ids, of which s.x holds R's shares, and
+ * {tail, error, most} as replay.py's _pull. The tail counts as one token.
+ */
+function pull(D, { pool, slope, divergence }, i, [here, least, cap], s) {
+  const { timesP, deepest } = divergence;
+  const begin = D.start[i];
+  const count = D.start[i + 1] - begin;
+  const codes = D.codes.student;
+  const pTail = D.tail.student[i];
+  let inside = 0;
+  for (let k = 0; k < count; k++) inside += s.g[k] = timesP(D.p[codes[begin + k]], (1 - here) * s.x[k]);
+  let moved = 0;
+  for (const other of [least, cap]) {
+    let sum = 0;
+    if (other !== here) {
+      for (let k = 0; k < count; k++) sum += Math.abs(timesP(D.p[codes[begin + k]], (1 - other) * s.x[k]) - s.g[k]);
+    }
+    moved = Math.max(moved, sum);
+  }
+  const outside = timesP(pTail, here);
+  const mean = inside + outside;
+  // The most that p/R can be outside is known where R is the same for every token.
+  const even = Object.keys(pool).length === 0 && slope === null;
+  const above = times(Math.max(0, timesP(1, even ? Math.exp(-D.floor.student[i]) / D.vocabSize : 0)), pTail);
+  const below = deepest * cap;
+  const off = moved + Math.max(above - outside, outside + below);
+  let sum = 0;
+  for (let k = 0; k < count; k++) {
+    const p = D.p[codes[begin + k]];
+    s.g[k] -= p * mean;
+    sum += p;
+  }
+  return {
+    tail: outside - pTail * mean,
+    error: moved + times(sum, off),
+    most: times(pTail, Math.abs(mean) + off) + above + below,
+  };
+}
+
+/**
  * Figures of tokens from … to − 1, into the arrays of `out` (see figures.js): Q, and its residual, of the last one stay in
  * the scratch `s`.
  */
@@ -136,40 +176,49 @@ function replay(D, target, from, to, out, s) {
     const begin = D.start[i];
     const count = D.start[i + 1] - begin;
     const { q, R, x } = s;
-    let mass = 0;
-    for (const { factor } of terms) mass += factor * b;
-    const left = 1 - a - mass;
     const pTail = D.tail.student[i];
     for (let k = 0; k < count; k++) {
-      q[k] = left * D.p[codes[begin + k]];
+      q[k] = (1 - a) * D.p[codes[begin + k]];
       R[k] = 0;
     }
     q[D.label[i]] += a;
-    let qTail = left * pTail;
+    let qTail = (1 - a) * pTail;
     let RTail = 0;
+    let mass = 0;
     let parts = Math.abs(a);
     let error = 0;
     let most = Math.abs(a) * pTail;
-    for (const { factor, pool, slope, tables } of terms) {
-      const weight = factor * b;
-      const [sum, shift] = exponentials(D, tables, slope, i, x);
-      tailOf(D, pool, slope, i, s.tail);
+    for (const term of terms) {
+      const weight = term.factor * b;
+      const size = Math.abs(weight);
+      const [sum, shift] = exponentials(D, term.tables, term.slope, i, x);
+      tailOf(D, term.pool, term.slope, i, s.tail);
       const [shown, low, high] = shift === 0 ? s.tail : s.tail.map((mass) => times(Math.exp(-shift), mass));
       const here = shown === Infinity ? 1 : shown / (sum + shown);
       const least = low === Infinity ? 1 : low / (sum + low);
       const cap = high === Infinity ? 1 : high / (sum + high);
+      mass += weight;
+      parts += size;
+      RTail += weight * here;
       const scale = (weight * (1 - here)) / sum;
       for (let k = 0; k < count; k++) R[k] += scale * x[k];
-      RTail += weight * here;
-      parts += Math.abs(weight);
-      error += Math.abs(weight) * Math.max(cap - here, here - least);
-      most += Math.abs(weight) * (pTail + cap);
+      if (term.divergence) {
+        for (let k = 0; k < count; k++) x[k] /= sum;
+        const pulled = pull(D, term, i, [here, least, cap], s);
+        for (let k = 0; k < count; k++) q[k] -= weight * s.g[k];
+        qTail -= weight * pulled.tail;
+        error += times(size, pulled.error);
+        most += times(size, pulled.most);
+      } else {
+        for (let k = 0; k < count; k++) q[k] += scale * x[k] - weight * D.p[codes[begin + k]];
+        qTail += weight * (here - pTail);
+        error += size * Math.max(cap - here, here - least);
+        most += size * (pTail + cap);
+      }
     }
-    qTail += RTail;
     let apart = 0;
     let lowest = qTail;
     for (let k = 0; k < count; k++) {
-      q[k] += R[k];
       apart += Math.abs(D.p[codes[begin + k]] - q[k]);
       if (q[k] < lowest) lowest = q[k];
     }

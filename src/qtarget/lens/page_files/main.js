@@ -158,4 +158,4 @@ const ready = new Promise((resolve) => {
 });
 
 // For the tests, and for the curious: the formulas, the record and the state, from the console.
-globalThis.lens = { D, state, actions, ready, buildTarget, figuresFor, hindrance, POOLS, RULES, replay, scratchFor, startOf, summarise, tokenFigures, visible };
+globalThis.lens = { D, state, actions, ready, buildTarget, figuresFor, hindrance, DIVERGENCES, POOLS, RULES, replay, scratchFor, startOf, summarise, tokenFigures, visible };

@@ -1,8 +1,8 @@
 // Trust rules and residuals under their names in targets/, and the targets that are made of them.
 //
 // A target is {weigh(i, s), terms, notes}: weigh puts the weights of label and residual of token i into s.a and s.b, and by
-// what share of themselves they are unsure into s.unsure. terms are [{factor, pool, slope, tables}]: a pool holds the
-// coefficients of the models' logits, slope that of an elementwise offset.
+// what share of themselves they are unsure into s.unsure. terms are [{factor, pool, slope, tables, divergence}]: a pool holds
+// the coefficients of the models' logits, slope that of an elementwise offset; divergence is null for forward KL.
 
 // name → (D, parameters, target) → {trust(i, s), rest}: rest is the residual's weight, 1 − trust where it is not there.
 const RULES = {
@@ -49,6 +49,47 @@ const POOLS = {
   pool: (coefficients) => coefficients,
 };
 
+/** p log(p/R), 0 where p is. */
+const pLogRatio = (p, R) => (p > 0 ? p * Math.log(p / R) : 0);
+
+// name → parameters → (p, R) → p · score(log(p/R)), of targets/divergence.py.
+const DIVERGENCES = {
+  forward_kl: () => (p, R) => p - R,
+  reverse_kl: () => pLogRatio,
+  jsd: ({ beta }) => (p, R) => (1 - beta) * pLogRatio(p, (1 - beta) * p + beta * R),
+  skew_kl: ({ alpha }) => (p, R) => (p === R ? 0 : ((1 - alpha) ** 2 * p * (p - R)) / (alpha * R + (1 - alpha) * p)),
+  skew_reverse_kl: ({ alpha }) => (p, R) => {
+    const m = alpha * p + (1 - alpha) * R;
+    return p > 0 ? pLogRatio(p, m) - (alpha * p * (p - m)) / m : 0;
+  },
+  total_variation: () => (p, R) => 0.5 * p * Math.sign(p - R),
+  alpha: ({ alpha }) => (alpha === 0 ? pLogRatio : (p, R) => (p - p ** (1 - alpha) * R ** alpha) / alpha),
+  todi: ({ slope }) => (p, R) => {
+    const w = R > 0 ? 1 / (1 + (p / R) ** slope) : slope > 0 ? 0 : 0.5;
+    return w * (p - R) + (1 - w) * pLogRatio(p, R) + (1 - 2 * w) * p;
+  },
+  // One of somebody's own: its score times p over the larger of p and R, tabulated in Python.
+  given: ({ table, reach, highest }) => {
+    const values = unpack(table, Float32Array);
+    return (p, R) => {
+      if (R === 0) return p > 0 ? p * (highest ?? Infinity) : 0;
+      const at = Math.min(1, Math.max(0, 0.5 + Math.log(p / R) / (2 * reach))) * (values.length - 1);
+      const low = Math.min(Math.floor(at), values.length - 2);
+      return Math.max(p, R) * (values[low] + (at - low) * (values[low + 1] - values[low]));
+    };
+  },
+};
+
+/** {timesP, deepest} of a divergence, as scores.py has it; null for forward KL. */
+function divergenceOf(part) {
+  if (part === 'forward_kl') return null;
+  const [make, parameters] = lookUp(DIVERGENCES, 'divergence', part);
+  const timesP = make(parameters);
+  let lowest = 0;
+  for (let step = 64 * 64; step > 0; step--) lowest = Math.min(lowest, timesP(Math.exp(-step / 64), 1));
+  return { timesP, deepest: -lowest * Math.exp(1 / 64) };
+}
+
 /** [function, parameters] of a part, which is written `name` or `{name: parameters}`. */
 function lookUp(table, what, part) {
   const [[name, parameters], ...more] = typeof part === 'string' ? [[part, {}]] : Object.entries(part);
@@ -89,10 +130,10 @@ function topKEntropy(D, i, k) {
 function termsOf(residual) {
   return residual
     .map((part) => {
-      const { weight: factor = 1, ...named } = typeof part === 'string' ? { [part]: {} } : part;
+      const { weight: factor = 1, divergence = 'forward_kl', ...named } = typeof part === 'string' ? { [part]: {} } : part;
       const [make, parameters] = lookUp(POOLS, 'residual', named);
       const { offset_slope: slope = null, ...pool } = make(parameters);
-      return { factor, slope, pool: Object.fromEntries(Object.entries(pool).filter(([, c]) => c !== 0)) };
+      return { factor, slope, divergence: divergenceOf(divergence), pool: Object.fromEntries(Object.entries(pool).filter(([, c]) => c !== 0)) };
     })
     .filter(({ factor, slope, pool }) => factor !== 0 && (slope !== null || pool.student !== 1 || Object.keys(pool).length > 1));
 }
@@ -134,7 +175,12 @@ function buildTarget(D, name, hyper) {
     s.a = share * s.a + (1 - share);
     s.b *= share;
   };
-  for (const term of target.terms) term.tables = tablesOf(D, term.pool);
+  for (const term of target.terms) {
+    term.tables = tablesOf(D, term.pool);
+    if (term.divergence?.timesP(1, 0) === Infinity && Object.keys(term.pool).length > 0 && D.outside.some((n) => n > 0)) {
+      target.notes.push('the residual’s tail is taken in the student’s shape, and the error of that has no bound, as the score has none');
+    }
+  }
   return target;
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qtarget.errors import ConfigError, unknown
 from qtarget.targets.divergence import FORWARD_KL, as_divergence
-from qtarget.targets.presets.printed import nll
+from qtarget.targets.presets.printed import has_formula, nll
 from qtarget.targets.target import Target
 
 # What an objective mainly decides: how far the label is trusted by its probability, which tokens are trained, what the
@@ -154,7 +154,8 @@ def printed_loss(target: Target) -> Callable[[Tensor, Tensor, Mapping[str, Any]]
 
     Returns:
         (logits [n, V], labels [n], given) → loss [n], with ``given`` the further inputs by their names in
-        ``qtarget.target_loss``. None for a composed target, and for a preset without a printed loss.
+        ``qtarget.target_loss``. None for a composed target, for a preset without a printed loss, and for a divergence of
+        somebody's own.
 
     >>> import torch
     >>> loss = printed_loss(build("beyond-log", alpha=1.0))
@@ -162,7 +163,7 @@ def printed_loss(target: Target) -> Callable[[Tensor, Tensor, Mapping[str, Any]]
     tensor([0.7500])
     """
     entry = ENTRIES.get(target.name) or written_as(target.name)
-    if entry is None or entry.printed is None:
+    if entry is None or entry.printed is None or not has_formula(target.hyperparameters.get("divergence", FORWARD_KL)):
         return None
     printed, numbers, share = entry.printed, target.hyperparameters, target.share
     takes = inspect.signature(printed).parameters

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qtarget.targets.divergence import as_divergence
+from qtarget.targets.divergence import Divergence, as_divergence
 
 
 def label_log_p(logits: Tensor, labels: Tensor) -> Tensor:
@@ -91,6 +91,13 @@ _DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "alpha": _alpha,
     "todi": _todi,
 }
+
+
+def has_formula(divergence: Divergence) -> bool:
+    """Whether its formula stands here, as that of one of somebody's own does not."""
+    return divergence.is_forward_kl or (
+        divergence.name in _DIVERGENCES and divergence.known[divergence.name] is type(divergence)
+    )
 
 
 def divergence_from(other: Tensor, logits: Tensor, divergence: object, vocab_size: int | None = None) -> Tensor:

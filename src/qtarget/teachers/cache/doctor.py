@@ -4,8 +4,9 @@ Outside the k kept tokens a cached teacher has the mass τ in the student's shap
 of the live and of the cached teacher, both are the same up to a factor on the kept tokens, so half their L1 distance is
 at most the larger of their masses outside. By Hölder's inequality p^(1−η) t^η summed outside is largest where t ∝ p, so
 that is R_c's, and the error of Q is at most b times it: a bound that needs no live teacher. It holds where a residual's
-coefficients sum to 1 (no teacher temperature) and is given for this tail only. What rounding to float16 adds is bounded
-by the size of the log-probabilities.
+coefficients sum to 1 (no teacher temperature), under forward KL, and is given for this tail only: under another divergence
+the error depends on how the live teacher spreads the mass outside, which the cache does not know. What rounding to float16
+adds is bounded by the size of the log-probabilities.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ class TargetError:
 
     Attributes:
         q_mean, q_max: ½‖Q_cached − Q_live‖₁ of a token. bound_mean, bound_max: what it can be at most; None for an even
-            tail. holds: no token is above its bound. logit_gradient, hidden_gradient: ‖difference‖/‖live‖ of p − Q and of
-            (p − Q) W, Frobenius. loss_mean: mean |difference| of a token's loss. loss_row: the largest of a row's mean.
+            tail, a teacher temperature, and another divergence than forward KL. holds: no token is above its bound.
+        logit_gradient, hidden_gradient: ‖difference‖/‖live‖ of p − Q and of (p − Q) W, Frobenius. loss_mean: mean
+            |difference| of a token's loss. loss_row: the largest of a row's mean.
     """
 
     target: str
@@ -106,7 +108,8 @@ class Report:
                 *(f"{line.logit_gradient:.3f}", f"{line.hidden_gradient:.3f}", f"{line.loss_mean:.4f}"),
             )
         yield table
-        yield "error of Q: ½‖Q_cached − Q_live‖₁ of a token, mean and max, and its bound, mean (an even tail has none)"
+        yield "error of Q: ½‖Q_cached − Q_live‖₁ of a token, mean and max, and its bound, mean"
+        yield "(none: an even tail, a teacher temperature, another divergence than forward KL)"
         yield "gradient: ‖difference‖ / ‖live‖ of p − Q, and of what reaches hidden states; loss: mean difference, nats"
 
 
@@ -209,7 +212,7 @@ def _errors(
         live_q, live_loss, _ = _taught(log_p, y, target, log_t)
         live = log_p.exp() - live_q
         live_squares = {"live": _squares(live), "live_hidden": _squares(live @ weight)}
-        bounded = all(term.pool.keeps_student_shape for term in target.residual_terms)
+        bounded = all(pool.keeps_student_shape and by.is_forward_kl for _, pool, by in target.residual_terms)
         for tail in TAILS:
             q, loss, trust = _taught(log_p, y, target, log_c[tail])
             off = q - live_q
