@@ -150,7 +150,6 @@ CASES = [
     asked("no-time", "0 seconds", ["--verifier_timeout", "0"], "verifier_timeout is 0; use a number above 0"),
     asked("an-unknown-prompt", "no such style", ["--prompt", "chatt"], "prompt is 'chatt'; did you mean 'chat'?"),
     asked("an-unknown-dtype", "no such precision", ["--dtype", "int4"], "dtype is 'int4'"),
-    asked("an-unknown-backend", "no such backend", ["--backend", "tgi"], "backend is 'tgi'"),
     asked("an-unknown-option", "a typo", ["--top-k", "5"], "option of eval is '--top_k'"),
     asked(
         "an-unknown-verifier", "no such verifier", ["--verifier", "maths"], "verifier is 'maths'; did you mean 'math'?"

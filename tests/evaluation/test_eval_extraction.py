@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import time
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
 from eval_cases import EQUAL, LETTERS, NORMAL, PARSED
-from qtarget.evaluation import equality, extraction, graders
+from qtarget.evaluation import equality, extraction, grade, graders
+from qtarget.evaluation.grading import Grader
+
+PAIRS = [json.loads(line) for line in Path(__file__).with_name("grading_pairs.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(("text", "strict", "lenient"), PARSED)
 def test_parsed(text, strict, lenient):
-    assert extraction.strict(text) == strict
-    assert extraction.lenient(text) == lenient
+    verdict = graders._math_verdict(extraction.marked(text), extraction.lenient(text), "no answer")
+    assert (verdict["parsed"], verdict["lenient_parsed"]) == (strict, lenient)
 
 
 @pytest.mark.parametrize(("answer", "normal"), NORMAL)
@@ -67,10 +73,35 @@ LONG = {
 def test_an_output_of_100_kb_is_read_in_linear_time(name):
     text = LONG[name]
     started = time.process_time()
-    extraction.strict(text), extraction.lenient(text), extraction.normal(text)
+    extraction.marked(text), extraction.lenient(text), extraction.normal(extraction.said(text))
+    equality.number(text), equality.members(text)
     extraction.letter_lenient(text, ["x", "y"])
-    extraction.strict(f"\\boxed{{{text}}}")
+    extraction.normal(extraction.marked(f"\\boxed{{{text}}}") or "")
     assert time.process_time() - started < 2  # 0.1 s where it is linear, minutes where it is quadratic
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [
+        ("18 eggs", 18),
+        (r"18 \text{ eggs}", 18),
+        ("5 km/h", 5),
+        (r"5 \mathrm{kJ/mol}", 5),
+        (r"5\text{ m}^2", 5),
+        ("2.50 cm^3", Fraction(5, 2)),
+        ("2 1/3", Fraction(7, 3)),
+        ("12 m", 12),
+        ("2m", None),
+        ("3 x", None),
+        ("3 pi", None),
+        ("3 million", None),
+        ("3 or 4", None),
+        ("12 eggs and 3 more", None),
+        ("1/0", None),
+    ],
+)
+def test_a_number_may_have_a_unit_and_no_more(answer, value):
+    assert equality.number(answer) == value
 
 
 # -- graders -------------------------------------------------------------------------------------------------------
@@ -123,3 +154,44 @@ def test_answers_of_several_lines():
     assert graders.unmarked("Here:\n1 2\n3 4\n", "5 6\n7 8") == "1 2\n3 4"
     assert graders.unmarked("the word\ncat", "dog") == "cat"
     assert graders.unmarked("  ", "dog") is None
+
+
+# -- pairs ---------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_judged_as_mathematics_does():
+    """gold, text and the verdict, null where it is a convention. Some right ones hold no mark: strictly no answer."""
+    known = [pair for pair in PAIRS if pair["right"] is not None]
+    with Grader("math", timeout=20.0) as grader:
+        verdicts = [grader.ask(pair["text"], {"answer": pair["gold"]}).verdict or {} for pair in known]
+    judged = [
+        (pair["right"], said.get("strict", False), said.get("lenient", False))
+        for pair, said in zip(known, verdicts, strict=True)
+    ]
+    assert not [pair for pair, (right, *said) in zip(known, judged, strict=True) if any(said) and not right]
+    assert sum(right == strict for right, strict, _ in judged) >= 107
+    assert sum(right == lenient for right, _, lenient in judged) >= 114
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}", False),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True),
+        (r"(-\infty,-2)\cup(2,\infty)", r"(-\infty,-2]\cup(2,\infty)", False),
+        (r"(-\infty,-2)\cup(2,\infty)", r"(-\infty,-2)\cap(2,\infty)", False),
+        (r"(-\infty,-2)\cup(2,\infty)", r"(2,\infty)\cup(-\infty,-2)", True),
+        ("6", r"6\sqrt(5)", False),
+        (r"2\sqrt{3}", "2", False),
+        ("0", "10^{-9}", False),
+        ("18", r"18 \text{ eggs}", True),
+    ],
+)
+def test_grade(gold, answer, right):
+    said = grade(rf"<think>\boxed{{no}}</think> \boxed{{{answer}}}", gold)
+    assert said["strict"] is said["lenient"] is right
+
+
+@pytest.mark.parametrize("text", [r"<think>\boxed{5}", r"<think>\boxed{5}</think> No.", r"\boxed{5}</think>"])
+def test_thinking_answers_nothing(text):
+    assert grade(text, "5") == {"strict": False, "lenient": False, "parsed": None}

@@ -448,7 +448,6 @@ def test_prompts():
         ({"top_p": "1.5"}, "top_p is 1.5; use a number above 0 to 1"),
         ({"max_new_tokens": "4000"}, "max_new_tokens is 4000: the prompt of problem"),
         ({"prompt": "caht"}, "prompt is 'caht'; did you mean 'chat'?"),
-        ({"backend": "vllm"}, "backend is 'vllm', but vllm is not installed"),
         ({"dtype": "fp4"}, "dtype is 'fp4'"),
         ({"problem": "3"}, "option of eval is '--problem'; did you mean '--problems'?"),
         ({"verifier_timeout": "0"}, "verifier_timeout is 0;"),

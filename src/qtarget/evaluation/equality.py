@@ -1,4 +1,4 @@
-"""Are two mathematical answers equal: as text, as numbers, by members, by math-verify?"""
+"""Are two mathematical answers equal: as numbers, as words, by members, else by math-verify?"""
 
 from __future__ import annotations
 
@@ -6,79 +6,87 @@ import logging
 import re
 from fractions import Fraction
 
-from qtarget.evaluation.extraction import normal, value_without_letter
+from qtarget.evaluation.extraction import WRAPPER, bare, normal
 
-_PLAIN = re.compile(r"([-+]?)(\d+(?:\.\d*)?|\.\d+)(?:[eE]([-+]?\d{1,3}))?(?:/(\d+))?(%?)")
-_FRAC = re.compile(r"([-+]?)\\frac\{(-?\d+)\}\{(\d+)\}")
-_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?%?")
-_FRAC_SHORT = re.compile(r"([-+]?)\\frac(\d)(\d)")
+_NUMBER = re.compile(r"([-+]?)(\d+(?:\.\d*)?|\.\d+)(?:[eE]([-+]?\d{1,3}))?(?:/(\d+))?\s?(%?)")
+_FRACTION = re.compile(r"([-+]?)\\frac(?:\{(-?\d+)\}\{(\d+)\}|(\d)(\d))")
+_MIXED = re.compile(r"([-+]?)(\d+)(?:\s+(\d+)/(\d+)|\s*\\frac\{(\d+)\}\{(\d+)\})")
+_BASED = re.compile(r"[0-9A-Z]+_\{?\d+\}?")
+# What no unit is called, so that 3 million is not 3, nor 3 or 4.
+_NO_UNIT = r"(?!(?:and|or|to|over|mod|pi|sqrt|sin|cos|tan|log|ln|exp|hundred|thousand|million|billion|dozen)\b)"
+# \text{ cm}^2, or words apart from the number; a letter there may be a variable, unless it is a unit's.
+_UNIT = re.compile(
+    rf"(.*\d)(?:(?:\s*{WRAPPER}\s*{_NO_UNIT}[^{{}}]*\}}(?:\^\{{?-?\d\}}?)?)+|"
+    rf"(?:\s+|/){_NO_UNIT}(?:[A-Za-z]{{2,}}|[mshglJNWKVATC]\b|\\Omega)(?:[\s/^*.·]+(?:{_NO_UNIT}[A-Za-z]+|-?\d))*)"
+)
 # What is no expression: a letter of a choice, or words. As LaTeX a bare B would be the symbol b.
 _WORDS = re.compile(r"\(?([A-Za-z])\)?|[A-Za-z]{2,}(?:[ '-][A-Za-z]+)*")
 
 
 def same(gold: str, answer: str, percent: bool = False) -> bool:
-    """Whether an answer equals the gold one; both are normalised here.
+    """Whether an answer equals the gold one.
 
     Args:
         percent: also accept the answer times or over 100, as the published scorers do.
 
     Raises:
-        Exception: what math-verify raises on text it cannot read; the caller runs this in a process that can be killed.
+        ValueError: the gold answer cannot be read.
+        Exception: what math-verify raises; the caller runs this in a process that can be killed.
     """
-    gold, answer = normal(gold), normal(answer)
-    if not gold or not answer:
+    if not normal(gold):
+        raise ValueError(f"the gold answer {gold!r} cannot be read")
+    if not normal(answer):
         return False
-    if number(gold) is not None:
-        answer = value_without_letter(answer)
-    if _equal(gold, answer):
+    if _equal(bare(gold), bare(answer)):
         return True
     if percent:
-        wanted, given = number(gold.rstrip("% ")), number(answer.rstrip("% "))
-        if wanted is not None and given is not None:
-            return given in (wanted, wanted * 100, wanted / 100)
+        wanted, given = (number(normal(text).rstrip("% ")) for text in (gold, answer))
+        return wanted is not None and given is not None and given in (wanted, wanted * 100, wanted / 100)
     return False
 
 
 def _equal(gold: str, answer: str) -> bool:
-    if _bare(gold) == _bare(answer):
+    wanted, given = normal(gold), normal(answer)
+    # Spaces do not count, but for those that part two numbers.
+    if re.sub(r"(?<!\d) | (?!\d)", "", wanted) == re.sub(r"(?<!\d) | (?!\d)", "", given):
         return True
-    wanted, given = number(gold), number(answer)
-    if wanted is not None and given is not None:
-        return wanted == given
-    if given is not None and value_without_letter(gold) != gold:
+    values = number(wanted), number(given)
+    if None not in values:
+        return values[0] == values[1]
+    if _BASED.fullmatch(wanted) and _BASED.fullmatch(given):
+        return False  # math-verify drops the base
+    if values[1] is not None and re.fullmatch(r".*\d[A-Za-z]", wanted):
         return False  # math-verify would take the variable of 2m for a unit
-    if words := _WORDS.fullmatch(gold):
-        return words[0].strip("()").lower() == answer.strip("()! ").lower()
+    if words := _WORDS.fullmatch(wanted):
+        return words[0].strip("()").lower() == given.strip("()! ").lower()
     golds, answers = members(gold), members(answer)
     if len(golds) != len(answers):
         return False
-    if len(golds) > 1:
-        return _unordered(golds, answers)
-    ordered = _tuple(gold), _tuple(answer)
-    if ordered[0] and ordered[1]:
-        return len(ordered[0]) == len(ordered[1]) and all(map(_equal, ordered[0], ordered[1]))
-    # Dollars first: without them a fraction may be read as its last number.
-    return math_verify(gold, answer, f"gold answer {gold[:80]!r}", ("${}$", "{}"))
+    return _unordered(golds, answers) if len(golds) > 1 else math_verify(gold, answer)
 
 
 def number(text: str) -> Fraction | None:
-    """The exact value of an integer, a decimal, a simple fraction, or one of these in percent; else None."""
-    compact = text.replace(" ", "")
-    if len(compact) > 400 or (re.search(r"\d \d", text) and not _THOUSANDS.fullmatch(text)):
+    """The exact value of a normal form: an integer, a decimal, a fraction or one of these in percent, with or without a
+    unit; None for anything else.
+
+    >>> number("2.50 km/h"), number("50%"), number("2m")
+    (Fraction(5, 2), Fraction(1, 2), None)
+    """
+    if len(text) > 400:
         return None
-    if found := _PLAIN.fullmatch(compact):
+    if unit := _UNIT.fullmatch(text):
+        text = unit[1]
+    if found := _NUMBER.fullmatch(text):
         sign, value, power, below, percent = found.groups()
-        if below is not None and not int(below):
-            return None
-        result = Fraction(f"{value}e{power or 0}") / int(below or 1) / (100 if percent else 1)
-    elif found := _FRAC.fullmatch(compact) or _FRAC_SHORT.fullmatch(compact):
-        sign, value, below = found.groups()
-        if not int(below):
-            return None
-        result = Fraction(int(value), int(below))
+        divisor = int(below or 1) * (100 if percent else 1)
+        result = Fraction(f"{value}e{power or 0}") / divisor if divisor else None
+    elif found := _FRACTION.fullmatch(text) or _MIXED.fullmatch(text):
+        sign = found[1]
+        *whole, above, under = (int(part) for part in found.groups()[1:] if part)
+        result = sum(whole) + Fraction(above, under) if under else None
     else:
         return None
-    return -result if sign == "-" else result
+    return -result if sign == "-" and result is not None else result
 
 
 def members(text: str) -> list[str]:
@@ -87,40 +95,29 @@ def members(text: str) -> list[str]:
     >>> members(r"(1,2), \frac{1}{2} and 3")
     ['(1,2)', '\\frac{1}{2}', '3']
     """
-    text = text.strip()
+    if re.search(r"\\begin|\\cup|\\cap|\\ldots", text) or number(normal(text)) is not None:
+        return [text]
+    text = re.sub(r"^.*\\in\b(?=\s*\\\{)|\\left(?=\\\{)|\\right(?=\\\})", "", text).strip()
     if text.startswith("\\{") and text.endswith("\\}"):
         text = text[2:-2]
-    parts = _split(re.sub(r"\s(?:and|or)\s", ",", text).replace(",,", ","))
-    return [one for part in parts for one in _signs(part)]
+    text = re.sub(rf"{WRAPPER}\s*(and|or)\s*\}}", r" \1 ", text)
+    parts, depth, start = list[str](), 0, 0
+    text = re.sub(r"\s(?:and|or)\s", ",", text.replace("\\,", " "))
+    for place, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append(text[start:place])
+            start = place + 1
+    found = [part for part in (word.strip() for word in [*parts, text[start:]]) if part]
+    return [one for part in found for one in _signs(part)]
 
 
 def _signs(part: str) -> list[str]:
     r"""Both values of a \pm; what has more than one stays, for their signs may belong together."""
-    if part.count("\\pm") != 1 or _tuple(part) is not None:
+    if part.count("\\pm") != 1 or part[0] in "([":
         return [part]
     before, after = (side.strip() for side in part.split("\\pm"))
     return [f"{before}{'+' if before else ''}{after}", f"{before}-{after}"]
-
-
-def _tuple(text: str) -> list[str] | None:
-    """The entries of a tuple or interval with its brackets as entries of their own; None for anything else."""
-    if len(text) < 2 or text[0] not in "([" or text[-1] not in ")]":
-        return None
-    parts = _split(text[1:-1])
-    return [f"open{text[0]}", *parts, f"close{text[-1]}"] if len(parts) > 1 else None
-
-
-def _split(text: str) -> list[str]:
-    parts, depth, start = [], 0, 0
-    for place, letter in enumerate(text):
-        if letter in "([{":
-            depth += 1
-        elif letter in ")]}":
-            depth -= 1
-        elif letter == "," and depth == 0:
-            parts.append(text[start:place])
-            start = place + 1
-    return [part for part in (word.strip() for word in [*parts, text[start:]]) if part]
 
 
 def _unordered(golds: list[str], answers: list[str]) -> bool:
@@ -134,31 +131,24 @@ def _unordered(golds: list[str], answers: list[str]) -> bool:
     return True
 
 
-def _bare(text: str) -> str:
-    """Without spaces, but for those that part two numbers."""
-    return re.sub(r"(?<!\d) | (?!\d)", "", text)
-
-
-def math_verify(gold: str, answer: str, named: str, readings: tuple[str, str]) -> bool:
-    """Whether math-verify takes two texts for equal.
-
-    Args:
-        named: the gold answer in an error. readings: formats in which a text is given to it, the second where it reads
-            nothing in the first.
+def math_verify(gold: str, answer: str) -> bool:
+    """Whether math-verify takes two texts for equal, each read as LaTeX.
 
     Raises:
         ValueError: it reads nothing in the gold answer.
     """
-    from math_verify import parse, verify
+    from math_verify import LatexExtractionConfig, parse, verify
 
     # It warns that its own alarms are off; they are, for a call that takes too long is killed.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-
-    def parsed(text: str) -> list:
-        first, second = (reading.format(text) for reading in readings)
-        return parse(first, parsing_timeout=None) or parse(second, parsing_timeout=None)
-
-    wanted = parsed(gold)
+    # Without its second way, which takes 6 for the value of 6\sqrt(5).
+    wanted, given = (parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None) for text in (gold, answer))
     if not wanted:
-        raise ValueError(f"the {named} cannot be read")
-    return bool(verify(wanted, parsed(answer), timeout_seconds=None))
+        raise ValueError(f"the gold answer {gold[:80]!r} cannot be read")
+    if not verify(wanted, given, timeout_seconds=None, allow_set_relation_comp=True):
+        return False
+    first = wanted[0], given[0]
+    if not all(getattr(one, "is_number", False) for one in first):
+        return True
+    # It rounds to six decimal places, where all small numbers are zero.
+    return first[0] == first[1] or bool(abs((first[0] - first[1]).evalf(30)) <= abs(first[0].evalf(30)) * 1e-6)

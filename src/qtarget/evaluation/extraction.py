@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 
 # Changes when a text would give another answer; part of the verifier version in every sample.
-VERSION = 3
+VERSION = 4
 
 _BOX = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
 _NUMBER = re.compile(
-    r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+(?:\.\d+)?)?(?:[eE][-+]?\d+)?(?![\d])"
+    r"(?<![\w.^])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+(?:\.\d+)?)?(?:[eE][-+]?\d+)?(?![\d])"
     r"|(?<=[\w.)])\d+(?:\.\d+)?|(?<![\w.])[-+]?\.\d+"
 )
 _PHRASE = re.compile(r"(?:final\s+answer|answer)\s*(?:is|:|=)\s*:?\s*", re.IGNORECASE)
@@ -38,7 +38,7 @@ _LETTER_END = re.compile(
     r"likely|probably|definitely)(?=\s))\s*\*{0,2}([A-Z])[.*$]*\s*$|[(\[]([A-Z])[)\]][.*$]*\s*$"
 )
 _LETTER_ALONE = re.compile(r"(?<![A-Za-z])([A-Z])(?![A-Za-z''’])")
-_WRAPPER = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox|operatorname)\s*\{"
+WRAPPER = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox|operatorname)\s*\{"
 # Neither holds "!", for 5! is 120; a point in front belongs to .5.
 _TRAILING = " \t\r\n.,;:。．，；"
 _LEADING = " \t\r\n,;:。，；"
@@ -92,6 +92,12 @@ def enclosed(text: str) -> str | None:
     return None if answer is None else answer.strip()
 
 
+def said(text: str) -> str:
+    """A text without its thinking: what follows the last </think>; nothing where a <think> is not closed."""
+    rest = text.rpartition("</think>")[2]
+    return "" if "<think>" in rest else rest
+
+
 def marked(text: str) -> str | None:
     """The last answer the text marks, its kinds in this order: <answer> tags, a box, ####; None without one."""
     found = enclosed(text)
@@ -108,12 +114,6 @@ def final_answer(text: str) -> str:
     """
     found = marked(text)
     return text.strip() if found is None else found
-
-
-def strict(text: str) -> str | None:
-    """The marked answer, normalised; None where nothing is marked or the mark is empty."""
-    found = marked(text)
-    return None if found is None else (normal(found) or None)
 
 
 def last_number(text: str) -> str | None:
@@ -138,13 +138,13 @@ def lenient(text: str) -> str | None:
     >>> lenient("3 + 4 = 7 #### is the answer")
     '7'
     """
-    found = strict(text)
-    if found is not None and (re.search(r"\d", found) or enclosed(text) is not None):
+    found = marked(text) or None
+    if found is not None and (re.search(r"\d", found) or enclosed(text)):
         return found
     if (said := _last(_PHRASE, text)) is not None:
         sentence = re.split(r"(?<=[^\d])\.(?:\s|$)|\.\s|\.$|\n", text[said.end() : said.end() + 400], maxsplit=1)[0]
         if "$" in sentence and (inner := re.findall(r"\$([^$]+)\$", sentence)):
-            return normal(inner[0]) or None
+            return inner[0]
         if _FRACTION.fullmatch(whole := normal(sentence)):
             return whole
         if (number := last_number(sentence)) is not None:
@@ -156,53 +156,44 @@ def lenient(text: str) -> str | None:
 # -- normal form ---------------------------------------------------------------------------------------------------
 
 _FRACTION = re.compile(r"[-+]?\\frac\{-?\d+\}\{\d+\}")
-_UNIT_WORDS = (
-    "degree degrees deg cm mm km dm meter meters metre metres centimeter centimeters kilometer kilometers mile "
-    "miles feet foot ft inch inches in yard yards second seconds sec secs minute minutes min mins hour hours hr "
-    "hrs day days week weeks month months year years dollar dollars cent cents euro euros pound pounds gram grams "
-    "kg kilogram kilograms mg liter liters litre litres ml mph square cubic sq unit units point points percent "
-    "people student students way ways apple apples hz ev erg au pc pa mol rad radian radians solar mass masses"
-)
-_UNITS = frozenset(_UNIT_WORDS.split())
-# Units that may as well be variables: only in \text, or apart from a number.
-_UNIT_LETTERS = frozenset("mshglJNWKVATC")
-_BARE_UNIT = re.compile(r"(.*[\d)}])(\s*)([A-Za-z][A-Za-z\s/*^{}\d·-]*)", re.DOTALL)
-_WRAPPED_UNIT = re.compile(rf"(.*?)\s*{_WRAPPER}([^{{}}]*)\}}(?:\s*\^\s*\{{?-?\d\}}?)?\s*", re.DOTALL)
-_GROUPED = re.compile(r"(?<![\d.])(\d{1,3})((?:(?:,|\{,\}|\\,|\\!,|,\\!)\d{3})+)(?![\d])")
-# Longer answers have no unit; the patterns that look for one are quadratic.
-_LONG = 200
-_SPACES = re.compile(r"\\[,;:!> ]|~|\\quad|\\qquad|\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\limits")
+_GROUPED = re.compile(r"(?<![\d.])(\d{1,3})((?:(?:,|\{,\}|\\,|\\!,|,\\!| )\d{3})+)(?![\d])")
+_SPACES = re.compile(r"\\[,;:!> ]|~|\\q?quad|\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\limits")
 _ASSIGNED = re.compile(r"^\s*[A-Za-z](?:_\{?\w+\}?)?(?:\([A-Za-z]\))?\s*(?:=|\\in(?![a-z]))\s*(?=[^=]+$)")
+_SYMBOLS = {"±": r"\pm ", "∞": r"\infty ", "π": r"\pi ", "∅": r"\emptyset ", "½": r"\frac{1}{2}", "°": r"^{\circ}"}
 
 
-def normal(answer: str) -> str:
-    r"""An answer without what does not change its value: dollars, \text, sizes, trailing stops, units, separators.
-
-    The percent sign stays: 50 % is 1/2, and that it may be 50 is for the lenient score to grant.
-
-    >>> normal(r"$x = \text{ } 1{,}234\,\text{cm}^2$.")
-    '1234'
-    """
+def bare(answer: str) -> str:
+    """An answer as LaTeX without what stands around it: dollars, stars, stops; Unicode's symbols as commands."""
     text = ascii_digits(answer).lstrip(_LEADING).rstrip(_TRAILING)
     while len(text) > 1 and (
         (text[0] == text[-1] == "$") or (text[:2], text[-2:]) in ((r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
     ):
         text = text.strip("$").strip() if text[0] == "$" else text[2:-2].strip()
         text = text.lstrip(_LEADING).rstrip(_TRAILING)
-    text = _GROUPED.sub(lambda found: found[1] + re.sub(r"\D", "", found[2]), text) if _is_one_number(text) else text
-    text = re.sub(r"\\\$|[£€]", "", _SPACES.sub(" ", text)).replace("\\%", "%").replace("±", "\\pm ")
-    text = re.sub(r"\\[dtc]frac", r"\\frac", text)
-    text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree|°", "", text)
-    text = _unwrap(_without_wrapped_units(text.strip().rstrip(_TRAILING))).strip().strip("$").strip()
+    for symbol, command in _SYMBOLS.items():
+        text = text.replace(symbol, command)
+    return re.sub(r"\\\$|[$£€¥]", "", text.replace("\\varnothing", "\\emptyset")).strip()
+
+
+def normal(answer: str) -> str:
+    r"""``bare`` without what does not change its value: sizes, spaces, separators of thousands, degrees, ``x =``; words
+    without their \text. The percent sign stays: 50 % is 1/2, and that it may be 50 is for the lenient score to grant.
+
+    >>> normal(r"$x = 1{,}234\,\text{cm}$."), normal(r"\text{Tom}")
+    ('1234 \\text{cm}', 'Tom')
+    """
+    text = bare(answer)
+    # Commas part thousands only in a number that is alone: 1,234 and not 1,234,5.
+    alone = _GROUPED.sub("0", re.sub(rf"{WRAPPER}[^{{}}]*\}}|\\[,;](?!\d)", "", text))
+    if "," not in alone and not text.startswith(("(", "[", "\\{")):
+        text = _GROUPED.sub(lambda found: found[1] + re.sub(r"\D", "", found[2]), text)
+    text = re.sub(r"\\[dtc]frac", r"\\frac", _SPACES.sub(" ", text).replace("\\%", "%"))
+    text = re.sub(rf"{WRAPPER}\s*percent\s*\}}|\bpercent\b", "%", text)
+    text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree", "", text)
     text = _ASSIGNED.sub("", text)
-    text = _without_bare_units(text).strip().rstrip(_TRAILING)
-    return re.sub(r"\s+", " ", text)
-
-
-def _is_one_number(text: str) -> bool:
-    """Whether commas in it part thousands rather than the members of a list: 1,234 and not 1,234,5."""
-    parts = _GROUPED.sub("0", re.sub(r"\\text\{[^{}]*\}|\\[,;](?!\d)", "", text))
-    return "," not in parts and not text.lstrip("$ ").startswith(("(", "[", "\\{"))
+    if re.match(WRAPPER, text):
+        text = _unwrap(text)
+    return re.sub(r"\s+", " ", text).strip().rstrip(_TRAILING)
 
 
 def _unwrap(text: str) -> str:
@@ -210,7 +201,7 @@ def _unwrap(text: str) -> str:
     kept: list[str] = []
     braces: list[bool] = []  # whether the brace belongs to a wrapper
     place = 0
-    for found in re.finditer(rf"{_WRAPPER}|\\[{{}}]|[{{}}]", text):
+    for found in re.finditer(rf"{WRAPPER}|\\[{{}}]|[{{}}]", text):
         kept.append(text[place : found.start()])
         place, word = found.end(), found[0]
         if word in ("\\{", "\\}"):
@@ -221,36 +212,6 @@ def _unwrap(text: str) -> str:
             braces.append(word != "{")
             kept.append("{" if word == "{" else " ")
     return "".join(kept) + text[place:]
-
-
-def _without_wrapped_units(text: str) -> str:
-    r"""5 \text{ m}^2 → 5, where what goes before is a value."""
-    while len(text) <= _LONG and (found := _WRAPPED_UNIT.fullmatch(text)):
-        if not re.search(r"\d|\\pi", found[1]) or not _is_unit(found[2], letters=True):
-            break
-        text = found[1]
-    return text
-
-
-def _without_bare_units(text: str) -> str:
-    """5 cm → 5 and 5 m → 5, but not 2m, nor 3 + 2 N: there a letter is a variable."""
-    found = _BARE_UNIT.fullmatch(text) if len(text) <= _LONG else None
-    if found is None:
-        return text
-    head, gap, unit = found.groups()
-    of_value = not re.search(r"[A-Za-z]|.[-+]", re.sub(r"\\[A-Za-z]+", "", head))
-    return head if _is_unit(unit, letters=bool(gap) and of_value) else text
-
-
-def _is_unit(text: str, letters: bool) -> bool:
-    words = [word for word in re.split(r"[\s/*·^{}]+|\\cdot|-?\d+", text) if word]
-    known = [word.lower() in _UNITS or (letters and word in _UNIT_LETTERS) for word in words]
-    return bool(words) and all(known)
-
-
-def value_without_letter(answer: str) -> str:
-    """3m → 3: of a normal form, where the other answer is a number, so that the letter can only be a unit."""
-    return answer[:-1] if len(answer) > 1 and answer[-1] in _UNIT_LETTERS and answer[-2].isdigit() else answer
 
 
 # -- letters -------------------------------------------------------------------------------------------------------

@@ -3,15 +3,15 @@ r"""The registry of graders: from a text and a problem's row to a verdict.
 A grader's name, as ``--verifier`` takes it:
 
     math                        the marked answer against ``answer``, an expression or a list of them
-    math_verify                 math_verify of the final answer against that of ``answer``
+    math_verify                 the same, and a text that marks no answer is one as a whole
     choice                      the letter of an option against ``answer``; ``options`` are the texts
     reasoning_gym:TASK          reasoning_gym's scorer of that task, right where its score reaches 1
     my_pkg.my_module:function   your own, of (text, row)
 
 A verdict has two judgements, ``strict`` and ``lenient``, and what each read, ``parsed`` and ``lenient_parsed``. Your own
 function returns a bool, or a dict with ``strict`` and perhaps the others; a bool alone is both judgements, and what it
-read is unknown. The final answer of a text is what it marks, in <answer> tags, in \boxed{} or after ####, the last of
-its kind, or else the whole text.
+read is unknown. qtarget's own graders read what follows the thinking. The final answer of that is what it marks, in
+<answer> tags, in \boxed{} or after ####, the last of its kind, or else the whole.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 from qtarget.errors import ConfigError, DataError, unknown
 from qtarget.evaluation import equality, extraction
-from qtarget.evaluation.extraction import final_answer
+from qtarget.evaluation.extraction import final_answer, marked, normal
 
 # A judgement that takes more memory than this fails instead of taking the machine with it; qtarget's own graders only,
 # since a user's may map a model.
@@ -125,15 +125,12 @@ def load(name: str, whole_text: bool = False) -> Grade:
         whole_text: reasoning_gym's scorers take a text that marks no answer for the answer.
     """
     if name == "choice":
-        return _choice
-    if name == "math":
+        return _after_thinking(_choice)
+    if name in ("math", "math_verify"):
         equality.same(r"\frac{\sqrt{1}}{2}", r"\frac{\sqrt{4}}{4}")
-        return _math
-    if name == "math_verify":
-        _math_verify("1", {"answer": "1"})
-        return lambda text, row: _verdict(name, _math_verify(text, row))
+        return _after_thinking(_math if name == "math" else _math_of_the_whole)
     if not is_code(name):
-        return _reasoning_gym(name.partition(":")[2], whole_text)
+        return _after_thinking(_reasoning_gym(name.partition(":")[2], whole_text))
     # Not load_object: it imports torch, for which a child that was killed would wait each time.
     module, _, function = name.partition(":")
     own = getattr(importlib.import_module(module), function)
@@ -160,21 +157,26 @@ def _limit_memory() -> None:
 # -- graders -------------------------------------------------------------------------------------------------------
 
 
+def _after_thinking(grade: Grade) -> Grade:
+    return lambda text, row: grade(extraction.said(text), row)
+
+
 def _math(text: str, row: Mapping[str, Any]) -> Verdict:
-    strict, lenient = extraction.strict(text), extraction.lenient(text)
-    golds = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    golds = [final_answer(str(one)) for one in golds]
+    return _math_verdict(marked(text), extraction.lenient(text), row["answer"])
+
+
+def _math_of_the_whole(text: str, row: Mapping[str, Any]) -> Verdict:
+    return _math_verdict(final_answer(text), final_answer(text), row["answer"])
+
+
+def _math_verdict(strict: str | None, lenient: str | None, answer: Any) -> Verdict:
+    golds = [final_answer(str(one)) for one in (answer if isinstance(answer, list) else [answer])]
     # Of several each is normalised before a comma parts them: 1,234 is one of them.
-    gold = golds[0] if len(golds) == 1 else ", ".join(map(extraction.normal, golds))
+    gold = golds[0] if len(golds) == 1 else ", ".join(map(normal, golds))
     right = strict is not None and equality.same(gold, strict)
     leniently = right or (lenient is not None and equality.same(gold, lenient, percent=True))
-    return {"parsed": strict, "lenient_parsed": lenient, "strict": right, "lenient": leniently}
-
-
-def _math_verify(text: str, row: Mapping[str, Any]) -> bool:
-    gold = final_answer(str(row["answer"]))
-    # Plain LaTeX is read only between dollars.
-    return equality.math_verify(gold, final_answer(text), f"answer {row['answer']!r}", ("{}", "${}$"))
+    parsed = [None if read is None else normal(read) or None for read in (strict, lenient)]
+    return {"parsed": parsed[0], "lenient_parsed": parsed[1], "strict": right, "lenient": leniently}
 
 
 def _choice(text: str, row: Mapping[str, Any]) -> Verdict:
@@ -197,7 +199,7 @@ def _reasoning_gym(task: str, whole_text: bool) -> Grade:
         return score(answer=answer, entry=entry) >= _RIGHT
 
     def grade(text: str, row: Mapping[str, Any]) -> Verdict:
-        strict = (final_answer(text) if whole_text else extraction.marked(text)) or None
+        strict = (final_answer(text) if whole_text else marked(text)) or None
         lenient = strict if strict is not None else unmarked(text, str(row["answer"]))
         strictly = strict is not None and right(strict, row)
         leniently = strictly if lenient == strict else lenient is not None and right(lenient, row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -110,6 +111,41 @@ class Grader:
             self._process.join()
             self._pipe.close()
             self._process = None
+
+
+def grade(text: str, answer: str | list[str]) -> dict[str, Any]:
+    r"""Whether a text answers rightly, as ``qtarget eval --verifier math`` judges it.
+
+    It is judged in one child process, which the first call starts and later ones share. A call of more than 10 seconds
+    is ended and judged wrong.
+
+    Args:
+        answer: an expression, or several, in any order.
+
+    Returns:
+        ``strict``: whether the answer that the text marks is right. ``lenient``: the same, where a text that marks none
+        answers with its last number. ``parsed``: the marked answer, None without one.
+
+    Raises:
+        ConfigError: math-verify is not installed.
+
+    >>> grade(r"So it is \boxed{\frac{2}{4}}.", "0.5")
+    {'strict': True, 'lenient': True, 'parsed': '\\frac{2}{4}'}
+    """
+    graders.check("math")
+    with _ONE_AT_A_TIME:
+        verdict = _shared_grader().ask(text, {"answer": answer}).verdict or {}
+    return {"strict": False, "lenient": False, "parsed": None} | {
+        name: verdict[name] for name in ("strict", "lenient", "parsed") if name in verdict
+    }
+
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@functools.cache
+def _shared_grader() -> Grader:
+    return Grader("math", 10.0)
 
 
 def _serve(pipe: Any, name: str, whole_text: bool) -> None:

@@ -28,8 +28,8 @@ from qtarget.teachers.fingerprints import Model
 
 FILE = "eval.json"
 # What runs that are compared, or one that goes on, may differ in.
-UNCOMPARED = ("model", "ends", "batch_size", "program", "finished")
-_UNRESUMED = ("program", "finished", "prompt_style")
+UNCOMPARED = ("model", "ends", "batch_size", "backend", "program", "finished")
+_UNRESUMED = ("backend", "program", "finished", "prompt_style")
 _AGAIN = "run qtarget eval again"
 Count = Annotated[int, Field(ge=0)]
 
@@ -72,7 +72,7 @@ class Manifest(TypedDict):
     max_new_tokens: int
     seed: int
     prompt: str
-    backend: NotRequired[str]
+    backend: NotRequired[Literal["transformers"]]  # written while there was to be another
     dtype: NotRequired[str | None]
     batch_size: int
     prompt_style: NotRequired[str]

@@ -47,7 +47,6 @@ _PROMPTS, _DTYPES = ("auto", "chat", "plain", "qwen-boxed"), ("float32", "bfloat
     Option("batch_size", "answers at once", whole(1), 16),
     Option("dtype", "of the weights; unset: as the model's config has it", one_of(*_DTYPES)),
     Option("revision", "branch, tag or commit of the model", NAME),
-    Option("backend", "who samples", one_of("transformers", "vllm"), "transformers"),
     Option("verifier_timeout", "seconds; what takes longer counts as wrong, and is counted", ABOVE_ZERO, 10.0),
     Option("verifier_processes", "verdicts at once", whole(1), 2),
     Option(
@@ -72,13 +71,9 @@ def run(options: Any) -> int:
 
 
 def _evaluate(options: Any) -> int:
-    from qtarget.evaluation import records, running, sampling, sampling_vllm, tasks
+    from qtarget.evaluation import records, running, sampling, tasks
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if options.backend == "vllm":
-        sampling_vllm.check()
-        if world > 1:
-            raise ConfigError("backend is 'vllm', which shares its work by itself; start one process")
     made = tasks.load(
         options.tasks,
         problems=options.problems,
@@ -120,10 +115,7 @@ def _evaluate(options: Any) -> int:
         )
     if batches:
         common = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p")}
-        if options.backend == "vllm":
-            sampler: Any = sampling_vllm.VllmSampler(options.model, options.revision, options.dtype, **common)
-        else:
-            sampler = sampling.Sampler(options.model, options.revision, options.dtype, device=_device(), **common)
+        sampler = sampling.Sampler(options.model, options.revision, options.dtype, device=_device(), **common)
         work.sample(sampler, _progress(share) if rank == 0 else lambda done: None)
     if rank > 0:
         return 0
@@ -138,7 +130,7 @@ def _settings(options: Any) -> dict[str, Any]:
     """What the samples depend on, in the order in which a difference is named."""
     from qtarget.teachers.fingerprints import named
 
-    names = ("n", "temperature", "top_p", "max_new_tokens", "seed", "prompt", "backend", "dtype", "batch_size")
+    names = ("n", "temperature", "top_p", "max_new_tokens", "seed", "prompt", "dtype", "batch_size")
     return {"model": named(options.model, options.revision), **{name: getattr(options, name) for name in names}}
 
 
