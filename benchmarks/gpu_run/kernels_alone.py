@@ -97,7 +97,7 @@ def _other_tiles(talk: Talk, tried: dict[str, list[Launch]], copy: float) -> Non
 
 def _as_run(talk: Talk) -> None:
     """Registers and spills of the kernels that this process has launched, where this Triton tells them."""
-    from qtarget.losses.engine import kernels
+    from qtarget.losses.engine.device import kernels
 
     for name in KERNELS:
         try:

@@ -63,7 +63,7 @@ def other_tiles(settings: Settings, send: Callable[[dict], object]) -> None:
     """Other widths of a tile and numbers of warps give the same numbers."""
     if settings.device.type != "cuda":
         return
-    from qtarget.losses.engine import kernels
+    from qtarget.losses.engine.device import kernels
 
     before = kernels.BLOCK, kernels.WARPS
     cases = [case for case in CASES if case.id in ("dft", "eaft", "gem", "target-sft", "kd:temperature=2.0")]

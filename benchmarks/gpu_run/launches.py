@@ -85,7 +85,7 @@ class _Recorder:
 @contextlib.contextmanager
 def recorded(label: str, execute: bool) -> Iterator[list[Launch]]:
     """The launches made inside; without ``execute`` nothing runs, and what they would have written is garbage."""
-    from qtarget.losses.engine import kernels
+    from qtarget.losses.engine.device import kernels
 
     found: list[Launch] = []
     own = {f"_{name}": getattr(kernels, f"_{name}") for name in KERNELS}
@@ -102,7 +102,7 @@ def recorded(label: str, execute: bool) -> Iterator[list[Launch]]:
 def as_on_a_device() -> Iterator[None]:
     """CPU tensors go the way of a device's: kernels, 16-bit products, no number read in between."""
     from qtarget.losses import inputs
-    from qtarget.losses.engine import kernels
+    from qtarget.losses.engine.device import kernels
 
     own = inputs.on_host, kernels.can_run
     inputs.on_host, kernels.can_run = lambda device: False, lambda device: None

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpreterBuilder
 
 from qtarget.losses import inputs
-from qtarget.losses.engine import device_rows, kernels, matmuls, row_functions, sizes
+from qtarget.losses.engine import matmuls, sizes
+from qtarget.losses.engine.device import device_rows, kernels, row_functions
 
 # Small tiles, so that a test's vocabulary has several, and groups, so that there are more than one.
 BLOCK, GROUP = 32, 8

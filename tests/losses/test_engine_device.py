@@ -21,8 +21,8 @@ from roofline import BYTES, SMALL, STUDENT
 from device_path import Watch, as_on_a_device
 from qtarget.losses.engine import buffers, matmuls, sizes
 from qtarget.losses.engine.buffers import Places, Rows, Scratch, TopKRows, padded_rows
-from qtarget.losses.engine.device_rows import DeviceRows
-from qtarget.losses.engine.row_plan import FOUND, TABLE, RowPlan
+from qtarget.losses.engine.device.device_rows import DeviceRows
+from qtarget.losses.engine.device.row_plan import FOUND, TABLE, RowPlan
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("one_thread")]
 

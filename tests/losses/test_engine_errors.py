@@ -580,7 +580,8 @@ def test_a_backend_that_cannot_run(backend, hide, text, monkeypatch):
 )
 def test_devices_that_cannot_run_the_kernels(version, capability, text, monkeypatch):
     triton = pytest.importorskip("triton")
-    from qtarget.losses.engine import choose, kernels
+    from qtarget.losses.engine import choose
+    from qtarget.losses.engine.device import kernels
 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(triton, "__version__", version)

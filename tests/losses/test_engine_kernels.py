@@ -30,8 +30,9 @@ if importlib.util.find_spec("triton") is None:
 from triton.runtime.errors import OutOfResources
 
 from device_path import small_tiles
-from qtarget.losses.engine import kernels, passes, who
-from qtarget.losses.engine.row_plan import RowPlan
+from qtarget.losses.engine import who
+from qtarget.losses.engine.device import kernels, passes
+from qtarget.losses.engine.device.row_plan import RowPlan
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("one_thread", "tiles")]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -11,8 +11,9 @@ from test_engine_topk import padded, with_topk
 import qtarget as qt
 from divergence_cases import DIVERGENCES, RESIDUALS, given_logits, hard_rows, ruling_out, toward
 from engine_and_oracle import assert_same, ordinary_batch, randn, relative_error, run_engine, run_oracle
-from qtarget.losses.engine import passes, who
-from qtarget.losses.engine.row_plan import RowPlan
+from qtarget.losses.engine import who
+from qtarget.losses.engine.device import passes
+from qtarget.losses.engine.device.row_plan import RowPlan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NO_TRITON = importlib.util.find_spec("triton") is None

@@ -19,7 +19,7 @@ from engine_and_oracle import (
 )
 from published import CASES
 from qtarget.losses.engine import chunks, who
-from qtarget.losses.engine.passes import FunctionPasses
+from qtarget.losses.engine.device.passes import FunctionPasses
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,8 +7,9 @@ from test_engine_topk import padded, with_topk
 
 import qtarget as qt
 from engine_and_oracle import assert_engine_is_oracle, hard_batch, ordinary_batch, run_engine, run_oracle
-from qtarget.losses.engine import passes, sizes, token_statistics, who
+from qtarget.losses.engine import sizes, token_statistics, who
 from qtarget.losses.engine.buffers import Rows
+from qtarget.losses.engine.device import passes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

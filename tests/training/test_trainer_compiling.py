@@ -6,7 +6,7 @@ from datasets import Dataset
 
 import qtarget as qt
 import tiny_models
-from qtarget.losses.engine import passes
+from qtarget.losses.engine.device import passes
 from qtarget.training import compiling
 from quick_runs import quick_trainer
 

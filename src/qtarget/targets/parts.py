@@ -1,4 +1,4 @@
-"""What rules, residuals and divergences have in common: a name, by which YAML writes and reads them."""
+"""What rules, residuals and divergences share: a name, by which YAML writes and reads them."""
 
 from __future__ import annotations
 

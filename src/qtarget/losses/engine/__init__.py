@@ -87,7 +87,7 @@ def no_triton(device: torch.device) -> str | None:
     """Why the Triton kernels cannot run, or None."""
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton"
-    from qtarget.losses.engine import kernels
+    from qtarget.losses.engine.device import kernels
 
     return kernels.can_run(device)
 

@@ -17,9 +17,9 @@ from qtarget.errors import NonFiniteLogits
 from qtarget.losses import inputs
 from qtarget.losses.engine import EngineCall, Result, buffers, matmuls, who
 from qtarget.losses.engine.buffers import Places, RowResult, Rows, TopKRows
-from qtarget.losses.engine.device_rows import DeviceRows, Part
+from qtarget.losses.engine.device.device_rows import DeviceRows, Part
+from qtarget.losses.engine.device.passes import CannotCompile
 from qtarget.losses.engine.matmuls import HeadMatmuls, WeightGradient
-from qtarget.losses.engine.passes import CannotCompile
 from qtarget.losses.engine.sizes import Sizes, block_rows, chunk_rows, device_memory, device_sizes
 from qtarget.losses.heads import Head
 from qtarget.losses.output import ALL_STATISTICS, BASIC_STATISTICS

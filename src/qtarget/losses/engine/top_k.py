@@ -1,7 +1,7 @@
 """A residual given by its k largest entries and a tail in the student's shape.
 
 For the blocks of a CPU (``block.py``), and for two passes over logits from which the k entries have been taken out
-(``device_rows.py``). Shape suffixes: r rows of the block, v vocabulary, k kept ids.
+(``device/device_rows.py``). Shape suffixes: r rows of the block, v vocabulary, k kept ids.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from qtarget.losses.engine.buffers import PerRow, Rows, Scratch, Student, TermValues, TopKRows
-from qtarget.losses.engine.row_functions import derived, kl_terms
-from qtarget.losses.engine.row_plan import NEVER, TABLE, RowPlan
+from qtarget.losses.engine.device.row_functions import derived, kl_terms
+from qtarget.losses.engine.device.row_plan import NEVER, TABLE, RowPlan
 from qtarget.targets.divergence import Divergence
 from qtarget.targets.residual import Residual, Term
 

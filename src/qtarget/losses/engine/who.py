@@ -9,9 +9,9 @@ from typing import Any
 from qtarget.losses.engine import EngineCall, matmuls
 from qtarget.losses.engine.block import RowMath
 from qtarget.losses.engine.buffers import Scratch
-from qtarget.losses.engine.device_rows import DeviceRows
-from qtarget.losses.engine.passes import FunctionPasses, Passes, TritonPasses
-from qtarget.losses.engine.row_plan import RowPlan
+from qtarget.losses.engine.device.device_rows import DeviceRows
+from qtarget.losses.engine.device.passes import FunctionPasses, Passes, TritonPasses
+from qtarget.losses.engine.device.row_plan import RowPlan
 from qtarget.losses.heads import Head
 from qtarget.targets import Target
 from qtarget.targets.residual import Residual

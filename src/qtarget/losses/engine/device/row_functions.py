@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtarget.losses.engine.row_plan import DERIVED, FOUND, NEVER, SUMS
+from qtarget.losses.engine.device.row_plan import DERIVED, FOUND, NEVER, SUMS
 from qtarget.targets.divergence import FORWARD_KL, Divergence
 
 # Logits of which the largest is kept, so that the k largest can be looked for among few.

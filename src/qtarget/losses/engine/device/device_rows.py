@@ -21,9 +21,9 @@ from qtarget.losses import inputs
 from qtarget.losses.engine import token_statistics, top_k
 from qtarget.losses.engine.block import label_statistics
 from qtarget.losses.engine.buffers import PerRow, RowCode, RowResult, Rows, TopKRows
-from qtarget.losses.engine.passes import HostReads, Passes
-from qtarget.losses.engine.row_functions import GROUP, Pass
-from qtarget.losses.engine.row_plan import FOUND, NEVER, TABLE, RowPlan
+from qtarget.losses.engine.device.passes import HostReads, Passes
+from qtarget.losses.engine.device.row_functions import GROUP, Pass
+from qtarget.losses.engine.device.row_plan import FOUND, NEVER, TABLE, RowPlan
 from qtarget.losses.inputs import check_top_k
 from qtarget.losses.output import simplex_tolerance
 from qtarget.targets import TokenStats

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qtarget.losses import inputs
-from qtarget.losses.engine import buffers, row_functions
-from qtarget.losses.engine.row_functions import Pass
-from qtarget.losses.engine.row_plan import FOUND
+from qtarget.losses.engine import buffers
+from qtarget.losses.engine.device import row_functions
+from qtarget.losses.engine.device.row_functions import Pass
+from qtarget.losses.engine.device.row_plan import FOUND
 
 # Each combination of flags is a graph of its own, more than dynamo expects of one function.
 _MOST_GRAPHS = 256
@@ -27,7 +28,7 @@ class TritonPasses:
     """The kernels."""
 
     def __init__(self) -> None:
-        from qtarget.losses.engine import kernels
+        from qtarget.losses.engine.device import kernels
 
         self._kernels = kernels
 

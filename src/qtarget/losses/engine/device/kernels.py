@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qtarget.losses.engine.kernel_scores import compared, expm1_over, is_small, kind
-from qtarget.losses.engine.row_functions import GROUP, Pass
-from qtarget.losses.engine.row_plan import FOUND, NEVER, TABLE, WEIGHTS
+from qtarget.losses.engine.device.kernel_scores import compared, expm1_over, is_small, kind
+from qtarget.losses.engine.device.row_functions import GROUP, Pass
+from qtarget.losses.engine.device.row_plan import FOUND, NEVER, TABLE, WEIGHTS
 
 # Columns of a tile, and warps of a program.
 BLOCK = 2048
