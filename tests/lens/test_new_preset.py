@@ -198,7 +198,7 @@ def test_the_lens_shows_a_divergence(preset, world, open_page, tmp_path, by):
     assert main(["lens", "capture", "--config", f"{world}/config.yaml", "--rows", "6", "-o", f"{tmp_path}/c"]) == 0
     assert main(["lens", "report", f"{tmp_path}/c", "-o", f"{tmp_path}/lens.html", "--target", asked]) == 0
     view = open_page(tmp_path / "lens.html")
-    name = view.input_value("#name-A")
-    assert name == str(target)
+    name = view.input_value("#name-B")
+    assert name == str(target), "beside the run's own"
     script = JS_FIGURES.replace("{ length: 40 }", "{ length: 0 }")
     agrees(view.evaluate(script, [name, {}]), target, Replay(record.read(tmp_path / "c")))
