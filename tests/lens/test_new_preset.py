@@ -20,7 +20,7 @@ from qtarget.targets.presets import entry
 
 NAME = "half-guided"
 # A class that is registered, and a function of d.
-BY = {"chi_square": {"chi_square": {"share": 0.3}}, "my_presets:cubed": "my_presets:cubed"}
+BY = {"chi_square": {"chi_square": {"share": 0.3}}, "my_presets:bent": "my_presets:bent"}
 MODULE = '''"""An objective of somebody's own, of a rule and a residual that the library has."""
 
 from dataclasses import dataclass
@@ -50,8 +50,8 @@ class ChiSquare(Divergence):
         return 0.5 * (p - R) ** 2 / (self.share * p + (1 - self.share) * R).clamp(min=1e-300)
 
 
-def cubed(d):
-    return d + 0.1 * d.clamp(-5, 5) ** 3
+def bent(d):
+    return d + 0.5 * d.tanh()
 
 
 def printed(logits, labels, *, alpha, doubt, teacher_logits=None, vocab_size=None):

@@ -4,9 +4,9 @@ Outside the k kept tokens a cached teacher has the mass τ in the student's shap
 of the live and of the cached teacher, both are the same up to a factor on the kept tokens, so half their L1 distance is
 at most the larger of their masses outside. By Hölder's inequality p^(1−η) t^η summed outside is largest where t ∝ p, so
 that is R_c's, and the error of Q is at most b times it: a bound that needs no live teacher. It holds where a residual's
-coefficients sum to 1 (no teacher temperature), under forward KL, and is given for this tail only: by another divergence the
-error depends on how the live teacher spreads the mass outside, which the cache does not know. What rounding to float16 adds
-is bounded by the size of the log-probabilities.
+coefficients sum to 1 (no teacher temperature), under forward KL, and is given for this tail only: another divergence's
+error depends on how the live teacher spreads the mass outside, which the cache does not know. What rounding to float16
+adds is bounded by the size of the log-probabilities.
 """
 
 from __future__ import annotations
