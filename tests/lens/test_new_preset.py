@@ -20,7 +20,7 @@ from qtarget.targets.presets import entry
 
 NAME = "half-guided"
 # A class that is registered, and a function of d.
-BY = {"chi_square": {"chi_square": {"share": 0.3}}, "my_presets:cubed": "my_presets:cubed"}
+BY = {"chi_square": {"chi_square": {"share": 0.3}}, "my_presets:bent": "my_presets:bent"}
 MODULE = '''"""An objective of somebody's own, of a rule and a residual that the library has."""
 
 from dataclasses import dataclass
@@ -50,8 +50,8 @@ class ChiSquare(Divergence):
         return 0.5 * (p - R) ** 2 / (self.share * p + (1 - self.share) * R).clamp(min=1e-300)
 
 
-def cubed(d):
-    return d + 0.1 * d.clamp(-5, 5) ** 3
+def bent(d):
+    return d + 0.5 * d.tanh()
 
 
 def printed(logits, labels, *, alpha, doubt, teacher_logits=None, vocab_size=None):
@@ -198,7 +198,7 @@ def test_the_lens_shows_a_divergence(preset, world, open_page, tmp_path, by):
     assert main(["lens", "capture", "--config", f"{world}/config.yaml", "--rows", "6", "-o", f"{tmp_path}/c"]) == 0
     assert main(["lens", "report", f"{tmp_path}/c", "-o", f"{tmp_path}/lens.html", "--target", asked]) == 0
     view = open_page(tmp_path / "lens.html")
-    name = view.input_value("#name-A")
-    assert name == str(target)
+    name = view.input_value("#name-B")
+    assert name == str(target), "beside the run's own"
     script = JS_FIGURES.replace("{ length: 40 }", "{ length: 0 }")
     agrees(view.evaluate(script, [name, {}]), target, Replay(record.read(tmp_path / "c")))
