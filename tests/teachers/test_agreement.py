@@ -283,7 +283,6 @@ def test_a_teacher_that_ends_otherwise(setting, tmp_path):
     assert got.end_token == agreement.EndToken(END, "<|im_end|>", OTHER_END, "<|endoftext|>", setting, touched, left)
     (note,) = got.notes()
     assert f"touches {touched} tokens" in note and f"teacher_end_token: {setting}" in note
-    assert f"note: {note}" in got.lines()
 
 
 # -- other teachers --------------------------------------------------------------------------------
@@ -348,7 +347,7 @@ def test_a_cached_teacher(world, tmp_path):
     got = agreement.measure(made, 6)
     assert_same(got.to_dict(), wanted)
     assert got.top_k_mass.keys() == {1, 2}, "no more than the cache has"
-    assert any("mass lost outside the cache's 2" in line for line in got.lines())
+    assert any(what == "mass lost outside the cache's 2" for what, _, _ in got.figures())
 
 
 def test_a_pool(world, tmp_path):
@@ -533,9 +532,6 @@ def test_in_words(measured):
     assert "by rule of thumb" in said and f"{measured.teacher.nll:.3f}" in said
     assert "too sure of other tokens (30%)" in replace(measured, conflicts=0.3).short()
     strange = agreement.Conflict(5, "\x1b[31m\n", 3, 4, ((6, "[bold]", 3),))
-    lines = replace(measured, conflicting=(strange,)).lines()
-    assert all("\x1b" not in line and "\n" not in line for line in lines)
-    assert lines[-1] == f"verdict: {measured.verdict}"
     console = Console(width=160, record=True, force_terminal=True, file=io.StringIO())
     for table in verb.tables(replace(measured, conflicting=(strange,))):
         console.print(table)

@@ -117,7 +117,8 @@ def grade(text: str, answer: str | list[str]) -> dict[str, Any]:
     r"""Whether a text answers rightly, as ``qtarget eval --verifier math`` judges it.
 
     It is judged in one child process, which the first call starts and later ones share. A call of more than 10 seconds
-    is ended and judged wrong.
+    is ended and judged wrong. A script that calls it stands under ``if __name__ == "__main__":``, as Python asks of every
+    script that starts processes.
 
     Args:
         answer: an expression, or several, in any order.
@@ -127,7 +128,7 @@ def grade(text: str, answer: str | list[str]) -> dict[str, Any]:
         answers with its last number. ``parsed``: the marked answer, None without one.
 
     Raises:
-        ConfigError: math-verify is not installed.
+        ConfigError: math-verify is not installed, or the process cannot be started.
 
     >>> grade(r"So it is \boxed{\frac{2}{4}}.", "0.5")
     {'strict': True, 'lenient': True, 'parsed': '\\frac{2}{4}'}

@@ -201,7 +201,6 @@ def _problems(rows: list[dict[str, Any]]) -> list[Problem]:
 
 # -- prompts -------------------------------------------------------------------------------------------------------
 
-PROMPTS = ("auto", "chat", "plain", "qwen-boxed")
 # BLL's literal prompt, whatever the tokenizer's own template is.
 _QWEN = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{question}\n"

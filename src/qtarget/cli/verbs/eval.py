@@ -17,8 +17,6 @@ from qtarget.cli.arguments import ABOVE_ZERO, FOLDER, NAME, TEXT, Option, Verb, 
 from qtarget.errors import ConfigError, check_range
 
 VERB = Verb("eval", __doc__)
-
-
 _PROMPTS, _DTYPES = ("auto", "chat", "plain", "qwen-boxed"), ("float32", "bfloat16", "float16", "auto")
 
 

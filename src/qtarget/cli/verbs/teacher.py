@@ -8,7 +8,6 @@ is checked with kd, where the config names a teacher.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from qtarget.cli import setup, terminal
@@ -64,17 +63,12 @@ def _ask_a_teacher(config: Any) -> None:
 
 
 def _show(made: Any) -> None:
-    if not sys.stdout.isatty():
-        print("\n".join(made.lines()))
-        return
-    from rich.text import Text
-
     console = terminal.console(120)
     for table in tables(made):
         console.print(table)
     for note in made.notes():
-        console.print(Text(f"note: {note}"))
-    console.print(Text(f"verdict: {made.verdict}", style="bold"))
+        print(f"note: {note}")
+    print(f"verdict: {made.verdict}")
 
 
 def tables(made: Any) -> list[Any]:

@@ -259,25 +259,6 @@ class Agreement:
             )
         return notes
 
-    def lines(self) -> list[str]:
-        """All figures as plain text, a line each; the verdict comes last."""
-        lines = [f"{self.rows} rows, {self.tokens} supervised tokens: student | teacher"]
-        for what, student, teacher in self.figures():
-            lines.append(f"  {what}: " + (f"{student} | {teacher}" if student else teacher))
-        lines.append("by place in the answer: nll, p, likeliest of the student | of the teacher, conflicts")
-        for place in self.places:
-            if place.student is None or place.teacher is None:
-                lines.append(f"  {place.name}: no tokens")
-                continue
-            sides = " | ".join(
-                f"{side.nll:.3f} {side.p:.3f} {side.accuracy:.0%}" for side in (place.student, place.teacher)
-            )
-            lines.append(f"  {place.name}: {place.tokens} tokens, {sides}, {place.conflicts:.0%}")
-        if self.conflicting:
-            lines.append("labels with most conflicts, and what the teacher says instead")
-            lines += [f"  {label}: {often}, {instead}" for label, often, instead in self.conflict_lines()]
-        return [*lines, *(f"note: {note}" for note in self.notes()), f"verdict: {self.verdict}"]
-
     def conflict_lines(self) -> list[tuple[str, str, str]]:
         """(the label, how often of how many, what instead) of the labels with most conflicts, fit for a terminal."""
         return [
