@@ -100,7 +100,7 @@ both = pytest.mark.parametrize("loss", [linear, full], ids=["linear", "full"])
     ),
     top_k=(lambda: qt.preset("eaft", top_k=1), "top_k is 1; use a whole number from 2 (the paper uses 20)"),
     top_k_not_whole=(lambda: qt.preset("eaft", top_k=2.5), "top_k is 2.5; use a whole number from 2"),
-    power=(lambda: qt.preset("eaft", power=0), "power is 0; use a number above 0"),
+    power=(lambda: qt.preset("eaft", power=-1), "power is -1; use a number from 0"),
     normalizer=(
         lambda: qt.preset("eaft", normalizer="ln"),
         "normalizer is 'ln'; use 'log_k', 'none' or a number above",

@@ -1,4 +1,4 @@
-"""The scores of divergences in place over a block of rows, as ``targets/divergence.py`` says.
+"""The scores of ``targets/divergence.py``, in place over a block of rows.
 
 A divergence without a function of its own here goes through its class's, which allocates some blocks.
 Shape suffixes: r rows of the block, s columns that the residual covers.

@@ -40,7 +40,7 @@ def computes(call: EngineCall, target: Target, place: Place) -> RowMath | Device
     plan = None if call.backend == "torch" else RowPlan.of(target)
     if plan is None:
         if call.backend != "torch":
-            tell(f"target {target} has residuals that are no single difference, so backend 'torch' is used for it")
+            tell(f"target {target} has several residuals or a divergence of your own, so backend 'torch' is used for it")
         return computes_in_torch(call, target, place)
     passes: Passes = TritonPasses() if call.backend == "triton" else FunctionPasses()
     return DeviceRows(

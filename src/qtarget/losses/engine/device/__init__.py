@@ -1,1 +1,1 @@
-"""Row mathematics for devices: two passes over the logits, as Triton kernels and as functions for inductor."""
+"""Row mathematics for devices: two passes, as Triton kernels and as functions for inductor."""
