@@ -25,9 +25,7 @@ MADE_BY = {"iw-sft": "weights", "cft": "critical", "psft": "oldlogps"}
 SETTINGS: dict[str, list[str]] = {
     "iw-sft": ["--weights", "online"],
     "psft": ["--psft_refresh", "never"],
-    "kd": ["--teacher_cache", "cache"],
     "kd-hybrid": ["--teacher_model_name_or_path", "teacher"],
-    "target-sft": ["--teacher_cache", "cache"],
 }
 AS_COMMANDS = ["cft", "iw-sft", "target-sft"]
 
@@ -88,7 +86,8 @@ def world(tmp_path_factory) -> Path:
 
 def command(world: Path, name: str, folder: Path) -> list[str]:
     data = world / MADE_BY.get(name, "raw")
-    settings = [str(world / word) if word in ("cache", "teacher") else word for word in SETTINGS.get(name, [])]
+    cached = ["--teacher_cache", "cache"] if "teacher" in presets.build(name).requires else []
+    settings = [str(world / word) if word in ("cache", "teacher") else word for word in SETTINGS.get(name, cached)]
     words = ["train", "--config", str(world / "config.yaml"), "--dataset_name", str(data), "--target", name]
     return [*words, "--output_dir", str(folder), *settings]
 
@@ -105,7 +104,7 @@ def check(world: Path, name: str, folder: Path) -> None:
     assert last < first, f"nll went from {first} to {last}"
     if name == "cft":  # trained on fewer tokens than there are
         assert 0 < lines[0]["trust"] < 1
-    if name in ("kd", "kd-hybrid", "target-sft"):
+    if "teacher" in presets.build(name).requires:
         assert lines[0]["residual_mass"] > 0.02
     before = AutoModelForCausalLM.from_pretrained(world / "model").state_dict()
     after = AutoModelForCausalLM.from_pretrained(folder).state_dict()
