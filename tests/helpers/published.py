@@ -70,7 +70,7 @@ DIVERGENCES: list[Any] = [
     *({"jsd": {"beta": beta}} for beta in (0.1, 0.5, 0.9)),
     *({name: {"alpha": alpha}} for name in ("skew_kl", "skew_reverse_kl") for alpha in (0.1, 0.6)),
     "total_variation",
-    *({"alpha": {"alpha": alpha}} for alpha in (0.0, 0.5, 1.0)),
+    *({"alpha": {"alpha": alpha}} for alpha in (0.5, 0.0, 1.0)),
     "todi",
 ]
 REFERENCE = ("reference_logits", "vocab_size")
@@ -156,3 +156,15 @@ INPUTS = {"teacher": TEACHER, "reference": REFERENCE, "old_policy": ("old_logps"
 for _name in set(qt.presets.names()) - {case.preset for case in CASES}:
     _needs = [INPUTS.get(need, (need,)) for need in sorted(qt.preset(_name).requires)]
     CASES.append(Case(_name, _name, {}, tuple(dict.fromkeys(name for names in _needs for name in names))))
+
+
+def kind(case: Case) -> tuple:
+    """What makes a case another path through the code: its preset, words among its numbers, what they leave out."""
+    words = [(key, next(iter(v)) if isinstance(v, dict) else v) for key, v in sorted(case.hyperparameters.items())]
+    target = qt.preset(case.preset, **case.hyperparameters)
+    named = tuple(word for word in words if isinstance(word[1], str))
+    return case.preset, named, len(target.residual_terms), target.tempered is None
+
+
+# The first of each kind: for tests in which another number is no other path.
+KINDS = [*{kind(case): case for case in reversed(CASES)}.values()][::-1]

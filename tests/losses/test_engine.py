@@ -15,7 +15,7 @@ from engine_and_oracle import (
     run_oracle,
     with_ignored_labels,
 )
-from published import CASES
+from published import CASES, KINDS
 from qtarget.losses.engine import chunks, matmuls, who
 from qtarget.losses.engine.block import RowMath
 from qtarget.losses.engine.buffers import Scratch
@@ -58,7 +58,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("setting", SETTINGS)
-@every_case
+@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.id)
 def test_engine_is_the_oracle(case, setting, chunk, monkeypatch):
     if "total_variation" in case.id and chunk == "chunks of 2":
         pytest.skip("another product's rounding decides on which side of p a hard token's neighbour is")

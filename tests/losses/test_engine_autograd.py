@@ -21,12 +21,12 @@ from engine_and_oracle import (
     with_columns,
     with_ignored_labels,
 )
-from published import CASES
+from published import CASES, KINDS
 from qtarget.losses.engine import chunks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+every_case = pytest.mark.parametrize("case", KINDS, ids=lambda case: case.id)
 some_presets = pytest.mark.parametrize("name", ["sft", "dft", "iw-sft", "profit", "sft-kl", "gem", "kd", "target-sft"])
 UNEQUAL = torch.linspace(-1, 2, N, dtype=torch.float64)
 UNEQUAL[[4, 11]] = 0

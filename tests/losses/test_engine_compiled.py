@@ -11,12 +11,12 @@ from test_engine_topk import padded, with_topk
 
 import qtarget as qt
 from engine_and_oracle import assert_same, hard_batch, preset_of, run_engine, run_oracle, with_ignored_labels
-from published import CASES
+from published import KINDS
 from qtarget.losses.engine import who
 from qtarget.losses.engine.device import passes, row_functions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+every_case = pytest.mark.parametrize("case", KINDS, ids=lambda case: case.id)
 
 
 @pytest.fixture

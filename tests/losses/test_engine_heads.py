@@ -21,13 +21,13 @@ from engine_and_oracle import (
     run_engine,
     with_columns,
 )
-from published import CASES
+from published import KINDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 REAL = 59
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-BESIDE_ANOTHER = [case for case in CASES if {"teacher_logits", "reference_logits"} & set(case.needs)]
+every_case = pytest.mark.parametrize("case", KINDS, ids=lambda case: case.id)
+BESIDE_ANOTHER = [case for case in KINDS if {"teacher_logits", "reference_logits"} & set(case.needs)]
 beside_another = pytest.mark.parametrize("case", BESIDE_ANOTHER, ids=lambda case: case.id)
 
 

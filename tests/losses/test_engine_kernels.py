@@ -22,7 +22,7 @@ from engine_and_oracle import (
     run_oracle,
     with_ignored_labels,
 )
-from published import CASES
+from published import KINDS
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs the package triton", allow_module_level=True)
@@ -36,7 +36,7 @@ from qtarget.losses.engine.device.row_plan import RowPlan
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("one_thread", "tiles")]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+every_case = pytest.mark.parametrize("case", KINDS, ids=lambda case: case.id)
 
 
 @pytest.fixture

@@ -21,15 +21,15 @@ from engine_and_oracle import (
     run_oracle,
     with_columns,
 )
-from published import CASES
+from published import KINDS
 from qtarget.losses.engine import matmuls
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BOUND = 1e-5
 HALF = [torch.bfloat16, torch.float16]
-BESIDE_ANOTHER = [case for case in CASES if {"teacher_logits", "reference_logits"} & set(case.needs)]
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+BESIDE_ANOTHER = [case for case in KINDS if {"teacher_logits", "reference_logits"} & set(case.needs)]
+every_case = pytest.mark.parametrize("case", KINDS, ids=lambda case: case.id)
 half = pytest.mark.parametrize("dtype", HALF, ids=["bf16", "fp16"])
 
 
@@ -89,7 +89,7 @@ def test_teacher_nearly_equal_is_no_worse_than_full_logits(case, distance):
     assert_no_worse_than_full_logits(batch, batch.to(torch.float64), preset_of(case), chunk_rows=48)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.preset == "kd"], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [c for c in KINDS if c.preset == "kd"], ids=lambda case: case.id)
 def test_teacher_equal_to_the_student_asks_for_nothing(case):
     """The same head on the same states: no token moves."""
     batch, _ = single("realistic")
@@ -103,7 +103,7 @@ def test_teacher_equal_to_the_student_asks_for_nothing(case):
 def label_only(*presets):
     return pytest.mark.parametrize(
         "case",
-        [c for c in CASES if c.preset in presets and preset_of(c).residual_terms == ()],
+        [c for c in KINDS if c.preset in presets and preset_of(c).residual_terms == ()],
         ids=lambda c: c.id,
     )
 
@@ -121,7 +121,7 @@ def test_confident_labels_keep_their_digits_in_single_precision(case):
     assert_rows_agree(got.stats["nll"], truth.stats["nll"], "nll", rtol=2e-5, floor=0.0)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.preset != "eaft"], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [c for c in KINDS if c.preset != "eaft"], ids=lambda case: case.id)
 def test_hopeless_labels_keep_relative_precision(case):
     """Labels near e^-60: nothing cancels there, so agreement in float64 is purely relative."""
     batch = hard_batch()

@@ -7,7 +7,7 @@ import torch
 
 import qtarget as qt
 import tiny_models
-from published import CASES, dft, sft, target_sft
+from published import CASES, KINDS, dft, sft, target_sft
 from qtarget import ConfigError
 from qtarget.targets.schedule import ScheduledTarget
 from quick_runs import (
@@ -99,7 +99,7 @@ def test_a_warm_up_from_sft(tmp_path):
     assert logged_values(made, "target/share") == [0.0, 0.5, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("name", [case.id for case in CASES if "old_logps" not in case.needs])
+@pytest.mark.parametrize("name", [case.id for case in KINDS if "old_logps" not in case.needs])
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_a_share_of_any_objective(name, share):
     """Oracle and engine against the published losses mixed by hand; value and gradient."""
