@@ -2,6 +2,10 @@
 
     python benchmarks/engine.py                 # time and memory, writes benchmarks/results/engine.json
     python benchmarks/engine.py --widths 576 --repeats 3
+    python benchmarks/engine.py --targets reverse_kl deft      # these beside target-sft, time only
+
+``--targets`` takes presets and divergences, which stand for distillation by them. Each is timed beside its printed loss
+through autograd on full logits; the record is kept beside the others in the same file.
 
 Time: forward and backward, all methods in turn in one process, repeated; the figure is the median of the ratios to the
 bare matmuls of the same round (three with the student's head: logits, dH, dW; a fourth where there is a teacher). A
@@ -22,18 +26,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import qtarget as qt
+from qtarget.targets.divergence import Divergence
 
 VOCAB = 49152
-TEACHER_METHODS = ("qtarget target-sft", "qtarget target-sft, compiled", "eager target-sft", "compiled target-sft")
 LIMITS = {"qtarget dft": 1.20, "qtarget target-sft": 1.30}
 MEMORY_LIMITS = {"qtarget dft": 0.2, "qtarget target-sft": 0.4}
 BLOCKS, COMPILED = "qtarget target-sft", "qtarget target-sft, compiled"
@@ -77,27 +83,28 @@ def eager_target_sft(x: Inputs) -> Tensor:
     return -(Q * log_p).sum(-1).mean()
 
 
-def qtarget_dft(x: Inputs, backend: str = "torch") -> Tensor:
-    return qt.linear_target_loss(x.hidden, x.weight, x.labels, qt.preset("dft"), backend=backend).loss
+def qtarget_loss(x: Inputs, target: qt.Target, backend: str = "torch") -> Tensor:
+    others: dict[str, Any] = {name: qt.Head(x.teacher_hidden, x.teacher_weight) for name in others_of(target)}
+    critical = x.critical if "critical" in target.requires else None
+    return qt.linear_target_loss(
+        x.hidden, x.weight, x.labels, target, critical=critical, backend=backend, **others
+    ).loss
 
 
-def qtarget_sft(x: Inputs) -> Tensor:
-    return qt.linear_target_loss(x.hidden, x.weight, x.labels, qt.preset("sft")).loss
+def printed_loss(x: Inputs, target: qt.Target) -> Tensor:
+    """The loss as it is printed, through autograd on full logits."""
+    loss = qt.presets.printed_loss(target)
+    assert loss is not None
+    given: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name in others_of(target):
+            given[f"{name}_logits"] = x.teacher_hidden @ x.teacher_weight.T
+    return loss(x.hidden @ x.weight.T, x.labels, {**given, "critical": x.critical}).mean()
 
 
-def qtarget_cft(x: Inputs) -> Tensor:
-    return qt.linear_target_loss(x.hidden, x.weight, x.labels, qt.preset("cft"), critical=x.critical).loss
-
-
-def qtarget_target_sft(x: Inputs, backend: str = "torch") -> Tensor:
-    teacher = qt.Head(x.teacher_hidden, x.teacher_weight)
-    target = qt.preset("target-sft")
-    return qt.linear_target_loss(x.hidden, x.weight, x.labels, target, teacher=teacher, backend=backend).loss
-
-
-def compiled_rows(method: Callable[..., Tensor]) -> Callable[[Inputs], Tensor]:
-    """qtarget with its row functions compiled, as a long run has them."""
-    return functools.partial(method, backend="compiled")
+def others_of(target: qt.Target) -> list[str]:
+    """The models beside the student that a target needs; each is played by the teacher."""
+    return [name for name in ("teacher", "reference") if name in target.requires]
 
 
 def torch_sft(x: Inputs) -> Tensor:
@@ -115,24 +122,68 @@ def trl_dft(x: Inputs) -> Tensor:
     return -(log_p_y.detach().exp() * log_p_y).mean()
 
 
-def _compiled(function: Callable[[Inputs], Tensor]) -> Callable[[Inputs], Tensor]:
-    return torch.compile(function)
+def liger_fused_jsd() -> Callable[[Inputs], Tensor]:
+    """Liger's Triton kernels."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    loss = LigerFusedLinearJSD(jsd_beta=0.5)
+    return lambda x: loss(x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, None)
 
 
-METHODS: dict[str, Callable[[], Callable[[Inputs], Tensor]]] = {
-    "qtarget dft": lambda: qtarget_dft,
-    "qtarget target-sft": lambda: qtarget_target_sft,
-    "qtarget sft": lambda: qtarget_sft,
-    "qtarget cft, a fifth kept": lambda: qtarget_cft,
-    "qtarget dft, compiled": lambda: compiled_rows(qtarget_dft),
-    "qtarget target-sft, compiled": lambda: compiled_rows(qtarget_target_sft),
-    "eager dft": lambda: eager_dft,
-    "eager target-sft": lambda: eager_target_sft,
-    "compiled dft": lambda: _compiled(eager_dft),
-    "compiled target-sft": lambda: _compiled(eager_target_sft),
-    "torch linear_cross_entropy (sft)": lambda: torch_sft,
-    "trl default (dft)": lambda: trl_dft,
+def liger_chunked_jsd() -> Callable[[Inputs], Tensor]:
+    """Liger's chunked loss, compiled as is its default; the part of the labels has no weight."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5)
+    return lambda x: loss(x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, x.labels)
+
+
+@dataclass(frozen=True)
+class Method:
+    """``make`` gives a loss or raises where there is none. teacher: whether another model's logits are formed."""
+
+    make: Callable[[], Callable[[Inputs], Tensor]]
+    teacher: bool = False
+
+
+def qtarget_method(target: qt.Target, backend: str = "torch") -> Method:
+    """``backend="compiled"``: with its row functions compiled, as a long run has them."""
+    loss = functools.partial(qtarget_loss, target=target, backend=backend)
+    return Method(lambda: loss, bool(others_of(target)))
+
+
+def printed_method(target: qt.Target) -> Method:
+    loss = functools.partial(printed_loss, target=target)
+    return Method(lambda: loss, bool(others_of(target)))
+
+
+METHODS = {
+    "qtarget dft": qtarget_method(qt.preset("dft")),
+    BLOCKS: qtarget_method(qt.preset("target-sft")),
+    SFT: qtarget_method(qt.preset("sft")),
+    CFT: qtarget_method(qt.preset("cft")),
+    "qtarget dft, compiled": qtarget_method(qt.preset("dft"), "compiled"),
+    COMPILED: qtarget_method(qt.preset("target-sft"), "compiled"),
+    "eager dft": Method(lambda: eager_dft),
+    "eager target-sft": Method(lambda: eager_target_sft, teacher=True),
+    "compiled dft": Method(lambda: torch.compile(eager_dft)),
+    "compiled target-sft": Method(lambda: torch.compile(eager_target_sft), teacher=True),
+    "torch linear_cross_entropy (sft)": Method(lambda: torch_sft),
+    "trl default (dft)": Method(lambda: trl_dft),
 }
+
+
+def methods_for(names: Sequence[str]) -> dict[str, Method]:
+    """target-sft, and each of the named presets or divergences beside its printed loss and its peers."""
+    found = {BLOCKS: METHODS[BLOCKS]}
+    for name in names:
+        target = qt.preset("kd", divergence=name) if name in Divergence.known else qt.preset(name)
+        found[f"qtarget {name}"] = qtarget_method(target)
+        found[f"eager {name}, printed"] = printed_method(target)
+        if name == "jsd":
+            found["liger chunked jsd"] = Method(liger_chunked_jsd, teacher=True)
+            found["liger fused jsd"] = Method(liger_fused_jsd, teacher=True)
+    return found
 
 
 @torch.no_grad()
@@ -155,12 +206,12 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure_time(tokens: int, width: int, repeats: int) -> dict:
+def measure_time(asked: dict[str, Method], tokens: int, width: int, repeats: int) -> dict:
     x = Inputs(tokens, width)
     missing, methods, first = {}, {}, {}
-    for name, make in METHODS.items():
+    for name, one in asked.items():
         try:
-            method = make()
+            method = one.make()
             start = time.perf_counter()
             method(x).backward()  # warm up, compile
             first[name] = time.perf_counter() - start
@@ -183,17 +234,10 @@ def measure_time(tokens: int, width: int, repeats: int) -> dict:
         for name, method in methods.items():
             seconds[name].append(timed(lambda m=method: m(x).backward()))
             x.clear()
-            ratios[name].append(seconds[name][-1] / now[name in TEACHER_METHODS])
+            ratios[name].append(seconds[name][-1] / now[asked[name].teacher])
     share = (time.process_time() - cpu) / (time.perf_counter() - wall) / torch.get_num_threads()
-    spared = statistics.median(seconds[BLOCKS]) - statistics.median(seconds[COMPILED])
-    compiling = first[COMPILED] - statistics.median(seconds[COMPILED])
     return {
-        "cft over sft": round(statistics.median(seconds[CFT]) / statistics.median(seconds[SFT]), 3),
-        "compiling": {
-            "seconds, nothing cached": round(compiling, 1),
-            "spared seconds a logit": spared / (tokens * VOCAB),
-            "pays from logits": compiling / (spared / (tokens * VOCAB)) if spared > 0 else None,
-        },
+        **(compiling(first, seconds, tokens * VOCAB) if asked is METHODS else {}),
         "tokens": tokens,
         "width": width,
         "vocab": VOCAB,
@@ -206,6 +250,20 @@ def measure_time(tokens: int, width: int, repeats: int) -> dict:
     }
 
 
+def compiling(first: dict[str, float], seconds: dict[str, list[float]], logits: int) -> dict:
+    """What the methods say of compiled row functions, and of dropped tokens."""
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    spared, compiled = (median[BLOCKS] - median[COMPILED]) / logits, first[COMPILED] - median[COMPILED]
+    return {
+        "cft over sft": round(median[CFT] / median[SFT], 3),
+        "compiling": {
+            "seconds, nothing cached": round(compiled, 1),
+            "spared seconds a logit": spared,
+            "pays from logits": compiled / spared if spared > 0 else None,
+        },
+    }
+
+
 def measure_memory(method: str, tokens: int, width: int) -> float | None:
     """Peak memory above inputs, dH and dW, in units of tokens × vocab × 4 bytes."""
     command = [sys.executable, __file__, "--memory_of", method, "--tokens", str(tokens), "--widths", str(width)]
@@ -215,7 +273,7 @@ def measure_memory(method: str, tokens: int, width: int) -> float | None:
 
 def memory_of(method: str, tokens: int, width: int) -> float:
     x = Inputs(tokens, width)
-    function = METHODS[method]()
+    function = METHODS[method].make()
     tiny = Inputs(8, width)
     function(tiny).backward()  # libraries' own buffers are not the method's
     del tiny
@@ -252,6 +310,28 @@ def machine() -> dict:
     }
 
 
+def show_time(methods: dict[str, Method], tokens: int, width: int, repeats: int) -> dict:
+    found = measure_time(methods, tokens, width, repeats)
+    print(f"\nwidth {width}, vocabulary {VOCAB}, {tokens} tokens, float32: time over the necessary matmuls")
+    for name, ratio in found["ratio"].items():
+        limit = f"  (limit {LIMITS[name]:.2f})" if name in LIMITS else ""
+        print(f"  {name:<34} {ratio:5.2f}{limit}")
+    if "compiling" in found:
+        print(f"  cft with a fifth of the tokens kept over sft: {found['cft over sft']:.2f}")
+        print("  compiled row mathematics: " + ", ".join(f"{k} {v:.3g}" for k, v in found["compiling"].items() if v))
+    for name, reason in found["not available"].items():
+        print(f"  {name:<34} not available: {reason}")
+    if found["own_cpu_share"] < 0.9:
+        print(f"  this process had only {found['own_cpu_share']:.0%} of its cores: run again on a quiet machine")
+    return found
+
+
+def write(path: Path, record: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\nraw results: {path}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[576, 896])
@@ -259,6 +339,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no_memory", action="store_true")
     parser.add_argument("--no_time", action="store_true", help="measure memory only and keep the times on record")
+    parser.add_argument("--targets", nargs="+", metavar="NAME", help="presets and divergences, timed beside target-sft")
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -266,22 +347,14 @@ def main() -> None:
         print(memory_of(args.memory_of, args.tokens, args.widths[0]))
         return
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # so that compiling is timed with nothing cached
-    record: dict = {"machine": machine(), "time": [], "memory": []}
-    if args.no_time:
-        record["time"] = json.loads(args.out.read_text())["time"]
-    for width in [] if args.no_time else args.widths:
-        found = measure_time(args.tokens, width, args.repeats)
-        record["time"].append(found)
-        print(f"\nwidth {width}, vocabulary {VOCAB}, {args.tokens} tokens, float32: time over the necessary matmuls")
-        for name, ratio in found["ratio"].items():
-            limit = f"  (limit {LIMITS[name]:.2f})" if name in LIMITS else ""
-            print(f"  {name:<34} {ratio:5.2f}{limit}")
-        print(f"  cft with a fifth of the tokens kept over sft: {found['cft over sft']:.2f}")
-        print("  compiled row mathematics: " + ", ".join(f"{k} {v:.3g}" for k, v in found["compiling"].items() if v))
-        for name, reason in found["not available"].items():
-            print(f"  {name:<34} not available: {reason}")
-        if found["own_cpu_share"] < 0.9:
-            print(f"  this process had only {found['own_cpu_share']:.0%} of its cores: run again on a quiet machine")
+    if args.targets:
+        found = [show_time(methods_for(args.targets), args.tokens, width, args.repeats) for width in args.widths]
+        write(args.out, {**json.loads(args.out.read_text()), "targets": {"machine": machine(), "time": found}})
+        return
+    kept = json.loads(args.out.read_text()) if args.out.exists() else {}
+    record: dict = {**kept, "machine": machine(), "memory": []}
+    if not args.no_time:
+        record["time"] = [show_time(METHODS, args.tokens, width, args.repeats) for width in args.widths]
     if not args.no_memory:
         width, tokens = args.widths[0], 2 * args.tokens
         print(
@@ -292,9 +365,7 @@ def main() -> None:
             record["memory"].append({"method": name, "tokens": tokens, "width": width, "matrices": share})
             limit = f"  (limit {MEMORY_LIMITS[name]:.1f})" if name in MEMORY_LIMITS else ""
             print(f"  {name:<34} {'not available' if share is None else f'{share:5.2f}'}{limit}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\nraw results: {args.out}")
+    write(args.out, record)
 
 
 if __name__ == "__main__":

@@ -133,6 +133,18 @@ def test_float32_heads_under_autocast_and_without(name):
         assert 1e-5 < relative_error(got.gradients[part], exact.gradients[part].double()) < 5e-3
 
 
+@pytest.mark.parametrize("name", ["cft", "target-sft"])
+def test_z_loss_beside_the_logits(name):
+    """In plain PyTorch; a token that the target drops has a gradient, too."""
+    low, up = half()
+    with as_on_a_device():
+        got = run(low, qt.preset(name), z_loss=0.02, reduction="sum")
+    truth = run_oracle(up, qt.preset(name), z_loss=0.02, reduction="sum")
+    assert float((got.loss.double() - truth.loss).abs() / truth.loss) <= 1e-5
+    for part in ("hidden", "weight"):
+        assert relative_error(got.gradients[part], truth.gradients[part]) <= 5e-3, part
+
+
 # ---- what it multiplies
 
 

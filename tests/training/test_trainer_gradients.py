@@ -114,6 +114,33 @@ def test_two_steps_are_those_of_autograd_on_full_logits(name, dtype, tmp_path):
     assert_same_change(got, wanted, None if dtype == torch.float64 else 1e-4)
 
 
+@pytest.mark.parametrize("name", ["sft", "target-sft"])
+def test_z_loss_is_trained_and_not_evaluated(name, tmp_path):
+    case, data, c = CASE[name], tiny_models.conversation_dataset(4), 0.02
+    made = others(case, torch.float64)
+    trainer = quick_trainer(
+        tiny_models.trained_model().double(),
+        tmp_path,
+        data,
+        eval_dataset=data,
+        target=target_of(case),
+        teacher_model=copy.deepcopy(made.get("teacher")),
+        z_loss=c,
+    )
+    with_it = trainer.evaluate()["eval_loss"]
+    trainer.args.z_loss = 0.0
+    assert trainer.evaluate()["eval_loss"] == with_it
+    trainer.args.z_loss = c
+    before = copied_weights(trainer.model)
+    trainer.train()
+
+    def loss(logits, labels, **given):
+        return case.loss(logits, labels, given) + c * logits.logsumexp(-1).square()
+
+    wanted = change_by_autograd(tiny_models.trained_model().double(), tokenised_rows(data), loss, **made)
+    assert_same_change(weight_change(before, trainer.model), wanted)
+
+
 def test_plain_text_is_counted_without_position_zero(tmp_path):
     """Nothing predicts the first token: it is no part of the denominator."""
     data = tiny_models.text_dataset(4)

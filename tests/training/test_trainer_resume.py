@@ -78,6 +78,7 @@ def test_to_the_last_digit(name, start, tmp_path):
     [
         ({"target": "dft"}, {"target": "sft"}, "target is 'sft', but the checkpoint"),
         ({"target": "dft"}, {"target": "dft", "denominator": "micro_batch"}, "denominator is 'micro_batch'"),
+        ({"target": "dft"}, {"target": "dft", "z_loss": 1e-4}, "z_loss is 0.0001"),
         (
             {"target": {"preset": "gem", "beta": {"schedule": "linear", "from": 1.0, "to": 0.5, "steps": 4}}},
             {"target": {"preset": "gem", "beta": {"schedule": "linear", "from": 1.0, "to": 0.5, "steps": 8}}},

@@ -111,6 +111,7 @@ RIGHT: dict[str, Callable[[Path], dict[str, Any]]] = {
     "target-sft": lambda w: TARGET_SFT | taught_by(w),
     "kd at T = 2": lambda w: {"target": {"preset": "kd", "temperature": 2.0}} | taught_by(w),
     "sft on texts": lambda w: {"target": "sft", "dataset_name": w / "texts"},
+    "dft with z_loss": lambda w: {"target": "dft", "z_loss": 0.02},
     "dft on plain prompts": lambda w: {"target": "dft", "dataset_name": w / "prompts"},
     "sft-kl": lambda w: {"target": "sft-kl"},
     "psft": lambda w: {"target": "psft"},

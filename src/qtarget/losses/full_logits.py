@@ -38,6 +38,7 @@ def target_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items: Tensor | float | None = None,
+    z_loss: float = 0.0,
     stats: str = "basic",
 ) -> LossOutput:
     """The loss of a target on full logits: g = a (p − δ) + Σ b p ⊙ (s − E_p[s]), with a, b and s held constant.
@@ -53,6 +54,8 @@ def target_loss(
         vocab_size: real tokens of a padded head; p runs over the full width, uniform, teacher, reference and guided
             residuals over the first ``vocab_size`` entries.
         reduction: "mean" divides by ``num_items``, else by the supervised labels; weights never enter it.
+        z_loss: c of the term c · lse² on each token, lse = log Σ exp z (PaLM, arXiv:2204.02311, section 5: c = 1e-4),
+            which holds lse near 0. Its gradient is 2 c lse p; the statistics leave it out.
         stats: "basic", or "all" to add kl_q.
 
     Returns:
@@ -61,7 +64,7 @@ def target_loss(
     Raises:
         ConfigError: an input the target needs is missing, a shape or value is wrong, or logits are not finite.
     """
-    check_options(reduction, stats)
+    check_options(reduction, stats, z_loss)
     tokens, z, evaluated = _tokens_and_target(
         logits, labels, target, teacher_logits, reference_logits, old_logps, weight, critical, vocab_size, ignore_index
     )
@@ -73,6 +76,8 @@ def target_loss(
     for term in evaluated.residuals:
         with_gradient = with_gradient + term.b * term.pull(z)
     per_token = _published_value(target, evaluated, z.detach()) + (with_gradient - with_gradient.detach())
+    if z_loss:
+        per_token = per_token + z_loss * z.logsumexp(-1).square()
 
     statistics = _statistics(evaluated, z.detach(), tokens.labels, stats == "all")
     stats_out = {name: tokens.scatter(value, float("nan")) for name, value in statistics.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtarget.errors import ConfigError, raise_together
+from qtarget.errors import ConfigError, check_range, raise_together
 from qtarget.targets import Target
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -120,11 +120,12 @@ class Tokens:
         return full.index_copy(0, self.index, per_token).view(self.shape)
 
 
-def check_options(reduction: str, stats: str) -> None:
+def check_options(reduction: str, stats: str, z_loss: float) -> None:
     if reduction not in REDUCTIONS:
         raise ConfigError(f"reduction is {reduction!r}; use one of {', '.join(REDUCTIONS)}")
     if stats not in ("basic", "all"):
         raise ConfigError(f"stats is {stats!r}; use 'basic' or 'all'")
+    check_range("z_loss", z_loss, 0)
 
 
 def check_requirements(target: Target, models: dict[str, Any], columns: dict[str, Any], model: str) -> None:

@@ -45,6 +45,7 @@ def linear_target_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items: Tensor | float | None = None,
+    z_loss: float = 0.0,
     stats: str = "basic",
     backend: str = "auto",
     chunk_rows: int | None = None,
@@ -66,6 +67,7 @@ def linear_target_loss(
         old_logps: [...] log p_y of the old policy. weight: [...] or one per row. critical: [...] booleans.
         vocab_size: real tokens of a padded head.
         reduction: "mean" divides by ``num_items``, else by the supervised labels; weights never enter it.
+        z_loss: c of c · lse² on each token, as in ``target_loss``; in plain PyTorch, whatever the backend.
         stats: "basic", or "all" to add kl_q.
         backend: who does the rows' mathematics: "auto"; "torch", which runs everywhere; "triton", on NVIDIA's GPUs;
             "compiled", by inductor, after some ten seconds. Logits are float32 in all of them (float64 for float64).
@@ -79,7 +81,7 @@ def linear_target_loss(
         RuntimeError: a second backward through the same call, or second derivatives.
     """
     targets = _targets(target, which)
-    check_options(reduction, stats)
+    check_options(reduction, stats, z_loss)
     check_head(hidden, head_weight, head_bias, logit_softcap, prefix="head_")
     check_chunk(chunk_rows, head_weight.shape[0])
     vocab_size = real_vocabulary(vocab_size, head_weight.shape[0])
@@ -105,6 +107,7 @@ def linear_target_loss(
         vocab_size=vocab_size,
         logit_scale=float(logit_scale),
         logit_softcap=logit_softcap,
+        z_loss=float(z_loss),
         with_kl=stats == "all",
         backend=backend,
         compute=compute,

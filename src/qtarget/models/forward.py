@@ -95,7 +95,7 @@ class LossCall:
         columns: of the labels' shape: those that the targets read, the number of the source, and any others.
         others: teacher and reference.
         aux_loss: also return the auxiliary loss of a mixture of experts.
-        backend: who does the rows' mathematics; see ``qtarget.linear_target_loss``.
+        backend, z_loss: as in ``qtarget.linear_target_loss``.
     """
 
     def __init__(
@@ -109,10 +109,11 @@ class LossCall:
         stats: str,
         aux_loss: bool = False,
         backend: str = "auto",
+        z_loss: float = 0.0,
     ):
         self.targets, self.labels, self.columns, self.others = targets, labels, columns, others
         self.vocab_size, self.num_items, self.stats = vocab_size, num_items, stats
-        self.aux_loss, self.backend = aux_loss, backend
+        self.aux_loss, self.backend, self.z_loss = aux_loss, backend, z_loss
         self.gathered = False
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: HeadTransform) -> ModelOutput:
@@ -133,6 +134,7 @@ class LossCall:
             logit_scale=transform.scale,
             logit_softcap=transform.softcap,
             num_items=self.num_items,
+            z_loss=self.z_loss,
             stats=self.stats,
             backend=self.backend,
         )

@@ -62,6 +62,8 @@ class QTargetConfig(SFTConfig):
         loss_backend: who computes the loss's passes over the logits: ``auto``, ``torch``, ``triton`` or ``compiled``.
             ``triton`` is for NVIDIA's GPUs, ``compiled`` is inductor's code; ``auto`` takes what is fastest here, and
             compiles on a CPU only where the run is long enough to pay for it. See ``qtarget.linear_target_loss``.
+        z_loss: c of c · lse² on every supervised token, which holds lse = log Σ exp z near 0; 0: none. PaLM's c is 1e-4
+            (arXiv:2204.02311). Statistics and evaluation leave it out.
         teacher: the teacher's settings as one mapping, ``{model: org/name, context: ...}``; text is the model. Its keys
             are model, revision, init_kwargs, models (``teachers``), cache, tail, ema_decay, context, end_token and
             check_rows. Each is stored as the setting below and may be given there instead; one that is given in both ways
@@ -117,6 +119,7 @@ class QTargetConfig(SFTConfig):
     eval_target: Any = None
     denominator: str = "all_labels"
     loss_backend: str = "auto"
+    z_loss: float = 0.0
     teacher: dict[str, Any] | str | None = None
     teacher_model_name_or_path: str | None = None
     teacher_model_revision: str | None = None

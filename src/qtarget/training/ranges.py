@@ -32,6 +32,7 @@ _NUMBERS = {
     "learning_rate": (0, False),
     "weight_decay": (0, False),
     "max_grad_norm": (0, False),
+    "z_loss": (0, False),
     "warmup_steps": (0, False),
     "adam_epsilon": (0, False),
     "logging_steps": (0, True),

@@ -24,6 +24,7 @@ class Saved(TypedDict, total=False):
     target: str | dict[str, Any]
     targets: dict[str, Any]
     denominator: str
+    z_loss: float
     teacher: str | None
     reference: str | None
     teacher_context: str | dict[str, Any]
@@ -50,6 +51,7 @@ def identity(args: Any, objective: Objective, names: Mapping[str, str | None]) -
         named = f"{name} (revision {revision})" if name and not read_from_cache else names.get(role)
         settings[role] = named if role in models else None
     decides = {
+        "z_loss": args.z_loss != 0,
         "teacher_context": "teacher" in models and args.teacher_context is not None,
         "teacher_end_token": "teacher" in models and args.teacher_end_token != "label",
         "teacher_tail": "teacher" in models and args.teacher_tail != "student",
@@ -65,6 +67,8 @@ def identity(args: Any, objective: Objective, names: Mapping[str, str | None]) -
 def describe(args: Any, objective: Objective, settings: dict[str, Any]) -> str:
     """One line: the targets, their formulas, the denominator and where the other models come from."""
     parts = [objective.describe(), f"denominator {args.denominator}"]
+    if args.z_loss:
+        parts.append(f"z_loss {args.z_loss:g}")
     parts += [f"{role} {settings[role]}" for role in ("teacher", "reference") if settings[role] is not None]
     if "weights" in settings:
         parts.append(f"weights {args.weights}")

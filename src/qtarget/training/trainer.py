@@ -241,7 +241,8 @@ class QTargetTrainer(HostHooks):
             targets, source = teacher_settings.split_end_tokens(targets, source, batch.labels, self.label_only_token)
         columns = batch.columns if source is None else {**batch.columns, SOURCE_ID: source}
         stats = "all" if not training or self._logs_this_step() else "basic"
-        settings = self.vocab_size, num_items_in_batch, stats, self.aux_loss_enabled, self._engine_backend()
+        z_loss = self.args.z_loss if training else 0.0  # evaluation reports the target alone
+        settings = self.vocab_size, num_items_in_batch, stats, self.aux_loss_enabled, self._engine_backend(), z_loss
         call = LossCall(targets, batch.labels, columns, heads, *settings)
         try:
             output = model(**batch.inputs, qtarget=call)

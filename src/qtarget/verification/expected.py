@@ -143,7 +143,8 @@ class Expected:
             target = self.subject.targets[number]
             labels = document.labels.masked_fill((numbers != number).to(self.device), -100)
             given = self._given(logits, target, document.given)
-            loss = loss + target_loss(logits, labels, target, reduction="sum", **given).loss
+            out = target_loss(logits, labels, target, z_loss=self.trainer.args.z_loss, reduction="sum", **given)
+            loss = loss + out.loss
         return loss
 
     def _given(self, logits: Tensor, target: Target, given: Given) -> dict[str, Any]:
@@ -164,14 +165,17 @@ class Expected:
                 parts.append({name: value[at].double() for name, value in document.given.items()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def hidden_gradient(self, sample: Sample, given: Given, logits: Tensor | None = None) -> Tensor:
+    def hidden_gradient(
+        self, sample: Sample, given: Given, logits: Tensor | None = None, z_loss: float = 0.0
+    ) -> Tensor:
         """dH [n, d] float64 of the summed loss of a sample: (p − Q) through the student's head.
 
-        ``logits``: [n, V] in place of those that the student's states give.
+        ``logits``: [n, V] in place of those that the student's states give. ``z_loss``: c, which adds 2 c lse p.
         """
         logits = logits_of(sample.student) if logits is None else logits
         Q = target_distribution(logits, sample.labels, sample.target, **self._given(logits, sample.target, given))
-        return through_head(sample.student, logits, logits.softmax(-1) - Q)
+        p = logits.softmax(-1)
+        return through_head(sample.student, logits, p - Q + 2 * z_loss * logits.logsumexp(-1, keepdim=True) * p)
 
 
 def own_logits(model: Any, inputs: dict[str, Any]) -> Tensor:

@@ -16,12 +16,13 @@ from qtarget.verification.subject import Subject, distance, relative
     "teacher and reference are given",
 )
 def tokens(subject: Subject) -> Finding:
-    """What backward leaves on the last hidden states is (p - Q) times the head over N, and nothing where no token is
-    trained.
+    """What backward leaves on the last hidden states is (p - Q), and what z_loss adds, times the head over N, and nothing
+    where no token is trained.
     """
     expected, step, samples = Expected(subject), subject.step, subject.samples
     got = torch.cat([sample.gradient.double() for sample in samples])
-    wanted = torch.cat([expected.hidden_gradient(sample, expected.given(sample)) for sample in samples])
+    z_loss = subject.trainer.args.z_loss
+    wanted = torch.cat([expected.hidden_gradient(sample, expected.given(sample), z_loss=z_loss) for sample in samples])
     wanted = wanted / expected.denominator(subject.rows)
     error = relative(got, wanted)
     trained = torch.zeros(step.hidden_gradient.shape[:2], dtype=torch.bool)

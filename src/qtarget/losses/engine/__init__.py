@@ -28,6 +28,7 @@ class EngineCall:
     vocab_size: int
     logit_scale: float
     logit_softcap: float | None
+    z_loss: float
     with_kl: bool
     backend: str
     compute: torch.dtype

@@ -28,10 +28,11 @@ class RowMath(DenseTerms):
     """Plain PyTorch; the gradient goes over the logits.
 
     Args:
-        support: for each residual term, the columns it covers.
+        support: for each residual term, the columns it covers. z_loss: weight of lse² in the loss.
     """
 
     support: tuple[int, ...]
+    z_loss: float = 0.0
 
     def run(self, rows: Rows) -> RowResult:
         """The block's loss, statistics and which rows have a gradient; z holds the gradient afterwards."""
@@ -58,9 +59,14 @@ class RowMath(DenseTerms):
                 loss = loss + weight * (found.ce if as_ce else found.value)
         if self.with_kl:
             statistics["kl_q"] = self._kl_q(z, student, statistics)
+        active = torch.stack([a, *b]).ne(0).any(0)
+        if self.z_loss:
+            loss, active = loss + self.z_loss * student.lse.square(), torch.ones_like(active)
+            if self.gradient:
+                z.addcmul_(student.scaled, (2 * self.z_loss * student.lse * student.inv)[:, None])
         if capped is not None:
             z.mul_(capped)
-        return RowResult(loss, statistics, torch.stack([a, *b]).ne(0).any(0))
+        return RowResult(loss, statistics, active)
 
     # -- the student ---------------------------------------------------------------------------------------------
 

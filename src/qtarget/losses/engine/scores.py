@@ -67,11 +67,11 @@ def _jsd(divergence: JSD, of: Compared, scratch: Scratch) -> tuple[Tensor, float
 @write_score.register
 def _skew_kl(divergence: SkewKL, of: Compared, scratch: Scratch) -> tuple[Tensor, float]:
     alpha, log_ratio = divergence.alpha, of.log_ratio.clamp_(-_FAR, _FAR)
-    from_R = scratch.dot(of.R, log_ratio)
-    excess = of.expm1_()
-    m_over_p = scratch.get("product", *excess.shape)
-    value = from_R - of.R.mul_(torch.mul(excess, alpha, out=m_over_p).log1p_()).sum(-1)
-    excess.div_(torch.mul(excess, alpha, out=m_over_p).add_(1)).mul_(of.scaled)
+    excess = torch.expm1(log_ratio, out=scratch.get("product", *log_ratio.shape))  # R/p − 1
+    log_m_over_p = torch.mul(excess, alpha, out=scratch.get("difference", *log_ratio.shape)).log1p_()
+    value = of.R.mul_(log_ratio.sub_(log_m_over_p)).sum(-1)
+    m_over_p = torch.mul(excess, alpha, out=log_ratio).add_(1)
+    torch.div(excess, m_over_p, out=log_ratio).mul_(of.scaled)
     return value, -((1 - alpha) ** 2)
 
 

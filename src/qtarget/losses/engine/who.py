@@ -37,10 +37,11 @@ class Place:
 
 def computes(call: EngineCall, target: Target, place: Place) -> RowMath | DeviceRows:
     """What the call's backend has for the target; plain PyTorch, with one line of log, where that is nothing."""
-    plan = None if call.backend == "torch" else RowPlan.of(target)
+    plan = None if call.backend == "torch" or call.z_loss else RowPlan.of(target)
     if plan is None:
         if call.backend != "torch":
-            tell(f"target {target} has several residuals or a divergence of your own, so backend 'torch' is used for it")
+            has = "z_loss" if call.z_loss else "several residuals or a divergence of your own"
+            tell(f"target {target} has {has}, so backend 'torch' is used for it")
         return computes_in_torch(call, target, place)
     passes: Passes = TritonPasses() if call.backend == "triton" else FunctionPasses()
     return DeviceRows(
@@ -56,7 +57,7 @@ def computes_in_torch(call: EngineCall, target: Target, place: Place) -> RowMath
     """Blocks in place, which every target and every device has."""
     pools = [term.pool for term in target.residual_terms]
     support = tuple(_support(call, pool, place.width) for pool in pools)
-    return RowMath(support=support, **_of_both(call, target, place))
+    return RowMath(support=support, z_loss=call.z_loss, **_of_both(call, target, place))
 
 
 def _of_both(call: EngineCall, target: Target, place: Place) -> dict[str, Any]:
