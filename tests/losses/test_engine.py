@@ -8,6 +8,7 @@ import qtarget as qt
 from engine_and_oracle import (
     assert_same,
     case_named,
+    floor_of,
     hard_batch,
     ordinary_batch,
     preset_of,
@@ -68,9 +69,7 @@ def test_engine_is_the_oracle(case, setting, chunk, monkeypatch):
         monkeypatch.setattr(chunks, "block_rows", lambda *_: block)
     batch = prepared(softcap, with_bias, tied, share)
     got = run_engine(batch, preset_of(case), reduction="sum", stats="all", chunk_rows=rows)
-    # A score may be a log-ratio of hundreds of nats, rounded as it is.
-    floor = 1e-11 if "divergence" in case.id else 1e-12
-    assert_same(got, truth(case.id, softcap, with_bias, tied, share), floor=floor)
+    assert_same(got, truth(case.id, softcap, with_bias, tied, share), floor=floor_of(case))
 
 
 @pytest.mark.parametrize("scale, softcap", [(0.3, None), (2.0, 3.0), (1.0, 1.0)])

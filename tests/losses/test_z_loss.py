@@ -91,7 +91,7 @@ def test_another_backend_says_that_plain_pytorch_computes_it(caplog, monkeypatch
     batch, options = ordinary_batch(), {"reduction": "sum", "stats": "all"}
     with caplog.at_level(logging.WARNING, logger="qtarget"):
         got = run_engine(batch, qt.preset("dft"), z_loss=C, backend="compiled", **options)
-    assert caplog.messages == ["z_loss has no kernel, so backend 'torch' is used for it"]
+    assert caplog.messages == ["target dft has z_loss, so backend 'torch' is used for it"]
     assert_same(got, by_autograd(batch, qt.preset("dft"), **options))
 
 
