@@ -25,7 +25,7 @@ def case_named(name: str) -> Case:
 
 
 def floor_of(case: Case) -> float:
-    """What the oracle itself rounds away: a divergence's score may be hundreds of nats, and some labels weigh several times."""
+    """What the oracle rounds away: a score may be hundreds of nats, and some labels weigh several times."""
     return 1e-11 if "divergence" in case.id or case.preset in ("poly", "symmetric-ce", "todi") else 1e-12
 
 
