@@ -41,8 +41,7 @@ CARDS = {entry["name"]: entry["parameters"] for entry in page_entries(RECORD, ra
 CHOSEN = [
     case
     for case in CASES
-    if {*case.hyperparameters} <= {*CARDS[case.preset]}
-    and not isinstance(case.hyperparameters.get("divergence"), dict)
+    if {*case.hyperparameters} <= {*CARDS[case.preset]} and not isinstance(case.hyperparameters.get("divergence"), dict)
 ]
 TARGETS = [(case.preset, case.hyperparameters) for case in CHOSEN] + EXTRA
 

@@ -98,7 +98,9 @@ def slider(name: str, value: float, owner: str = "") -> Values:
     """The control of a hyperparameter that stands at ``value``; of one that ``RANGES`` lacks, with a range around it."""
     wide = (0, 1) if value == 0 else (0.01, 1) if 0 < value <= 1 else sorted((value / 10, 4 * value))
     around = (
-        (min(1, value), 4 * value, 1) if isinstance(value, int) and value > 0 else (*wide, round((wide[1] - wide[0]) / 100, 2))
+        (min(1, value), 4 * value, 1)
+        if isinstance(value, int) and value > 0
+        else (*wide, round((wide[1] - wide[0]) / 100, 2))
     )
     text, low, high, step = RANGES.get(f"{owner}.{name}") or RANGES.get(name, (name, *around))
     return {"text": text, "start": value, "min": min(low, value), "max": max(high, value), "step": step}
