@@ -121,8 +121,8 @@ def test_every_preset_is_shown_or_says_which_model_was_not_captured(open_page, t
     view = open_page(page.write(made, tmp_path / "lens.html"))
     lacking = {name: {*MODELS} & qt.preset(name).requires - {*captured} for name in qt.presets.names()}
     why = {name: f"no {' and no '.join(sorted(models))} captured" if models else "" for name, models in lacking.items()}
-    told = "Object.fromEntries(lens.D.targets.map(({ name }) => [name, lens.hindrance(lens.D, name, lens.startOf(lens.D, name))]))"
-    assert view.evaluate(told) == why
+    told = "lens.D.targets.map(({ name }) => [name, lens.hindrance(lens.D, name, lens.startOf(lens.D, name))])"
+    assert dict(view.evaluate(told)) == why
     assert [*view.evaluate("() => lens.ready")] == [name for name in why if not why[name]]
     assert view.inner_text("#missing") == ""
     if captured == ("reference",):  # what a choice would need is told beside it
@@ -260,11 +260,11 @@ def test_a_bend_is_found():
 
 
 def test_a_range_ends_where_the_preset_refuses():
-    def build(alpha: float = 0.25):
-        return qt.Target(qt.trust.confidence_gap(1 - alpha))  # above ½ and below 1
+    def build(tau: float = 0.25):
+        return qt.Target(qt.trust.confidence_gap(1 - tau))  # above ½ and below 1
 
     controls, _ = of(build)
-    assert (controls["alpha"]["min"], controls["alpha"]["max"]) == (0.1, 0.4)
+    assert (controls["tau"]["min"], controls["tau"]["max"]) == (0.01, 0.49)
 
 
 def test_a_hyperparameter_of_a_new_name_has_a_range_around_its_default():
