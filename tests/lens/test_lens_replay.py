@@ -56,7 +56,12 @@ def bucketed(replay, q):
     return inside, q.sum(1) - inside.sum(1)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+# What a rule makes of a statistic of the whole row has no bound: of these a note is all there is.
+OF_ROWS = {"sum_sq", "reference_lower_mass"}
+BOUNDED = [case for case in CASES if not qt.preset(case.preset, **case.hyperparameters).needs & OF_ROWS]
+
+
+@pytest.mark.parametrize("case", BOUNDED, ids=lambda case: case.id)
 def test_a_target_is_the_oracles_within_the_error_shown(case):
     target = qt.preset(case.preset, **case.hyperparameters)
     stats, q = oracle(target, case.needs)

@@ -109,6 +109,29 @@ def test_a_preset_of_the_run_is_chosen_and_stands_there_once(open_page, tmp_path
     assert sorted(view.evaluate("lens.D.targets.map((e) => e.name)")) == sorted(qt.presets.names())
 
 
+ALONE = lens_records.random_logits(N, 300)
+MODELS = {"teacher": ALONE + lens_records.random_logits(N, 300, 1), "reference": ALONE + 0.3}
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("captured", [(), ("reference",), ("teacher", "reference")], ids=str)
+def test_every_preset_is_shown_or_says_which_model_was_not_captured(open_page, tmp_path, captured):
+    models = {name: MODELS[name] for name in captured}
+    made = lens_records.record_from_logits(ALONE, lens_records.random_labels(ALONE), **models)
+    view = open_page(page.write(made, tmp_path / "lens.html"))
+    lacking = {name: {*MODELS} & qt.preset(name).requires - {*captured} for name in qt.presets.names()}
+    why = {name: f"no {' and no '.join(sorted(models))} captured" if models else "" for name, models in lacking.items()}
+    told = "lens.D.targets.map(({ name }) => [name, lens.hindrance(lens.D, name, lens.startOf(lens.D, name))])"
+    assert dict(view.evaluate(told)) == why
+    assert [*view.evaluate("() => lens.ready")] == [name for name in why if not why[name]]
+    assert view.inner_text("#missing") == ""
+    if captured == ("reference",):  # what a choice would need is told beside it
+        view.select_option("#name-A", "gift")
+        shown = "found => found.map(o => [o.textContent, o.disabled])"
+        options = view.eval_on_selector_all("#toward-A option", shown)
+        assert options == [["reference", False], ["teacher (no teacher captured)", True]]
+
+
 @pytest.mark.browser
 def test_a_preset_of_the_run_with_its_own_numbers(open_page, tmp_path):
     made = of_a_run({"preset": "target-sft", "eta": 0.3, "teacher_temperature": 9.0})
@@ -223,8 +246,8 @@ def test_a_number_in_another_way_has_no_slider():
 
     controls, (form,) = of(build)
     assert [*controls] == form["sliders"] == ["eta"]
-    assert form["trust"] == {"probability_power": {"alpha": 9.0}}
-    assert of(build, sharpness=2.0)[1][0]["trust"] == {"probability_power": {"alpha": 4.0}}
+    assert form["trust"]["probability_power"]["alpha"] == 9.0
+    assert of(build, sharpness=2.0)[1][0]["trust"]["probability_power"]["alpha"] == 4.0
 
 
 def test_a_bend_is_found():
@@ -234,6 +257,14 @@ def test_a_bend_is_found():
         return qt.Target(qt.trust.probability(), qt.residual.guided(min(eta, 0.8)))
 
     assert of(build)[0] == {}
+
+
+def test_a_range_ends_where_the_preset_refuses():
+    def build(tau: float = 0.25):
+        return qt.Target(qt.trust.confidence_gap(1 - tau))  # above ½ and below 1
+
+    controls, _ = of(build)
+    assert (controls["tau"]["min"], controls["tau"]["max"]) == (0.01, 0.49)
 
 
 def test_a_hyperparameter_of_a_new_name_has_a_range_around_its_default():
@@ -251,8 +282,11 @@ def test_a_form_is_the_preset_wherever_its_sliders_stand(name):
     preset = qt.presets.describe(name)
     controls, forms = sliders.of_preset(preset, {})
     for form in forms:
-        numbers = {key: control["start"] for key, control in controls.items() if key in form["sliders"]}
-        composed = {key: part for key, part in form.items() if key not in ("when", "sliders")}
-        target = qt.Target.from_config(sliders.filled_in(composed, numbers))
-        truth = preset.build(**numbers | form["when"])
-        assert (target.trust, target.scale, target.requires) == (truth.trust, truth.scale, truth.requires)
+        parts = {key: part for key, part in form.items() if key not in ("when", "sliders")}
+        starts = {key: controls[key]["start"] for key in form["sliders"]}
+        alone = [key for key in form["sliders"] if key not in ("tau_low", "tau_high")]  # which limit each other
+        ends = [{key: controls[key][end]} for key in alone for end in ("min", "max")]
+        for numbers in ({}, *ends):
+            target = qt.Target.from_config(sliders.filled_in(parts, starts | numbers))
+            truth = preset.build(**starts | numbers | form["when"])
+            assert (target.trust, target.scale, target.requires) == (truth.trust, truth.scale, truth.requires)

@@ -2,10 +2,11 @@
 
     {name, own, formula, summary, source, notes, parameters: {eta: {start, text, min, max, step}}, forms: [form]}
     form     {when: {h: "linear"}, sliders: ["beta"], trust, residual, scale, share}, written as YAML has a target
+             and its notes, or with the reason why it is not on the page
     or       {name, own, reason}: why it is not on the page
 
-A rule of somebody's own is evaluated here, and the page gets its weights token by token. A divergence of somebody's own
-becomes a table.
+A rule that targets.js has not is evaluated here, and the page gets its weights token by token. A divergence of somebody's
+own becomes a table.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ from qtarget.targets.objective import Objective
 from qtarget.targets.yaml_form import names_code
 
 Entry = dict[str, Any]
+
+# The rules that targets.js computes, with sliders; every other is evaluated here.
+RULES = (
+    "affine_probability anchored bernoulli_variance clipped_probability clipped_ratio confidence_gap constant entropy "
+    "focal gibbs mixture_ratio offset_mass probability probability_power probability_threshold reference_probability "
+    "reference_threshold shaped_probability surprise_power token_mask toward_half trajectory_weight"
+)
 
 
 def packed(values: Any, dtype: str) -> str:
@@ -107,24 +115,27 @@ class _Entries:
 
     def _shown(self, target: Target) -> Entry:
         form = sliders.composed(target)
-        code = _code(form)
         if any(names_code(named) for _, named in map(sliders.split, form["residual"])):
-            return {"reason": f"{code} has an offset that the page does not know", "parameters": {}}
+            return {"reason": f"{_code(form)} has an offset that the page does not know", "parameters": {}}
         known = target.name in presets.names()
         preset = presets.describe(target.name) if known else presets.written_as(target.name)
         entry: Entry = {"formula": target.formula, "summary": "", "source": "", "parameters": {}, "notes": []}
         if preset is not None:
             entry |= {"summary": preset.summary, "source": preset.source}
-        if code:
-            try:
-                form, notes = self._given(target, form)
-            except Exception as error:  # code of somebody else's
-                return {"reason": f"{code} failed: {reason(error)}", "parameters": {}}
-            return entry | {"forms": [form], "notes": [*notes, f"{code} was evaluated in Python and has no sliders"]}
+        if _by_python(form):
+            given = self._given(target, {"when": {}, **form})
+            return {"reason": given["reason"], "parameters": {}} if "reason" in given else entry | {"forms": [given]}
         if preset is None or target.share != 1:
             form = sliders.of_parts(form, entry["parameters"])
             return entry | {"forms": [{"when": {}, "sliders": [*entry["parameters"]], **form}]}
         parameters, forms = sliders.of_preset(preset, target.hyperparameters)
+        for place, form in enumerate(forms):
+            if _by_python(form):
+                parts = {key: part for key, part in form.items() if key not in ("when", "sliders")}
+                starts = {name: parameters[name]["start"] for name in form["sliders"]}
+                forms[place] = self._given(Target.from_config(sliders.filled_in(parts, starts)), form)
+        moved = {name for form in forms for name in form["sliders"]}
+        parameters = {name: control for name, control in parameters.items() if name in moved or "choices" in control}
         numbers = {key: value for key, value in target.hyperparameters.items() if isinstance(value, (int, float))}
         notes = [f"{key} stays at {value} on this page" for key, value in numbers.items() if key not in parameters]
         return entry | {"parameters": parameters, "forms": forms, "notes": notes}
@@ -134,14 +145,18 @@ class _Entries:
         """Made only where it is needed, for it pads every list of the record."""
         return Replay(self.record)
 
-    def _given(self, target: Target, form: Entry) -> tuple[Entry, list[str]]:
+    def _given(self, target: Target, form: Entry) -> Entry:
         """The form with the weights of its rules in place of them, and notes on them."""
-        notes: list[str] = []
-        a, b, unsure = self._replay.weights(target, notes)
+        names, notes = _by_python(form), []
+        try:
+            a, b, unsure = self._replay.weights(target, notes)
+        except Exception as error:  # code of somebody else's, or a model that was not captured
+            return {**form, "sliders": [], "reason": f"{names} failed: {reason(error)}"}
         rest = b[0] / target.residual_terms[0].factor if b else np.zeros_like(a)
         given = {"trust": a, "rest": rest, "unsure": unsure}
         trust = {"given": {key: packed(values[self.tokens], "f4") for key, values in given.items()}}
-        return {"when": {}, "sliders": [], "trust": trust, "residual": form["residual"]}, notes
+        notes.append(f"{names} was evaluated in Python and has no sliders")
+        return {"when": form["when"], "sliders": [], "trust": trust, "residual": form["residual"], "notes": notes}
 
 
 def _with_tables(form: Entry, target: Target) -> Entry:
@@ -159,6 +174,19 @@ def _with_tables(form: Entry, target: Target) -> Entry:
         return {**named, "divergence": {"given": numbers | {"table": packed(numbers["table"], "f4")}}}
 
     return form | {"residual": [*map(on_page, form["residual"])]}
+
+
+def _by_python(form: Entry) -> str:
+    """Every path of an object in a form, or the rules in it that the page does not compute."""
+    return _code(form) or ", ".join(filter(None, map(_unknown_rule, (form["trust"], form.get("scale")))))
+
+
+def _unknown_rule(rule: Any) -> str:
+    """The first rule that ``RULES`` lacks, in a rule or within it."""
+    if not isinstance(rule, (str, Mapping)):  # none, or a number
+        return ""
+    [(name, parameters)] = rule.items() if isinstance(rule, Mapping) else [(rule, {})]
+    return _unknown_rule(parameters.get("trust")) if name in RULES.split() else name
 
 
 def _code(config: Any) -> str:

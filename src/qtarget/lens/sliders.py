@@ -8,6 +8,7 @@ uses a hyperparameter in another way, it has no slider and stays as it is.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,23 +17,32 @@ from qtarget.targets.divergence import Divergence
 from qtarget.targets.presets import Preset
 from qtarget.targets.yaml_form import names_code
 
-# What a slider covers, by the name of the hyperparameter: text, least, most, step.
+# What a slider covers: text, least, most, step. By the hyperparameter's name, or first the name of its preset or part. A
+# letter means something else in every preset; the formula above the slider says what.
 RANGES: dict[str, tuple[str, float, float, float]] = {
     "eta": ("eta η, the teacher’s share of the residual", 0, 1, 0.01),
-    "alpha": ("alpha α, power of p_y", -1, 10, 0.1),
-    "tau": ("tau τ, threshold on p_y", 0, 1, 0.01),
+    "alpha": ("alpha α", -1, 10, 0.1),
+    "tau": ("tau τ", 0, 1, 0.01),
     "tau_low": ("tau_low, keep from this p_y", 0, 1, 0.01),
-    "tau_high": ("tau_high, keep below this p_y", 0, 1, 0.01),
-    "top_k": ("top_k, ids in the entropy", 2, 50, 1),
-    "power": ("power of the entropy", 0.1, 4, 0.1),
+    "tau_high": ("tau_high, keep up to this p_y", 0, 1, 0.01),
+    "top_k": ("top_k", 2, 50, 1),
+    "power": ("power", 0.1, 4, 0.1),
     "kl_weight": ("kl_weight λ, weight beside the label", 0, 3, 0.01),
     "smoothing": ("smoothing ε", 0, 1, 0.01),
     "clip": ("clip", 0.01, 1, 0.01),
     "clip_high": ("clip_high (as clip until moved)", 0.01, 2, 0.01),
-    "beta": ("beta β, temperature of the sharpened student", 0.1, 2, 0.05),
+    "beta": ("beta β", 0.1, 2, 0.05),
     "temperature": ("temperature T", 0.25, 8, 0.05),
     "teacher_temperature": ("teacher_temperature", 0.25, 8, 0.05),
     "kd_weight": ("kd_weight λ, the teacher’s share", 0, 1, 0.01),
+    "symmetric-ce.alpha": ("alpha α", 0, 2, 0.01),
+    "gift.beta": ("beta β", 0.1, 30, 0.1),
+    "idft.low": ("low, least of the exponent’s factor", 0, 1, 0.01),
+    "idft.high": ("high, most of the exponent’s factor", 1, 4, 0.01),
+    "poly.epsilon": ("epsilon ε", -1, 5, 0.1),
+    "focal.gamma": ("gamma γ", 0, 5, 0.1),
+    "infosft.confidence": ("confidence", 0.51, 0.99, 0.01),
+    "stm.perplexity": ("perplexity", 1, 100, 0.5),
     "jsd.beta": ("beta β, the residual’s share of the mixture", 0.01, 0.99, 0.01),
     "skew_kl.alpha": ("alpha α, the residual’s share of the mixture", 0.01, 0.99, 0.01),
     "skew_reverse_kl.alpha": ("alpha α, the student’s share of the mixture", 0.01, 0.99, 0.01),
@@ -42,6 +52,9 @@ RANGES: dict[str, tuple[str, float, float, float]] = {
 # The words a hyperparameter may be, each with the hyperparameters that then play no part.
 _CHOICES: dict[str, dict[Any, tuple[str, ...]]] = {
     "direction": {"higher": (), "lower": (), "middle": ("tau",), "forward": (), "reverse": ()},
+    "by": {"prob": ("threshold",), "mass": ()},
+    "toward": {"reference": (), "teacher": ()},
+    "held": {False: (), True: ()},
     "normalizer": {"log_k": (), "none": (), 3.0: ()},
     "h": {"linear": (), "logsigmoid": ()},
 }
@@ -81,13 +94,15 @@ def on_page(divergence: Any) -> bool:
     return kind is not None and kind.__module__ == Divergence.__module__
 
 
-def slider(name: str, value: float) -> Values:
+def slider(name: str, value: float, owner: str = "") -> Values:
     """The control of a hyperparameter that stands at ``value``; of one that ``RANGES`` lacks, with a range around it."""
     wide = (0, 1) if value == 0 else (0.01, 1) if 0 < value <= 1 else sorted((value / 10, 4 * value))
     around = (
-        (min(1, value), 4 * value, 1) if isinstance(value, int) and value > 0 else (*wide, (wide[1] - wide[0]) / 100)
+        (min(1, value), 4 * value, 1)
+        if isinstance(value, int) and value > 0
+        else (*wide, round((wide[1] - wide[0]) / 100, 2))
     )
-    text, low, high, step = RANGES.get(name, (name, *around))
+    text, low, high, step = RANGES.get(f"{owner}.{name}") or RANGES.get(name, (name, *around))
     return {"text": text, "start": value, "min": min(low, value), "max": max(high, value), "step": step}
 
 
@@ -99,10 +114,10 @@ def of_parts(part: Any, controls: Values, owner: str = "") -> Any:
         return part
     form = {}
     for key, value in part.items():
-        known = f"{owner}.{key}" if f"{owner}.{key}" in RANGES else key
-        if known in RANGES and isinstance(value, (int, float)) and RANGES[known][1] <= value <= RANGES[known][2]:
+        _, low, high, _ = RANGES.get(f"{owner}.{key}") or RANGES.get(key, ("", 0, -1, 0))
+        if isinstance(value, (int, float)) and low <= value <= high:
             name = key if key not in controls else f"{key}_{len(controls) + 1}"
-            controls[name] = slider(known, value)
+            controls[name] = slider(key, value, owner)
             controls[name]["text"] += f" ({owner})"
             form[key] = {"of": name, "times": 1, "plus": 0}
         elif key == _DIVERGENCE and not on_page(value):
@@ -169,7 +184,9 @@ def _form(preset: Preset, values: Values, movable: Values) -> tuple[Values, Valu
         follows = _FOLLOWS.get(name) if value is None else None
         number = values[follows] if follows else value
         if isinstance(number, (int, float)) and not isinstance(number, bool):
-            control = slider(name, number)
+            control = slider(name, number, preset.name)
+            if name not in _STARTS:  # tau_low and tau_high limit each other, and the page says where they cross
+                control = _narrowed(control, preset, values, name)
             step = control["step"] if number + 4 * control["step"] <= control["max"] else -control["step"]
             # Beside the start, which may be a special case, and not what another one or a part's own number is.
             marks[name] = number + 3 * step if step == 1 else number + (3 + 0.1618 * (len(marks) + 1)) * step
@@ -184,6 +201,18 @@ def _form(preset: Preset, values: Values, movable: Values) -> tuple[Values, Valu
         if moving == {*chosen} and _holds(preset, values, form, ranges):
             return form, {name: controls[name] for name in chosen}
     return composed(preset.build(**values)), {}
+
+
+def _narrowed(control: Values, preset: Preset, values: Values, name: str) -> Values:
+    """The control over as much of its range as the preset takes beside the other values."""
+
+    def end(limit: float) -> float:
+        inward = math.copysign(control["step"], control["start"] - limit)
+        steps = math.ceil(abs(control["start"] - limit) / control["step"])
+        points = (limit, *(round(limit + k * inward, 9) for k in range(1, steps)))
+        return next((point for point in points if _built(preset, values | {name: point}) is not None), control["start"])
+
+    return control | {"min": end(control["min"]), "max": end(control["max"])}
 
 
 def _marked(part: Any, marks: Mapping[str, float], moving: set[str]) -> Any:

@@ -42,8 +42,11 @@ function chooser(D, o, name, onChange, rebuild) {
     rebuild();
     byId(`${name}-${o.key}`).focus();
   };
-  const { choices } = entryOf(D, o.name).parameters[name];
-  return choice(name, choices.map((value) => [value, value]), String(o.hyper[name]), chosen, `${name}-${o.key}`);
+  const options = entryOf(D, o.name).parameters[name].choices.map((value) => {
+    const why = hindrance(D, o.name, { ...o.hyper, [name]: value });
+    return [value, `${value}${why ? ` (${why})` : ''}`, why !== ''];
+  });
+  return choice(name, options, String(o.hyper[name]), chosen, `${name}-${o.key}`);
 }
 
 function slider(D, o, name, onChange) {

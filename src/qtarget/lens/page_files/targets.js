@@ -11,13 +11,34 @@ const RULES = {
   probability_power: (D, { alpha }) => ({ trust: (i) => Math.exp(alpha * D.logPY[i]) }),
   probability_threshold: (D, { tau, direction, tau_low: low, tau_high: high }, { notes }) => {
     if (direction === 'middle' && high <= low) notes.push('tau_high is not above tau_low: no token is kept');
-    const kept = { higher: (p) => p >= tau, lower: (p) => p < tau, middle: (p) => p >= low && p < high }[direction];
+    const kept = { higher: (p) => p >= tau, lower: (p) => p <= tau, middle: (p) => p >= low && p <= high }[direction];
     return { trust: (i) => (kept(D.pY[i]) ? 1 : 0) };
   },
-  entropy: (D, { top_k: k, power, normalizer }, { notes }) => {
+  affine_probability: (D, { constant, slope }) => ({ trust: (i) => constant + slope * D.pY[i] }),
+  clipped_probability: (D, { low, high }) => ({ trust: (i) => Math.min(Math.max(D.pY[i], low), high) / high }),
+  mixture_ratio: (D, { gamma }) => ({ trust: (i) => 1 / (1 - gamma + times(gamma, Math.exp(-D.logPY[i]))) }),
+  shaped_probability: (D, { gamma }) => ({ trust: (i) => (gamma * D.pY[i]) / (D.pY[i] + gamma) ** 2 }),
+  bernoulli_variance: (D) => ({ trust: (i) => D.pY[i] * D.rest[i] }),
+  confidence_gap: (D, { confidence }) => {
+    const wanted = Math.log(confidence / (1 - confidence));
+    return { trust: (i) => D.pY[i] * Math.max(0, 1 - (D.logPY[i] - Math.log(D.rest[i])) / wanted) };
+  },
+  focal: (D, { gamma, held }) => {
+    const moved = (i) => times(-gamma * D.pY[i] * D.logPY[i], D.rest[i] ** (gamma - 1));
+    return { trust: (i) => D.rest[i] ** gamma + (held ? 0 : moved(i)) };
+  },
+  entropy: (D, { top_k: k, power, normalizer }, target) => {
+    noteTopK(D, k, target);
     const divisor = normalizer === 'log_k' ? Math.log(k) : normalizer === 'none' ? 1 : Number(normalizer);
-    if (k > D.topK) notes.push(`top_k is ${k}, but only the ${D.topK} likeliest tokens are here; capture with --top_k ${k}`);
     return { trust: (i) => (topKEntropy(D, i, k) / divisor) ** power };
+  },
+  surprise_power: (D, { strength, beta, low, high }) => {
+    const surprise = (i) => Math.min(Math.max(Math.exp((-D.logPY[i] - D.entropy[i]) / beta), low), high);
+    return { trust: (i) => Math.exp((1 + strength * (surprise(i) - 1)) * D.logPY[i]) };
+  },
+  toward_half: (D, { weight, top_k: k, tau }, target) => {
+    noteTopK(D, k, target);
+    return { trust: (i) => 1 + (topKMass(D, i, k) < tau ? weight * D.pY[i] * (D.rest[i] - D.pY[i]) : 0) };
   },
   trajectory_weight: (D, _, target) => ofColumn(D, 'weight', target),
   token_mask: (D, _, target) => ofColumn(D, 'critical', target),
@@ -28,9 +49,21 @@ const RULES = {
     const ratio = (i) => Math.exp(Math.min(20, D.logPY[i] - (old ?? D.logPY)[i])); // e^20 is far past any clip, and finite
     return { trust: (i) => (ratio(i) < high ? ratio(i) : 0) };
   },
+  reference_probability: (D) => {
+    const prior = ofLabel(D, 'reference');
+    return { trust: (i) => Math.exp(prior[i]) };
+  },
+  reference_threshold: (D, { perplexity }) => {
+    const prior = ofLabel(D, 'reference');
+    return { trust: (i) => (-prior[i] <= Math.log(perplexity) ? 1 : 0) };
+  },
+  gibbs: (D, { beta, prior: model }) => {
+    const prior = ofLabel(D, model);
+    return { trust: (i) => sigmoid(prior[i] + beta + Math.log(-Math.expm1(-beta))) };
+  },
   anchored: (D, { trust, kl_weight: rest }, target) => ({ ...ruleOf(D, trust, target), rest }),
   offset_mass: (D, _, { terms: [first] }) => ({ trust: (i, s) => (first.slope === null ? 1 : offsetMass(D, first, i, s)) }),
-  // A rule of somebody's own: its weights, computed in Python.
+  // A rule that is not in this list, such as somebody's own: its weights, computed in Python.
   given: (D, { trust, rest, unsure }) => {
     const [a, b, u] = [trust, rest, unsure].map((packed) => unpack(packed, Float32Array));
     return { trust: (i) => a[i], rest: (i) => b[i], unsure: (i) => u[i] };
@@ -109,10 +142,31 @@ function ofColumn(D, name, { notes }) {
   return { trust: column ? (i) => column[i] : () => 1 };
 }
 
-/** Entropy of the student's k likeliest, renormalised; they stand in front. */
+/** A model's log-probability of the label. */
+function ofLabel(D, model) {
+  const prior = D.numbers[`${model}_log_p_y`];
+  if (!prior) throw new Error(`no ${model} captured`);
+  return prior;
+}
+
+function noteTopK(D, k, { notes }) {
+  if (k > D.topK) notes.push(`top_k is ${k}, but only the ${D.topK} likeliest tokens are here; capture with --top_k ${k}`);
+}
+
+/** Where the student's k likeliest end; they stand in front. */
+const endOfTopK = (D, i, k) => Math.min(D.start[i + 1], D.start[i] + Math.min(k, D.topK));
+
+/** Probability of the student's k likeliest. */
+function topKMass(D, i, k) {
+  let sum = 0;
+  for (let at = D.start[i]; at < endOfTopK(D, i, k); at++) sum += D.p[D.codes.student[at]];
+  return sum;
+}
+
+/** Entropy of the student's k likeliest, renormalised. */
 function topKEntropy(D, i, k) {
   const codes = D.codes.student;
-  const end = Math.min(D.start[i + 1], D.start[i] + Math.min(k, D.topK));
+  const end = endOfTopK(D, i, k);
   let sum = 0;
   let product = 0;
   for (let at = D.start[i]; at < end; at++) {
@@ -157,8 +211,8 @@ const startOf = (D, name) => Object.fromEntries(Object.entries(entryOf(D, name).
 
 function buildTarget(D, name, hyper) {
   const entry = entryOf(D, name);
-  const { trust, residual, scale = null, share = 1 } = filledIn(formOf(entry, hyper), hyper);
-  const target = { name, hyper, notes: [...(entry.notes ?? [])], terms: termsOf(residual) };
+  const { trust, residual, scale = null, share = 1, notes = [] } = filledIn(formOf(entry, hyper), hyper);
+  const target = { name, hyper, notes: [...(entry.notes ?? []), ...notes], terms: termsOf(residual) };
   const rule = ruleOf(D, trust, target);
   const by = scale === null ? null : ruleOf(D, scale, target).trust;
   if (rule.rest === 0 || share === 0) target.terms = [];
@@ -186,7 +240,8 @@ function buildTarget(D, name, hyper) {
 
 /** Why the page cannot show an entry, by the values of its parameters; '' where it can. */
 function hindrance(D, name, hyper) {
-  const { reason } = entryOf(D, name);
+  const entry = entryOf(D, name);
+  const reason = entry.reason ?? formOf(entry, hyper).reason;
   if (reason) return reason;
   try {
     const { terms } = buildTarget({ ...D, models: [] }, name, hyper); // without tables, which take their time
