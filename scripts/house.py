@@ -19,10 +19,11 @@ import house_counts as counts
 
 HERE = Path(__file__).resolve().parent.parent
 RESULTS = HERE / "benchmarks" / "results" / "house.json"
-# Lines of src/qtarget/**/*.py: 25,164 at 13a65da, the engine for GPUs among them. 23,964 were the aim and
-# not reached, since types, printed losses and examples in docstrings came in; what was reached is the limit now.
+# Lines of src/qtarget/**/*.py: 25,164 at 13a65da, the engine for GPUs among them. 23,964 were the aim for what was there
+# then and not reached: types, printed losses and examples in docstrings came in, and it stands at 24,800. Divergences,
+# twenty more objectives, their rules and statistics are the rest.
 LINES_BEFORE = 25_164
-LINES = 24_950
+LINES = 28_000
 LONGEST_FILE = 400
 FILES_IN_A_FOLDER = 16
 CROWDED = 0
