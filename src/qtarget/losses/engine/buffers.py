@@ -31,7 +31,7 @@ class TopKRows:
     tail: str
 
     def __getitem__(self, rows: slice) -> TopKRows:
-        return TopKRows(*(_some(x, rows) for x in (self.ids, self.logprobs, self.log_tail)), self.tail)
+        return TopKRows(_some(self.ids, rows), _some(self.logprobs, rows), _some(self.log_tail, rows), self.tail)
 
 
 @dataclass
