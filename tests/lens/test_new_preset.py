@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import qtarget as qt
+import quick_runs
 import teacher_caches
+import tiny_models
 from engine_and_oracle import assert_engine_is_oracle, ordinary_batch
 from lens_pages import JS_FIGURES, agrees
 from qtarget.cli.__main__ import main
@@ -17,6 +19,7 @@ from qtarget.lens import record
 from qtarget.lens.replay import Replay
 from qtarget.targets.divergence import Divergence
 from qtarget.targets.presets import entry
+from teacher_caches import VOCAB, build_cache, wider_teacher
 
 NAME = "half-guided"
 # A class that is registered, and a function of d.
@@ -167,7 +170,7 @@ def test_the_lens_shows_it(preset, world, open_page, tmp_path, capsys):
     for given in ({}, {"alpha": -0.5, "doubt": 0.99}):
         agrees(view.evaluate(script, [NAME, given]), qt.preset(NAME, **given), replay)
     results = view.evaluate("() => lens.ready")
-    assert sorted(results) == sorted({NAME, *qt.presets.names()} - {"sft-kl", "asft"})
+    assert {*results} == {name for name in qt.presets.names() if "reference" not in qt.preset(name).requires}
     assert f"{NAME}, this run" in view.inner_text("#compare-view")
 
 
@@ -177,6 +180,28 @@ def test_a_divergence_in_python_yaml_oracle_and_engine(preset, by):
     assert qt.Target.from_config(json.loads(json.dumps(target.to_config()))) == target
     assert qt.Target.from_config(target.to_config(composed=True)) == target
     assert_engine_is_oracle(ordinary_batch(), target)
+
+
+@pytest.fixture(scope="module")
+def cache(world, tmp_path_factory):
+    """Of the whole vocabulary."""
+    return build_cache(world, tmp_path_factory.mktemp("cache") / "whole", "--k", VOCAB, "--cache_dtype", "float32")
+
+
+TRAINED = [{"preset": NAME}, *({"preset": "kd", "divergence": by} for by in BY.values())]
+
+
+@pytest.mark.parametrize("target", TRAINED, ids=str)
+def test_a_step_of_the_trainer_and_from_a_cache_is_autograds(preset, cache, tmp_path, target):
+    def loss(logits, labels, **given):
+        return qt.target_loss(logits, labels, qt.Target.from_config(target), reduction="none", **given).loss
+
+    rows = quick_runs.tokenised_rows(tiny_models.conversation_dataset(4))
+    settings = {"target": target, "max_length": 120}  # the cache's
+    wanted = quick_runs.change_by_autograd(tiny_models.trained_model(), rows, loss, teacher=wider_teacher())
+    for name, teacher in (("live", {"teacher_model": wider_teacher()}), ("cached", {"teacher_cache": str(cache)})):
+        got = quick_runs.change_by_training(tiny_models.trained_model(), tmp_path / name, **settings, **teacher)
+        quick_runs.assert_same_change(got, wanted)
 
 
 @pytest.mark.parametrize("by", BY)

@@ -41,7 +41,10 @@ def examined(world: Path, folder: Path, out: Path, *more: object) -> dict:
 def taught(p: torch.Tensor, p_y: torch.Tensor, delta: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:
     mixed = p.sqrt() * t.sqrt()
     guided = mixed / mixed.sum(-1, keepdim=True)
-    return {"kd": t, "kd-hybrid": 0.5 * delta + 0.5 * t, "target-sft": p_y * delta + (1 - p_y) * guided}
+    d = p.log() - t.log()
+    reverse = p - p * (d - (p * d).sum(-1, keepdim=True))
+    own = {"kd": t, "kd-hybrid": 0.5 * delta + 0.5 * t, "target-sft": p_y * delta + (1 - p_y) * guided}
+    return own | {"kd(temperature=1.0, divergence=reverse_kl)": reverse}
 
 
 def by_hand(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
@@ -85,7 +88,8 @@ def by_hand(folder: Path) -> dict[tuple[str, str], dict[str, float]]:
 
 
 def test_errors_are_those_of_the_definitions(world, some, tmp_path, capsys):
-    report = examined(world, some, tmp_path / "report.json")
+    reverse = "{preset: kd, divergence: reverse_kl}"
+    report = examined(world, some, tmp_path / "report.json", "--target", reverse)
     assert report["rows"] == 24 and report["same_teacher"]
     wanted = by_hand(some)
     assert {(line["target"], line["tail"]) for line in report["targets"]} == set(wanted)

@@ -26,6 +26,7 @@ from qtarget.losses import heads
 from qtarget.losses.engine import buffers, matmuls
 from qtarget.losses.engine.buffers import Scratch
 from qtarget.models import forward
+from qtarget.targets.divergence import Divergence
 from qtarget.targets.presets import teachers
 from qtarget.targets.presets.entry import ENTRIES
 from qtarget.training import QTargetTrainer, denominator
@@ -145,6 +146,22 @@ def test_what_is_right_passes(name, world, capsys):
     status, made = verify(world, capsys, **RIGHT[name](world))
     assert status == 0, made.get("error") or [c for c in made["checks"] if c["status"] == "fail"]
     assert made["passed"] and not failed(made)
+
+
+def test_every_preset_and_divergence_passes(world, tmp_path, capsys):
+    """A source each. Those that need a column are tried above."""
+    targets = [name for name in ENTRIES if not qt.preset(name).requires & {"weight", "critical"}]
+    targets += [{"preset": "kd", "divergence": name} for name in Divergence.known]
+    targets += [{"preset": name, "direction": "reverse"} for name in ("sft-kl", "asft")]
+    rows = tiny_models.conversation_dataset(len(targets)).to_list()
+    lines = [json.dumps({**row, "source": f"s{number}"}) + "\n" for number, row in enumerate(rows)]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    sources = {f"s{number}": target for number, target in enumerate(targets)}
+    settings = {"targets": sources, "dataset_name": tmp_path, "rows": len(targets)}
+    status, made = verify(world, capsys, **settings, **taught_by(world))
+    assert status == 0 and made["about"]["not_among_the_rows"] == [], made.get("error") or failed(made)
+    formula = next(check for check in made["checks"] if check["name"] == FORMULA)
+    assert {*ENTRIES} - {"iw-sft", "cft"} <= {name.split("(")[0] for name in formula["figures"]}
 
 
 def test_two_rows_are_enough(world, capsys):
