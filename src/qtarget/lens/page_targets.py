@@ -147,7 +147,8 @@ class _Entries:
 
     def _given(self, target: Target, form: Entry) -> Entry:
         """The form with the weights of its rules in place of them, and notes on them."""
-        names, notes = _by_python(form), []
+        names = _by_python(form)
+        notes: list[str] = []
         try:
             a, b, unsure = self._replay.weights(target, notes)
         except Exception as error:  # code of somebody else's, or a model that was not captured
