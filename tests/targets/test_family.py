@@ -174,6 +174,13 @@ def test_what_is_left_of_the_trust_keeps_its_digits(name):
     assert float(left) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.1])
+def test_tailr_at_a_label_whose_probability_is_0_in_float32(gamma):
+    target = qt.preset("tailr", gamma=gamma)
+    made = qt.target_loss(torch.tensor([[200.0, 0.0]]), torch.tensor([1]), target, stats="all")
+    assert made.stats["trust"].tolist() == [1.0 if gamma == 0 else 0.0]
+
+
 def test_gift_without_what_the_authors_add_to_the_reference():
     """log ref_y = −30: 5e-5 of trust; 1e-10 beside ref would make it 0.046."""
     stats = qt.targets.TokenStats({"reference_log_p_y": torch.tensor([-30.0, -60.0], dtype=torch.float64)})

@@ -166,7 +166,8 @@ class MixtureRatio(Rule):
         check_range("gamma", self.gamma, 0, 1)
 
     def __call__(self, stats: TokenStats) -> Tensor:
-        # By log p_y, which is finite where p_y is 0: at gamma = 0 that would be 0/0.
+        if self.gamma == 0:  # not 0 · ∞ where p_y is 0
+            return torch.ones_like(stats.log_p_y)
         return 1 / (1 - self.gamma + self.gamma * (-stats.log_p_y).exp())
 
     def weights(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
