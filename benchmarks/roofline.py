@@ -28,9 +28,19 @@ from qtarget.losses.engine.sizes import Sizes, device_sizes
 
 # Read and written for each logit by both kernels: float32 logits twice, another model's twice, a 16-bit gradient once.
 STUDENT, OTHER = 4 + 4 + 2, 8 + 8 + 2
-BYTES = {name: OTHER if {"teacher", "reference"} & qt.preset(name).requires else STUDENT for name in qt.presets.names()}
+
+
+def bytes_of(target: qt.Target) -> int:
+    """A logit's bytes: more where a rule asks another model for the label, and for the mean score of a divergence."""
+    models = {name for term in target.residual_terms for name in term.pool.requires}
+    asked = sum(f"{name}_log_p_y" in target.needs for name in ("teacher", "reference"))
+    scored = any(not term.divergence.is_forward_kl for term in target.residual_terms)
+    return (OTHER if models else STUDENT) + 4 * asked + 4 * (1 + len(models)) * scored
+
+
+BYTES = {name: bytes_of(qt.preset(name)) for name in qt.presets.names()}
 BYTES |= {"gem logsigmoid": STUDENT, "target-sft, top-k": STUDENT, "kd at T = 2": OTHER}
-BYTES |= {"kd by reverse_kl": OTHER + 8}  # one more read of both, for the mean score
+BYTES |= {"kd by reverse_kl": bytes_of(qt.preset("kd", divergence="reverse_kl"))}
 # torch's operations on [rows] for one more chunk of logits, as counted in the same tests, and for a call.
 SMALL = {"dft": 12, "eaft": 30, "gem": 17, "kd": 14, "target-sft": 13, "target-sft, top-k": 132}
 FIXED = 100

@@ -23,7 +23,7 @@ from quick_runs import quick_trainer, tokenised_dataset
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 # Where a name becomes a module: targets, losses and graders that the user wrote, and qtarget's own lazy names and verbs.
-IMPORTERS = {"__init__.py", "cli/__main__.py", "targets/yaml_form.py", "evaluation/graders.py"}
+IMPORTERS = {"__init__.py", "cli/__main__.py", "targets/parts.py", "evaluation/graders.py"}
 
 
 # -- nothing in the source unpickles, evaluates or imports what it should not -----------------------------------------

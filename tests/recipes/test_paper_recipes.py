@@ -204,7 +204,7 @@ REFUSED: dict[str, tuple[Path, dict[str, Any], list[str], str]] = {
         [],
         "which is no folder here; make it, or name",
     ),
-    "no such target": (MATH, {}, ["--target", "stf"], "target is 'stf'; did you mean 'sft'?"),
+    "no such target": (MATH, {}, ["--target", "dtf"], "target is 'dtf'; did you mean 'dft'?"),
     "columns": (MATH, {"dataset_source_columns": {"question": "a"}}, [], "names question; name prompt and completion"),
     "prompt": (
         MATH,

@@ -66,7 +66,7 @@ def check(name: str, columns: Sequence[str] | None = None) -> None:
     if kind is None and ":" not in name:
         raise unknown("verifier", name, (*_KINDS, _OWN))
     if kind is None:
-        from qtarget.targets.yaml_form import load_object
+        from qtarget.targets.parts import load_object
 
         if not callable(load_object(name, "verifier")):
             raise ConfigError(
