@@ -189,6 +189,7 @@ def test_clipping(quick):
     assert off["norm"] != on["norm"] and off["nll_last"] != on["nll_last"]  # and go another way without
 
 
+@pytest.mark.full
 def test_it_goes_on_where_it_was_and_redoes_the_same(quick):
     """A result that is lost comes again with the same figures, the models being made anew; the others are not touched."""
     paths = sorted((quick / "results").rglob("*.json"))
@@ -208,6 +209,7 @@ def test_it_goes_on_where_it_was_and_redoes_the_same(quick):
     assert again == was
 
 
+@pytest.mark.full
 def test_the_page_is_drawn_the_same_twice(quick):
     made = []
     for _ in range(2):

@@ -478,8 +478,15 @@ def test_all_methods_on_one_screen(open_page, file):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1600])
+@pytest.mark.parametrize(
+    "width, scheme",
+    [
+        (400, "light"),
+        (1600, "dark"),
+        pytest.param(400, "dark", marks=pytest.mark.full),
+        pytest.param(1600, "light", marks=pytest.mark.full),
+    ],
+)
 def test_wide_and_narrow_light_and_dark(open_page, file, nasty_file, width, scheme):
     for path in (file, nasty_file):
         view = open_page(path, viewport={"width": width, "height": 900}, color_scheme=scheme)

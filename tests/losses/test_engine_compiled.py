@@ -57,7 +57,12 @@ def test_single_precision_is_no_worse_than_full_logits(case, name, as_they_are):
 
 @pytest.mark.parametrize(
     "target",
-    [qt.preset("dft"), qt.preset("target-sft"), qt.preset("kd", temperature=2.0), qt.preset("kd", divergence="jsd")],
+    [
+        qt.preset("target-sft"),
+        qt.preset("kd", divergence="jsd"),
+        pytest.param(qt.preset("dft"), marks=pytest.mark.full),
+        pytest.param(qt.preset("kd", temperature=2.0), marks=pytest.mark.full),
+    ],
     ids=str,
 )
 def test_compiled(target):

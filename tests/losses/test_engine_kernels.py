@@ -217,7 +217,7 @@ def test_a_mutant_is_noticed(mutant, tmp_path, monkeypatch):
 # ---- compiled ahead of time
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.full), 90])
 def test_kernels_compiled_for_a_gpu_that_is_not_there(arch):
     """No spills, at most 128 registers, logits in 16-byte loads, for every variant that the engine launches."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
