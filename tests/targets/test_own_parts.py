@@ -123,3 +123,11 @@ def test_the_preset_of_the_contributors_page(monkeypatch):
     logits = batch.logits()
     printed = qt.presets.printed_loss(target)(logits, batch.labels, batch.columns)
     assert torch.allclose(qt.target_loss(logits, batch.labels, target, reduction="none").loss, printed)
+
+
+def test_a_rule_without_a_trust_is_named():
+    class Empty(qt.trust.Rule):
+        """Defines nothing."""
+
+    with pytest.raises(qt.ConfigError, match=r"trust rule Empty gives no γ; define __call__\(stats\)"):
+        qt.target_loss(torch.zeros(1, 3), torch.tensor([1]), qt.Target(trust=Empty()))

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from qtarget.errors import ConfigError
 from qtarget.targets.parts import Part
 from qtarget.targets.stats import TokenStats
 
@@ -23,7 +24,7 @@ class Rule(Part):
 
     def __call__(self, stats: TokenStats) -> Tensor:
         """γ, the trust in the observed token: [n]."""
-        raise NotImplementedError
+        raise ConfigError(f"trust rule {self.label} gives no γ; define __call__(stats), which returns it, [n]")
 
     def weights(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
         """(a, b): the label's weight and the residual's, [n] each."""
