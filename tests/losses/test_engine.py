@@ -107,13 +107,13 @@ def test_the_batch_is_as_hard_as_it_says():
 
 
 def residual_forgotten_at_the_label(monkeypatch):
-    real = RowMath._add_dense_residual
+    real = RowMath._add_forward_kl
 
     def without(self, *args):
         term, at_label = real(self, *args)
         return term, 0 * at_label
 
-    monkeypatch.setattr(RowMath, "_add_dense_residual", without)
+    monkeypatch.setattr(RowMath, "_add_forward_kl", without)
 
 
 def tanh_of_the_whole_difference(monkeypatch):

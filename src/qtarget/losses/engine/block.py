@@ -145,7 +145,8 @@ class RowMath(DenseTerms):
         for support, residual, weight in zip(self.support, residuals, b, strict=True):
             start = None if terms else (a * student.inv)[:, None]
             if outside is None or outside.kept is not cheap_rows([residual.pool], rows):
-                term, label_pull = self._add_dense_residual(support, residual, rows, student, weight, g, start)
+                add = self._add_forward_kl if residual.divergence.is_forward_kl else self._add_divergence
+                term, label_pull = add(support, residual, rows, student, weight, g, start)
             else:
                 term, label_pull = add_top_k(outside, residual, rows, student, weight, g, start, self.vocab_size)
             at_label = at_label + label_pull

@@ -23,25 +23,6 @@ READABLE = 1e-12
 class DenseTerms(RowCode):
     """Adds the terms of residuals given by dense logits to a gradient."""
 
-    def _add_dense_residual(
-        self,
-        support: int,
-        residual: Term,
-        rows: Rows,
-        student: Student,
-        weight: Tensor,
-        g: Tensor,
-        start: Tensor | None,
-    ) -> tuple[TermValues, Tensor]:
-        """Add b p ⊙ (s − E_p[s]) to g. Returns what is reported of the term, and its gradient at the label.
-
-        Args:
-            support: the columns that R covers, s. weight: b [r]. g: [r, v], which may lie over the logits.
-            start: [r, 1], by which ``student.scaled`` is what g begins as; None: it comes on top of another term.
-        """
-        add = self._add_forward_kl if residual.divergence.is_forward_kl else self._add_divergence
-        return add(support, residual, rows, student, weight, g, start)
-
     def _add_forward_kl(
         self,
         support: int,
@@ -52,7 +33,11 @@ class DenseTerms(RowCode):
         g: Tensor,
         start: Tensor | None,
     ) -> tuple[TermValues, Tensor]:
-        """b (p − R).
+        """Add b (p − R) to g. Returns what is reported of the term, and its gradient at the label.
+
+        Args:
+            support: the columns that R covers, s. weight: b [r]. g: [r, v], which may lie over the logits.
+            start: [r, 1], by which ``student.scaled`` is what g begins as; None: it comes on top of another term.
 
         p − R = −(p + R) tanh(d/2) with d = log R − log p: no cancellation where R is near p, no overflow where the two
         are hundreds of nats apart.

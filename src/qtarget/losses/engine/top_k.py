@@ -83,7 +83,7 @@ def add_top_k(
     start: Tensor | None,
     vocab_size: int,
 ) -> tuple[TermValues, Tensor]:
-    """As ``DenseTerms._add_dense_residual`` where a tail has the student's shape: k gathers, no exponentials.
+    """As ``DenseTerms._add_forward_kl`` where a tail has the student's shape: k gathers, no exponentials.
 
     Outside the k, t = p (1 − T_K)/(1 − P_K), so R/p is one number per row: the problem has k + 1 outcomes.
     """
