@@ -242,7 +242,15 @@ class QTargetTrainer(HostHooks):
         columns = batch.columns if source is None else {**batch.columns, SOURCE_ID: source}
         stats = "all" if not training or self._logs_this_step() else "basic"
         z_loss = self.args.z_loss if training else 0.0  # evaluation reports the target alone
-        settings = self.vocab_size, num_items_in_batch, stats, self.aux_loss_enabled, self._engine_backend(), z_loss
+        settings = (
+            self.vocab_size,
+            num_items_in_batch,
+            stats,
+            self.aux_loss_enabled,
+            self._engine_backend(),
+            z_loss,
+            student.virtual_tokens,
+        )
         call = LossCall(targets, batch.labels, columns, heads, *settings)
         try:
             output = model(**batch.inputs, qtarget=call)
