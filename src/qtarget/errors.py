@@ -18,7 +18,7 @@ _LISTED = 30
 # Letters of a library's own words in a sentence.
 _LONGEST = 400
 # A data loader's worker sends its traceback for a message; the error stands in its last lines.
-_OF_A_WORKER = re.compile(r"Caught \w+ in DataLoader worker process .*\n\S*Error: (.*)", re.DOTALL)
+_OF_A_WORKER = re.compile(r"Caught \w+ in DataLoader worker process .*\n[\w.]+: (.*)", re.DOTALL)
 
 
 class QTargetError(Exception):
@@ -29,9 +29,7 @@ class QTargetError(Exception):
     """
 
     def __init__(self, faults: str | Sequence[str]):
-        if isinstance(faults, str) and (sent := _OF_A_WORKER.match(faults)):
-            faults = sent[1].strip()
-        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        self.faults = [_OF_A_WORKER.sub(r"\1", faults).strip()] if isinstance(faults, str) else list(faults)
         super().__init__("\n".join(self.faults))
 
     def during(self, what: str) -> None:
@@ -170,7 +168,7 @@ def reason(error: BaseException) -> str:
 
 
 def _words(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(_OF_A_WORKER.sub(r"\1", str(error)).split())
     if isinstance(error, pickle.UnpicklingError):
         text = "it is a pickle that asks for more than tensors; use weights in safetensors"
     elif not isinstance(error, (OSError, ValueError, ImportError)):

@@ -204,8 +204,7 @@ def _without_nulls(value: Any, feature: Any) -> Any:
         of = feature if isinstance(feature, Mapping) else {}
         return {name: _without_nulls(inner, of.get(name)) for name, inner in value.items() if inner is not None}
     if isinstance(value, (list, tuple)):
-        of = getattr(feature, "feature", None)
-        return [_without_nulls(inner, of) for inner in value]
+        return [_without_nulls(inner, getattr(feature, "feature", None)) for inner in value]
     return value
 
 

@@ -62,7 +62,7 @@ class Tokeniser:
         self._note_what_is_left_out(messages, render, notes)
         masked = {"return_assistant_tokens_mask": True} if self.assistant_only else {}
         whole = self._ids(messages, **masked, **render)
-        made = {name: whole[name] for name in ("input_ids", "assistant_masks") if name in whole}
+        made: dict[str, list[int]] = {name: whole[name] for name in ("input_ids", "assistant_masks") if name in whole}
         if "prompt" in read:
             prompt = self._ids(read["prompt"], add_generation_prompt=True, **render)["input_ids"]
             made["completion_mask"] = _completion_mask(prompt, made["input_ids"], notes)

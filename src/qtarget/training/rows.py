@@ -12,7 +12,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from qtarget.data.batch import Batch
 from qtarget.data.columns import REFERENCE, UID, TokenColumnCollator, TokenColumns
-from qtarget.data.messages import RowReader
+from qtarget.data.messages import RowReader, trained_columns
 from qtarget.data.preparation import Preparation
 from qtarget.data.tokenising import Tokeniser, tokenised
 from qtarget.data.validation import checked_tokens, without_padding
@@ -167,6 +167,24 @@ class RowPreparer:
         """What models read, and the columns."""
         columns = {name: inputs[name] for name in (*self._carried, *reader.COLUMNS) if name in inputs}
         return {name: value for name, value in inputs.items() if name not in columns}, columns
+
+
+def as_conversations(dataset: Any, text_field: str) -> Any:
+    """Raw rows with their messages alone: TRL asks any column of several whether a first row is a conversation.
+
+    Raises:
+        DataError: the first row has no message.
+    """
+    columns = [] if dataset is None else get_dataset_column_names(dataset)
+    trained = () if "input_ids" in columns else trained_columns(columns, text_field)
+    if not trained:
+        return dataset
+    first: dict[str, Any] = next(iter(dataset), {})
+    if empty := [column for column in trained if first.get(column) == []]:
+        raise DataError(f"row 0 of the train dataset: {empty[0]} is []; write messages, or take the row out")
+    others = {"prompt", "completion", "chosen", "rejected", "messages"}.intersection(columns).difference(trained)
+    dataset = dataset.remove_columns([*others])
+    return dataset.rename_column("conversations", "messages") if trained == ("conversations",) else dataset
 
 
 def _made_when_read(dataset: Any) -> bool:
