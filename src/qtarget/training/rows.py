@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from trl.data_utils import get_dataset_column_names
+from trl.data_utils import get_dataset_column_names, maybe_convert_to_chatml
 from trl.trainer.utils import global_then_local_main_first
 
 from qtarget.data.batch import Batch
@@ -170,7 +170,7 @@ class RowPreparer:
 
 
 def as_conversations(dataset: Any, text_field: str) -> Any:
-    """Raw rows with their messages alone: TRL asks any column of several whether a first row is a conversation.
+    """Raw rows with their messages alone, under TRL's names: it asks any of several columns for a conversation.
 
     Raises:
         DataError: the first row has no message.
@@ -180,10 +180,13 @@ def as_conversations(dataset: Any, text_field: str) -> Any:
     if not trained:
         return dataset
     first: dict[str, Any] = next(iter(dataset), {})
-    if empty := [column for column in trained if first.get(column) == []]:
-        raise DataError(f"row 0 of the train dataset: {empty[0]} is []; write messages, or take the row out")
+    messages = first.get(trained[0])
+    if messages == []:
+        raise DataError(f"row 0 of the train dataset: {trained[0]} is []; write messages, or take the row out")
     others = {"prompt", "completion", "chosen", "rejected", "messages"}.intersection(columns).difference(trained)
     dataset = dataset.remove_columns([*others])
+    if isinstance(messages, list) and isinstance(messages[0], dict) and "from" in messages[0]:
+        return dataset.map(maybe_convert_to_chatml, remove_columns={"conversations"}.intersection(columns) or None)
     return dataset.rename_column("conversations", "messages") if trained == ("conversations",) else dataset
 
 
