@@ -17,7 +17,7 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 def content(id: str, wrong: str, value: Any, *says: str, **more: Any) -> Case:
     """A second row whose user says this."""
-    rows = [talk(USER, ANSWER), talk({"role": "user", "content": value, **more}, ANSWER)]
+    rows = [talk(USER, GOOD["completion"][0]), talk({"role": "user", "content": value, **more}, ANSWER)]
     return case_of_rows(id, wrong, rows, "row 1 of the train dataset: message 0 of messages: ", *says)
 
 
@@ -57,8 +57,13 @@ CASES = [
     content("a-part-of-audio", "sound among the parts", [{"type": "input_audio", "input_audio": "a"}], "'input_audio'"),
     content("no-part", "a list of no part", [], "content is []"),
     content("a-mapping", "a part that is in no list", TEXT, "content is {"),
-    content("a-number", "a number for content", 7, "content is 7; write text"),
-    content("true", "a truth for content", True, "content is True; write text"),
+    content("a-number", "a number for content, of a column that is JSON", 7.5, "content is 7.5; write text"),
+    case_of_rows(
+        "numbers",
+        "numbers for content",
+        [talk({"role": "user", "content": 5}, {"role": "assistant", "content": 7})] * 2,
+        "row 0 of the train dataset: message 0 of messages: content is 5; write text",
+    ),
     content("null", "null for content and nothing in its place", None, "content is None; write text"),
     content("null-beside-no-call", "null for content and no call", None, "content is None", tool_calls=[]),
     case_of_rows(
@@ -130,8 +135,21 @@ CASES = [
     ),
     case_of_rows("an-empty-role", "a role of no letter", [talk({"role": "", "content": "a"}, ANSWER)], "role is ''"),
     # tools and calls
-    column("tools-of-nothing", "an empty text for tools", "tools", "", "'', which is no JSON", "or null for none"),
-    column("tools-of-words", "words for tools", "tools", "add", "'add', which is no JSON"),
+    column(
+        "tools-of-nothing",
+        "an empty text for tools",
+        "tools",
+        "",
+        "row 1 of the train dataset: tools is '', which is no JSON",
+        "or null for none",
+    ),
+    column(
+        "tools-of-words",
+        "words for tools",
+        "tools",
+        "add",
+        "row 1 of the train dataset: tools is 'add', which is no JSON",
+    ),
     column("tools-that-are-one", "a tool that is in no list", "tools", json.dumps(ADD), "write a list of tools"),
     column("tools-by-name", "names for tools", "tools", ["add"], "['add']; write a list of tools, each a mapping"),
     column("tools-of-numbers", "a number for tools", "tools", 5, "5; write a list of tools"),
@@ -149,14 +167,21 @@ CASES = [
         "row 0 of the train dataset: message 1 holds reasoning_content, which the chat template leaves out",
     ),
     # template arguments
-    column("arguments-as-text", "a text for template arguments", "chat_template_kwargs", "{}", "'{}'; write a mapping"),
+    column(
+        "arguments-as-text",
+        "a text for template arguments",
+        "chat_template_kwargs",
+        "{}",
+        "chat_template_kwargs is '{}'; write a mapping",
+    ),
     column("arguments-as-a-list", "a list for template arguments", "chat_template_kwargs", [1], "[1]; write a mapping"),
     column("arguments-that-are-null", "null in a row: as no arguments", "chat_template_kwargs", {"a": 1}),
-    column(
+    case_of_rows(
         "an-argument-of-the-tokenizer-s",
         "a template argument that the tokenizer is given already",
-        "chat_template_kwargs",
-        {"tokenize": False},
+        [talk(USER, ANSWER), {**talk(USER, ANSWER), "chat_template_kwargs": {"tokenize": False}}],
+        "row 1 of the train dataset: the chat template or the tokenizer cannot take it",
+        "'tokenize'",
     ),
     # columns beside
     column(

@@ -315,6 +315,16 @@ def test_nulls_that_json_keeps_are_the_user_s(prepared, tmp_path):
     assert '"day": null' in texts[1] and "null" not in texts[0] + texts[2]
 
 
+def test_text_beside_parts_in_a_file_may_be_a_number(prepared, tmp_path):
+    """A column of texts and parts is kept as JSON, which gives back "7" as 7."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(talk(user([text_part("3 + 4?")]), answer("7"))) + "\n")
+    how = {"data_files": str(path), "split": "train", "cache_dir": str(tmp_path / "cache")}
+    for streaming in (False, True):
+        read = prepared(load_dataset("json", streaming=streaming, **how))
+        assert read == prepared([talk(user("3 + 4?"), answer("7"))])
+
+
 def test_tools_as_text_are_those(prepared):
     as_text = [{**row, "tools": json.dumps(row.get("tools"))} for row in TOOL_ROWS]
     assert prepared(as_text, TOOLS) == prepared(TOOL_ROWS, TOOLS)
@@ -429,7 +439,7 @@ def test_half_a_character_is_named(prepared):
         yield {"text": "Tom has 3 apples."}
         yield {"text": "half \ud83d"}
 
-    with pytest.raises(DataError, match=r"^row 1 of the train dataset: holds half a character, '\\ud83d'"):
+    with pytest.raises(DataError, match=r"^row 1 of the train dataset: it holds half a character, '\\ud83d'"):
         prepared(IterableDataset.from_generator(rows))
 
 

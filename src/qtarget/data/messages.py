@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Json
@@ -44,13 +44,14 @@ class RowReader:
 
     Attributes:
         template: its source. content: changes a list of text parts into what the template reads.
-        text_field: the column of plain text. features: the dataset's, which tell Arrow's nulls from those of JSON.
+        text_field: the column of plain text.
+        features: the dataset's, which tell Arrow's nulls from those of JSON; None of rows that were checked before.
     """
 
     template: str = ""
     content: Callable[[list[str]], Any] = "".join
     text_field: str = "text"
-    features: Mapping[str, Any] = field(default_factory=dict)
+    features: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, processing_class: Any, chat_template: str | None, text_field: str = "text", features: Any = None):
@@ -67,7 +68,7 @@ class RowReader:
             return text.count(_PROBE) > 1 and "'text'" not in text and '"text"' not in text
 
         content = _as_parts if source and not reads("".join) and reads(_as_parts) else "".join
-        return cls(source, content, text_field, features or {})
+        return cls(source, content, text_field, features)
 
     def read(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """(what is trained of a row, what is odd about it).
@@ -103,7 +104,16 @@ class RowReader:
         return made, notes
 
     def _without_nulls(self, column: str, row: Mapping[str, Any]) -> Any:
-        return _without_nulls(row.get(column), self.features.get(column))
+        return _without_nulls(row.get(column), (self.features or {}).get(column))
+
+    def _mixes(self, column: str) -> bool:
+        """Whether content is text here and parts there: datasets keeps that as JSON, and gives back "7" as 7."""
+        if self.features is None:
+            return True
+        message = getattr(self.features.get(column), "feature", None)
+        return isinstance(message, Mapping) and any(
+            isinstance(message.get(name), Json) for name in ("content", "value")
+        )
 
     def _messages(self, column: str, value: Any, notes: list[str]) -> list[dict[str, Any]]:
         either = "" if column in ("messages", "conversations") else "text, or "
@@ -111,15 +121,18 @@ class RowReader:
             raise DataError(f"{column} is {shown(value)}; write {either}{_AS_MESSAGES}")
         if odd := [message for message in value if not isinstance(message, Mapping)]:
             raise DataError(f"{column} holds {shown(odd[0])}; write {either}{_AS_MESSAGES}")
-        return [self._message(f"message {number} of {column}", message, notes) for number, message in enumerate(value)]
+        mixes = self._mixes(column)
+        return [self._message(f"message {i} of {column}", message, mixes, notes) for i, message in enumerate(value)]
 
-    def _message(self, where: str, message: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    def _message(self, where: str, message: Mapping[str, Any], mixes: bool, notes: list[str]) -> dict[str, Any]:
         read = {name: value for name, value in message.items() if value or name not in INSTEAD_OF_CONTENT}
         for name, other in (("role", "from"), ("content", "value")):  # ShareGPT's names
             if read.get(name) is None and other in read:
                 read[name] = read.pop(other)
         read["role"] = self._role(where, read.get("role"), notes)
         content = read.get("content")
+        if mixes and isinstance(content, int):
+            content = json.dumps(content)
         if not content and any(name in read for name in INSTEAD_OF_CONTENT):
             read["content"] = ""
         elif isinstance(content, list):
@@ -127,7 +140,8 @@ class RowReader:
         elif isinstance(content, str):
             read["content"] = content if self.content == "".join else self.content([content])
         else:
-            raise DataError(f"{where}: content is {shown(content)}; write text")
+            as_json = ", or parts in every row: text that looks like JSON is read as JSON beside parts" * mixes
+            raise DataError(f"{where}: content is {shown(content)}; write text{as_json}")
         return read
 
     def _role(self, where: str, role: Any, notes: list[str]) -> str:

@@ -42,21 +42,26 @@ class Tokeniser:
         where = f"row {number} of the {self.name} dataset"
         try:
             read, notes = self.reader.read(row)
-            return {**self._tokens(read, notes), _NOTES: "\n".join(dict.fromkeys(notes))}
+            tokens = self._tokens(read, notes)
         except ConfigError as error:
             error.during(where)
             raise
-        except Exception as error:  # a template raises whatever it likes
-            if half := _HALF_A_CHARACTER.search(json.dumps(dict(row), ensure_ascii=False, default=str)):
-                raise DataError(f"{where}: holds half a character, {half[0]!r}; mend that text") from error
-            raise DataError(
-                f"{where}: the chat template or the tokenizer cannot take it: {reason(error)}; mend that row or the "
-                "template (chat_template_path)"
-            ) from error
+        return {**tokens, _NOTES: "\n".join(dict.fromkeys(notes))}
 
     def _tokens(self, read: dict[str, Any], notes: list[str]) -> dict[str, list[int]]:
-        if "tools" not in read:
-            return self._of_text(read, notes)
+        try:
+            return self._of_messages(read, notes) if "tools" in read else self._of_text(read, notes)
+        except ConfigError:
+            raise
+        except Exception as error:  # a template raises whatever it likes
+            if half := _HALF_A_CHARACTER.search(json.dumps(read, ensure_ascii=False, default=str)):
+                raise DataError(f"it holds half a character, {half[0]!r}; mend that text") from error
+            raise DataError(
+                f"the chat template or the tokenizer cannot take it: {reason(error)}; mend that row or the template "
+                "(chat_template_path)"
+            ) from error
+
+    def _of_messages(self, read: dict[str, Any], notes: list[str]) -> dict[str, list[int]]:
         render = {"tools": read["tools"], **read["chat_template_kwargs"]}
         messages = read["messages"] if "messages" in read else read["prompt"] + read["completion"]
         self._note_what_is_left_out(messages, render, notes)
@@ -81,7 +86,7 @@ class Tokeniser:
         return {"input_ids": ids, "completion_mask": _completion_mask(self._ids(prompt[0])["input_ids"], ids, notes)}
 
     def _ids(self, given: Any, **how: Any) -> dict[str, list[int]]:
-        return _tokenize(self.processing_class, given, chat_template=self.chat_template, **how)
+        return _tokenize(self.processing_class, given, **{"chat_template": self.chat_template, **how})
 
     def _note_what_is_left_out(self, messages: list[dict[str, Any]], render: dict[str, Any], notes: list[str]) -> None:
         """What the template does not write of messages with tools, reasoning, or roles beside the usual three.

@@ -88,7 +88,7 @@ class RowPreparer:
             dataset = checked_tokens(dataset, name, real_vocabulary_size(tokenizer))
             dataset = without_padding(dataset, name, self._carried, args.dataset_num_proc)
         elif not formatted and not _made_when_read(dataset):
-            asked = trainer.chat_template, args.dataset_text_field, dataset.features
+            asked = trainer.chat_template, args.dataset_text_field, dataset.features or {}
             reader = RowReader.of(processing_class, *asked)
             tokeniser = Tokeniser(processing_class, reader, trainer.chat_template, args.assistant_only_loss, name)
             with global_then_local_main_first():
