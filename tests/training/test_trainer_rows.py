@@ -365,10 +365,11 @@ def test_tools_as_text_are_those(prepared):
             + tiny_models.TEMPLATE.split("%}", 1)[1].replace("message", "m"),
             ["row 0 first: the chat template leaves out messages of role 'tool'"],
         ),
+        ([talk(user(), answer(weight=0))], None, ["row 0 first: weight of a message is not read"]),
         (TOOL_ROWS, TOOLS, []),
         ([talk(user(), {"role": "tool", "content": "7"}, answer())], None, []),
     ],
-    ids=["roles", "calls", "tools", "reasoning", "a role", "all written", "tool messages"],
+    ids=["roles", "calls", "tools", "reasoning", "a role", "a weight", "all written", "tool messages"],
 )
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 def test_what_is_odd_is_logged_once_with_its_row(rows, template, says, streamed, prepared, caplog):

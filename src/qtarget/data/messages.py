@@ -21,6 +21,8 @@ ROLES = {
 _KNOWN_ROLES = ("user", "assistant", "system", "tool", "function", "developer", "ipython")
 # What a message may hold in place of content.
 INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "thinking")
+# By which other libraries leave a message untrained.
+_MASKS = ("weight", "train", "loss")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 _AS_MESSAGES = "messages, as in [{role: user, content: text}]"
 _PROBE = "How many apples?"
@@ -98,6 +100,8 @@ class RowReader:
                 f"prompt is {shown(row['prompt'])} and completion {shown(row['completion'])}; write text in both, or "
                 "messages in both"
             )
+        if False in kinds and isinstance(row.get("system"), str):
+            notes.append("column system is not read; write it as the first message")
         if False in kinds:
             made["tools"] = _tools(self._without_nulls("tools", row))
             made["chat_template_kwargs"] = _arguments(self._without_nulls("chat_template_kwargs", row))
@@ -130,6 +134,8 @@ class RowReader:
             if read.get(name) is None and other in read:
                 read[name] = read.pop(other)
         read["role"] = self._role(where, read.get("role"), notes)
+        if unread := [name for name in _MASKS if name in read and not read[name] and name not in self.template]:
+            notes.append(f"{unread[0]} of a message is not read: assistant_only_loss and completion_only_loss mask")
         content = read.get("content")
         if mixes and isinstance(content, int):
             content = json.dumps(content)
@@ -220,6 +226,12 @@ def _without_nulls(value: Any, feature: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_nulls(inner, getattr(feature, "feature", None)) for inner in value]
     return value
+
+
+def half_character(value: Any) -> str | None:
+    """Half of an emoji, which no tokenizer reads: JSON writes emojis as two halves, and text may be cut between them."""
+    found = re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False, default=str))
+    return found and found[0]
 
 
 def shown(value: Any) -> str:

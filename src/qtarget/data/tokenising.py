@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,14 +12,13 @@ from typing import Any
 from datasets import IterableDataset
 from trl.data_utils import _tokenize, common_prefix_length
 
-from qtarget.data.messages import INSTEAD_OF_CONTENT, RowReader
+from qtarget.data.messages import INSTEAD_OF_CONTENT, RowReader, half_character
 from qtarget.data.validation import readable
 from qtarget.errors import ConfigError, DataError, reason
 
 logger = logging.getLogger(__name__)
 
 _NOTES = "qtarget_notes"  # what is odd about each row, a line each; in the dataset until it is logged
-_HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,8 @@ class Tokeniser:
         except ConfigError:
             raise
         except Exception as error:  # a template raises whatever it likes
-            if half := _HALF_A_CHARACTER.search(json.dumps(read, ensure_ascii=False, default=str)):
-                raise DataError(f"it holds half a character, {half[0]!r}; mend that text") from error
+            if half := half_character(read):
+                raise DataError(f"it holds half a character, {half!r}; mend that text") from error
             raise DataError(
                 f"the chat template or the tokenizer cannot take it: {reason(error)}; mend that row or the template "
                 "(chat_template_path)"
