@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Json
@@ -47,16 +47,24 @@ class RowReader:
     Attributes:
         template: its source. content: changes a list of text parts into what the template reads.
         text_field: the column of plain text.
-        features: the dataset's, which tell Arrow's nulls from those of JSON; None of rows that were checked before.
+        features: the dataset's, which tell Arrow's nulls from those of JSON. checked: rows were read with them before.
     """
 
     template: str = ""
     content: Callable[[list[str]], Any] = "".join
     text_field: str = "text"
-    features: Mapping[str, Any] | None = None
+    features: Mapping[str, Any] = field(default_factory=dict)
+    checked: bool = False
 
     @classmethod
-    def of(cls, processing_class: Any, chat_template: str | None, text_field: str = "text", features: Any = None):
+    def of(
+        cls,
+        processing_class: Any,
+        chat_template: str | None,
+        text_field: str = "text",
+        features: Any = None,
+        checked: bool = False,
+    ) -> RowReader:
         """For the template of a tokenizer or processor, or ``chat_template`` in its place."""
         template = chat_template or getattr(processing_class, "chat_template", None) or ""
         source = "\n".join(template.values()) if isinstance(template, Mapping) else template
@@ -70,7 +78,7 @@ class RowReader:
             return text.count(_PROBE) > 1 and "'text'" not in text and '"text"' not in text
 
         content = _as_parts if source and not reads("".join) and reads(_as_parts) else "".join
-        return cls(source, content, text_field, features)
+        return cls(source, content, text_field, features or {}, checked)
 
     def read(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """(what is trained of a row, what is odd about it).
@@ -108,11 +116,11 @@ class RowReader:
         return made, notes
 
     def _without_nulls(self, column: str, row: Mapping[str, Any]) -> Any:
-        return _without_nulls(row.get(column), (self.features or {}).get(column))
+        return _without_nulls(row.get(column), self.features.get(column))
 
     def _mixes(self, column: str) -> bool:
         """Whether content is text here and parts there: datasets keeps that as JSON, and gives back "7" as 7."""
-        if self.features is None:
+        if self.checked:
             return True
         message = getattr(self.features.get(column), "feature", None)
         return isinstance(message, Mapping) and any(

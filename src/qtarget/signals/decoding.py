@@ -31,7 +31,7 @@ class Greedy:
 
     def __init__(self, trainer: QTargetTrainer, max_new_tokens: int):
         self._trainer, self._tokenizer = trainer, trainer.tokenizer
-        self._reader = RowReader.of(trainer.processing_class, trainer.chat_template)
+        self._reader = RowReader.of(trainer.processing_class, trainer.chat_template, checked=True)
         self._model = trainer.accelerator.unwrap_model(trainer.model)
         self._base = trainer.student.base
         self._vocab = trainer.vocab_size

@@ -141,7 +141,7 @@ class Context:
 
     @functools.cached_property
     def _reader(self) -> RowReader:
-        return RowReader.of(self.tokenizer, self.chat_template)
+        return RowReader.of(self.tokenizer, self.chat_template, checked=True)
 
     def _ids(self, read: Mapping[str, Any], turns: list[dict[str, Any]]) -> list[int]:
         ids = self.tokenizer.apply_chat_template(

@@ -88,9 +88,9 @@ class RowPreparer:
             dataset = checked_tokens(dataset, name, real_vocabulary_size(tokenizer))
             dataset = without_padding(dataset, name, self._carried, args.dataset_num_proc)
         elif not formatted and not _made_when_read(dataset):
-            asked = trainer.chat_template, args.dataset_text_field, dataset.features or {}
-            reader = RowReader.of(processing_class, *asked)
-            tokeniser = Tokeniser(processing_class, reader, trainer.chat_template, args.assistant_only_loss, name)
+            asked = trainer.chat_template, args.dataset_text_field, dataset.features
+            read = RowReader.of(processing_class, *asked)
+            tokeniser = Tokeniser(processing_class, read, trainer.chat_template, args.assistant_only_loss, name)
             with global_then_local_main_first():
                 dataset = tokenised(dataset, tokeniser, args.dataset_num_proc)
         # TRL would cut, pack and shuffle input_ids and labels alone.
