@@ -20,6 +20,7 @@ import tiny_models
 from dataset_shapes import rows_of, tokenizer_with_template
 from qtarget import DataError, QTargetTrainer
 from qtarget.models.causal_lm import CausalLM
+from qtarget.teachers.context import Context
 from quick_runs import quick_config, quick_settings
 
 PADDED = {"packing": False, "max_length": 600}
@@ -330,6 +331,18 @@ def test_tools_as_text_are_those(prepared):
     assert prepared(as_text, TOOLS) == prepared(TOOL_ROWS, TOOLS)
 
 
+@pytest.mark.parametrize(
+    "case", ["content in parts", "conversations", "a prompt beside messages", "a prompt beside text"]
+)
+def test_a_teacher_with_more_to_read_reads_them_too(case):
+    """Its prompt is made of the row as the student's is."""
+    odd, plain, template, _ = SAME[case]
+    tokenizer = tokenizer_with_template(template)
+    context = Context({"prompt": "Mind the sum."}, tokenizer)
+    labels = [-100] * (N - 1) + IDS[-1:]
+    assert context.of(odd[0], IDS, labels) == context.of(plain[0], IDS, labels)
+
+
 # -- what is odd is logged -----------------------------------------------------------------------------------------
 
 
@@ -365,11 +378,22 @@ def test_tools_as_text_are_those(prepared):
             + tiny_models.TEMPLATE.split("%}", 1)[1].replace("message", "m"),
             ["row 0 first: the chat template leaves out messages of role 'tool'"],
         ),
+        ([talk(user(), answer(), system="Count.")], None, ["row 0 first: column system is not read"]),
         ([talk(user(), answer(weight=0))], None, ["row 0 first: weight of a message is not read"]),
         (TOOL_ROWS, TOOLS, []),
         ([talk(user(), {"role": "tool", "content": "7"}, answer())], None, []),
     ],
-    ids=["roles", "calls", "tools", "reasoning", "a role", "a weight", "all written", "tool messages"],
+    ids=[
+        "roles",
+        "calls",
+        "tools",
+        "reasoning",
+        "a role",
+        "a system prompt",
+        "a weight",
+        "all written",
+        "tool messages",
+    ],
 )
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 def test_what_is_odd_is_logged_once_with_its_row(rows, template, says, streamed, prepared, caplog):
