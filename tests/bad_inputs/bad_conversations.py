@@ -180,7 +180,7 @@ CASES = [
         "an-argument-of-the-tokenizer-s",
         "a template argument that the tokenizer is given already",
         [talk(USER, ANSWER), {**talk(USER, ANSWER), "chat_template_kwargs": {"tokenize": False}}],
-        "row 1 of the train dataset: the chat template or the tokenizer cannot take it",
+        "row 1 of the train dataset: the chat template cannot be applied",
         "'tokenize'",
     ),
     # columns beside
@@ -210,7 +210,7 @@ CASES = [
         "a template that wants user and assistant in turn",
         "{{ raise_exception('roles must alternate') if messages[1].role == 'user' }}" + tiny_models.TEMPLATE,
         [talk(USER, ANSWER), talk(USER, USER, ANSWER)],
-        "row 1 of the train dataset: the chat template or the tokenizer cannot take it",
+        "row 1 of the train dataset: the chat template cannot be applied",
         "roles must alternate",
     ),
     template(
@@ -218,7 +218,7 @@ CASES = [
         "the same on a stream, in a worker",
         "{{ raise_exception('roles must alternate') if messages[1].role == 'user' }}" + tiny_models.TEMPLATE,
         [talk(USER, ANSWER), talk(USER, USER, ANSWER)],
-        "row 1 of the train dataset: the chat template or the tokenizer cannot take it",
+        "row 1 of the train dataset: the chat template cannot be applied",
         "roles must alternate",
         dataset_streaming=True,
         dataloader_num_workers=1,

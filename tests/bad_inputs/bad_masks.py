@@ -18,7 +18,7 @@ def of_classes(column: str, *values: Any, **row: Any) -> Case:
     """Raw rows beside a column that holds numbers of tokens where there are input_ids."""
     rows = [{**(row or {"text": "Tom has 3 apples."}), column: value} for value in values]
     shape = "-".join(row) or "text"
-    id = f"{column}-beside-{shape}-{type(values[0]).__name__}-{len(values)}"
+    id = f"{column}-beside-{shape}-{'-'.join(map(str, values))}"
     says = f"the train dataset has a column {column!r} and no input_ids", "rename it or drop it"
     return case_of_rows(id, f"{column} of rows that are not tokenised", rows, *says)
 

@@ -419,7 +419,7 @@ def test_a_row_without_an_assistant_is_dropped_and_counted(model, tmp_path, prep
 
 RAISES = tiny_models.TEMPLATE + "{% for m in messages %}{{ 1 // (m.content | length - 3) }}{% endfor %}"
 BAD = [talk(user(), answer())] * 5 + [talk(user("abc"), answer())] + [talk(user(), answer())] * 2
-SENTENCE = "row 5 of the train dataset: the chat template or the tokenizer cannot take it: ZeroDivisionError"
+SENTENCE = "row 5 of the train dataset: the chat template cannot be applied: ZeroDivisionError"
 WAYS: dict[str, dict[str, Any]] = {
     "map": {},
     "two workers of map": {"dataset_num_proc": 2},
@@ -453,7 +453,7 @@ def test_one_sentence_names_the_row(way, model, tmp_path):
     ],
 )
 def test_whatever_a_template_raises_is_a_sentence(broken, prepared):
-    with pytest.raises(DataError, match=r"^row 0 of the train dataset: the chat template or the tokenizer"):
+    with pytest.raises(DataError, match=r"^row 0 of the train dataset: the chat template"):
         prepared([talk(user("hm"), answer())], tiny_models.TEMPLATE + broken)
 
 

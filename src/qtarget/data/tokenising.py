@@ -1,4 +1,4 @@
-"""Tokenises raw rows as TRL does, one at a time, so that a fault names its row in any process."""
+"""Tokenises raw rows as TRL does, one at a time, so that a fault names its row."""
 
 from __future__ import annotations
 
@@ -54,10 +54,8 @@ class Tokeniser:
         except Exception as error:  # a template raises whatever it likes
             if half := half_character(read):
                 raise DataError(f"it holds half a character, {half!r}; mend that text") from error
-            raise DataError(
-                f"the chat template or the tokenizer cannot take it: {reason(error)}; mend that row or the template "
-                "(chat_template_path)"
-            ) from error
+            what = "the chat template cannot be applied" if "tools" in read else "it cannot be tokenised"
+            raise DataError(f"{what}: {reason(error)}; mend that row, or the template (chat_template_path)") from error
 
     def _of_messages(self, read: dict[str, Any], notes: list[str]) -> dict[str, list[int]]:
         render = {"tools": read["tools"], **read["chat_template_kwargs"]}

@@ -184,11 +184,9 @@ def unmet_masks(dataset_name: str, columns: Sequence[str], args: Any, formatted:
     is_text = formatted or shape == (args.dataset_text_field,)
     no_mask = shape == ("input_ids",) and not {"assistant_masks", "labels"} & {*columns}
     if args.assistant_only_loss and shape and (is_text or no_mask):
+        why = ", made text by formatting_func" if formatted else ", not conversational" if is_text else ""
         instead = "assistant_masks, or labels" if no_mask else "messages"
-        faults.append(
-            f"assistant_only_loss is true, but {rows}{', made text by formatting_func' * formatted}; write {instead}, or "
-            "set it to false"
-        )
+        faults.append(f"assistant_only_loss is true, but {rows}{why}; write {instead}, or set it to false")
     return faults
 
 
