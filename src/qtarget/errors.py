@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import math
 import pickle
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 _LISTED = 30
 # Letters of a library's own words in a sentence.
 _LONGEST = 400
+# A data loader's worker sends its traceback for a message; the error stands in its last lines.
+_OF_A_WORKER = re.compile(r"Caught \w+ in DataLoader worker process .*\n[\w.]+: (.*)", re.DOTALL)
 
 
 class QTargetError(Exception):
@@ -26,7 +29,7 @@ class QTargetError(Exception):
     """
 
     def __init__(self, faults: str | Sequence[str]):
-        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        self.faults = [_OF_A_WORKER.sub(r"\1", faults).strip()] if isinstance(faults, str) else list(faults)
         super().__init__("\n".join(self.faults))
 
     def during(self, what: str) -> None:
@@ -153,12 +156,21 @@ def loading(field: str, name: object, what: str = "") -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What an error of a library says, on one line and not over a page."""
-    text = " ".join(str(error).split())
+    """What an error of a library says, and what it was raised from, on one line and not over a page."""
+    text = _words(error)
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if (root := str(cause)).strip() and "Traceback" not in root and " ".join(root.split()) not in text:
+        text = f"{text}: {' '.join(root.split())}"
+    # What it is about stands at the beginning, what to do at the end.
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+
+
+def _words(error: BaseException) -> str:
+    text = " ".join(_OF_A_WORKER.sub(r"\1", str(error)).split())
     if isinstance(error, pickle.UnpicklingError):
         text = "it is a pickle that asks for more than tensors; use weights in safetensors"
     elif not isinstance(error, (OSError, ValueError, ImportError)):
         text = f"{type(error).__name__}: {text}"
-    text = text or type(error).__name__
-    # What it is about stands at the beginning, what to do at the end.
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    return text or type(error).__name__

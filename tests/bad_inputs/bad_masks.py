@@ -14,7 +14,108 @@ def tokens(**columns: Any) -> dict[str, Any]:
     return {"input_ids": IDS, **columns}
 
 
+def of_classes(column: str, *values: Any, **row: Any) -> Case:
+    """Raw rows beside a column that holds numbers of tokens where there are input_ids."""
+    rows = [{**(row or {"text": "Tom has 3 apples."}), column: value} for value in values]
+    shape = "-".join(row) or "text"
+    id = f"{column}-beside-{shape}-{'-'.join(map(str, values))}"
+    says = f"the train dataset has a column {column!r} and no input_ids", "rename it or drop it"
+    return case_of_rows(id, f"{column} of rows that are not tokenised", rows, *says)
+
+
 CASES = [
+    of_classes("labels", [27], [2]),
+    of_classes("labels", [2, 14], [3], [1, 2]),
+    of_classes("labels", 3, 1),
+    of_classes("labels", "joy", "grief"),
+    of_classes("labels", None, [1]),
+    of_classes("labels", ["joy"], ["grief"]),
+    of_classes("labels", 1, 0, messages=[USER, ANSWER]),
+    of_classes("labels", [1], [0], prompt="1 + 1?", completion="2"),
+    of_classes("completion_mask", [0, 1], [1]),
+    of_classes("assistant_masks", [0, 1], [1], messages=[USER, ANSWER]),
+    of_classes("seq_lengths", [5], [7]),
+    of_classes("attention_mask", [1, 1], [1]),
+    case_of_rows(
+        "hidden-between-tokens",
+        "an attention mask with a hole",
+        [tokens(attention_mask=[1] * N), tokens(attention_mask=[0, 1, 0, *[1] * (N - 4), 0])],
+        "row 1 of the train dataset: attention_mask hides token 2 between others",
+    ),
+    case_of_rows(
+        "an-attention-mask-too-short",
+        "an attention mask of another length",
+        [tokens(attention_mask=[1] * (N - 1))] * 2,
+        f"row 0 of the train dataset: attention_mask has {N - 1} entries for {N} input_ids",
+    ),
+    case_of_rows(
+        "an-attention-mask-of-two",
+        "2 in an attention mask",
+        [tokens(attention_mask=[2] * N)] * 2,
+        "row 0 of the train dataset: attention_mask holds 2; write 0 and 1",
+    ),
+    case_of_rows(
+        "an-attention-mask-of-rows",
+        "a square attention mask",
+        [tokens(attention_mask=[[1] * N] * N)] * 2,
+        "row 0 of the train dataset: attention_mask holds [1, 1",
+        "write 0 and 1",
+    ),
+    case_of_rows(
+        "an-attention-mask-that-shows-nothing",
+        "rows of nothing but padding",
+        [tokens(attention_mask=[0] * N)] * 2,
+        "the train dataset has no supervised token",
+    ),
+    case_of_rows(
+        "hidden-in-packed-rows",
+        "padding in rows that are packed already",
+        [tokens(labels=IDS, seq_lengths=[8, 12], attention_mask=[1] * (N - 1) + [0])] * 2,
+        "row 0 of the train dataset: attention_mask hides token 19",
+        packing=True,
+        max_length=20,
+    ),
+    *(
+        case_of_rows(
+            f"the-completion-of-{name}",
+            "the completion's loss alone, of rows without one",
+            [row] * 2,
+            f"completion_only_loss is true, but the rows of the train dataset are {name}",
+            "prompt and completion",
+            "assistant_only_loss",
+            completion_only_loss=True,
+            **how,
+        )
+        for name, row, how in (
+            ("text", {"text": "a b c"}, {}),
+            ("messages", talk(USER, ANSWER), {}),
+            ("conversations", {"conversations": [USER, ANSWER]}, {}),
+            ("words", {"words": "a b c"}, {"dataset_text_field": "words"}),
+        )
+    ),
+    case_of_rows(
+        "the-completion-of-a-stream",
+        "the completion's loss alone, of a stream of text",
+        [{"text": "a b c"}] * 2,
+        "completion_only_loss is true, but the rows of the train dataset are text",
+        completion_only_loss=True,
+        dataset_streaming=True,
+    ),
+    case_of_rows(
+        "the-completion-of-token-ids",
+        "the completion's loss alone, of token ids without a mask",
+        [tokens()] * 2,
+        "completion_only_loss is true, but the rows of the train dataset are input_ids",
+        "completion_mask, or labels",
+        completion_only_loss=True,
+    ),
+    case_of_rows(
+        "the-assistant-of-a-prompt-as-text",
+        "the assistant's part of prompt and completion as text",
+        [{"prompt": "1 + 1?", "completion": "2"}] * 2,
+        "assistant_only_loss",
+        assistant_only_loss=True,
+    ),
     case_of_rows(
         "nothing-trained",
         "every label is -100",

@@ -128,6 +128,16 @@ CASES = [
         "dataset_name is",
         "cannot be loaded",
     ),
+    file(
+        "half-a-character",
+        "one half of an emoji",
+        "train.jsonl",
+        '{"text": "a"}\n{"text": "b \\ud83d c"}\n',
+        "dataset_name is",
+        "cannot be loaded",
+        "surrogate pair",
+        "row 1",
+    ),
     # shapes
     case_of_rows(
         "no-shape",
@@ -297,8 +307,11 @@ CASES = [
     ),
     case_of_rows(
         "an-unknown-role",
-        "a role the template knows nothing of: trained as it is written",
-        [talk({"role": "oracle", "content": "hm"}, ANSWER)],
+        "a role that nobody would prompt with",
+        [talk(USER, ANSWER), talk({"role": "oracle", "content": "hm"}, ANSWER)],
+        "row 1 of the train dataset: message 0 of messages: role is 'oracle'",
+        "user, assistant or system",
+        "chat_template_path",
     ),
     case_of_rows(
         "a-column-of-ours",

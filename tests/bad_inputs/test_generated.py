@@ -20,7 +20,9 @@ import qtarget as qt
 import tiny_models
 from qtarget.cli import arguments, recipe, yaml_text
 from qtarget.data.columns import TokenColumns
-from qtarget.data.validation import checked_texts, checked_tokens
+from qtarget.data.messages import RowReader
+from qtarget.data.tokenising import Tokeniser
+from qtarget.data.validation import checked_tokens, readable
 from qtarget.errors import ConfigError
 from qtarget.evaluation import records, tasks
 from qtarget.lens import record
@@ -245,7 +247,15 @@ def test_any_rows_are_taken_or_refused(rows):
     data = dataset(rows)
     if data is None:
         return
-    refused_or(lambda: checked_texts(data, "train", "text"))
+    tokenizer = tiny_models.tokenizer()
+    tokenise = Tokeniser(tokenizer, RowReader.of(tokenizer, None, features=data.features), None, False, "train")
+
+    def tokenise_all() -> None:
+        with readable("train"):
+            for number, row in enumerate(data):
+                tokenise(row, number)
+
+    refused_or(tokenise_all)
     if refused_or(lambda: checked_tokens(data, "train", 320)) is not None and "input_ids" in data.column_names:
         assert all(0 <= i < 320 for row in data for i in row["input_ids"])
 

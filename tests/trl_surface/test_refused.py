@@ -34,7 +34,6 @@ BY_BOTH = [
     Refused("another mode of truncation", "use 'keep_start' or 'keep_end'", {"truncation_mode": "keep_middle"}),
     Refused("another loss", "did you mean 'nll'", {"loss_type": "nlll"}),
     Refused("the assistant's part of text", "not conversational", ASSISTANT),
-    Refused("the assistant's part of from and value", "not conversational", ASSISTANT, tiny_models.from_value_dataset),
     Refused(
         "the assistant's part without markers",
         "no {% generation %} markers",

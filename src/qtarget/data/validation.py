@@ -2,57 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
+from trl.data_utils import get_dataset_column_names
 
+from qtarget.data.messages import shown
 from qtarget.errors import ConfigError, DataError
 
-_MASKS = ("completion_mask", "assistant_masks")
+_MASKS = ("completion_mask", "assistant_masks", "attention_mask")
+# Columns of one number per token; they mean something beside input_ids alone.
+TOKEN_COLUMNS = ("labels", *_MASKS, "seq_lengths")
 _BATCH = 10_000  # rows looked at at once
-_INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "thinking")
-
-
-def checked_texts(dataset: Any, name: str, text_field: str) -> Any:
-    """The dataset, its rows of text and messages looked at: at once, or of a stream as they come.
-
-    Args:
-        dataset: before TRL's preparation. name: what errors call it. text_field: the column of plain text.
-
-    Raises:
-        DataError: the first row whose text is no text, or whose messages are no messages.
-    """
-    columns = getattr(dataset, "column_names", None)
-    if not columns or "input_ids" in columns or {"image", "images"} & set(columns):
-        return dataset
-    looked_at = _read_by_trl(columns, text_field)
-
-    def fault(row: Mapping[str, Any]) -> str | None:
-        for column in looked_at:
-            if sentence := _text_fault(column, row[column]):
-                return sentence
-        both = {"prompt", "completion"} <= set(looked_at)
-        if both and isinstance(row["prompt"], str) != isinstance(row["completion"], str):
-            return (
-                f"prompt is {_shown(row['prompt'])} and completion {_shown(row['completion'])}; "
-                "write text in both, or messages in both"
-            )
-        return None
-
-    return _refuse(dataset, name, fault, lambda: enumerate(dataset.with_format(None).select_columns(looked_at)))
-
-
-def _read_by_trl(columns: Sequence[str], text_field: str) -> list[str]:
-    """The columns that TRL looks into, as it chooses them: a prompt first, then messages, then text."""
-    if "prompt" not in columns and {"messages", "conversations"} & set(columns):
-        wanted = ["messages", "conversations"]
-    else:
-        wanted = ["prompt", "completion", text_field]
-    return [column for column in wanted if column in columns]
 
 
 def _refuse(
@@ -71,39 +37,23 @@ def _refuse(
     if isinstance(dataset, IterableDataset):
         return dataset.map(look, with_indices=True)
     if isinstance(dataset, Dataset):
-        try:
+        with readable(name):
             for number, row in suspects():
                 look(row, number)
-        except ValueError as error:
-            # Arrow cuts field names at a NUL, and then has two of one name, which it cannot give back.
-            if isinstance(error, ConfigError) or "duplicate field names" not in str(error):
-                raise
-            raise DataError(
-                f"a row of the {name} dataset holds a mapping with two fields of one name; "
-                "write texts, messages or token ids"
-            ) from error
     return dataset
 
 
-def _text_fault(column: str, value: Any) -> str | None:
-    if isinstance(value, str) and column not in ("messages", "conversations"):
-        return None
-    is_value = f"{column} is {_shown(value)}"
-    as_messages = f"{is_value}; write messages, as in [{{role: user, content: text}}]"
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        as_either = f"{is_value}; write text, or messages as in [{{role: user, content: text}}]"
-        return as_messages if column in ("messages", "conversations") else as_either
-    for message in value:
-        if not isinstance(message, Mapping):
-            return as_messages
-        role, content = ("from", "value") if message.get("from") is not None else ("role", "content")
-        if not isinstance(message.get(role), str):
-            return f"{column} has a message whose role is {_shown(message.get(role))}; write user, assistant or system"
-        text = message.get(content)
-        instead = text is None and any(message.get(other) for other in _INSTEAD_OF_CONTENT)
-        if not instead and not isinstance(text, (str, list)):
-            return f"{column} has a message whose content is {_shown(text)}; write text"
-    return None
+@contextlib.contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Arrow cuts field names at a NUL, and then has two of one name, which it cannot give back: one sentence."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, ConfigError) or "duplicate field names" not in str(error):
+            raise
+        raise DataError(
+            f"a row of the {name} dataset holds a mapping with two fields of one name; write texts, messages or token ids"
+        ) from error
 
 
 def checked_tokens(dataset: Any, name: str, vocab_size: int) -> Any:
@@ -116,8 +66,8 @@ def checked_tokens(dataset: Any, name: str, vocab_size: int) -> Any:
     Raises:
         DataError: the first row with an id outside the vocabulary, or as many labels as it has no ids.
     """
-    have = getattr(dataset, "column_names", None) or ()
-    columns = [column for column in ("input_ids", "labels", *_MASKS, "seq_lengths") if column in have]
+    have = get_dataset_column_names(dataset)
+    columns = [column for column in ("input_ids", *TOKEN_COLUMNS) if column in have]
     if "input_ids" not in columns:
         return dataset
 
@@ -126,7 +76,7 @@ def checked_tokens(dataset: Any, name: str, vocab_size: int) -> Any:
 
     def suspects() -> Iterator[tuple[int, dict[str, Any]]]:
         begin = 0
-        for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH):
+        for table in _tables(dataset, columns):
             if not _all_right({column: table[column].combine_chunks() for column in columns}, vocab_size):
                 for number in range(len(table)):
                     yield begin + number, {column: table[column][number].as_py() for column in columns}
@@ -170,13 +120,13 @@ def _token_fault(row: Mapping[str, Any], vocab_size: int) -> str | None:
     length = None
     for column, value in row.items():
         if not isinstance(value, Iterable) or isinstance(value, str):
-            return f"{column} is {_shown(value)}; write a list of whole numbers, one for each token"
+            return f"{column} is {shown(value)}; write a list of whole numbers, one for each token"
         value = list(value)
         most = _most(column, vocab_size)
         for number in value:
             if not isinstance(number, int) or (isinstance(number, bool) and column not in _MASKS):
                 what = "0 and 1" if column in _MASKS else "token ids, whole numbers"
-                return f"{column} holds {_shown(number)}; write {what}"
+                return f"{column} holds {shown(number)}; write {what}"
             if number >= 0 and (most is None or number <= most):
                 continue
             if column in _MASKS:
@@ -196,6 +146,43 @@ def _token_fault(row: Mapping[str, Any], vocab_size: int) -> str | None:
     return None
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def without_padding(dataset: Any, name: str, columns: Iterable[str], num_proc: int | None) -> Any:
+    """Rows of token ids without what ``attention_mask`` hides at their ends: batches show every token of a row.
+
+    Args:
+        columns: of one number per token, beside ``input_ids`` and ``TOKEN_COLUMNS``; checked by ``checked_tokens``.
+
+    Raises:
+        DataError: a token is hidden between others, or in a packed row.
+    """
+    have = get_dataset_column_names(dataset)
+    if not {"input_ids", "attention_mask"} <= {*have}:
+        return dataset
+    cut = [column for column in ("input_ids", *TOKEN_COLUMNS, *columns) if column in have]
+
+    def shorter(row: Mapping[str, Any], number: int) -> dict[str, Any]:
+        mask = [bool(shows) for shows in row["attention_mask"]]
+        begin, end = (mask.index(True), len(mask) - mask[::-1].index(True)) if any(mask) else (0, 0)
+        if not all(mask[begin:end]) or ("seq_lengths" in row and not all(mask)):
+            raise DataError(
+                f"row {number} of the {name} dataset: attention_mask hides token {mask.index(False, begin)} between "
+                "others, and batches would show it; take it out of the row, or train it under labels of -100"
+            )
+        return {
+            column: row[column][begin:end]
+            for column in cut
+            if isinstance(row[column], Sized) and not isinstance(row[column], str) and len(row[column]) == len(mask)
+        }
+
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(shorter, with_indices=True)
+    hides = (
+        pc.min(table["attention_mask"].combine_chunks().flatten()) for table in _tables(dataset, ["attention_mask"])
+    )
+    if all(least.as_py() in (None, 1) for least in hides):
+        return dataset
+    return dataset.map(shorter, with_indices=True, num_proc=num_proc, desc=f"Taking padding off {name} dataset")
+
+
+def _tables(dataset: Dataset, columns: list[str]) -> Iterator[pa.Table]:
+    yield from dataset.select_columns(columns).with_format("arrow").iter(batch_size=_BATCH)

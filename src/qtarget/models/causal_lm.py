@@ -49,6 +49,11 @@ class CausalLM:
         return HeadTransform.of(self.base.config)
 
     @property
+    def virtual_tokens(self) -> int:
+        """How many an adapter of prompt tuning puts before a row's own."""
+        return getattr(getattr(self.unwrapped, "active_peft_config", None), "num_virtual_tokens", None) or 0
+
+    @property
     def name(self) -> str:
         """What it was loaded as, else its class."""
         return self.base.config._name_or_path or type(self.base).__name__
@@ -76,7 +81,9 @@ class CausalLM:
     @torch.no_grad()
     def label_log_p(self, inputs: Inputs, labels: Tensor) -> Tensor:
         """log p of each label, float32 [B, T] as ``labels``, dropout off; 0 where nothing is trained."""
-        call = LossCall([presets.build("sft")], labels, {}, {}, self.vocab_size, None, "basic")
+        call = LossCall(
+            [presets.build("sft")], labels, {}, {}, self.vocab_size, None, "basic", virtual_tokens=self.virtual_tokens
+        )
         with evaluation_mode(self.model):
             nll = self.model(**inputs, qtarget=call).record.stats["nll"]
         return torch.nn.functional.pad(-nll.nan_to_num(0.0), (1, 0))

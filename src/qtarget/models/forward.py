@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from qtarget.data.columns import SOURCE_ID, columns_of
+from qtarget.errors import DataError
 from qtarget.losses import Head, TopK, linear_target_loss
 from qtarget.targets import Target
 
@@ -96,6 +97,10 @@ class LossCall:
         others: teacher and reference.
         aux_loss: also return the auxiliary loss of a mixture of experts.
         backend, z_loss: as in ``qtarget.linear_target_loss``.
+        virtual_tokens: that an adapter puts before the batch's own; hidden states may be so many more than labels.
+
+    Raises:
+        DataError: any other number of labels than there are tokens.
     """
 
     def __init__(
@@ -110,16 +115,23 @@ class LossCall:
         aux_loss: bool = False,
         backend: str = "auto",
         z_loss: float = 0.0,
+        virtual_tokens: int = 0,
     ):
         self.targets, self.labels, self.columns, self.others = targets, labels, columns, others
         self.vocab_size, self.num_items, self.stats = vocab_size, num_items, stats
         self.aux_loss, self.backend, self.z_loss = aux_loss, backend, z_loss
+        self.virtual_tokens = virtual_tokens
         self.gathered = False
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: HeadTransform) -> ModelOutput:
         labels = self.labels[:, 1:].to(hidden.device)
-        # Virtual tokens of prompt tuning come first: the last positions are the labels'.
-        hidden = hidden[:, -self.labels.shape[1] :][:, :-1]
+        before = hidden.shape[1] - self.labels.shape[1]
+        if before not in (0, self.virtual_tokens):  # those of prompt tuning come first; prefix tuning shows none
+            raise DataError(
+                f"the batch has {self.labels.shape[1]} labels a row and {hidden.shape[1]} tokens, {self.virtual_tokens} "
+                "of them virtual; give one label for each input_id"
+            )
+        hidden = hidden[:, before:-1]
         source = None if len(self.targets) == 1 else self.columns.get(SOURCE_ID)
         output = linear_target_loss(
             hidden,

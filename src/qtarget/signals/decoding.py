@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
-from trl.data_utils import _tokenize, is_conversational_from_value, maybe_convert_to_chatml
+from trl.data_utils import _tokenize
 
+from qtarget.data.messages import RowReader
 from qtarget.errors import ConfigError, DataError
 from qtarget.models.forward import accepted
 from qtarget.models.frozen import evaluation_mode
@@ -31,6 +31,7 @@ class Greedy:
 
     def __init__(self, trainer: QTargetTrainer, max_new_tokens: int):
         self._trainer, self._tokenizer = trainer, trainer.tokenizer
+        self._reader = RowReader.of(trainer.processing_class, trainer.chat_template, checked=True)
         self._model = trainer.accelerator.unwrap_model(trainer.model)
         self._base = trainer.student.base
         self._vocab = trainer.vocab_size
@@ -60,22 +61,20 @@ class Greedy:
         Raises:
             ConfigError: the row has none, or it leaves no room for an answer and another rest of it.
         """
-        row = dict(row)
-        if is_conversational_from_value(row):
-            row = dict(maybe_convert_to_chatml(row))
-        given = row["prompt"] if "prompt" in row else _before_the_answer(row.get("messages"))
-        tools = row.get("tools")
+        processing_class, template = self._trainer.processing_class, self._trainer.chat_template
+        try:
+            read, _ = self._reader.read(row)
+        except ConfigError as error:
+            error.during(f"row {number} of the train split")
+            raise
+        given = read["prompt"] if "prompt" in read else _before_the_answer(read.get("messages"))
         if isinstance(given, list):
-            ids = _tokenize(
-                self._trainer.processing_class,
-                given,
-                add_generation_prompt=True,
-                chat_template=self._trainer.chat_template,
-                tools=json.loads(tools) if isinstance(tools, str) else tools,
-                **dict(row.get("chat_template_kwargs") or {}),
-            )["input_ids"]
+            how = {"tools": read.get("tools"), **(read.get("chat_template_kwargs") or {})}
+            ids = _tokenize(processing_class, given, add_generation_prompt=True, chat_template=template, **how)[
+                "input_ids"
+            ]
         else:
-            ids = _tokenize(self._trainer.processing_class, given)["input_ids"] if given else []
+            ids = _tokenize(processing_class, given)["input_ids"] if given else []
         if not len(ids):
             raise DataError(f"row {number} of the train split has an empty prompt; take the row out")
         longest = getattr(self._base.config.get_text_config(), "max_position_embeddings", None)

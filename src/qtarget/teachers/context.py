@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qtarget.data.messages import RowReader
 from qtarget.errors import ConfigError, DataError, unknown
 from qtarget.teachers.cache.index import supervised_positions
 from qtarget.teachers.mapping import from_json
@@ -97,16 +97,17 @@ class Context:
         if not len(positions):
             return [], len(input_ids)
         first = int(positions[0])
-        messages = row.get("messages") or row.get("prompt")
+        read, _ = self._reader.read(row)
+        messages = read.get("messages") or read.get("prompt")
         if isinstance(messages, list) and messages and isinstance(messages[0], Mapping):
-            turns = _before_the_answer(messages, "completion" in row)
-            own = self._ids(row, turns)
-            return self._of_turns(row, turns), self._begin(own, input_ids, first)
+            turns = _before_the_answer(messages, "prompt" in read)
+            own = self._ids(read, turns)
+            return self._ids(read, self._turns(row, turns)), self._begin(own, input_ids, first)
         if "system" in self.templates:
             raise ConfigError(
                 "teacher_context.system is set, but rows of plain text have no system message; use prompt"
             )
-        prompt = row.get("prompt")
+        prompt = read.get("prompt")
         ids = list(self.tokenizer(self._render("prompt", row, {}))["input_ids"])
         if prompt is None:  # text or token ids: the context comes before all of it
             return [*ids, *input_ids[:first]], first
@@ -123,7 +124,7 @@ class Context:
         # A template may render a prompt alone differently, and a prompt's last token merge with the answer's first.
         return same if same == len(own) else first
 
-    def _of_turns(self, row: Mapping[str, Any], turns: list[dict[str, Any]]) -> list[int]:
+    def _turns(self, row: Mapping[str, Any], turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
         question = next((message for message in reversed(turns) if message["role"] == "user"), None)
         content = "" if question is None else _text_of(question["content"])
         if "prompt" in self.templates:
@@ -136,18 +137,21 @@ class Context:
                 turns[0]["content"] = f"{_text_of(turns[0]['content'])}\n\n{system}"
             else:
                 turns.insert(0, {"role": "system", "content": system})
-        return self._ids(row, turns)
+        return turns
 
-    def _ids(self, row: Mapping[str, Any], turns: list[dict[str, Any]]) -> list[int]:
-        tools = row.get("tools")
+    @functools.cached_property
+    def _reader(self) -> RowReader:
+        return RowReader.of(self.tokenizer, self.chat_template, checked=True)
+
+    def _ids(self, read: Mapping[str, Any], turns: list[dict[str, Any]]) -> list[int]:
         ids = self.tokenizer.apply_chat_template(
             turns,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             chat_template=self.chat_template,
-            tools=json.loads(tools) if isinstance(tools, str) else tools,
-            **(row.get("chat_template_kwargs") or {}),
+            tools=read.get("tools"),
+            **(read.get("chat_template_kwargs") or {}),
         )
         return list(ids["input_ids"])
 

@@ -179,7 +179,7 @@ def _before(
     context: Context, row: Mapping[str, Any], ids: list[int], labels: list[int], which: str
 ) -> tuple[list[int], int]:
     try:
-        if "messages" in row and list(row["input_ids"][: len(ids)]) != list(ids):
+        if {"messages", "conversations"} & {*row} and list(row["input_ids"][: len(ids)]) != list(ids):
             raise ConfigError(
                 "truncation_mode is 'keep_end' and cuts this row of messages, where teacher_context would replace a "
                 "question that is no longer there; use keep_start, or a larger max_length"

@@ -13,6 +13,8 @@ from transformers import AutoTokenizer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from qtarget.data.columns import REFERENCE, SOURCE_ID
+from qtarget.data.messages import trained_columns
+from qtarget.data.validation import TOKEN_COLUMNS
 from qtarget.errors import DataError
 from qtarget.targets.objective import Objective
 from qtarget.teachers import settings as teacher_settings
@@ -73,9 +75,21 @@ def column_faults(
             "sequence cannot be taken; use packing_strategy: bfd"
         )
     for name, columns, objective in sets:
-        faults += missing_columns(name, columns, objective, args)
-        faults += [] if formatted else untrainable_rows(name, columns, args.dataset_text_field)
+        faults += faults_of_columns(name, columns, objective, args, formatted)
     return faults
+
+
+def faults_of_columns(
+    name: str, columns: Sequence[str] | None, objective: Objective, args: Any, formatted: bool = False
+) -> list[str]:
+    """Every fault of one dataset's columns; none where they are not known before it is read."""
+    if columns is None:
+        return []
+    faults = missing_columns(name, columns, objective, args)
+    if "input_ids" not in columns:
+        faults += token_columns_without_ids(name, columns)
+        faults += [] if formatted else untrainable_rows(name, columns, args.dataset_text_field)
+    return faults + unmet_masks(name, columns, args, formatted)
 
 
 def missing_columns(dataset_name: str, columns: Sequence[str] | None, objective: Objective, args: Any) -> list[str]:
@@ -134,13 +148,46 @@ def reference_column(args: Any, sets: Iterable[ColumnSet], reference_given: bool
 
 def untrainable_rows(dataset_name: str, columns: Iterable[str] | None, text_field: str) -> list[str]:
     """A dataset without any of the shapes that can be trained on."""
-    shapes: list[set[str]] = [{"input_ids"}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {text_field}]
-    if columns is None or any(shape <= set(columns) for shape in shapes):
+    if columns is None or "input_ids" in columns or trained_columns(columns, text_field):
         return []
     return [
         f"the {dataset_name} dataset has columns {', '.join(sorted(columns)) or 'none'}; give it one of messages, "
         f"prompt and completion, {text_field} (dataset_text_field), conversations, or input_ids and labels"
     ]
+
+
+def token_columns_without_ids(dataset_name: str, columns: Iterable[str]) -> list[str]:
+    """Columns that would be taken for numbers of each token, such as the labels of a classification."""
+    return [
+        f"the {dataset_name} dataset has a column {name!r} and no input_ids; it holds a number per token only beside "
+        "input_ids: rename it or drop it"
+        for name in TOKEN_COLUMNS
+        if name in columns
+    ]
+
+
+def unmet_masks(dataset_name: str, columns: Sequence[str], args: Any, formatted: bool = False) -> list[str]:
+    """A mask that is asked for by name and that rows of this shape cannot have: all their tokens would be trained."""
+    shape = ("input_ids",) if "input_ids" in columns else trained_columns(columns, args.dataset_text_field)
+    rows = f"the rows of the {dataset_name} dataset are {' and '.join(shape)}"
+    faults = []
+    if (
+        shape != ("prompt", "completion")
+        and args.completion_only_loss
+        and not {"completion_mask", "labels"} & {*columns}
+    ):
+        instead = "completion_mask, or labels" if "input_ids" in columns else "prompt and completion"
+        faults.append(
+            f"completion_only_loss is true, but {rows}; write {instead}, set assistant_only_loss: true for messages, or "
+            "leave it out to train all tokens"
+        )
+    is_text = formatted or shape == (args.dataset_text_field,)
+    no_mask = shape == ("input_ids",) and not {"assistant_masks", "labels"} & {*columns}
+    if args.assistant_only_loss and shape and (is_text or no_mask):
+        why = ", made text by formatting_func" if formatted else ", not conversational" if is_text else ""
+        instead = "assistant_masks, or labels" if no_mask else "messages"
+        faults.append(f"assistant_only_loss is true, but {rows}{why}; write {instead}, or set it to false")
+    return faults
 
 
 def adapter_on_head(target_modules: str | Iterable[str] | None) -> list[str]:

@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import has_length
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, DataError, QTargetError, reason
 
 if TYPE_CHECKING:
     from qtarget.training.config import QTargetConfig
@@ -57,7 +57,12 @@ class StepBatches:
         if has_length(trainer.train_dataset):
             samples: tuple[list, Any] = host(batches, num_batches, trainer.args.device)
             return samples
-        taken = [*itertools.islice(batches, num_batches)]
+        try:
+            taken = [*itertools.islice(batches, num_batches)]
+        except QTargetError:
+            raise
+        except Exception as error:  # of a file or server that is read on the way
+            raise DataError(f"the train dataset cannot be read on: {reason(error)}") from error
         if taken and len(taken) < num_batches:
             if self._pass is not batches and not self._begins_within:
                 raise ConfigError(

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-from trl.data_utils import get_dataset_column_names
+from trl.data_utils import get_dataset_column_names, maybe_convert_to_chatml
+from trl.trainer.utils import global_then_local_main_first
 
 from qtarget.data.batch import Batch
 from qtarget.data.columns import REFERENCE, UID, TokenColumnCollator, TokenColumns
+from qtarget.data.messages import RowReader, trained_columns
 from qtarget.data.preparation import Preparation
-from qtarget.data.validation import checked_texts, checked_tokens
+from qtarget.data.tokenising import Tokeniser, tokenised
+from qtarget.data.validation import checked_tokens, without_padding
 from qtarget.errors import DataError, raise_together
 from qtarget.targets.objective import Objective
 from qtarget.teachers.cache import reader
@@ -71,28 +73,30 @@ class RowPreparer:
         """TRL's preparation, with the steps that would leave columns behind done for all columns alike.
 
         Args:
-            tokenise: TRL's ``_prepare_dataset``. name: of the dataset, "train" for the one that is trained.
+            tokenise: TRL's ``_prepare_dataset``, which makes labels of what is tokenised here.
+            name: of the dataset, "train" for the one that is trained.
 
         Raises:
             DataError: a row that cannot be trained, a missing column, a cache that lacks a row; each names the row.
         """
         objective = self._objective if name == "train" else self._eval_objective
-        raise_together(checks.missing_columns(name, get_dataset_column_names(dataset), objective, args))
+        columns = get_dataset_column_names(dataset)
+        formatted = formatting_func is not None
+        raise_together(checks.faults_of_columns(name, columns, objective, args, formatted))
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        kwargs: Any = args.dataset_kwargs or {}
-        if formatting_func is None and not kwargs.get("skip_prepare_dataset"):
-            dataset = checked_texts(dataset, name, args.dataset_text_field)
+        if "input_ids" in columns:
             dataset = checked_tokens(dataset, name, real_vocabulary_size(tokenizer))
+            dataset = without_padding(dataset, name, self._carried, args.dataset_num_proc)
+        elif not formatted and not _made_when_read(dataset):
+            asked = trainer.chat_template, args.dataset_text_field, dataset.features
+            read = RowReader.of(processing_class, *asked)
+            tokeniser = Tokeniser(processing_class, read, trainer.chat_template, args.assistant_only_loss, name)
+            with global_then_local_main_first():
+                dataset = tokenised(dataset, tokeniser, args.dataset_num_proc)
         # TRL would cut, pack and shuffle input_ids and labels alone.
         tokenise_only = copy.copy(args)
         tokenise_only.max_length, tokenise_only.shuffle_dataset = None, False
-        try:
-            dataset = tokenise(dataset, processing_class, tokenise_only, False, formatting_func, name)
-        except TemplateError as error:
-            raise DataError(
-                f"the chat template cannot be applied to a row of the {name} dataset: {error}; mend that row or "
-                "the template (chat_template_path)"
-            ) from error
+        dataset = tokenise(dataset, processing_class, tokenise_only, False, formatting_func, name)
         self._open_join(trainer, args, tokenizer)
         prepare = Preparation(
             max_length=args.max_length,
@@ -145,11 +149,47 @@ class RowPreparer:
         return prepared | {name: column.to(device) for name, column in columns.items()}
 
     def batch(self, inputs: dict[str, Any]) -> Batch:
-        """What a step is given, taken apart."""
+        """What a step is given, taken apart.
+
+        Raises:
+            DataError: as many labels as there are no token ids; a collator of one's own may do that.
+        """
         rest, columns = self._taken_apart(inputs)
-        return Batch(rest, rest.pop("labels"), columns)
+        labels, ids = rest.pop("labels"), rest.get("input_ids")
+        if ids is not None and ids.shape != labels.shape:
+            raise DataError(
+                f"labels of a batch have the shape {[*labels.shape]} for input_ids of {[*ids.shape]}; give one label for "
+                "each input_id"
+            )
+        return Batch(rest, labels, columns)
 
     def _taken_apart(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What models read, and the columns."""
         columns = {name: inputs[name] for name in (*self._carried, *reader.COLUMNS) if name in inputs}
         return {name: value for name, value in inputs.items() if name not in columns}, columns
+
+
+def as_conversations(dataset: Any, text_field: str) -> Any:
+    """Raw rows with their messages alone, under TRL's names: it asks any of several columns for a conversation.
+
+    Raises:
+        DataError: the first row has no message.
+    """
+    columns = [] if dataset is None else get_dataset_column_names(dataset)
+    trained = () if "input_ids" in columns else trained_columns(columns, text_field)
+    if not trained:
+        return dataset
+    first: dict[str, Any] = next(iter(dataset), {})
+    messages = first.get(trained[0])
+    if messages == []:
+        raise DataError(f"row 0 of the train dataset: {trained[0]} is []; write messages, or take the row out")
+    others = {"prompt", "completion", "chosen", "rejected", "messages"}.intersection(columns).difference(trained)
+    dataset = dataset.remove_columns([*others])
+    if isinstance(messages, list) and isinstance(messages[0], dict) and "from" in messages[0]:
+        return dataset.map(maybe_convert_to_chatml, remove_columns={"conversations"}.intersection(columns) or None)
+    return dataset.rename_column("conversations", "messages") if trained == ("conversations",) else dataset
+
+
+def _made_when_read(dataset: Any) -> bool:
+    """Whether rows come through a transform, which TRL refuses."""
+    return getattr(dataset, "format", {}).get("type") == "custom"

@@ -33,7 +33,7 @@ from qtarget.training.history import History
 from qtarget.training.hooks import HostHooks
 from qtarget.training.host_repairs import StepBatches, as_plain_nll
 from qtarget.training.metrics import TokenMeter
-from qtarget.training.rows import RowPreparer
+from qtarget.training.rows import RowPreparer, as_conversations
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,8 @@ class QTargetTrainer(HostHooks):
         engine.choose(args.loss_backend, args.device, torch.float32, "loss_backend")
         self.rows = RowPreparer(args, *objectives, self.reads_reference_column, self.opens_teacher)
         self.step_batches, self.checkpoints = StepBatches(), AtomicCheckpoints()
+        if args.assistant_only_loss:
+            kwargs["train_dataset"] = as_conversations(kwargs.get("train_dataset"), args.dataset_text_field)
         with as_plain_nll(args):
             super().__init__(model, args, **kwargs)  # type: ignore[arg-type]
         # The trainer divides by the accumulation steps itself only where each micro-batch brings its own mean.
@@ -242,7 +244,15 @@ class QTargetTrainer(HostHooks):
         columns = batch.columns if source is None else {**batch.columns, SOURCE_ID: source}
         stats = "all" if not training or self._logs_this_step() else "basic"
         z_loss = self.args.z_loss if training else 0.0  # evaluation reports the target alone
-        settings = self.vocab_size, num_items_in_batch, stats, self.aux_loss_enabled, self._engine_backend(), z_loss
+        settings = (
+            self.vocab_size,
+            num_items_in_batch,
+            stats,
+            self.aux_loss_enabled,
+            self._engine_backend(),
+            z_loss,
+            student.virtual_tokens,
+        )
         call = LossCall(targets, batch.labels, columns, heads, *settings)
         try:
             output = model(**batch.inputs, qtarget=call)
