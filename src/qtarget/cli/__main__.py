@@ -67,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
         return 0
-    except KeyboardInterrupt:
-        print(f"\nqtarget {verb}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        if terminal.is_main():
+            print(f"\nqtarget {verb}: {interrupt if interrupt.args else 'interrupted'}", file=sys.stderr)
         return 130
 
 

@@ -12,10 +12,12 @@ from torch import nn
 from transformers import AutoTokenizer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from qtarget import hub
 from qtarget.data.columns import REFERENCE, SOURCE_ID
-from qtarget.errors import DataError
+from qtarget.errors import ConfigError, DataError
 from qtarget.targets.objective import Objective
 from qtarget.teachers import settings as teacher_settings
+from qtarget.training import fit, hosted
 
 if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
@@ -238,6 +240,14 @@ def before_loading(
         faults.append(f"teacher_model is given beside {named[0]}; a run has one teacher: keep one")
     faults += adapter_on_head(getattr(kwargs.get("peft_config"), "target_modules", None))
     faults += column_faults(args, objectives, sets, kwargs.get("formatting_func") is not None)
+    evaluated, own_metrics = kwargs.get("eval_dataset"), kwargs.get("compute_metrics") is not None
+    own_optimizer = any(part is not None for part in kwargs.get("optimizers") or ())
+    own_optimizer |= kwargs.get("optimizer_cls_and_kwargs") is not None
+    roles = args.models_for(frozenset().union(*(objective.requires for objective in objectives)))
+    reference = args.reference_model_name_or_path
+    if "reference" in roles and reference is not None and (why := hub.nowhere(reference)):
+        faults.append(f"reference_model_name_or_path is {reference!r}, which cannot be loaded: {why}")
+    faults += hosted.faults(args, objectives[0], evaluated, own_metrics, own_optimizer)
     asks_teacher = any("teacher" in objective.requires for objective in objectives)
     loads_teacher = asks_teacher and not teacher_given
     if asks_teacher:
@@ -255,6 +265,37 @@ def before_loading(
     return faults
 
 
+def trainable(model: nn.Module) -> list[str]:
+    """A model whose every parameter is frozen; one of which a part is frozen is as the user wants it."""
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return []
+    loaded = hasattr(model, "peft_config")
+    mend = "load it with PeftModel.from_pretrained(..., is_trainable=True)" if loaded else "unfreeze some of them"
+    return [f"nothing is trainable: no parameter of the model asks for a gradient (requires_grad); {mend}"]
+
+
+def out_of_reach(model: nn.Module) -> list[str]:
+    """The sentence for a loss that depends on no trainable parameter."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    mend = ", or put that adapter in use: model.set_adapter(name)" if hasattr(model, "peft_config") else ""
+    return [
+        f"nothing is trained: the loss reaches none of the {len(names)} parameters that ask for a gradient, such as "
+        f"{names[0]}; unfreeze others{mend}"
+    ]
+
+
+def reached(trainer: QTargetTrainer) -> None:
+    """Raise where no trainable parameter has a gradient after the first backward.
+
+    Engines, and optimisers that step layer by layer during it, leave none where it could be seen.
+    """
+    optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or "layerwise" in optimizer or "lomo" in optimizer:
+        return
+    if all(parameter.grad is None for parameter in trainer.model.parameters()):
+        raise ConfigError(out_of_reach(trainer.model))
+
+
 def prepared(trainer: QTargetTrainer, images: bool) -> list[str]:
     """Every fault of a trainer that has its data and its model. ``images``: whether its dataset holds some."""
     if images:
@@ -264,6 +305,7 @@ def prepared(trainer: QTargetTrainer, images: bool) -> list[str]:
         faults += packed_without_boundaries(name, dataset, trainer.padding_free)
         if not isinstance(dataset, torch.utils.data.IterableDataset):
             faults += no_supervised_token(name, dataset)
+        faults += fit.faults(trainer, name, dataset)
     parallelism = trainer.accelerator.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         faults.append("context and sequence parallelism are not supported: their labels are already shifted")
