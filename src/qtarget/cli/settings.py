@@ -17,7 +17,6 @@ from qtarget.cli import yaml_text
 from qtarget.errors import ConfigError
 from qtarget.teachers import mapping
 
-
 # Names of other versions and programs → what it is here.
 _RENAMED = {
     **dict.fromkeys(("torch_dtype", "model_dtype", "bnb_4bit_compute_dtype"), "dtype"),
@@ -28,13 +27,15 @@ _RENAMED = {
         ("model", "model_name", "model_id", "base_model", "pretrained_model_name_or_path"), "model_name_or_path"
     ),
     **dict.fromkeys(
-        ("tokenizer", "tokenizer_name", "tokenizer_name_or_path"), "read from the folder of model_name_or_path: put it there"
+        ("tokenizer", "tokenizer_name", "tokenizer_name_or_path"),
+        "read from the folder of model_name_or_path: put it there",
     ),
     **dict.fromkeys(("dataset", "datasets", "dataset_path", "data_path", "train_file"), "dataset_name"),
     **dict.fromkeys(("dataset_split", "train_split"), "dataset_train_split"),
     **dict.fromkeys(("eval_split", "validation_split", "test_split"), "dataset_test_split"),
     **dict.fromkeys(
-        ("batch_size", "micro_batch_size", "train_batch_size", "per_gpu_train_batch_size"), "per_device_train_batch_size"
+        ("batch_size", "micro_batch_size", "train_batch_size", "per_gpu_train_batch_size"),
+        "per_device_train_batch_size",
     ),
     **dict.fromkeys(("eval_batch_size", "per_gpu_eval_batch_size"), "per_device_eval_batch_size"),
     **dict.fromkeys(("epochs", "num_epochs", "n_epochs"), "num_train_epochs"),

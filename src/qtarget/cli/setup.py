@@ -282,7 +282,10 @@ def build(run: Run, kind: Any = None, weights: bool = True) -> Any:
 
 # function that a library was in → the setting that asked for it, and what failed; the first that fits
 _STEPS: dict[str, tuple[str, str]] = {
-    "init_hf_repo": ("push_to_hub", "and the hub says no: {}; hf auth login, name hub_model_id, or leave push_to_hub out"),
+    "init_hf_repo": (
+        "push_to_hub",
+        "and the hub says no: {}; hf auth login, name hub_model_id, or leave push_to_hub out",
+    ),
     "clone_chat_template": ("chat_template_path", "whose template cannot be taken over: {}"),
     "_prepare_dataset": ("dataset_name", "whose rows cannot be prepared: {}"),
     "get_peft_model": ("lora_target_modules", "and no adapters can be made: {}"),

@@ -211,7 +211,9 @@ def _check_length(model: Any, limit: int, inputs: dict[str, Any]) -> None:
         length = int(places.max()) + 1
     if length > limit:
         name = model.config._name_or_path or type(model).__name__
-        raise DataError(f"a row has {length} tokens, but {name} takes {limit} positions; set max_length: {limit} or less")
+        raise DataError(
+            f"a row has {length} tokens, but {name} takes {limit} positions; set max_length: {limit} or less"
+        )
 
 
 def head_parameters(model: Any) -> tuple[Tensor, Tensor | None]:

@@ -95,8 +95,8 @@ def find(field: str, name: str, revision: str | None = None, trust_remote_code: 
 
 def why_unknown() -> str:
     """Why ``find`` returned None, and what mends it."""
-    hub = "gives none that you may read (hf auth login)" if hub.answers() else "does not answer"
-    return f"its config.json is not here, and the hub {hub}; name a folder that holds its config.json"
+    answer = "gives none that you may read (hf auth login)" if hub.answers() else "does not answer"
+    return f"its config.json is not here, and the hub {answer}; name a folder that holds its config.json"
 
 
 def of_config(config: Any, source: str = "its config", trust_remote_code: bool = False) -> Shape:

@@ -14,10 +14,10 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 
 from qtarget import hub
 from qtarget.data.columns import REFERENCE, SOURCE_ID
-from qtarget.errors import ConfigError, DataError
+from qtarget.errors import DataError
 from qtarget.targets.objective import Objective
 from qtarget.teachers import settings as teacher_settings
-from qtarget.training import fit, hosted
+from qtarget.training import fit, hosted, trainable
 
 if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
@@ -265,42 +265,11 @@ def before_loading(
     return faults
 
 
-def trainable(model: nn.Module) -> list[str]:
-    """A model whose every parameter is frozen; one of which a part is frozen is as the user wants it."""
-    if any(parameter.requires_grad for parameter in model.parameters()):
-        return []
-    loaded = hasattr(model, "peft_config")
-    mend = "load it with PeftModel.from_pretrained(..., is_trainable=True)" if loaded else "unfreeze some of them"
-    return [f"nothing is trainable: no parameter of the model asks for a gradient (requires_grad); {mend}"]
-
-
-def out_of_reach(model: nn.Module) -> list[str]:
-    """The sentence for a loss that depends on no trainable parameter."""
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    mend = ", or put that adapter in use: model.set_adapter(name)" if hasattr(model, "peft_config") else ""
-    return [
-        f"nothing is trained: the loss reaches none of the {len(names)} parameters that ask for a gradient, such as "
-        f"{names[0]}; unfreeze others{mend}"
-    ]
-
-
-def reached(trainer: QTargetTrainer) -> None:
-    """Raise where no trainable parameter has a gradient after the first backward.
-
-    Engines, and optimisers that step layer by layer during it, leave none where it could be seen.
-    """
-    optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or "layerwise" in optimizer or "lomo" in optimizer:
-        return
-    if all(parameter.grad is None for parameter in trainer.model.parameters()):
-        raise ConfigError(out_of_reach(trainer.model))
-
-
 def prepared(trainer: QTargetTrainer, images: bool) -> list[str]:
     """Every fault of a trainer that has its data and its model. ``images``: whether its dataset holds some."""
     if images:
         return ["the dataset holds images; only text can be trained with a target: use TRL's SFTTrainer"]
-    faults = []
+    faults = trainable.tied_tokens(trainer.model)
     for name, dataset in datasets_of(trainer.train_dataset, trainer.eval_dataset):
         faults += packed_without_boundaries(name, dataset, trainer.padding_free)
         if not isinstance(dataset, torch.utils.data.IterableDataset):

@@ -47,11 +47,11 @@ def _rows(dataset: Any) -> str | None:
     if not isinstance(dataset, Dataset):
         return None
     digest, columns = hashlib.sha256(), [name for name in ("input_ids", "labels") if name in dataset.column_names]
-    some = np.unique(np.linspace(0, len(dataset) - 1, _LOOKED_AT, dtype=np.int64)) if len(dataset) else []
+    some = np.unique(np.linspace(0, len(dataset) - 1, min(_LOOKED_AT, len(dataset)), dtype=np.int64))
     for row in dataset.with_format(None).select_columns(columns).select(some):
         for name in columns:
             digest.update(np.asarray(row[name], dtype=np.int64).tobytes() + b"|")
-    return f"{len(dataset)} rows, {digest.hexdigest()[:12]}"
+    return f"{len(dataset)} rows (digest {digest.hexdigest()[:8]})"
 
 
 def write(folder: Path, trainer: QTargetTrainer) -> None:
@@ -69,21 +69,25 @@ def check(folder: Path, trainer: QTargetTrainer) -> None:
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
-        raise StorageError(f"resume_from_checkpoint is {str(folder)!r}, whose {FILE} cannot be read: {error}") from error
+        raise StorageError(
+            f"resume_from_checkpoint is {str(folder)!r}, whose {FILE} cannot be read: {error}"
+        ) from error
     now = of(trainer)
-    other = [name for name in saved if name in now and None not in (saved[name], now[name]) and saved[name] != now[name]]
+    other = [
+        name for name in saved if name in now and None not in (saved[name], now[name]) and saved[name] != now[name]
+    ]
     anew = f"or start anew from its weights: model_name_or_path {str(folder)!r} with another output_dir"
+    trained_with = f"the checkpoint {str(folder)!r} was trained with"
     found = [
-        f"{name} is {now[name]}, but the checkpoint {str(folder)!r} was trained with {saved[name]}, which its optimiser's "
-        f"state brings back; resume with that, {anew}"
+        f"{name} is {now[name]}, but {trained_with} {saved[name]}, which its optimiser's state brings back; resume with "
+        f"that, {anew}"
         for name in _OF_OPTIMIZER
         if name in other
     ]
     if not trainer.args.ignore_data_skip:
         found += [
-            f"{_asked(name)} {now[name]}, but the checkpoint {str(folder)!r} was trained with {saved[name]}, so that other "
-            f"rows would be skipped than those it was trained on; resume with that, {anew}, or set ignore_data_skip: true "
-            "to begin the data again"
+            f"{_asked(name)} {now[name]}, but {trained_with} {saved[name]}, so that other rows would be skipped than it "
+            f"has seen; resume with that, {anew}, or set ignore_data_skip: true to begin the data again"
             for name in _OF_ROWS
             if name in other
         ]
@@ -91,8 +95,8 @@ def check(folder: Path, trainer: QTargetTrainer) -> None:
     for name in _OF_SCHEDULE:
         if name in other and trainer.is_world_process_zero():
             logger.warning(
-                f"{name} is {now[name]}, and the checkpoint was trained with {saved[name]}: from here on the learning rate "
-                "follows the new schedule"
+                f"{name} is {now[name]}, and {trained_with} {saved[name]}: from here on the learning rate follows the "
+                "new schedule"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,9 @@ def faults(trainer: QTargetTrainer, name: str, dataset: Any) -> list[str]:
                 f"{rows} tokens and the tokenizer {len(trainer.tokenizer)}: tokens were added to the tokenizer alone; "
                 "call model.resize_token_embeddings(len(tokenizer)) and save the model, or use its own tokenizer"
             )
-    models = [("the model", student.config, lambda: positions.learned(student))]
+    models: list[tuple[str, Any, Callable[[], int | None]]] = [
+        ("the model", student.config, functools.partial(positions.learned, student))
+    ]
     models += _others(trainer.args, trainer.objective.requires | trainer.eval_objective.requires)
     for who, config, learned in models:
         found += _too_long(who, positions.window(config), learned, trainer.args.max_length, name, dataset)
@@ -59,7 +62,7 @@ def _others(args: Any, requires: frozenset[str]) -> list[tuple[str, Any, Callabl
     if "reference" in roles and args.reference_model_name_or_path is not None:
         settings = args.reference_model_revision, args.reference_model_init_kwargs or {}
         named.append(("reference", args.reference_model_name_or_path, *settings))
-    found = []
+    found: list[tuple[str, Any, Callable[[], int | None]]] = []
     for role, model, revision, init_kwargs in named:
         if hub.nowhere(model):  # a server's name, or what is refused where it is loaded
             continue
@@ -68,7 +71,7 @@ def _others(args: Any, requires: frozenset[str]) -> list[tuple[str, Any, Callabl
             config = AutoConfig.from_pretrained(model, revision=revision or "main", trust_remote_code=trust)
         except Exception:  # refused where it is loaded
             continue
-        found.append((f"the {role} {model}", config, lambda c=config, t=trust: positions.learned_by(c, t)))
+        found.append((f"the {role} {model}", config, functools.partial(positions.learned_by, config, trust)))
     return found
 
 
@@ -94,10 +97,8 @@ def _too_long(
             f"{what}, and {who} was made for {limit}: beyond that its answers are guesses; set max_length: {limit}"
         )
         return
-    yield (
-        f"max_length is {'null' if max_length is None else max_length} and {what}, but {who} takes {limit} positions; set "
-        f"max_length: {limit}, or a smaller one"
-    )
+    now = "null" if max_length is None else max_length
+    yield f"max_length is {now} and {what}, but {who} takes {limit} positions; set max_length: {limit} or less"
 
 
 def _most(dataset: Dataset, column: str, of: Callable[[Any], Any]) -> tuple[int, int]:

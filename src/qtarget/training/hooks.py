@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from trl import SFTTrainer
 
-from qtarget.training import checks, denominator, host_repairs, model_card, saving
+from qtarget.training import denominator, host_repairs, model_card, saving, trainable
 
 if TYPE_CHECKING:
     from qtarget.training.checkpoints import AtomicCheckpoints
@@ -70,7 +70,7 @@ class HostHooks(SFTTrainer):
         self._whole.release_models()
         loss = super().training_step(*args, **kwargs)
         if not self._gradient_seen:
-            checks.reached(self._whole)
+            trainable.check_reached(self._whole)
             self._gradient_seen = True
         return loss
 

@@ -12,8 +12,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 # Weights and what says how to read them: a run of another kind would leave both kinds side by side.
-_MODEL = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin")
-_MODEL += ("config.json", "generation_config.json", "adapter_config.json")
+_MODEL = (
+    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin"),
+    *("config.json", "generation_config.json", "adapter_config.json"),
+)
 # What only a run writes, so that it tells a run's folder from that of a model.
 _OF_A_RUN = (TRAINER_STATE_NAME, "training_args.bin", "train_results.json", "target.json")
 _FIGURES = ("all_results.json", "eval_results.json", "before_after.json", "curves.png", "lens_history.parquet")
@@ -28,8 +30,8 @@ def faults(args: Any, reads: Iterable[str | None]) -> list[str]:
         return [f"output_dir is {str(folder)[:100]!r}..., which cannot be a folder ({error.strerror}); choose another"]
     if args.overwrite_output_dir and args.resume_from_checkpoint:
         return [
-            "overwrite_output_dir and resume_from_checkpoint are both set: the first deletes what the second goes on from; "
-            "keep one of them"
+            "overwrite_output_dir and resume_from_checkpoint are both set, and the first deletes what the second goes on "
+            "from; keep one of them"
         ]
     there = [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *folder.glob("*.safetensors"), *folder.glob(_OF_A_RUN[2])]
     if there and not args.resume_from_checkpoint:
@@ -41,7 +43,9 @@ def faults(args: Any, reads: Iterable[str | None]) -> list[str]:
             ]
         if not _checkpoints(folder) and not any((folder / name).exists() for name in _OF_A_RUN):
             return [f"{holds} {there[0].name} and nothing that a run wrote; overwrite_output_dir deletes runs alone"]
-        inside = [name for name in reads if name and folder.resolve() in (Path(name).resolve(), *Path(name).resolve().parents)]
+        inside = [
+            name for name in reads if name and folder.resolve() in (Path(name).resolve(), *Path(name).resolve().parents)
+        ]
         if inside:
             return [f"{holds} {inside[0]!r}, which this run reads; it cannot be overwritten: choose another folder"]
     return unwritable(folder)

@@ -50,8 +50,11 @@ def weights_first(
     folder = Path(output_dir or str(trainer.args.output_dir))
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     processing, collator = trainer.processing_class, trainer.data_collator
-    alone = {"can_generate": lambda: False} if isinstance(model, PreTrainedModel) else {}
-    alone |= {"create_or_update_model_card": lambda *_: None} if hasattr(model, "create_or_update_model_card") else {}
+    alone: dict[str, Callable[..., object]] = {}
+    if isinstance(model, PreTrainedModel):
+        alone["can_generate"] = lambda: False
+    if hasattr(model, "create_or_update_model_card"):  # PEFT's
+        alone["create_or_update_model_card"] = lambda *_: None
     trainer.processing_class = trainer.data_collator = None
     model.__dict__.update(alone)
     try:
@@ -76,7 +79,8 @@ def weights_first(
 
 def mend_generation_config(model: Any) -> None:
     """Take out of a model's generation settings what contradicts the rest: Transformers would refuse to save them."""
-    config, taken = getattr(model, "generation_config", None), {}
+    config = getattr(model, "generation_config", None)
+    taken: dict[str, Any] = {}
     if not isinstance(config, GenerationConfig):
         return
     while (fault := _fault(config)) is not None:
@@ -85,8 +89,8 @@ def mend_generation_config(model: Any) -> None:
             ends = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
             config = model.generation_config = GenerationConfig(**ends)
             logger.warning(
-                f"the model's generation_config.json cannot be saved ({reason(ValueError(fault))}): its end tokens are kept, "
-                "the rest is left out"
+                f"the model's generation_config.json cannot be saved ({reason(ValueError(fault))}): its end tokens are "
+                "kept, the rest is left out"
             )
             return
         taken |= {name: getattr(config, name) for name in names}

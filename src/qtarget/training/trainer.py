@@ -25,7 +25,7 @@ from qtarget.targets import Target
 from qtarget.targets.objective import Objective
 from qtarget.teachers import settings as teacher_settings
 from qtarget.teachers.vocabulary import real_vocabulary_size
-from qtarget.training import checkpoints, checks, compiling, course, run_identity
+from qtarget.training import checkpoints, checks, compiling, course, run_identity, trainable
 from qtarget.training.auxiliary import AuxiliaryModels
 from qtarget.training.checkpoints import AtomicCheckpoints
 from qtarget.training.config import QTargetConfig
@@ -254,7 +254,7 @@ class QTargetTrainer(HostHooks):
             raise
         loss = self._scaled(output, num_items_in_batch, training)
         if training:
-            raise_together([] if loss.requires_grad else checks.out_of_reach(self.model))
+            raise_together([] if loss.requires_grad else trainable.out_of_reach(self.model))
             self.meter.add(output.record.stats, batch, step + 1)
             self._count_tokens(inputs)
         else:
@@ -323,7 +323,7 @@ class QTargetTrainer(HostHooks):
         return run_identity.identity(self.args, self.objective, named)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        raise_together(checks.trainable(self.model))
+        raise_together(trainable.all_frozen(self.model))
         run = str(self.args.output_dir)
         folder = checkpoints.begin(self, run, resume_from_checkpoint)
         for snapshot in self.aux.snapshots:

@@ -57,14 +57,16 @@ def train_model(options: Any) -> int:
         print(file=sys.stderr)  # leave the progress bar's line
         raise
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(options.words, checkpoints.last(run.config.output_dir))) from None
+        checkpoint = checkpoints.last(run.config.output_dir)
+        raise KeyboardInterrupt(_how_to_go_on(run, options.words, checkpoint)) from None
 
 
-def _how_to_go_on(words: Sequence[str], checkpoint: Path | None) -> str:
+def _how_to_go_on(run: setup.Run, words: Sequence[str], checkpoint: Path | None) -> str:
     if checkpoint is None:
         return "interrupted; there is no checkpoint yet, so the same command starts anew"
-    go_on = [] if any(word.startswith("--resume_from_checkpoint") for word in words) else ["--resume_from_checkpoint", "true"]
-    return f"interrupted; go on from {checkpoint.name} with: qtarget train {shlex.join([*words, *go_on])}"
+    more = [] if run.config.resume_from_checkpoint is True else ["--resume_from_checkpoint", "true"]
+    more += ["--overwrite_output_dir", "false"] if run.config.overwrite_output_dir else []
+    return f"interrupted; go on from {checkpoint.name} with: qtarget train {shlex.join([*words, *more])}"
 
 
 # -- the run -----------------------------------------------------------------------------------------------------
