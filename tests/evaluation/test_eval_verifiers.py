@@ -150,3 +150,10 @@ def test_refusals(name, columns, sentence):
 @pytest.mark.parametrize("name", ["math", "math_verify", "reasoning_gym:gsm_symbolic", "signal_verifiers:last_number"])
 def test_valid_names_are_let_through(name):
     graders.check(name, ["prompt", "answer"])
+
+
+def test_a_script_without_a_guard_is_not_run_again(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("from qtarget.evaluation import grade\nprint('once')\nprint(grade('#### 7', '7')['strict'])\n")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert (done.stdout.split(), done.returncode) == (["once", "True"], 0), done.stderr

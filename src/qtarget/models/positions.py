@@ -1,4 +1,4 @@
-"""How long a text a model can read: a table of learned positions, or the window it was made for."""
+"""How many tokens a model can read: its learned positions, or the window of its RoPE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run goes through step by step, written into its checkpoints: a resumed run goes on with the same."""
+"""What a run goes through step by step, which a resumed run must share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do the prepared rows fit the models that will read them: their positions, their embeddings."""
+"""Do the prepared rows fit the positions and embeddings of the models that read them?"""
 
 from __future__ import annotations
 

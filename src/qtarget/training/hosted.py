@@ -1,4 +1,4 @@
-"""What Transformers would find wrong late in a run: an optimiser, a schedule, a tracker, a metric."""
+"""What Transformers would refuse late in a run: optimiser, schedule, tracker, metric."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``output_dir``: can it be written, does it hold another run, and what of that run is deleted to begin anew."""
+"""`output_dir`: whether it can be written, holds another run, and how that is deleted."""
 
 from __future__ import annotations
 
