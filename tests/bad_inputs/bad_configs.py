@@ -41,13 +41,13 @@ CASES = [
         Case(
             f"a-misspelt-folder-for-{words[0]}",
             "a folder that is not there",
-            lambda b, words=words, name=name: [*words, "--config", b.config(target="kd", **{name: "./modelx"})],
-            (f"{name} is './modelx'", "no such folder exists here" if words[0] != "plan" else "no folder here"),
+            lambda b, words=words, own=own: [*words, "--config", b.config(**own)],
+            (f"{[*own][-1]} is './modelx'", "no folder here" if words[0] == "plan" else "no such folder exists here"),
         )
-        for words, name in (
-            (["verify"], "model_name_or_path"),
-            (["teacher", "check"], "teacher_model_name_or_path"),
-            (["plan", "--gpus", "1"], "model_name_or_path"),
+        for words, own in (
+            (["verify"], {"model_name_or_path": "./modelx"}),
+            (["teacher", "check"], {"target": "kd", "teacher_model_name_or_path": "./modelx"}),
+            (["plan", "--gpus", "1"], {"model_name_or_path": "./modelx"}),
         )
     ),
     Case(

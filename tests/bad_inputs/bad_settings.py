@@ -189,7 +189,70 @@ CASES = [
         push_to_hub=True,
         hub_model_id="nobody/nothing",
     ),
+    # settings that others, or the machine, rule out
+    setting("an-unknown-level", "no such level", "log_level is 'loud'", log_level="loud"),
+    setting(
+        "an-unknown-sampler",
+        "no such order",
+        "train_sampling_strategy is 'by_heart'",
+        train_sampling_strategy="by_heart",
+    ),
+    setting(
+        "workers-that-stay-without-workers",
+        "no workers",
+        "dataloader_persistent_workers is true without workers",
+        dataloader_persistent_workers=True,
+    ),
+    setting(
+        "an-unknown-start",
+        "no such way to start",
+        "dataloader_multiprocessing_context is 'thread'",
+        dataloader_multiprocessing_context="thread",
+        dataloader_num_workers=1,
+    ),
+    setting(
+        "offloading-from-nowhere",
+        "activations offloaded from a CPU",
+        "activation_offloading is true, but there is no accelerator",
+        activation_offloading=True,
+    ),
+    setting(
+        "unknown-kwargs-of-checkpointing",
+        "no such argument",
+        "gradient_checkpointing_kwargs' key is 'reentrant'; did you mean 'use_reentrant'?",
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"reentrant": False},
+    ),
+    setting(
+        "negative-noise", "noise below zero", "neftune_noise_alpha is -1.0; use a number from 0", neftune_noise_alpha=-1
+    ),
+    setting(
+        "padding-to-nothing",
+        "multiples of 0",
+        "pad_to_multiple_of is 0; use a whole number from 1",
+        pad_to_multiple_of=0,
+    ),
+    setting(
+        "an-unknown-backend", "no such compiler", "torch_compile_backend is 'quick'", torch_compile_backend="quick"
+    ),
+    setting(
+        "the-old-name-of-a-dtype", "it is taken for dtype", "float31", model_init_kwargs={"torch_dtype": "float31"}
+    ),
     # adapters
+    setting(
+        "no-alpha", "a scale of 0 trains nothing", "lora_alpha is 0; use a number above 0", use_peft=True, lora_alpha=0
+    ),
+    setting(
+        "all-dropped", "dropout of 2", "lora_dropout is 2.0; use a number from 0 below 1", use_peft=True, lora_dropout=2
+    ),
+    setting(
+        "a-module-to-save-that-is-not-there",
+        "PEFT passes it over",
+        "modules_to_save holds 'nowhere', which the model has not",
+        use_peft=True,
+        lora_modules_to_save=["nowhere"],
+    ),
+    setting("a-module-to-save", "the head", (), use_peft=True, lora_modules_to_save=["lm_head"]),
     setting("one-target-module", "one module in a list: PEFT would take it for a pattern", (), **LORA),
     setting("a-target-module-in-words", "one module as text", (), **LORA | {"lora_target_modules": "q_proj"}),
     # nothing where a name stands

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 import teacher_caches
 from qtarget.cli.__main__ import main
-from qtarget.training import QTargetTrainer, checkpoints
+from qtarget.training import QTargetTrainer, checkpoints, model_card
 
-WORDS = "--target sft --teacher_model_name_or_path none --max_steps 2 --save_strategy steps --save_steps 1"
+WORDS = "--target sft --teacher_model_name_or_path none --max_steps 2 --logging_steps 1"
+WORDS += " --save_strategy steps --save_steps 1"
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def refuse(*_, **__):
         (transformers.PreTrainedTokenizerBase, "save_pretrained", "the tokenizer"),
         (transformers.GenerationConfig, "save_pretrained", "generation_config.json"),
         (matplotlib.figure.Figure, "savefig", "curves.png"),
-        (QTargetTrainer, "create_model_card", "README.md"),
+        (model_card, "complete", "README.md"),
         (QTargetTrainer, "save_metrics", "train_results.json"),
         (QTargetTrainer, "save_state", "trainer_state.json"),
     ],
@@ -64,7 +65,6 @@ def test_a_side_file_that_cannot_be_written_costs_nothing_else(
     monkeypatch.setattr(owner, method, refuse)
     assert train(world, tmp_path / "run") == 1
     said = capsys.readouterr().err
-    assert f"{what} could not be written: a library's refusal" in said or what in said
     assert f"qtarget train: the weights are in {tmp_path / 'run'}, without {what}" in said
     assert "Traceback" not in said
     assert same(weights(tmp_path / "run"), weights(whole))

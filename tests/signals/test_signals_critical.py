@@ -244,13 +244,13 @@ def test_only_real_tokens_are_decoded(tmp_path):
 # -- stopped and resumed -----------------------------------------------------------------------------------------
 
 
-def start(world: dict, folder: Path, calls: Path) -> subprocess.Popen:
+def start(world: dict, folder: Path, calls: Path, hold: int) -> subprocess.Popen:
     tests = str(Path(__file__).parents[1] / "helpers")
     path = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {
         "PYTHONPATH": path,
         "SIGNAL_CALLS": str(calls),
-        "SIGNAL_HOLD": "15",
+        "SIGNAL_HOLD": str(hold),
         "OMP_NUM_THREADS": "1",
     }
     words = command(world, folder, "--batch_size", 3, verifier="logged")
@@ -275,11 +275,11 @@ def test_a_search_killed_twice_ends_as_one_that_was_not(world, tmp_path, monkeyp
     monkeypatch.setenv("SIGNAL_CALLS", str(tmp_path / "calls"))
     whole, folder, calls = tmp_path / "whole", tmp_path / "rows", tmp_path / "calls"
     assert main(command(world, whole, "--batch_size", 3, verifier="logged")) == 0
-    progress = folder / "progress.jsonl"
+    progress, hold = folder / "progress.jsonl", len(lines(calls)) // 3
     finished = 0
     for _ in range(2):
         calls.unlink()
-        process = start(world, folder, calls)
+        process = start(world, folder, calls, hold)
         while len(lines(progress)) < finished + 2:
             time.sleep(0.005)
             assert process.poll() is None, process.stdout.read().decode()

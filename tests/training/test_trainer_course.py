@@ -48,7 +48,6 @@ def test_the_same_run_goes_on_and_says_where(stopped, tmp_path, capsys, caplog):
         ({"gradient_accumulation_steps": 1}, r"^per_device_train_batch_size × .* is 2, but .* was trained with 4"),
         ({"seed": 1}, r"^seed is 1"),
         ({"rows": 12}, r"^the train dataset has 12 rows \(digest \w+\), but .* was trained with 8 rows"),
-        ({"max_length": 12}, r"^the train dataset has 8 rows"),
     ],
     ids=str,
 )

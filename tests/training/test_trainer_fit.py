@@ -11,6 +11,7 @@ from qtarget import ConfigError, DataError
 from qtarget.models import positions
 from quick_runs import quick_trainer, train_quickly
 
+ONE_BY_ONE = {"max_length": None, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
 LONG = Dataset.from_list([{"text": "Tom has 3."}, {"text": "Tom has 3 apples. " * 60}])
 
 
@@ -66,7 +67,7 @@ def test_packed_rows_count_by_document(tmp_path):
 
 def test_a_row_of_a_stream_is_refused_when_it_comes(tmp_path):
     with pytest.raises(DataError, match=r"^step 1: a row has \d+ tokens, but GPT2LMHeadModel takes 256 positions"):
-        train_quickly(tiny_models.gpt2(), tmp_path, LONG.to_iterable_dataset(), max_length=None)
+        train_quickly(tiny_models.gpt2(), tmp_path, LONG.to_iterable_dataset(), **ONE_BY_ONE)
 
 
 def test_a_teacher_that_was_handed_over_is_asked_about_no_such_row(tmp_path):

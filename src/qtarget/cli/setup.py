@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtarget import hub
-from qtarget.errors import ConfigError, QTargetError, loading, raise_together, reason
+from qtarget.errors import ConfigError, QTargetError, check_range, faults_of, loading, raise_together, reason
 
 if TYPE_CHECKING:
     from qtarget.cli.settings import Settings
@@ -122,10 +122,18 @@ def check(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains:
             settings.faults += output_folder.faults(config, [*named, *(one.name for one in config.pool_members())])
         objectives = [config.resolve_objective(), config.resolve_eval_objective()]
         settings.faults += checks.missing_teacher(config, objectives, False) + _resume_faults(config)
-        settings.faults += checks.adapter_on_head(model.lora_target_modules) if model.use_peft else []
+        settings.faults += _adapter_faults(model) if model.use_peft else []
     raise_together(settings.faults)
     assert config is not None
     return Run(settings, config, model, script, {}, notes)
+
+
+def _adapter_faults(model: Any) -> list[str]:
+    from qtarget.training import checks
+
+    faults = checks.adapter_on_head(model.lora_target_modules)
+    faults += faults_of(check_range, "lora_alpha", model.lora_alpha, 0, open_low=True)  # 0 would train nothing
+    return faults + faults_of(check_range, "lora_dropout", model.lora_dropout, 0, 1, open_high=True)
 
 
 def row_by_row(arguments: Sequence[str], **more: Any) -> dict[str, Any]:
@@ -165,14 +173,15 @@ def _training_config(settings: Settings):
 
 def _of_transformers(error: Exception, values: dict[str, Any]) -> str:
     """A refusal of TRL or Transformers, which may not say which setting it is about."""
+    if isinstance(error, ImportError) and values.get("deepspeed"):
+        return f"deepspeed is {values['deepspeed']!r}, but its package is not installed; pip install deepspeed"
     text = reason(error)
     said = []
     for name, value in values.items():
-        words = [word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str) and word]
-        if any(word in text for word in [name, *words]):
+        words = [word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
+        words = [name, *(word for word in words if len(word) > 2 and word not in ("none", "auto"))]
+        if any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in words):
             said.append(name)
-    if isinstance(error, ImportError) and values.get("deepspeed"):
-        said = ["deepspeed"]
     if not said or any(name in text for name in said):
         return text
     return f"{said[0]} is {values[said[0]]!r}: {text}"
@@ -258,7 +267,8 @@ def build(run: Run, kind: Any = None, weights: bool = True) -> Any:
     config, model = run.config, run.model
     _check_files(model, config)
     init = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
-    init |= config.model_init_kwargs or {}
+    given: dict[str, Any] = config.model_init_kwargs or {}
+    init |= {"dtype" if name == "torch_dtype" else name: value for name, value in given.items()}  # its old name
     config.model_init_kwargs = {name: value for name, value in init.items() if value is not None}
     settings: dict[str, Any] = {"train_dataset": run.datasets["train"], "eval_dataset": run.datasets.get("test")}
     try:
@@ -288,7 +298,7 @@ _STEPS: dict[str, tuple[str, str]] = {
     ),
     "clone_chat_template": ("chat_template_path", "whose template cannot be taken over: {}"),
     "_prepare_dataset": ("dataset_name", "whose rows cannot be prepared: {}"),
-    "get_peft_model": ("lora_target_modules", "and no adapters can be made: {}"),
+    "get_peft_model": ("use_peft", "and no adapters can be made: {}"),
     "from_pretrained": ("model_name_or_path", "which cannot be loaded: {}"),
 }
 

@@ -269,7 +269,7 @@ def prepared(trainer: QTargetTrainer, images: bool) -> list[str]:
     """Every fault of a trainer that has its data and its model. ``images``: whether its dataset holds some."""
     if images:
         return ["the dataset holds images; only text can be trained with a target: use TRL's SFTTrainer"]
-    faults = trainable.tied_tokens(trainer.model)
+    faults = [*trainable.tied_tokens(trainer.model), *trainable.missing_modules(trainer.model)]
     for name, dataset in datasets_of(trainer.train_dataset, trainer.eval_dataset):
         faults += packed_without_boundaries(name, dataset, trainer.padding_free)
         if not isinstance(dataset, torch.utils.data.IterableDataset):

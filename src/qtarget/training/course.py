@@ -24,6 +24,8 @@ FILE = "qtarget_course.json"
 _OF_OPTIMIZER = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 # Which rows are skipped as done depends on them.
 _OF_ROWS = ("rows of a step", "seed", "rows")
+# Weights of adapters mean something only with these.
+_OF_ADAPTERS = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules")
 # From the checkpoint on, the schedule is that of the new settings.
 _OF_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs")
 _LOOKED_AT = 64  # rows, evenly spaced
@@ -38,6 +40,10 @@ def of(trainer: QTargetTrainer) -> dict[str, Any]:
     )
     course["seed"] = args.seed if args.data_seed is None else args.data_seed
     course["rows"] = _rows(trainer.train_dataset)
+    for adapter in getattr(trainer.model, "peft_config", {}).values():
+        for name in _OF_ADAPTERS:
+            value = getattr(adapter, name, None)
+            course[f"adapters' {name}"] = sorted(value) if isinstance(value, set | list) else value
     held: dict[str, Any] = json.loads(json.dumps(course, default=str))
     return held
 
@@ -83,6 +89,11 @@ def check(folder: Path, trainer: QTargetTrainer) -> None:
         f"that, {anew}"
         for name in _OF_OPTIMIZER
         if name in other
+    ]
+    found += [
+        f"{name} is {now[name]}, but {trained_with} {saved[name]}; resume with that"
+        for name in other
+        if name.startswith("adapters' ")
     ]
     if not trainer.args.ignore_data_skip:
         found += [

@@ -94,8 +94,9 @@ class HostHooks(SFTTrainer):
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        super().create_model_card(*args, **kwargs)
-        model_card.complete(self._whole)
+        with self.side_files.writing("README.md", full_disk=self.checkpoints.writing):
+            super().create_model_card(*args, **kwargs)
+            model_card.complete(self._whole)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self.checkpoints.folder(super()._get_output_dir(trial))

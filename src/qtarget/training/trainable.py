@@ -43,6 +43,19 @@ def check_reached(trainer: QTargetTrainer) -> None:
         raise ConfigError(out_of_reach(trainer.model))
 
 
+def missing_modules(model: nn.Module) -> list[str]:
+    """Whole modules and parameters that adapters should train and the model has not: PEFT passes them over."""
+    named = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    plain = [name.replace(".base_layer", "").replace(".original_module", "") for name in named]
+    return [
+        f"{setting} holds {wanted!r}, which the model has not; take it out, or name one of its modules"
+        for config in getattr(model, "peft_config", {}).values()
+        for setting in ("modules_to_save", "target_parameters")
+        for wanted in getattr(config, setting, None) or ()
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in plain)
+    ]
+
+
 def tied_tokens(model: Any) -> list[str]:
     """Rows of single tokens that are trained beside adapters, on a model whose head is its embedding.
 

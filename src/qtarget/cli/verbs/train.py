@@ -97,8 +97,7 @@ def train(trainer: QTargetTrainer, run: setup.Run) -> int:
                 files.write_json(folder / "before_after.json", {"before": before, "after": after})
         # After the last evaluation, whose figures it shows. A folder is no data set of the hub to link to.
         name = script.dataset_name
-        with beside("README.md"):
-            trainer.create_model_card(model_name=folder.name, dataset_name=None if Path(name).exists() else name)
+        trainer.create_model_card(model_name=folder.name, dataset_name=None if Path(name).exists() else name)
         summary.show(trainer, before, after, folder)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
