@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # What a verb decides whatever the config says. One that measures trains, evaluates, writes and pushes nothing.
 MEASURES: dict[str, Any] = {
     "gradient_checkpointing": False,
+    "activation_offloading": False,
     "eval_strategy": "no",
     "load_best_model_at_end": False,
     "resume_from_checkpoint": None,

@@ -49,6 +49,8 @@ def _trackers(args: Any) -> Iterator[str]:
 def _kernels(args: Any) -> Iterator[str]:
     if args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
         yield "use_liger_kernel is true, but its package is not installed; pip install liger-kernel, or leave it out"
+    if args.activation_offloading and args.device.type == "cpu":
+        yield "activation_offloading is true, but there is no accelerator to take activations from; leave it out"
     attention = (args.model_init_kwargs or {}).get("attn_implementation")
     if attention == "flash_attention_2" and not any(map(importlib.util.find_spec, ("flash_attn", "kernels"))):
         yield f"attn_implementation is {attention!r}, whose package is not installed; pip install flash-attn, or use sdpa"

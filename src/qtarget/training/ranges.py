@@ -26,7 +26,6 @@ _WHOLE = {
     "save_total_limit": 1,
     "dataset_num_proc": 1,
     "dataloader_num_workers": 0,
-    "pad_to_multiple_of": 1,
     "lens_every": 1,
     "teacher_check_rows": 0,
 }
@@ -115,14 +114,15 @@ def _together(config: Any) -> Iterator[str]:
     """Settings that the rest of them, or this machine, rules out."""
     if config.dataloader_persistent_workers and not config.dataloader_num_workers:
         yield "dataloader_persistent_workers is true without workers; set dataloader_num_workers, or leave it out"
+    multiple = config.pad_to_multiple_of
+    if multiple not in (None, "auto") and (not isinstance(multiple, int) or multiple < 1):
+        yield f"pad_to_multiple_of is {multiple!r}; use a whole number from 1, or auto"
     start = config.dataloader_multiprocessing_context
     if start is not None and start not in (known := torch.multiprocessing.get_all_start_methods()):
         yield from unknown("dataloader_multiprocessing_context", start, known).faults
-    if config.activation_offloading and (config.use_cpu or not torch.accelerator.is_available()):
-        yield "activation_offloading is true, but there is no accelerator to take activations from; leave it out"
     given = config.gradient_checkpointing_kwargs
     for name in given if isinstance(given, dict) else ():
         if name not in _OF_CHECKPOINTING:
             yield from unknown("gradient_checkpointing_kwargs' key", name, _OF_CHECKPOINTING).faults
     if isinstance(config.parallelism_config, dict):
-        yield "parallelism_config is a mapping; set it with accelerate launch, or give accelerate's ParallelismConfig in Python"
+        yield "parallelism_config is a mapping; set it by accelerate launch, or in Python as its ParallelismConfig"
