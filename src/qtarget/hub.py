@@ -7,10 +7,12 @@ import functools
 import re
 from pathlib import Path
 
+_OF_FILES = (".json", ".jsonl", ".csv", ".parquet", ".jinja", ".yaml")
+
 
 def is_path(name: str) -> bool:
-    """Whether a name can only be a folder: no hub id looks like it."""
-    return not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
+    """Whether a name can only be a folder or a file: no hub id looks like it."""
+    return not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or Path(name).suffix in _OF_FILES
 
 
 def nowhere(name: str, kind: str = "model") -> str | None:
@@ -24,7 +26,8 @@ def nowhere(name: str, kind: str = "model") -> str | None:
     near = _near(name)
     mend = "" if near is None else f"did you mean {near!r}? "
     hub = "" if is_path(name) else ", and the hub does not answer"
-    return f"no such folder exists here{hub}; {mend}name one that exists, or a hub id"
+    what = "file" if Path(name).suffix in _OF_FILES else "folder"
+    return f"no such {what} exists here{hub}; {mend}name one that exists, or a hub id"
 
 
 @functools.cache

@@ -31,6 +31,12 @@ CASES = [
         "dataset_name is 'dataa', which cannot be loaded",
         dataset_name="dataa",
     ),
+    setting(
+        "a-misspelt-file",
+        "a file that is not there",
+        "dataset_name is 'rows.jsonl', which cannot be loaded: no such file exists here",
+        dataset_name="rows.jsonl",
+    ),
     Case(
         "a-dataset-that-is-nearly-there",
         "one letter more",

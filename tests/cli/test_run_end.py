@@ -86,6 +86,13 @@ def test_an_evaluation_that_fails_after_training_costs_no_weights(world, whole, 
     assert same(weights(tmp_path / "run"), weights(whole))
 
 
+def test_a_callback_that_fails_after_the_last_step_costs_no_weights(world, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.DefaultFlowCallback, "on_train_end", refuse, raising=False)
+    with pytest.raises(ValueError, match="a library's refusal"):
+        train(world, tmp_path / "run")
+    assert same(weights(tmp_path / "run"), weights(whole))
+
+
 def test_generation_settings_that_contradict_are_left_out_and_said(world, tmp_path, caplog):
     model = transformers.AutoModelForCausalLM.from_pretrained(world / "model")
     model.save_pretrained(tmp_path / "model")

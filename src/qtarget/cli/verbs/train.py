@@ -79,7 +79,14 @@ def train(trainer: QTargetTrainer, run: setup.Run) -> int:
     config, script, folder = run.config, run.script, Path(run.config.output_dir)
     evaluated, beside = trainer.eval_dataset is not None, trainer.side_files.writing
     before = summary.at_start(trainer) if evaluated else {}
-    result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    except Exception:
+        # What fails after the last step, such as a tracker's farewell, must not cost what was trained.
+        sharded, state = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled, trainer.state
+        if 0 < state.max_steps <= state.global_step and not sharded:
+            trainer.save_model(config.output_dir)
+        raise
     trainer.save_model(config.output_dir)
     after = summary.evaluate(trainer) if evaluated else {}
     with beside("train_results.json"):
