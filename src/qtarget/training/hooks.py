@@ -117,4 +117,5 @@ class HostHooks(SFTTrainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.checkpoints.writing:
-            super()._push_from_checkpoint(checkpoint_folder)
+            with self.side_files.writing("the upload to the hub (push_to_hub)"):
+                super()._push_from_checkpoint(checkpoint_folder)
