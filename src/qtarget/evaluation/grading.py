@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +95,8 @@ class Grader:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self.name, self._whole_text), daemon=True)
-        self._process.start()
+        with _without_script():
+            self._process.start()
         theirs.close()  # else its end would not be seen here
         why = f"it did not start in {_START_SECONDS:g} seconds"
         try:
@@ -117,8 +120,7 @@ def grade(text: str, answer: str | list[str]) -> dict[str, Any]:
     r"""Whether a text answers rightly, as ``qtarget eval --verifier math`` judges it.
 
     It is judged in one child process, which the first call starts and later ones share. A call of more than 10 seconds
-    is ended and judged wrong. A script that calls it stands under ``if __name__ == "__main__":``, as Python asks of every
-    script that starts processes.
+    is ended and judged wrong.
 
     Args:
         answer: an expression, or several, in any order.
@@ -139,6 +141,19 @@ def grade(text: str, answer: str | list[str]) -> dict[str, Any]:
     return {"strict": False, "lenient": False, "parsed": None} | {
         name: verdict[name] for name in ("strict", "lenient", "parsed") if name in verdict
     }
+
+
+@contextlib.contextmanager
+def _without_script() -> Iterator[None]:
+    """Start a process that does not run the present script again: it needs none of it, guarded or not."""
+    script = sys.modules["__main__"].__dict__
+    before = {name: script.get(name) for name in ("__file__", "__spec__")}
+    script.pop("__file__", None)
+    script["__spec__"] = None
+    try:
+        yield
+    finally:
+        script.update({name: value for name, value in before.items() if name == "__spec__" or value is not None})
 
 
 _ONE_AT_A_TIME = threading.Lock()

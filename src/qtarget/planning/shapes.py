@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qtarget import hub
 from qtarget.errors import ConfigError, loading, reason
+from qtarget.hub import is_path
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,6 @@ def frozen_bytes(init_kwargs: dict[str, Any] | None, shape: Shape | None, cpu: b
     return bytes_of(dtype)
 
 
-def is_path(name: str) -> bool:
-    """Whether a name can only be a folder: no hub id looks like it."""
-    return not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith(".")
-
-
 def find(field: str, name: str, revision: str | None = None, trust_remote_code: bool = False) -> Shape | None:
     """The shape of a model by its config.json: of a folder, of the hub's cache here, or asked of the hub (about 1 kB).
 
@@ -85,7 +80,7 @@ def find(field: str, name: str, revision: str | None = None, trust_remote_code: 
     local = Path(name).is_dir()
     if not local and is_path(name):
         raise ConfigError(f"{field} is {name!r}, which is no folder here; make it, or name a hub id")
-    offline = not local and not _hub_answers()
+    offline = not local and not hub.answers()
     try:
         config = AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code, local_files_only=offline
@@ -100,23 +95,8 @@ def find(field: str, name: str, revision: str | None = None, trust_remote_code: 
 
 def why_unknown() -> str:
     """Why ``find`` returned None, and what mends it."""
-    hub = "gives none that you may read (hf auth login)" if _hub_answers() else "does not answer"
-    return f"its config.json is not here, and the hub {hub}; name a folder that holds its config.json"
-
-
-@functools.cache
-def _hub_answers() -> bool:
-    """Asked once, and briefly: Transformers would ask a hub that is not there for half a minute, about each model."""
-    import requests
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        requests.head(constants.ENDPOINT, timeout=5)
-    except requests.RequestException:
-        return False
-    return True
+    answer = "gives none that you may read (hf auth login)" if hub.answers() else "does not answer"
+    return f"its config.json is not here, and the hub {answer}; name a folder that holds its config.json"
 
 
 def of_config(config: Any, source: str = "its config", trust_remote_code: bool = False) -> Shape:

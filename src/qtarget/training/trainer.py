@@ -25,7 +25,7 @@ from qtarget.targets import Target
 from qtarget.targets.objective import Objective
 from qtarget.teachers import settings as teacher_settings
 from qtarget.teachers.vocabulary import real_vocabulary_size
-from qtarget.training import checkpoints, checks, compiling, run_identity
+from qtarget.training import checkpoints, checks, compiling, course, run_identity, trainable
 from qtarget.training.auxiliary import AuxiliaryModels
 from qtarget.training.checkpoints import AtomicCheckpoints
 from qtarget.training.config import QTargetConfig
@@ -34,6 +34,7 @@ from qtarget.training.hooks import HostHooks
 from qtarget.training.host_repairs import StepBatches, as_plain_nll
 from qtarget.training.metrics import TokenMeter
 from qtarget.training.rows import RowPreparer, as_conversations
+from qtarget.training.saving import SideFiles, mend_generation_config
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class QTargetTrainer(HostHooks):
         rows: prepares datasets, and knows the per-token columns. aux: teacher, reference and old policy.
         meter: what is logged. vocab_size: the tokens of the tokenizer; a head may be padded beyond them.
         label_only_token: the end token that is taught by its label alone, or None.
+        side_files: what could not be written beside the weights, in ``failed``.
 
     Raises:
         ConfigError: with every fault that can be found before weights are loaded.
@@ -106,7 +108,7 @@ class QTargetTrainer(HostHooks):
             logger.warning(f"a teacher is given, but target {self.objective} does not need it; it is not loaded")
         engine.choose(args.loss_backend, args.device, torch.float32, "loss_backend")
         self.rows = RowPreparer(args, *objectives, self.reads_reference_column, self.opens_teacher)
-        self.step_batches, self.checkpoints = StepBatches(), AtomicCheckpoints()
+        self.step_batches, self.checkpoints, self.side_files = StepBatches(), AtomicCheckpoints(), SideFiles()
         if args.assistant_only_loss:
             kwargs["train_dataset"] = as_conversations(kwargs.get("train_dataset"), args.dataset_text_field)
         with as_plain_nll(args):
@@ -114,6 +116,7 @@ class QTargetTrainer(HostHooks):
         # The trainer divides by the accumulation steps itself only where each micro-batch brings its own mean.
         self.loss_is_scaled_for_ga = args.denominator != "micro_batch"  # type: ignore[assignment]
         raise_together(checks.prepared(self, self._is_vision_dataset))
+        mend_generation_config(CausalLM(self.model, 0).base)
         self.data_collator = self.rows.collator(self.data_collator)
         add_target_forward(CausalLM(self.model, 0).base)
         self.vocab_size = real_vocabulary_size(self.tokenizer)
@@ -261,6 +264,7 @@ class QTargetTrainer(HostHooks):
             raise
         loss = self._scaled(output, num_items_in_batch, training)
         if training:
+            raise_together([] if loss.requires_grad else trainable.out_of_reach(self.model))
             self.meter.add(output.record.stats, batch, step + 1)
             self._count_tokens(inputs)
         else:
@@ -329,12 +333,14 @@ class QTargetTrainer(HostHooks):
         return run_identity.identity(self.args, self.objective, named)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        raise_together(trainable.all_frozen(self.model))
         run = str(self.args.output_dir)
         folder = checkpoints.begin(self, run, resume_from_checkpoint)
         for snapshot in self.aux.snapshots:
             snapshot.forget()
         if folder is not None:
             self._resume(Path(folder))
+            self.accelerator.print(f"resumed at step {checkpoints.step_of(folder)} from {folder}")
         self.accelerator.print(self.describe())
         if self.args.teacher_check_rows and self.reads_teacher:
             from qtarget.teachers.agreement import measure  # it takes a trainer
@@ -345,6 +351,7 @@ class QTargetTrainer(HostHooks):
 
     def _resume(self, folder: Path) -> None:
         run_identity.check(folder, self.identity())
+        course.check(folder, self)
         for snapshot in self.aux.snapshots:
             snapshot.load(folder)
         tokens = self.meter.load(folder)
@@ -356,6 +363,7 @@ class QTargetTrainer(HostHooks):
             snapshot.save(folder)
         if self.is_world_process_zero():
             run_identity.write(folder, self.identity())
+            course.write(folder, self)
             self.meter.save(folder, self._total_train_tokens)
 
     @contextlib.contextmanager
