@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qtarget import own_code
 from qtarget.errors import ConfigError
 from qtarget.evaluation import graders
 
@@ -92,7 +93,7 @@ class Grader:
             return
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.name, self._whole_text), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, self.name, self._whole_text, own_code.FOLDERS.get()), daemon=True)
         self._process.start()
         theirs.close()  # else its end would not be seen here
         why = f"it did not start in {_START_SECONDS:g} seconds"
@@ -149,10 +150,11 @@ def _shared_grader() -> Grader:
     return Grader("math", 10.0)
 
 
-def _serve(pipe: Any, name: str, whole_text: bool) -> None:
+def _serve(pipe: Any, name: str, whole_text: bool, folders: tuple[str, ...]) -> None:
     """The child: load the grader, say so, then answer until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    own_code.FOLDERS.set(folders)
     try:
         grade = graders.load_in_child(name, whole_text)
     except BaseException as error:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from qtarget.errors import ConfigError, unknown
+from qtarget.own_code import load_object
 
 C = TypeVar("C", bound=type)
 
@@ -96,29 +96,6 @@ def _named_form(part: Part) -> str | dict:
     values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
     parameters = {key: part_to_config(value) for key, value in values.items()}
     return {name: parameters} if parameters else name
-
-
-def load_object(path: str, field: str) -> Any:
-    """What ``my_pkg.my_module:name`` points to. Importing runs the module: only for a path that the user wrote.
-
-    Raises:
-        ConfigError: it is no such path, or the module cannot be imported, whatever it raises.
-    """
-    module_name, _, attribute = path.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
-        raise ConfigError(f"{field} is {path!r}; write the path of an object, my_pkg.my_module:name")
-    try:
-        module = importlib.import_module(module_name)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # what a module does when it is imported is its own: it may even exit
-        why = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
-        raise ConfigError(
-            f"{field} is {path!r}, but importing {module_name} failed: {why}; mend that, or check the path"
-        ) from error
-    if not hasattr(module, attribute):
-        raise ConfigError(f"{field} is {path!r}, but {module_name} has no {attribute!r}; name something it has")
-    return getattr(module, attribute)
 
 
 def call(build: Callable, parameters: Mapping, field: str) -> Any:
