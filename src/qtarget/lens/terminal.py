@@ -103,12 +103,12 @@ def _table(title: str, headings: tuple[str, ...], left: tuple[str, ...]) -> Tabl
 def comparison(record: Record, extra: Target | None = None) -> Table:
     """Every preset that this capture can replay, beside plain SFT."""
     replay = Replay(record)
-    headings = ("target", "trust", "update", "of sft's", "lr for sft's step", "90 % on", "off simplex", "error")
+    headings = ("target", "trust", "update", "of sft's", "90 % on", "off simplex", "error")
     table = _table("targets on these tokens", headings, left=("target",))
     targets = ([] if extra is None else [extra]) + [presets.build(name) for name in presets.names()]
     for target in targets:
         if not {"teacher", "reference"} & target.requires <= set(record.others):
-            table.add_row(str(target), *["-"] * 6, "not captured")
+            table.add_row(str(target), *["-"] * 5, "not captured")
             continue
         summary = replay.summary(replay.figures(target))
         error = f"{summary.error:.3f}" if summary.error < np.inf else "no bound"
@@ -117,7 +117,6 @@ def comparison(record: Record, extra: Target | None = None) -> Table:
             f"{summary.trust:.3f}",
             f"{summary.update:.3f}",
             f"{summary.update_vs_sft:.2f}",
-            f"× {summary.lr_factor:.3g}",
             f"{summary.carries_90:.0%}",
             f"{summary.off_simplex:.0%}",
             f"{error} k is too small" if summary.k_is_too_small else error,
