@@ -10,7 +10,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, NonFiniteLogits
 from qtarget.losses import Head
 from qtarget.models.forward import HeadTransform, LossCall, StatesCall, head_parameters, whole
 from qtarget.models.frozen import adapters_off, evaluation_mode
@@ -77,8 +77,12 @@ class CausalLM:
     def label_log_p(self, inputs: Inputs, labels: Tensor) -> Tensor:
         """log p of each label, float32 [B, T] as ``labels``, dropout off; 0 where nothing is trained."""
         call = LossCall([presets.build("sft")], labels, {}, {}, self.vocab_size, None, "basic")
-        with evaluation_mode(self.model):
-            nll = self.model(**inputs, qtarget=call).record.stats["nll"]
+        try:
+            with evaluation_mode(self.model):
+                nll = self.model(**inputs, qtarget=call).record.stats["nll"]
+        except NonFiniteLogits as error:
+            error.what = f"the logits of {self.name}"
+            raise
         return torch.nn.functional.pad(-nll.nan_to_num(0.0), (1, 0))
 
     def _states_and_head(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -106,7 +110,7 @@ class CausalLM:
         """Compare logits rebuilt from hidden states with the model's own on a few tokens of the first row.
 
         ``mixed_precision``: the call computes in half precision and returns float32, so that dtypes do not tell.
-        NaN is left to the loss, which names step and row. Of a row with several documents the first is looked at: a
+        NaN and infinity are left to the loss, which names step and row. Of a row with several documents the first is looked at: a
         model that is called without this trainer's settings may let them see each other.
 
         Raises:
@@ -129,10 +133,11 @@ class CausalLM:
                 f"{logits.shape[-1]} tokens: it is split over processes in a form that cannot be gathered here; leave "
                 "tensor parallelism out (tp_plan), or shard with FSDP2"
             )
-        difference = (logits - rebuilt).abs()
+        finite = logits.isfinite()
+        difference = (logits - rebuilt).abs().masked_fill(~finite, 0.0)
         rounded = mixed_precision or hidden.dtype not in (torch.float32, torch.float64)
-        allowed = (5e-2 if rounded else 1e-3) * (1 + float(logits.abs().max()))
-        if not logits.isnan().any() and not float(difference.max()) <= allowed:
+        allowed = (5e-2 if rounded else 1e-3) * (1 + float(logits.masked_fill(~finite, 0.0).abs().max()))
+        if not float(difference.max()) <= allowed:
             token, index = divmod(int(difference.argmax()), logits.shape[-1])
             raise ConfigError(
                 f"{type(self.base).__name__}'s logits cannot be rebuilt from its hidden states: token {token}, id "

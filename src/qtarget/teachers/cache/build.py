@@ -144,6 +144,8 @@ def needed_for(
     total, needed = torch.zeros(trainer.vocab_size, dtype=torch.float64), []
     for row in range(0, len(plan.rows), every):
         for log_p, _ in teacher_log_probs(trainer, [_row(trainer, plan.rows[row])]):
+            if log_p.isnan().any():
+                raise _gives_nan(trainer, plan.rows[row])
             mass = log_p.exp().sort(-1, descending=True).values.cumsum(-1)
             needed.append(((mass < coverage).sum(-1) + 1).clamp(max=mass.shape[1]).cpu())
             total += mass.sum(0, dtype=torch.float64).cpu()
@@ -322,10 +324,7 @@ def _write_shard(
         rows = [planned.rows[row] for row in group[begin : begin + batch_size]]
         for row, (top, kept, tail) in zip(rows, score([_row(trainer, row) for row in rows]), strict=True):
             if not (np.isfinite(kept).all() and not np.isnan(tail).any()):
-                raise DataError(
-                    f"the teacher gives NaN for row {row.number} of the {row.dataset} dataset; check that row, or load "
-                    "the teacher in float32 or bfloat16 (teacher_model_init_kwargs: {dtype: ...})"
-                )
+                raise _gives_nan(trainer, row)
             over.look(kept, row)
             ids.append(top)
             logprobs.append(kept.astype(dtype))
@@ -333,6 +332,14 @@ def _write_shard(
     arrays = {"ids": np.concatenate(ids), "logprobs": np.concatenate(logprobs), "tail": np.concatenate(tails)}
     line = shards.write_arrays(folder / f"shard-{number:05d}.safetensors", arrays)
     return {**line, "tokens": len(arrays["tail"])}
+
+
+def _gives_nan(trainer: QTargetTrainer, row: Row) -> DataError:
+    return DataError(
+        f"the teacher gives NaN for row {row.number} of the {row.dataset} dataset (it is "
+        f"{teacher_settings.describe(teacher_settings.named_teacher(trainer.args))}); check that row, or load the teacher "
+        "in float32 or bfloat16 (teacher_model_init_kwargs: {dtype: ...})"
+    )
 
 
 def _row(trainer: QTargetTrainer, row: Row) -> dict[str, Any]:
