@@ -161,6 +161,14 @@ def tokenizer_faults(args: Any, tokenizer: Any) -> list[str]:
     return faults
 
 
+def other_templates(args: Any, tokenizer: Any) -> tuple[str, ...]:
+    """The named teachers whose chat template is not the student's; none where the student has none, for rows of text."""
+    own = template_hash(tokenizer)
+    if own is None:
+        return ()
+    return tuple(named[0] for named in named_models(args) if template_hash(teacher_tokenizer(*named)) != own)
+
+
 def named_models(args: Any) -> list[tuple[str, str | None, dict[str, Any]]]:
     """(name, revision, init_kwargs) of each model that the settings name as teacher."""
     if args.teachers is not None:
