@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qtarget.data.text import visible
+from qtarget.data.text import characters, visible
 from qtarget.errors import ConfigError
 from qtarget.lens.record import Record, rows_of
 from qtarget.lens.replay import Replay, ReplayedTarget
@@ -44,17 +44,23 @@ def show(record: Record, target: Target, row: int | None, console: Console) -> N
 
 def _text(record: Record, entry: dict[str, Any], tokens: list[int], figures: ReplayedTarget, coloured: bool) -> Text:
     by_position = {record.tokens["position"][token]: token for token in tokens}
-    line = Text()
-    for position, index in enumerate(entry["input_ids"]):
-        text = visible(record.vocab[index][0])
+    texts = [record.vocab[index][0] for index in entry["input_ids"]]
+    spread = {begin: (end, whole) for begin, end, whole in characters(texts)}
+    line, end = Text(), -1
+    for position, text in enumerate(map(visible, texts)):
+        if position in spread:  # the character, then the tokens that its bytes are in
+            end, whole = spread[position]
+            line.append(f"{visible(whole)}(")
         if position not in by_position:
             line.append(text, style="dim italic" if coloured else "")
-            continue
-        level = min(len(_RAMP) - 1, int(np.clip(figures.trust[by_position[position]], 0, 1) * len(_RAMP)))
-        if coloured:
-            line.append(text, style=f"bold {_RAMP[level]}")
-        else:  # a pipe has no colour: the level stands behind the token
-            line.append(f"[{text}]{_LEVELS[level]}")
+        else:
+            level = min(len(_RAMP) - 1, int(np.clip(figures.trust[by_position[position]], 0, 1) * len(_RAMP)))
+            if coloured:
+                line.append(text, style=f"bold {_RAMP[level]}")
+            else:  # a pipe has no colour: the level stands behind the token
+                line.append(f"[{text}]{_LEVELS[level]}")
+        if position + 1 == end:
+            line.append(")")
     return line
 
 
