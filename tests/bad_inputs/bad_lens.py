@@ -254,7 +254,14 @@ CASES = [
     Case(
         "a-capture-of-nan",
         "NaN in the student's weights",
-        lambda b: ["lens", "capture", "--config", b.config(model_name_or_path=b.world / "broken"), "-o", b.folder / "c"],
+        lambda b: [
+            "lens",
+            "capture",
+            "--config",
+            b.config(model_name_or_path=b.world / "broken"),
+            "-o",
+            b.folder / "c",
+        ],
         ("the logits of student ", "are NaN or infinite at row 0, position ", "check its weights and that row"),
         reads=True,
     ),

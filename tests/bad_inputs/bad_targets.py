@@ -181,9 +181,7 @@ CASES = [
         "MODULE:mine",
         "failed: No module named 'nowhere_at_all'; mend that",
     ),
-    module(
-        "a-name-nearly-right", "a typo in the name", "mine = 1\n", "MODULE:mime", "no 'mime'; did you mean 'mine'?"
-    ),
+    module("a-name-nearly-right", "a typo in the name", "mine = 1\n", "MODULE:mime", "no 'mime'; did you mean 'mine'?"),
     Case(
         "named-as-an-installed-module",
         "a file beside the config that an installed module comes before",

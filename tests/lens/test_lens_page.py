@@ -511,7 +511,9 @@ def test_the_scale_runs_from_light_to_dark_in_both_themes(open_page, file):
         colours = view.eval_on_selector_all(
             "#text-legend .step", "found => found.map(e => getComputedStyle(e).backgroundColor)"
         )
-        lightness = [sum(w * int(c) for w, c in zip((2, 7, 1), re.findall(r"\d+", one), strict=True)) for one in colours]
+        lightness = [
+            sum(w * int(c) for w, c in zip((2, 7, 1), re.findall(r"\d+", one), strict=True)) for one in colours
+        ]
         assert len(lightness) == 9 and lightness == sorted(lightness, reverse=True), scheme
 
 

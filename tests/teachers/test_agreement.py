@@ -3,9 +3,9 @@
 import copy
 import io
 import json
-import shutil
 import math
 import random
+import shutil
 from collections import Counter
 from dataclasses import replace
 

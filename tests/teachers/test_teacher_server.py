@@ -289,7 +289,10 @@ TAMPERED = {
     "positive": (lambda rows: change(rows, 0.5), r"log-probability 0\.5 at position 4, "),
     "null": (lambda rows: change(rows, None), r"log-probability None at position 4, "),
     "text": (lambda rows: change(rows, "-1"), r"log-probability '-1' at position 4, "),
-    "ruled out": (lambda rows: change(rows, -9999.0), r"log-probability -9999 at position 4, .* ruled out.*raw_logprobs"),
+    "ruled out": (
+        lambda rows: change(rows, -9999.0),
+        r"log-probability -9999 at position 4, .* ruled out.*raw_logprobs",
+    ),
     "ruled out otherwise": (lambda rows: change(rows, -1e4), r"log-probability -10000 at position 4, "),
     "least of a dtype": (lambda rows: change(rows, -65504.0), r"log-probability -65504 at position 4, "),
     "mass": (

@@ -93,7 +93,9 @@ class Grader:
             return
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.name, self._whole_text, own_code.FOLDERS.get()), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, self.name, self._whole_text, own_code.FOLDERS.get()), daemon=True
+        )
         self._process.start()
         theirs.close()  # else its end would not be seen here
         why = f"it did not start in {_START_SECONDS:g} seconds"

@@ -25,10 +25,12 @@ class CausalLM:
     Args:
         model: as it is called, with whatever wraps it, its forward patched by ``add_target_forward``.
         vocab_size: tokens of the student's tokenizer; a head may be padded beyond them.
+        own_size: tokens of the model's own tokenizer, where that is known: what its head holds beyond is padding.
     """
 
-    def __init__(self, model: Any, vocab_size: int):
+    def __init__(self, model: Any, vocab_size: int, own_size: int | None = None):
         self.model, self.vocab_size = model, vocab_size
+        self.head_size = vocab_size if own_size is None else min(vocab_size, own_size)
 
     # Found when first asked for: a training step makes one of these and seldom looks inside.
 
@@ -60,8 +62,7 @@ class CausalLM:
         Raises:
             ConfigError: the batch holds a token that the model has no embedding for.
         """
-        self._check_ids(inputs["input_ids"])
-        hidden, weight, bias = self._states_and_head(inputs)
+        hidden, weight, bias = self._states_and_head(self._readable(inputs))
         # Virtual tokens of prompt tuning come first: the last positions are the labels'.
         hidden = hidden[:, -inputs["input_ids"].shape[1] :][:, :-1]
         return Head(
@@ -70,7 +71,7 @@ class CausalLM:
             bias,
             logit_scale=self.transform.scale,
             logit_softcap=self.transform.softcap,
-            vocab_size=min(weight.shape[0], self.vocab_size),
+            vocab_size=min(weight.shape[0], self.head_size),
         )
 
     @torch.no_grad()
@@ -79,7 +80,7 @@ class CausalLM:
         call = LossCall([presets.build("sft")], labels, {}, {}, self.vocab_size, None, "basic")
         try:
             with evaluation_mode(self.model):
-                nll = self.model(**inputs, qtarget=call).record.stats["nll"]
+                nll = self.model(**self._readable(inputs), qtarget=call).record.stats["nll"]
         except NonFiniteLogits as error:
             error.what = f"the logits of {self.name}"
             raise
@@ -95,15 +96,25 @@ class CausalLM:
             return states.hidden, whole(weight, states.hidden), None if bias is None else whole(bias, states.hidden)
         return states.hidden, states.weight, states.bias
 
-    def _check_ids(self, ids: Tensor) -> None:
-        """A model with fewer embeddings than the tokenizer has tokens cannot read them all."""
+    def _readable(self, inputs: Inputs) -> Inputs:
+        """The inputs with another token at padding, where the model may have no embedding for the student's.
+
+        Raises:
+            ConfigError: a model with fewer embeddings than the tokenizer has tokens cannot read them all.
+        """
         embeddings = self.base.get_input_embeddings()
         rows = getattr(embeddings, "original_module", embeddings).num_embeddings  # PEFT wraps them to train some tokens
-        if rows < self.vocab_size and int(ids.max()) >= rows:
+        if rows >= self.vocab_size:
+            return inputs
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        if mask is not None and mask.shape == ids.shape:
+            ids = ids.masked_fill(mask == 0, 0)
+        if int(ids.max()) >= rows:
             raise ConfigError(
                 f"a teacher or reference has embeddings for {rows} tokens, fewer than the tokenizer's "
                 f"{self.vocab_size}, and the batch holds token {int(ids.max())}; use one with the same tokenizer"
             )
+        return {**inputs, "input_ids": ids}
 
     @torch.no_grad()
     def check_head(self, inputs: Inputs, mixed_precision: bool = False, tokens: int = 16) -> None:
@@ -116,7 +127,7 @@ class CausalLM:
         Raises:
             ConfigError: they differ; the architecture does something to its logits that is not known here.
         """
-        self._check_ids(inputs["input_ids"])
+        inputs = self._readable(inputs)
         if "position_ids" in inputs:
             starts = (inputs["position_ids"][0, 1:tokens] == 0).nonzero()
             tokens = int(starts[0]) + 1 if len(starts) else tokens

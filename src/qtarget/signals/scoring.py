@@ -201,5 +201,5 @@ def _other_tokens(config: Any, model: Any, name: str) -> str:
         theirs = AutoTokenizer.from_pretrained(name, revision=config.reference_model_revision or "main")
     except (OSError, ValueError):  # weights without a tokenizer beside them
         return ""
-    difference = vocabulary_difference(manifest.tokenizer_of(config, model), theirs) or ""
+    difference = vocabulary_difference(manifest.tokenizer_of(config, model), theirs, added_too=True) or ""
     return difference.replace("the student", "the model").replace("teacher", "reference")

@@ -164,9 +164,7 @@ class TeacherServer:
             mend = "let no other server answer at that address"
             if lacking.cached:
                 mend = f"start vLLM with --no-enable-prefix-caching, which answers whole prompts, and {mend}"
-            raise ConfigError(
-                f"prompt_logprobs was answered by {self._url} before and now {lacking}; {mend}"
-            ) from None
+            raise ConfigError(f"prompt_logprobs was answered by {self._url} before and now {lacking}; {mend}") from None
 
     def _choose(self, listed: Any) -> str:
         """The name to ask for, from the answer of /v1/models."""
@@ -201,9 +199,7 @@ class TeacherServer:
             why = f"it refuses with {refusal}"
         else:
             return
-        raise ConfigError(
-            f"url is {self._url!r}, which gives no prompt_logprobs with token ids ({why}); {mend}"
-        )
+        raise ConfigError(f"url is {self._url!r}, which gives no prompt_logprobs with token ids ({why}); {mend}")
 
     def _ask(self, served: str, sequences: list[list[int]]) -> list[Scored]:
         prompt = [[int(token) for token in ids] for ids in sequences]
