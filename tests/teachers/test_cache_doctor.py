@@ -206,7 +206,7 @@ def every_position(change):
 
 
 def test_a_server_that_answers_after_sampling_settings(world, served, tmp_path, capsys):
-    """Greedy: 0 for one token and -9999 for the rest. A low temperature: all the mass in the kept tokens. Refused, told."""
+    """Greedy: 0 for one token and -9999 for the rest. A low temperature: all the mass is kept. Refused, told."""
     words = ["cache", "build", "--config", world / "config.yaml", "--k", K, "--server", served.url]
 
     def greedy(entries):

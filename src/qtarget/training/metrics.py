@@ -106,8 +106,8 @@ class TokenMeter:
             self._lines_logged += 1
             if self._lines_logged == 1 and abs(share - 1) > 1e-3:
                 trainer.accelerator.print(
-                    f"the update is {share:.3g} of plain SFT's on the same tokens (update_vs_sft). This asks for no other "
-                    f"learning rate under Adam, which divides a constant factor out; only plain SGD would need "
+                    f"the update is {share:.3g} of plain SFT's on the same tokens (update_vs_sft). This asks for no "
+                    "other learning rate under Adam, which divides a constant factor out; only plain SGD would need "
                     f"{rate / share:.3g} for the same step (lr_to_match_sft)"
                 )
 

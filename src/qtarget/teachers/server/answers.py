@@ -118,8 +118,8 @@ class Reader:
                 )
             if value <= _MASKED:
                 raise ConfigError(
-                    f"{what} gives token {token} the log-probability {value:g} at position {position}, which stands for a "
-                    "token that was ruled out: what is left is no longer the teacher's own distribution; "
+                    f"{what} gives token {token} the log-probability {value:g} at position {position}, which stands for "
+                    "a token that was ruled out: what is left is no longer the teacher's own distribution; "
                     f"{_RAW}, without a temperature, top-k or top-p of its own (--generation-config vllm)"
                 )
             found[token] = (float(value), rank if is_whole(rank) else self.vocab_size)
