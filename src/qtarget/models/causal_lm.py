@@ -121,8 +121,8 @@ class CausalLM:
         """Compare logits rebuilt from hidden states with the model's own on a few tokens of the first row.
 
         ``mixed_precision``: the call computes in half precision and returns float32, so that dtypes do not tell.
-        NaN and infinity are left to the loss, which names step and row. Of a row with several documents the first is looked
-        at: a model that is called without this trainer's settings may let them see each other.
+        NaN and infinity are left to the loss, which names step and row. Of a row with several documents the first is
+        looked at: a model that is called without this trainer's settings may let them see each other.
 
         Raises:
             ConfigError: they differ; the architecture does something to its logits that is not known here.

@@ -337,8 +337,8 @@ def _write_shard(
 def _gives_nan(trainer: QTargetTrainer, row: Row) -> DataError:
     who = teacher_settings.describe(teacher_settings.named_teacher(trainer.args))
     return DataError(
-        f"the teacher gives NaN for row {row.number} of the {row.dataset} dataset (it is {who}); check that row, or load the "
-        "teacher in float32 or bfloat16 (teacher_model_init_kwargs: {dtype: ...})"
+        f"the teacher gives NaN for row {row.number} of the {row.dataset} dataset (it is {who}); check that row, or load "
+        "the teacher in float32 or bfloat16 (teacher_model_init_kwargs: {dtype: ...})"
     )
 
 
