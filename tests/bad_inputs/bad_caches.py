@@ -363,6 +363,16 @@ CASES = [
         ("the teacher gives NaN for row 0 of the train dataset (it is ", "broken (revision default, weights "),
         reads=True,
     ),
+    Case(
+        "examined-with-a-student-of-nan",
+        "NaN in the student's weights",
+        lambda b: [
+            *("cache", "doctor", "--config", b.config(dataset_name=b.world / "few", max_length=120), "--rows", 2),
+            *("--cache", b.world / "cache", "--model_name_or_path", b.world / "broken"),
+        ],
+        ("the logits of student ", "broken are NaN or infinite at row 0, position "),
+        reads=True,
+    ),
     built("an-unknown-precision", "no such precision", ["--cache_dtype", "int8"], "cache_dtype is 'int8'"),
     built("no-batch", "0 rows at once", ["--batch_size", "0"], "batch_size is 0; use a whole number from 1"),
     built(

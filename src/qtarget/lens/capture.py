@@ -16,11 +16,11 @@ from torch import Tensor
 
 from qtarget import __version__, files
 from qtarget.data.text import text_of
-from qtarget.errors import ConfigError, DataError
+from qtarget.errors import ConfigError
 from qtarget.lens.page_targets import manifest_targets
 from qtarget.lens.record import FILES, OTHERS, SIGNALS, Writer
 from qtarget.losses import Head, TopK
-from qtarget.losses.log_probs import log_probs
+from qtarget.losses.log_probs import log_probs, refuse_nan
 from qtarget.models.frozen import evaluation_mode
 from qtarget.teachers.fingerprints import template_hash, tokenizer_hash
 from qtarget.teachers.settings import teacher_named_by
@@ -190,20 +190,10 @@ def _tokens(
         log_p = {"student": log_probs(heads["student"], at, vocab)}
         for name, head in heads.items():
             log_p[name] = log_p[name] if name in log_p else log_probs(head, at, vocab, log_p["student"])
-            _refuse_nan(f"{name} {who[name]}", log_p[name], at, first_row)
+            refuse_nan(f"{name} {who[name]}", log_p[name], at, range(first_row, first_row + len(labels)))
         for name, values in _chunk(log_p, shifted[at], top_k).items():
             tokens.setdefault(name, []).extend(values)
     return tokens
-
-
-def _refuse_nan(who: str, log_p: Tensor, at: tuple[Tensor, ...], first_row: int) -> None:
-    """An infinite logit is NaN once it is normalised; one of −∞ rules a token out and may be."""
-    for number in log_p.isnan().any(1).nonzero().flatten().tolist()[:1]:
-        row, position = (int(index[number]) for index in at)
-        raise DataError(
-            f"the logits of {who} are NaN or infinite at row {row + first_row}, position {position + 1}; check its "
-            "weights and that row, or load it in float32 or bfloat16 instead of float16"
-        )
 
 
 def _chunk(log_p: dict[str, Tensor], labels: Tensor, top_k: int) -> dict[str, list]:

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from qtarget.errors import ConfigError, DataError
 from qtarget.losses import Head, TopK, target_distribution, target_loss
-from qtarget.losses.log_probs import log_probs
+from qtarget.losses.log_probs import log_probs, refuse_nan
 from qtarget.models.frozen import evaluation_mode
 from qtarget.targets import Target, presets
 from qtarget.teachers.agreement.measure import joined, on_cpu
 from qtarget.teachers.cache.reader import CachedTeacher
 from qtarget.teachers.joins import read_before
+from qtarget.teachers.settings import describe, named_teacher
 
 if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
@@ -163,6 +164,8 @@ def examine(trainer: QTargetTrainer, cache: CachedTeacher, rows: int, run_target
             for at in zip(row[::every].split(_CHUNK), place[::every].split(_CHUNK), strict=True):
                 y, vocab = batch.shifted[at], trainer.vocab_size
                 log_p, log_t = (log_probs(head, at, vocab) for head in (student, live))
+                refuse_nan(f"student {trainer.student.name}", log_p, at, numbers)
+                refuse_nan(f"teacher {describe(named_teacher(trainer.args))}", log_t, at, numbers)
                 logprobs = cached.logprobs[at].float()
                 gap = (log_t.gather(1, cached.ids[at].long()) - logprobs).abs()
                 gap = torch.where(logprobs > -1e3, gap, 0.0).amax(-1)
