@@ -10,6 +10,7 @@ import tiny_models
 from qtarget import own_code
 from qtarget.cli.__main__ import main
 from qtarget.evaluation.grading import Grader
+from qtarget.targets.parts import load_object
 
 TARGET = """
 import sys
@@ -78,7 +79,7 @@ def test_an_installed_module_is_the_one(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     token = own_code.FOLDERS.set((str(tmp_path),))
     try:
-        assert callable(own_code.load_object("colorsys:rgb_to_hsv", "target"))
+        assert callable(load_object("colorsys:rgb_to_hsv", "target"))
     finally:
         own_code.FOLDERS.reset(token)
 

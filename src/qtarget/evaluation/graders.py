@@ -17,19 +17,19 @@ read is unknown. qtarget's own graders read what follows the thinking. The final
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import inspect
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qtarget import own_code
 from qtarget.errors import ConfigError, DataError, unknown
 from qtarget.evaluation import equality, extraction
 from qtarget.evaluation.extraction import final_answer, marked, normal
-from qtarget.own_code import load_object
 
 # A judgement that takes more memory than this fails instead of taking the machine with it; qtarget's own graders only,
 # since a user's may map a model.
@@ -67,6 +67,8 @@ def check(name: str, columns: Sequence[str] | None = None) -> None:
     if kind is None and ":" not in name:
         raise unknown("verifier", name, (*_KINDS, _OWN))
     if kind is None:
+        from qtarget.targets.parts import load_object
+
         if not callable(load_object(name, "verifier")):
             raise ConfigError(
                 f"verifier is {name!r}, which is no function; name one of (text, row) that returns a bool"
@@ -105,12 +107,16 @@ def version(name: str) -> str:
         return f"qtarget-{extraction.VERSION}" + (
             f" {package}-{importlib.metadata.version(package)}" if package else ""
         )
-    load_object(name, "verifier")
     try:
-        source = inspect.getsource(sys.modules[name.partition(":")[0]])
+        source = inspect.getsource(_module(name))
     except (OSError, TypeError):  # no source to be read: an extension, say
         return "unknown"
     return f"sha256-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+
+
+def _module(name: str) -> Any:
+    with own_code.searched():
+        return importlib.import_module(name.partition(":")[0])
 
 
 def _kind(name: str) -> _Kind | None:
@@ -130,7 +136,8 @@ def load(name: str, whole_text: bool = False) -> Grade:
         return _after_thinking(_math if name == "math" else _math_of_the_whole)
     if not is_code(name):
         return _after_thinking(_reasoning_gym(name.partition(":")[2], whole_text))
-    own = load_object(name, "verifier")
+    # Not load_object: it imports torch, for which a child that was killed would wait each time.
+    own = getattr(_module(name), name.partition(":")[2])
     return lambda text, row: _verdict(name, own(text, row))
 
 

@@ -7,10 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from qtarget.errors import ConfigError, check_range, unknown
-from qtarget.own_code import load_object
 from qtarget.targets import peers, presets
 from qtarget.targets.divergence import FORWARD_KL, as_divergence
-from qtarget.targets.parts import call, part_from_config, part_to_config
+from qtarget.targets.parts import call, load_object, part_from_config, part_to_config
 from qtarget.targets.residual import Residual, Term
 from qtarget.targets.target import Target
 from qtarget.targets.trust import Rule

@@ -156,8 +156,8 @@ def _target(value: str | None) -> Any:
 def induced(options: Any) -> int:
     import torch
 
-    from qtarget.own_code import load_object
     from qtarget.targets.induced import RULES, induced_target
+    from qtarget.targets.parts import load_object
 
     loss = load_object(options.loss, "loss")
     if not callable(loss):

@@ -143,8 +143,8 @@ def _record(name: str) -> dict[str, Any]:
 
 def _own(path: str) -> Preset:
     """What the code of the user's own target says of it, as an entry."""
-    from qtarget.own_code import load_object
     from qtarget.targets import Target, presets
+    from qtarget.targets.parts import load_object
     from qtarget.targets.presets.entry import Preset
 
     made = load_object(path, "target")
