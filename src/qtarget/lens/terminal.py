@@ -122,7 +122,7 @@ def comparison(record: Record, extra: Target | None = None) -> Table:
             str(target),
             f"{summary.trust:.3f}",
             f"{summary.update:.3f}",
-            f"{summary.update_vs_sft:.2f}",
+            "-" if np.isnan(summary.update_vs_sft) else f"{summary.update_vs_sft:.2f}",  # sft has nothing left to ask
             f"{summary.carries_90:.0%}",
             f"{summary.off_simplex:.0%}",
             f"{error} k is too small" if summary.k_is_too_small else error,
