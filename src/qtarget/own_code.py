@@ -13,6 +13,8 @@ from typing import Any
 # The command line's current folder and that of its config file.
 FOLDERS: ContextVar[tuple[str, ...]] = ContextVar("FOLDERS", default=())
 
+_IMPORTED: dict[str, str] = {}  # module → the folder it was found in
+
 
 def look_in(folder: str | Path) -> None:
     """Find own code in this folder too, after those that are searched already."""
@@ -22,14 +24,25 @@ def look_in(folder: str | Path) -> None:
 
 @contextmanager
 def searched() -> Iterator[None]:
-    """The folders at the end of the path, so that nothing in them stands for an installed package."""
-    added = [folder for folder in FOLDERS.get() if folder not in sys.path]
+    """The folders at the end of the path, so that nothing in them stands for an installed package.
+
+    What an earlier call imported from a folder that is no longer among them is forgotten: its name may be another's here.
+    """
+    for name in [name for name, folder in _IMPORTED.items() if folder not in FOLDERS.get()]:
+        del _IMPORTED[name]
+        sys.modules.pop(name, None)
+    added, before = [folder for folder in FOLDERS.get() if folder not in sys.path], {*sys.modules}
     sys.path.extend(added)
     importlib.invalidate_caches()
     try:
         yield
     finally:
         sys.path[:] = [folder for folder in sys.path if folder not in added]
+        for name in {*sys.modules} - before:
+            file = getattr(sys.modules[name], "__file__", None) or ""
+            for folder in added:
+                if Path(folder) in Path(file).parents:
+                    _IMPORTED[name] = folder
 
 
 def hidden_by(module: Any) -> Path | None:

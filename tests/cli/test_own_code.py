@@ -74,6 +74,20 @@ def test_in_the_current_folder(what, trusts, module, capsys):
     assert json.loads(capsys.readouterr().out)["name"] == f"{name}:{what}"
 
 
+def test_another_folders_module_of_the_same_name(tmp_path, capsys):
+    """In one process: each config has the code that lies beside it."""
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "own_twice.py").write_text(f"from qtarget import Target\nmine = Target(trust=0.{number})\n")
+        token = own_code.FOLDERS.set((str(folder),))
+        try:
+            assert load_object("own_twice:mine", "target").trust.value == number / 10
+        finally:
+            own_code.FOLDERS.reset(token)
+    sys.modules.pop("own_twice")
+
+
 def test_an_installed_module_is_the_one(monkeypatch, tmp_path):
     (tmp_path / "colorsys.py").write_text("mine = 1\n")
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
