@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -259,6 +260,17 @@ def test_an_even_tail_is_another_target(some, tmp_path):
     for tail, values in wanted.items():
         assert losses[tail] == pytest.approx(float(torch.cat(values).mean()), rel=2e-4)
     assert losses["student"] != pytest.approx(losses["even"], rel=1e-3)
+
+
+def test_a_pad_token_added_since(world, some, tmp_path, capsys):
+    """No row of the cache holds it, so that the cache is trained from as before."""
+    more = copy.deepcopy(tiny_models.tokenizer())
+    more.add_special_tokens({"pad_token": "<pad>"})
+    tiny_models.trained_model(vocab=VOCAB + 1).save_pretrained(tmp_path / "model")
+    more.save_pretrained(tmp_path / "model")
+    words = ["train", "--config", world / "config.yaml", "--teacher_cache", some, "--max_steps", 1]
+    words += ["--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "run"]
+    assert main([str(word) for word in words]) == 0
 
 
 # -- what it is not for --------------------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
+from qtarget import own_code
 from qtarget.cli import terminal
 from qtarget.errors import QTargetError, unknown
 
@@ -58,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if debug:
         rest.remove("--debug")
+    own_code.FOLDERS.set((os.getcwd(),))
     try:
         if verb not in VERBS:
             raise unknown("verb", verb, VERBS)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qtarget import own_code
 from qtarget.cli import yaml_text
 from qtarget.errors import ConfigError
 from qtarget.teachers import mapping
@@ -111,6 +112,7 @@ def read(arguments: Sequence[str]) -> Settings:
     if config_file is True or isinstance(config_file, list):
         raise ConfigError("--config stands without its value or with several; write --config FILE")
     if config_file is not None:
+        own_code.look_in(Path(str(config_file)).parent)
         from_file, text = _read_file(str(config_file), settings.faults)
         settings.unreadable = from_file is None
         settings.notes = {key: value for key, value in (from_file or {}).items() if key in recipe.NOTES}

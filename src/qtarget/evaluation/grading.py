@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qtarget import own_code
 from qtarget.errors import ConfigError
 from qtarget.evaluation import graders
 
@@ -94,7 +95,8 @@ class Grader:
             return
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.name, self._whole_text), daemon=True)
+        given = theirs, self.name, self._whole_text, own_code.FOLDERS.get()
+        self._process = context.Process(target=_serve, args=given, daemon=True)
         with _without_script():
             self._process.start()
         theirs.close()  # else its end would not be seen here
@@ -164,10 +166,11 @@ def _shared_grader() -> Grader:
     return Grader("math", 10.0)
 
 
-def _serve(pipe: Any, name: str, whole_text: bool) -> None:
+def _serve(pipe: Any, name: str, whole_text: bool, folders: tuple[str, ...]) -> None:
     """The child: load the grader, say so, then answer until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    own_code.FOLDERS.set(folders)
     try:
         grade = graders.load_in_child(name, whole_text)
     except BaseException as error:

@@ -169,6 +169,8 @@ class QTargetConfig(SFTConfig):
             )
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch warns on every start
+        if self.metric_for_best_model:  # TRL's name for what is logged as accuracy
+            self.metric_for_best_model = self.metric_for_best_model.replace("mean_token_accuracy", "accuracy")
         super().__post_init__()
         faults = [
             f"{name} is {getattr(self, name)!r}; write a mapping, as in {{dtype: bfloat16}}"

@@ -104,8 +104,8 @@ class QTargetTrainer(HostHooks):
         self.reads_reference_column, faults = checks.reference_column(args, sets, reference_model is not None)
         teacher_given = teacher_model is not None
         raise_together([*checks.before_loading(model, args, objectives, sets, kwargs, teacher_given), *faults])
-        if (teacher_given or args.names_teacher) and not any("teacher" in o.requires for o in objectives):
-            logger.warning(f"a teacher is given, but target {self.objective} does not need it; it is not loaded")
+        asks_teacher = any("teacher" in objective.requires for objective in objectives)
+        self._idle_teacher = (teacher_given or args.names_teacher) and not asks_teacher
         engine.choose(args.loss_backend, args.device, torch.float32, "loss_backend")
         self.rows = RowPreparer(args, *objectives, self.reads_reference_column, self.opens_teacher)
         self.step_batches, self.checkpoints, self.side_files = StepBatches(), AtomicCheckpoints(), SideFiles()
@@ -342,6 +342,8 @@ class QTargetTrainer(HostHooks):
             self._resume(Path(folder))
             self.accelerator.print(f"resumed at step {checkpoints.step_of(folder)} from {folder}")
         self.accelerator.print(self.describe())
+        if self._idle_teacher:
+            logger.warning(f"a teacher is given, but target {self.objective} does not need it; it is not loaded")
         if self.args.teacher_check_rows and self.reads_teacher:
             from qtarget.teachers.agreement import measure  # it takes a trainer
 
