@@ -58,7 +58,9 @@ def teacher_log_probs(
             yield log_probs(teacher, at, trainer.vocab_size), at[0]
 
 
-def server_scorer(trainer: QTargetTrainer, url: str, model: str | None, k: int) -> tuple[Scorer, str]:
+def server_scorer(
+    trainer: QTargetTrainer, url: str, model: str | None, k: int, timeout: float = 120.0
+) -> tuple[Scorer, str]:
     """A scorer that sends a server the ids the teacher is to read, and what the server calls its model.
 
     Raises:
@@ -68,7 +70,7 @@ def server_scorer(trainer: QTargetTrainer, url: str, model: str | None, k: int) 
 
     if faults := teacher_settings.tokenizer_faults(trainer.args, trainer.tokenizer):
         raise ConfigError(faults)
-    server = TeacherServer(url, model, k=k, vocab_size=trainer.vocab_size)
+    server = TeacherServer(url, model, k=k, vocab_size=trainer.vocab_size, timeout=timeout)
 
     def score(rows: list[dict[str, Any]]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         sequences, places = [], []
