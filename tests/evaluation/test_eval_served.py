@@ -76,7 +76,7 @@ def manifest(folder):
 @pytest.fixture(scope="module")
 def in_process(folder, tasks, tmp_path_factory):
     output = tmp_path_factory.mktemp("results") / "run"
-    assert main(words(tasks, output, model=folder)) == 0
+    assert main(words(tasks, output, model=folder, dtype="float32")) == 0
     return output
 
 

@@ -124,7 +124,7 @@ def test_choices_in_another_order(serve):
 
 @pytest.mark.parametrize("tail", ["", "/", "/v1", "/v1/"])
 def test_check_names_the_model(serve, tail):
-    assert client(serve().url + tail).check() == "teacher"
+    assert client(serve().url + tail).check().name == "teacher"
 
 
 def test_score_checks_first(serve):
@@ -488,5 +488,5 @@ def test_the_key_of_the_environment(serve, monkeypatch, tmp_path):
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password other\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-right\n")
-    assert client(server.url).check() == "teacher"
+    assert client(server.url).check().name == "teacher"
     refused(client(server.url, api_key="").check, r"^api_key is not set ")

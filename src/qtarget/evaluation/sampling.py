@@ -208,25 +208,23 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(name, revision=revision or "main")
 
 
-def model_config(name: str, revision: str | None = None) -> Any:
-    """The config of a model, or ConfigError."""
+def positions(name: str, revision: str | None = None) -> int | None:
+    """How many positions a model has, told without its weights; None where that is unlimited. Raises ConfigError."""
     from transformers import AutoConfig
 
     with loading("model", name):
-        return AutoConfig.from_pretrained(name, revision=revision or "main")
-
-
-def positions(name: str, revision: str | None = None) -> int | None:
-    """How many positions a model has, told without its weights; None where that is unlimited. Raises ConfigError."""
-    return getattr(model_config(name, revision).get_text_config(), "max_position_embeddings", None)
+        config = AutoConfig.from_pretrained(name, revision=revision or "main")
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def generation_config(name: str, revision: str | None = None) -> Any:
-    """The generation settings that a model gets when it is loaded, without its weights."""
-    try:
+    """The generation settings that a model has once it is loaded, without its weights. Raises ConfigError."""
+    from transformers import AutoConfig
+
+    with contextlib.suppress(OSError):  # it has none
         return GenerationConfig.from_pretrained(name, revision=revision or "main")
-    except OSError:  # it has none
-        return GenerationConfig.from_model_config(model_config(name, revision))
+    with loading("model", name):
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(name, revision=revision or "main"))
 
 
 def end_tokens(tokenizer: Any, generation_config: Any = None) -> frozenset[int]:

@@ -76,8 +76,9 @@ def build(options: Any) -> int:
     plan = cache_build.plan(trainer, options.shard_tokens)
     scorer, about = None, cache_build.about(trainer)
     if server:
+        longest = 0 if run.config.teacher_context else max(row.length for row in plan.rows)
         scorer, served = cache_scorers.server_scorer(
-            trainer, options.server, options.server_model, k, timeout=options.server_timeout
+            trainer, options.server, options.server_model, k, longest, options.server_timeout
         )
         about["teacher"] |= {"weights": None, "served_as": served}
     cache_build.check_folder(folder, plan, k, dtype, about)

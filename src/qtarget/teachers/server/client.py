@@ -6,8 +6,8 @@ whose tokens are text is refused.
 Every answer is checked against what was sent before any of it is used: a cache is read for months, and a server that
 adds a token or serves another model answers as readily as the right one.
 
-Tested against a server with the same wire format, which answers from a real model (tests/helpers/fake_server.py), and not
-against vLLM itself.
+Tested against a server with the same wire format, which answers from a real model (tests/helpers/fake_server.py), and
+against vLLM by `make vllm-check`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 from typing import Any
 
 from qtarget.errors import ConfigError, raise_together
-from qtarget.models.server import Refused, Server, is_whole
+from qtarget.models.server import Refused, Served, Server, is_whole
 from qtarget.teachers.server.answers import NotSpoken, Reader, Scored
 
 # Any vocabulary of two has these ids; two lengths, to see that the server takes several prompts in a request.
@@ -49,23 +49,23 @@ class TeacherServer:
         self._k, self._vocab_size = k, vocab_size
         self._served: str | None = None  # the model's name, once a probe was answered as it must be
 
-    def check(self) -> str:
+    def check(self) -> Served:
         """Ask which models are served, and by a tiny request whether the server gives log-probabilities.
 
         Returns:
-            the served model's name.
+            the served model.
 
         Raises:
             ConfigError: the server cannot be reached, does not serve the model, gives no prompt_logprobs with token ids,
                 or allows less than k.
         """
         self._served = None
-        served = self.server.served().name
+        served = self.server.served()
         try:
-            self._probe(served)
+            self._probe(served.name)
         except Refused as refusal:
-            raise self._refusal(refusal, served) from None
-        self._served = served
+            raise self._refusal(refusal, served.name) from None
+        self._served = served.name
         return served
 
     def score(self, sequences: list[list[int]]) -> list[Scored]:
@@ -91,7 +91,7 @@ class TeacherServer:
                     )
         if not sequences:
             return []
-        served = self._served or self.check()
+        served = self._served or self.check().name
         try:
             return self._ask(served, sequences)
         except Refused as refusal:
