@@ -1,4 +1,4 @@
-"""A model behind an inference server: which it serves, its answers in order, and a second try where that helps.
+"""A model behind an inference server: which it serves, and a second try where that helps.
 
 What is asked and what an answer must hold is the callers': a teacher's log-probabilities
 (``teachers/server/client.py``), samples (``evaluation/served.py``).
@@ -136,7 +136,9 @@ class Server:
         name = self._model or next(iter(entries))
         if name not in entries:
             raise ConfigError(f"server_model is {name!r}, which {self.url} does not serve; name one of: {names}")
-        root, longest = (entries[name].get(field) for field in ("root", "max_model_len"))
+        root, longest, parent = (entries[name].get(field) for field in ("root", "max_model_len", "parent"))
+        if longest is None and parent in entries:  # an adapter, which has its base's
+            longest = entries[parent].get("max_model_len")
         return Served(name, root if isinstance(root, str) else None, longest if is_whole(longest) else None)
 
     def version(self) -> str | None:
