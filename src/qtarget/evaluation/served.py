@@ -17,7 +17,7 @@ from qtarget.evaluation.sampling import Completion, Request, decoded, end_tokens
 from qtarget.models.server import Refused, Server
 from qtarget.teachers.fingerprints import Model, weights_hash
 
-_LEAST_TEMPERATURE = 0.01  # vLLM puts it in place of a smaller one
+LEAST_TEMPERATURE = 0.01  # vLLM puts it in place of a smaller one
 # A model's generation settings are a vLLM server's defaults; a sample is drawn from the model itself.
 _OFF = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
@@ -92,11 +92,6 @@ class ServedSampler:
         temperature: float,
         top_p: float,
     ):
-        if temperature < _LEAST_TEMPERATURE:
-            raise ConfigError(
-                f"temperature is {temperature:g}, in whose place vLLM takes {_LEAST_TEMPERATURE:g}; use that, or --n 0 "
-                "for the greedy answer alone"
-            )
         self._server, self._name = served.server, served.entry.name
         self.tokenizer, self.ends = tokenizer, end_tokens(tokenizer, generation_config)
         self.temperature, self.top_p, self.max_new_tokens = temperature, top_p, max_new_tokens
@@ -147,7 +142,7 @@ class ServedSampler:
         if finish not in ("stop", "length"):
             raise ConfigError(f"finish_reason is {finish!r} in the answer of {url}; look into the server's log")
         completion = decoded(self.tokenizer, self.ends, ids)
-        if finish == "stop" != completion.finish:
+        if finish == "stop" and completion.finish == "length":
             raise ConfigError(
                 f"finish_reason is 'stop' in the answer of {url}, and its last token {ids[-1]} ends no turn of --model; "
                 "serve the model that --model names"

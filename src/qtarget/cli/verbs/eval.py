@@ -145,8 +145,13 @@ def _served(options: Any) -> Any:
         return None
     if options.dtype is not None:
         raise ConfigError(f"dtype is {options.dtype!r}, and the server has loaded the model; give --dtype to vLLM")
-    from qtarget.evaluation.served import ServedModel
+    from qtarget.evaluation.served import LEAST_TEMPERATURE, ServedModel
 
+    if options.n and options.temperature < LEAST_TEMPERATURE:
+        raise ConfigError(
+            f"temperature is {options.temperature:g}, in whose place vLLM takes {LEAST_TEMPERATURE:g}; use that, or "
+            "--n 0 for the greedy answer alone"
+        )
     return ServedModel(
         options.server, options.server_model, timeout=options.server_timeout, connections=options.batch_size
     )
