@@ -226,6 +226,7 @@ CASES = [
     setting(
         "negative-noise", "noise below zero", "neftune_noise_alpha is -1.0; use a number from 0", neftune_noise_alpha=-1
     ),
+    setting("padding-to-a-number", "nothing: a number beside a word", (), pad_to_multiple_of=8),
     setting(
         "padding-to-nothing",
         "multiples of 0",
