@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from qtarget.cli import recipe, setup
 from qtarget.cli.settings import Settings
+from qtarget.cli.terminal import tell
 from qtarget.errors import ConfigError, loading, raise_together
 from qtarget.planning import memory, shapes, workload
 from qtarget.planning import steps as arithmetic
@@ -156,13 +156,6 @@ def _rows(asked: setup.Run, faults: list[str]) -> tuple[int | None, str]:
 
 
 # -- what is told ------------------------------------------------------------------------------------------------
-
-
-def tell(what: str, text: str) -> None:
-    first, *more = textwrap.wrap(text, 104, break_long_words=False, break_on_hyphens=False) or [""]
-    print(f"  {what:<10}{first}")
-    for line in more:
-        print(f"  {'':<10}{line}")
 
 
 def show_head(found: Found, what: str, texts: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from trl.trainer.utils import global_then_local_main_first
 from qtarget.data.batch import Batch
 from qtarget.data.columns import REFERENCE, UID, TokenColumnCollator, TokenColumns
 from qtarget.data.messages import RowReader, trained_columns
+from qtarget.data.picture import Picture, Source, of
 from qtarget.data.preparation import Preparation
 from qtarget.data.tokenising import Tokeniser, tokenised
 from qtarget.data.validation import checked_tokens, without_padding
@@ -56,6 +57,8 @@ class RowPreparer:
         self.columns = TokenColumns(tuple(names), tuple(objective.sources), args.source_column)
         self.join: CacheJoin | ContextJoin | None = None
         self.without_labels: dict[str, int] = {}
+        self._source: Source | None = None
+        self._picture: Picture | None = None
 
     # -- preparation ---------------------------------------------------------------------------------------------
 
@@ -109,7 +112,29 @@ class RowPreparer:
             columns=self.columns,
             join=self.join if self._asks(objective.requires) else None,
         )
+        if name == "train" and self._picture is None:
+            self._source = Source(
+                dataset,
+                tokenizer,
+                seen=slice(None) if "seq_lengths" in columns else prepare.seen,
+                drops=args.max_length is not None and not packing,
+                split=args.max_length if packing and args.packing_strategy == "bfd_split" else None,
+                as_tokens="input_ids" in columns,
+                chat_template=trainer.chat_template,
+                assistant_only=args.assistant_only_loss,
+                completion_only=trainer.completion_only_loss,
+            )
         return prepare(dataset, name, self.without_labels)
+
+    def picture(self, stops: Collection[int]) -> Picture | None:
+        """What will be trained, counted once; None where the rows were not prepared here.
+
+        Args:
+            stops: ids at which the saved model will stop generating.
+        """
+        if self._source is not None:
+            self._picture, self._source = of(replace(self._source, stops=stops)), None
+        return self._picture
 
     def _asks(self, requires: frozenset[str]) -> bool:
         return "teacher" in requires or self._opens_teacher

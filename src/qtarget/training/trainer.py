@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from qtarget.data.batch import Batch
 from qtarget.data.columns import SOURCE_ID, columns_for
+from qtarget.data.picture import Picture
 from qtarget.errors import ConfigError, raise_together
 from qtarget.losses import Head, TopK, engine
 from qtarget.models.causal_lm import CausalLM
@@ -130,6 +131,15 @@ class QTargetTrainer(HostHooks):
         self.meter = TokenMeter(self.rows.columns.sources, self.accelerator, history)
         self._heads_checked = False
         self._backends: dict[int, str] = {}
+
+    def picture(self) -> Picture | None:
+        """What will be trained: rows, tokens by role, cuts, ends; None where the rows were not prepared here.
+
+        Example:
+            >>> print(trainer.picture())  # doctest: +SKIP
+            8 rows, 247 tokens, 96 trained (38.9%): prompt 0 of 151, completion 96 of 96
+        """
+        return self.rows.picture(self.student.stop_tokens(self.tokenizer))
 
     # -- the models, asked about a batch -------------------------------------------------------------------------
 
@@ -336,6 +346,10 @@ class QTargetTrainer(HostHooks):
         if folder is not None:
             self._resume(Path(folder))
         self.accelerator.print(self.describe())
+        if (picture := self.picture()) is not None and not picture.told and self.is_world_process_zero():
+            print(f"data: {picture}")
+            for sentence in picture.warnings:
+                logger.warning(sentence)
         if self.args.teacher_check_rows and self.reads_teacher:
             from qtarget.teachers.agreement import measure  # it takes a trainer
 

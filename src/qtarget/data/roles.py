@@ -1,0 +1,83 @@
+"""Which token of a rendered conversation belongs to whose message."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+# What the template writes before the first message: a system prompt of its own, or tools.
+TEMPLATE = "template"
+
+
+def of_tokens(
+    row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], tokenizer: Any, chat_template: str | None
+) -> list[str] | None:
+    """The role of each token of ``row["input_ids"]``, headers and ends of turns included.
+
+    Args:
+        row: a tokenised row, before it is cut, with what its conversation was rendered with (tools,
+            chat_template_kwargs). messages: its conversation. chat_template: in place of the tokenizer's own.
+
+    Returns:
+        None where it cannot be told: the template writes a turn another way when more follow, or joins two.
+    """
+    tools = row.get("tools")
+    how = {"tools": json.loads(tools) if isinstance(tools, str) else tools, "chat_template": chat_template}
+    how |= row.get("chat_template_kwargs") or {}
+
+    def render(some: Sequence[Mapping[str, Any]]) -> str | None:
+        try:
+            return tokenizer.apply_chat_template(list(some), tokenize=False, **how)
+        except Exception:  # a template may refuse the beginning of a conversation, by any kind of error
+            return None
+
+    text = render(messages)
+    try:
+        read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    except (NotImplementedError, ValueError):  # a slow tokenizer has no offsets
+        return None
+    ends = None if text is None else _ends(messages, text, render)
+    if ends is None or list(read["input_ids"]) != list(row["input_ids"]):
+        return None
+    roles = [str(message["role"]) for message in messages]
+    if first := _preamble(messages[0], text[: ends[0]], render, tokenizer.bos_token):
+        roles, ends = [TEMPLATE, *roles], [first, *ends]
+    last = [max(begin, end - 1) for begin, end in read["offset_mapping"]]
+    return [roles[place] for place in np.searchsorted(ends, last, side="right")]
+
+
+def _ends(messages: Sequence[Any], text: str, render: Callable[[Sequence[Any]], str | None]) -> list[int] | None:
+    """Where each message ends in the rendered text."""
+    ends: list[int | None] = []
+    for number in range(1, len(messages)):
+        begun = render(messages[:number])
+        ends.append(len(begun) if begun is not None and text.startswith(begun) else None)
+    ends.append(len(text))
+    # A turn may be written another way while it is the last one (Qwen3 shows its thinking only then). It ends where
+    # the next one begins, whose text is seen when the turn in question is left out.
+    for number in reversed(range(len(messages) - 1)):
+        after = ends[number + 1]
+        if ends[number] is not None or after is None:
+            continue
+        before = (ends[number - 1] if number else 0) or 0
+        without = render([*messages[:number], messages[number + 1]])
+        turn = without[before:] if without is not None and without.startswith(text[:before]) else ""
+        if turn and text[before:after].endswith(turn):
+            ends[number] = after - len(turn)
+        elif messages[number]["role"] == messages[number + 1]["role"]:
+            ends[number] = after  # whose it is does not depend on the place
+    known = [end for end in ends if end is not None]
+    return known if len(known) == len(ends) and known == sorted(known) else None
+
+
+def _preamble(first: Any, turn: str, render: Callable[[Sequence[Any]], str | None], bos: str | None) -> int:
+    """Characters before the first message: what is not written again when that message is given twice."""
+    twice = render([first, first])
+    if twice is None or not twice.startswith(turn) or len(twice) <= len(turn):
+        return 0
+    again = twice[len(turn) :]
+    before = turn.removesuffix(again) if turn.endswith(again) else ""
+    return len(before) if before.strip() not in ("", bos) else 0
