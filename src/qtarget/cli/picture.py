@@ -15,11 +15,8 @@ _LONGEST = 2000  # characters of a row; of a longer one the beginning and the en
 _MARKS = ("«", "»")  # where there are no colours
 
 
-def show(picture: Picture | None, rows: int) -> None:
+def show(picture: Picture, rows: int) -> None:
     """Print it. rows: shown as text."""
-    if picture is None:
-        terminal.tell("trained", "not known: the rows were prepared elsewhere (skip_prepare_dataset)")
-        return
     for what, text in _lines(picture):
         terminal.tell(what, text)
     for sentence in picture.warnings:
@@ -42,7 +39,7 @@ def _lines(picture: Picture) -> list[tuple[str, str]]:
         lines.append(("untrained", f"{picture.untrained:,} rows without a trained token; {fate}"))
     for number, end in enumerate(picture.ends):
         stops = "generation stops at it" if end.stops else "generation does not stop at it"
-        lines.append(("" if number else "ends with", f"{_visible(end.text)} in {end.rows:,} rows; {stops}"))
+        lines.append(("" if number else "ends with", f"{end} in {end.rows:,} of {picture.ended:,} rows; {stops}"))
     return lines
 
 
@@ -84,7 +81,3 @@ def _shortened(spans: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
 def _printable(text: str) -> str:
     """Nothing that a terminal would obey but line breaks."""
     return "".join(c if c.isprintable() or c == "\n" else f"\\u{{{ord(c):x}}}" for c in text)
-
-
-def _visible(text: str) -> str:
-    return text if text.isprintable() and text.strip() else repr(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -109,6 +110,7 @@ def check(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains:
     if config is not None:
         settings.faults += _output_faults(config) if trains else []
         objectives = [config.resolve_objective(), config.resolve_eval_objective()]
+        settings.faults += checks.target_faults(objectives)
         settings.faults += checks.missing_teacher(config, objectives, False) + _resume_faults(config)
         settings.faults += checks.adapter_on_head(model.lora_target_modules) if model.use_peft else []
     raise_together(settings.faults)
@@ -310,12 +312,16 @@ def _comes_of_loading(error: Exception) -> bool:
 def _without_weights(model: Any, config: Any) -> tuple[Any, Any]:
     """A student that has a shape and no numbers, and its tokenizer."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     loading = {"revision": model.model_revision, "trust_remote_code": config.trust_remote_code}
     shape = AutoConfig.from_pretrained(model.model_name_or_path, **loading)
     with torch.device("meta"):
         student = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
     student.hf_device_map = {"": "meta"}  # so that nothing tries to move it
+    with contextlib.suppress(OSError):  # a model need not have one
+        student.generation_config = GenerationConfig.from_pretrained(
+            model.model_name_or_path, revision=model.model_revision
+        )
     config.model_init_kwargs = None
     return student, AutoTokenizer.from_pretrained(model.model_name_or_path, **loading)

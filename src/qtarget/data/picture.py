@@ -55,6 +55,9 @@ class End:
     rows: int
     stops: bool
 
+    def __str__(self) -> str:
+        return self.text if self.text.startswith("<") and self.text.isprintable() else repr(self.text)
+
 
 @dataclass
 class Picture:
@@ -93,6 +96,7 @@ class Picture:
     ends_masked: int = 0
     stops: list[str] = field(default_factory=list)
     doubled: dict[str, tuple[int, int]] = field(default_factory=dict)
+    as_tokens: bool = field(default=False, repr=False)  # whether the rows came as token ids
     told: bool = field(default=False, repr=False)  # whether somebody printed it, so that it need not be logged
     _shown: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list, repr=False)
     _tokenizer: Any = field(default=None, repr=False)
@@ -110,8 +114,8 @@ class Picture:
     def _cuts(self) -> Iterator[str]:
         if self.cut:
             yield (
-                f"{self.cut:,} of {self.given:,} rows are cut at max_length: {self.labels_lost:,} trained tokens are lost, "
-                f"and {self.ends_lost:,} rows lose their end; the longest row has {self.longest:,} tokens, raise "
+                f"{self.cut:,} of {self.given:,} rows are cut at max_length: {self.labels_lost:,} trained tokens are "
+                f"lost, and {self.ends_lost:,} rows lose their end; the longest row has {self.longest:,} tokens, raise "
                 "max_length or leave such rows out"
             )
 
@@ -130,10 +134,8 @@ class Picture:
         elif wrong and wrong[0].token in _special(self._tokenizer):
             yield f'{said} (it stops at {stops}); set eos_token: "{wrong[0].text}", or end the rows with {stops}'
         else:
-            yield (
-                f"{said} (it stops at {stops}): no end is taught; end each assistant's turn with it in the chat template "
-                "(chat_template_path), or the rows' token ids with its id"
-            )
+            where = "rows" if self.as_tokens else "assistant's turns in the chat template (chat_template_path)"
+            yield f"{said} (it stops at {stops}): no end is taught; end the {where} with {stops}"
 
     def _doubles(self) -> Iterator[str]:
         for token, (rows, first) in self.doubled.items():
@@ -162,7 +164,7 @@ class Picture:
 
 
 def _listed(ends: list[End]) -> str:
-    return " or ".join(end.text for end in ends[:_LISTED]) or "another token"
+    return " or ".join(map(str, ends)) or "another token"
 
 
 def of(source: Source) -> Picture:
@@ -172,7 +174,7 @@ def of(source: Source) -> Picture:
     whole = isinstance(dataset, Dataset)
     first = list(itertools.islice(dataset.with_format(None), SAMPLE))
     names = [name for name in names if first and name in first[0]]
-    picture = Picture(of_stream=not whole, dropped=source.drops, _tokenizer=tokenizer)
+    picture = Picture(of_stream=not whole, dropped=source.drops, as_tokens=source.as_tokens, _tokenizer=tokenizer)
     picture.stops = [text_of(tokenizer, token) for token in sorted(source.stops)]
     if not first:
         return picture
@@ -272,7 +274,9 @@ class _Counts:
         while True:
             last = batch.last(tokens)
             at = last[last >= 0]
-            blank = np.isin(batch.ids[at], [token for token in np.unique(batch.ids[at]).tolist() if self._is_blank(token)])
+            blank = np.isin(
+                batch.ids[at], [token for token in np.unique(batch.ids[at]).tolist() if self._is_blank(token)]
+            )
             if not blank.any():
                 return last
             tokens[at[blank]] = False

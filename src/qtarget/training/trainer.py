@@ -74,6 +74,8 @@ class QTargetTrainer(HostHooks):
     _name = "QTarget"
     # Whether rows are joined to the teacher even where no target asks one.
     opens_teacher = False
+    # Whether teacher and reference are loaded.
+    loads_models = True
     args: QTargetConfig
     objective: Objective
     eval_objective: Objective
@@ -118,7 +120,8 @@ class QTargetTrainer(HostHooks):
         self.data_collator = self.rows.collator(self.data_collator)
         add_target_forward(CausalLM(self.model, 0).base)
         self.vocab_size = real_vocabulary_size(self.tokenizer)
-        roles = self._roles(self.objective.requires | self.eval_objective.requires)
+        requires = self.objective.requires | self.eval_objective.requires
+        roles = self._roles(requires) if self.loads_models else frozenset()
         self.aux = self._load(roles, teacher_model, reference_model, self.rows.join)
         theirs = None if self.aux.teacher is None else self.aux.teacher.ends_with
         ends = self.tokenizer.eos_token_id, theirs, args.teacher_end_token
@@ -394,6 +397,12 @@ class QTargetTrainer(HostHooks):
             yield self
         finally:
             self.eval_objective = before
+
+
+class DryTrainer(QTargetTrainer):
+    """Prepares rows and checks them as training would; its student may be without weights, and nothing else is loaded."""
+
+    loads_models = False
 
 
 class RowsTrainer(QTargetTrainer):

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtarget.cli import fields, setup, terminal
+from qtarget.cli import fields, picture, setup, terminal
 from qtarget.cli.arguments import Option, Verb, whole
 from qtarget.errors import ConfigError
 
@@ -24,6 +24,7 @@ VERB = Verb("train", __doc__, more=fields.common)
 @VERB.command(
     Option("dry_run", "check the recipe without weights; nothing is written"),
     Option("gpus", "of the dry run; unset: 8", whole(1)),
+    picture.SHOW_ROWS,
     Option("help_all", "this help with every setting"),
     settings=True,
 )
@@ -35,7 +36,7 @@ def train_model(options: Any) -> int:
         from qtarget.cli import preview
         from qtarget.planning import steps
 
-        preview.show(options.words, options.gpus or steps.GPUS)
+        preview.show(options.words, options.gpus or steps.GPUS, options.show_rows)
         return 0
     if options.gpus is not None:
         raise ConfigError(
@@ -50,7 +51,7 @@ def train_model(options: Any) -> int:
 
     try:
         with checkpoints.storage_errors("what the run leaves", run.config.output_dir):
-            return train(trainer, run)
+            return train(trainer, run, options.show_rows)
     except ConfigError:
         print(file=sys.stderr)  # leave the progress bar's line
         raise
@@ -59,11 +60,13 @@ def train_model(options: Any) -> int:
 # -- the run -----------------------------------------------------------------------------------------------------
 
 
-def train(trainer: QTargetTrainer, run: setup.Run) -> int:
+def train(trainer: QTargetTrainer, run: setup.Run, show_rows: int = 1) -> int:
     from qtarget import files
     from qtarget.cli import recipe, summary
 
     config, script = run.config, run.script
+    if (seen := trainer.picture()) is not None and terminal.is_main():
+        picture.show(seen, show_rows)
     evaluated = trainer.eval_dataset is not None
     before = summary.at_start(trainer) if evaluated else {}
     result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
