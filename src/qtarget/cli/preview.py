@@ -170,7 +170,7 @@ def _picture(asked: setup.Run, datasets: dict[str, Any], faults: list[str], unto
     """What the first rows train, through the trainer's own preparation and checks, without weights."""
     from qtarget.data.picture import SAMPLE
     from qtarget.teachers import settings as teacher_settings
-    from qtarget.training.trainer import DryTrainer
+    from qtarget.training.preparing import DryTrainer
 
     name = asked.model.model_name_or_path
     if faults or "train" not in datasets:  # the trainer would name the same

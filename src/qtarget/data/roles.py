@@ -35,11 +35,13 @@ def of_tokens(
             return None
 
     text = render(messages)
+    if text is None:
+        return None
     try:
         read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     except (NotImplementedError, ValueError):  # a slow tokenizer has no offsets
         return None
-    ends = None if text is None else _ends(messages, text, render)
+    ends = _ends(messages, text, render)
     if ends is None or list(read["input_ids"]) != list(row["input_ids"]):
         return None
     roles = [str(message["role"]) for message in messages]

@@ -197,7 +197,7 @@ def unmet_masks(dataset_name: str, columns: Sequence[str], args: Any, formatted:
 def target_faults(objectives: Iterable[Objective]) -> list[str]:
     """Targets whose rules, residuals or divergences fail on two tokens of made-up logits; a user's own code may."""
     logits = torch.linspace(0, 4, 2 * _MADE_UP).view(_MADE_UP, 2).T  # [2, V], every token another
-    made_up = {
+    made_up: dict[str, dict[str, Any]] = {
         "teacher": {"teacher_logits": logits.flip(1)},
         "reference": {"reference_logits": logits.flip(0)},
         "old_policy": {"old_logps": torch.tensor([-1.0, -2.0])},

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from datasets import Dataset
 from trl.data_utils import get_dataset_column_names, maybe_convert_to_chatml
 from trl.trainer.utils import global_then_local_main_first
 
@@ -126,12 +127,15 @@ class RowPreparer:
             )
         return prepare(dataset, name, self.without_labels)
 
-    def picture(self, stops: Collection[int]) -> Picture | None:
-        """What will be trained, counted once; None where the rows were not prepared here.
+    def picture(self, stops: Collection[int], tokenizer: Any, prepared: Any) -> Picture | None:
+        """What will be trained, counted once; None where neither the rows nor their labels are known.
 
         Args:
-            stops: ids at which the saved model will stop generating.
+            stops: ids at which the saved model will stop generating. prepared: the rows, where preparation was skipped.
         """
+        skipped = self._source is None and self._picture is None and isinstance(prepared, Dataset)
+        if skipped and {"input_ids", "labels"} <= {*prepared.column_names} and prepared.format["type"] != "custom":
+            self._source = Source(prepared, tokenizer, as_tokens=True)
         if self._source is not None:
             self._picture, self._source = of(replace(self._source, stops=stops)), None
         return self._picture

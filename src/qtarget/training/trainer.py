@@ -136,13 +136,13 @@ class QTargetTrainer(HostHooks):
         self._backends: dict[int, str] = {}
 
     def picture(self) -> Picture | None:
-        """What will be trained: rows, tokens by role, cuts, ends; None where the rows were not prepared here.
+        """What will be trained: rows, tokens by role, cuts, ends; None where the rows have no labels yet.
 
         Example:
             >>> print(trainer.picture())  # doctest: +SKIP
             8 rows, 247 tokens, 96 trained (38.9%): prompt 0 of 151, completion 96 of 96
         """
-        return self.rows.picture(self.student.stop_tokens(self.tokenizer))
+        return self.rows.picture(self.student.stop_tokens(self.tokenizer), self.tokenizer, self.train_dataset)
 
     # -- the models, asked about a batch -------------------------------------------------------------------------
 
@@ -397,15 +397,3 @@ class QTargetTrainer(HostHooks):
             yield self
         finally:
             self.eval_objective = before
-
-
-class DryTrainer(QTargetTrainer):
-    """Prepares rows and checks them as training would; its student may be without weights, and nothing else is loaded."""
-
-    loads_models = False
-
-
-class RowsTrainer(QTargetTrainer):
-    """Prepares rows and asks the teacher; its student may be without weights, and nothing is trained."""
-
-    opens_teacher = True
