@@ -13,6 +13,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from qtarget.data import roles
+from qtarget.data.messages import RowReader
 from qtarget.data.text import text_of
 
 # Rows whose roles are looked up, and rows of a stream that are read: of the rest, cheap things alone are counted.
@@ -30,7 +31,8 @@ class Source:
         stops: ids at which the saved model will stop generating.
         seen: the part of a row that the model sees. drops: whether rows without a trained token are left out.
         split: length at which a longer row goes on in another sequence; None: it does not.
-        as_tokens: whether the rows came as token ids. chat_template: in place of the tokenizer's.
+        as_tokens: whether the rows came as token ids. reader: of raw rows, where one read them.
+        chat_template: in place of the tokenizer's.
         assistant_only: whether assistants' tokens alone are trained. completion_only: completions alone.
     """
 
@@ -41,6 +43,7 @@ class Source:
     drops: bool = False
     split: int | None = None
     as_tokens: bool = False
+    reader: RowReader | None = None
     chat_template: str | None = None
     assistant_only: bool = False
     completion_only: bool = False
@@ -183,7 +186,7 @@ def of(source: Source) -> Picture:
     for table in rows.select_columns(names).with_format("arrow").iter(batch_size=_BATCH):
         counts.add(_Batch({name: table[name].combine_chunks() for name in names}, source))
     counts.close()
-    _add_roles(picture, source, first, names, counts.parts)
+    _add_roles(picture, source, first, counts.parts)
     return picture
 
 
@@ -327,31 +330,26 @@ def _flat(column: pa.Array) -> np.ndarray:
 # -- roles -------------------------------------------------------------------------------------------------------
 
 
-def _add_roles(
-    picture: Picture, source: Source, first: list[Any], names: list[str], parts: Mapping[tuple[str, bool], int]
-) -> None:
+def _add_roles(picture: Picture, source: Source, first: list[Any], parts: Mapping[tuple[str, bool], int]) -> None:
     """Roles where they can be told: by columns over all rows, by the chat template over the first."""
-    row = first[0]
-    as_prompts = "completion_mask" in names or (not source.as_tokens and "prompt" in row)
-    if as_prompts and not source.assistant_only:
-        if parts:
-            picture.roles = {name: (parts[name, False], parts[name, True]) for name in ("prompt", "completion")}
-            picture.roles_rows = picture.rows
-            if picture.roles["prompt"][1]:
-                picture.setting = "prompts are trained too; completion_only_loss: true trains completions alone"
-    elif source.as_tokens:
-        return
-    elif isinstance(row.get("messages"), list) or as_prompts:
+    read = {} if source.reader is None else source.reader.read(first[0])[0]
+    if "tools" in read and (source.assistant_only or "messages" in read):
         _count_turns(picture, source, first)
-    else:
+    elif parts:
+        picture.roles = {name: (parts[name, False], parts[name, True]) for name in ("prompt", "completion")}
+        picture.roles_rows = picture.rows
+        if picture.roles["prompt"][1]:
+            picture.setting = "prompts are trained too; completion_only_loss: true trains completions alone"
+    elif not source.as_tokens:
         picture.roles, picture.roles_rows = {"text": (picture.tokens, picture.trained)}, picture.rows
 
 
 def _count_turns(picture: Picture, source: Source, first: list[Any]) -> None:
     counted: dict[str, list[int]] = {}
     for row in first:
-        messages = row["prompt"] + row["completion"] if "prompt" in row else row["messages"]
-        found = roles.of_tokens(row, messages, source.tokenizer, source.chat_template)
+        assert source.reader is not None  # it has read them before
+        read = source.reader.read(row)[0]
+        found = roles.of_tokens(row["input_ids"], read, source.tokenizer, source.chat_template)
         if found is None:
             continue
         begin, end, _ = source.seen.indices(len(found))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,20 +12,19 @@ TEMPLATE = "template"
 
 
 def of_tokens(
-    row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], tokenizer: Any, chat_template: str | None
+    ids: Sequence[int], read: Mapping[str, Any], tokenizer: Any, chat_template: str | None
 ) -> list[str] | None:
-    """The role of each token of ``row["input_ids"]``, headers and ends of turns included.
+    """The role of each token of a conversation, headers and ends of turns included.
 
     Args:
-        row: a tokenised row, before it is cut, with what its conversation was rendered with (tools,
-            chat_template_kwargs). messages: its conversation. chat_template: in place of the tokenizer's own.
+        ids: its tokens, before they are cut. read: as ``RowReader.read`` gives it. chat_template: in place of the
+            tokenizer's own.
 
     Returns:
         None where it cannot be told: the template writes a turn another way when more follow, or joins two.
     """
-    tools = row.get("tools")
-    how = {"tools": json.loads(tools) if isinstance(tools, str) else tools, "chat_template": chat_template}
-    how |= row.get("chat_template_kwargs") or {}
+    messages = read["messages"] if "messages" in read else read["prompt"] + read["completion"]
+    how = {"tools": read["tools"], "chat_template": chat_template, **read["chat_template_kwargs"]}
 
     def render(some: Sequence[Mapping[str, Any]]) -> str | None:
         try:
@@ -38,16 +36,16 @@ def of_tokens(
     if text is None:
         return None
     try:
-        read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     except (NotImplementedError, ValueError):  # a slow tokenizer has no offsets
         return None
     ends = _ends(messages, text, render)
-    if ends is None or list(read["input_ids"]) != list(row["input_ids"]):
+    if ends is None or list(encoded["input_ids"]) != list(ids):
         return None
     roles = [str(message["role"]) for message in messages]
     if first := _preamble(messages[0], text[: ends[0]], render, tokenizer.bos_token):
         roles, ends = [TEMPLATE, *roles], [first, *ends]
-    last = [max(begin, end - 1) for begin, end in read["offset_mapping"]]
+    last = [max(begin, end - 1) for begin, end in encoded["offset_mapping"]]
     return [roles[place] for place in np.searchsorted(ends, last, side="right")]
 
 

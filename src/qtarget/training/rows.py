@@ -88,6 +88,7 @@ class RowPreparer:
         formatted = formatting_func is not None
         raise_together(checks.faults_of_columns(name, columns, objective, args, formatted))
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        read = None
         if "input_ids" in columns:
             dataset = checked_tokens(dataset, name, real_vocabulary_size(tokenizer))
             dataset = without_padding(dataset, name, self._carried, args.dataset_num_proc)
@@ -121,6 +122,7 @@ class RowPreparer:
                 drops=args.max_length is not None and not packing,
                 split=args.max_length if packing and args.packing_strategy == "bfd_split" else None,
                 as_tokens="input_ids" in columns,
+                reader=read,
                 chat_template=trainer.chat_template,
                 assistant_only=args.assistant_only_loss,
                 completion_only=trainer.completion_only_loss,
