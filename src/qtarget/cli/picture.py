@@ -27,7 +27,7 @@ def show(picture: Picture, rows: int) -> None:
 
 
 def _lines(picture: Picture) -> list[tuple[str, str]]:
-    of = f" of {picture.given:,}" if picture.dropped and picture.untrained else ""
+    of = f" of {picture.given:,}" if picture.dropped else ""
     read = "the first rows of a stream: " if picture.of_stream else ""
     share = f", {picture.trained / picture.tokens:.1%}" if picture.tokens else ""
     lines = [
@@ -35,8 +35,8 @@ def _lines(picture: Picture) -> list[tuple[str, str]]:
         ("by role", picture.by_role),
     ]
     if picture.untrained:
-        fate = "dropped" if picture.dropped else "they teach nothing"
-        lines.append(("untrained", f"{picture.untrained:,} rows without a trained token; {fate}"))
+        fate = f"; {picture.dropped:,} of them are dropped" if picture.dropped else ""
+        lines.append(("untrained", f"{picture.untrained:,} rows have no trained token and teach nothing{fate}"))
     for number, end in enumerate(picture.ends):
         stops = "generation stops at it" if end.stops else "generation does not stop at it"
         lines.append(("" if number else "ends with", f"{end} in {end.rows:,} of {picture.ended:,} rows; {stops}"))

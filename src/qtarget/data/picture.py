@@ -74,7 +74,7 @@ class Picture:
         roles: role → (tokens, trained) of the first ``roles_rows`` rows; None where it is not known.
         setting: the setting that would train less, where whole conversations are trained.
         cut, labels_lost, ends_lost: rows that max_length cuts, trained tokens lost by it, rows that lost the last one.
-        untrained: rows without a trained token. dropped: whether they are left out.
+        untrained: rows without a trained token. dropped: of them, those that are left out.
         ends: the tokens that completions end with, the most common first. ended: completions that were not cut.
         ends_masked: completions whose end follows and is not trained. stops: what generation stops at, as text.
         doubled: special token → (rows in which it stands twice in succession, the first of them).
@@ -93,16 +93,18 @@ class Picture:
     labels_lost: int = 0
     ends_lost: int = 0
     untrained: int = 0
-    dropped: bool = False
+    dropped: int = 0
     ends: list[End] = field(default_factory=list)
     ended: int = 0
     ends_masked: int = 0
     stops: list[str] = field(default_factory=list)
     doubled: dict[str, tuple[int, int]] = field(default_factory=dict)
-    as_tokens: bool = field(default=False, repr=False)  # whether the rows came as token ids
-    told: bool = field(default=False, repr=False)  # whether somebody printed it, so that it need not be logged
-    _shown: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list, repr=False)
-    _tokenizer: Any = field(default=None, repr=False)
+    as_tokens: bool = field(default=False, repr=False, compare=False)  # whether the rows came as token ids
+    told: bool = field(
+        default=False, repr=False, compare=False
+    )  # whether somebody printed it, so that it need not be logged
+    _shown: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list, repr=False, compare=False)
+    _tokenizer: Any = field(default=None, repr=False, compare=False)
 
     def spans(self, number: int) -> Iterator[tuple[int, int, list[tuple[str, bool]]]]:
         """(row, its tokens, [(text, whether it is trained)]) of the first ``number`` rows with something to train."""
@@ -177,7 +179,7 @@ def of(source: Source) -> Picture:
     whole = isinstance(dataset, Dataset)
     first = list(itertools.islice(dataset.with_format(None), SAMPLE))
     names = [name for name in names if first and name in first[0]]
-    picture = Picture(of_stream=not whole, dropped=source.drops, as_tokens=source.as_tokens, _tokenizer=tokenizer)
+    picture = Picture(of_stream=not whole, as_tokens=source.as_tokens, _tokenizer=tokenizer)
     picture.stops = [text_of(tokenizer, token) for token in sorted(source.stops)]
     if not first:
         return picture
@@ -240,7 +242,7 @@ class _Counts:
     def add(self, batch: _Batch) -> None:
         picture = self.picture
         trained, whole = batch.by_row(batch.trained), batch.by_row(batch.whole)
-        stay = (trained > 0) | (not picture.dropped)
+        stay = (batch.by_row(batch.seen & (batch.labels != -100)) > 0) | (not self.source.drops)
         seen = batch.seen & stay[batch.row]
         cut = batch.by_row(batch.seen) < batch.lengths
         end = self._ends_of(batch)
@@ -251,6 +253,7 @@ class _Counts:
         picture.ends_lost += int(lost.sum())
         picture.given += len(batch.lengths)
         picture.rows += int(stay.sum())
+        picture.dropped += int((~stay).sum())
         picture.untrained += int((trained == 0).sum())
         picture.tokens += int(seen.sum())
         picture.trained += int(trained.sum())
@@ -353,9 +356,11 @@ def _count_turns(picture: Picture, source: Source, first: list[Any]) -> None:
         if found is None:
             continue
         begin, end, _ = source.seen.indices(len(found))
-        trained = [place > begin and row["labels"][place] != -100 for place in range(begin, end)]
-        if source.drops and not any(trained):
+        split = source.split or len(found) + 1
+        labelled = [row["labels"][place] != -100 for place in range(begin, end)]
+        if source.drops and not any(labelled):
             continue
+        trained = [has_label and place % split > begin for place, has_label in enumerate(labelled, begin)]
         picture.roles_rows += 1
         for role, is_trained in zip(found[begin:end], trained, strict=True):
             tokens = counted.setdefault(role, [0, 0])
