@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -19,6 +20,7 @@ import dataset_shapes
 import tiny_models
 from qtarget import QTargetConfig, QTargetTrainer
 from qtarget.data.picture import Picture
+from qtarget.data.roles import of_tokens
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "be", "kind", "think"]
 SPECIAL = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"]
@@ -311,8 +313,6 @@ THINKS_LAST = (
     "{% for m in messages %}<|{{ m.role }}|> {% if m.role == 'assistant' and loop.last %}think {% endif %}"
     "{{ m.content }} <|end|>\n{% endfor %}"
 )
-JOINS = "{% for m in messages %}{% if m.role == 'system' %}{% else %}<|{{ m.role }}|> {% if loop.index0 == 1 %}"
-JOINS += "{{ messages[0].content }} {% endif %}{{ m.content }} <|end|>{% endif %}\n{% endfor %}"
 
 
 @pytest.mark.parametrize(
@@ -334,6 +334,38 @@ def test_roles_are_found_through_the_template(template, messages, roles, tmp_pat
     seen = picture_of(Dataset.from_list([{"messages": messages}]), tmp_path, words(template=template))
     assert seen.roles == roles
     assert roles is not None or "roles not known" in str(seen)
+
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+THREE_ROUNDS = say("How many?", "Three.", "And now?", "Four.", "Sure?", "Yes.", system="Be kind.")
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+TOOL = {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"properties": {}}}}
+WITH_TOOLS = [
+    {"role": "user", "content": "How many?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
+    {"role": "tool", "name": "add", "content": "11"},
+    {"role": "tool", "name": "add", "content": "22"},
+    {"role": "assistant", "content": "Three."},
+]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_8", "llama3_2", "phi3", "gptoss", "cohere2", "deepseekv3"])
+@pytest.mark.parametrize("with_tools", [False, True], ids=["rounds", "tools"])
+def test_roles_by_real_templates(name, with_tools):
+    """Each role's tokens hold what it said and nothing that another said."""
+    if with_tools and name not in ("qwen2_5", "qwen3", "qwen3_8", "gptoss"):
+        pytest.skip("has other calls of tools")
+    tokenizer = copy.deepcopy(tiny_models.tokenizer())
+    tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
+    messages = WITH_TOOLS if with_tools else THREE_ROUNDS
+    read = {"messages": messages, "tools": [TOOL] if with_tools else None, "chat_template_kwargs": {}}
+    ids = tokenizer.apply_chat_template(messages, tools=read["tools"], return_dict=True)["input_ids"]
+    found = of_tokens(ids, read, tokenizer, None)
+    assert found is not None
+    said = {role: {m["content"] for m in messages if m["role"] == role} - {""} for role in set(found) - {"template"}}
+    for role in said:
+        text = tokenizer.decode([token for token, of in zip(ids, found, strict=True) if of == role])
+        assert {content for contents in said.values() for content in contents if content in text} == said[role]
 
 
 # -- rows as text ------------------------------------------------------------------------------------------------

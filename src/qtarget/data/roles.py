@@ -39,21 +39,27 @@ def of_tokens(
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     except (NotImplementedError, ValueError):  # a slow tokenizer has no offsets
         return None
-    ends = _ends(messages, text, render)
+    ends = _ends(messages, text, render, tokenizer.eos_token or "")
     if ends is None or list(encoded["input_ids"]) != list(ids):
         return None
     roles = [str(message["role"]) for message in messages]
-    if first := _preamble(messages[0], text[: ends[0]], render, tokenizer.bos_token):
+    turn = _turn(messages, 0, render)
+    preamble = text[: ends[0]].removesuffix(turn) if turn and text[: ends[0]].endswith(turn) else ""
+    if (first := len(preamble)) and preamble.strip() != tokenizer.bos_token:
         roles, ends = [TEMPLATE, *roles], [first, *ends]
     last = [max(begin, end - 1) for begin, end in encoded["offset_mapping"]]
     return [roles[place] for place in np.searchsorted(ends, last, side="right")]
 
 
-def _ends(messages: Sequence[Any], text: str, render: Callable[[Sequence[Any]], str | None]) -> list[int] | None:
+def _ends(
+    messages: Sequence[Any], text: str, render: Callable[[Sequence[Any]], str | None], eos: str
+) -> list[int] | None:
     """Where each message ends in the rendered text."""
     ends: list[int | None] = []
     for number in range(1, len(messages)):
         begun = render(messages[:number])
+        if begun is not None and not text.startswith(begun) and text.endswith(eos):
+            begun = begun.removesuffix(eos)  # some templates end a conversation with it, not a turn
         ends.append(len(begun) if begun is not None and text.startswith(begun) else None)
     ends.append(len(text))
     # A turn may be written another way while it is the last one (Qwen3 shows its thinking only then). It ends where
@@ -63,8 +69,10 @@ def _ends(messages: Sequence[Any], text: str, render: Callable[[Sequence[Any]], 
         if ends[number] is not None or after is None:
             continue
         before = (ends[number - 1] if number else 0) or 0
-        without = render([*messages[:number], messages[number + 1]])
-        turn = without[before:] if without is not None and without.startswith(text[:before]) else ""
+        joined = [place for place in range(number + 1, len(messages)) if ends[place] == after]
+        without = render([*messages[:number], *(messages[place] for place in joined)])
+        turn = without[before:] if number and without is not None and without.startswith(text[:before]) else ""
+        turn = turn or _turn(messages, number + 1, render)
         if turn and text[before:after].endswith(turn):
             ends[number] = after - len(turn)
         elif messages[number]["role"] == messages[number + 1]["role"]:
@@ -73,11 +81,11 @@ def _ends(messages: Sequence[Any], text: str, render: Callable[[Sequence[Any]], 
     return known if len(known) == len(ends) and known == sorted(known) else None
 
 
-def _preamble(first: Any, turn: str, render: Callable[[Sequence[Any]], str | None], bos: str | None) -> int:
-    """Characters before the first message: what is not written again when that message is given twice."""
-    twice = render([first, first])
-    if twice is None or not twice.startswith(turn) or len(twice) <= len(turn):
-        return 0
-    again = twice[len(turn) :]
-    before = turn.removesuffix(again) if turn.endswith(again) else ""
-    return len(before) if before.strip() not in ("", bos) else 0
+def _turn(messages: Sequence[Any], number: int, render: Callable[[Sequence[Any]], str | None]) -> str:
+    """A message as it is written after another: what its template writes first of all is not in it."""
+    for others in ([], messages[number + 1 : number + 2]):  # where roles have to alternate
+        before = render([messages[number], *others])
+        twice = render([messages[number], *others, messages[number]])
+        if before and twice and twice.startswith(before):
+            return twice[len(before) :]
+    return ""
