@@ -349,12 +349,13 @@ WITH_TOOLS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_8", "llama3_2", "phi3", "gptoss", "cohere2", "deepseekv3"])
-@pytest.mark.parametrize("with_tools", [False, True], ids=["rounds", "tools"])
+@pytest.mark.parametrize(
+    ("name", "with_tools"),
+    [(name, False) for name in ("qwen2_5", "qwen3", "qwen3_8", "llama3_2", "phi3", "gptoss", "cohere2", "deepseekv3")]
+    + [(name, True) for name in ("qwen2_5", "qwen3", "qwen3_8", "gptoss")],
+)
 def test_roles_by_real_templates(name, with_tools):
     """Each role's tokens hold what it said and nothing that another said."""
-    if with_tools and name not in ("qwen2_5", "qwen3", "qwen3_8", "gptoss"):
-        pytest.skip("has other calls of tools")
     tokenizer = copy.deepcopy(tiny_models.tokenizer())
     tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
     messages = WITH_TOOLS if with_tools else THREE_ROUNDS
