@@ -11,10 +11,7 @@ from test_corpus import CORPUS
 KINDS = ("columns", "masks", "rows", "targets")
 # A folder that is not there is looked for before anything is read, and said in other words.
 REFUSED = [
-    (kind, case)
-    for kind in KINDS
-    for case in CORPUS[kind]
-    if case.says and not case.reads and case.id != "no-folder"
+    (kind, case) for kind in KINDS for case in CORPUS[kind] if case.says and not case.reads and case.id != "no-folder"
 ]
 
 
