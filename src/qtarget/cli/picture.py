@@ -1,4 +1,4 @@
-"""The picture of what will be trained, in a terminal: figures, and the first rows with their trained tokens marked."""
+"""The trained rows in a terminal: figures, and texts with their trained tokens marked."""
 
 from __future__ import annotations
 

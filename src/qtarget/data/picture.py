@@ -1,4 +1,4 @@
-"""What will be trained, before it is: rows, trained tokens by role, cuts, ends, and a row as text."""
+"""What will be trained, before it is: tokens by role, cuts, ends, and rows as text."""
 
 from __future__ import annotations
 
