@@ -13,8 +13,9 @@ export CHROMIUM ?= chromium
 DEMO_ARGS  ?=
 # more of pytest's flags:  make test TEST_ARGS="-k presets -x"
 TEST_ARGS  ?=
-# a test file at a time on each of two cores; one after the other:  make test WORKERS=
-WORKERS    ?= -n 2 --dist loadfile
+# a test file at a time on each of two cores, in the order of their names: else files of a few long tests come last, on
+# one core; one after the other:  make test WORKERS=
+WORKERS    ?= -n 2 --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
 SOAK_ARGS  ?=
 

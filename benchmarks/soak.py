@@ -98,28 +98,34 @@ def settings(folder: Path, data: Path, every: int) -> dict[str, Any]:
 
 
 class Until(TrainerCallback):
-    """Ends training after so many seconds, and leaves a file at its first and its last step for the one who looks."""
+    """Ends training after so many seconds, or steps, and leaves a file at its first and its last step for the one who
+    looks. Where steps are counted it waits at each of them until somebody has looked."""
 
-    def __init__(self, folder: Path, seconds: float):
-        self._folder, self._seconds = folder, seconds
+    def __init__(self, folder: Path, seconds: float, steps: int):
+        self._folder, self._seconds, self._steps = folder, seconds, steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._end = time.monotonic() + self._seconds
         (self._folder / "began").touch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if time.monotonic() > self._end and not control.should_training_stop:
+        if self._steps:
+            (self._folder / "step").touch()
+            while (self._folder / "step").exists():
+                time.sleep(0.001)
+        done = state.global_step >= self._steps if self._steps else time.monotonic() > self._end
+        if done and not control.should_training_stop:
             (self._folder / "ended").touch()
             control.should_training_stop = True
 
 
-def train(folder: Path, minutes: float) -> int:
+def train(folder: Path, minutes: float, steps: int) -> int:
     from qtarget.cli import setup
     from qtarget.cli.verbs import train as verb
 
     asked = setup.read(["--config", str(folder / "soak.yaml")])
     trainer = setup.build(asked)
-    trainer.add_callback(Until(folder, 60 * minutes))
+    trainer.add_callback(Until(folder, 60 * minutes, steps))
     return verb.train(trainer, asked)
 
 
@@ -148,9 +154,12 @@ def look(process: psutil.Process, folder: Path) -> dict[str, float]:
     }
 
 
-def watch(folder: Path, minutes: float, every: float) -> tuple[list[dict[str, float]], int]:
-    """Start the run and sample it to its end: (samples of its training with ``seconds`` since it began, exit status)."""
-    command = [sys.executable, __file__, "--train", str(folder), "--minutes", str(minutes)]
+def watch(folder: Path, minutes: float, every: float, steps: int) -> tuple[list[dict[str, float]], int]:
+    """Start the run and sample it to its end: (samples of its training with ``seconds`` since it began, exit status).
+
+    ``steps``: sample at each of so many, in place of every so many seconds for so many minutes.
+    """
+    command = [sys.executable, __file__, "--train", str(folder), "--minutes", str(minutes), "--steps", str(steps)]
     samples: list[dict[str, float]] = []
     began = None
     with (folder / "train.log").open("w") as log:
@@ -160,13 +169,15 @@ def watch(folder: Path, minutes: float, every: float) -> tuple[list[dict[str, fl
             while child.poll() is None:
                 if began is None and (folder / "began").exists():
                     began = time.monotonic()
-                if began is not None and not (folder / "ended").exists():
+                due = (folder / "step").exists() if steps else not (folder / "ended").exists()
+                if began is not None and due:
                     try:
                         sample = look(process, folder)
                     except psutil.NoSuchProcess:
                         break
                     samples.append({"seconds": round(time.monotonic() - began, 2), **sample})
-                time.sleep(every if began is not None else 0.2)
+                    (folder / "step").unlink(missing_ok=True)
+                time.sleep(0.01 if steps else every if began is not None else 0.2)
         finally:
             if child.poll() is None and sys.exc_info()[0] is not None:
                 child.terminate()
@@ -243,6 +254,7 @@ def tell(record: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0, help="of training")
+    parser.add_argument("--steps", type=int, default=0, help="end after so many in place of minutes, a sample at each")
     parser.add_argument("--every", type=int, default=60, help="steps between evaluations, and between checkpoints")
     parser.add_argument("--sample", type=float, default=5.0, help="seconds between two samples")
     parser.add_argument("--width", type=int, default=128, help="of student and teacher")
@@ -254,8 +266,10 @@ def main() -> int:
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.train is not None:
-        return train(args.train, args.minutes)
-    if args.minutes <= 0 or args.sample <= 0 or args.every < 1:
+        return train(args.train, args.minutes, args.steps)
+    if args.steps:
+        args.minutes = 0.0  # no verdict on time
+    elif args.minutes <= 0 or args.sample <= 0 or args.every < 1:
         parser.error("minutes and sample must be above 0 and every at least 1")
     prepare(args.demo)
     shutil.rmtree(args.folder, ignore_errors=True)
@@ -265,7 +279,7 @@ def main() -> int:
         make_model(args.folder / name, tokenizer, args.width, seed)
     asked = settings(args.folder, args.demo / "data", args.every)
     (args.folder / "soak.yaml").write_text(yaml.safe_dump(asked))
-    samples, status = watch(args.folder, args.minutes, min(args.sample, args.minutes))
+    samples, status = watch(args.folder, args.minutes, min(args.sample, args.minutes), args.steps)
     if status != 0 or len(samples) < 10:
         print(f"the run ended with status {status} after {len(samples)} samples; see {args.folder / 'train.log'}")
         return 1

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qtarget import hub
+
 if TYPE_CHECKING:
     from qtarget.losses.inputs import Tokens
 
@@ -139,9 +141,13 @@ def check_bool(field: str, value: object) -> None:
 def loading(field: str, name: object, what: str = "") -> Iterator[None]:
     """Whatever a library raises for a folder or hub id that it cannot read becomes one sentence.
 
+    A name that leads nowhere is refused before a library asks the hub for it.
+
     Args:
         field: the setting. name: its value. what: the part that is loaded, such as ``tokenizer``; none: all of it.
     """
+    if isinstance(name, str) and (why := hub.nowhere(name)):
+        raise ConfigError(f"{field} is {name!r}, which cannot be loaded: {why}")
     try:
         yield
     except QTargetError:

@@ -353,6 +353,26 @@ CASES = [
     ),
     built("coverage-of-two", "more than all", ["--coverage", "2"], "coverage is 2; use a share"),
     built("a-nan-coverage", "NaN", ["--coverage", "nan"], "coverage is nan; use a share"),
+    Case(
+        "coverage-of-nan",
+        "NaN in the teacher's weights",
+        lambda b: [
+            *("cache", "build", "--config", b.config(target="kd", teacher_model_name_or_path=b.world / "broken")),
+            *("-o", b.folder / "c", "--coverage", "0.9"),
+        ],
+        ("the teacher gives NaN for row 0 of the train dataset (it is ", "broken (revision default, weights "),
+        reads=True,
+    ),
+    Case(
+        "examined-with-a-student-of-nan",
+        "NaN in the student's weights",
+        lambda b: [
+            *("cache", "doctor", "--config", b.config(dataset_name=b.world / "few", max_length=120), "--rows", 2),
+            *("--cache", b.world / "cache", "--model_name_or_path", b.world / "broken"),
+        ],
+        ("the logits of student ", "broken are NaN or infinite at row 0, position "),
+        reads=True,
+    ),
     built("an-unknown-precision", "no such precision", ["--cache_dtype", "int8"], "cache_dtype is 'int8'"),
     built("no-batch", "0 rows at once", ["--batch_size", "0"], "batch_size is 0; use a whole number from 1"),
     built(

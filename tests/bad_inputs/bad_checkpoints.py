@@ -113,6 +113,33 @@ CASES = [
         "denominator is 'micro_batch', but the checkpoint",
         denominator="micro_batch",
     ),
+    *(
+        resumed(f"another-{id}", wrong, nothing, says, "was trained with", **settings)
+        for id, wrong, says, settings in (
+            ("rate", "a rate that the state overrides", "learning_rate is 0.001, but", {"learning_rate": 1e-3}),
+            ("decay", "a decay that the state overrides", "weight_decay is 0.1, but", {"weight_decay": 0.1}),
+            ("optimiser", "an optimiser that the state is not of", "optim is sgd, but", {"optim": "sgd"}),
+            (
+                "batch",
+                "other rows would be skipped",
+                "per_device_train_batch_size × gradient_accumulation_steps × processes is 1, but",
+                {"per_device_train_batch_size": 1},
+            ),
+            ("seed", "other rows would be skipped", "seed is 5, but", {"seed": 5}),
+        )
+    ),
+    resumed(
+        "the-same-batch-in-parts",
+        "a batch of two as two of one: it goes on",
+        nothing,
+        reads=True,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+    ),
+    resumed("half-a-course", "half of its file", cut("qtarget_course.json"), "qtarget_course.json cannot be read"),
+    resumed(
+        "a-course-that-is-a-list", "a list", write("qtarget_course.json", "[1]"), "qtarget_course.json cannot be read"
+    ),
     resumed(
         "half-a-state", "half of trainer_state.json", cut("trainer_state.json"), "trainer_state.json cannot be read"
     ),

@@ -19,6 +19,52 @@ def flags(id: str, wrong: str, words: list[str], *says: str) -> Case:
 
 
 CASES = [
+    setting(
+        "a-misspelt-dataset",
+        "a folder that is not there",
+        "dataset_name is './datax', which cannot be loaded: no such folder exists here",
+        dataset_name="./datax",
+    ),
+    setting(
+        "a-misspelt-dataset-without-a-slash",
+        "it could be a hub id",
+        "dataset_name is 'dataa', which cannot be loaded",
+        dataset_name="dataa",
+    ),
+    setting(
+        "a-misspelt-file",
+        "a file that is not there",
+        "dataset_name is 'rows.jsonl', which cannot be loaded: no such file exists here",
+        dataset_name="rows.jsonl",
+    ),
+    Case(
+        "a-dataset-that-is-nearly-there",
+        "one letter more",
+        lambda b: b.train(dataset_name=b.world / "dataa"),
+        ("no such folder exists here; did you mean", "/data'?"),
+    ),
+    *(
+        Case(
+            f"a-misspelt-folder-for-{words[0]}",
+            "a folder that is not there",
+            lambda b, words=words, own=own: [*words, "--config", b.config(**own)],
+            (f"{[*own][-1]} is './modelx'", "no folder here" if words[0] == "plan" else "no such folder exists here"),
+        )
+        for words, own in (
+            (["verify"], {"model_name_or_path": "./modelx"}),
+            (["teacher", "check"], {"target": "kd", "teacher_model_name_or_path": "./modelx"}),
+            (["plan", "--gpus", "1"], {"model_name_or_path": "./modelx"}),
+        )
+    ),
+    Case(
+        "a-misspelt-folder-for-eval",
+        "a folder that is not there",
+        lambda b: [
+            *("eval", "--model", "./modelx", "--tasks", b.world / "sums.jsonl", "--verifier", "choice"),
+            *("-o", b.folder / "results"),
+        ],
+        ("model is './modelx', which cannot be loaded: no such folder exists here",),
+    ),
     # the file
     Case(
         "no-file",

@@ -251,6 +251,30 @@ CASES = [
     ),
     shown("a-loss-that-is-no-function", "a number", ["--loss", "math:pi"], "loss is 'math:pi', which cannot be called"),
     shown("a-loss-of-something-else", "a function of something else", ["--loss", "math:sqrt"], "math:sqrt"),
+    Case(
+        "a-capture-of-nan",
+        "NaN in the student's weights",
+        lambda b: [
+            "lens",
+            "capture",
+            "--config",
+            b.config(model_name_or_path=b.world / "broken"),
+            "-o",
+            b.folder / "c",
+        ],
+        ("the logits of student ", "are NaN or infinite at row 0, position ", "check its weights and that row"),
+        reads=True,
+    ),
+    Case(
+        "a-capture-of-a-teacher-of-nan",
+        "NaN in the teacher's weights",
+        lambda b: [
+            *("lens", "capture", "--config", b.config(target="kd", teacher_model_name_or_path=b.world / "broken")),
+            *("-o", b.folder / "c"),
+        ],
+        ("the logits of teacher ", "broken (revision default) are NaN or infinite at row 0, position "),
+        reads=True,
+    ),
     captured("no-captured-rows", "0 rows", ["--rows", "0"], "rows is 0; use a whole number from 1"),
     captured("no-captured-top-k", "the 0 likeliest", ["--top_k", "0"], "top_k is 0; use a whole number from 1"),
     captured(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from bench import Bench, Case
 
+import tiny_models
+
 
 class Boom:
     """A pickle that runs code when it is loaded."""
@@ -85,7 +87,144 @@ def nan_weights(folder: Path) -> None:
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def added_token(folder: Path) -> None:
+    """A token that the tokenizer has and the model has not."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(folder)
+
+
+def new_tokens(bench: Bench) -> Path:
+    """A tokenizer with a template and a token more."""
+    folder = bench.copy("model")
+    added_token(folder)
+    return folder
+
+
+def gpt2(folder: Path) -> Path:
+    """A model with 256 learned positions."""
+    tiny_models.gpt2().save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def long_rows(bench: Bench) -> Path:
+    return bench.rows({"text": "Tom has 3 apples. "}, {"text": "Tom has 3 apples. " * 60}, name="long")
+
+
+TEACHER = "teacher_model_name_or_path"
+
+
+def too_long(id: str, wrong: str, verb: list[str], *says: str, **settings: Any) -> Case:
+    """A row longer than a model's positions, met by a verb."""
+
+    def do(bench: Bench) -> list[object]:
+        folder = gpt2(bench.folder / "gpt2")
+        own = {name: folder if value == "gpt2" else value for name, value in settings.items()}
+        config = bench.config(dataset_name=long_rows(bench), max_length=None, **own)
+        return [*verb, "--config", config]
+
+    return Case(id, wrong, do, says)
+
+
 CASES = [
+    *(
+        model(f"generation-settings-{id}", wrong, change("generation_config.json", **values), *says)
+        for id, wrong, values, says in (
+            ("that-contradict", "a temperature without sampling", {"do_sample": False, "temperature": 0.6}, ()),
+            ("below-zero", "-5 new tokens", {"max_new_tokens": -5}, ("whose generation_config.json cannot be loaded",)),
+        )
+    ),
+    Case(
+        "a-misspelt-folder",
+        "a folder that is not there",
+        lambda b: b.train(model_name_or_path=b.world / "modle"),
+        ("model_name_or_path is", "no such folder exists here; did you mean", "/model'?"),
+    ),
+    Case(
+        "a-misspelt-folder-without-a-slash",
+        "it could be a hub id",
+        lambda b: b.train(model_name_or_path="modle"),
+        ("model_name_or_path is 'modle', which cannot be loaded",),
+    ),
+    Case(
+        "tokens-without-rows",
+        "a token added to the tokenizer alone",
+        lambda b: b.train(model_name_or_path=new_tokens(b), dataset_name=b.rows({"text": "Tom <|new|> has 3."})),
+        ("row 0 of the train dataset holds token '<|new|>' (id 320)", "model.resize_token_embeddings(len(tokenizer))"),
+    ),
+    Case(
+        "tokens-without-rows-that-no-row-uses",
+        "the same, and no row has it",
+        lambda b: b.train(model_name_or_path=new_tokens(b), dataset_name=b.rows({"text": "Tom has 3."})),
+    ),
+    Case(
+        "new-tokens-beside-adapters",
+        "a template's tokens, LoRA and a tied head",
+        lambda b: b.train(use_peft=True, chat_template_path=new_tokens(b)),
+        ("new ones of chat_template_path", "head is tied to its embedding"),
+    ),
+    Case(
+        "a-template-that-is-no-jinja-file",
+        "a text file",
+        lambda b: b.train(chat_template_path=b.file("template.txt", "{{ messages }}")),
+        ("chat_template_path is", "name a file that ends in .jinja"),
+    ),
+    Case(
+        "half-a-template-file",
+        "a template that does not parse",
+        lambda b: b.train(chat_template_path=b.file("t.jinja", "{% for m in messages %}")),
+        ("chat_template_path is", "which cannot be read as a chat template"),
+    ),
+    too_long(
+        "longer-than-its-positions",
+        "a row of 500 tokens for 256 positions",
+        ["train"],
+        "max_length is null and row 1 of the train dataset has",
+        "but the model takes 256 positions; set max_length: 256",
+        model_name_or_path="gpt2",
+    ),
+    too_long(
+        "longer-than-a-teachers-positions",
+        "the same for a teacher",
+        ["train"],
+        "but the teacher",
+        "takes 256 positions",
+        target="kd",
+        teacher_model_name_or_path="gpt2",
+    ),
+    too_long(
+        "longer-than-its-positions-in-a-check",
+        "the same when a teacher is checked",
+        ["teacher", "check"],
+        "but the teacher",
+        "takes 256 positions",
+        target="kd",
+        teacher_model_name_or_path="gpt2",
+    ),
+    Case(
+        "longer-than-its-positions-in-a-cache",
+        "the same when a cache is built",
+        lambda b: [
+            *("cache", "build", "-o", b.folder / "cache", "--k", 4, "--config"),
+            b.config(dataset_name=long_rows(b), max_length=None, target="kd", **{TEACHER: gpt2(b.folder / "gpt2")}),
+        ],
+        ("but the teacher", "takes 256 positions"),
+    ),
+    too_long(
+        "longer-than-its-positions-in-verify",
+        "the same when a run is verified",
+        ["verify"],
+        "but the model takes 256 positions",
+        model_name_or_path="gpt2",
+    ),
+    too_long(
+        "longer-than-its-window",
+        "a RoPE model beyond its window: it is warned of",
+        ["train"],
+    ),
     Case(
         "no-folder",
         "no such model",

@@ -18,7 +18,6 @@ def module(id: str, wrong: str, code: str, value: str, *says: str, part: str | N
     def do(bench: Bench) -> list[object]:
         name = f"own_{id.replace('-', '_')}"
         bench.file(f"{name}.py", code)
-        sys.path.insert(0, str(bench.folder))
         sys.dont_write_bytecode = True
         path = value.replace("MODULE", name)
         return bench.train(target=path if part is None else {part: path})
@@ -182,6 +181,28 @@ CASES = [
     ),
     module(
         "a-module-that-exits", "sys.exit on import", "import sys\nsys.exit(7)\n", "MODULE:mine", "failed: SystemExit: 7"
+    ),
+    module(
+        "a-module-that-imports-nothing-there",
+        "it imports a module that is not there",
+        "import nowhere_at_all\n",
+        "MODULE:mine",
+        "failed: No module named 'nowhere_at_all'; mend that",
+    ),
+    module("a-name-nearly-right", "a typo in the name", "mine = 1\n", "MODULE:mime", "no 'mime'; did you mean 'mine'?"),
+    Case(
+        "named-as-an-installed-module",
+        "a file beside the config that an installed module comes before",
+        lambda bench: (bench.file("statistics.py", "mine = 1\n"), bench.train(target="statistics:mine"))[1],
+        ("statistics is an installed module, which comes before", "statistics.py; rename that file"),
+    ),
+    target("a-file-for-a-module", "a file's name", "mine.py:target", "is named without folder and .py"),
+    target("a-folder-for-a-module", "a path", "./mine:target", "is named without folder and .py"),
+    Case(
+        "shown-but-not-there",
+        "targets show of no module",
+        lambda bench: ["targets", "show", "nowhere:mine"],
+        ("importing nowhere failed: No module named 'nowhere' among installed packages or in ",),
     ),
     module(
         "a-function-that-raises",

@@ -53,6 +53,19 @@ def served(id: str, wrong: str, words: list[str], *says: str) -> Case:
 
 CASES = [
     setting(
+        "a-misspelt-folder",
+        "a folder that is not there",
+        "teacher_model_name_or_path is '../models/teacher', which cannot be loaded: no such folder exists here",
+        **{**KD, "teacher_model_name_or_path": "../models/teacher"},
+    ),
+    setting(
+        "a-misspelt-reference",
+        "a folder that is not there",
+        "reference_model_name_or_path is './referense', which cannot be loaded: no such folder exists here",
+        target="asft",
+        reference_model_name_or_path="./referense",
+    ),
+    setting(
         "none",
         "a target that needs one",
         "target kd(temperature=1.0) needs a teacher and got none; set teacher_model_name_or_path",

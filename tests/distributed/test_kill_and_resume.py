@@ -96,7 +96,7 @@ def killed_and_resumed(world, uninterrupted, name: str, kind: str, seed: int, fo
     whole, wanted = uninterrupted(name)
     moment = killable_runs.moments(kind, random.Random(seed))
     trace = folder.with_suffix(".trace")
-    process = killable_runs.start_training(killable_runs.words_of(world, name, folder), folder, trace)
+    process = killable_runs.start_training(killable_runs.words_of(world, name, folder), folder, trace, moment)
     killable_runs.kill_at(process, moment, folder, trace)
     killed = process.exitcode == -9
     found = checkpoints.all_of(folder)
@@ -124,6 +124,30 @@ def killed_and_resumed(world, uninterrupted, name: str, kind: str, seed: int, fo
 def test_killed_and_resumed(name, kind, world, uninterrupted, tmp_path):
     done = killed_and_resumed(world, uninterrupted, name, kind, 12, tmp_path / "run")  # late enough for a checkpoint
     assert done["killed"] and done["resumed_from"] > 0, done
+
+
+@pytest.mark.parametrize(
+    "event, nth, file",
+    [("save", 2, "model.safetensors"), pytest.param("last", 1, None, marks=pytest.mark.full)],
+    ids=["checkpoint", "end"],
+)
+def test_a_broken_side_file_costs_no_weights(event, nth, file, world, uninterrupted, tmp_path):
+    """A tokenizer that cannot be saved: killed during a save and run again, the weights are those of a whole run."""
+    name, folder, trace = "psft, packed, lens", tmp_path / "run", tmp_path / "trace"
+    words, moment = killable_runs.words_of(world, name, folder), killable_runs.Moment(event, nth, file, 0.0)
+    process = killable_runs.start_training(words, folder, trace, moment, broken=True)
+    killable_runs.kill_at(process, moment, folder, trace)
+    assert process.exitcode == -9
+    found = checkpoints.all_of(folder)
+    assert found and all(checkpoints.fault(one) is None for one in found)
+    assert all((one / "model.safetensors").is_file() and not (one / "tokenizer.json").exists() for one in found)
+    process = killable_runs.start_training(words, folder, tmp_path / "again", broken=True)
+    process.join()
+    assert process.exitcode == 1, "the weights are there, a file beside them is not"
+    said = (tmp_path / "again.log").read_text()
+    assert f"the weights are in {folder}, without the tokenizer" in said and "resumed at step" in said
+    whole, _ = uninterrupted(name)
+    same(load_file(folder / "model.safetensors"), load_file(whole / "model.safetensors"))
 
 
 @pytest.mark.full

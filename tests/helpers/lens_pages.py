@@ -35,7 +35,7 @@ class Opened:
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.url = Path(file).as_uri()
         self.page.goto(self.url)
-        self.page.wait_for_selector("html[data-ready]", timeout=30_000)
+        self.page.wait_for_selector("html[data-ready]", timeout=600_000)
 
     def close(self):
         self.context.close()

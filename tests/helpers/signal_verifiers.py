@@ -8,6 +8,8 @@ import re
 import sys
 import time
 
+_calls: list[str] = []
+
 
 def last_number(text: str, row: dict) -> bool:
     """Right where the last number of the text is the row's answer."""
@@ -15,10 +17,15 @@ def last_number(text: str, row: dict) -> bool:
 
 
 def logged(text: str, row: dict) -> bool:
-    """The same, slowly, and each call noted in a file beside the process that made it."""
+    """The same, each call noted in a file beside the process that made it.
+
+    ``SIGNAL_HOLD``: the call of that number, the first is 1, waits to be killed.
+    """
     with open(os.environ["SIGNAL_CALLS"], "a") as stream:
         stream.write(json.dumps({"answer": row["answer"], "pid": os.getpid()}) + "\n")
-    time.sleep(0.02)
+    _calls.append(row["answer"])
+    while len(_calls) == int(os.environ.get("SIGNAL_HOLD", 0)):
+        time.sleep(0.05)
     return last_number(text, row)
 
 

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from rich.console import Console
 
@@ -235,7 +236,17 @@ def test_all_targets_compared():
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(terminal.comparison(got))
     text = console.export_text()
-    assert "sft" in text and "not captured" in text and "× 1" in text
+    assert "sft" in text and "not captured" in text and "1.00" in text
+
+
+def test_nothing_is_divided_by_nothing():
+    """Labels that are certain: sft asks for nothing, and no target for a share of it."""
+    z = torch.full((4, 60), -200.0, dtype=torch.float64)
+    z[range(4), range(4)] = 200.0
+    got = lens_records.record_from_logits(z, torch.arange(4), rows=2)
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(terminal.comparison(got))
+    assert " nan " not in console.export_text()
 
 
 @pytest.mark.parametrize("sharpness, place", [(0.5, "weak"), (12.0, "middle"), (60.0, "strong")])

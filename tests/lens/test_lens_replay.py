@@ -168,7 +168,6 @@ def test_the_summary_is_that_of_the_tokens():
     summary = REPLAY.summary(figures)
     p = label_log_p(Z, Y).exp()
     assert summary.update_vs_sft == pytest.approx(float((p * (1 - p)).sum() / (1 - p).sum()), rel=1e-9)
-    assert summary.lr_factor == pytest.approx(1 / summary.update_vs_sft)
     ordered = (p * (1 - p)).sort(descending=True).values
     carriers = int((ordered.cumsum(0) < 0.9 * ordered.sum()).sum()) + 1
     assert summary.carries_90 == carriers / N

@@ -354,7 +354,7 @@ def test_rows_without_a_gradient_are_skipped(case, share, block, rows_multiplied
     if block is not None:
         monkeypatch.setattr(chunks, "block_rows", lambda *_: block)
     batch = with_ignored_labels(hard_batch(softcap=40.0), share)
-    assert_engine_is_oracle(batch, preset_of(case), chunk_rows=10)
+    assert_engine_is_oracle(batch, preset_of(case), chunk_rows=10, floor=floor_of(case))
     trust = run_oracle(batch, preset_of(case)).stats["trust"]
     kept, supervised = int((trust.nan_to_num() != 0).sum()), int((~trust.isnan()).sum())
     assert sum(rows_multiplied) == kept < supervised

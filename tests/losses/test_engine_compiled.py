@@ -10,7 +10,16 @@ from test_engine_precision import assert_no_worse_than_full_logits, single
 from test_engine_topk import padded, with_topk
 
 import qtarget as qt
-from engine_and_oracle import assert_same, floor_of, hard_batch, preset_of, run_engine, run_oracle, with_ignored_labels
+from engine_and_oracle import (
+    FLOOR,
+    assert_same,
+    floor_of,
+    hard_batch,
+    preset_of,
+    run_engine,
+    run_oracle,
+    with_ignored_labels,
+)
 from published import KINDS
 from qtarget.losses.engine import who
 from qtarget.losses.engine.device import passes, row_functions
@@ -24,7 +33,7 @@ def as_they_are(monkeypatch):
     monkeypatch.setattr(who, "FunctionPasses", lambda: passes.FunctionPasses(compiled=False))
 
 
-def assert_functions_are_the_oracle(batch, target, floor=1e-12, **options):
+def assert_functions_are_the_oracle(batch, target, floor=FLOOR, **options):
     got = run_engine(batch, target, stats="all", reduction="sum", backend="compiled", **options)
     assert_same(got, run_oracle(batch, target, stats="all", reduction="sum"), floor=floor)
 

@@ -13,6 +13,7 @@ from engine_and_oracle import (
     V,
     assert_engine_is_oracle,
     assert_rows_agree,
+    floor_of,
     hard_batch,
     ordinary_batch,
     preset_of,
@@ -65,13 +66,15 @@ HEADS = {
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
 @beside_another
 def test_head(case, options):
-    assert_engine_is_oracle(with_heads(ordinary_batch(softcap=30.0), **options), preset_of(case), chunk_rows=10)
+    assert_engine_is_oracle(
+        with_heads(ordinary_batch(softcap=30.0), **options), preset_of(case), chunk_rows=10, floor=floor_of(case)
+    )
 
 
 @beside_another
 def test_head_of_few_units(case):
     """Narrower than the student, one unit."""
-    assert_engine_is_oracle(with_heads(ordinary_batch(), width=1), preset_of(case))
+    assert_engine_is_oracle(with_heads(ordinary_batch(), width=1), preset_of(case), floor=floor_of(case))
 
 
 @beside_another
@@ -82,7 +85,7 @@ def test_the_student_beside_its_own_head(case):
     batch = replace(batch, dense={name: hidden @ batch.weight.T for name, hidden in frozen.items()})
     weight = batch.weight.clone().requires_grad_()
     heads = {name: qt.Head(hidden.requires_grad_(), weight) for name, hidden in frozen.items()}
-    assert_engine_is_oracle(replace(batch, heads=heads), preset_of(case))
+    assert_engine_is_oracle(replace(batch, heads=heads), preset_of(case), floor=floor_of(case))
     assert weight.grad is None and all(hidden.grad is None for hidden in frozen.values())
 
 
@@ -96,7 +99,7 @@ def test_tokens_that_the_other_model_rules_out(case):
     bias[[2, 7, 11, int(batch.labels[0]), int(batch.labels[1])]] = -math.inf
     batch.dense = {name: logits + bias for name, logits in batch.dense.items()}
     batch.heads = {name: replace(head, bias=bias) for name, head in batch.heads.items()}
-    assert_engine_is_oracle(batch, preset_of(case))
+    assert_engine_is_oracle(batch, preset_of(case), floor=floor_of(case))
 
 
 # ---- padded vocabularies
@@ -105,7 +108,7 @@ def test_tokens_that_the_other_model_rules_out(case):
 @pytest.mark.parametrize("make", [ordinary_batch, hard_batch], ids=["ordinary", "hard"])
 @every_case
 def test_padded_student(case, make):
-    assert_engine_is_oracle(padded(make()), preset_of(case), chunk_rows=10)
+    assert_engine_is_oracle(padded(make()), preset_of(case), chunk_rows=10, floor=floor_of(case))
 
 
 PADDED = {
@@ -120,13 +123,15 @@ PADDED = {
 @pytest.mark.parametrize("options", PADDED.values(), ids=PADDED)
 @beside_another
 def test_padded_student_beside_a_head(case, options):
-    assert_engine_is_oracle(with_heads(padded(ordinary_batch()), **options), preset_of(case), chunk_rows=10)
+    assert_engine_is_oracle(
+        with_heads(padded(ordinary_batch()), **options), preset_of(case), chunk_rows=10, floor=floor_of(case)
+    )
 
 
 @beside_another
 def test_head_with_fewer_rows_than_the_student(case):
     """The student's padding shows only in the teacher's width."""
-    assert_engine_is_oracle(with_heads(ordinary_batch(), rows=REAL), preset_of(case))
+    assert_engine_is_oracle(with_heads(ordinary_batch(), rows=REAL), preset_of(case), floor=floor_of(case))
 
 
 @every_case

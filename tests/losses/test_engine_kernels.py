@@ -14,6 +14,7 @@ from test_engine_topk import REAL, padded, with_topk
 
 import qtarget as qt
 from engine_and_oracle import (
+    FLOOR,
     assert_same,
     floor_of,
     hard_batch,
@@ -56,7 +57,7 @@ def on_kernels(monkeypatch):
     monkeypatch.setattr(who, "computes_in_torch", refuse)
 
 
-def assert_kernels_are_the_oracle(batch, target, stats="all", floor=1e-12, **options):
+def assert_kernels_are_the_oracle(batch, target, stats="all", floor=FLOOR, **options):
     got = run_engine(batch, target, stats=stats, reduction="sum", backend="triton", **options)
     assert_same(got, run_oracle(batch, target, stats=stats, reduction="sum"), floor=floor)
 

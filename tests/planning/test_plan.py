@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -260,6 +261,50 @@ def test_rows_at_hand_are_measured_as_training_prepares_them(at_hand, capsys, tm
     assert "this run asks about each row 3.00 times" in said
     saved = 2 * cache["build_flops"] / figures["flops"]
     assert f"a cache saves {saved:.1%} of it" in said
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "bits"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8),
+        ({"quant_method": "gptq", "bits": 4}, 4),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}, 4),
+        ({"quant_method": "bitsandbytes", "_load_in_8bit": True}, 8),
+        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}, 8),
+        ({"quant_method": "mxfp4"}, 4),
+        ({"quant_method": "mxfp4", "dequantize": True}, None),
+        ({"quant_method": "quanto", "weights": "int2"}, 2),
+        ({"quant_method": "somebodys"}, None),
+    ],
+    ids=str,
+)
+def test_bits_of_a_quantised_model(quantisation, bits):
+    assert shapes.quantised_by(quantisation)[1] == bits
+
+
+@pytest.mark.parametrize("where", ["config.json", "init_kwargs"])
+def test_a_quantised_teacher_is_counted_as_it_is_held(where, at_hand, capsys, tmp_path):
+    """Its layers at 8 or 4 bits, embedding and head in full; a method without known bits is told."""
+    file, words = tmp_path / "plan.json", ["--config", at_hand / "config.yaml", "--gpus", 1]
+    teacher = shutil.copytree(at_hand / "model", tmp_path / "teacher")
+    config = json.loads((teacher / "config.json").read_text())
+    given = {"config.json": {"quant_method": "fp8"}, "init_kwargs": None}[where]
+    (teacher / "config.json").write_text(json.dumps(config | ({"quantization_config": given} if given else {})))
+    if where == "init_kwargs":
+        words += ["--teacher_model_init_kwargs", '{"load_in_4bit": true}']
+    words += ["--teacher_model_name_or_path", teacher]
+    assert plan(capsys, *words, "--json", file)[0] == 0
+    shape = shapes.find("model", str(at_hand / "model"))
+    rest = shape.parameters - shape.root_parameters
+    held = json.loads(file.read_text())["memory"]["ddp"]["parts"]["teacher"]
+    assert held == 4 * shape.root_parameters + rest // (1 if given else 2)
+    said = plan(capsys, *words)[1]
+    assert "layers quantised by" in said and "the scales of teacher" in said
+    (teacher / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "somebodys"}}))
+    status, said, _ = plan(capsys, "--config", at_hand / "config.yaml", "--teacher_model_name_or_path", teacher)
+    assert status == 0 and "quantised by somebodys: they are counted in full, for its bits are not known" in " ".join(
+        said.split()
+    )
 
 
 def test_what_is_told_of_the_rows_wins(at_hand, capsys, tmp_path):

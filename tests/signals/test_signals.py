@@ -384,3 +384,16 @@ def test_refusals(world, tmp_path, capsys, words, sentence):
 def test_a_column_that_is_there_is_not_made_again(world, ready, tmp_path, capsys):
     words = data_words(world, "weights", tmp_path / "rows", "--dataset_name", ready["weights"], config="online")
     assert "the train split has a column 'reference_logp' already" in refused(capsys, words)[0]
+
+
+def test_a_model_that_gives_nan(world, tmp_path, capsys):
+    """The model and the dataset's own row are named, whatever was dropped before it."""
+    model = tiny_models.trained_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "broken")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "broken")
+    words = ["data", "oldlogps", "--config", world["sft"], "--model_name_or_path", tmp_path / "broken"]
+    assert main([str(word) for word in [*words, "-o", tmp_path / "signal"]]) == 2
+    said = capsys.readouterr().err
+    assert f"the logits of {tmp_path / 'broken'} are NaN or infinite at row " in said and "of the train dataset" in said

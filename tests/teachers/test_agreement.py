@@ -5,6 +5,7 @@ import io
 import json
 import math
 import random
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -608,6 +609,18 @@ def test_the_verb(world, capsys, tmp_path):
     assert lines[0] == f"3 rows, {wanted['tokens']} supervised tokens" and "\x1b" not in said
     assert f"verdict: {got['verdict']}" in lines and got["judgement"] in ("identical", "misaligned", "helps", "mixed")
     assert not [*(world / "run").glob("checkpoint-*")]
+
+
+def test_another_chat_template(world, capsys, tmp_path):
+    """A line, where the teacher's differs, and none where it does not."""
+    shutil.copytree(world / "teacher", tmp_path / "teacher")
+    tokenizer = copy.deepcopy(tiny_models.tokenizer())
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant", "ASSISTANT")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    words = ["check", "--config", world / "config.yaml", "--rows", 2]
+    assert "chat template" not in run_verb(capsys, *words)[1]
+    said = run_verb(capsys, *words, "--teacher_model_name_or_path", tmp_path / "teacher")[1]
+    assert f"note: {tmp_path / 'teacher'} has another chat template than the student" in said
 
 
 def test_a_target_without_a_teacher_is_checked_with_kd(world, capsys, tmp_path):

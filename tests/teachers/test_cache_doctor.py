@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -124,6 +126,16 @@ def test_the_runs_own_target_is_looked_at_too(world, some, tmp_path):
     assert any("eta=0.9" in name for name in names) and "target-sft" in names
 
 
+def test_a_teacher_that_is_the_student(world, tmp_path, capsys):
+    """Its gradient is nothing, and nothing is divided by it."""
+    itself = ["--teacher_model_name_or_path", world / "model"]
+    folder = build_cache(world, tmp_path / "itself", "--k", K, *itself)
+    report = examined(world, folder, tmp_path / "report.json", "--rows", 4, *itself)
+    gradients = {line["target"]: (line["logit_gradient"], line["hidden_gradient"]) for line in report["targets"]}
+    assert gradients["kd"] == (None, None) and all(0 < error < 1 for error in gradients["kd-hybrid"])
+    assert "none: kd has no gradient on these rows" in capsys.readouterr().out
+
+
 def test_another_live_teacher(world, some, tmp_path, capsys):
     report = examined(world, some, tmp_path / "r.json", "--teacher_model_name_or_path", world / "other", "--rows", 4)
     assert not report["same_teacher"]
@@ -186,6 +198,58 @@ def test_a_server_that_gives_up_in_the_middle(world, served, tmp_path, capsys):
     build_cache(world, tmp_path / "c", *more)
     assert len(served.asked) < all_asked
     assert file_contents(tmp_path / "c") == file_contents(uninterrupted)
+
+
+def every_position(change):
+    """Changes the entries of all positions of all choices."""
+    return lambda choices: [change(entries) for one in choices for entries in one["prompt_logprobs"] if entries]
+
+
+def test_a_server_that_answers_after_sampling_settings(world, served, tmp_path, capsys):
+    """Greedy: 0 for one token and -9999 for the rest. A low temperature: all the mass is kept. Refused, told."""
+    words = ["cache", "build", "--config", world / "config.yaml", "--k", K, "--server", served.url]
+
+    def greedy(entries):
+        best = max(entries, key=lambda token: entries[token]["logprob"])
+        for token, entry in entries.items():
+            entry["logprob"] = 0.0 if token == best else -9999.0
+
+    def cold(entries):
+        best = max(entries, key=lambda token: entries[token]["logprob"])
+        for token, entry in entries.items():
+            entry["logprob"] = 0.0 if token == best else -40.0 + entry["logprob"]
+
+    served.tamper = every_position(greedy)
+    said = refusal_of(capsys, *words, "-o", tmp_path / "greedy")
+    assert "-9999" in said and "--logprobs-mode raw_logprobs" in said and not (tmp_path / "greedy").exists()
+    served.tamper = every_position(cold)
+    assert main([str(word) for word in [*words, "-o", tmp_path / "cold"]]) == 0
+    said = capsys.readouterr().out
+    assert "kept       100.000% of the teacher's mass in the mean, 100.000% at least" in said
+    assert "the kept tokens have all the mass at every token" in said
+
+
+def test_probabilities_that_sum_to_more_than_1(world, served, tmp_path, caplog):
+    """Within what a server may round: told, with a count and the first row."""
+
+    def more(entries):
+        for token in sorted(entries, key=lambda token: entries[token]["logprob"])[-K:]:
+            entries[token]["logprob"] = math.log(1.005 / K)
+
+    served.tamper = every_position(more)
+    folder = build_cache(world, tmp_path / "c", "--k", K, "--server", served.url)
+    tokens = json.loads((folder / "manifest.json").read_text())["tokens"]
+    assert f"the kept probabilities of {tokens} tokens sum to more than 1, to 1.0050 at most (row " in caplog.text
+    assert "does not need it" not in caplog.text
+
+
+def test_the_kept_mass(world, some, capsys):
+    """As the files have it: the mean over tokens, and the least."""
+    mass = CachedTeacher(some).gather(torch.arange(len(CachedTeacher(some))))["teacher_logprobs"].double().exp().sum(-1)
+    assert main(["cache", "inspect", str(some)]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("mass"))
+    mean, least = (float(figure) / 100 for figure in re.findall(r"([0-9.]+)%", line))
+    assert mean == pytest.approx(float(mass.mean()), abs=1e-3) and least == pytest.approx(float(mass.min()), abs=2e-3)
 
 
 def test_a_busy_server_is_asked_again(world, served, tmp_path):

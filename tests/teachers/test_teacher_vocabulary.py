@@ -465,11 +465,15 @@ def with_a_special_one_more():
     return made
 
 
+def with_its_own_pad():
+    made = copy.deepcopy(CHAT)
+    made.add_special_tokens({"pad_token": "<pad>"})
+    return made
+
+
 OTHERS = {
     "trained on other text": lambda: tiny_models.tokenizer("zebra crossing"),
     "a special token with another content": with_other_special_token,
-    "one token more": with_one_more,
-    "one special token more": with_a_special_one_more,
 }
 
 
@@ -495,15 +499,93 @@ def test_another_tokenizer(kind, setting, tmp_path):
     assert f"id {number} is {ours} for the student and {theirs} for the teacher; use a teacher of the same" in told
 
 
-def test_a_student_with_a_token_more(tmp_path):
+@pytest.mark.parametrize("beyond", [0, 13], ids=["no row for it", "padded rows"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_pad_token_of_its_own(beyond, streaming, tmp_path, caplog):
+    """The gradient is that of a softmax over the teacher's own tokens; the token is told once."""
+    folder = saved(tiny_models.llama(seed=3, width=48, vocab=REAL + beyond), tmp_path / "teacher", CHAT)
+    model, data = tiny_models.llama(vocab=REAL + 1).double(), tiny_models.conversation_dataset(4)
+    settings = {"target": target_of("kd"), "teacher_model_name_or_path": folder, **DOUBLE}
+    made = QTargetTrainer(
+        model,
+        quick_config(tmp_path, **settings, max_steps=1),
+        train_dataset=data.to_iterable_dataset() if streaming else data,
+        processing_class=with_its_own_pad(),
+    )
+    before = copied_weights(made.model)
+    made.train()
+    assert caplog.text.count(f"id {REAL} is '<pad>' for the student and no token for {folder}") == 1
+    teacher = tiny_models.llama(seed=3, width=48, vocab=REAL + beyond).double().eval()
+    wanted = change_by_autograd(
+        tiny_models.llama(vocab=REAL + 1).double(),
+        tokenised_rows(data),
+        lambda logits, labels, **given: case_loss("kd")(logits, labels, **given),
+        teacher=OnItsOwnTokens(teacher),
+    )
+    assert_same_change(weight_change(before, made.model), wanted)
+
+
+class OnItsOwnTokens:
+    """A teacher that gives nothing to the student's further token."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, input_ids):
+        logits = self.model(input_ids=input_ids).logits[..., :REAL]
+        return SimpleNamespace(logits=torch.nn.functional.pad(logits, (0, 1), value=-torch.inf))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_with_a_token_that_the_teacher_does_not_know(streaming, tmp_path):
     folder = saved(tiny_models.llama(1), tmp_path / "teacher", CHAT)
+    rows = [{"text": "a row"}, {"text": "a row with <|tool|> in it"}]
+    data = Dataset.from_list(rows)
+
+    def train():
+        QTargetTrainer(
+            tiny_models.llama(vocab=REAL + 1),
+            quick_config(tmp_path, target="kd", teacher_model_name_or_path=folder, max_steps=1),
+            train_dataset=data.to_iterable_dataset() if streaming else data,
+            processing_class=with_one_more(),
+        ).train()
+
     refused(
-        rf"which has another tokenizer: id {REAL} is '<\|tool\|>' for the student and no token for the teacher; use a",
+        rf"^row 1 of the train dataset: it holds '<\|tool\|>' \(id {REAL}\), an added token that the teacher", train
+    )
+
+
+@pytest.mark.parametrize("more", [with_one_more, with_a_special_one_more])
+def test_a_teacher_with_a_token_more(more, tmp_path):
+    """Its mass there is cut off, as that of a head's padded rows."""
+    folder = saved(tiny_models.llama(seed=3, width=48, vocab=REAL + 1), tmp_path / "teacher", more())
+    settings = {"target": target_of("kd"), "teacher_model_name_or_path": folder, **DOUBLE}
+    got = change_by_training(tiny_models.llama().double(), tmp_path / "out", **settings)
+    wanted = change_by_autograd(
+        tiny_models.llama().double(),
+        tokenised_rows(tiny_models.conversation_dataset(4)),
+        case_loss("kd"),
+        teacher=tiny_models.llama(seed=3, width=48, vocab=REAL + 1).double().eval(),
+    )
+    assert_same_change(got, wanted)
+
+
+def test_an_end_of_turn_that_only_the_student_has(tmp_path):
+    """An added token that every row holds: refused with the row."""
+    base = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(CHAT.backend_tokenizer.to_str()), eos_token="<|endoftext|>"
+    )
+    student = copy.deepcopy(CHAT)
+    student.add_special_tokens({"eos_token": "<|eot|>"})
+    student.chat_template = student.chat_template.replace("<|im_end|>", "<|eot|>")
+    folder = saved(tiny_models.llama(1), tmp_path / "teacher", base)
+    refused(
+        r"^row 0 of the train dataset: it holds '<\|eot\|>'",
         lambda: QTargetTrainer(
             tiny_models.llama(vocab=REAL + 1),
             quick_config(tmp_path, target="kd", teacher_model_name_or_path=folder),
             train_dataset=tiny_models.conversation_dataset(4),
-            processing_class=with_one_more(),
+            processing_class=student,
         ),
     )
 

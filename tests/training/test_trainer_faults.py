@@ -243,7 +243,16 @@ def test_how_much_smaller_the_update_is(tmp_path, capsys):
     assert logged_values(made, "update_vs_sft")[0] == pytest.approx(share, rel=1e-5)
     assert logged_values(made, "lr_to_match_sft")[0] == pytest.approx(0.1 / share, rel=1e-5)
     assert len(logged_values(made, "lr_to_match_sft")) == 5 < len(logged_values(made, "update_vs_sft"))
-    assert f"the update is {share:.3g} of plain SFT's on the same tokens" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"the update is {share:.3g} of plain SFT's on the same tokens" in said
+    assert "asks for no other learning rate under Adam" in said
+
+
+def test_a_teacher_that_is_the_student_has_no_matching_rate(tmp_path, capsys):
+    model = tiny_models.trained_model()
+    made = train_quickly(model, tmp_path, target="kd", teacher_model=tiny_models.trained_model(), max_steps=2)
+    assert logged_values(made, "update_vs_sft")[0] < 1e-6 and not logged_values(made, "lr_to_match_sft")
+    assert "of plain SFT's on the same tokens" not in capsys.readouterr().out
 
 
 def test_sft_is_as_large_as_itself(tmp_path, capsys):

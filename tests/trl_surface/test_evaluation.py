@@ -18,6 +18,7 @@ from beside_trl import (
     assert_same_run,
     assert_same_way,
     make_trainer,
+    our_name,
     side_by_side,
 )
 from dataset_shapes import streamed
@@ -43,8 +44,8 @@ def assert_holds(ours, theirs, prefix="eval_"):
         if name.startswith("eval_") and name[5:] in OVER_TOKENS:
             name = prefix + name[5:]
         if not name.endswith((*TIMES, "num_tokens")):
-            assert name in ours, f"{name} is not logged"
-            assert ours[name] == pytest.approx(value, rel=CLOSE, abs=1e-7), name
+            assert our_name(name) in ours, f"{name} is not logged"
+            assert ours[our_name(name)] == pytest.approx(value, rel=CLOSE, abs=1e-7), name
 
 
 EVALUATED = {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
+from qtarget import own_code
 from qtarget.cli import terminal
 from qtarget.errors import QTargetError, unknown
 
@@ -36,7 +38,12 @@ qtarget VERB --help tells more; --debug shows the traceback of an error; --versi
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb. Returns the exit status: 0 done, 1 a check failed, 2 a fault in what was asked for, 130 interrupted."""
+    """Run a verb.
+
+    Returns:
+        The exit status: 0 done, 1 a check failed or a file beside the weights is missing, 2 a fault in what was asked
+        for, 130 interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
@@ -53,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if debug:
         rest.remove("--debug")
+    own_code.FOLDERS.set((os.getcwd(),))
     try:
         if verb not in VERBS:
             raise unknown("verb", verb, VERBS)
@@ -67,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
         return 0
-    except KeyboardInterrupt:
-        print(f"\nqtarget {verb}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        if terminal.is_main():
+            print(f"\nqtarget {verb}: {interrupt if interrupt.args else 'interrupted'}", file=sys.stderr)
         return 130
 
 

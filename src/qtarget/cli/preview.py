@@ -105,7 +105,7 @@ def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, l
     if "teacher" in models and config.teacher_cache is None and config.teacher_ema_decay is None:
         field = "teachers" if config.teachers is not None else "teacher_model_name_or_path"
         for name, revision, kwargs in teacher_settings.named_models(config):
-            shape = find(field, name, revision)
+            shape = shapes.as_loaded(find(field, name, revision), kwargs)
             others.append(Frozen("teacher", name, revision, shape, shapes.frozen_bytes(kwargs, shape, config.use_cpu)))
         faults += teacher_settings.settings_faults(config)
         shapes_known = student is not None and all(other.shape is not None for other in others)
@@ -116,6 +116,7 @@ def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, l
     if "reference" in models and config.reference_model_name_or_path is not None:
         name, revision = config.reference_model_name_or_path, config.reference_model_revision
         shape = find("reference_model_name_or_path", name, revision)
+        shape = shapes.as_loaded(shape, config.reference_model_init_kwargs)
         width = shapes.frozen_bytes(config.reference_model_init_kwargs, shape, config.use_cpu)
         others.append(Frozen("reference", name, revision, shape, width))
     return student, others, untold
@@ -168,7 +169,7 @@ def _rows(asked: setup.Run, faults: list[str], untold: list[str]) -> tuple[int |
 
 def _picture(asked: setup.Run, datasets: dict[str, Any], faults: list[str], untold: list[str]) -> Picture | None:
     """What the first rows train, through the trainer's own preparation and checks, without weights."""
-    from qtarget.data.picture import SAMPLE
+    from qtarget.data.counting import SAMPLE
     from qtarget.teachers import settings as teacher_settings
     from qtarget.training.preparing import DryTrainer
 
@@ -224,7 +225,10 @@ def _model_line(name: str, revision: str | None, shape: shapes.Shape | None) -> 
     told = f"{name}, revision {'default' if revision is None else revision}"
     if shape is None:
         return f"{told}; its shape is not known here"
-    return f"{told}; {shape.parameters / 1e9:.2f} billion parameters, head of {shape.vocab:,} rows ({shape.source})"
+    bits = "" if shape.bits is None else f" of {shape.bits:g} bits"
+    held = "" if shape.quantised is None else f", layers quantised by {shape.quantised}{bits}"
+    size = f"{shape.parameters / 1e9:.2f} billion parameters, head of {shape.vocab:,} rows"
+    return f"{told}; {size} ({shape.source}{held})"
 
 
 def batch_line(config: Any, gpus: int, batch: int) -> str:

@@ -13,9 +13,56 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qtarget import own_code
 from qtarget.cli import yaml_text
 from qtarget.errors import ConfigError
 from qtarget.teachers import mapping
+
+# Names of other versions and programs → what it is here.
+_RENAMED = {
+    **dict.fromkeys(("torch_dtype", "model_dtype", "bnb_4bit_compute_dtype"), "dtype"),
+    **dict.fromkeys(
+        ("max_seq_length", "max_seq_len", "model_max_length", "cutoff_len", "sequence_len", "block_size"), "max_length"
+    ),
+    **dict.fromkeys(
+        ("model", "model_name", "model_id", "base_model", "pretrained_model_name_or_path"), "model_name_or_path"
+    ),
+    **dict.fromkeys(
+        ("tokenizer", "tokenizer_name", "tokenizer_name_or_path"),
+        "read from the folder of model_name_or_path: put it there",
+    ),
+    **dict.fromkeys(("dataset", "datasets", "dataset_path", "data_path", "train_file"), "dataset_name"),
+    **dict.fromkeys(("dataset_split", "train_split"), "dataset_train_split"),
+    **dict.fromkeys(("eval_split", "validation_split", "test_split"), "dataset_test_split"),
+    **dict.fromkeys(
+        ("batch_size", "micro_batch_size", "train_batch_size", "per_gpu_train_batch_size"),
+        "per_device_train_batch_size",
+    ),
+    **dict.fromkeys(("eval_batch_size", "per_gpu_eval_batch_size"), "per_device_eval_batch_size"),
+    **dict.fromkeys(("epochs", "num_epochs", "n_epochs"), "num_train_epochs"),
+    **dict.fromkeys(("no_cuda", "use_cuda"), "use_cpu: true to train without a GPU"),
+    **dict.fromkeys(("lora_rank", "lora_dim"), "lora_r"),
+    **dict.fromkeys(("flash_attn", "use_flash_attention_2"), "attn_implementation: flash_attention_2"),
+    **dict.fromkeys(("ref_model", "reference_model", "ref_model_name_or_path"), "reference_model_name_or_path"),
+    **dict.fromkeys(("push_to_hub_token", "use_auth_token"), "hub_token"),
+    "adafactor": "optim: adafactor",
+    "evaluation_strategy": "eval_strategy",
+    "gradient_clipping": "max_grad_norm",
+    "group_by_length": "train_sampling_strategy: group_by_length",
+    "lora_target": "lora_target_modules",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "modules_to_save": "lora_modules_to_save",
+    "num_workers": "dataloader_num_workers",
+    "optimizer": "optim",
+    "push_to_hub_model_id": "hub_model_id",
+    "save_safetensors": "no longer a setting: weights are always safetensors",
+    "streaming": "dataset_streaming",
+    "teacher_model": "teacher_model_name_or_path",
+    "text_field": "dataset_text_field",
+    "use_lora": "use_peft",
+    "warmup_ratio": "warmup_steps, where a number below 1 is a share of all steps",
+}
 
 
 @dataclass
@@ -65,6 +112,7 @@ def read(arguments: Sequence[str]) -> Settings:
     if config_file is True or isinstance(config_file, list):
         raise ConfigError("--config stands without its value or with several; write --config FILE")
     if config_file is not None:
+        own_code.look_in(Path(str(config_file)).parent)
         from_file, text = _read_file(str(config_file), settings.faults)
         settings.unreadable = from_file is None
         settings.notes = {key: value for key, value in (from_file or {}).items() if key in recipe.NOTES}
@@ -126,8 +174,10 @@ def _with_flat_teacher(given: _Given, faults: list[str]) -> _Given:
 
 def _unknown_key(place: str, key: str, origin: str, valid: typing.Iterable[str]) -> str:
     """The sentence for it; with some two hundred valid names, only the nearest is shown."""
-    near = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
     shown = f"--{key}" if origin == "flag" else repr(key)
+    if key in _RENAMED:
+        return f"unknown {place}: {shown}; it is {_RENAMED[key]}"
+    near = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
     mend = f"did you mean {near[0]}? " if near else ""
     return f"unknown {place}: {shown}; {mend}all of them: qtarget train --help_all"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -10,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtarget.errors import ConfigError, QTargetError, loading, raise_together, reason
-from qtarget.planning.shapes import is_path
+from qtarget import hub
+from qtarget.errors import ConfigError, QTargetError, check_range, faults_of, loading, raise_together, reason
 
 if TYPE_CHECKING:
     from qtarget.cli.settings import Settings
@@ -19,11 +21,16 @@ if TYPE_CHECKING:
 # What a verb decides whatever the config says. One that measures trains, evaluates, writes and pushes nothing.
 MEASURES: dict[str, Any] = {
     "gradient_checkpointing": False,
+    "activation_offloading": False,
     "eval_strategy": "no",
     "load_best_model_at_end": False,
     "resume_from_checkpoint": None,
     "lens_every": None,
     "push_to_hub": False,
+    "report_to": "none",
+    "optim": "adamw_torch",
+    "lr_scheduler_type": "linear",
+    "lr_scheduler_kwargs": None,
     "teacher_check_rows": 0,
 }
 # What else says what a run trains, where the verb says it.
@@ -93,7 +100,7 @@ def read(
 def check(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains: bool = True) -> Run:
     """``read`` without the datasets: what the settings alone tell."""
     from qtarget.cli import settings as reading
-    from qtarget.training import checks
+    from qtarget.training import checks, output_folder
 
     # TRL's own default trips a deprecation warning of Transformers on every start.
     warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -104,18 +111,32 @@ def check(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains:
     config, notes = _training_config(settings)
     groups = reading.groups()
     model, script = groups["model"](**settings.values["model"]), groups["script"](**settings.values["script"])
+    # TRL makes text of a list of one, which PEFT takes for a pattern that the whole name must match.
+    if isinstance(name := model.lora_target_modules, str) and name != "all-linear" and re.fullmatch(r"[\w.]+", name):
+        model.lora_target_modules = [name]
     for name, value in (("model_name_or_path", model.model_name_or_path), ("dataset_name", script.dataset_name)):
-        if not value:
+        if not (value or "").strip():
             settings.faults.append(f"{name} is not set; name a folder or a hub id, in the config or as --{name}")
     if config is not None:
-        settings.faults += _output_faults(config) if trains else []
+        if trains:
+            named = [model.model_name_or_path, script.dataset_name, config.teacher_cache]
+            named += [config.teacher_model_name_or_path, config.reference_model_name_or_path]
+            settings.faults += output_folder.faults(config, [*named, *(one.name for one in config.pool_members())])
         objectives = [config.resolve_objective(), config.resolve_eval_objective()]
         settings.faults += checks.target_faults(objectives)
         settings.faults += checks.missing_teacher(config, objectives, False) + _resume_faults(config)
-        settings.faults += checks.adapter_on_head(model.lora_target_modules) if model.use_peft else []
+        settings.faults += _adapter_faults(model) if model.use_peft else []
     raise_together(settings.faults)
     assert config is not None
     return Run(settings, config, model, script, {}, notes)
+
+
+def _adapter_faults(model: Any) -> list[str]:
+    from qtarget.training import checks
+
+    faults = checks.adapter_on_head(model.lora_target_modules)
+    faults += faults_of(check_range, "lora_alpha", model.lora_alpha, 0, open_low=True)  # 0 would train nothing
+    return faults + faults_of(check_range, "lora_dropout", model.lora_dropout, 0, 1, open_high=True)
 
 
 def row_by_row(arguments: Sequence[str], **more: Any) -> dict[str, Any]:
@@ -155,34 +176,18 @@ def _training_config(settings: Settings):
 
 def _of_transformers(error: Exception, values: dict[str, Any]) -> str:
     """A refusal of TRL or Transformers, which may not say which setting it is about."""
+    if isinstance(error, ImportError) and values.get("deepspeed"):
+        return f"deepspeed is {values['deepspeed']!r}, but its package is not installed; pip install deepspeed"
     text = reason(error)
     said = []
     for name, value in values.items():
-        words = [word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str) and word]
-        if any(word in text for word in [name, *words]):
+        words = [word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
+        words = [name, *(word for word in words if len(word) > 2 and word not in ("none", "auto"))]
+        if any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) for word in words):
             said.append(name)
-    if isinstance(error, ImportError) and values.get("deepspeed"):
-        said = ["deepspeed"]
     if not said or any(name in text for name in said):
         return text
     return f"{said[0]} is {values[said[0]]!r}: {text}"
-
-
-def _output_faults(config: Any) -> list[str]:
-    from qtarget.training import checkpoints
-
-    folder = Path(config.output_dir)
-    try:
-        folder.exists()
-    except OSError as error:  # a name longer than the file system takes
-        return [f"output_dir is {str(folder)[:100]!r}..., which cannot be a folder ({error.strerror}); choose another"]
-    held = [*folder.glob("checkpoint-*"), *folder.glob("*.safetensors"), *folder.glob("train_results.json")]
-    if held and not config.resume_from_checkpoint:
-        return [
-            f"output_dir is {str(folder)!r}, which holds another run ({held[0].name}); choose another folder, or go on "
-            "with that run by --resume_from_checkpoint true"
-        ]
-    return checkpoints.unwritable(folder)
 
 
 def _resume_faults(config: Any) -> list[str]:
@@ -225,6 +230,9 @@ def load_datasets(script: Any, faults: list[str], **how: Any) -> dict[str, Any]:
     from datasets import load_dataset
 
     name = script.dataset_name
+    if why := hub.nowhere(name, "dataset"):
+        faults.append(f"dataset_name is {name!r}, which cannot be loaded: {why}")
+        return {}
     if Path(name).is_file():
         if Path(name).suffix not in _FILES:
             faults.append(
@@ -262,12 +270,16 @@ def build(run: Run, kind: Any = None, weights: bool = True) -> Any:
     config, model = run.config, run.model
     _check_files(model, config)
     init = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
-    init |= config.model_init_kwargs or {}
+    given: dict[str, Any] = config.model_init_kwargs or {}
+    init |= {"dtype" if name == "torch_dtype" else name: value for name, value in given.items()}  # its old name
     config.model_init_kwargs = {name: value for name, value in init.items() if value is not None}
     settings: dict[str, Any] = {"train_dataset": run.datasets["train"], "eval_dataset": run.datasets.get("test")}
     try:
         student = model.model_name_or_path
         if weights:
+            quantised = next((name for name in ("load_in_4bit", "load_in_8bit") if getattr(model, name)), None)
+            if quantised and importlib.util.find_spec("bitsandbytes") is None:
+                raise ConfigError(f"{quantised} is true, but its package is not installed; pip install bitsandbytes")
             settings["quantization_config"] = get_quantization_config(model)
             settings["peft_config"] = get_peft_config(model)
         else:
@@ -275,38 +287,76 @@ def build(run: Run, kind: Any = None, weights: bool = True) -> Any:
         return (kind or QTargetTrainer)(student, config, **settings)
     except QTargetError:
         raise
-    except UnicodeDecodeError as error:
-        name = run.script.dataset_name
-        raise ConfigError(f"dataset_name is {name!r}, which is not UTF-8 ({error}); save it as that") from error
     except Exception as error:
-        refusal = isinstance(error, ValueError | ImportError) and not isinstance(error, OSError)
-        if not (refusal or isinstance(error, OSError) or _comes_of_loading(error)):
+        if (sentence := _blamed(error, run)) is None:
             raise
-        name = model.model_name_or_path  # TRL's and Transformers' own refusals say what they are about
-        about = "" if refusal else f"model_name_or_path is {name!r}, which cannot be loaded: "
-        raise ConfigError(about + reason(error)) from error
+        raise ConfigError(sentence) from error
+
+
+# function that a library was in → the setting that asked for it, and what failed; the first that fits
+_STEPS: dict[str, tuple[str, str]] = {
+    "init_hf_repo": (
+        "push_to_hub",
+        "and the hub says no: {}; hf auth login, name hub_model_id, or leave push_to_hub out",
+    ),
+    "clone_chat_template": ("chat_template_path", "whose template cannot be taken over: {}"),
+    "_prepare_dataset": ("dataset_name", "whose rows cannot be prepared: {}"),
+    "get_peft_model": ("use_peft", "and no adapters can be made: {}"),
+    "from_pretrained": ("model_name_or_path", "which cannot be loaded: {}"),
+}
+
+
+def _blamed(error: Exception, run: Run) -> str | None:
+    """The sentence for what a library refused while a trainer was made, by the step it was in; None: a fault of code."""
+    frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    if isinstance(error, UnicodeDecodeError) and "_prepare_dataset" in frames:
+        return f"dataset_name is {run.script.dataset_name!r}, which is not UTF-8 ({error}); save it as that"
+    for function, (field, what) in _STEPS.items():
+        if function in frames and (function != "_prepare_dataset" or isinstance(error, OSError | ValueError)):
+            holder = next(h for h in (run.config, run.model, run.script) if hasattr(h, field))
+            return f"{field} is {getattr(holder, field)!r}, {what.format(reason(error))}"
+    if isinstance(error, OSError):
+        return f"{error.filename} cannot be read or written: {reason(error)}" if error.filename else reason(error)
+    if isinstance(error, ValueError | ImportError):
+        return _of_transformers(error, run.settings.values["training"] | run.settings.values["model"])
+    return None
 
 
 def _check_files(model: Any, config: Any) -> None:
     """The small files of a model, so that what is wrong with them is said by name."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     name = model.model_name_or_path
     how = {"revision": model.model_revision, "trust_remote_code": config.trust_remote_code}
     for kind, what in ((AutoConfig, ""), (AutoTokenizer, "tokenizer")):
         with loading("model_name_or_path", name, what):
             kind.from_pretrained(name, **how)
-    path = config.chat_template_path
-    if path is not None and is_path(path) and not Path(path).exists():
-        raise ConfigError(
-            f"chat_template_path is {path!r}, which is not there; name a Jinja file, a folder or a hub id"
-        )
+    if (Path(name) / "generation_config.json").is_file():
+        with loading("model_name_or_path", name, "generation_config.json"):
+            GenerationConfig.from_pretrained(name)
+    if config.chat_template_path is not None:
+        _check_template(config.chat_template_path)
 
 
-def _comes_of_loading(error: Exception) -> bool:
-    """Whether it was raised while Transformers read a model's weights."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return any(frame.name == "from_pretrained" and "transformers" in frame.filename for frame in frames)
+def _check_template(path: str) -> None:
+    """A Jinja file that can be read and parsed, or the folder or hub id of a tokenizer that has a template."""
+    from jinja2 import TemplateError
+    from transformers import AutoTokenizer
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    asked = f"chat_template_path is {path!r}"
+    if not Path(path).is_file():
+        with loading("chat_template_path", path, "tokenizer"):
+            tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        if not tokenizer.chat_template:
+            raise ConfigError(f"{asked}, whose tokenizer has no chat template; name a Jinja file, or another model")
+        return
+    if Path(path).suffix not in (".jinja", ".j2"):
+        raise ConfigError(f"{asked}, which is not read as a template; name a file that ends in .jinja")
+    try:
+        _compile_jinja_template(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TemplateError) as error:
+        raise ConfigError(f"{asked}, which cannot be read as a chat template: {reason(error)}; mend it") from error
 
 
 def _without_weights(model: Any, config: Any) -> tuple[Any, Any]:

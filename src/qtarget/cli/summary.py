@@ -78,8 +78,9 @@ def show(trainer: QTargetTrainer, before: dict[str, float], after: dict[str, flo
     if trainer.evaluates_teacher and before:
         print(_about_drift(trainer, before, after))
     picture = folder / "curves.png"
-    if _draw(trainer.state.log_history, str(trainer.args.resolve_objective()), picture):
-        print(f"curves     {picture}")
+    with trainer.side_files.writing(picture.name):
+        if _draw(trainer.state.log_history, str(trainer.args.resolve_objective()), picture):
+            print(f"curves     {picture}")
     print(f"model      {folder}  (plain Transformers files)")
     print(f"next       qtarget train --config FILE --model_name_or_path {folder} --output_dir {folder}-2")
 

@@ -85,6 +85,30 @@ def checked_tokens(dataset: Any, name: str, vocab_size: int) -> Any:
     return _refuse(dataset, name, fault, suspects)
 
 
+def without_tokens(dataset: Any, name: str, tokens: Mapping[int, str], why: str) -> Any:
+    """The dataset, whose input_ids may hold none of ``tokens`` (id → token): at once, or of a stream as they come.
+
+    Raises:
+        DataError: the first row that holds one, with ``why``.
+    """
+    if not tokens or "input_ids" not in (getattr(dataset, "column_names", None) or ["input_ids"]):
+        return dataset
+
+    def fault(row: Mapping[str, Any]) -> str | None:
+        held = next((index for index in row["input_ids"] if index in tokens), None)
+        return None if held is None else f"it holds {tokens[held]!r} (id {held}), {why}"
+
+    def suspects() -> Iterator[tuple[int, dict[str, Any]]]:
+        begin, wanted = 0, pa.array([*tokens])
+        for table in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=_BATCH):
+            ids = table["input_ids"].combine_chunks()
+            if pc.any(pc.is_in(ids.flatten(), wanted.cast(ids.type.value_type))).as_py():
+                yield from enumerate(({"input_ids": row} for row in ids.to_pylist()), begin)
+            begin += len(table)
+
+    return _refuse(dataset, name, fault, suspects)
+
+
 def _all_right(columns: dict[str, Any], vocab_size: int) -> bool:
     """Whether a batch has nothing that ``_token_fault`` would name, without making Python numbers of it."""
     lengths = None

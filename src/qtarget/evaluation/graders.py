@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qtarget import own_code
 from qtarget.errors import ConfigError, DataError, unknown
 from qtarget.evaluation import equality, extraction
 from qtarget.evaluation.extraction import final_answer, marked, normal
@@ -106,12 +107,16 @@ def version(name: str) -> str:
         return f"qtarget-{extraction.VERSION}" + (
             f" {package}-{importlib.metadata.version(package)}" if package else ""
         )
-    module = importlib.import_module(name.partition(":")[0])
     try:
-        source = inspect.getsource(module)
+        source = inspect.getsource(_module(name))
     except (OSError, TypeError):  # no source to be read: an extension, say
         return "unknown"
     return f"sha256-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+
+
+def _module(name: str) -> Any:
+    with own_code.searched():
+        return importlib.import_module(name.partition(":")[0])
 
 
 def _kind(name: str) -> _Kind | None:
@@ -132,8 +137,7 @@ def load(name: str, whole_text: bool = False) -> Grade:
     if not is_code(name):
         return _after_thinking(_reasoning_gym(name.partition(":")[2], whole_text))
     # Not load_object: it imports torch, for which a child that was killed would wait each time.
-    module, _, function = name.partition(":")
-    own = getattr(importlib.import_module(module), function)
+    own = getattr(_module(name), name.partition(":")[2])
     return lambda text, row: _verdict(name, own(text, row))
 
 

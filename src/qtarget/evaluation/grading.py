@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qtarget import own_code
 from qtarget.errors import ConfigError
 from qtarget.evaluation import graders
 
@@ -92,8 +95,10 @@ class Grader:
             return
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.name, self._whole_text), daemon=True)
-        self._process.start()
+        given = theirs, self.name, self._whole_text, own_code.FOLDERS.get()
+        self._process = context.Process(target=_serve, args=given, daemon=True)
+        with _without_script():
+            self._process.start()
         theirs.close()  # else its end would not be seen here
         why = f"it did not start in {_START_SECONDS:g} seconds"
         try:
@@ -117,8 +122,7 @@ def grade(text: str, answer: str | list[str]) -> dict[str, Any]:
     r"""Whether a text answers rightly, as ``qtarget eval --verifier math`` judges it.
 
     It is judged in one child process, which the first call starts and later ones share. A call of more than 10 seconds
-    is ended and judged wrong. A script that calls it stands under ``if __name__ == "__main__":``, as Python asks of every
-    script that starts processes.
+    is ended and judged wrong.
 
     Args:
         answer: an expression, or several, in any order.
@@ -141,6 +145,19 @@ def grade(text: str, answer: str | list[str]) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def _without_script() -> Iterator[None]:
+    """Start a process that does not run the present script again: it needs none of it, guarded or not."""
+    script = sys.modules["__main__"].__dict__
+    before = {name: script.get(name) for name in ("__file__", "__spec__")}
+    script.pop("__file__", None)
+    script["__spec__"] = None
+    try:
+        yield
+    finally:
+        script.update({name: value for name, value in before.items() if name == "__spec__" or value is not None})
+
+
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -149,10 +166,11 @@ def _shared_grader() -> Grader:
     return Grader("math", 10.0)
 
 
-def _serve(pipe: Any, name: str, whole_text: bool) -> None:
+def _serve(pipe: Any, name: str, whole_text: bool, folders: tuple[str, ...]) -> None:
     """The child: load the grader, say so, then answer until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    own_code.FOLDERS.set(folders)
     try:
         grade = graders.load_in_child(name, whole_text)
     except BaseException as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -150,6 +151,11 @@ def _file_rows(file: Path, verifier: str) -> list[dict[str, Any]]:
             row = files.loads(line)
         except ValueError as error:
             raise DataError(f"{file}, line {number}, is no JSON ({error}); mend or delete that line") from None
+        if half := re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+            raise DataError(
+                f"{file}, line {number}, holds half a character (\\u{ord(half[0]):04x}, a lone surrogate), which no "
+                "tokenizer reads; mend or delete that line"
+            )
         needed = ("prompt", "options", "answer") if verifier == "choice" else ("prompt", "answer")
         missing = [key for key in needed if not isinstance(row, dict) or key not in row]
         if missing:

@@ -20,7 +20,7 @@ from qtarget.errors import ConfigError
 from qtarget.lens.page_targets import manifest_targets
 from qtarget.lens.record import FILES, OTHERS, SIGNALS, Writer
 from qtarget.losses import Head, TopK
-from qtarget.losses.log_probs import log_probs
+from qtarget.losses.log_probs import log_probs, refuse_nan
 from qtarget.models.frozen import evaluation_mode
 from qtarget.teachers.fingerprints import template_hash, tokenizer_hash
 from qtarget.teachers.settings import teacher_named_by
@@ -92,7 +92,7 @@ def capture(
         about: further lines of the manifest. progress: called with the number of rows done.
 
     Raises:
-        ConfigError: see ``check``.
+        ConfigError: see ``check``. DataError: a model gives NaN or infinite logits.
     """
     check(trainer, rows, top_k, folder)
     folder = Path(folder)
@@ -123,7 +123,8 @@ def _write(
             asked = trainer.batch(batch)
             heads = aux.ask(student, asked, {"student", *names})
             columns = {name: asked.columns[name] for name in present}
-            tokens = _tokens(heads, asked.labels, columns, top_k, trainer.vocab_size, done)
+            who = {name: student.name if name == "student" else _named(trainer, name) for name in heads}
+            tokens = _tokens(heads, asked.labels, columns, top_k, trainer.vocab_size, done, who)
             writer.add([_row(done + i, [*row["input_ids"]], asked.labels[i]) for i, row in enumerate(batch)], tokens)
             done += len(batch)
             progress(done)
@@ -166,9 +167,15 @@ def _row(number: int, ids: list[int], labels: Tensor) -> dict[str, Any]:
 
 
 def _tokens(
-    heads: dict[str, Head | TopK], labels: Tensor, columns: dict[str, Tensor], top_k: int, vocab: int, first_row: int
+    heads: dict[str, Head | TopK],
+    labels: Tensor,
+    columns: dict[str, Tensor],
+    top_k: int,
+    vocab: int,
+    first_row: int,
+    who: dict[str, str],
 ) -> dict[str, list]:
-    """The columns of tokens.parquet for a batch."""
+    """The columns of tokens.parquet for a batch. ``who``: what to call each model."""
     shifted = labels[:, 1:]
     row, place = (shifted != -100).nonzero(as_tuple=True)
     tokens: dict[str, list] = {
@@ -183,6 +190,7 @@ def _tokens(
         log_p = {"student": log_probs(heads["student"], at, vocab)}
         for name, head in heads.items():
             log_p[name] = log_p[name] if name in log_p else log_probs(head, at, vocab, log_p["student"])
+            refuse_nan(f"{name} {who[name]}", log_p[name], at, range(first_row, first_row + len(labels)))
         for name, values in _chunk(log_p, shifted[at], top_k).items():
             tokens.setdefault(name, []).extend(values)
     return tokens

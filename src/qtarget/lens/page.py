@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from qtarget.data.text import characters
 from qtarget.errors import ConfigError, StorageError
 from qtarget.lens.page_targets import packed, page_entries
 from qtarget.lens.record import Record
@@ -124,7 +125,7 @@ def _data(record: Record, max_rows: int, target: Target | None) -> dict[str, Any
         "widest": int(kept.counts.max()),
         "code": {"offset": _CODE_OFFSET, "end": _CODE_END},
         "wide": width == "u4",
-        "vocab": [record.vocab[index][0] if index in record.vocab else f"<{index}>" for index in used],
+        "vocab": [_text(record, index) for index in used],
         "special": [place for place, index in enumerate(used) if index in record.vocab and record.vocab[index][1]],
         "ends": None if ends is None else [place for place, index in enumerate(used) if index in set(ends)],
         "rows": {
@@ -132,6 +133,7 @@ def _data(record: Record, max_rows: int, target: Target | None) -> dict[str, Any
             "length": packed([len(row["input_ids"]) for row in rows], "u4"),
             "ids": indices([*chain.from_iterable(row["input_ids"] for row in rows)]),
             "supervised": packed([*chain.from_iterable(row["supervised"] for row in rows)], "u1"),
+            "characters": [characters([_text(record, index) for index in row["input_ids"]]) for row in rows],
         },
         "tokens": {
             "row": packed([number_of[record.tokens["row"][token]] for token in tokens], "u4"),
@@ -147,6 +149,10 @@ def _data(record: Record, max_rows: int, target: Target | None) -> dict[str, Any
         },
         "targets": page_entries(record, tokens, target),
     }
+
+
+def _text(record: Record, index: int) -> str:
+    return record.vocab[index][0] if index in record.vocab else f"<{index}>"
 
 
 class _Kept:

@@ -63,15 +63,13 @@ class ReplayedTarget:
 class Summary:
     """A target over a whole record, means over tokens.
 
-    update_vs_sft: its update over plain SFT's. lr_factor: by which plain SFT's learning rate would have to be multiplied
-    for the same step under SGD. carries_90: share of tokens that carry 90 % of the update.
+    update_vs_sft: its update over plain SFT's. carries_90: share of tokens that carry 90 % of the update.
     """
 
     trust: float
     residual_mass: float
     update: float
     update_vs_sft: float
-    lr_factor: float
     carries_90: float
     off_simplex: float
     update_error: float
@@ -178,7 +176,6 @@ class Replay:
             residual_mass=float(figures.residual_mass.mean()),
             update=float(update),
             update_vs_sft=float(share),
-            lr_factor=float(1 / share) if share > 0 else float("nan"),
             carries_90=carriers / len(figures.update),
             off_simplex=float(figures.off_simplex.mean()),
             update_error=float(figures.update_error.mean()),

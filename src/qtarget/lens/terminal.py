@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qtarget.data.text import visible
+from qtarget.data.text import characters, visible
 from qtarget.errors import ConfigError
 from qtarget.lens.record import Record, rows_of
 from qtarget.lens.replay import Replay, ReplayedTarget
@@ -44,17 +44,23 @@ def show(record: Record, target: Target, row: int | None, console: Console) -> N
 
 def _text(record: Record, entry: dict[str, Any], tokens: list[int], figures: ReplayedTarget, coloured: bool) -> Text:
     by_position = {record.tokens["position"][token]: token for token in tokens}
-    line = Text()
-    for position, index in enumerate(entry["input_ids"]):
-        text = visible(record.vocab[index][0])
+    texts = [record.vocab[index][0] for index in entry["input_ids"]]
+    spread = {begin: (end, whole) for begin, end, whole in characters(texts)}
+    line, end = Text(), -1
+    for position, text in enumerate(map(visible, texts)):
+        if position in spread:  # the character, then the tokens that its bytes are in
+            end, whole = spread[position]
+            line.append(f"{visible(whole)}(")
         if position not in by_position:
             line.append(text, style="dim italic" if coloured else "")
-            continue
-        level = min(len(_RAMP) - 1, int(np.clip(figures.trust[by_position[position]], 0, 1) * len(_RAMP)))
-        if coloured:
-            line.append(text, style=f"bold {_RAMP[level]}")
-        else:  # a pipe has no colour: the level stands behind the token
-            line.append(f"[{text}]{_LEVELS[level]}")
+        else:
+            level = min(len(_RAMP) - 1, int(np.clip(figures.trust[by_position[position]], 0, 1) * len(_RAMP)))
+            if coloured:
+                line.append(text, style=f"bold {_RAMP[level]}")
+            else:  # a pipe has no colour: the level stands behind the token
+                line.append(f"[{text}]{_LEVELS[level]}")
+        if position + 1 == end:
+            line.append(")")
     return line
 
 
@@ -103,12 +109,12 @@ def _table(title: str, headings: tuple[str, ...], left: tuple[str, ...]) -> Tabl
 def comparison(record: Record, extra: Target | None = None) -> Table:
     """Every preset that this capture can replay, beside plain SFT."""
     replay = Replay(record)
-    headings = ("target", "trust", "update", "of sft's", "lr for sft's step", "90 % on", "off simplex", "error")
+    headings = ("target", "trust", "update", "of sft's", "90 % on", "off simplex", "error")
     table = _table("targets on these tokens", headings, left=("target",))
     targets = ([] if extra is None else [extra]) + [presets.build(name) for name in presets.names()]
     for target in targets:
         if not {"teacher", "reference"} & target.requires <= set(record.others):
-            table.add_row(str(target), *["-"] * 6, "not captured")
+            table.add_row(str(target), *["-"] * 5, "not captured")
             continue
         summary = replay.summary(replay.figures(target))
         error = f"{summary.error:.3f}" if summary.error < np.inf else "no bound"
@@ -116,8 +122,7 @@ def comparison(record: Record, extra: Target | None = None) -> Table:
             str(target),
             f"{summary.trust:.3f}",
             f"{summary.update:.3f}",
-            f"{summary.update_vs_sft:.2f}",
-            f"× {summary.lr_factor:.3g}",
+            "-" if np.isnan(summary.update_vs_sft) else f"{summary.update_vs_sft:.2f}",  # sft has nothing left to ask
             f"{summary.carries_90:.0%}",
             f"{summary.off_simplex:.0%}",
             f"{error} k is too small" if summary.k_is_too_small else error,

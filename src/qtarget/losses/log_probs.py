@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from qtarget.errors import DataError
 from qtarget.losses.engine.matmuls import HeadMatmuls
 from qtarget.losses.heads import Head, TopK
 
@@ -37,6 +39,23 @@ def log_probs(other: Head | TopK, at: tuple[Tensor, ...], vocab: int, student: T
         dense = student + (tail - outside_lse)[:, None]
     dense = dense.scatter(1, ids, kept).clamp(min=_NOTHING)
     return dense - dense.logsumexp(-1, keepdim=True)  # what was kept was rounded
+
+
+def refuse_nan(who: str, log_p: Tensor, at: tuple[Tensor, ...], rows: Sequence[int]) -> None:
+    """An infinite logit is NaN once it is normalised; one of −∞ rules a token out and may be.
+
+    Args:
+        who: the model. log_p: as ``log_probs`` gave them for ``at``. rows: numbers of the batch's rows in their dataset.
+
+    Raises:
+        DataError: NaN, with the model, the row and the position.
+    """
+    for number in log_p.isnan().any(1).nonzero().flatten().tolist()[:1]:
+        row, position = (int(index[number]) for index in at)
+        raise DataError(
+            f"the logits of {who} are NaN or infinite at row {rows[row]}, position {position + 1}; check its weights and "
+            "that row, or load it in float32 or bfloat16 instead of float16"
+        )
 
 
 def importance_weight(gap: Tensor, temperature: float) -> Tensor:

@@ -10,7 +10,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qtarget.errors import ConfigError
+from qtarget.errors import ConfigError, NonFiniteLogits
 from qtarget.losses import Head
 from qtarget.models.forward import HeadTransform, LossCall, StatesCall, head_parameters, whole
 from qtarget.models.frozen import adapters_off, evaluation_mode
@@ -25,10 +25,12 @@ class CausalLM:
     Args:
         model: as it is called, with whatever wraps it, its forward patched by ``add_target_forward``.
         vocab_size: tokens of the student's tokenizer; a head may be padded beyond them.
+        own_size: tokens of the model's own tokenizer, where that is known: what its head holds beyond is padding.
     """
 
-    def __init__(self, model: Any, vocab_size: int):
+    def __init__(self, model: Any, vocab_size: int, own_size: int | None = None):
         self.model, self.vocab_size = model, vocab_size
+        self.head_size = vocab_size if own_size is None else min(vocab_size, own_size)
 
     # Found when first asked for: a training step makes one of these and seldom looks inside.
 
@@ -70,8 +72,7 @@ class CausalLM:
         Raises:
             ConfigError: the batch holds a token that the model has no embedding for.
         """
-        self._check_ids(inputs["input_ids"])
-        hidden, weight, bias = self._states_and_head(inputs)
+        hidden, weight, bias = self._states_and_head(self._readable(inputs))
         # Virtual tokens of prompt tuning come first: the last positions are the labels'.
         hidden = hidden[:, -inputs["input_ids"].shape[1] :][:, :-1]
         return Head(
@@ -80,7 +81,7 @@ class CausalLM:
             bias,
             logit_scale=self.transform.scale,
             logit_softcap=self.transform.softcap,
-            vocab_size=min(weight.shape[0], self.vocab_size),
+            vocab_size=min(weight.shape[0], self.head_size),
         )
 
     @torch.no_grad()
@@ -89,8 +90,12 @@ class CausalLM:
         call = LossCall(
             [presets.build("sft")], labels, {}, {}, self.vocab_size, None, "basic", virtual_tokens=self.virtual_tokens
         )
-        with evaluation_mode(self.model):
-            nll = self.model(**inputs, qtarget=call).record.stats["nll"]
+        try:
+            with evaluation_mode(self.model):
+                nll = self.model(**self._readable(inputs), qtarget=call).record.stats["nll"]
+        except NonFiniteLogits as error:
+            error.what = f"the logits of {self.name}"
+            raise
         return torch.nn.functional.pad(-nll.nan_to_num(0.0), (1, 0))
 
     def _states_and_head(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -103,28 +108,38 @@ class CausalLM:
             return states.hidden, whole(weight, states.hidden), None if bias is None else whole(bias, states.hidden)
         return states.hidden, states.weight, states.bias
 
-    def _check_ids(self, ids: Tensor) -> None:
-        """A model with fewer embeddings than the tokenizer has tokens cannot read them all."""
+    def _readable(self, inputs: Inputs) -> Inputs:
+        """The inputs with another token at padding, where the model may have no embedding for the student's.
+
+        Raises:
+            ConfigError: a model with fewer embeddings than the tokenizer has tokens cannot read them all.
+        """
         embeddings = self.base.get_input_embeddings()
         rows = getattr(embeddings, "original_module", embeddings).num_embeddings  # PEFT wraps them to train some tokens
-        if rows < self.vocab_size and int(ids.max()) >= rows:
+        if rows >= self.vocab_size:
+            return inputs
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        if mask is not None and mask.shape == ids.shape:
+            ids = ids.masked_fill(mask == 0, 0)
+        if int(ids.max()) >= rows:
             raise ConfigError(
                 f"a teacher or reference has embeddings for {rows} tokens, fewer than the tokenizer's "
                 f"{self.vocab_size}, and the batch holds token {int(ids.max())}; use one with the same tokenizer"
             )
+        return {**inputs, "input_ids": ids}
 
     @torch.no_grad()
     def check_head(self, inputs: Inputs, mixed_precision: bool = False, tokens: int = 16) -> None:
         """Compare logits rebuilt from hidden states with the model's own on a few tokens of the first row.
 
         ``mixed_precision``: the call computes in half precision and returns float32, so that dtypes do not tell.
-        NaN is left to the loss, which names step and row. Of a row with several documents the first is looked at: a
-        model that is called without this trainer's settings may let them see each other.
+        NaN and infinity are left to the loss, which names step and row. Of a row with several documents the first is
+        looked at: a model that is called without this trainer's settings may let them see each other.
 
         Raises:
             ConfigError: they differ; the architecture does something to its logits that is not known here.
         """
-        self._check_ids(inputs["input_ids"])
+        inputs = self._readable(inputs)
         if "position_ids" in inputs:
             starts = (inputs["position_ids"][0, 1:tokens] == 0).nonzero()
             tokens = int(starts[0]) + 1 if len(starts) else tokens
@@ -141,10 +156,11 @@ class CausalLM:
                 f"{logits.shape[-1]} tokens: it is split over processes in a form that cannot be gathered here; leave "
                 "tensor parallelism out (tp_plan), or shard with FSDP2"
             )
-        difference = (logits - rebuilt).abs()
+        finite = logits.isfinite()
+        difference = (logits - rebuilt).abs().masked_fill(~finite, 0.0)
         rounded = mixed_precision or hidden.dtype not in (torch.float32, torch.float64)
-        allowed = (5e-2 if rounded else 1e-3) * (1 + float(logits.abs().max()))
-        if not logits.isnan().any() and not float(difference.max()) <= allowed:
+        allowed = (5e-2 if rounded else 1e-3) * (1 + float(logits.masked_fill(~finite, 0.0).abs().max()))
+        if not float(difference.max()) <= allowed:
             token, index = divmod(int(difference.argmax()), logits.shape[-1])
             raise ConfigError(
                 f"{type(self.base).__name__}'s logits cannot be rebuilt from its hidden states: token {token}, id "

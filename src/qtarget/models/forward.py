@@ -23,6 +23,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 from qtarget.data.columns import SOURCE_ID, columns_of
 from qtarget.errors import DataError
 from qtarget.losses import Head, TopK, linear_target_loss
+from qtarget.models import positions
 from qtarget.targets import Target
 
 
@@ -169,17 +170,23 @@ class StatesCall:
 
 
 def add_target_forward(model: nn.Module) -> None:
-    """Let ``model(..., qtarget=call)`` hand its hidden states to ``call``; any other call is as before."""
+    """Let ``model(..., qtarget=call)`` hand its hidden states to ``call``; any other call is as before.
+
+    Such a call raises DataError where a row is longer than the model's table of learned positions.
+    """
     if getattr(model, "_qtarget_forward", False):
         return
     original = model.forward
     transform = HeadTransform.of(model.config)
+    limit = positions.learned(model)
 
     # Keep the original signature: ``generate`` validates its arguments against it.
     @functools.wraps(type(model).forward)
     def forward(self, *args, qtarget=None, **kwargs):
         if qtarget is None:
             return original(*args, **kwargs)
+        if limit is not None:
+            _check_length(self, limit, kwargs)
         kwargs["use_cache"] = False
         kwargs.pop("labels", None)
         if qtarget.aux_loss:
@@ -205,6 +212,19 @@ def add_target_forward(model: nn.Module) -> None:
 
     model.forward = types.MethodType(forward, model)
     model._qtarget_forward = True  # type: ignore[assignment]
+
+
+def _check_length(model: Any, limit: int, inputs: dict[str, Any]) -> None:
+    """Raise where a batch is longer than a model's table of positions, which would answer with an IndexError."""
+    ids, places = (inputs.get(name) for name in ("input_ids", "position_ids"))
+    length = 0 if ids is None else ids.shape[1]
+    if length > limit and places is not None:  # several documents in a row
+        length = int(places.max()) + 1
+    if length > limit:
+        name = model.config._name_or_path or type(model).__name__
+        raise DataError(
+            f"a row has {length} tokens, but {name} takes {limit} positions; set max_length: {limit} or less"
+        )
 
 
 def head_parameters(model: Any) -> tuple[Tensor, Tensor | None]:

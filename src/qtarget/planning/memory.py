@@ -100,9 +100,9 @@ def estimate(work: Workload, kind: str) -> dict[str, int]:
     parts["weights"] += work.copies * own * (size if all_trained else trained) // (gpus if kind == "fsdp2" else 1)
     for name, models in (("teacher", work.teachers), ("reference", work.references)):
         for shape, each in models:
-            parts[name] += each * shape.parameters // (gpus if kind == "fsdp2" else 1)
+            parts[name] += shape.weight_bytes(each) // (gpus if kind == "fsdp2" else 1)
             if kind == "fsdp2":
-                parts["gathered"] += each * (shape.root_parameters + 2 * shape.layer_parameters)
+                parts["gathered"] += each * shape.root_parameters + 2 * shape.layer_bytes(each)
     parts["engine"] = _buffers(work, kind) + _formed(work, kind)
     parts["activations"] = _activations(work, kind)
     return parts

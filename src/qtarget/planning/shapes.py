@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qtarget import hub
 from qtarget.errors import ConfigError, loading, reason
+from qtarget.hub import is_path
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Shape:
         tied: whether the head is the embedding.
         source: where the numbers are from. counted: the number of parameters, where it was counted.
         dtype: of the checkpoint's numbers; None where it is not known.
+        quantised: by which method, None: not at all. bits: of a number of its layers then; None where that is not known.
     """
 
     layers: int
@@ -33,6 +35,8 @@ class Shape:
     source: str = ""
     counted: int | None = None
     dtype: str | None = None
+    quantised: str | None = None
+    bits: float | None = None
 
     @property
     def layer_parameters(self) -> int:
@@ -48,6 +52,15 @@ class Shape:
     @property
     def parameters(self) -> int:
         return self.counted or self.layers * self.layer_parameters + self.root_parameters
+
+    def layer_bytes(self, each: int) -> int:
+        """Bytes of a layer, where a number takes ``each`` unless layers are quantised; scales are not counted."""
+        return int(self.layer_parameters * (each if self.bits is None else self.bits / 8))
+
+    def weight_bytes(self, each: int) -> int:
+        """Bytes of all weights: embedding, head and last norm are not quantised."""
+        layers = self.parameters - self.root_parameters
+        return each * self.root_parameters + int(layers * (each if self.bits is None else self.bits / 8))
 
 
 def bytes_of(dtype: Any) -> int:
@@ -67,9 +80,29 @@ def frozen_bytes(init_kwargs: dict[str, Any] | None, shape: Shape | None, cpu: b
     return bytes_of(dtype)
 
 
-def is_path(name: str) -> bool:
-    """Whether a name can only be a folder: no hub id looks like it."""
-    return not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith(".")
+# Bits of a weight by quant_method, where the settings name none.
+_BITS = {"fp8": 8, "fbgemm_fp8": 8, "eetq": 8, "mxfp4": 4, "nvfp4": 4, "bitnet": 2}
+
+
+def quantised_by(settings: Any) -> tuple[str | None, float | None]:
+    """(method, bits of a weight, None where they are not known) of a ``quantization_config``; (None, None) of none."""
+    given = settings if isinstance(settings, dict) else settings.to_dict() if hasattr(settings, "to_dict") else {}
+    if not given or given.get("dequantize"):
+        return None, None
+    method = str(getattr(given.get("quant_method"), "value", given.get("quant_method") or "bitsandbytes"))
+    groups = [group.get("weights") or {} for group in (given.get("config_groups") or {}).values()]  # compressed-tensors
+    named = [given.get("bits"), given.get("w_bit"), max((group.get("num_bits") or 0 for group in groups), default=0)]
+    named += [bits for bits in (4, 8) if given.get(f"load_in_{bits}bit") or given.get(f"_load_in_{bits}bit")]
+    named += re.findall(r"(?:int|float)(\d+)", str(given.get("weights") or given.get("quant_type")).lower())
+    return method, next((float(bits) for bits in [*named, _BITS.get(method)] if bits), None)
+
+
+def as_loaded(shape: Shape | None, init_kwargs: dict[str, Any] | None) -> Shape | None:
+    """The shape of a model that init_kwargs may quantise as it is loaded."""
+    given = init_kwargs or {}
+    short = {name: value for name, value in given.items() if name.startswith("load_in_") and value}
+    method, bits = quantised_by(given.get("quantization_config") or short)
+    return shape if shape is None or method is None else replace(shape, quantised=method, bits=bits)
 
 
 def find(field: str, name: str, revision: str | None = None, trust_remote_code: bool = False) -> Shape | None:
@@ -85,7 +118,7 @@ def find(field: str, name: str, revision: str | None = None, trust_remote_code: 
     local = Path(name).is_dir()
     if not local and is_path(name):
         raise ConfigError(f"{field} is {name!r}, which is no folder here; make it, or name a hub id")
-    offline = not local and not _hub_answers()
+    offline = not local and not hub.answers()
     try:
         config = AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code, local_files_only=offline
@@ -95,28 +128,15 @@ def find(field: str, name: str, revision: str | None = None, trust_remote_code: 
             raise ConfigError(f"{field} is {name!r}, whose config cannot be read: {reason(error)}") from error
         return None
     with loading(field, name, "config"):
-        return of_config(config.get_text_config(), "its config.json", trust_remote_code)
+        method, bits = quantised_by(getattr(config, "quantization_config", None))
+        shape = of_config(config.get_text_config(), "its config.json", trust_remote_code)
+        return replace(shape, quantised=method, bits=bits)
 
 
 def why_unknown() -> str:
     """Why ``find`` returned None, and what mends it."""
-    hub = "gives none that you may read (hf auth login)" if _hub_answers() else "does not answer"
-    return f"its config.json is not here, and the hub {hub}; name a folder that holds its config.json"
-
-
-@functools.cache
-def _hub_answers() -> bool:
-    """Asked once, and briefly: Transformers would ask a hub that is not there for half a minute, about each model."""
-    import requests
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        requests.head(constants.ENDPOINT, timeout=5)
-    except requests.RequestException:
-        return False
-    return True
+    answer = "gives none that you may read (hf auth login)" if hub.answers() else "does not answer"
+    return f"its config.json is not here, and the hub {answer}; name a folder that holds its config.json"
 
 
 def of_config(config: Any, source: str = "its config", trust_remote_code: bool = False) -> Shape:

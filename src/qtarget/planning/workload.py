@@ -117,7 +117,7 @@ def of_flops(config: Any, model: Any, student: Shape, others: list[Frozen], batc
     )
 
 
-def notes(config: Any, model: Any, student: Shape) -> list[str]:
+def notes(config: Any, model: Any, student: Shape, others: list[Frozen]) -> list[str]:
     """What the formulas do not know about a run."""
     said = []
     if memory.optimiser_states(_optimiser(config)) is None:
@@ -128,8 +128,13 @@ def notes(config: Any, model: Any, student: Shape) -> list[str]:
         said.append("the teacher's own prompt: it is counted at the student's positions")
     if config.targets is not None:
         said.append("which rows ask the teacher: it is counted on all of them")
-    if getattr(model, "load_in_4bit", False) or getattr(model, "load_in_8bit", False):
+    if getattr(model, "load_in_4bit", False) or getattr(model, "load_in_8bit", False) or student.quantised:
         said.append("quantised weights: they are counted in full")
+    for other in others:
+        if other.shape is not None and other.shape.quantised is not None:
+            how = "they are counted in full, for its bits are not known" if other.shape.bits is None else "not counted"
+            what = "weights" if other.shape.bits is None else "scales"
+            said.append(f"the {what} of {other.role} {other.name}, quantised by {other.shape.quantised}: {how}")
     by_formula = student.layers * student.layer_parameters + student.root_parameters
     if abs(student.parameters / by_formula - 1) > 0.05:
         said.append(

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, List, Value
 from torch import Tensor
 
-from qtarget.errors import ConfigError, DataError
+from qtarget.errors import ConfigError, DataError, NonFiniteLogits
 from qtarget.losses.log_probs import importance_weight
 from qtarget.models.frozen import evaluation_mode
 from qtarget.signals import manifest
@@ -111,7 +111,13 @@ def measured(
             # What the loss would run under: a log-prob of other precision would not be that of the model that is trained.
             with trainer.compute_loss_context_manager():
                 batch = trainer.batch({name: rows[place][name] for name in ("input_ids", "labels")} for place in places)
-                logps = [ask(batch.inputs, batch.labels).float().cpu() + 0.0 for ask in asks]  # no −0
+                try:
+                    logps = [ask(batch.inputs, batch.labels).float().cpu() + 0.0 for ask in asks]  # no −0
+                except NonFiniteLogits as error:
+                    raise DataError(
+                        f"{error.what} are NaN or infinite at row {rows[places[error.row]][ROW]} of the {split} dataset, "
+                        f"position {error.position}; check its weights and that row, or load it in float32 or bfloat16"
+                    ) from None
             if not begin:
                 longest = sum(lengths[place] for place in places)
                 tell((time.monotonic() - started) * sum(lengths) / longest)
@@ -195,5 +201,5 @@ def _other_tokens(config: Any, model: Any, name: str) -> str:
         theirs = AutoTokenizer.from_pretrained(name, revision=config.reference_model_revision or "main")
     except (OSError, ValueError):  # weights without a tokenizer beside them
         return ""
-    difference = vocabulary_difference(manifest.tokenizer_of(config, model), theirs) or ""
+    difference = vocabulary_difference(manifest.tokenizer_of(config, model), theirs, added_too=True) or ""
     return difference.replace("the student", "the model").replace("teacher", "reference")

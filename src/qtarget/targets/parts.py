@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+from qtarget import own_code
 from qtarget.errors import ConfigError, unknown
 
 C = TypeVar("C", bound=type)
@@ -105,19 +107,32 @@ def load_object(path: str, field: str) -> Any:
         ConfigError: it is no such path, or the module cannot be imported, whatever it raises.
     """
     module_name, _, attribute = path.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
-        raise ConfigError(f"{field} is {path!r}; write the path of an object, my_pkg.my_module:name")
+    is_file = module_name.endswith(".py") or "/" in module_name
+    if is_file or not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+        mend = "a module is named without folder and .py: " if is_file else ""
+        raise ConfigError(f"{field} is {path!r}; {mend}write the path of an object, my_pkg.my_module:name")
     try:
-        module = importlib.import_module(module_name)
+        with own_code.searched():
+            module = importlib.import_module(module_name)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # what a module does when it is imported is its own: it may even exit
         why = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        folders, searched = own_code.FOLDERS.get(), ""
+        if folders and isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]:
+            searched = f" among installed packages or in {' or '.join(folders)}"
         raise ConfigError(
-            f"{field} is {path!r}, but importing {module_name} failed: {why}; mend that, or check the path"
+            f"{field} is {path!r}, but importing {module_name} failed: {why}{searched}; mend that, or check the path"
         ) from error
     if not hasattr(module, attribute):
-        raise ConfigError(f"{field} is {path!r}, but {module_name} has no {attribute!r}; name something it has")
+        if hidden := own_code.hidden_by(module):
+            raise ConfigError(
+                f"{field} is {path!r}, but {module_name} is an installed module, which comes before {hidden}; rename "
+                "that file"
+            )
+        near = difflib.get_close_matches(attribute, vars(module), n=1)
+        mend = f"did you mean {near[0]!r}?" if near else "name something it has"
+        raise ConfigError(f"{field} is {path!r}, but {module_name} has no {attribute!r}; {mend}")
     return getattr(module, attribute)
 
 

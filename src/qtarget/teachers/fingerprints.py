@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,19 @@ def named(name: str, revision: str | None) -> Model:
 
 def tokenizer_hash(tokenizer: Any) -> str:
     """Of every token and its id."""
-    return _short(sorted(tokenizer.get_vocab().items(), key=lambda token: token[1]))
+    return _short(_by_id(tokenizer))
+
+
+def shorter_hashes(tokenizer: Any) -> Iterator[tuple[str, int]]:
+    """(hash, size of the vocabulary) of the tokenizer without its last added token, without its last two, ..."""
+    tokens, added = _by_id(tokenizer), tokenizer.added_tokens_decoder
+    while len(tokens) > 1 and tokens[-1][1] in added:
+        tokens.pop()
+        yield _short(tokens), tokens[-1][1] + 1
+
+
+def _by_id(tokenizer: Any) -> list[tuple[str, int]]:
+    return sorted(tokenizer.get_vocab().items(), key=lambda token: token[1])
 
 
 def template_hash(tokenizer: Any) -> str | None:

@@ -15,9 +15,9 @@ from qtarget.targets import Target, presets
 from qtarget.teachers.cache import manifest as manifests
 from qtarget.teachers.cache.reader import CachedTeacher
 from qtarget.teachers.context import Context, read_template
-from qtarget.teachers.fingerprints import named, template_hash, tokenizer_hash
+from qtarget.teachers.fingerprints import named, shorter_hashes, template_hash, tokenizer_hash
 from qtarget.teachers.joins import CacheJoin, ContextJoin, RowsThatAsk
-from qtarget.teachers.vocabulary import real_vocabulary_size, vocabulary_difference
+from qtarget.teachers.vocabulary import added_by_one, real_vocabulary_size, shown, vocabulary_difference
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def open_join(
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         return ContextJoin(Context(templates, tokenizer, chat_template), pad, asking)
     cache = CachedTeacher(args.teacher_cache, args.teacher_tail)
-    wanted = what_decides_rows(args, tokenizer, completion_only_loss)
+    wanted = what_decides_rows(args, tokenizer, completion_only_loss) | _tokens_of_cache(cache, tokenizer)
     if args.teacher_context is None:  # the cache's own
         del wanted["teacher_context"]
     if difference := manifests.first_difference(cache.manifest, wanted):
@@ -133,7 +133,7 @@ def cache_faults(args: Any, tokenizer: Any) -> list[str]:
     except ConfigError as error:
         return error.faults
     # With chat_template_path the tokenizer is not yet what it will be: it is compared when rows are prepared.
-    wanted: dict[str, Any] = {} if args.chat_template_path else {"tokenizer": tokenizer_hash(tokenizer)}
+    wanted: dict[str, Any] = {} if args.chat_template_path else _tokens_of_cache(cache, tokenizer)
     if named_models(args):
         had = cache.manifest["teacher"]
         wanted["teacher"] = named_teacher(args)
@@ -141,6 +141,17 @@ def cache_faults(args: Any, tokenizer: Any) -> list[str]:
             wanted["teacher"] = {"name": args.teacher_model_name_or_path}
     difference = manifests.first_difference(cache.manifest, wanted)
     return [] if difference is None else [f"teacher_cache is {args.teacher_cache!r}: {difference}"]
+
+
+def _tokens_of_cache(cache: CachedTeacher, tokenizer: Any) -> dict[str, Any]:
+    """What a cache's manifest must say of the tokens: tokens added since it was built are in no row that it holds."""
+    built_for = cache.manifest["tokenizer"]
+    if built_for == tokenizer_hash(tokenizer):
+        return {"tokenizer": built_for, "vocab_size": real_vocabulary_size(tokenizer)}
+    return next(
+        ({"tokenizer": had, "vocab_size": size} for had, size in shorter_hashes(tokenizer) if had == built_for),
+        {"tokenizer": tokenizer_hash(tokenizer), "vocab_size": real_vocabulary_size(tokenizer)},
+    )
 
 
 def tokenizer_faults(args: Any, tokenizer: Any) -> list[str]:
@@ -159,6 +170,29 @@ def tokenizer_faults(args: Any, tokenizer: Any) -> list[str]:
                 f"{setting} is {name!r}, which has another tokenizer: {difference}; use a teacher of the same family"
             )
     return faults
+
+
+def other_templates(args: Any, tokenizer: Any) -> tuple[str, ...]:
+    """The named teachers whose chat template is not the student's; none where the student has none, for rows of text."""
+    own = template_hash(tokenizer)
+    if own is None:
+        return ()
+    return tuple(named[0] for named in named_models(args) if template_hash(teacher_tokenizer(*named)) != own)
+
+
+def unknown_tokens(args: Any, tokenizer: Any) -> dict[int, str]:
+    """Added tokens that a named teacher does not know, id → token: a row may not hold them. Warns of them, once each."""
+    unknown: dict[int, str] = {}
+    for name, revision, kwargs in named_models(args):
+        with loading("teacher_model_name_or_path", name, "tokenizer"):
+            added = added_by_one(tokenizer, teacher_tokenizer(name, revision, kwargs))
+        for index, (ours, theirs) in added.items():
+            what = (index, shown(ours), shown(theirs), name)
+            logger.warning(
+                "id %d is %s for the student and %s for %s: an added token; a row that holds it is refused", *what
+            )
+        unknown |= {index: ours for index, (ours, _) in added.items() if ours is not None}
+    return unknown
 
 
 def named_models(args: Any) -> list[tuple[str, str | None, dict[str, Any]]]:

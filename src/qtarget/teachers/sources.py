@@ -23,7 +23,8 @@ from qtarget.models.frozen import evaluation_mode, load_frozen, place_as_student
 from qtarget.models.snapshots import EmaWeights
 from qtarget.teachers.joins import CacheJoin, ContextJoin
 from qtarget.teachers.pool import pooled_head, with_exchanged_rows
-from qtarget.teachers.settings import end_tokens
+from qtarget.teachers.settings import end_tokens, teacher_tokenizer
+from qtarget.teachers.vocabulary import real_vocabulary_size
 
 # (model, its inputs) → the model's own logits [B, T, V]
 AskLogits = Callable[[Any, Inputs], Tensor]
@@ -87,7 +88,7 @@ class Live(ModelSource):
         return self.models[0].head(inputs)
 
     def logits_of(self, ask: AskLogits, student: Any, inputs: Inputs, at: Places) -> Tensor:
-        return ask(self.models[0].model, inputs)[at]
+        return ask(self.models[0].model, inputs)[at][:, : self.models[0].head_size]
 
 
 class Pool(ModelSource):
@@ -108,7 +109,7 @@ class Pool(ModelSource):
 
     def logits_of(self, ask: AskLogits, student: Any, inputs: Inputs, at: Places) -> Tensor:
         each = [(weight, ask(model.model, inputs)[at].double()) for weight, model in self.members]
-        width = min(self.models[0].vocab_size, *(z.shape[-1] for _, z in each))
+        width = min(*(model.head_size for model in self.models), *(z.shape[-1] for _, z in each))
         return torch.stack([weight * z[:, :width] for weight, z in each]).sum(0)
 
 
@@ -243,12 +244,14 @@ def teacher_source(
         ConfigError: a model cannot be loaded, or teachers that end differently are to be mapped.
     """
 
-    def frozen(model: Any) -> CausalLM:
-        return CausalLM(place_as_student(model, "teacher", accelerator, args.device), student.vocab_size)
+    def frozen(model: Any, own_size: int | None = None) -> CausalLM:
+        placed = place_as_student(model, "teacher", accelerator, args.device)
+        return CausalLM(placed, student.vocab_size, own_size)
 
     def loaded(setting: str, name: str, revision: str | None, init_kwargs: Any) -> CausalLM:
         with loading(setting, name):
-            return frozen(load_frozen(name, revision, init_kwargs, args.device))
+            own_size = real_vocabulary_size(teacher_tokenizer(name, revision, init_kwargs or {}))
+            return frozen(load_frozen(name, revision, init_kwargs, args.device), own_size)
 
     ends_with = _end_token(args, given, end_token, student.vocab_size, join)
     exchanged = None

@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort
 
 from qtarget import files
 from qtarget.errors import StorageError, raise_together, reason
+from qtarget.training import output_folder
 
 if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
@@ -123,6 +124,11 @@ def to_resume_from(resume_from_checkpoint: Any, output_dir: Any) -> str | None:
     return None if whole is None else str(whole)
 
 
+def step_of(folder: str | Path) -> int:
+    """The optimiser step at which a checkpoint was written."""
+    return int(json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])
+
+
 def begin(trainer: QTargetTrainer, run: str, resume_from_checkpoint: Any) -> str | None:
     """Before a run starts: can its folder be written, and which checkpoint does it go on from.
 
@@ -130,7 +136,7 @@ def begin(trainer: QTargetTrainer, run: str, resume_from_checkpoint: Any) -> str
         StorageError: the folder cannot be written, or a file of the checkpoint cannot be loaded.
     """
     if trainer.args.should_save:
-        raise_together(unwritable(run), StorageError)
+        raise_together(output_folder.unwritable(Path(run)), StorageError)
     folder = to_resume_from(resume_from_checkpoint, run)
     if resume_from_checkpoint is True and trainer.is_world_process_zero():
         for sentence in passed_over(run):
@@ -140,6 +146,8 @@ def begin(trainer: QTargetTrainer, run: str, resume_from_checkpoint: Any) -> str
     raise_together([] if folder is None else unreadable_files(folder), StorageError)
     if trainer.args.should_save:
         clear(run)
+        if folder is None and trainer.args.overwrite_output_dir:
+            output_folder.delete_run(Path(run))
     return folder
 
 
@@ -187,15 +195,6 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
     spare = [folder for folder in folders if folder not in protected]
     for folder in spare[: max(0, len(folders) - max(limit, len(protected)))]:
         remove(Path(folder))
-
-
-def unwritable(folder: str | Path) -> list[str]:
-    """A sentence where a run cannot write its folder."""
-    folder = Path(folder)
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        return [f"output_dir is {str(folder)!r}, which cannot be written; choose a folder you own"]
-    return []
 
 
 @contextlib.contextmanager

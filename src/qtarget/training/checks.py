@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from qtarget import hub
 from qtarget.data.columns import REFERENCE, SOURCE_ID
 from qtarget.data.messages import trained_columns
 from qtarget.data.validation import TOKEN_COLUMNS
@@ -19,6 +20,7 @@ from qtarget.errors import ConfigError, DataError, reason
 from qtarget.losses.full_logits import target_loss
 from qtarget.targets.objective import Objective
 from qtarget.teachers import settings as teacher_settings
+from qtarget.training import fit, hosted, trainable
 
 if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
@@ -313,6 +315,14 @@ def before_loading(
         faults.append(f"teacher_model is given beside {named[0]}; a run has one teacher: keep one")
     faults += adapter_on_head(getattr(kwargs.get("peft_config"), "target_modules", None))
     faults += column_faults(args, objectives, sets, kwargs.get("formatting_func") is not None)
+    evaluated, own_metrics = kwargs.get("eval_dataset"), kwargs.get("compute_metrics") is not None
+    own_optimizer = any(part is not None for part in kwargs.get("optimizers") or ())
+    own_optimizer |= kwargs.get("optimizer_cls_and_kwargs") is not None
+    roles = args.models_for(frozenset().union(*(objective.requires for objective in objectives)))
+    reference = args.reference_model_name_or_path
+    if "reference" in roles and reference is not None and (why := hub.nowhere(reference)):
+        faults.append(f"reference_model_name_or_path is {reference!r}, which cannot be loaded: {why}")
+    faults += hosted.faults(args, objectives[0], evaluated, own_metrics, own_optimizer)
     asks_teacher = any("teacher" in objective.requires for objective in objectives)
     loads_teacher = asks_teacher and not teacher_given
     if asks_teacher:
@@ -334,11 +344,12 @@ def prepared(trainer: QTargetTrainer, images: bool) -> list[str]:
     """Every fault of a trainer that has its data and its model. ``images``: whether its dataset holds some."""
     if images:
         return ["the dataset holds images; only text can be trained with a target: use TRL's SFTTrainer"]
-    faults = []
+    faults = [*trainable.tied_tokens(trainer.model), *trainable.missing_modules(trainer.model)]
     for name, dataset in datasets_of(trainer.train_dataset, trainer.eval_dataset):
         faults += packed_without_boundaries(name, dataset, trainer.padding_free)
         if not isinstance(dataset, torch.utils.data.IterableDataset):
             faults += no_supervised_token(name, dataset)
+        faults += fit.faults(trainer, name, dataset)
     parallelism = trainer.accelerator.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         faults.append("context and sequence parallelism are not supported: their labels are already shifted")

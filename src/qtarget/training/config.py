@@ -37,6 +37,18 @@ CHOICES = {
 }
 # Settings that each say where a teacher comes from.
 TEACHER_SOURCES = ("teacher_model_name_or_path", "teachers", "teacher_cache", "teacher_ema_decay")
+# Settings that name a folder, a file or a revision: an empty text names none.
+NAMES = (
+    *(
+        "teacher",
+        "teacher_model_name_or_path",
+        "teacher_model_revision",
+        "teachers",
+        "teacher_cache",
+        "teacher_context",
+    ),
+    *("reference_model_name_or_path", "reference_model_revision", "resume_from_checkpoint", "chat_template_path"),
+)
 
 
 @with_help(CHOICES)
@@ -98,6 +110,8 @@ class QTargetConfig(SFTConfig):
         lens_every: optimiser steps between two maps of (p_y, entropy) for the lens; unset: none. They go to
             ``lens_history.parquet`` in ``output_dir``, at no second forward pass: counts, trust and update by cell, a few
             kB each.
+        overwrite_output_dir: delete the run that ``output_dir`` holds and begin anew. Its checkpoints, weights and
+            figures go, once models and data are loaded; other files stay.
         loss_type: TRL's name of the loss: ``nll`` is target sft, ``dft`` is target dft. It must agree with ``target``.
         bf16: unset, it is on where the device has bfloat16 units and off on cpu and mps.
 
@@ -138,10 +152,15 @@ class QTargetConfig(SFTConfig):
     weights_temperature: float = 1.0
     psft_refresh: int | str = 8
     lens_every: int | None = None
+    overwrite_output_dir: bool = False
     loss_type: str | None = None  # type: ignore[assignment]
 
     def __post_init__(self):
-        raise_together([*mapping.spread(self), *ranges.faults(self)])
+        spread = mapping.spread(self)
+        for name in NAMES:
+            if isinstance(value := getattr(self, name), str) and not value.strip():
+                setattr(self, name, None)
+        raise_together([*spread, *ranges.faults(self)])
         if self.bf16 is None and not self.fp16 and not _has_bf16_units(self.use_cpu):
             self.bf16 = False
         elif self.bf16 and not _has_bf16_units(self.use_cpu):
@@ -150,6 +169,8 @@ class QTargetConfig(SFTConfig):
             )
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch warns on every start
+        if self.metric_for_best_model:  # TRL's name for what is logged as accuracy
+            self.metric_for_best_model = self.metric_for_best_model.replace("mean_token_accuracy", "accuracy")
         super().__post_init__()
         faults = [
             f"{name} is {getattr(self, name)!r}; write a mapping, as in {{dtype: bfloat16}}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from trl import SFTTrainer
 
-from qtarget.training import denominator, host_repairs, model_card
+from qtarget.training import denominator, host_repairs, model_card, saving, trainable
 
 if TYPE_CHECKING:
     from qtarget.training.checkpoints import AtomicCheckpoints
@@ -29,6 +29,8 @@ class HostHooks(SFTTrainer):
     meter: TokenMeter
     checkpoints: AtomicCheckpoints
     step_batches: host_repairs.StepBatches
+    side_files: saving.SideFiles
+    _gradient_seen = False
 
     @property
     def _whole(self) -> QTargetTrainer:
@@ -66,7 +68,11 @@ class HostHooks(SFTTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self._whole.release_models()
-        return super().training_step(*args, **kwargs)
+        loss = super().training_step(*args, **kwargs)
+        if not self._gradient_seen:
+            trainable.check_reached(self._whole)
+            self._gradient_seen = True
+        return loss
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any):
         host_repairs.leave_out_repeated(self._whole, inputs)
@@ -88,8 +94,9 @@ class HostHooks(SFTTrainer):
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        super().create_model_card(*args, **kwargs)
-        model_card.complete(self._whole)
+        with self.side_files.writing("README.md", full_disk=self.checkpoints.writing):
+            super().create_model_card(*args, **kwargs)
+            model_card.complete(self._whole)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self.checkpoints.folder(super()._get_output_dir(trial))
@@ -98,6 +105,17 @@ class HostHooks(SFTTrainer):
         host, run = super()._save_checkpoint, Path(super()._get_output_dir(trial))
         self.checkpoints.save(self._whole, run, lambda: host(model, trial), self._push_from_checkpoint)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        saving.weights_first(self._whole, super()._save, output_dir, state_dict)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any):
+        with self.side_files.writing("the upload to the hub (push_to_hub)"):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        super()._issue_warnings_after_load(host_repairs.without_tied(self._whole, load_result))
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.checkpoints.writing:
-            super()._push_from_checkpoint(checkpoint_folder)
+            with self.side_files.writing("the upload to the hub (push_to_hub)"):
+                super()._push_from_checkpoint(checkpoint_folder)

@@ -113,6 +113,15 @@ def leave_out_repeated(trainer: QTargetTrainer, inputs: dict[str, Any]) -> None:
             labels[:, starts[real] :] = -100
 
 
+def without_tied(trainer: QTargetTrainer, loaded: Any) -> Any:
+    """What a checkpoint lacked, without names of weights that another name brought: a tied head is saved once."""
+    missing = {*loaded.missing_keys}
+    weights = [*trainer.model.named_parameters(remove_duplicate=False)]
+    brought = {id(weight) for name, weight in weights if name not in missing}
+    tied = {name for name, weight in weights if id(weight) in brought}
+    return loaded._replace(missing_keys=[name for name in loaded.missing_keys if name not in tied])
+
+
 @contextlib.contextmanager
 def as_plain_nll(args: QTargetConfig) -> Iterator[None]:
     """Show TRL the settings of its plain loss while it sets itself up: the loss is the target's from then on."""

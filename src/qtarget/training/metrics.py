@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Log lines that carry the learning rate at which plain SFT's step would be matched.
 _LINES_WITH_MATCHING_RATE = 5
+# An update that is less of plain SFT's is rounding, as where the teacher is the student: no rate matches it.
+_NOTHING = 1e-6
 # In a checkpoint: what is counted over a whole run and is in none of Transformers' files.
 COUNTS = "qtarget_counts.json"
 # Σ (1 − p_y), what plain SFT would ask for on the same tokens; read out as the ratio of the updates.
@@ -88,8 +90,6 @@ class TokenMeter:
             sft_update = means.pop(prefix + _SFT_UPDATE, 0.0)
             if sft_update > 0 and f"{prefix}update" in means:
                 means[f"{prefix}update_vs_sft"] = means[f"{prefix}update"] / sft_update
-        if "accuracy" in means:
-            means["mean_token_accuracy"] = means["accuracy"]  # TRL's name
         return means
 
     def add_to_log(self, trainer: QTargetTrainer, logs: dict[str, float]) -> None:
@@ -101,14 +101,14 @@ class TokenMeter:
             return
         logs.update(means, **trainer.objective.values(max(trainer.state.global_step - 1, 0), trainer.total_steps))
         share, rate = logs.get("update_vs_sft"), logs.get("learning_rate")
-        if share and rate and self._lines_logged < _LINES_WITH_MATCHING_RATE:
+        if share is not None and share > _NOTHING and rate and self._lines_logged < _LINES_WITH_MATCHING_RATE:
             logs["lr_to_match_sft"] = rate / share
             self._lines_logged += 1
             if self._lines_logged == 1 and abs(share - 1) > 1e-3:
                 trainer.accelerator.print(
-                    f"the update is {share:.3g} of plain SFT's on the same tokens; at this learning rate of {rate:.3g} "
-                    f"the step of {rate / share:.3g} would match it under SGD (Adam divides a constant factor out "
-                    "again, so there it tells how the steps compare with weight decay and clipping)"
+                    f"the update is {share:.3g} of plain SFT's on the same tokens (update_vs_sft). This asks for no "
+                    "other learning rate under Adam, which divides a constant factor out; only plain SGD would need "
+                    f"{rate / share:.3g} for the same step (lr_to_match_sft)"
                 )
 
     def save(self, folder: Path, num_tokens: int) -> None:

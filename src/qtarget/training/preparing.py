@@ -8,7 +8,8 @@ from qtarget.training.trainer import QTargetTrainer
 class DryTrainer(QTargetTrainer):
     """Prepares rows and checks them as training would. Its student may be without weights; nothing else is loaded."""
 
-    loads_models = False
+    def _roles(self, requires: frozenset[str]) -> frozenset[str]:
+        return frozenset()
 
 
 class RowsTrainer(QTargetTrainer):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
@@ -35,10 +37,13 @@ _NUMBERS = {
     "z_loss": (0, False),
     "warmup_steps": (0, False),
     "adam_epsilon": (0, False),
+    "neftune_noise_alpha": (0, False),
     "logging_steps": (0, True),
     "save_steps": (0, True),
     "eval_steps": (0, True),
 }
+# Keyword arguments of torch.utils.checkpoint.
+_OF_CHECKPOINTING = ("use_reentrant", "context_fn", "preserve_rng_state", "determinism_check", "debug", "early_stop")
 _SEEDS = ("seed", "data_seed")
 _LARGEST_SEED = 2**32 - 1
 _NAMES: dict[str, type[Enum]] = {
@@ -53,7 +58,7 @@ _NAMES: dict[str, type[Enum]] = {
 
 def faults(config: Any) -> list[str]:
     """Sentences on the numbers and names of a training config, before Transformers reads them."""
-    return [*_whole(config), *_numbers(config), *_names(config), *_run_name(config)]
+    return [*_whole(config), *_numbers(config), *_names(config), *_run_name(config), *_together(config)]
 
 
 def _whole(config: Any) -> Iterator[str]:
@@ -84,6 +89,10 @@ def _names(config: Any) -> Iterator[str]:
         valid = [member.value for member in kind]
         if value is not None and getattr(value, "value", value) not in valid:
             yield from unknown(name, value, valid).faults
+    for field in dataclasses.fields(config):
+        value, choices = getattr(config, field.name), [*field.metadata.get("choices", ())]
+        if isinstance(value, str) and field.name not in _NAMES and choices and value not in choices:
+            yield from unknown(field.name, value, map(str, choices)).faults
     asked = config.report_to if isinstance(config.report_to, list) else [config.report_to]
     trackers = ("none", "all", *INTEGRATION_TO_CALLBACK)
     for one in asked:
@@ -99,3 +108,21 @@ def _run_name(config: Any) -> Iterator[str]:
     paths = PurePosixPath(str(name)), PureWindowsPath(str(name))
     if any(path.is_absolute() or ".." in path.parts for path in paths) or any(ord(letter) < 32 for letter in str(name)):
         yield f"run_name is {name!r}; use a name without '..', a leading slash or control characters"
+
+
+def _together(config: Any) -> Iterator[str]:
+    """Settings that the rest of them, or this machine, rules out."""
+    if config.dataloader_persistent_workers and not config.dataloader_num_workers:
+        yield "dataloader_persistent_workers is true without workers; set dataloader_num_workers, or leave it out"
+    multiple = config.pad_to_multiple_of
+    if multiple not in (None, "auto") and (not isinstance(multiple, int) or multiple < 1):
+        yield f"pad_to_multiple_of is {multiple!r}; use a whole number from 1, or auto"
+    start = config.dataloader_multiprocessing_context
+    if start is not None and start not in (known := torch.multiprocessing.get_all_start_methods()):
+        yield from unknown("dataloader_multiprocessing_context", start, known).faults
+    given = config.gradient_checkpointing_kwargs
+    for name in given if isinstance(given, dict) else ():
+        if name not in _OF_CHECKPOINTING:
+            yield from unknown("gradient_checkpointing_kwargs' key", name, _OF_CHECKPOINTING).faults
+    if isinstance(config.parallelism_config, dict):
+        yield "parallelism_config is a mapping; set it by accelerate launch, or in Python as its ParallelismConfig"

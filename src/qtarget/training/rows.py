@@ -13,16 +13,17 @@ from trl.trainer.utils import global_then_local_main_first
 
 from qtarget.data.batch import Batch
 from qtarget.data.columns import REFERENCE, UID, TokenColumnCollator, TokenColumns
+from qtarget.data.counting import Source, of
 from qtarget.data.messages import RowReader, trained_columns
-from qtarget.data.picture import Picture, Source, of
+from qtarget.data.picture import Picture
 from qtarget.data.preparation import Preparation
 from qtarget.data.tokenising import Tokeniser, tokenised
-from qtarget.data.validation import checked_tokens, without_padding
+from qtarget.data.validation import checked_tokens, without_padding, without_tokens
 from qtarget.errors import DataError, raise_together
 from qtarget.targets.objective import Objective
+from qtarget.teachers import settings as teacher_settings
 from qtarget.teachers.cache import reader
 from qtarget.teachers.joins import CacheJoin, ContextJoin, RowsThatAsk
-from qtarget.teachers.settings import open_join
 from qtarget.teachers.vocabulary import real_vocabulary_size
 from qtarget.training import checks
 from qtarget.training.config import QTargetConfig
@@ -60,6 +61,7 @@ class RowPreparer:
         self.without_labels: dict[str, int] = {}
         self._source: Source | None = None
         self._picture: Picture | None = None
+        self._unknown: dict[int, str] | None = None  # tokens that the named teachers do not know
 
     # -- preparation ---------------------------------------------------------------------------------------------
 
@@ -102,6 +104,13 @@ class RowPreparer:
         tokenise_only = copy.copy(args)
         tokenise_only.max_length, tokenise_only.shuffle_dataset = None, False
         dataset = tokenise(dataset, processing_class, tokenise_only, False, formatting_func, name)
+        if self._asks(objective.requires):
+            if self._unknown is None:
+                self._unknown = teacher_settings.unknown_tokens(args, tokenizer)
+            why = (
+                "an added token that the teacher does not know; take it out of the row, or use a teacher that knows it"
+            )
+            dataset = without_tokens(dataset, name, self._unknown, why)
         self._open_join(trainer, args, tokenizer)
         prepare = Preparation(
             max_length=args.max_length,
@@ -153,7 +162,9 @@ class RowPreparer:
                 targets = self._objective.targets.items()
                 sources = frozenset(str(source) for source, target in targets if "teacher" in target.requires)
                 asking = RowsThatAsk(args.source_column, sources)
-            self.join = open_join(args, tokenizer, trainer.chat_template, trainer.completion_only_loss, asking)
+            self.join = teacher_settings.open_join(
+                args, tokenizer, trainer.chat_template, trainer.completion_only_loss, asking
+            )
         if self.join is not None:
             self.columns = replace(self.columns, made=(self.join.column,))
 

@@ -26,7 +26,7 @@ from qtarget.targets import Target
 from qtarget.targets.objective import Objective
 from qtarget.teachers import settings as teacher_settings
 from qtarget.teachers.vocabulary import real_vocabulary_size
-from qtarget.training import checkpoints, checks, compiling, run_identity
+from qtarget.training import checkpoints, checks, compiling, course, run_identity, trainable
 from qtarget.training.auxiliary import AuxiliaryModels
 from qtarget.training.checkpoints import AtomicCheckpoints
 from qtarget.training.config import QTargetConfig
@@ -35,6 +35,7 @@ from qtarget.training.hooks import HostHooks
 from qtarget.training.host_repairs import StepBatches, as_plain_nll
 from qtarget.training.metrics import TokenMeter
 from qtarget.training.rows import RowPreparer, as_conversations
+from qtarget.training.saving import SideFiles, mend_generation_config
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class QTargetTrainer(HostHooks):
         rows: prepares datasets, and knows the per-token columns. aux: teacher, reference and old policy.
         meter: what is logged. vocab_size: the tokens of the tokenizer; a head may be padded beyond them.
         label_only_token: the end token that is taught by its label alone, or None.
+        side_files: what could not be written beside the weights, in ``failed``.
 
     Raises:
         ConfigError: with every fault that can be found before weights are loaded.
@@ -74,8 +76,6 @@ class QTargetTrainer(HostHooks):
     _name = "QTarget"
     # Whether rows are joined to the teacher even where no target asks one.
     opens_teacher = False
-    # Whether teacher and reference are loaded.
-    loads_models = True
     args: QTargetConfig
     objective: Objective
     eval_objective: Objective
@@ -105,11 +105,11 @@ class QTargetTrainer(HostHooks):
         self.reads_reference_column, faults = checks.reference_column(args, sets, reference_model is not None)
         teacher_given = teacher_model is not None
         raise_together([*checks.before_loading(model, args, objectives, sets, kwargs, teacher_given), *faults])
-        if (teacher_given or args.names_teacher) and not any("teacher" in o.requires for o in objectives):
-            logger.warning(f"a teacher is given, but target {self.objective} does not need it; it is not loaded")
+        asks_teacher = any("teacher" in objective.requires for objective in objectives)
+        self._idle_teacher = (teacher_given or args.names_teacher) and not asks_teacher
         engine.choose(args.loss_backend, args.device, torch.float32, "loss_backend")
         self.rows = RowPreparer(args, *objectives, self.reads_reference_column, self.opens_teacher)
-        self.step_batches, self.checkpoints = StepBatches(), AtomicCheckpoints()
+        self.step_batches, self.checkpoints, self.side_files = StepBatches(), AtomicCheckpoints(), SideFiles()
         if args.assistant_only_loss:
             kwargs["train_dataset"] = as_conversations(kwargs.get("train_dataset"), args.dataset_text_field)
         with as_plain_nll(args):
@@ -117,11 +117,11 @@ class QTargetTrainer(HostHooks):
         # The trainer divides by the accumulation steps itself only where each micro-batch brings its own mean.
         self.loss_is_scaled_for_ga = args.denominator != "micro_batch"  # type: ignore[assignment]
         raise_together(checks.prepared(self, self._is_vision_dataset))
+        mend_generation_config(CausalLM(self.model, 0).base)
         self.data_collator = self.rows.collator(self.data_collator)
         add_target_forward(CausalLM(self.model, 0).base)
         self.vocab_size = real_vocabulary_size(self.tokenizer)
-        requires = self.objective.requires | self.eval_objective.requires
-        roles = self._roles(requires) if self.loads_models else frozenset()
+        roles = self._roles(self.objective.requires | self.eval_objective.requires)
         self.aux = self._load(roles, teacher_model, reference_model, self.rows.join)
         theirs = None if self.aux.teacher is None else self.aux.teacher.ends_with
         ends = self.tokenizer.eos_token_id, theirs, args.teacher_end_token
@@ -136,12 +136,7 @@ class QTargetTrainer(HostHooks):
         self._backends: dict[int, str] = {}
 
     def picture(self) -> Picture | None:
-        """What will be trained: rows, tokens by role, cuts, ends; None where the rows have no labels yet.
-
-        Example:
-            >>> print(trainer.picture())  # doctest: +SKIP
-            8 rows, 247 tokens, 96 trained (38.9%): prompt 0 of 151, completion 96 of 96
-        """
+        """What will be trained: rows, tokens by role, cuts, ends; None where the rows have no labels yet."""
         return self.rows.picture(self.student.stop_tokens(self.tokenizer), self.tokenizer, self.train_dataset)
 
     # -- the models, asked about a batch -------------------------------------------------------------------------
@@ -274,6 +269,7 @@ class QTargetTrainer(HostHooks):
             raise
         loss = self._scaled(output, num_items_in_batch, training)
         if training:
+            raise_together([] if loss.requires_grad else trainable.out_of_reach(self.model))
             self.meter.add(output.record.stats, batch, step + 1)
             self._count_tokens(inputs)
         else:
@@ -342,17 +338,19 @@ class QTargetTrainer(HostHooks):
         return run_identity.identity(self.args, self.objective, named)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        raise_together(trainable.all_frozen(self.model))
         run = str(self.args.output_dir)
         folder = checkpoints.begin(self, run, resume_from_checkpoint)
         for snapshot in self.aux.snapshots:
             snapshot.forget()
         if folder is not None:
             self._resume(Path(folder))
+            self.accelerator.print(f"resumed at step {checkpoints.step_of(folder)} from {folder}")
         self.accelerator.print(self.describe())
-        if (picture := self.picture()) is not None and not picture.told and self.is_world_process_zero():
-            print(f"data: {picture}")
-            for sentence in picture.warnings:
-                logger.warning(sentence)
+        if self._idle_teacher:
+            logger.warning(f"a teacher is given, but target {self.objective} does not need it; it is not loaded")
+        if (picture := self.picture()) is not None and self.is_world_process_zero():
+            picture.log()
         if self.args.teacher_check_rows and self.reads_teacher:
             from qtarget.teachers.agreement import measure  # it takes a trainer
 
@@ -362,6 +360,7 @@ class QTargetTrainer(HostHooks):
 
     def _resume(self, folder: Path) -> None:
         run_identity.check(folder, self.identity())
+        course.check(folder, self)
         for snapshot in self.aux.snapshots:
             snapshot.load(folder)
         tokens = self.meter.load(folder)
@@ -373,6 +372,7 @@ class QTargetTrainer(HostHooks):
             snapshot.save(folder)
         if self.is_world_process_zero():
             run_identity.write(folder, self.identity())
+            course.write(folder, self)
             self.meter.save(folder, self._total_train_tokens)
 
     @contextlib.contextmanager

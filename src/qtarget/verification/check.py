@@ -34,21 +34,23 @@ class Check:
 
     Attributes:
         name: as tables and JSON call it. promise: what must hold, a sentence without its stop. hint: what to look at
-            where it does not. run: looks.
+            where it does not. run: looks. of_gradient: whether it divides by a gradient, and says nothing where that
+            is nothing.
     """
 
     name: str
     promise: str
     hint: str
     run: Callable[[Subject], Finding]
+    of_gradient: bool = False
 
 
-def check(name: str, hint: str) -> Callable[[Callable[[Subject], Finding]], Check]:
+def check(name: str, hint: str, of_gradient: bool = False) -> Callable[[Callable[[Subject], Finding]], Check]:
     """Makes a function a check, with its docstring as the promise."""
 
     def checked(run: Callable[[Subject], Finding]) -> Check:
         promise = " ".join((run.__doc__ or "").split()).rstrip(".")
-        return Check(name, promise[:1].lower() + promise[1:], hint, run)
+        return Check(name, promise[:1].lower() + promise[1:], hint, run, of_gradient)
 
     return checked
 

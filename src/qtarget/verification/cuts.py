@@ -24,6 +24,7 @@ _CHUNKS = (7, 16)
     "micro-batches",
     "the denominator is not counted over the whole step: a custom trainer's compute_loss or _get_num_items_in_batch "
     "averages each micro-batch for itself",
+    of_gradient=True,
 )
 def micro_batches(subject: Subject) -> Finding:
     """In how many micro-batches a step is cut: the gradient is that of all rows in one micro-batch."""
@@ -41,7 +42,11 @@ def micro_batches(subject: Subject) -> Finding:
     return _against_one(subject, {name: [subject.collate(part) for part in parts] for name, parts in cuts.items()})
 
 
-@check("padding", "padded positions take part: check the pad token, the attention mask and labels at padding")
+@check(
+    "padding",
+    "padded positions take part: check the pad token, the attention mask and labels at padding",
+    of_gradient=True,
+)
 def padding(subject: Subject) -> Finding:
     """How far rows are padded: the gradient is that of all rows in one micro-batch."""
     batch = subject.step.batch
@@ -62,6 +67,7 @@ def padding(subject: Subject) -> Finding:
     "padding-free",
     "documents of a line see each other, or positions do not start again: this model or its attn_implementation "
     "cannot tell them apart by position_ids; leave padding_free and packing off",
+    of_gradient=True,
 )
 def padding_free(subject: Subject) -> Finding:
     """Rows in one line without padding: the gradient is that of all rows in one micro-batch."""
@@ -73,6 +79,7 @@ def padding_free(subject: Subject) -> Finding:
 @check(
     "packing",
     "packed documents see each other, or a label or column moved: set packing: false, or another attn_implementation",
+    of_gradient=True,
 )
 def packing(subject: Subject) -> Finding:
     """Rows packed into sequences: the gradient is that of all rows in one micro-batch."""
@@ -137,7 +144,7 @@ def _against_one(subject: Subject, cuts: Mapping[str, list[dict[str, Any]]]) -> 
     return within(largest, subject.rounding, told, **errors)
 
 
-@check("chunk size", "the loss engine depends on its chunks: report it with qtarget env")
+@check("chunk size", "the loss engine depends on its chunks: report it with qtarget env", of_gradient=True)
 def chunks(subject: Subject) -> Finding:
     """How many tokens the engine takes at a time leaves the gradient unchanged."""
     expected = Expected(subject)
@@ -161,6 +168,7 @@ def chunks(subject: Subject) -> Finding:
     "world size",
     "processes do not count labels together, or average what was already divided: check the launcher, and that no "
     "process holds other rows or weights",
+    of_gradient=True,
 )
 def world_size(subject: Subject) -> Finding:
     """A step over several processes has the gradient of one."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from qtarget.losses import Head, TopK, target_distribution, target_loss
 from qtarget.losses.log_probs import importance_weight
 from qtarget.models.forward import HeadTransform
 from qtarget.models.frozen import adapters_off
-from qtarget.targets import Target
+from qtarget.targets import Target, presets
 from qtarget.verification.subject import Given, Gradient, Row, Sample, Subject, supervised
 
+_NOTHING = 1e-5  # of plain SFT's gradient: what float32 leaves of p − p
 _TILE = 8192  # rows of the head cast to float64 at a time
 
 
@@ -176,6 +177,18 @@ class Expected:
         Q = target_distribution(logits, sample.labels, sample.target, **self._given(logits, sample.target, given))
         p = logits.softmax(-1)
         return through_head(sample.student, logits, p - Q + 2 * z_loss * logits.logsumexp(-1, keepdim=True) * p)
+
+    def is_nothing(self) -> bool:
+        """Whether neither the target nor the trainer has a gradient beyond rounding, held against plain SFT's."""
+        sizes = torch.zeros(3, dtype=torch.float64)
+        for sample in self.subject.samples:
+            given, sft = self.given(sample), replace(sample, target=presets.build("sft"))
+            wanted = self.hidden_gradient(sample, given, z_loss=self.trainer.args.z_loss)
+            got = sample.gradient.double() * self.denominator(self.subject.rows)
+            parts = (wanted, got, self.hidden_gradient(sft, given))
+            sizes += torch.stack([part.square().sum().cpu() for part in parts])
+        target, trained, label = sizes.sqrt().tolist()
+        return max(target, trained) <= _NOTHING * label
 
 
 def own_logits(model: Any, inputs: dict[str, Any]) -> Tensor:

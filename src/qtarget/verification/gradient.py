@@ -14,6 +14,7 @@ from qtarget.verification.subject import Subject, distance, relative
     "gradient is p - Q",
     "the loss does not teach the target that is named: look at labels and their shift, the denominator, and what "
     "teacher and reference are given",
+    of_gradient=True,
 )
 def tokens(subject: Subject) -> Finding:
     """What backward leaves on the last hidden states is (p - Q), and what z_loss adds, times the head over N, and nothing
@@ -43,6 +44,7 @@ def tokens(subject: Subject) -> Finding:
 @check(
     "published formula",
     "the target's trust, residual or temperature is not the paper's: see qtarget targets show NAME",
+    of_gradient=True,
 )
 def published(subject: Subject) -> Finding:
     """The gradient is autograd's of the loss as its paper prints it."""
@@ -70,6 +72,7 @@ def published(subject: Subject) -> Finding:
     "step is autograd's",
     "if the gradient is p - Q token by token, something between the model's input and its last hidden states "
     "differs: padding, attention masks, position ids, adapters",
+    of_gradient=True,
 )
 def step(subject: Subject) -> Finding:
     """A step moves the weights as autograd does through the model's own logits, document by document, in float64."""

@@ -103,6 +103,7 @@ def limits(target: Target) -> Iterator[Neighbour]:
 @check(
     "neighbours",
     "a number of the target does not do what its name says: see qtarget targets show NAME, or the target's own code",
+    of_gradient=True,
 )
 def neighbours(subject: Subject) -> Finding:
     """At the ends of its numbers the target has the gradient of the target it becomes there."""

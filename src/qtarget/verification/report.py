@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,7 +11,8 @@ from typing import Any
 
 from qtarget.errors import ConfigError
 from qtarget.verification import auxiliary, cuts, gradient, masks, neighbours, resources
-from qtarget.verification.check import FAIL, NOT_APPLICABLE, PASS, Check, Finding
+from qtarget.verification.check import FAIL, NOT_APPLICABLE, PASS, Check, Finding, not_applicable
+from qtarget.verification.expected import Expected
 from qtarget.verification.subject import Subject, supervised
 
 logger = logging.getLogger(__name__)
@@ -67,14 +69,20 @@ def verify(
             "assistant_only_loss and max_length"
         )
     findings = []
+    is_nothing = functools.cache(Expected(subject).is_nothing)
     for check in CHECKS if checks is None else checks:
         progress(check.name)
-        findings.append((check, _run(check, subject)))
+        findings.append((check, _run(check, subject, is_nothing)))
     return Report(findings, _about(subject))
 
 
-def _run(check: Check, subject: Subject) -> Finding:
+def _run(check: Check, subject: Subject, is_nothing: Callable[[], bool]) -> Finding:
     try:
+        if check.of_gradient and is_nothing():
+            return not_applicable(
+                "the target has no gradient on these rows, as where the teacher is the student: there is nothing to "
+                "compare with"
+            )
         return check.run(subject)
     except ConfigError as error:
         return Finding(FAIL, " ".join(error.faults), hint="the trainer itself refuses: it says why")

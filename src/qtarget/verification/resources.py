@@ -21,6 +21,7 @@ _OVER, _UNDER, _LEAST = 1.35, 0.5, 256 << 20
 @check(
     "bf16",
     "logits are rounded on the way: on a GPU check the device's bfloat16 matmuls, and report it with qtarget env",
+    of_gradient=True,
 )
 def bf16(subject: Subject) -> Finding:
     """With states and heads in bfloat16 the loss adds no more error than rounding its result does."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qtarget.data.columns import SOURCE_ID, columns_of
+from qtarget.data.text import text_of
 from qtarget.losses import Head, TopK, linear_target_loss
 from qtarget.models.forward import HeadTransform, LossCall, head_parameters
 from qtarget.targets import Target, presets
@@ -264,7 +265,8 @@ class Subject:
         return int(row[SOURCE_ID][place]) if SOURCE_ID in row else 0
 
     def text_of(self, ids: Sequence[int]) -> str:
-        return repr(self.trainer.tokenizer.decode(list(ids)))
+        text = self.trainer.tokenizer.decode(list(ids))
+        return repr("".join(text_of(self.trainer.tokenizer, index) for index in ids) if "\ufffd" in text else text)
 
     # -- the engine ----------------------------------------------------------------------------------------------
 

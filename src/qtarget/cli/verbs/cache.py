@@ -16,6 +16,7 @@ from qtarget.errors import ConfigError
 
 VERB = Verb("cache", __doc__)
 _K = 64
+_ALL = 0.99995  # of the mass: no teacher of its own is so sure at every token
 
 
 def _share(name: str, text: Any) -> float:
@@ -55,6 +56,7 @@ def build(options: Any) -> int:
     from qtarget.teachers import settings as teacher_settings
     from qtarget.teachers.cache import build as cache_build
     from qtarget.teachers.cache import scorers as cache_scorers
+    from qtarget.teachers.cache.reader import CachedTeacher
     from qtarget.training.preparing import RowsTrainer
 
     server, dtype = options.server is not None, options.cache_dtype
@@ -103,11 +105,22 @@ def build(options: Any) -> int:
             batch_size=options.batch_size,
             progress=lambda tokens: bar.advance(task, tokens),
         )
+    mean, least = CachedTeacher(folder).kept_mass()
+    print(f"kept       {_kept(mean, least)}")
+    if server and least > _ALL and k < trainer.vocab_size:
+        print(
+            "note: the kept tokens have all the mass at every token: the server may give log-probabilities after a "
+            "temperature, top-k or top-p; start vLLM with --logprobs-mode raw_logprobs"
+        )
     print(f"cache      {folder}")
     print(
         f"next       qtarget cache doctor --config FILE --cache {folder}  |  qtarget train ... --teacher_cache {folder}"
     )
     return 0
+
+
+def _kept(mean: float, least: float) -> str:
+    return f"{mean:.3%} of the teacher's mass in the mean, {least:.3%} at least"
 
 
 def _show_coverage(k: int, found: dict[str, Any]) -> None:
@@ -143,6 +156,7 @@ def inspect(options: Any) -> int:
         print(f"{name:<12} {value}")
     cache = CachedTeacher(folder)
     cache.check_files(checksums=options.verify)
+    print(f"{'mass':<12} {_kept(*cache.kept_mass())}")
     print(f"{'files':<12} " + ("all as they were written" if options.verify else "all there; --verify reads them"))
     return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +162,6 @@ def induced(options: Any) -> int:
     from qtarget.targets.induced import RULES, induced_target
     from qtarget.targets.parts import load_object
 
-    sys.path.insert(0, "")  # a loss in the present folder, as `python -m` would find it
     loss = load_object(options.loss, "loss")
     if not callable(loss):
         raise ConfigError(f"loss is {options.loss!r}, which cannot be called; name a function of (logits, labels)")

@@ -153,7 +153,7 @@ def _figures(found: Any, options: Any, rows: Any) -> dict[str, Any]:
         "memory": held,
         "teacher_share": flops.teacher_share(step),
         "cache": _cache(found, work, options.k, rows, step, batch, total),
-        "not_counted": workload.notes(config, model, found.student),
+        "not_counted": workload.notes(config, model, found.student, found.others),
     }
     if total is not None:
         figures["flops"] = total * sum(step.values())

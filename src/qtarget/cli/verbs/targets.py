@@ -5,6 +5,7 @@ What each trusts, where the rest goes, defaults, what it needs and where it come
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from qtarget.cli import terminal, yaml_text
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qtarget.targets import Target
+    from qtarget.targets.presets.entry import Preset
 
 VERB = Verb("targets", __doc__, bare=True)
 _JSON = Option("json", "as JSON")
@@ -65,11 +67,8 @@ def every(options: Any) -> int:
 
 @VERB.command(_JSON, word="show", takes="NAME")
 def one(options: Any) -> int:
-    """One of them in full."""
-    from qtarget.targets import presets
-
-    name = only(options.words, "one target is asked for, as in: qtarget targets show target-sft")
-    record = _record(presets.describe(name).name)
+    """One of them in full, or a target of your own: my_pkg.my_module:my_target."""
+    record = _record(only(options.words, "one target is asked for, as in: qtarget targets show target-sft"))
     if options.json:
         print(terminal.as_json(record), end="")
     else:
@@ -128,9 +127,9 @@ def divergences(options: Any) -> int:
 
 
 def _record(name: str) -> dict[str, Any]:
-    from qtarget.targets import presets
+    from qtarget.targets import Target, presets
 
-    entry, target = presets.describe(name), presets.build(name)
+    entry, target = _own(name) if ":" in name else presets.describe(name), Target.from_config(name)
     written = ("name", "group", "summary", "formula", "trusts", "rest", "parameters", "defaults", "schedule", "traps")
     return {
         **{field: getattr(entry, field) for field in written},
@@ -140,6 +139,23 @@ def _record(name: str) -> dict[str, Any]:
         "source": entry.source,
         "aliases": list(entry.aliases),
     }
+
+
+def _own(path: str) -> Preset:
+    """What the code of the user's own target says of it, as an entry."""
+    from qtarget.targets import Target, presets
+    from qtarget.targets.parts import load_object
+    from qtarget.targets.presets.entry import Preset
+
+    made = load_object(path, "target")
+    if (entry := presets.written_as(path)) is not None:
+        return entry
+    target = Target.from_config(path)
+    parts: Any = target.to_config(composed=True)
+    file = getattr(sys.modules[path.partition(":")[0]], "__file__", "")
+    build = (lambda: target) if isinstance(made, Target) else made
+    trusts, rest = _flow(parts["trust"]), _flow(parts["residual"])
+    return Preset(path, build, target.formula, trusts, rest, f"your own code, {file}")
 
 
 def _gradient(target: Target, parameters: dict[str, object]) -> str:
@@ -218,7 +234,7 @@ def _show(record: dict[str, Any]) -> None:
     name = record["name"]
     written = f"{{preset: {name}, {parameters}}}" if parameters else name
     console = terminal.console(80)
-    console.print(f"{name}  {record['summary']}\n", soft_wrap=True, markup=False)
+    console.print(f"{name}  {record['summary']}".rstrip() + "\n", soft_wrap=True, markup=False)
     rows = [
         ("group", record["group"]),
         ("formula", record["formula"]),

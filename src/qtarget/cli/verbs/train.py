@@ -7,7 +7,9 @@ use_eaft, gem_beta, ...) are read too. On several GPUs: accelerate launch -m qta
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,15 +48,26 @@ def train_model(options: Any) -> int:
     run = setup.read(options.words)
     if terminal.is_main():
         _print_settings(run)
-    trainer = setup.build(run)
     from qtarget.training import checkpoints
 
     try:
+        trainer = setup.build(run)
         with checkpoints.storage_errors("what the run leaves", run.config.output_dir):
             return train(trainer, run, options.show_rows)
     except ConfigError:
         print(file=sys.stderr)  # leave the progress bar's line
         raise
+    except KeyboardInterrupt:
+        checkpoint = checkpoints.last(run.config.output_dir)
+        raise KeyboardInterrupt(_how_to_go_on(run, options.words, checkpoint)) from None
+
+
+def _how_to_go_on(run: setup.Run, words: Sequence[str], checkpoint: Path | None) -> str:
+    if checkpoint is None:
+        return "interrupted; there is no checkpoint yet, so the same command starts anew"
+    more = [] if run.config.resume_from_checkpoint is True else ["--resume_from_checkpoint", "true"]
+    more += ["--overwrite_output_dir", "false"] if run.config.overwrite_output_dir else []
+    return f"interrupted; go on from {checkpoint.name} with: qtarget train {shlex.join([*words, *more])}"
 
 
 # -- the run -----------------------------------------------------------------------------------------------------
@@ -64,23 +77,34 @@ def train(trainer: QTargetTrainer, run: setup.Run, show_rows: int = 1) -> int:
     from qtarget import files
     from qtarget.cli import recipe, summary
 
-    config, script = run.config, run.script
+    config, script, folder = run.config, run.script, Path(run.config.output_dir)
+    evaluated, beside = trainer.eval_dataset is not None, trainer.side_files.writing
     if (seen := trainer.picture()) is not None and terminal.is_main():
         picture.show(seen, show_rows)
-    evaluated = trainer.eval_dataset is not None
     before = summary.at_start(trainer) if evaluated else {}
-    result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    after = summary.evaluate(trainer) if evaluated else {}
+    try:
+        result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    except Exception:
+        # What fails after the last step, such as a tracker's farewell, must not cost what was trained.
+        sharded, state = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled, trainer.state
+        if 0 < state.max_steps <= state.global_step and not sharded:
+            trainer.save_model(config.output_dir)
+        raise
     trainer.save_model(config.output_dir)
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
+    after = summary.evaluate(trainer) if evaluated else {}
+    with beside("train_results.json"):
+        trainer.save_metrics("train", result.metrics)
+    with beside("trainer_state.json"):
+        trainer.save_state()
     if trainer.accelerator.is_main_process:
-        folder = Path(config.output_dir)
-        files.write_json(folder / "target.json", trainer.args.resolve_objective().to_config())
+        with beside("target.json"):
+            files.write_json(folder / "target.json", trainer.args.resolve_objective().to_config())
         if run.settings.notes:
-            recipe.write(folder, run.settings.notes, run.settings.given_by("flag"))
+            with beside("the recipe"):
+                recipe.write(folder, run.settings.notes, run.settings.given_by("flag"))
         if evaluated:
-            files.write_json(folder / "before_after.json", {"before": before, "after": after})
+            with beside("before_after.json"):
+                files.write_json(folder / "before_after.json", {"before": before, "after": after})
         # After the last evaluation, whose figures it shows. A folder is no data set of the hub to link to.
         name = script.dataset_name
         trainer.create_model_card(model_name=folder.name, dataset_name=None if Path(name).exists() else name)
@@ -90,7 +114,9 @@ def train(trainer: QTargetTrainer, run: setup.Run, show_rows: int = 1) -> int:
     trainer.accelerator.wait_for_everyone()
     if hasattr(trainer, "end"):
         trainer.end()
-    return 0
+    if missing := trainer.side_files.failed:
+        print(f"qtarget train: the weights are in {folder}, without {', '.join(missing)}", file=sys.stderr)
+    return 1 if missing else 0
 
 
 def _print_settings(run: setup.Run) -> None:

@@ -4,7 +4,6 @@ const COLUMNS = [
   ['mean trust', (s) => round(s.trust), (s) => s.trust],
   ['mean update', (s) => plusMinus(s.update, s.update_error), (s) => s.update],
   ['of sft’s update', (s) => plusMinus(s.update_vs_sft, s.update_error / s.sft, 2), (s) => s.update_vs_sft],
-  ['rate for sft’s step', (s) => factor(s.lr_factor)],
   ['90 % on', (s) => percent(s.carries_90), (s) => s.carries_90],
   ['off simplex', (s) => percent(s.off_simplex), (s) => s.off_simplex],
   ['error at most', (s) => bound(s.error), (s) => s.error],
@@ -33,8 +32,8 @@ async function compareView(D) {
     el('p', {
       class: 'note',
       text:
-        'At default parameters, a run’s own target at the run’s. “Rate” is the learning rate, relative to sft’s, at which plain SGD would move as much; Adam ' +
-        'rescales by itself, so read it as a first guess. “90 % on” is the share of tokens that carry 90 % of the update.',
+        'At default parameters, a run’s own target at the run’s. “90 % on” is the share of tokens that carry 90 % of the update. A small update is no call ' +
+        'for a larger learning rate: Adam divides a constant factor out.',
     }),
   );
   for (const { name, own, row } of lines) row.append(el('th', { scope: 'row', text: own ? `${name}, ${own}` : name }));

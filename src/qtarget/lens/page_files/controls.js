@@ -87,14 +87,10 @@ function drawFigures(o) {
   const list = byId(`figures-${o.key}`);
   list.classList.toggle('waiting', !s);
   if (s) {
-    const rate = (update) => (update > 0 ? (s.sft / update).toPrecision(2) : '∞');
-    const range = `${rate(s.update + s.update_error)} to ${rate(s.update - s.update_error)}`;
-    const spread = s.update_error >= 5e-4 && s.update_error < Infinity ? ` (${range})` : '';
     const lines = [
       ['mean trust', round(s.trust)],
       ['mean update', plusMinus(s.update, s.update_error)],
       ['of sft’s update', plusMinus(s.update_vs_sft, s.update_error / s.sft, 2)],
-      ['rate for sft’s step', factor(s.lr_factor) + spread],
       ['tokens that carry 90 %', percent(s.carries_90)],
       ['off the simplex', percent(s.off_simplex)],
       ['Q is off by at most', bound(s.q_error)],

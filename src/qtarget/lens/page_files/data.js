@@ -78,6 +78,7 @@ function readRecord(block) {
       start: starts(length),
       ids: unpack(rows.ids, Ids),
       supervised: unpack(rows.supervised, Uint8Array),
+      characters: rows.characters,
     },
     special: new Set(block.special),
   };

@@ -53,7 +53,6 @@ const count = (n) => n.toLocaleString('en');
 const countOf = (n, what) => `${count(n)} ${what}${n === 1 ? '' : 's'}`;
 const plusMinus = (x, error, digits = 3) =>
   error >= 0.5 * 10 ** -digits && error < Infinity ? `${round(x, digits)} ± ${round(error, digits)}` : round(x, digits);
-const factor = (x) => (!Number.isFinite(x) ? '–' : `× ${x >= 100 ? x.toFixed(0) : x.toPrecision(3)}`);
 
 const LEVELS = 9;
 /** Where a share of 0 to 1 lies on the colour scale, 0 to 8. */

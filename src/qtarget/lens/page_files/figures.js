@@ -49,7 +49,6 @@ function summarise(D, out) {
     residual_mass: mean(out.mass),
     update,
     update_vs_sft: share,
-    lr_factor: share > 0 ? 1 / share : NaN,
     carries_90: carriers(out.update, 0.9 * update * D.n) / D.n,
     off_simplex: mean(out.off),
     update_error: mean(out.updateError),

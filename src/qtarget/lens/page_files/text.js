@@ -73,10 +73,19 @@ function pane(D, state, o, paired, actions) {
     'aria-label': `Trained tokens of row ${D.rows.number[row]}${paired ? `, coloured by ${o.key}` : ''}`,
   });
   const begin = D.rows.start[row];
+  // A character whose bytes are in several tokens stands over these.
+  const spread = new Map(D.rows.characters[row].map(([first, end, text]) => [first, { end, text }]));
+  let parts = list;
+  let end = -1;
   for (let position = 0; position < D.rows.length[row]; position++) {
     const id = D.rows.ids[begin + position];
     const token = numbers.get(position);
     const span = tokenText(D, id, 'span');
+    if (spread.has(position)) {
+      ({ end } = spread.get(position));
+      parts = el('span', { class: 'bytes' });
+      list.append(el('span', { class: 'glyph' }, el('span', { class: 'whole', text: visible(spread.get(position).text) }), parts));
+    }
     if (token === undefined) {
       span.classList.add('masked');
     } else {
@@ -85,7 +94,8 @@ function pane(D, state, o, paired, actions) {
       span.setAttribute('role', 'option');
       spans.set(token, span);
     }
-    list.append(span);
+    parts.append(span);
+    if (position + 1 === end) parts = list;
     if (D.vocab[id].includes('\n')) list.append(el('br'));
   }
   list.addEventListener('click', (event) => {

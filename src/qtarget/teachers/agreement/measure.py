@@ -21,6 +21,7 @@ from qtarget.errors import ConfigError, DataError
 from qtarget.losses import TopK
 from qtarget.losses.log_probs import log_probs
 from qtarget.models.frozen import evaluation_mode
+from qtarget.teachers import settings as teacher_settings
 from qtarget.teachers.agreement.report import CONFIDENT, DENIED, PLACES, Agreement, Conflict, EndToken, Place, Side
 
 if TYPE_CHECKING:
@@ -206,6 +207,7 @@ class _Tally:
             conflicting=tuple(self._conflicting(tokens, conflict)),
             end_token=self._end_token(),
             own_average=self.teacher.average is not None,
+            other_templates=teacher_settings.other_templates(self.trainer.args, self.trainer.tokenizer),
         )
 
     def _places(self, tokens: dict[str, Tensor], conflict: Tensor) -> Iterable[Place]:

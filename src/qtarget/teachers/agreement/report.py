@@ -98,6 +98,7 @@ class Agreement:
         places: the same by place in the answer; see PLACES. conflicting: labels with most conflicts.
         end_token: None where teacher and data end alike, or the teacher's is not known.
         own_average: the teacher is the student's own average, which starts as the student.
+        other_templates: named teachers whose chat template is not the student's, in which they read the rows.
     """
 
     rows: int
@@ -120,6 +121,7 @@ class Agreement:
     conflicting: tuple[Conflict, ...]
     end_token: EndToken | None
     own_average: bool
+    other_templates: tuple[str, ...] = ()
 
     # -- the verdict ---------------------------------------------------------------------------------------------
 
@@ -252,6 +254,11 @@ class Agreement:
             notes.append(
                 f"the data end with {visible(end.data_text)} and the teacher with {visible(end.teacher_text)}, which "
                 f"touches {end.tokens} tokens: {what} (teacher_end_token: {end.setting})"
+            )
+        if self.other_templates:
+            notes.append(
+                f"{', '.join(self.other_templates)} has another chat template than the student, and reads chats in the "
+                "student's, which it may not know"
             )
         if self.cached_k is not None:
             notes.append(

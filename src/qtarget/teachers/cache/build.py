@@ -6,6 +6,7 @@ written whole or not at all, so an interrupted build goes on at the first that i
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -30,8 +31,12 @@ from qtarget.teachers.joins import read_before
 if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
 
+logger = logging.getLogger(__name__)
+
 # Tokens of a shard are between these, some 256 shards in all where that lies between.
 _FEWEST, _MOST = 1 << 14, 1 << 20
+# A sum of k probabilities in float32 may pass 1 by less than this.
+_MOST_MASS = 1.001
 
 
 @dataclass
@@ -139,6 +144,8 @@ def needed_for(
     total, needed = torch.zeros(trainer.vocab_size, dtype=torch.float64), []
     for row in range(0, len(plan.rows), every):
         for log_p, _ in teacher_log_probs(trainer, [_row(trainer, plan.rows[row])]):
+            if log_p.isnan().any():
+                raise _gives_nan(trainer, plan.rows[row])
             mass = log_p.exp().sort(-1, descending=True).values.cumsum(-1)
             needed.append(((mass < coverage).sum(-1) + 1).clamp(max=mass.shape[1]).cpu())
             total += mass.sum(0, dtype=torch.float64).cpu()
@@ -183,17 +190,43 @@ def build(
     with _alone(folder):
         check_folder(folder, planned, k, dtype, about)  # another build may have been here since
         manifest = _begin(folder, planned, k, dtype, about)
+        over = _Over()
         for number, group in enumerate(planned.shards):
             if number < len(manifest["shards"]):
                 progress(sum(planned.rows[row].tokens for row in group))
                 continue
-            line = _write_shard(trainer, folder, planned, number, score, dtype, batch_size)
+            line = _write_shard(trainer, folder, planned, number, score, dtype, batch_size, over)
             manifest["shards"].append(line)
             if len(manifest["shards"]) == len(planned.shards):
                 manifest["state"] = "complete"
             manifests.write(folder, manifest)
             progress(line["tokens"])
+    over.warn()
     return folder
+
+
+@dataclass
+class _Over:
+    """Tokens whose k probabilities sum to more than 1, which no softmax gives. most: their largest sum."""
+
+    tokens: int = 0
+    most: float = 1.0
+    first: str = ""
+
+    def look(self, logprobs: np.ndarray, row: Row) -> None:
+        mass = np.exp(logprobs.astype(np.float64)).sum(-1)
+        over = mass[mass > _MOST_MASS]
+        if len(over):
+            self.first = self.first or f"row {row.number} of the {row.dataset} dataset"
+            self.tokens, self.most = self.tokens + len(over), max(self.most, float(over.max()))
+
+    def warn(self) -> None:
+        if self.tokens:
+            logger.warning(
+                "the kept probabilities of %d tokens sum to more than 1, to %.4f at most (%s among them): the server "
+                "rounds, or gives processed log-probabilities; ask it for float32 and --logprobs-mode raw_logprobs",
+                *(self.tokens, self.most, self.first),
+            )
 
 
 @contextmanager
@@ -276,7 +309,14 @@ def check_folder(folder: Path, planned: Plan, k: int | None, dtype: str, about: 
 
 
 def _write_shard(
-    trainer: QTargetTrainer, folder: Path, planned: Plan, number: int, score: Scorer, dtype: str, batch_size: int
+    trainer: QTargetTrainer,
+    folder: Path,
+    planned: Plan,
+    number: int,
+    score: Scorer,
+    dtype: str,
+    batch_size: int,
+    over: _Over,
 ) -> dict[str, Any]:
     ids, logprobs, tails = [], [], []
     group = planned.shards[number]
@@ -284,16 +324,22 @@ def _write_shard(
         rows = [planned.rows[row] for row in group[begin : begin + batch_size]]
         for row, (top, kept, tail) in zip(rows, score([_row(trainer, row) for row in rows]), strict=True):
             if not (np.isfinite(kept).all() and not np.isnan(tail).any()):
-                raise DataError(
-                    f"the teacher gives NaN for row {row.number} of the {row.dataset} dataset; check that row, or load "
-                    "the teacher in float32 or bfloat16 (teacher_model_init_kwargs: {dtype: ...})"
-                )
+                raise _gives_nan(trainer, row)
+            over.look(kept, row)
             ids.append(top)
             logprobs.append(kept.astype(dtype))
             tails.append(tail)
     arrays = {"ids": np.concatenate(ids), "logprobs": np.concatenate(logprobs), "tail": np.concatenate(tails)}
     line = shards.write_arrays(folder / f"shard-{number:05d}.safetensors", arrays)
     return {**line, "tokens": len(arrays["tail"])}
+
+
+def _gives_nan(trainer: QTargetTrainer, row: Row) -> DataError:
+    who = teacher_settings.describe(teacher_settings.named_teacher(trainer.args))
+    return DataError(
+        f"the teacher gives NaN for row {row.number} of the {row.dataset} dataset (it is {who}); check that row, or load "
+        "the teacher in float32 or bfloat16 (teacher_model_init_kwargs: {dtype: ...})"
+    )
 
 
 def _row(trainer: QTargetTrainer, row: Row) -> dict[str, Any]:

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from qtarget.errors import ConfigError, DataError
 from qtarget.losses import Head, TopK, target_distribution, target_loss
-from qtarget.losses.log_probs import log_probs
+from qtarget.losses.log_probs import log_probs, refuse_nan
 from qtarget.models.frozen import evaluation_mode
 from qtarget.targets import Target, presets
 from qtarget.teachers.agreement.measure import joined, on_cpu
 from qtarget.teachers.cache.reader import CachedTeacher
 from qtarget.teachers.joins import read_before
+from qtarget.teachers.settings import describe, named_teacher
 
 if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
@@ -49,8 +50,9 @@ class TargetError:
     Attributes:
         q_mean, q_max: ½‖Q_cached − Q_live‖₁ of a token. bound_mean, bound_max: what it can be at most; None for an even
             tail, a teacher temperature, and another divergence than forward KL. holds: no token is above its bound.
-        logit_gradient, hidden_gradient: ‖difference‖/‖live‖ of p − Q and of (p − Q) W, Frobenius. loss_mean: mean
-            |difference| of a token's loss. loss_row: the largest of a row's mean.
+        logit_gradient, hidden_gradient: ‖difference‖/‖live‖ of p − Q and of (p − Q) W, Frobenius; None where the live
+            gradient is nothing beyond float32's rounding, as where student and teacher are the same model. loss_mean:
+            mean |difference| of a token's loss. loss_row: the largest of a row's mean.
     """
 
     target: str
@@ -60,8 +62,8 @@ class TargetError:
     bound_mean: float | None
     bound_max: float | None
     holds: bool | None
-    logit_gradient: float
-    hidden_gradient: float
+    logit_gradient: float | None
+    hidden_gradient: float | None
     loss_mean: float
     loss_row: float
 
@@ -105,12 +107,18 @@ class Report:
             holds = {None: "-", True: "yes", False: "NO"}[line.holds]
             table.add_row(
                 *(line.target, line.tail, f"{line.q_mean:.4f}", f"{line.q_max:.4f}", bound, holds),
-                *(f"{line.logit_gradient:.3f}", f"{line.hidden_gradient:.3f}", f"{line.loss_mean:.4f}"),
+                *("none" if x is None else f"{x:.3f}" for x in (line.logit_gradient, line.hidden_gradient)),
+                f"{line.loss_mean:.4f}",
             )
         yield table
         yield "error of Q: ½‖Q_cached − Q_live‖₁ of a token, mean and max, and its bound, mean"
         yield "(none: an even tail, a teacher temperature, another divergence than forward KL)"
         yield "gradient: ‖difference‖ / ‖live‖ of p − Q, and of what reaches hidden states; loss: mean difference, nats"
+        if nothing := [line.target for line in self.targets if line.logit_gradient is None]:
+            yield (
+                f"none: {', '.join(dict.fromkeys(nothing))} has no gradient on these rows, as where the teacher is the "
+                "student; the error of Q is all the cache adds"
+            )
 
 
 def targets_for(run_target: Any) -> dict[str, Target]:
@@ -156,6 +164,8 @@ def examine(trainer: QTargetTrainer, cache: CachedTeacher, rows: int, run_target
             for at in zip(row[::every].split(_CHUNK), place[::every].split(_CHUNK), strict=True):
                 y, vocab = batch.shifted[at], trainer.vocab_size
                 log_p, log_t = (log_probs(head, at, vocab) for head in (student, live))
+                refuse_nan(f"student {trainer.student.name}", log_p, at, numbers)
+                refuse_nan(f"teacher {describe(named_teacher(trainer.args))}", log_t, at, numbers)
                 logprobs = cached.logprobs[at].float()
                 gap = (log_t.gather(1, cached.ids[at].long()) - logprobs).abs()
                 gap = torch.where(logprobs > -1e3, gap, 0.0).amax(-1)
@@ -239,6 +249,7 @@ def _taught(log_p: Tensor, y: Tensor, target: Target, log_t: Tensor) -> tuple[Te
 def _target_error(target: str, tail: str, figures: Mapping[str, Tensor], row: Tensor) -> TargetError:
     q, loss, bound = figures["q"], figures["loss"], figures.get("bound")
     total = {name: float(values.sum()) for name, values in figures.items()}
+    is_nothing = (total["live"] / len(q)) ** 0.5 < _SLACK
     return TargetError(
         target=target,
         tail=tail,
@@ -247,8 +258,8 @@ def _target_error(target: str, tail: str, figures: Mapping[str, Tensor], row: Te
         bound_mean=None if bound is None else float(bound.mean()),
         bound_max=None if bound is None else float(bound.max()),
         holds=None if bound is None else bool((q <= bound).all()),
-        logit_gradient=(total["off"] / max(total["live"], 1e-300)) ** 0.5,
-        hidden_gradient=(total["off_hidden"] / max(total["live_hidden"], 1e-300)) ** 0.5,
+        logit_gradient=None if is_nothing else (total["off"] / total["live"]) ** 0.5,
+        hidden_gradient=None if is_nothing else (total["off_hidden"] / max(total["live_hidden"], 1e-300)) ** 0.5,
         loss_mean=float(loss.mean()),
         loss_row=float((row.bincount(loss) / row.bincount().clamp(min=1)).max()),
     )

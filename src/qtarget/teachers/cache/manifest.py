@@ -100,8 +100,9 @@ def read(folder: str | Path) -> Manifest:
     """
     file = Path(folder) / FILE
     if not file.is_file():
+        there = "" if file.parent.is_dir() else "is no folder here and "
         raise StorageError(
-            f"teacher_cache is {str(folder)!r}, which holds no {FILE}; name a folder that qtarget cache build made"
+            f"teacher_cache is {str(folder)!r}, which {there}holds no {FILE}; name a folder that qtarget cache build made"
         )
     mend = "copy the cache again or build it anew in another folder"
     return files.load(file, Annotated[Manifest, AfterValidator(_counted)], mend, FORMAT)

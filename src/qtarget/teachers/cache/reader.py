@@ -122,6 +122,14 @@ class CachedTeacher:
             TAIL: torch.from_numpy(tail).view(shape),
         }
 
+    def kept_mass(self) -> tuple[float, float]:
+        """The teacher's mass in the k kept tokens: its mean over all tokens, and the least."""
+        total, least = 0.0, 1.0
+        for number in range(len(self.manifest["shards"])):
+            kept = -np.expm1(np.minimum(self._arrays(number)["tail"].astype(np.float64), 0))
+            total, least = total + float(kept.sum()), min(least, float(kept.min()))
+        return total / max(1, len(self)), least
+
     def _arrays(self, number: int) -> dict[str, np.ndarray]:
         if number not in self._mapped:
             line = self.manifest["shards"][number]

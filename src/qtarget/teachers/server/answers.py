@@ -15,7 +15,11 @@ from qtarget.errors import ConfigError
 
 # A log-probability is computed in the server's precision, so that 0 and a sum of 1 may be passed by a little.
 _MOST_LOGPROB, _MOST_MASS = 1e-3, 1.01
-_LEAST_LOGPROB = -3e38  # below it float32 is infinite; vLLM writes -9999 for a token that cannot be
+_LEAST_LOGPROB = -3e38  # below it float32 is infinite
+# No softmax of a model's own logits gives less: vLLM writes -9999 for a token that a temperature of 0, top-k or top-p
+# ruled out, others -1e4 or the dtype's least number.
+_MASKED = -1000.0
+_RAW = "start vLLM with --logprobs-mode raw_logprobs"
 _ID = re.compile(r"-?[0-9]{1,18}", re.ASCII)
 _SAME_MODEL = "serve a model with the student's tokenizer"
 
@@ -36,7 +40,14 @@ class Scored:
 
 
 class NotSpoken(Exception):
-    """The answer does not have the form that was asked for; the text says what it has."""
+    """The answer does not have the form that was asked for; the text says what it has.
+
+    ``cached``: positions are missing, as they are where vLLM took the beginning of a prompt from its cache.
+    """
+
+    def __init__(self, lacking: str, cached: bool = False):
+        super().__init__(lacking)
+        self.cached = cached
 
 
 class Reader:
@@ -49,11 +60,11 @@ class Reader:
         """The checked answer to the prompt ``ids``, which has the number ``sequence`` in the request."""
         positions, what = choice.get("prompt_logprobs"), f"prompt_logprobs of sequence {sequence}"
         if not isinstance(positions, list):
-            raise NotSpoken("the answer has no such list")
+            raise NotSpoken("the answer has no such list", cached="prompt_logprobs" in choice)
         if len(positions) != len(ids):
             raise ConfigError(
                 f"{what} has {len(positions)} positions where {len(ids)} tokens were sent; start {self.url} so that it "
-                "neither truncates prompts nor adds special tokens"
+                "neither truncates prompts nor adds special tokens, with --no-enable-prefix-caching"
             )
         if positions[0]:
             raise self._other_tokens(f"{what} has entries at position 0, which nothing precedes,")
@@ -74,14 +85,14 @@ class Reader:
         for i in np.flatnonzero(masses > _MOST_MASS)[:1]:
             raise ConfigError(
                 f"{what} gives the {self.k} likeliest tokens at position {i + 1} a probability of {masses[i]:.4g} "
-                "together, more than 1; start vLLM with --logprobs-mode raw_logprobs"
+                f"together, more than 1; {_RAW}"
             )
         return scored
 
     def _entries(self, given: Any, what: str, position: int) -> dict[int, tuple[float, int]]:
         """Log-probability and rank of each token of a position."""
         if not isinstance(given, dict):
-            raise NotSpoken(f"position {position} has no mapping")
+            raise NotSpoken(f"position {position} has no mapping", cached=given is None)
         if len(given) < self.k:
             raise ConfigError(
                 f"{what} has {len(given)} entries at position {position} where k is {self.k}; use a server that gives so "
@@ -103,8 +114,13 @@ class Reader:
             if not is_number or not _LEAST_LOGPROB <= value <= _MOST_LOGPROB:  # false for NaN
                 raise ConfigError(
                     f"{what} gives token {token} the log-probability {value!r} at position {position}, which is no "
-                    "finite number of at most 0; look into the served weights and their dtype, and start vLLM with "
-                    "--logprobs-mode raw_logprobs"
+                    f"finite number of at most 0; look into the served weights and their dtype, and {_RAW}"
+                )
+            if value <= _MASKED:
+                raise ConfigError(
+                    f"{what} gives token {token} the log-probability {value:g} at position {position}, which stands for "
+                    "a token that was ruled out: what is left is no longer the teacher's own distribution; "
+                    f"{_RAW}, without a temperature, top-k or top-p of its own (--generation-config vllm)"
                 )
             found[token] = (float(value), rank if is_whole(rank) else self.vocab_size)
         return found

@@ -161,10 +161,10 @@ class TeacherServer:
         except _Refused as refusal:
             raise self._refusal(refusal, served) from None
         except NotSpoken as lacking:
-            raise ConfigError(
-                f"prompt_logprobs was answered by {self._url} before and now {lacking}; "
-                "let no other server answer at that address"
-            ) from None
+            mend = "let no other server answer at that address"
+            if lacking.cached:
+                mend = f"start vLLM with --no-enable-prefix-caching, which answers whole prompts, and {mend}"
+            raise ConfigError(f"prompt_logprobs was answered by {self._url} before and now {lacking}; {mend}") from None
 
     def _choose(self, listed: Any) -> str:
         """The name to ask for, from the answer of /v1/models."""
@@ -187,19 +187,19 @@ class TeacherServer:
 
     def _probe(self, served: str) -> None:
         """A tiny request whose answer must pass every check."""
+        mend = "serve the teacher with vLLM"
         try:
             self._ask(served, _PROBE)
         except NotSpoken as lacking:
             why = str(lacking)
+            mend += ", started with --no-enable-prefix-caching" if lacking.cached else ""
         except _Refused as refusal:  # a strict server refuses a field it does not know
             if refusal.status not in (400, 422) or _LIMIT.search(refusal.message):
                 raise
             why = f"it refuses with {refusal}"
         else:
             return
-        raise ConfigError(
-            f"url is {self._url!r}, which gives no prompt_logprobs with token ids ({why}); serve the teacher with vLLM"
-        )
+        raise ConfigError(f"url is {self._url!r}, which gives no prompt_logprobs with token ids ({why}); {mend}")
 
     def _ask(self, served: str, sequences: list[list[int]]) -> list[Scored]:
         prompt = [[int(token) for token in ids] for ids in sequences]
