@@ -119,9 +119,7 @@ def test_a_teacher_that_is_not_here_leaves_the_rows_to_be_read(said, hub_configs
 
 
 def test_a_terminal_has_colours_in_place_of_marks(said, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr("rich.console.Console._environ", {"FORCE_COLOR": "1", "TERM": "xterm-256color"})
     out = said("train", "--dry_run")[1]
     assert "\x1b[32m" in out and "trained in green" in out and "«" not in out
 
