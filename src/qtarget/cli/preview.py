@@ -163,7 +163,6 @@ def _rows(asked: setup.Run, faults: list[str], untold: list[str]) -> tuple[int |
         return expected, "", None
     said = "not known here" if expected is None else f"{expected:,} as the recipe says"
     place = "taken as a hub id and not asked" if source is None else f"not prepared yet, from {source}"
-    untold.append("what the rows train and what max_length cuts: they are not here")
     return expected, f"{place}; rows: {said}", None
 
 

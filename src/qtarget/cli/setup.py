@@ -308,8 +308,9 @@ _STEPS: dict[str, tuple[str, str]] = {
 
 def _blamed(error: Exception, run: Run) -> str | None:
     """The sentence for what a library refused while a trainer was made, by the step it was in; None: a fault of code."""
-    frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-    if isinstance(error, UnicodeDecodeError) and {"_prepare_dataset", "as_conversations"} & frames:
+    trace = traceback.extract_tb(error.__traceback__)
+    frames = {frame.name for frame in trace}
+    if isinstance(error, UnicodeDecodeError) and any("pyarrow" in frame.filename for frame in trace):
         return f"dataset_name is {run.script.dataset_name!r}, which is not UTF-8 ({error}); save it as that"
     for function, (field, what) in _STEPS.items():
         if function in frames and (function != "_prepare_dataset" or isinstance(error, OSError | ValueError)):
