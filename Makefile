@@ -20,7 +20,7 @@ BENCH_ARGS ?=
 SOAK_ARGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick soak house docs-tree docs-settings test-distributed eval-demo audit gpu-bench gpu-check
+.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick soak house docs-tree docs-settings test-distributed eval-demo audit gpu-bench gpu-check vllm-check
 
 help: ## this list
 	@printf 'qtarget: supervised fine-tuning toward a target you choose\n\n'
@@ -157,6 +157,11 @@ study-quick: $(VENV)/.ready ## a small form of the study, also of further arms: 
 	rm -rf build/study-quick
 	$(BIN)/python benchmarks/study/run.py --quick
 	$(BIN)/python benchmarks/study/report.py --quick
+
+# vLLM wants another Transformers: it gets an environment of its own.
+vllm-check: $(VENV)/.ready ## a real vLLM server beside Transformers: cache, greedy answers, samples; benchmarks/results/vllm_check.json
+	@$(BIN)/python recipes/prepare_quickstart.py --out $(DEMO) && \
+	$(BIN)/python scripts/vllm_check.py --demo $(DEMO) $(BENCH_ARGS)
 
 soak: $(VENV)/.ready ## an hour of training: are memory, files and logs bounded?  SOAK_ARGS="--minutes 5"
 	@$(BIN)/python benchmarks/soak.py $(SOAK_ARGS)

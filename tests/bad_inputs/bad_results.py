@@ -122,6 +122,25 @@ def arms(id: str, wrong: str, words: list[str], *says: str) -> Case:
 A = "a=ROOT/results"
 CASES = [
     # what is asked
+    asked("a-word-for-a-server", "no address", ["--server", "there"], "server is 'there'", "http://localhost:8000"),
+    asked(
+        "a-key-in-the-address",
+        "a secret that would be shown",
+        ["--server", "http://me:secret@localhost:8000"],
+        "server holds a user name or a query; give the address alone",
+    ),
+    asked(
+        "a-served-name-without-a-server",
+        "half of two options",
+        ["--server_model", "m"],
+        "server_model is 'm' without a server; name it as --server URL",
+    ),
+    asked(
+        "a-precision-for-a-server",
+        "it has loaded the model already",
+        ["--server", "http://127.0.0.1:9", "--dtype", "bfloat16"],
+        "dtype is 'bfloat16', and the server has loaded the model; give --dtype to vLLM",
+    ),
     asked("no-model", "no such model", ["--model", "no/where/here"], "model is 'no/where/here'", "cannot be loaded"),
     asked("no-task", "no such task", ["--tasks", "chain_sums"], "task is 'chain_sums'; did you mean 'chain_sum'?"),
     asked("no-task-file", "no such file", ["--tasks", "nowhere.jsonl"], "task is 'nowhere.jsonl', which is no file"),

@@ -262,14 +262,14 @@ CASES = [
         "a-server-that-is-a-file",
         "a file for a server",
         ["--server", "file:///etc/passwd", "--server_model", "m"],
-        "url is 'file:///etc/passwd'",
+        "server is 'file:///etc/passwd'",
         "http",
     ),
     served(
         "a-server-that-is-no-address",
         "a word",
         ["--server", "there", "--server_model", "m"],
-        "url is 'there'",
+        "server is 'there'",
         "http",
     ),
     served(

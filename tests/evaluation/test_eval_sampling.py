@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
 import tiny_models
 from qtarget.errors import ConfigError
-from qtarget.evaluation.sampling import Request, Sampler, Uniforms, choose, seed_of
+from qtarget.evaluation.sampling import Request, Sampler, Uniforms, choose, end_tokens, generation_config, seed_of
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +166,14 @@ def test_a_broken_model_is_named(tmp_path):
         sampler(str(tmp_path))(requests(1))
     with pytest.raises(ConfigError, match="model is '/nowhere'"):
         sampler("/nowhere")
+
+
+def test_ends_are_known_without_the_weights(folder, tmp_path):
+    """For a server, which has them: those of a model that has generation settings, and of one that has a config alone."""
+    assert end_tokens(tiny_models.tokenizer(), generation_config(folder)) == sampler(folder).ends
+    shutil.copytree(folder, tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").unlink()
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"eos_token_id": 9}))
+    ends = end_tokens(tiny_models.tokenizer(), generation_config(str(tmp_path / "m")))
+    assert 9 in ends and ends == sampler(str(tmp_path / "m")).ends

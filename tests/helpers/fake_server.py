@@ -30,6 +30,8 @@ class FakeServer:
         speaks: whether it knows prompt_logprobs; a field it does not know is ignored.
         strict: an unknown field is refused with 400 instead.
         key: asked for as a bearer token.
+        root: the folder that it says its models were loaded from. max_model_len: tokens of a prompt and its answer.
+        most: answers are cut after so many tokens, as by a generation_config's max_new_tokens.
     """
 
     def __init__(
@@ -40,9 +42,13 @@ class FakeServer:
         speaks: bool = True,
         strict: bool = False,
         key: str | None = None,
+        root: str | None = None,
+        max_model_len: int | None = None,
+        most: int = 10**6,
     ):
         self.model, self.names, self.max_logprobs = model, list(names), max_logprobs
         self.speaks, self.strict, self.key = speaks, strict, key
+        self.root, self.max_model_len, self.most = root, max_model_len, most
         self.faults: Iterator[Fault] = iter(())
         self.tamper: Callable[[list[dict[str, Any]]], object] = lambda choices: None
         self.asked: list[dict[str, Any]] = []
@@ -67,12 +73,15 @@ class FakeServer:
             return 404, f"no model {body['model']} here"
         if self.strict and not self.speaks:
             return 400, "unknown field prompt_logprobs"
+        if self.max_model_len and any(len(ids) > self.max_model_len for ids in body["prompt"]):
+            return 400, f"This model's maximum context length is {self.max_model_len} tokens."
         if (k := body.get("prompt_logprobs", 0)) > self.max_logprobs:
             return 400, f"prompt logprobs of {k}, which is greater than max allowed: {self.max_logprobs}."
         return None
 
     def complete(self, body: dict[str, Any]) -> list[dict[str, Any]]:
-        return [{"index": index, "text": "", **self.scores(ids, body)} for index, ids in enumerate(body["prompt"])]
+        answer = self.scores if "prompt_logprobs" in body else self.sample
+        return [{"index": index, "text": "", **answer(ids, body)} for index, ids in enumerate(body["prompt"])]
 
     @torch.no_grad()
     def scores(self, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +90,28 @@ class FakeServer:
             return {"logprobs": None}
         k = body["prompt_logprobs"]
         return {"prompt_logprobs": [None, *(_mapping(row, own, k) for row, own in zip(logp_nv, ids[1:], strict=False))]}
+
+    @torch.no_grad()
+    def sample(self, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:
+        """A token at a time, without a cache; drawn from a generator of the request's seed, whatever else is asked."""
+        dice = None if body["seed"] is None else torch.Generator().manual_seed(body["seed"])
+        drawn: list[int] = []
+        ended = False
+        while not ended and len(drawn) < min(body["max_tokens"], self.most):
+            logits = self.model(torch.tensor([[*ids, *drawn]])).logits[0, -1].double()
+            token = logits.argmax() if body["temperature"] == 0 else _draw(logits, body, dice)
+            drawn.append(int(token))
+            ended = drawn[-1] in body["stop_token_ids"]
+        answer = {"finish_reason": "stop" if ended else "length"}
+        if self.speaks and body.get("return_token_ids"):
+            answer |= {"token_ids": drawn, "prompt_token_ids": ids}
+        return answer
+
+
+def _draw(logits_v: torch.Tensor, body: dict[str, Any], dice: torch.Generator | None) -> torch.Tensor:
+    p, order = (logits_v / body["temperature"]).softmax(-1).sort(descending=True)
+    p = torch.where(p.cumsum(-1) - p < body["top_p"], p, 0.0)
+    return order[torch.multinomial(p, 1, generator=dice)[0]]
 
 
 def _mapping(logp_v: torch.Tensor, own: int, k: int) -> dict[str, dict[str, Any]]:
@@ -108,9 +139,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.refused_key():
             return
+        if self.path == "/version":
+            return self.send(200, {"version": "0.0.fake"})
         if self.path != "/v1/models":
             return self.send(404, {"detail": "Not Found"})
-        self.send(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.fake.names]})
+        more = {"object": "model", "root": self.fake.root, "max_model_len": self.fake.max_model_len}
+        self.send(200, {"object": "list", "data": [{"id": name, **more} for name in self.fake.names]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -15,9 +15,9 @@ import teacher_caches
 import tiny_models
 from fake_server import FakeServer, status
 from qtarget.cli.__main__ import main
+from qtarget.models.server import Server
 from qtarget.teachers.cache.index import supervised_positions
 from qtarget.teachers.cache.reader import CachedTeacher
-from qtarget.teachers.server import client as server_module
 from quick_runs import labels_of, logits_of, tokenised_rows
 from teacher_caches import VOCAB, build_cache, file_contents, refusal_of, rows_with_hints, wider_teacher
 
@@ -157,7 +157,7 @@ def test_rows_it_does_not_have(world, some, tmp_path, capsys):
 @pytest.fixture
 def served(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(server_module.TeacherServer, "_backoff", 0.01, raising=False)
+    monkeypatch.setattr(Server, "backoff", 0.01)
     with FakeServer(wider_teacher(), names=["large"], max_logprobs=20) as server:
         yield server
 
@@ -178,6 +178,20 @@ def test_filled_by_a_server(context, world, served, tmp_path):
     assert (one["teacher_ids"] == other["teacher_ids"]).double().mean() > 0.999, "ties may fall otherwise"
     assert torch.allclose(one["teacher_logprobs"], other["teacher_logprobs"], atol=2e-5)
     assert torch.allclose(one["teacher_tail_logprob"].exp(), other["teacher_tail_logprob"].exp(), atol=1e-5)
+
+
+def test_a_server_with_too_small_a_context(world, tmp_path, capsys, monkeypatch):
+    """Known before it is asked about a row."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    words = ["cache", "build", "--config", world / "config.yaml", "-o", tmp_path / "cache", "--k", K]
+    with FakeServer(wider_teacher(), max_model_len=30) as server:
+        said = refusal_of(capsys, *words, "--server", server.url)
+        assert len(server.asked) == 1  # the probe
+    found = re.search(
+        r"the longest row has (\d+) tokens, and the server has --max-model-len 30; start it with (\d+)", said
+    )
+    assert found is not None and int(found[2]) == int(found[1]) + 1 > 31, said
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_server_that_gives_up_in_the_middle(world, served, tmp_path, capsys):

@@ -57,7 +57,7 @@ def sequences():
 
 def client(url, **settings):
     server = TeacherServer(url, **({"k": K, "vocab_size": V, "timeout": 30.0, "retries": 3} | settings))
-    server._backoff = 0.01
+    server.server.backoff = 0.01
     return server
 
 
@@ -124,7 +124,7 @@ def test_choices_in_another_order(serve):
 
 @pytest.mark.parametrize("tail", ["", "/", "/v1", "/v1/"])
 def test_check_names_the_model(serve, tail):
-    assert client(serve().url + tail).check() == "teacher"
+    assert client(serve().url + tail).check().name == "teacher"
 
 
 def test_score_checks_first(serve):
@@ -144,13 +144,13 @@ def test_nothing_to_score(serve):
 @pytest.mark.parametrize(
     "settings, pattern",
     [
-        ({"url": "localhost:8000"}, r"^url is 'localhost:8000'; write it as http://"),
-        ({"url": "http://localhost:port"}, r"^url is 'http://localhost:port'; write it as http://"),
-        ({"url": "http://me:secret@localhost"}, r"^url holds a user name or a query; .* as api_key"),
+        ({"url": "localhost:8000"}, r"^server is 'localhost:8000'; write it as http://"),
+        ({"url": "http://localhost:port"}, r"^server is 'http://localhost:port'; write it as http://"),
+        ({"url": "http://me:secret@localhost"}, r"^server holds a user name or a query; .* as api_key"),
         ({"k": 0}, rf"^k is 0; use a whole number from 1 to the vocabulary's {V}"),
         ({"k": V + 1}, rf"^k is {V + 1}; use a whole number from 1"),
         ({"vocab_size": 0}, r"^vocab_size is 0; use the number of tokens"),
-        ({"timeout": 0}, r"^timeout is 0; use a number of seconds above 0"),
+        ({"timeout": 0}, r"^server_timeout is 0; use a number of seconds above 0"),
         ({"retries": -1}, r"^retries is -1; use a whole number from 0"),
         ({"api_key": "sk-secret\u2026"}, r"^api_key holds .*; copy the key again"),
     ],
@@ -174,12 +174,12 @@ def test_sequences_that_cannot_be_sent(serve):
 
 def test_a_model_that_is_not_served(serve):
     asking = client(serve(names=["big", "small"]).url, model="bigger")
-    refused(asking.check, r"^model is 'bigger', which http://\S+/v1 does not serve; name one of: big, small$")
+    refused(asking.check, r"^server_model is 'bigger', which http://\S+/v1 does not serve; name one of: big, small$")
 
 
 def test_one_of_several_models_must_be_named(serve):
     server = serve(names=["big", "small"])
-    refused(client(server.url).check, r"^model is not set and \S+ serves big, small; name one of them$")
+    refused(client(server.url).check, r"^server_model is not set and \S+ serves big, small; name one of them$")
     asking = ready(server, model="small")
     asking.score(sequences())
     assert server.asked[0]["model"] == "small"
@@ -187,21 +187,19 @@ def test_one_of_several_models_must_be_named(serve):
 
 def test_another_service_at_the_address(serve):
     refused(
-        client(serve().url + "/v2").check, r"^url is '\S+/v2/v1', where no completions server answers \(404, \"Not "
+        client(serve().url + "/v2").check, r"^server is '\S+/v2/v1', where no completions server answers \(404, \"Not "
     )
-    refused(client(serve(names=[]).url).check, r"^url is '\S+', which lists no model at /models; ")
+    refused(client(serve(names=[]).url).check, r"^server is '\S+', which lists no model at /models; ")
 
 
 def test_nothing_listens():
     url = f"http://127.0.0.1:{fake_server.free_port()}"
-    pattern = rf"^url is '{url}/v1', which cannot be reached \(Connection refused\) after 3 tries; start the server"
+    pattern = rf"^server is '{url}/v1', which cannot be reached \(Connection refused\) after 3 tries; start the server"
     refused(client(url, retries=2).check, pattern)
 
 
 def test_a_server_without_prompt_logprobs(serve):
-    pattern = (
-        r"^url is '\S+', which gives no prompt_logprobs with token ids \(the answer has no such list\); serve .* vLLM$"
-    )
+    pattern = r"^server is '\S+', which gives no prompt_logprobs with token ids \(.* no such list\); serve .* vLLM$"
     refused(client(serve(speaks=False).url).check, pattern)
     strict = client(serve(speaks=False, strict=True).url)
     refused(strict.check, r"\(it refuses with 400, \"unknown field prompt_logprobs\"\); serve the teacher with vLLM$")
@@ -410,7 +408,7 @@ def test_a_hang_is_asked_again(serve):
 def test_waits_double(serve, caplog):
     server = serve()
     asking = ready(server)
-    asking._backoff = 0.1
+    asking.server.backoff = 0.1
     started = time.monotonic()
     assert passing(server, asking, status(503), status(503)) == 3
     assert time.monotonic() - started >= 0.3
@@ -451,7 +449,7 @@ def test_retry_after_of_hours_is_reported(serve, monkeypatch):
             status(500, "out of memory"),
             r"which answers 500, \"out of memory\" after 4 tries; look into the server's log$",
         ),
-        (status(429), r"which answers 429, \"not now\" after 4 tries; wait, or send fewer sequences"),
+        (status(429), r"which answers 429, \"not now\" after 4 tries; wait, or use a smaller batch_size"),
         (fake_server.reset, r"which cannot be reached \(.*Connection reset by peer.*\) after 4 tries; "),
         (fake_server.answer(b'{"choices": ['), r"which answers with what is not JSON after 4 tries; "),
     ],
@@ -461,7 +459,7 @@ def test_what_does_not_pass(serve, fault, pattern):
     server = serve()
     asking = ready(server)
     server.faults = itertools.repeat(fault)
-    refused(lambda: asking.score(sequences()), rf"^url is '{server.url}/v1', {pattern}")
+    refused(lambda: asking.score(sequences()), rf"^server is '{server.url}/v1', {pattern}")
     assert len(server.asked) == 4
 
 
@@ -469,7 +467,9 @@ def test_a_server_that_hangs(serve):
     server = serve()
     asking = ready(server, timeout=0.2, retries=1)
     server.faults = itertools.repeat(fake_server.hang)
-    refused(lambda: asking.score(sequences()), r"which gives no answer within 0\.2 s after 2 tries; raise timeout, ")
+    refused(
+        lambda: asking.score(sequences()), r"which gives no answer within 0\.2 s after 2 tries; raise server_timeout, "
+    )
     assert len(server.asked) == 2
 
 
@@ -483,11 +483,11 @@ def test_no_retries(serve):
 @pytest.mark.parametrize(
     "code, pattern",
     [
-        (400, r"^url is '\S+', which refuses the request \(400, \"so it is\"\); .*--max-model-len"),
+        (400, r"^server is '\S+', which refuses the request \(400, \"so it is\"\); .*--max-model-len"),
         (401, r"^api_key is not set and \S+ asks for one \(401, \"so it is\"\); .*OPENAI_API_KEY$"),
         (403, r"^api_key is not set and \S+ asks for one \(403, \"so it is\"\); "),
-        (404, r"^model is 'teacher', for which \S+ has no completions \(404, \"so it is\"\); "),
-        (307, r"^url is '\S+', where no completions server answers \(307, \"so it is\"\); "),
+        (404, r"^server_model is 'teacher', for which \S+ has no completions \(404, \"so it is\"\); "),
+        (307, r"^server is '\S+', where no completions server answers \(307, \"so it is\"\); "),
     ],
 )
 def test_a_refusal_is_not_asked_again(serve, code, pattern):
@@ -518,5 +518,5 @@ def test_the_key_of_the_environment(serve, monkeypatch, tmp_path):
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password other\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-right\n")
-    assert client(server.url).check() == "teacher"
+    assert client(server.url).check().name == "teacher"
     refused(client(server.url, api_key="").check, r"^api_key is not set ")

@@ -120,7 +120,9 @@ def read(words: Sequence[str]) -> tuple[list[Arm], dict[str, Any]]:
         for folder in folders:
             manifest = running.finished(folder)
             told = "prompt_style" in first and "prompt_style" in manifest  # older folders do not say
-            ignored = records.UNCOMPARED if told else (*records.UNCOMPARED, "prompt_style")
+            ignored = [*records.UNCOMPARED, *([] if told else ["prompt_style"])]
+            if "server" in first or "server" in manifest:  # which has its own precision, and does not tell it
+                ignored.append("dtype")
             for setting, was, now in files.differences(first, manifest, ignored=ignored):
                 raise ConfigError(
                     f"{setting} is {now!r} in {str(folder)!r} and {was!r} in {str(first_folders[0])!r}; compare "

@@ -28,7 +28,7 @@ from qtarget.teachers.fingerprints import Model
 
 FILE = "eval.json"
 # What runs that are compared, or one that goes on, may differ in.
-UNCOMPARED = ("model", "ends", "batch_size", "backend", "program", "finished")
+UNCOMPARED = ("model", "server", "ends", "batch_size", "backend", "program", "finished")
 _UNRESUMED = ("backend", "program", "finished", "prompt_style")
 _AGAIN = "run qtarget eval again"
 Count = Annotated[int, Field(ge=0)]
@@ -62,6 +62,15 @@ class Asked(TypedDict):
 
 
 @with_config(**files.CLOSED)
+class Server(TypedDict):
+    """What answered in the place of a loaded model. Its address may change: the next start has another port."""
+
+    model: str
+    root: str | None
+    version: str | None
+
+
+@with_config(**files.CLOSED)
 class Manifest(TypedDict):
     """``eval.json``, in the order in which a difference is named."""
 
@@ -72,6 +81,7 @@ class Manifest(TypedDict):
     max_new_tokens: int
     seed: int
     prompt: str
+    server: NotRequired[Server]  # none: sampled in the process
     backend: NotRequired[Literal["transformers"]]  # written while there was to be another
     dtype: NotRequired[str | None]
     batch_size: int

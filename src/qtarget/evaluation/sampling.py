@@ -175,14 +175,9 @@ class Sampler:
                 logits_processor=LogitsProcessorList([chooser]),
             )
         entropies = torch.stack(chooser.entropies, 1).tolist()  # [b][steps]
-        return [self._completion(*line) for line in zip(out[:, longest:].tolist(), entropies, strict=True)]
-
-    def _completion(self, ids: list[int], entropies: list[float]) -> Completion:
-        end = next((place for place, index in enumerate(ids) if index in self.ends), None)
-        kept = ids[: len(ids) if end is None else end + 1]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        mean = sum(entropies[: len(kept)]) / len(kept)
-        return Completion(text, len(kept), "length" if end is None else "stop", round(mean, 6))
+        return [
+            decoded(self.tokenizer, self.ends, *line) for line in zip(out[:, longest:].tolist(), entropies, strict=True)
+        ]
 
     @contextlib.contextmanager
     def _own_settings(self) -> Iterator[None]:
@@ -192,6 +187,17 @@ class Sampler:
             yield
         finally:
             self.model.generation_config = before
+
+
+def decoded(
+    tokenizer: Any, ends: frozenset[int], ids: list[int], entropies: Sequence[float] | None = None
+) -> Completion:
+    """A completion of its ids up to the first end token; entropies: of each id's distribution, where they are known."""
+    end = next((place for place, index in enumerate(ids) if index in ends), None)
+    kept = ids[: len(ids) if end is None else end + 1]
+    text = tokenizer.decode(kept, skip_special_tokens=True)
+    mean = None if entropies is None else round(sum(entropies[: len(kept)]) / len(kept), 6)
+    return Completion(text, len(kept), "length" if end is None else "stop", mean)
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
@@ -209,6 +215,16 @@ def positions(name: str, revision: str | None = None) -> int | None:
     with loading("model", name):
         config = AutoConfig.from_pretrained(name, revision=revision or "main")
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def generation_config(name: str, revision: str | None = None) -> Any:
+    """The generation settings that a model has once it is loaded, without its weights. Raises ConfigError."""
+    from transformers import AutoConfig
+
+    with contextlib.suppress(OSError):  # it has none
+        return GenerationConfig.from_pretrained(name, revision=revision or "main")
+    with loading("model", name):
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(name, revision=revision or "main"))
 
 
 def end_tokens(tokenizer: Any, generation_config: Any = None) -> frozenset[int]:

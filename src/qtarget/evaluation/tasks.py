@@ -248,12 +248,17 @@ def prompt_ids(tokenizer: Any, style: str, problem: Problem, instruction: str) -
 
 
 def prompts(
-    tasks: Sequence[Task], tokenizer: Any, style: str, positions: int | None, max_new_tokens: int
+    tasks: Sequence[Task],
+    tokenizer: Any,
+    style: str,
+    positions: int | None,
+    max_new_tokens: int,
+    has: str = "the model has {} positions",
 ) -> dict[tuple[str, str], list[int]]:
     """(task, problem) → token ids of its prompt.
 
     Args:
-        positions: how many the model has; None where that is unlimited.
+        positions: how many the model has; None where that is unlimited. has: says so.
 
     Raises:
         ConfigError: a prompt is empty or leaves no room for the answer.
@@ -269,7 +274,7 @@ def prompts(
                 mend = f"use {room} or less" if room > 0 else "take the problem out"
                 raise ConfigError(
                     f"max_new_tokens is {max_new_tokens}: the prompt of problem {problem.id} of task {task.name} has "
-                    f"{len(ids)} tokens, and the model has {positions} positions; {mend}"
+                    f"{len(ids)} tokens, and {has.format(positions)}; {mend}"
                 )
             ids_of[task.name, problem.id] = ids
     return ids_of

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qtarget.cli import setup, terminal
-from qtarget.cli.arguments import FLAG, FOLDER, NAME, NEW_FILE, Kind, Option, Verb, one_of, only, whole
+from qtarget.cli.arguments import ABOVE_ZERO, FLAG, FOLDER, NAME, NEW_FILE, Kind, Option, Verb, one_of, only, whole
 from qtarget.errors import ConfigError
 
 VERB = Verb("cache", __doc__)
@@ -38,6 +38,7 @@ _SHARE = Kind("X", _share)
     Option("shard_tokens", "supervised tokens of a file", whole(1)),
     Option("server", "URL of a vLLM server, asked instead of loading the teacher", NAME),
     Option("server_model", "what the server calls the teacher", NAME),
+    Option("server_timeout", "seconds that the server may take for an answer", ABOVE_ZERO, 120.0),
     word="build",
     settings=True,
 )
@@ -77,7 +78,10 @@ def build(options: Any) -> int:
     plan = cache_build.plan(trainer, options.shard_tokens)
     scorer, about = None, cache_build.about(trainer)
     if server:
-        scorer, served = cache_scorers.server_scorer(trainer, options.server, options.server_model, k)
+        longest = 0 if run.config.teacher_context else max(row.length for row in plan.rows)
+        scorer, served = cache_scorers.server_scorer(
+            trainer, options.server, options.server_model, k, longest, options.server_timeout
+        )
         about["teacher"] |= {"weights": None, "served_as": served}
     cache_build.check_folder(folder, plan, k, dtype, about)
     if options.coverage is not None:

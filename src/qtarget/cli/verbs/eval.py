@@ -21,7 +21,10 @@ _PROMPTS, _DTYPES = ("auto", "chat", "plain", "qwen-boxed"), ("float32", "bfloat
 
 
 @VERB.command(
-    Option("model", "a folder or hub id", NAME),
+    Option("model", "a folder or hub id; with --server its tokenizer alone is read; unset: the served folder's", NAME),
+    Option("server", "URL of a vLLM server with the model, asked in place of loading it", NAME),
+    Option("server_model", "what the server calls the model; unset: it serves only one", NAME),
+    Option("server_timeout", "seconds that the server may take for an answer", ABOVE_ZERO, 600.0),
     Option(
         "tasks",
         "reasoning-gym tasks or FILE.jsonl, commas between; experimental, as never run: math5, med10, hle, their parts",
@@ -60,7 +63,8 @@ def run(options: Any) -> int:
     check_range("temperature", options.temperature, 0, open_low=True)
     if options.rescore is not None:
         return _rescore(options)
-    missing = [name for name in ("model", "tasks", "output") if not getattr(options, name)]
+    asked = ("tasks", "output") if options.server else ("model", "tasks", "output")
+    missing = [name for name in asked if not getattr(options, name)]
     if missing:
         raise ConfigError(
             [f"{name} is not set; write {'-o DIR' if name == 'output' else f'--{name} NAME'}" for name in missing]
@@ -72,6 +76,7 @@ def _evaluate(options: Any) -> int:
     from qtarget.evaluation import records, running, sampling, tasks
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    served = _served(options)
     made = tasks.load(
         options.tasks,
         problems=options.problems,
@@ -79,11 +84,19 @@ def _evaluate(options: Any) -> int:
         verifier=options.verifier,
         instruction=options.instruction,
     )
-    tokenizer = sampling.load_tokenizer(options.model, options.revision)
-    positions = sampling.positions(options.model, options.revision)
-    prompts = tasks.prompts(made, tokenizer, options.prompt, positions, options.max_new_tokens)
+    name = options.model = options.model or served.name
+    tokenizer = sampling.load_tokenizer(name, options.revision)
+    room = {"positions": sampling.positions(name, options.revision), **(served.room if served else {})}
+    prompts = tasks.prompts(made, tokenizer, options.prompt, max_new_tokens=options.max_new_tokens, **room)
     folder = options.output
+    common = {field: getattr(options, field) for field in ("max_new_tokens", "temperature", "top_p")}
     settings = _settings(options) | {"prompt_style": tasks.resolved(options.prompt, tokenizer)}
+    if served:
+        from qtarget.evaluation.served import ServedSampler
+
+        settings |= served.record(settings["model"])
+        sampler: Any = ServedSampler(served, tokenizer, sampling.generation_config(name, options.revision), **common)
+        sampler.check(next(iter(prompts.values())))
     manifest = records.manifest_of(settings, made)
     if records.begin(folder, manifest, made, writes=rank == 0):
         if rank == 0:
@@ -112,8 +125,8 @@ def _evaluate(options: Any) -> int:
             flush=True,
         )
     if batches:
-        common = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_p")}
-        sampler = sampling.Sampler(options.model, options.revision, options.dtype, device=_device(), **common)
+        if not served:
+            sampler = sampling.Sampler(name, options.revision, options.dtype, device=_device(), **common)
         work.sample(sampler, _progress(share) if rank == 0 else lambda done: None)
     if rank > 0:
         return 0
@@ -122,6 +135,26 @@ def _evaluate(options: Any) -> int:
     print(f"results    {folder}")
     print(f"next       qtarget compare {folder} OTHER_DIR")
     return 0
+
+
+def _served(options: Any) -> Any:
+    """The server's model; None where the model is loaded here."""
+    if not options.server:
+        if options.server_model:
+            raise ConfigError(f"server_model is {options.server_model!r} without a server; name it as --server URL")
+        return None
+    if options.dtype is not None:
+        raise ConfigError(f"dtype is {options.dtype!r}, and the server has loaded the model; give --dtype to vLLM")
+    from qtarget.evaluation.served import LEAST_TEMPERATURE, ServedModel
+
+    if options.n and options.temperature < LEAST_TEMPERATURE:
+        raise ConfigError(
+            f"temperature is {options.temperature:g}, in whose place vLLM takes {LEAST_TEMPERATURE:g}; use that, or "
+            "--n 0 for the greedy answer alone"
+        )
+    return ServedModel(
+        options.server, options.server_model, timeout=options.server_timeout, connections=options.batch_size
+    )
 
 
 def _settings(options: Any) -> dict[str, Any]:

@@ -58,8 +58,13 @@ def teacher_log_probs(
             yield log_probs(teacher, at, trainer.vocab_size), at[0]
 
 
-def server_scorer(trainer: QTargetTrainer, url: str, model: str | None, k: int) -> tuple[Scorer, str]:
+def server_scorer(
+    trainer: QTargetTrainer, url: str, model: str | None, k: int, longest: int, timeout: float = 120.0
+) -> tuple[Scorer, str]:
     """A scorer that sends a server the ids the teacher is to read, and what the server calls its model.
+
+    Args:
+        longest: tokens of the longest row; 0 where a context makes it another number.
 
     Raises:
         ConfigError: the named teacher has another tokenizer, or the server does not answer as it must.
@@ -68,7 +73,7 @@ def server_scorer(trainer: QTargetTrainer, url: str, model: str | None, k: int) 
 
     if faults := teacher_settings.tokenizer_faults(trainer.args, trainer.tokenizer):
         raise ConfigError(faults)
-    server = TeacherServer(url, model, k=k, vocab_size=trainer.vocab_size)
+    server = TeacherServer(url, model, k=k, vocab_size=trainer.vocab_size, timeout=timeout)
 
     def score(rows: list[dict[str, Any]]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         sequences, places = [], []
@@ -83,4 +88,10 @@ def server_scorer(trainer: QTargetTrainer, url: str, model: str | None, k: int) 
             with np.errstate(divide="ignore"):
                 yield scored.ids[at], kept, np.maximum(np.log(rest), _LOWEST).astype(np.float32)
 
-    return score, server.check()
+    served = server.check()
+    if served.max_model_len is not None and longest >= served.max_model_len:
+        raise ConfigError(
+            f"max_length is {trainer.args.max_length}, the longest row has {longest} tokens, and the server has "
+            f"--max-model-len {served.max_model_len}; start it with {longest + 1} or more, or set a smaller max_length"
+        )
+    return score, served.name

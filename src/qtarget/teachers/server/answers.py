@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from qtarget.errors import ConfigError
+from qtarget.models.server import is_whole
 
 # A log-probability is computed in the server's precision, so that 0 and a sum of 1 may be passed by a little.
 _MOST_LOGPROB, _MOST_MASS = 1e-3, 1.01
@@ -129,7 +130,3 @@ class Reader:
         return ConfigError(
             f"{why} so {self.url} answers with other tokens; {_SAME_MODEL}, and let it add no special tokens"
         )
-
-
-def is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
