@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import textwrap
@@ -116,6 +117,16 @@ def test_a_teacher_that_is_not_here_leaves_the_rows_to_be_read(said, hub_configs
     status, out, err = said("train", "--dry_run", *words)
     assert (status, err) == (0, "")
     assert "rows read the first 256" in out and "whether student and teacher have the same tokens" in out
+
+
+def test_a_template_with_tokens_of_its_own_is_taken_over_without_weights(said, tmp_path):
+    other = copy.deepcopy(tiny_models.tokenizer())
+    other.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    other.chat_template = other.chat_template.replace("<|im_start|>", "<|turn|>")
+    other.save_pretrained(tmp_path / "template")
+    status, out, err = said("train", "--dry_run", "--chat_template_path", tmp_path / "template")
+    assert status == 0, err
+    assert "<|turn|>«system Count.<|im_end|>" in out
 
 
 def test_a_terminal_has_colours_in_place_of_marks(said, monkeypatch):

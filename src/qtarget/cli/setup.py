@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import re
 import traceback
@@ -370,6 +371,8 @@ def _without_weights(model: Any, config: Any) -> tuple[Any, Any]:
     with torch.device("meta"):
         student = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
     student.hf_device_map = {"": "meta"}  # so that nothing tries to move it
+    # A template's new tokens get rows in the embedding, whose mean and covariance are no numbers here.
+    student.resize_token_embeddings = functools.partial(student.resize_token_embeddings, mean_resizing=False)
     with contextlib.suppress(OSError):  # a model need not have one
         student.generation_config = GenerationConfig.from_pretrained(
             model.model_name_or_path, revision=model.model_revision
