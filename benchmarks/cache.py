@@ -50,7 +50,7 @@ from qtarget.teachers.cache import build as cache_build
 from qtarget.teachers.cache import doctor as cache_doctor
 from qtarget.teachers.cache import scorers as cache_scorers
 from qtarget.teachers.cache.reader import INDEX, CachedTeacher
-from qtarget.training.trainer import RowsTrainer
+from qtarget.training.preparing import RowsTrainer
 
 PARTS = ("engine", "step", "disk", "error")
 ENGINE_K = 64

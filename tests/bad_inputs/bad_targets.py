@@ -12,16 +12,24 @@ def target(id: str, wrong: str, value: Any, *says: str) -> Case:
     return Case(id, wrong, lambda bench: bench.train(target=value), says)
 
 
-def module(id: str, wrong: str, code: str, value: str, *says: str) -> Case:
-    """A target in a module of the user's own."""
+def module(id: str, wrong: str, code: str, value: str, *says: str, part: str | None = None) -> Case:
+    """A target, or a part of one, in a module of the user's own."""
 
     def do(bench: Bench) -> list[object]:
         name = f"own_{id.replace('-', '_')}"
         bench.file(f"{name}.py", code)
         sys.dont_write_bytecode = True
-        return bench.train(target=value.replace("MODULE", name))
+        path = value.replace("MODULE", name)
+        return bench.train(target=path if part is None else {part: path})
 
     return Case(id, wrong, do, says)
+
+
+def rule(id: str, wrong: str, code: str, *says: str) -> Case:
+    """A trust function that fails when it is given statistics."""
+    return module(
+        id, wrong, f"import torch\n\ndef mine(stats):\n    return {code}\n", "MODULE:mine", *says, part="trust"
+    )
 
 
 CASES = [
@@ -202,6 +210,29 @@ CASES = [
         "def mine():\n    return 1 / 0\n",
         "MODULE:mine",
         "ZeroDivisionError: division by zero",
+    ),
+    rule("a-rule-with-a-typo", "a name that is not there", "stats.log_p_y.exq()", "no attribute 'exq'"),
+    rule("a-rule-of-no-name", "a name nobody defined", "gamma", "failed with NameError: name 'gamma' is not defined"),
+    rule(
+        "a-rule-that-declares-nothing",
+        "a statistic that is not declared",
+        "stats.entropy",
+        "add 'entropy' to the rule's needs",
+    ),
+    rule(
+        "a-rule-of-one-number", "a number for all tokens", "0.5", "the trust rule gave 0.5; return one number per token"
+    ),
+    rule("a-rule-of-another-length", "a tensor of another shape", "torch.ones(7)", "gave a tensor of shape [7]"),
+    rule(
+        "a-rule-that-asks-one-token", "item() of several", "stats.log_p_y.item()", "tried on two tokens", "RuntimeError"
+    ),
+    module(
+        "a-scale-of-no-name",
+        "a scale that fails",
+        "def mine(stats):\n    return gamma\n",
+        "MODULE:mine",
+        "NameError: name 'gamma' is not defined; mend its rule",
+        part="scale",
     ),
     setting("targets-in-words", "text", "targets", target=None, targets="dft"),
     setting("no-targets", "an empty mapping", "targets is {}; write a target for each source", target=None, targets={}),

@@ -36,7 +36,7 @@ from qtarget.models.causal_lm import CausalLM
 from qtarget.models.forward import LossCall, add_target_forward
 from qtarget.targets.target import Target
 from qtarget.teachers.cache import build as cache_build
-from qtarget.training.trainer import RowsTrainer
+from qtarget.training.preparing import RowsTrainer
 from quick_runs import Weights, copied_weights, largest_difference, quick_trainer, tokenised_rows, weight_change
 
 STEPS, ROWS = 10, 4

@@ -31,7 +31,7 @@ from qtarget.models import forward
 from qtarget.teachers.cache import build as cache_build
 from qtarget.training import history
 from qtarget.training import trainer as trainer_module
-from qtarget.training.trainer import RowsTrainer
+from qtarget.training.preparing import RowsTrainer
 from quick_runs import Weights, copied_weights, largest_difference, quick_trainer, weight_change
 
 FOLDER = Path(tempfile.mkdtemp())

@@ -413,6 +413,32 @@ def test_rows_and_shapes_are_read_from_what_is_there(at_hand):
 
 
 @pytest.mark.parametrize(
+    "file",
+    [*FILES, ROOT / "recipes" / "quickstart.yaml", ROOT / "recipes" / "scale" / "8b_from_32b.yaml"],
+    ids=lambda file: file.stem,
+)
+def test_every_recipe_shows_what_it_trains_where_its_models_and_rows_are_here(file, at_hand, tmp_path):
+    tiny_models.conversation_dataset(512).to_json(tmp_path / "train.jsonl")
+    words = [
+        "--dataset_name",
+        tmp_path,
+        "--output_dir",
+        tmp_path / "run",
+        "--model_revision",
+        "main",
+        "--max_steps",
+        "2",
+    ]
+    for name in ("--model_name_or_path", "--teacher_model_name_or_path"):
+        words += [name, at_hand / "model"]
+    status, said, errors = dry_run(file, *words)
+    assert status == 0, errors
+    assert "rows read the first 256" in said and "in 256 rows by role prompt 0 of" in said
+    assert "ends with <|im_end|> in 256 of 256 rows; generation stops at it" in said
+    assert "«A box holds 12<|im_end|>" in said
+
+
+@pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         (["--teacher_model_name_or_path", "ROOT/stranger"], "which has another tokenizer: id "),

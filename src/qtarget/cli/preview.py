@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
-import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qtarget.cli import recipe, setup
+from qtarget.cli import picture, recipe, setup
 from qtarget.cli.settings import Settings
+from qtarget.cli.terminal import tell
 from qtarget.errors import ConfigError, loading, raise_together
 from qtarget.planning import memory, shapes, workload
 from qtarget.planning import steps as arithmetic
 from qtarget.planning.workload import Frozen
+
+if TYPE_CHECKING:
+    from qtarget.data.picture import Picture
 
 GIB = 2**30
 
@@ -28,6 +32,7 @@ class Found:
         asked: the settings. gpus: processes. student: its shape, None where it is not known. others: frozen models.
         rows: of the training data, None where that is not known; where: what is known of them. batch: rows of an
             optimiser step. steps: None where they are not known. untold: sentences on what could not be looked at.
+        picture: of what the first rows train; None where rows or tokenizer are not here.
     """
 
     asked: setup.Run
@@ -39,6 +44,7 @@ class Found:
     batch: int
     steps: arithmetic.Steps | None
     untold: list[str]
+    picture: Picture | None
 
 
 def look(arguments: Sequence[str], gpus: int) -> Found:
@@ -46,18 +52,18 @@ def look(arguments: Sequence[str], gpus: int) -> Found:
     asked = setup.check(arguments)
     faults: list[str] = []
     student, others, untold = _models(asked, faults)
-    rows, where = _rows(asked, faults)
+    rows, where, picture = _rows(asked, faults, untold)
     notes, config = asked.settings.notes, asked.config
     batch = gpus * config.per_device_train_batch_size * config.gradient_accumulation_steps
     steps = None if rows is None or config.packing else arithmetic.planned(rows, gpus, config)
     given_epochs = "num_train_epochs" in asked.settings.origin
     faults += arithmetic.faults(steps, batch, gpus, config, notes.get("expected_batch"), given_epochs)
     raise_together(faults)
-    return Found(asked, gpus, student, others, rows, where, batch, steps, untold)
+    return Found(asked, gpus, student, others, rows, where, batch, steps, untold, picture)
 
 
-def show(arguments: Sequence[str], gpus: int) -> None:
-    """Check and print. Raises ConfigError with every contradiction found."""
+def show(arguments: Sequence[str], gpus: int, show_rows: int) -> None:
+    """Check and print, so many rows as text. Raises ConfigError with every contradiction found."""
     found = look(arguments, gpus)
     asked, config = found.asked, found.asked.config
     print(f"dry run on {gpus} GPU{'s' if gpus > 1 else ''}: no weights are loaded, nothing is written")
@@ -69,6 +75,9 @@ def show(arguments: Sequence[str], gpus: int) -> None:
     limit = f"gradient norm {config.max_grad_norm:g}" if config.max_grad_norm else "none"
     tell("clipping", f"{limit}, of a gradient whose denominator is {config.denominator}")
     show_memory(found)
+    if found.picture is not None:
+        tell("rows read", f"the first {found.picture.given:,}, prepared as training prepares them")
+        picture.show(found.picture, show_rows)
     _show_notes(asked.settings, found.untold)
     print("nothing contradicts itself")
 
@@ -127,8 +136,8 @@ def _tokenizer_faults(asked: setup.Run) -> list[str]:
     return teacher_settings.tokenizer_faults(asked.config, tokenizer)
 
 
-def _rows(asked: setup.Run, faults: list[str]) -> tuple[int | None, str]:
-    """(rows of the training data, where that number is from)."""
+def _rows(asked: setup.Run, faults: list[str], untold: list[str]) -> tuple[int | None, str, Picture | None]:
+    """(rows of the training data, where that number is from, what the first of them train)."""
     import datasets as hub
 
     from qtarget.signals import manifest
@@ -143,27 +152,60 @@ def _rows(asked: setup.Run, faults: list[str]) -> tuple[int | None, str]:
             faults += setup.column_faults(asked.config, datasets)
             rows = len(datasets["train"]) if "train" in datasets and not asked.script.dataset_streaming else None
             columns = ", ".join(datasets["train"].column_names or []) if "train" in datasets else "none"
+            picture = _picture(asked, datasets, faults, untold)
         if rows is None:
-            return expected, f"columns {columns}; its rows are not counted"
+            return expected, f"columns {columns}; its rows are not counted", picture
         told = "" if expected in (None, rows) else f"; the recipe expects {expected:,}"
-        return rows, f"{rows:,} rows with {columns}{told}"
+        return rows, f"{rows:,} rows with {columns}{told}", picture
     source = notes.get("dataset_source")
     if source is None and shapes.is_path(name):
         faults.append(f"dataset_name is {name!r}, which is no folder or file here; make it, or name a hub id")
-        return expected, ""
+        return expected, "", None
     said = "not known here" if expected is None else f"{expected:,} as the recipe says"
     place = "taken as a hub id and not asked" if source is None else f"not prepared yet, from {source}"
-    return expected, f"{place}; rows: {said}"
+    return expected, f"{place}; rows: {said}", None
+
+
+def _picture(asked: setup.Run, datasets: dict[str, Any], faults: list[str], untold: list[str]) -> Picture | None:
+    """What the first rows train, through the trainer's own preparation and checks, without weights."""
+    from qtarget.data.counting import SAMPLE
+    from qtarget.teachers import settings as teacher_settings
+    from qtarget.training.preparing import DryTrainer
+
+    name = asked.model.model_name_or_path
+    if faults or "train" not in datasets:  # the trainer would name the same
+        return None
+    if not _on_disk(name, asked.model.model_revision):
+        untold.append(f"what the rows train and what max_length cuts: the tokenizer of {name} is not here")
+        return None
+    config = copy.copy(asked.config)
+    if not all(_on_disk(*model[:2]) for model in teacher_settings.named_models(config)):
+        config.teacher_model_name_or_path = config.teachers = None
+        if config.teacher_cache is None:
+            config.teacher_ema_decay = 0.0  # a teacher that needs no tokenizer of its own
+    with tempfile.TemporaryDirectory() as folder:  # a trainer makes its output folder
+        for field, value in {**setup.MEASURES, "output_dir": folder, "report_to": []}.items():
+            setattr(config, field, value)
+        first = {
+            split: rows.take(min(SAMPLE, len(rows)) if hasattr(rows, "__len__") else SAMPLE)
+            for split, rows in datasets.items()
+        }
+        try:
+            return setup.build(replace(asked, config=config, datasets=first), DryTrainer, weights=False).picture()
+        except ConfigError as error:
+            faults.extend(error.faults)
+    return None
+
+
+def _on_disk(name: str, revision: str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return Path(name).is_dir() or isinstance(
+        try_to_load_from_cache(name, "tokenizer_config.json", revision=revision), str
+    )
 
 
 # -- what is told ------------------------------------------------------------------------------------------------
-
-
-def tell(what: str, text: str) -> None:
-    first, *more = textwrap.wrap(text, 104, break_long_words=False, break_on_hyphens=False) or [""]
-    print(f"  {what:<10}{first}")
-    for line in more:
-        print(f"  {'':<10}{line}")
 
 
 def show_head(found: Found, what: str, texts: Sequence[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import re
 import traceback
@@ -122,6 +124,7 @@ def check(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains:
             named += [config.teacher_model_name_or_path, config.reference_model_name_or_path]
             settings.faults += output_folder.faults(config, [*named, *(one.name for one in config.pool_members())])
         objectives = [config.resolve_objective(), config.resolve_eval_objective()]
+        settings.faults += checks.target_faults(objectives)
         settings.faults += checks.missing_teacher(config, objectives, False) + _resume_faults(config)
         settings.faults += _adapter_faults(model) if model.use_peft else []
     raise_together(settings.faults)
@@ -306,8 +309,9 @@ _STEPS: dict[str, tuple[str, str]] = {
 
 def _blamed(error: Exception, run: Run) -> str | None:
     """The sentence for what a library refused while a trainer was made, by the step it was in; None: a fault of code."""
-    frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-    if isinstance(error, UnicodeDecodeError) and "_prepare_dataset" in frames:
+    trace = traceback.extract_tb(error.__traceback__)
+    frames = {frame.name for frame in trace}
+    if isinstance(error, UnicodeDecodeError) and any("pyarrow" in frame.filename for frame in trace):
         return f"dataset_name is {run.script.dataset_name!r}, which is not UTF-8 ({error}); save it as that"
     for function, (field, what) in _STEPS.items():
         if function in frames and (function != "_prepare_dataset" or isinstance(error, OSError | ValueError)):
@@ -360,12 +364,18 @@ def _check_template(path: str) -> None:
 def _without_weights(model: Any, config: Any) -> tuple[Any, Any]:
     """A student that has a shape and no numbers, and its tokenizer."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     loading = {"revision": model.model_revision, "trust_remote_code": config.trust_remote_code}
     shape = AutoConfig.from_pretrained(model.model_name_or_path, **loading)
     with torch.device("meta"):
         student = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
     student.hf_device_map = {"": "meta"}  # so that nothing tries to move it
+    # A template's new tokens get rows in the embedding, whose mean and covariance are no numbers here.
+    student.resize_token_embeddings = functools.partial(student.resize_token_embeddings, mean_resizing=False)
+    with contextlib.suppress(OSError):  # a model need not have one
+        student.generation_config = GenerationConfig.from_pretrained(
+            model.model_name_or_path, revision=model.model_revision
+        )
     config.model_init_kwargs = None
     return student, AutoTokenizer.from_pretrained(model.model_name_or_path, **loading)

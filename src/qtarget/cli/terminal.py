@@ -10,6 +10,7 @@ import math
 import os
 import string
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -44,6 +45,14 @@ def table(*headings: str, left: tuple[str, ...] = (), title: str | None = None, 
     for heading in headings:
         made.add_column(Text(heading), justify="left" if heading in left else "right", **column)
     return made
+
+
+def tell(what: str, text: str) -> None:
+    """A line of a summary, its text beside what it is about; long texts go on below."""
+    first, *more = textwrap.wrap(text, 104, break_long_words=False, break_on_hyphens=False) or [""]
+    print(f"  {what:<10}{first}")
+    for line in more:
+        print(f"  {'':<10}{line}")
 
 
 def plot(curves: Mapping[str, Sequence[float]], axis: str, height: int = 16) -> str:

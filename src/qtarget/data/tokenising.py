@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,10 +78,21 @@ class Tokeniser:
         if self.assistant_only:
             raise DataError("assistant_only_loss is true, but the row is text; write messages, or set it to false")
         *prompt, text = read.values()  # prompt and completion, or text alone
-        ids = self._ids("".join(prompt) + text + end * (not text.endswith(end)))["input_ids"]
+        ids, added = self._ids_of_text("".join(prompt) + text + end * (not text.endswith(end)), end)
+        if added:
+            notes.append(f"the tokenizer adds {end} to a text that has its {end} already; one of the two is trained")
         if not prompt:
             return {"input_ids": ids}
-        return {"input_ids": ids, "completion_mask": _completion_mask(self._ids(prompt[0])["input_ids"], ids, notes)}
+        return {"input_ids": ids, "completion_mask": _completion_mask(self._ids_of_text(prompt[0], end)[0], ids, notes)}
+
+    def _ids_of_text(self, text: str, end: str) -> tuple[list[int], bool]:
+        """(ids, whether the tokenizer added an end that the text has not); they are without it."""
+        ids = self._ids(text)["input_ids"]
+        token = getattr(self.processing_class, "tokenizer", self.processing_class).eos_token_id
+        written = len(text) - len(re.sub(rf"(?:{re.escape(end)})+\Z", "", text))
+        ends = sum(1 for _ in itertools.takewhile(lambda index: index == token, reversed(ids)))
+        added = ends - written // len(end)
+        return (ids[:-added], True) if added > 0 else (ids, False)
 
     def _ids(self, given: Any, **how: Any) -> dict[str, list[int]]:
         return _tokenize(self.processing_class, given, **{"chat_template": self.chat_template, **how})

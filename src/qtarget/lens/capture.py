@@ -139,7 +139,7 @@ def _write(
         "max_length": trainer.args.max_length,
         "tokenizer": tokenizer_hash(tokenizer),
         "chat_template": template_hash(tokenizer),
-        "eos_token_ids": _end_tokens(trainer),
+        "eos_token_ids": student.stop_tokens(tokenizer),
         **about,
     }
     writer.close(manifest, lambda index: text_of(tokenizer, index), tokenizer.all_special_ids)
@@ -233,10 +233,3 @@ def differences(manifest: dict[str, Any], model: str, tokenizer: Any) -> list[st
         for name, (was, now) in pairs.items()
         if was != now
     ]
-
-
-def _end_tokens(trainer: QTargetTrainer) -> list[int]:
-    """Ids that end a turn: the tokenizer's and the generation config's."""
-    own = getattr(getattr(trainer.student.base, "generation_config", None), "eos_token_id", None)
-    ids = {trainer.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    return sorted(ids - {None})

@@ -60,6 +60,11 @@ class CausalLM:
         """What it was loaded as, else its class."""
         return self.base.config._name_or_path or type(self.base).__name__
 
+    def stop_tokens(self, tokenizer: Any) -> list[int]:
+        """Ids at which the saved model stops generating: the tokenizer's end, and those of its generation config."""
+        ids = getattr(getattr(self.base, "generation_config", None), "eos_token_id", None)
+        return sorted({tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None})
+
     @torch.no_grad()
     def head(self, inputs: Inputs) -> Head:
         """The distribution at positions 0 to the last but one, [B, T − 1], as hidden states and a head.

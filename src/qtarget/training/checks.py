@@ -16,7 +16,8 @@ from qtarget import hub
 from qtarget.data.columns import REFERENCE, SOURCE_ID
 from qtarget.data.messages import trained_columns
 from qtarget.data.validation import TOKEN_COLUMNS
-from qtarget.errors import DataError
+from qtarget.errors import ConfigError, DataError, reason
+from qtarget.losses.full_logits import target_loss
 from qtarget.targets.objective import Objective
 from qtarget.teachers import settings as teacher_settings
 from qtarget.training import fit, hosted, trainable
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 # (name, columns, objective) of a dataset; columns is None where it does not know them before it is read.
 ColumnSet = tuple[str, list[str] | None, Objective]
+
+# Tokens of the vocabulary on which targets are tried: more than the k of any rule.
+_MADE_UP = 2**12
 
 # column → what it holds, and what to do where it is missing
 _COLUMNS = {
@@ -192,6 +196,30 @@ def unmet_masks(dataset_name: str, columns: Sequence[str], args: Any, formatted:
     return faults
 
 
+def target_faults(objectives: Iterable[Objective]) -> list[str]:
+    """Targets whose rules, residuals or divergences fail on two tokens of made-up logits; a user's own code may."""
+    logits = torch.linspace(0, 4, 2 * _MADE_UP).view(_MADE_UP, 2).T  # [2, V], every token another
+    made_up: dict[str, dict[str, Any]] = {
+        "teacher": {"teacher_logits": logits.flip(1)},
+        "reference": {"reference_logits": logits.flip(0)},
+        "old_policy": {"old_logps": torch.tensor([-1.0, -2.0])},
+        "weight": {"weight": torch.tensor([1.0, 0.5])},
+        "critical": {"critical": torch.tensor([True, False])},
+    }
+    faults = []
+    targets = [target for objective in objectives for target in (*objective.finals(), *objective.at(0, 2))]
+    for target in [target for number, target in enumerate(targets) if target not in targets[:number]]:
+        tried = f"target {target}, trust {target.trust.label}, tried on two tokens of made-up statistics"
+        given = {name: value for need in target.requires for name, value in made_up[need].items()}
+        try:
+            target_loss(logits, torch.tensor([0, _MADE_UP - 1]), target, **given)
+        except ConfigError as error:
+            faults += [f"{tried}: {fault}" for fault in error.faults]
+        except Exception as error:
+            faults.append(f"{tried}, failed with {reason(error)}; mend its rule, residual or divergence")
+    return list(dict.fromkeys(faults))
+
+
 def adapter_on_head(target_modules: str | Iterable[str] | None) -> list[str]:
     """LoRA on the head would be ignored: the loss multiplies by the head's own weight."""
     modules = [target_modules] if isinstance(target_modules, str) else target_modules or []
@@ -281,7 +309,7 @@ def before_loading(
             "compute_loss_func is given beside target; a run trains one objective: remove it, or write it as a target of "
             "your own (target: my_pkg.my_module:my_target)"
         )
-    faults += missing_teacher(args, objectives, teacher_given)
+    faults += target_faults(objectives) + missing_teacher(args, objectives, teacher_given)
     named = [name for name in args.teacher_settings if name != "teacher_model_name_or_path"]
     if teacher_given and named:
         faults.append(f"teacher_model is given beside {named[0]}; a run has one teacher: keep one")

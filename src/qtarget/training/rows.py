@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from datasets import Dataset
 from trl.data_utils import get_dataset_column_names, maybe_convert_to_chatml
 from trl.trainer.utils import global_then_local_main_first
 
 from qtarget.data.batch import Batch
 from qtarget.data.columns import REFERENCE, UID, TokenColumnCollator, TokenColumns
+from qtarget.data.counting import Source, of
 from qtarget.data.messages import RowReader, trained_columns
+from qtarget.data.picture import Picture
 from qtarget.data.preparation import Preparation
 from qtarget.data.tokenising import Tokeniser, tokenised
 from qtarget.data.validation import checked_tokens, without_padding, without_tokens
@@ -56,6 +59,8 @@ class RowPreparer:
         self.columns = TokenColumns(tuple(names), tuple(objective.sources), args.source_column)
         self.join: CacheJoin | ContextJoin | None = None
         self.without_labels: dict[str, int] = {}
+        self._source: Source | None = None
+        self._picture: Picture | None = None
         self._unknown: dict[int, str] | None = None  # tokens that the named teachers do not know
 
     # -- preparation ---------------------------------------------------------------------------------------------
@@ -85,6 +90,7 @@ class RowPreparer:
         formatted = formatting_func is not None
         raise_together(checks.faults_of_columns(name, columns, objective, args, formatted))
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        read = None
         if "input_ids" in columns:
             dataset = checked_tokens(dataset, name, real_vocabulary_size(tokenizer))
             dataset = without_padding(dataset, name, self._carried, args.dataset_num_proc)
@@ -117,7 +123,33 @@ class RowPreparer:
             columns=self.columns,
             join=self.join if self._asks(objective.requires) else None,
         )
+        if name == "train" and self._picture is None:
+            self._source = Source(
+                dataset,
+                tokenizer,
+                seen=slice(None) if "seq_lengths" in columns else prepare.seen,
+                drops=args.max_length is not None and not packing,
+                split=args.max_length if packing and args.packing_strategy == "bfd_split" else None,
+                as_tokens="input_ids" in columns,
+                reader=read,
+                chat_template=trainer.chat_template,
+                assistant_only=args.assistant_only_loss,
+                completion_only=trainer.completion_only_loss,
+            )
         return prepare(dataset, name, self.without_labels)
+
+    def picture(self, stops: Collection[int], tokenizer: Any, prepared: Any) -> Picture | None:
+        """What will be trained, counted once; None where neither the rows nor their labels are known.
+
+        Args:
+            stops: ids at which the saved model will stop generating. prepared: the rows, where preparation was skipped.
+        """
+        skipped = self._source is None and self._picture is None and isinstance(prepared, Dataset)
+        if skipped and {"input_ids", "labels"} <= {*prepared.column_names} and prepared.format["type"] != "custom":
+            self._source = Source(prepared, tokenizer, as_tokens=True)
+        if self._source is not None:
+            self._picture, self._source = of(replace(self._source, stops=stops)), None
+        return self._picture
 
     def _asks(self, requires: frozenset[str]) -> bool:
         return "teacher" in requires or self._opens_teacher

@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from qtarget.data.batch import Batch
 from qtarget.data.columns import SOURCE_ID, columns_for
+from qtarget.data.picture import Picture
 from qtarget.errors import ConfigError, raise_together
 from qtarget.losses import Head, TopK, engine
 from qtarget.models.causal_lm import CausalLM
@@ -133,6 +134,10 @@ class QTargetTrainer(HostHooks):
         self.meter = TokenMeter(self.rows.columns.sources, self.accelerator, history)
         self._heads_checked = False
         self._backends: dict[int, str] = {}
+
+    def picture(self) -> Picture | None:
+        """What will be trained: rows, tokens by role, cuts, ends; None where the rows have no labels yet."""
+        return self.rows.picture(self.student.stop_tokens(self.tokenizer), self.tokenizer, self.train_dataset)
 
     # -- the models, asked about a batch -------------------------------------------------------------------------
 
@@ -344,6 +349,8 @@ class QTargetTrainer(HostHooks):
         self.accelerator.print(self.describe())
         if self._idle_teacher:
             logger.warning(f"a teacher is given, but target {self.objective} does not need it; it is not loaded")
+        if (picture := self.picture()) is not None and self.is_world_process_zero():
+            picture.log()
         if self.args.teacher_check_rows and self.reads_teacher:
             from qtarget.teachers.agreement import measure  # it takes a trainer
 
@@ -390,9 +397,3 @@ class QTargetTrainer(HostHooks):
             yield self
         finally:
             self.eval_objective = before
-
-
-class RowsTrainer(QTargetTrainer):
-    """Prepares rows and asks the teacher; its student may be without weights, and nothing is trained."""
-
-    opens_teacher = True

@@ -58,7 +58,7 @@ def build(options: Any) -> int:
     from qtarget.teachers.cache import build as cache_build
     from qtarget.teachers.cache import scorers as cache_scorers
     from qtarget.teachers.cache.reader import CachedTeacher
-    from qtarget.training.trainer import RowsTrainer
+    from qtarget.training.preparing import RowsTrainer
 
     server, dtype = options.server is not None, options.cache_dtype
     fixed = setup.row_by_row(options.words, target="sft" if server else "kd")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qtarget.cli import setup, terminal
+from qtarget.cli import picture, setup, terminal
 from qtarget.cli.arguments import FILE, FOLDER, NAME, TEXT, Option, Verb, one_of, only, whole
 from qtarget.errors import ConfigError, raise_together
 
@@ -19,6 +19,7 @@ _TARGET = Option("target", "in place of the one the capture was made for", TEXT)
     Option("output", "folder of the capture", FOLDER, mend="name the folder of the capture, as in: -o my_capture"),
     Option("rows", "rows looked at, from the first", whole(1), 64),
     Option("top_k", "likeliest tokens kept of each distribution", whole(1), 20),
+    picture.SHOW_ROWS,
     word="capture",
     settings=True,
 )
@@ -36,6 +37,8 @@ def capture_rows(options: Any) -> int:
     trainer = setup.build(run)
     capture.check(trainer, rows, top_k, folder)
     count, tokens, megabytes = capture.estimate(trainer, rows, top_k)
+    if (seen := trainer.picture()) is not None:
+        picture.show(seen, options.show_rows)
     print(f"{count} rows, {tokens} supervised tokens: at most {megabytes:.1f} MB in {folder}")
     bar = terminal.bar(count, "capturing")
     about = {"dataset": run.script.dataset_name, "split": run.script.dataset_train_split}

@@ -216,6 +216,8 @@ def _show(found: Any, options: Any, figures: dict[str, Any]) -> None:
         "rows", f"{row['tokens']:,.0f} tokens, {row['with_padding']:,.0f} with padding, {row['supervised']:,.0f} labels"
     )
     tell("", row["source"])
+    for sentence in found.picture.warnings if found.picture is not None else ():
+        tell("warning", sentence)
     whole = sum(step["flops"].values())
     tell("a step", f"{step['tokens']:,.0f} tokens, {step['supervised']:,.0f} labels, {whole:.2e} operations")
     steps = figures["steps"]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtarget.cli import fields, setup, terminal
+from qtarget.cli import fields, picture, setup, terminal
 from qtarget.cli.arguments import Option, Verb, whole
 from qtarget.errors import ConfigError
 
@@ -26,6 +26,7 @@ VERB = Verb("train", __doc__, more=fields.common)
 @VERB.command(
     Option("dry_run", "check the recipe without weights; nothing is written"),
     Option("gpus", "of the dry run; unset: 8", whole(1)),
+    picture.SHOW_ROWS,
     Option("help_all", "this help with every setting"),
     settings=True,
 )
@@ -37,7 +38,7 @@ def train_model(options: Any) -> int:
         from qtarget.cli import preview
         from qtarget.planning import steps
 
-        preview.show(options.words, options.gpus or steps.GPUS)
+        preview.show(options.words, options.gpus or steps.GPUS, options.show_rows)
         return 0
     if options.gpus is not None:
         raise ConfigError(
@@ -52,7 +53,7 @@ def train_model(options: Any) -> int:
     try:
         trainer = setup.build(run)
         with checkpoints.storage_errors("what the run leaves", run.config.output_dir):
-            return train(trainer, run)
+            return train(trainer, run, options.show_rows)
     except ConfigError:
         print(file=sys.stderr)  # leave the progress bar's line
         raise
@@ -72,12 +73,14 @@ def _how_to_go_on(run: setup.Run, words: Sequence[str], checkpoint: Path | None)
 # -- the run -----------------------------------------------------------------------------------------------------
 
 
-def train(trainer: QTargetTrainer, run: setup.Run) -> int:
+def train(trainer: QTargetTrainer, run: setup.Run, show_rows: int = 1) -> int:
     from qtarget import files
     from qtarget.cli import recipe, summary
 
     config, script, folder = run.config, run.script, Path(run.config.output_dir)
     evaluated, beside = trainer.eval_dataset is not None, trainer.side_files.writing
+    if (seen := trainer.picture()) is not None and terminal.is_main():
+        picture.show(seen, show_rows)
     before = summary.at_start(trainer) if evaluated else {}
     try:
         result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from qtarget.cli import setup, terminal
+from qtarget.cli import picture, setup, terminal
 from qtarget.cli.arguments import Kind, Option, Verb, whole, writable
 from qtarget.errors import ConfigError
 
@@ -44,6 +44,7 @@ _MARKS = {"pass": "green", "fail": "bold red", "not applicable": "dim"}
         "leave models in the dtype they are configured with; else all are compared in float32, where rounding hides "
         "nothing (twice the memory of bf16)",
     ),
+    picture.SHOW_ROWS,
     settings=True,
 )
 def verify_run(options: Any) -> int:
@@ -59,6 +60,8 @@ def verify_run(options: Any) -> int:
         if options.json == "-":
             print(figures, end="")
         else:
+            if (seen := subject.trainer.picture()) is not None:
+                picture.show(seen, options.show_rows)
             _show(made)
         if options.json not in (None, "-"):
             options.json.write_text(figures, encoding="utf-8")
