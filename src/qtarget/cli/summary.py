@@ -1,4 +1,4 @@
-"""What a run prints at its end: held-out figures, the picture, what is there and what to do with it."""
+"""What a run prints at its end: held-out figures, a picture, what is there, what to do next."""
 
 from __future__ import annotations
 

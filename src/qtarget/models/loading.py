@@ -1,4 +1,4 @@
-"""Loads any causal language model by folder or hub id: a plain one, or a PEFT adapter on its base."""
+"""Loads any causal language model by its name: a plain one, or a PEFT adapter on its base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``qtarget merge``: an adapter and its base as one plain model, which every program for Transformers models reads."""
+"""``qtarget merge``: an adapter and its base as one plain model of Transformers.
 
 from __future__ import annotations
 
