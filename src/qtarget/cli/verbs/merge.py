@@ -1,4 +1,4 @@
-"""``qtarget merge``: an adapter and its base as one plain model of Transformers.
+"""``qtarget merge``: an adapter and its base as one plain model of Transformers."""
 
 from __future__ import annotations
 
