@@ -37,8 +37,9 @@ def fewer_layers(folder: Path) -> None:
     change("adapter_config.json", base_model_name_or_path=str(short))(folder)
 
 
-def on_itself(folder: Path) -> None:
-    change("adapter_config.json", base_model_name_or_path=str(folder))(folder)
+def on_another(folder: Path) -> None:
+    first = shutil.copytree(folder, folder.parent / "first")
+    change("adapter_config.json", base_model_name_or_path=str(first))(folder)
 
 
 def unchanged(folder: Path) -> None:
@@ -87,7 +88,7 @@ CASES = [
         "the base is not there",
         change("adapter_config.json", base_model_name_or_path="./moved/away"),
         "model_name_or_path is",
-        "it is an adapter for './moved/away', which cannot be loaded",
+        "it is an adapter for './moved/away', and no such folder exists here",
     ),
     adapter(
         "an-adapter-of-nothing",
@@ -95,8 +96,16 @@ CASES = [
         change("adapter_config.json", base_model_name_or_path=None),
         "does not say for which model",
     ),
-    adapter("an-adapter-on-itself", "its base is itself", on_itself, "which is an adapter too; merge that one first"),
-    adapter("an-adapter-of-another-base", "a wider base", other_width, "does not fit its base", "size mismatch"),
+    adapter(
+        "an-adapter-on-an-adapter", "its base is one too", on_another, "which is an adapter too; merge that one first"
+    ),
+    adapter(
+        "an-adapter-of-another-base",
+        "a wider base",
+        other_width,
+        "does not fit its base",
+        "its weights have other shapes",
+    ),
     adapter(
         "an-adapter-of-more-layers",
         "a base of one layer",

@@ -224,7 +224,7 @@ def test_a_long_chat_forgets_its_first_turns(world, capsys, monkeypatch):
     """The answer to the last question is that to it alone, where only it has room."""
     model, tokenizer = by_peft(world)
     wanted = answer_of(model, tokenizer, [{"role": "user", "content": QUESTION}], 1990)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'apples ' * 10}\n{QUESTION}\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'apples ' * 14}\n{QUESTION}\n"))
     assert main(["chat", str(world / "adapter"), "--max_new_tokens", "1990"]) == 0
     out, err = capsys.readouterr()
     assert "its first turn is left out" in err

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -27,8 +27,10 @@ def write_base(folder: Path, **settings: Any) -> Path:
     return folder
 
 
-def write_adapter(folder: Path, base: Path, kind: PeftConfig | None = None, rows: int | None = None, seed=1) -> Tensor:
-    """An adapter with random weights; returns the logits of ``IDS`` that it had. ``rows``: of a resized embedding."""
+def write_adapter(
+    folder: Path, base: Path, kind: PeftConfig | None = None, rows: int | None = None, seed=1
+) -> PeftModel:
+    """An adapter with random weights, as it is in memory too. ``rows``: of a resized embedding."""
     model: Any = AutoModelForCausalLM.from_pretrained(base)
     if rows is not None:
         model.resize_token_embeddings(rows)
@@ -39,7 +41,7 @@ def write_adapter(folder: Path, base: Path, kind: PeftConfig | None = None, rows
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
         adapted.save_pretrained(folder)
-        return logits(adapted)
+    return adapted
 
 
 @torch.no_grad()

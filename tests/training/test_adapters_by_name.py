@@ -72,7 +72,7 @@ def adapter(bases, tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_loaded_and_merged_it_says_what_it_said(kind, tied, bases, tmp_path):
     config, rows = KINDS[kind]
-    wanted = write_adapter(tmp_path / "adapter", bases[tied], config, rows)
+    wanted = logits(write_adapter(tmp_path / "adapter", bases[tied], config, rows))
     frozen, trainable = (load_causal_lm(str(tmp_path / "adapter"), trainable=so) for so in (False, True))
     assert torch.equal(logits(frozen), wanted) and torch.equal(logits(trainable), wanted)
     assert not any(p.requires_grad for p in frozen.parameters()) and any(
@@ -86,7 +86,7 @@ def test_loaded_and_merged_it_says_what_it_said(kind, tied, bases, tmp_path):
 
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_a_prompt_is_loaded_and_neither_trained_on_nor_merged(kind, bases, tmp_path):
-    wanted = write_adapter(tmp_path / "adapter", bases[True], PROMPTS[kind])
+    wanted = logits(write_adapter(tmp_path / "adapter", bases[True], PROMPTS[kind]))
     loaded = load_causal_lm(str(tmp_path / "adapter"))
     assert torch.equal(logits(loaded), wanted)
     with pytest.raises(ValueError, match="which PEFT cannot merge"):

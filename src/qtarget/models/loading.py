@@ -126,6 +126,9 @@ def _of_base(found: Adapter, load: Callable[..., Any], **kwargs: Any) -> Any:
             f"it is an adapter for {found.base!r}, which is an adapter too; merge that one first: qtarget merge "
             f"{found.base} -o FOLDER"
         )
+    where = f"put that model there, or write where it is into base_model_name_or_path of {_CONFIG}"
+    if nowhere := hub.nowhere(found.base):
+        raise ValueError(f"it is an adapter for {found.base!r}, and {nowhere}; {where}")
     if found.base_revision:
         kwargs["revision"] = found.base_revision
     try:
@@ -134,8 +137,7 @@ def _of_base(found: Adapter, load: Callable[..., Any], **kwargs: Any) -> Any:
         raise
     except Exception as error:  # as errors.loading: libraries raise many kinds
         raise ValueError(
-            f"it is an adapter for {found.base!r}, which cannot be loaded ({reason(error)}); put that model there, or "
-            f"write where it is into base_model_name_or_path of {_CONFIG}"
+            f"it is an adapter for {found.base!r}, which cannot be loaded ({reason(error)}); {where}"
         ) from error
 
 
@@ -248,7 +250,8 @@ def _with_adapter(model: Any, found: Adapter, kind: Any, trainable: bool) -> Any
             whole = get_peft_model(model, copy.copy(kind), **autocast)
             loaded = whole.load_adapter(found.name, "default", **named, **autocast)
     except (RuntimeError, ValueError, IndexError, KeyError, AttributeError) as error:
-        raise ValueError(_belongs_elsewhere(found, reason(error))) from error
+        why = "its weights have other shapes" if "size mismatch" in str(error) else reason(error)
+        raise ValueError(_belongs_elsewhere(found, why)) from error
     # Beside the adapter's own weights stand copies of the base's, and of tied ones, which may find no place.
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(kind.peft_type)
     odd = [*loaded.missing_keys, *(key for key in loaded.unexpected_keys if prefix and prefix in key)]
