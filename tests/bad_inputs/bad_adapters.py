@@ -12,6 +12,7 @@ from bench import Bench, Case
 from peft import PromptTuningConfig
 
 import adapter_folders
+import tiny_models
 
 
 def adapter(id: str, wrong: str, damage: Any, *says: str, do: Any = None) -> Case:
@@ -26,13 +27,19 @@ def adapter(id: str, wrong: str, damage: Any, *says: str, do: Any = None) -> Cas
     return Case(id, wrong, make, says)
 
 
+def base_of(folder: Path, **settings: Any) -> Path:
+    tiny_models.llama(**settings).save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
+    return folder
+
+
 def other_width(folder: Path) -> None:
-    wide = adapter_folders.write_base(folder.parent / "wide", width=64)
+    wide = base_of(folder.parent / "wide", width=64)
     change("adapter_config.json", base_model_name_or_path=str(wide))(folder)
 
 
 def fewer_layers(folder: Path) -> None:
-    short = adapter_folders.write_base(folder.parent / "short")
+    short = base_of(folder.parent / "short")
     change("config.json", num_hidden_layers=1)(short)
     change("adapter_config.json", base_model_name_or_path=str(short))(folder)
 

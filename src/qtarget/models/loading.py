@@ -84,7 +84,7 @@ def find_adapter(name: str, revision: str | None = None) -> Adapter | None:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"its {_CONFIG} cannot be read ({error})") from error
+        raise ValueError(f"its {_CONFIG} cannot be read ({error})") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("peft_type"), str):
         raise ValueError(f"its {_CONFIG} is not one that PEFT writes: it has no peft_type")
     if (Path(name) / "config.json").is_file() and any(
@@ -135,10 +135,10 @@ def _of_base(found: Adapter, load: Callable[..., Any], **kwargs: Any) -> Any:
         return load(found.base, **kwargs)
     except QTargetError:
         raise
-    except Exception as error:  # as errors.loading: libraries raise many kinds
+    except Exception as error:  # as errors.loading, which would say the cause once more
         raise ValueError(
             f"it is an adapter for {found.base!r}, which cannot be loaded ({reason(error)}); {where}"
-        ) from error
+        ) from None
 
 
 def load_config(name: str, revision: str | None = None, **kwargs: Any) -> Any:
@@ -198,8 +198,8 @@ def _peft_config(found: Adapter, trainable: bool) -> Any:
     try:
         from peft import PeftConfig
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    except ImportError as error:
-        raise ValueError(f"it is an adapter, and the package peft is not here; {_PIP}") from error
+    except ImportError:
+        raise ValueError(f"it is an adapter, and the package peft is not here; {_PIP}") from None
     if found.kind not in [str(getattr(known, "value", known)) for known in PEFT_TYPE_TO_CONFIG_MAPPING]:
         raise ValueError(f"it is an adapter of kind {found.kind!r}, which this version of peft does not know")
     if found.settings.get("task_type") not in (None, "CAUSAL_LM"):
@@ -251,7 +251,7 @@ def _with_adapter(model: Any, found: Adapter, kind: Any, trainable: bool) -> Any
             loaded = whole.load_adapter(found.name, "default", **named, **autocast)
     except (RuntimeError, ValueError, IndexError, KeyError, AttributeError) as error:
         why = "its weights have other shapes" if "size mismatch" in str(error) else reason(error)
-        raise ValueError(_belongs_elsewhere(found, why)) from error
+        raise ValueError(_belongs_elsewhere(found, why)) from None
     # Beside the adapter's own weights stand copies of the base's, and of tied ones, which may find no place.
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(kind.peft_type)
     odd = [*loaded.missing_keys, *(key for key in loaded.unexpected_keys if prefix and prefix in key)]
@@ -327,5 +327,5 @@ def merged(model: Any) -> Any:
         plain: Any = model.merge_and_unload(safe_merge=True)
     except (AttributeError, NotImplementedError, TypeError) as error:
         kind = model.active_peft_config.peft_type.value
-        raise ValueError(f"it is an adapter of kind {kind}, which PEFT cannot merge ({reason(error)})") from error
+        raise ValueError(f"it is an adapter of kind {kind}, which PEFT cannot merge ({reason(error)})") from None
     return plain.requires_grad_(False)
