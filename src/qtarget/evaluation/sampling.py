@@ -218,12 +218,12 @@ def positions(name: str, revision: str | None = None) -> int | None:
 
 def generation_config(name: str, revision: str | None = None) -> Any:
     """The generation settings that a model has once it is loaded, without its weights. Raises ConfigError."""
-    from transformers import AutoConfig
-
-    with contextlib.suppress(OSError):  # it has none
-        return GenerationConfig.from_pretrained(name, revision=revision or "main")
     with loading("model", name):
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(name, revision=revision or "main"))
+        found = models.find_adapter(name, revision)
+        for place, at in [(name, revision), *([] if found is None else [(found.base, found.base_revision)])]:
+            with contextlib.suppress(OSError):  # it has none
+                return GenerationConfig.from_pretrained(place, revision=at or "main")
+        return GenerationConfig.from_model_config(models.load_config(name, revision))
 
 
 def end_tokens(tokenizer: Any, generation_config: Any = None) -> frozenset[int]:
