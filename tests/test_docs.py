@@ -107,6 +107,11 @@ def test_settings_are_described_where_peers_look_for_it():
     assert metadata["learning_rate"]["help"] == "The initial learning rate for AdamW."
 
 
+def test_training_page_prints_the_lora_run_as_it_is():
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert f"```sh\n{(ROOT / 'recipes' / 'lora.sh').read_text(encoding='utf-8')}```" in page
+
+
 def test_links_of_the_pages_lead_somewhere():
     for page in (ROOT / "docs").glob("*.md"):
         for link in re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text(encoding="utf-8")):

@@ -7,6 +7,7 @@ a trainer, which pads, splits into micro-batches and never forms logits, means s
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -195,14 +196,10 @@ def change_by_autograd(
     return weight_change(before, model)
 
 
-def adapters_off(model: Any) -> Callable[[dict[str, Any]], Tensor]:
-    """A reference for ``change_by_autograd``: the PEFT model's own base."""
-
-    def logits(row: dict[str, Any]) -> Tensor:
-        with model.disable_adapter():
-            return logits_of(model, row)
-
-    return logits
+def as_it_is_now(model: nn.Module) -> Callable[[dict[str, Any]], Tensor]:
+    """A reference for ``change_by_autograd``: the model, whatever it learns later."""
+    twin = copy.deepcopy(model).eval()
+    return lambda row: logits_of(twin, row)
 
 
 # -- comparing -------------------------------------------------------------------------------------

@@ -405,7 +405,8 @@ def test_a_config_is_asked_of_the_hub(tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert "Qwen/Qwen3-1.7B-Base, revision main; 1.72 billion parameters" in ran.stdout
     files = {path for path in Hub.asked if "/resolve/" in path}
-    assert files == {"/Qwen/Qwen3-1.7B-Base/resolve/main/config.json"}
+    asked = {f"/Qwen/Qwen3-1.7B-Base/resolve/main/{name}" for name in ("config.json", "adapter_config.json")}
+    assert files == asked
 
 
 def test_help(capsys):

@@ -10,7 +10,7 @@ import tiny_models
 from published import CASES
 from qtarget import ConfigError
 from quick_runs import (
-    adapters_off,
+    as_it_is_now,
     assert_same_change,
     change_by_autograd,
     change_by_training,
@@ -54,12 +54,12 @@ def test_only_adapters_train(tmp_path):
 @pytest.mark.parametrize("name", ["sft", "asft:kl_weight=0.8", "sft-kl:kl_weight=3.0", "target-sft", "gem"])
 @pytest.mark.parametrize("more", [{}, {"modules_to_save": ["lm_head"]}], ids=["adapters", "and the head"])
 def test_three_steps_are_those_of_autograd(name, more, tmp_path):
-    """The reference is the base from first step to last, with its own head where a copy of it trains."""
+    """The reference is the model as it starts, adapters at work, with the head as it starts where one trains."""
     case, model = CASE[name], adapted(**more)
     twin = copy.deepcopy(model)
     made = {}
     if "reference_logits" in case.needs:
-        made["reference"] = adapters_off(twin)
+        made["reference"] = as_it_is_now(twin)
     teacher = tiny_models.trained_model(seed=7, width=48).double().eval() if "teacher_logits" in case.needs else None
     wanted = change_by_autograd(
         twin,

@@ -20,8 +20,10 @@ VERBS = {
     "teacher": ("does a teacher suit rows and student", "qtarget teacher check --config FILE"),
     "data": ("the signals some targets train on", "qtarget data weights|oldlogps|critical --config FILE -o DIR"),
     "lens": ("what a target teaches, token by token", "qtarget lens capture --config FILE -o DIR"),
+    "chat": ("talk to a model, adapters too", "qtarget chat PATH    |  qtarget chat PATH --prompt TEXT"),
     "eval": ("sample answers to tasks and score them", "qtarget eval --model PATH --tasks gsm_symbolic -o DIR"),
     "compare": ("paired differences between results", "qtarget compare DIR_A DIR_B"),
+    "merge": ("an adapter and its base as one model", "qtarget merge ADAPTER -o DIR"),
     "verify": ("is it right on your model and data", "qtarget verify --config FILE"),
     "env": ("versions and devices, for bug reports", "qtarget env"),
 }

@@ -123,14 +123,13 @@ def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, l
 
 
 def _tokenizer_faults(asked: setup.Run) -> list[str]:
-    from transformers import AutoTokenizer
-
+    from qtarget.models.loading import load_tokenizer
     from qtarget.teachers import settings as teacher_settings
 
     name = asked.model.model_name_or_path
     try:
         with loading("model_name_or_path", name, "tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = load_tokenizer(name)
     except ConfigError as error:
         return error.faults
     return teacher_settings.tokenizer_faults(asked.config, tokenizer)

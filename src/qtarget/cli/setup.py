@@ -127,6 +127,9 @@ def check(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains:
         settings.faults += checks.target_faults(objectives)
         settings.faults += checks.missing_teacher(config, objectives, False) + _resume_faults(config)
         settings.faults += _adapter_faults(model) if model.use_peft else []
+    if (model.model_name_or_path or "").strip():
+        asks, given = "use_peft" if model.use_peft else None, settings.values["model"]
+        settings.faults += checks.beside_adapter(model.model_name_or_path, model.model_revision, asks, given)
     raise_together(settings.faults)
     assert config is not None
     return Run(settings, config, model, script, {}, notes)
@@ -283,6 +286,8 @@ def build(run: Run, kind: Any = None, weights: bool = True) -> Any:
                 raise ConfigError(f"{quantised} is true, but its package is not installed; pip install bitsandbytes")
             settings["quantization_config"] = get_quantization_config(model)
             settings["peft_config"] = get_peft_config(model)
+            if model.use_peft and model.model_revision != "main":  # or the adapter would be loaded on another base
+                settings["peft_config"].revision = model.model_revision
         else:
             student, settings["processing_class"] = _without_weights(model, config)
         return (kind or QTargetTrainer)(student, config, **settings)
@@ -326,13 +331,14 @@ def _blamed(error: Exception, run: Run) -> str | None:
 
 def _check_files(model: Any, config: Any) -> None:
     """The small files of a model, so that what is wrong with them is said by name."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
+
+    from qtarget.models.loading import load_config, load_tokenizer
 
     name = model.model_name_or_path
-    how = {"revision": model.model_revision, "trust_remote_code": config.trust_remote_code}
-    for kind, what in ((AutoConfig, ""), (AutoTokenizer, "tokenizer")):
+    for load, what in ((load_config, ""), (load_tokenizer, "tokenizer")):
         with loading("model_name_or_path", name, what):
-            kind.from_pretrained(name, **how)
+            load(name, model.model_revision, trust_remote_code=config.trust_remote_code)
     if (Path(name) / "generation_config.json").is_file():
         with loading("model_name_or_path", name, "generation_config.json"):
             GenerationConfig.from_pretrained(name)
@@ -364,12 +370,14 @@ def _check_template(path: str) -> None:
 def _without_weights(model: Any, config: Any) -> tuple[Any, Any]:
     """A student that has a shape and no numbers, and its tokenizer."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    loading = {"revision": model.model_revision, "trust_remote_code": config.trust_remote_code}
-    shape = AutoConfig.from_pretrained(model.model_name_or_path, **loading)
+    from qtarget.models.loading import load_config, load_tokenizer
+
+    named, trusted = (model.model_name_or_path, model.model_revision), config.trust_remote_code
+    shape = load_config(*named, trust_remote_code=trusted)
     with torch.device("meta"):
-        student = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
+        student = AutoModelForCausalLM.from_config(shape, trust_remote_code=trusted)
     student.hf_device_map = {"": "meta"}  # so that nothing tries to move it
     # A template's new tokens get rows in the embedding, whose mean and covariance are no numbers here.
     student.resize_token_embeddings = functools.partial(student.resize_token_embeddings, mean_resizing=False)
@@ -378,4 +386,4 @@ def _without_weights(model: Any, config: Any) -> tuple[Any, Any]:
             model.model_name_or_path, revision=model.model_revision
         )
     config.model_init_kwargs = None
-    return student, AutoTokenizer.from_pretrained(model.model_name_or_path, **loading)
+    return student, load_tokenizer(*named, trust_remote_code=trusted)

@@ -1,8 +1,10 @@
-"""What a run prints at its end: held-out figures, the picture, the next command."""
+"""What a run prints at its end: held-out figures, a picture, what is there, what to do next."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import importlib.util
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +70,7 @@ def at_start(trainer: QTargetTrainer) -> dict[str, float]:
 
 
 def show(trainer: QTargetTrainer, before: dict[str, float], after: dict[str, float], folder: Path) -> None:
-    """Print the table and the next command, and draw the run's curves."""
+    """Print the table, what is in the folder and what to do with it, and draw the run's curves."""
     if before and after:
         _table(before, after)
     elif after:
@@ -81,8 +83,31 @@ def show(trainer: QTargetTrainer, before: dict[str, float], after: dict[str, flo
     with trainer.side_files.writing(picture.name):
         if _draw(trainer.state.log_history, str(trainer.args.resolve_objective()), picture):
             print(f"curves     {picture}")
-    print(f"model      {folder}  (plain Transformers files)")
-    print(f"next       qtarget train --config FILE --model_name_or_path {folder} --output_dir {folder}-2")
+    print(f"model      {folder}  ({_what(trainer)})")
+    for number, command in enumerate(_next(trainer, folder)):
+        print(f"{'' if number else 'next':<11}{shlex.join(command)}")
+
+
+def _what(trainer: QTargetTrainer) -> str:
+    """What the run left."""
+    adapter = getattr(trainer.student.unwrapped, "active_peft_config", None)
+    if adapter is None:
+        return "plain Transformers files"
+    return f"a {adapter.peft_type.value} adapter for {trainer.student.base.config._name_or_path}"
+
+
+def _next(trainer: QTargetTrainer, folder: Path) -> Iterator[list[str]]:
+    """Commands for what people do next: look at answers, score them, compare them with those before, merge."""
+    student = trainer.student
+    yield ["qtarget", "chat", str(folder)]
+    if importlib.util.find_spec("reasoning_gym") is not None and student.name != type(student.base).__name__:
+        results = [f"{folder}-eval-before", f"{folder}-eval"]
+        for model, output in zip((student.name, str(folder)), results, strict=True):
+            yield ["qtarget", "eval", "--model", model, "--tasks", "gsm_symbolic", "--n", "4", "-o", output]
+        yield ["qtarget", "compare", *results]
+    adapter = getattr(student.unwrapped, "active_peft_config", None)
+    if adapter is not None and not adapter.is_prompt_learning:
+        yield ["qtarget", "merge", str(folder), "-o", f"{folder}-merged"]
 
 
 def _table(before: dict[str, float], after: dict[str, float]) -> None:

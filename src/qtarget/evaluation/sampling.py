@@ -21,6 +21,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from qtarget.errors import ConfigError, loading
+from qtarget.models import loading as models
 from qtarget.models.frozen import load_frozen
 
 # Tokens that end a turn in the families at hand. They stop an answer where the tokenizer has them, whatever the model
@@ -159,8 +160,8 @@ class Sampler:
             pad_token_id=self._pad,
         )
 
-    def __call__(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion a request, in their order."""
+    def __call__(self, requests: Sequence[Request], streamer: Any = None) -> list[Completion]:
+        """One completion a request, in their order. ``streamer``: Transformers', shown the answer to a single request."""
         longest = max(len(request.prompt) for request in requests)
         ids = torch.full((len(requests), longest), self._pad)
         mask = torch.zeros_like(ids)
@@ -173,6 +174,7 @@ class Sampler:
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),
                 logits_processor=LogitsProcessorList([chooser]),
+                streamer=streamer,
             )
         entropies = torch.stack(chooser.entropies, 1).tolist()  # [b][steps]
         return [
@@ -182,11 +184,12 @@ class Sampler:
     @contextlib.contextmanager
     def _own_settings(self) -> Iterator[None]:
         """generate() fills what it is not given from the model's settings; so those are replaced."""
-        before, self.model.generation_config = self.model.generation_config, self._settings
+        plain = getattr(self.model, "get_base_model", lambda: self.model)()  # of an adapter
+        before, plain.generation_config = plain.generation_config, self._settings
         try:
             yield
         finally:
-            self.model.generation_config = before
+            plain.generation_config = before
 
 
 def decoded(
@@ -202,29 +205,25 @@ def decoded(
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """The tokenizer of a model, or ConfigError."""
-    from transformers import AutoTokenizer
-
     with loading("model", name, "tokenizer"):
-        return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+        return models.load_tokenizer(name, revision)
 
 
 def positions(name: str, revision: str | None = None) -> int | None:
     """How many positions a model has, told without its weights; None where that is unlimited. Raises ConfigError."""
-    from transformers import AutoConfig
-
     with loading("model", name):
-        config = AutoConfig.from_pretrained(name, revision=revision or "main")
+        config = models.load_config(name, revision)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def generation_config(name: str, revision: str | None = None) -> Any:
     """The generation settings that a model has once it is loaded, without its weights. Raises ConfigError."""
-    from transformers import AutoConfig
-
-    with contextlib.suppress(OSError):  # it has none
-        return GenerationConfig.from_pretrained(name, revision=revision or "main")
     with loading("model", name):
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(name, revision=revision or "main"))
+        found = models.find_adapter(name, revision)
+        for place, at in [(name, revision), *([] if found is None else [(found.base, found.base_revision)])]:
+            with contextlib.suppress(OSError):  # it has none
+                return GenerationConfig.from_pretrained(place, revision=at or "main")
+        return GenerationConfig.from_model_config(models.load_config(name, revision))
 
 
 def end_tokens(tokenizer: Any, generation_config: Any = None) -> frozenset[int]:

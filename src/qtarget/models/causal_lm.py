@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from qtarget.errors import ConfigError, NonFiniteLogits
 from qtarget.losses import Head
 from qtarget.models.forward import HeadTransform, LossCall, StatesCall, head_parameters, whole
-from qtarget.models.frozen import adapters_off, evaluation_mode
+from qtarget.models.frozen import adapters_off, evaluation_mode, loaded_from
+from qtarget.models.snapshots import StartWeights
 from qtarget.targets import presets
 
 Inputs = dict[str, Any]
@@ -58,7 +60,7 @@ class CausalLM:
     @property
     def name(self) -> str:
         """What it was loaded as, else its class."""
-        return self.base.config._name_or_path or type(self.base).__name__
+        return loaded_from(self.unwrapped) or type(self.base).__name__
 
     def stop_tokens(self, tokenizer: Any) -> list[int]:
         """Ids at which the saved model stops generating: the tokenizer's end, and those of its generation config."""
@@ -114,8 +116,10 @@ class CausalLM:
         Raises:
             ConfigError: a model with fewer embeddings than the tokenizer has tokens cannot read them all.
         """
-        embeddings = self.base.get_input_embeddings()
-        rows = getattr(embeddings, "original_module", embeddings).num_embeddings  # PEFT wraps them to train some tokens
+        embeddings: Any = self.base.get_input_embeddings()
+        for wrapped in ("original_module", "base_layer"):  # PEFT wraps them to train some tokens, or a LoRA of them
+            embeddings = getattr(embeddings, wrapped, embeddings)
+        rows = embeddings.num_embeddings
         if rows >= self.vocab_size:
             return inputs
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
@@ -168,6 +172,26 @@ class CausalLM:
                 f"from hidden states × head (scale {self.transform.scale}, softcap {self.transform.softcap}); this "
                 "architecture is not supported"
             )
+
+
+class AsAtTheStart(CausalLM):
+    """The student with the weights that it started from. ``start``: where they are kept."""
+
+    def __init__(self, model: Any, vocab_size: int, start: StartWeights):
+        super().__init__(model, vocab_size)
+        self.start = start
+
+    def head(self, inputs: Inputs) -> Head:
+        with self.start.in_place(), evaluation_mode(self.model):
+            head = super().head(inputs)
+            if not head_parameters(self.base)[0].requires_grad:
+                return head
+            # What it was made of goes back to the present weights when the block ends.
+            return replace(head, weight=head.weight.clone(), bias=None if head.bias is None else head.bias.clone())
+
+    def label_log_p(self, inputs: Inputs, labels: Tensor) -> Tensor:
+        with self.start.in_place():
+            return super().label_log_p(inputs, labels)
 
 
 class WithoutAdapters(CausalLM):

@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from qtarget.data.columns import SOURCE_ID, columns_of
-from qtarget.errors import DataError
+from qtarget.errors import ConfigError, DataError
 from qtarget.losses import Head, TopK, linear_target_loss
 from qtarget.models import positions
 from qtarget.targets import Target
@@ -233,6 +233,11 @@ def head_parameters(model: Any) -> tuple[Tensor, Tensor | None]:
     if hasattr(head, "modules_to_save"):
         adapter = head.active_adapters[0] if head.active_adapters else None
         head = head.original_module if head.disable_adapters or adapter is None else head.modules_to_save[adapter]
+    if hasattr(head, "get_base_layer"):
+        raise ConfigError(
+            "the model has an adapter on its head, by whose own weight losses and reports multiply; merge the adapter "
+            "first (qtarget merge FOLDER -o OTHER), or train the whole head with lora_modules_to_save"
+        )
     return head.weight, getattr(head, "bias", None)
 
 

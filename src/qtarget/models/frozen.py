@@ -14,19 +14,16 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from qtarget.errors import ConfigError
 from qtarget.models.forward import add_target_forward, head_parameters
+from qtarget.models.loading import load_causal_lm
 
 
 def load_frozen(name_or_path: str, revision: str | None, init_kwargs: dict | None, device: torch.device) -> nn.Module:
-    """A causal language model by name, in evaluation mode and without gradients.
+    """A causal language model or an adapter by name, in evaluation mode and without gradients.
 
     Its dtype is ``init_kwargs["dtype"]``; without one, the checkpoint's own on an accelerator and float32 on a CPU.
     """
-    from transformers import AutoModelForCausalLM
-
     kwargs = {"dtype": torch.float32 if device.type == "cpu" else "auto", **(init_kwargs or {})}
-    if revision is not None:
-        kwargs["revision"] = revision
-    model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    model: Any = load_causal_lm(name_or_path, revision or kwargs.pop("revision", None), **kwargs)
     if "device_map" not in kwargs and not getattr(model, "is_quantized", False):
         model = model.to(device)
     return freeze(model)
@@ -86,10 +83,19 @@ def place_as_student(model: nn.Module, role: str, accelerator: Any, device: torc
         model: a causal language model. role: teacher or reference, as errors call it. accelerator: the run's.
 
     Raises:
-        ConfigError: ``device_map`` left its head where it cannot be multiplied beside the student's.
+        ConfigError: it is prompt tuning, or ``device_map`` left its head where it cannot be multiplied beside the
+            student's.
     """
     freeze(model)
-    add_target_forward(model)
+    kind = getattr(model, "active_peft_config", None)
+    if kind is not None and kind.is_prompt_learning:
+        raise ConfigError(
+            f"the {role} is an adapter of kind {kind.peft_type.value}, whose prompt packed documents would "
+            "share; name a whole model, or an adapter of another kind, such as LoRA"
+        )
+    plain: Any = getattr(model, "get_base_model", lambda: model)()  # of an adapter
+    add_target_forward(plain)
+    head = head_parameters(plain)[0]
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
         from trl.models.utils import prepare_deepspeed
 
@@ -98,7 +104,6 @@ def place_as_student(model: nn.Module, role: str, accelerator: Any, device: torc
         return _sharded(model, accelerator)
     if getattr(model, "hf_device_map", None) is None:
         return model.to(device)
-    head = head_parameters(model)[0]
     if head.device.type != torch.device(device).type:
         raise ConfigError(
             f"{role}_model_init_kwargs.device_map left the {role}'s head on {head.device.type!r}, where it cannot be "
@@ -127,13 +132,19 @@ def _sharded(model: nn.Module, accelerator: Any) -> nn.Module:
 
 def name_and_fingerprint(model: Any) -> str:
     """What to call a model that was handed over and not named: its name if it has one, and its weights."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-    return f"{name}, weights {fingerprint(model)}"
+    return f"{loaded_from(model) or type(model).__name__}, weights {fingerprint(model)}"
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Eight digits that tell other weights of the same shape: of the first numbers of every parameter."""
+def loaded_from(model: Any) -> str:
+    """The folder or hub id of a model or of an adapter; empty where it was made in memory."""
+    own = getattr(model, "loaded_from", None)
+    return str(own or getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+
+
+def fingerprint(model: nn.Module, trained: bool = False) -> str:
+    """Eight digits that tell other weights of the same shape: of the first numbers of every parameter, or of those
+    that are ``trained``."""
     digest = hashlib.sha256()
-    for parameter in model.parameters():
+    for parameter in (one for one in model.parameters() if one.requires_grad or not trained):
         digest.update(parameter.detach().flatten()[:64].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:8]

@@ -143,6 +143,23 @@ class OldPolicy(WeightSnapshot):
             self._take(step)
 
 
+class StartWeights(WeightSnapshot):
+    """The weights as they were before the first step: the reference of a run that goes on from an adapter.
+
+    ``start``: take them, unless they are there. A second ``train()`` keeps those of the first.
+    """
+
+    what, setting, file = "reference, the adapter as it started", "the reference", "reference_at_start"
+    _instead = "a merged model (qtarget merge)"
+
+    def start(self) -> None:
+        if self.taken_at is None:
+            self._take(0)
+
+    def forget(self) -> None:
+        pass
+
+
 class EmaWeights(WeightSnapshot):
     """The student's weights, averaged over the optimiser steps: kept ← decay · kept + (1 − decay) · present.
 

@@ -22,6 +22,7 @@ class Shape:
         source: where the numbers are from. counted: the number of parameters, where it was counted.
         dtype: of the checkpoint's numbers; None where it is not known.
         quantised: by which method, None: not at all. bits: of a number of its layers then; None where that is not known.
+        adapter: parameters of the adapter on it, where it is named by one.
     """
 
     layers: int
@@ -37,6 +38,7 @@ class Shape:
     dtype: str | None = None
     quantised: str | None = None
     bits: float | None = None
+    adapter: int | None = None
 
     @property
     def layer_parameters(self) -> int:
@@ -113,16 +115,15 @@ def find(field: str, name: str, revision: str | None = None, trust_remote_code: 
     Raises:
         ConfigError: ``name`` is a folder that is not there, or holds no model.
     """
-    from transformers import AutoConfig
+    from qtarget.models.loading import find_adapter, load_config
 
     local = Path(name).is_dir()
     if not local and is_path(name):
         raise ConfigError(f"{field} is {name!r}, which is no folder here; make it, or name a hub id")
     offline = not local and not hub.answers()
     try:
-        config = AutoConfig.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code, local_files_only=offline
-        )
+        found = find_adapter(name, revision)
+        config = load_config(name, revision, trust_remote_code=trust_remote_code, local_files_only=offline)
     except Exception as error:  # no network, no such model, no permission, a broken file: many kinds
         if local:
             raise ConfigError(f"{field} is {name!r}, whose config cannot be read: {reason(error)}") from error
@@ -130,7 +131,11 @@ def find(field: str, name: str, revision: str | None = None, trust_remote_code: 
     with loading(field, name, "config"):
         method, bits = quantised_by(getattr(config, "quantization_config", None))
         shape = of_config(config.get_text_config(), "its config.json", trust_remote_code)
-        return replace(shape, quantised=method, bits=bits)
+        shape = replace(shape, quantised=method, bits=bits)
+        if found is None:
+            return shape
+        told = f"the config.json of its base {found.base}; the adapter has {found.parameters:,}"
+        return replace(shape, adapter=found.parameters, source=told)
 
 
 def why_unknown() -> str:

@@ -57,6 +57,11 @@ def _needed(config: Any) -> frozenset[str]:
     return config.models_for(config.resolve_objective().requires)
 
 
+def trains_adapters(model: Any, student: Shape) -> bool:
+    """New ones, or one that the run goes on from."""
+    return bool(model.use_peft) or student.adapter is not None
+
+
 def _starts_as_reference(config: Any) -> bool:
     return "reference" in _needed(config) and config.reference_model_name_or_path is None
 
@@ -71,10 +76,10 @@ def of_memory(config: Any, model: Any, given: Any, student: Shape, others: list[
     ``memory.stages(dataclasses.replace(work, device="cpu", mixed=False, tokens=positions))``.
     """
     copies = int("old_policy" in _needed(config)) + int(config.teacher_ema_decay is not None)
-    copies += int(_starts_as_reference(config) and not model.use_peft)
+    copies += int(_starts_as_reference(config) and not trains_adapters(model, student))
     width = bytes_of(model.dtype)
     flash = "flash" in str(model.attn_implementation or "") or config.packing or config.padding_free
-    trained = None
+    trained = student.adapter
     if model.use_peft:
         trained = memory.adapter_parameters(student, model.lora_r, model.lora_target_modules) or 0
     states, state_bytes = memory.optimiser_states(_optimiser(config)) or (2, None)
@@ -113,7 +118,7 @@ def of_flops(config: Any, model: Any, student: Shape, others: list[Frozen], batc
         config.teacher_ema_decay is not None,
         copies,
         bool(config.gradient_checkpointing),
-        bool(model.use_peft),
+        trains_adapters(model, student),
     )
 
 
@@ -124,6 +129,8 @@ def notes(config: Any, model: Any, student: Shape, others: list[Frozen]) -> list
         said.append(f"the states of optim {_optimiser(config)}: two for a weight are counted, as AdamW keeps")
     if model.use_peft and memory.adapter_parameters(student, model.lora_r, model.lora_target_modules) is None:
         said.append(f"the size of adapters on {model.lora_target_modules}: none is counted")
+    if student.adapter == 0:
+        said.append("the size of the adapter: none is counted")
     if config.teacher_context is not None:
         said.append("the teacher's own prompt: it is counted at the student's positions")
     if config.targets is not None:

@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 
 from qtarget import __version__, files
 from qtarget.errors import ConfigError, StorageError, loading
+from qtarget.models.loading import load_tokenizer
 from qtarget.teachers.fingerprints import Model, named, template_hash, tokenizer_hash
 
 FILE = "signal.json"
@@ -95,12 +96,10 @@ def tokenizer_of(config: Any, model: Any) -> Any:
     Raises:
         ConfigError: it cannot be loaded.
     """
-    from transformers import AutoTokenizer
 
     def load(field: str, name: str, revision: str | None = None) -> Any:
         with loading(field, name, "tokenizer"):
-            trusted = config.trust_remote_code
-            return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=trusted)
+            return load_tokenizer(name, revision, trust_remote_code=config.trust_remote_code)
 
     tokenizer = load("model_name_or_path", model.model_name_or_path, model.model_revision)
     path = config.chat_template_path

@@ -13,6 +13,7 @@ from torch import Tensor
 from qtarget.errors import ConfigError, DataError, NonFiniteLogits
 from qtarget.losses.log_probs import importance_weight
 from qtarget.models.frozen import evaluation_mode
+from qtarget.models.loading import load_tokenizer
 from qtarget.signals import manifest
 from qtarget.teachers.vocabulary import vocabulary_difference
 
@@ -71,8 +72,8 @@ def student(trainer: QTargetTrainer) -> Ask:
 
 
 def reference(trainer: QTargetTrainer) -> Ask:
-    """The run's reference: its own model, the model without its adapters, or the model as it starts."""
-    if not trainer.args.reference_model_name_or_path and not trainer.aux.has_adapters:
+    """The run's reference: its own model, or the model as it starts."""
+    if not trainer.args.reference_model_name_or_path:
         return student(trainer)
     aux = trainer.auxiliary({"reference"})
 
@@ -195,10 +196,8 @@ def validate_reference(config: Any, model: Any, fixed: bool) -> None:
 
 def _other_tokens(config: Any, model: Any, name: str) -> str:
     """How the reference's tokenizer differs; nothing where it does not."""
-    from transformers import AutoTokenizer
-
     try:
-        theirs = AutoTokenizer.from_pretrained(name, revision=config.reference_model_revision or "main")
+        theirs = load_tokenizer(name, config.reference_model_revision)
     except (OSError, ValueError):  # weights without a tokenizer beside them
         return ""
     difference = vocabulary_difference(manifest.tokenizer_of(config, model), theirs, added_too=True) or ""

@@ -12,9 +12,12 @@ from pydantic import with_config
 from typing_extensions import TypedDict
 
 from qtarget import files
+from qtarget.models.loading import find_adapter
 
 # Weight files are sampled: this many pieces of that many bytes, evenly over each file, its first and last included.
 _PIECES, _PIECE_BYTES = 64, 64 * 1024
+# Of an adapter's settings, those that leave its numbers alone.
+_SAYS_NOTHING = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
 
 
@@ -57,8 +60,21 @@ def weights_hash(name_or_path: str, revision: str | None = None) -> str | None:
     """What tells a model's weights from others: of samples of a folder's weight files, or the hub's commit.
 
     A folder's files are read in 64 pieces each, evenly spread, and by their sizes: training moves every weight, so other
-    weights are told apart without reading hundreds of gigabytes. None where neither is known.
+    weights are told apart without reading hundreds of gigabytes. An adapter's is of its weights, its settings and its
+    base. None where they are not known.
     """
+    try:
+        found = find_adapter(name_or_path, revision)
+    except ValueError:  # whoever loads it says so
+        return None
+    if found is None or found.base == name_or_path:
+        return _own_weights(name_or_path, revision)
+    parts = _own_weights(name_or_path, revision), weights_hash(found.base, found.base_revision)
+    told = {name: value for name, value in found.settings.items() if name not in _SAYS_NOTHING}
+    return None if None in parts else _short([*parts, sorted(told.items())])
+
+
+def _own_weights(name_or_path: str, revision: str | None) -> str | None:
     folder = Path(name_or_path)
     if not folder.is_dir():
         return _commit(name_or_path, revision)
@@ -78,9 +94,13 @@ def weights_hash(name_or_path: str, revision: str | None = None) -> str | None:
 
 def _commit(name: str, revision: str | None) -> str | None:
     from transformers import AutoConfig
+    from transformers.utils.hub import extract_commit_hash
 
     try:
-        commit = AutoConfig.from_pretrained(name, revision=revision or "main")._commit_hash
+        if (found := find_adapter(name, revision)) is not None:
+            commit = extract_commit_hash(str(found.file("adapter_config.json")), None)
+        else:
+            commit = AutoConfig.from_pretrained(name, revision=revision or "main")._commit_hash
     except (OSError, ValueError):
         return None
     return None if commit is None else f"commit {commit[:12]}"

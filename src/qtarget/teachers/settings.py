@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from qtarget.errors import ConfigError, loading
+from qtarget.models.loading import load_tokenizer
 from qtarget.targets import Target, presets
 from qtarget.teachers.cache import manifest as manifests
 from qtarget.teachers.cache.reader import CachedTeacher
@@ -222,11 +222,8 @@ def end_tokens(args: Any, given: Any = None, own: int | None = None) -> set[int]
 
 
 def teacher_tokenizer(name: str, revision: str | None, init_kwargs: Mapping[str, Any]) -> Any:
-    return AutoTokenizer.from_pretrained(
-        name,
-        revision=revision or init_kwargs.get("revision") or "main",
-        trust_remote_code=bool(init_kwargs.get("trust_remote_code", False)),
-    )
+    trusted = bool(init_kwargs.get("trust_remote_code", False))
+    return load_tokenizer(name, revision or init_kwargs.get("revision"), trust_remote_code=trusted)
 
 
 # -- end tokens --------------------------------------------------------------------------------------------------

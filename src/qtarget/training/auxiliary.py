@@ -14,9 +14,16 @@ from qtarget.data.columns import REFERENCE
 from qtarget.errors import loading
 from qtarget.losses import Head, TopK
 from qtarget.losses.log_probs import importance_weight
-from qtarget.models.causal_lm import CausalLM, Inputs, WithoutAdapters
-from qtarget.models.frozen import copy_of_the_start, fingerprint, load_frozen, name_and_fingerprint, place_as_student
-from qtarget.models.snapshots import EmaWeights, OldPolicy, WeightSnapshot
+from qtarget.models.causal_lm import AsAtTheStart, CausalLM, Inputs, WithoutAdapters
+from qtarget.models.frozen import (
+    copy_of_the_start,
+    fingerprint,
+    load_frozen,
+    name_and_fingerprint,
+    place_as_student,
+)
+from qtarget.models.loading import starts_as_its_base
+from qtarget.models.snapshots import EmaWeights, OldPolicy, StartWeights, WeightSnapshot
 from qtarget.teachers.joins import CacheJoin, ContextJoin
 from qtarget.teachers.sources import TeacherSource, teacher_source
 
@@ -32,7 +39,8 @@ class AuxiliaryModels:
 
     Attributes:
         teacher: who gives the teacher's distributions, or None. reference: a model of its own; None where there is none,
-            or it is the student with its adapters off. old_policy: psft's, or None.
+            or it is the student itself, with its adapters off or as they started. old_policy: psft's, or None.
+        start: the weights of adapters that did something before the first step; they are the reference.
         teacher_name, reference_name: what to call a model that ``args`` does not name.
     """
 
@@ -54,6 +62,7 @@ class AuxiliaryModels:
         self.teacher: TeacherSource | None = None
         if "teacher" in requires:
             self.teacher = teacher_source(args, accelerator, student, end_token, teacher, join)
+        self.start: StartWeights | None = None
         self.reference = self._reference(args, accelerator, student, reference) if "reference" in requires else None
         self.old_policy = OldPolicy(student.unwrapped, args.psft_refresh) if "old_policy" in requires else None
         self._heads_checked = False
@@ -64,6 +73,9 @@ class AuxiliaryModels:
             with loading("reference_model_name_or_path", name):
                 model = load_frozen(name, args.reference_model_revision, args.reference_model_init_kwargs, args.device)
         elif model is None and self.has_adapters:
+            if not starts_as_its_base(student.unwrapped):
+                self.start = StartWeights(student.unwrapped)
+                self.reference_name = f"the adapter at the start, {fingerprint(student.unwrapped, trained=True)}"
             return None
         elif model is None:
             model = copy_of_the_start(student.unwrapped)
@@ -89,10 +101,12 @@ class AuxiliaryModels:
     def snapshots(self) -> list[WeightSnapshot]:
         """Copies of the student's weights that a resumed run needs."""
         average = None if self.average is None or self.average.decay == 0 else self.average
-        return [snapshot for snapshot in (self.old_policy, average) if snapshot is not None]
+        return [snapshot for snapshot in (self.old_policy, average, self.start) if snapshot is not None]
 
     def advance(self, step: int, requires: Collection[str]) -> None:
         """Take the weights before optimiser step ``step`` (0 is the first) into the copies that are due."""
+        if self.start is not None:
+            self.start.start()
         if self.average is not None:
             self.average.update(step)
         if self.old_policy is not None and "old_policy" in requires:
@@ -131,7 +145,10 @@ class AuxiliaryModels:
         return heads
 
     def _reference_for(self, student: CausalLM) -> CausalLM:
-        return WithoutAdapters(student.model, student.vocab_size) if self.reference is None else self.reference
+        if self.reference is not None:
+            return self.reference
+        of_student = student.model, student.vocab_size
+        return WithoutAdapters(*of_student) if self.start is None else AsAtTheStart(*of_student, self.start)
 
     def reference_log_p(self, student: CausalLM, inputs: Inputs, labels: Tensor) -> Tensor:
         """log p of each label under the reference, float32 [B, T]; 0 where nothing is trained."""

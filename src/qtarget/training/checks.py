@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from qtarget import hub
@@ -18,6 +17,7 @@ from qtarget.data.messages import trained_columns
 from qtarget.data.validation import TOKEN_COLUMNS
 from qtarget.errors import ConfigError, DataError, reason
 from qtarget.losses.full_logits import target_loss
+from qtarget.models.loading import find_adapter, load_tokenizer
 from qtarget.targets.objective import Objective
 from qtarget.teachers import settings as teacher_settings
 from qtarget.training import fit, hosted, trainable
@@ -231,6 +231,57 @@ def adapter_on_head(target_modules: str | Iterable[str] | None) -> list[str]:
     ]
 
 
+# Settings of a new adapter → what PEFT calls them in one that is there.
+_OF_ADAPTERS = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
+    "lora_modules_to_save": "modules_to_save",
+    "lora_task_type": "task_type",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
+
+
+def beside_adapter(name: str, revision: str | None, setting: str | None, given: Mapping[str, Any]) -> list[str]:
+    """What contradicts a model that is an adapter, which is trained on as it is.
+
+    Args:
+        name, revision: of the model. setting: the one that asks for a new adapter, None where none does.
+        given: settings of adapters by TRL's names.
+    """
+    try:
+        found = find_adapter(name, revision)
+    except ValueError as error:
+        return [f"model_name_or_path is {name!r}, which cannot be loaded: {error}"]
+    if found is None:
+        return []
+    what = f"model_name_or_path is {name!r}, an adapter for {found.base!r}"
+    if setting is not None:
+        return [
+            f"{setting} asks for a new adapter, but {what}; leave it out to train that adapter on, or merge it first "
+            f"(qtarget merge {name} -o FOLDER) and train a new one on the merged model"
+        ]
+    return [
+        f"{ours} is {value!r}, but {what} whose {theirs} is {found.settings.get(theirs)!r}; it is trained on as it is: "
+        f"leave {ours} out"
+        for ours, theirs in _OF_ADAPTERS.items()
+        if (value := given.get(ours)) is not None and _differs(value, found.settings.get(theirs))
+    ]
+
+
+def _differs(value: Any, there: Any) -> bool:
+    """Whether two settings of adapters mean other things; all-linear is not written into an adapter as such."""
+    if value in ("all-linear", ["all-linear"]) and isinstance(there, list):
+        return False
+    one, other = (
+        {each} if isinstance(each, str) else {*each} if isinstance(each, list) else each for each in (value, there)
+    )
+    return bool(one != other and (one or other))
+
+
 def no_generation_markers(tokenizer: Any, args: Any) -> list[str]:
     """assistant_only_loss with a chat template that does not say which tokens are the assistant's."""
     template = tokenizer.chat_template
@@ -314,6 +365,9 @@ def before_loading(
     if teacher_given and named:
         faults.append(f"teacher_model is given beside {named[0]}; a run has one teacher: keep one")
     faults += adapter_on_head(getattr(kwargs.get("peft_config"), "target_modules", None))
+    if isinstance(model, str):
+        asks = None if kwargs.get("peft_config") is None else "peft_config"
+        faults += beside_adapter(model, (args.model_init_kwargs or {}).get("revision"), asks, {})
     faults += column_faults(args, objectives, sets, kwargs.get("formatting_func") is not None)
     evaluated, own_metrics = kwargs.get("eval_dataset"), kwargs.get("compute_metrics") is not None
     own_optimizer = any(part is not None for part in kwargs.get("optimizers") or ())
@@ -328,8 +382,8 @@ def before_loading(
     if asks_teacher:
         faults += teacher_settings.settings_faults(args)
     if loads_teacher or args.assistant_only_loss:
-        name = model if isinstance(model, str) else model.config._name_or_path  # type: ignore[union-attr]
-        tokenizer: Any = kwargs.get("processing_class") or AutoTokenizer.from_pretrained(name)
+        name: Any = model if isinstance(model, str) else model.config._name_or_path  # type: ignore[union-attr]
+        tokenizer: Any = kwargs.get("processing_class") or load_tokenizer(name)
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         if args.assistant_only_loss:
             faults += no_generation_markers(tokenizer, args)

@@ -97,8 +97,8 @@ class QTargetConfig(SFTConfig):
             first teaches that position by its label alone, the second exchanges the two tokens in the teacher, the
             third does neither.
         teacher_check_rows: rows on which student and teacher are compared, in a line before training; 0: none.
-        reference_model_name_or_path: the reference: a folder or hub id; unset: a frozen copy of the model as it starts,
-            or with adapters the model without them.
+        reference_model_name_or_path: the reference: a folder or hub id; unset: the model as it starts: a frozen copy,
+            or with new adapters the model without them.
         reference_model_revision: branch, tag or commit of the reference.
         reference_model_init_kwargs: keyword arguments for the reference's from_pretrained.
         weights: where iw-sft's weights come from: ``column`` (the dataset's) or ``online`` (model against reference). The

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 from datasets import Dataset
-from transformers import AutoConfig
 
 from qtarget import hub
 from qtarget.models import positions
 from qtarget.models.causal_lm import CausalLM
+from qtarget.models.loading import load_config
 from qtarget.teachers import settings as teacher_settings
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _others(args: Any, requires: frozenset[str]) -> list[tuple[str, Any, Callabl
             continue
         trust = bool(init_kwargs.get("trust_remote_code", False))
         try:
-            config = AutoConfig.from_pretrained(model, revision=revision or "main", trust_remote_code=trust)
+            config = load_config(model, revision, trust_remote_code=trust)
         except Exception:  # refused where it is loaded
             continue
         found.append((f"the {role} {model}", config, functools.partial(positions.learned_by, config, trust)))

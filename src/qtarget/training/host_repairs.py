@@ -10,6 +10,7 @@ first pass, which ends meanwhile: the run goes on with the beginning of the seco
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 import math
@@ -21,7 +22,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import has_length
 
-from qtarget.errors import ConfigError, DataError, QTargetError, reason
+from qtarget.errors import ConfigError, DataError, QTargetError, loading, reason
+from qtarget.models.loading import find_adapter, load_causal_lm, load_tokenizer
 
 if TYPE_CHECKING:
     from qtarget.training.config import QTargetConfig
@@ -131,3 +133,31 @@ def as_plain_nll(args: QTargetConfig) -> Iterator[None]:
         yield
     finally:
         args.loss_type, args.label_smoothing_factor = kept
+
+
+def adapter_by_name(model: Any, args: QTargetConfig, kwargs: dict[str, Any]) -> tuple[Any, QTargetConfig]:
+    """(model, args) as TRL can take them, which knows no adapter by its name: it is loaded here, as TRL loads a model.
+
+    Args:
+        model: a model or a name. kwargs: the trainer's other arguments; the adapter's tokenizer is added.
+    """
+    init_kwargs: dict[str, Any] = {**(args.model_init_kwargs or {})}  # type: ignore[dict-item]
+    revision = init_kwargs.get("revision")
+    if not isinstance(model, str) or find_adapter(model, revision) is None:
+        return model, args
+    from trl.trainer.utils import create_model_from_path
+
+    init_kwargs.pop("revision", None)
+    if (quantised := kwargs.pop("quantization_config", None)) is not None:
+        init_kwargs["quantization_config"] = quantised
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        init_kwargs["device_map"] = None
+    init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    with loading("model_name_or_path", model):
+        if kwargs.get("processing_class") is None:
+            trusted = init_kwargs["trust_remote_code"]
+            kwargs["processing_class"] = load_tokenizer(model, revision, trust_remote_code=trusted)
+        loaded = load_causal_lm(model, revision, trainable=True, load=create_model_from_path, **init_kwargs)
+    args = copy.copy(args)
+    args.model_init_kwargs = None  # TRL would say that they are ignored
+    return loaded, args

@@ -24,8 +24,21 @@ def complete(trainer: QTargetTrainer) -> None:
     card = Path(str(trainer.args.output_dir)) / "README.md"
     if not trainer.is_world_process_zero() or not card.is_file():
         return
-    before, versions, after = card.read_text(encoding="utf-8").partition("### Framework versions")
+    text = _with_names(trainer, card.read_text(encoding="utf-8"))
+    before, versions, after = text.partition("### Framework versions")
     card.write_text(f"{before.rstrip()}\n\n{section(trainer)}{versions}{after}", encoding="utf-8")
+
+
+def _with_names(trainer: QTargetTrainer, text: str) -> str:
+    """The host's text with the names that it does not know: of a base that is a folder here, and of an adapter."""
+    base = trainer.student.base.config._name_or_path or type(trainer.student.base).__name__
+    text = text.replace("[None](https://huggingface.co/None)", f"`{base}`")
+    text = text.replace('model="None"', f'model="{trainer.args.output_dir}"')
+    adapter = getattr(trainer.student.unwrapped, "active_peft_config", None)
+    if adapter is not None:
+        ours = f"This is a {adapter.peft_type.value} adapter for"
+        text = text.replace("This model is a fine-tuned version of", ours)
+    return text
 
 
 def section(trainer: QTargetTrainer) -> str:
@@ -45,6 +58,8 @@ def section(trainer: QTargetTrainer) -> str:
             lines.append(f"- {parameter}{name}: {value}")
         for place, schedule in target.schedules.items():
             lines.append(f"- schedule of {'.'.join(place)}{name}: {schedule}")
+    if trainer.student.name != trainer.student.base.config._name_or_path:
+        lines.append(f"- trained on from: adapter `{trainer.student.name}`")
     for name, value in trainer.identity().items():
         if name not in ("target", "targets") and value is not None:
             lines.append(f"- {name}: {value}")

@@ -32,7 +32,7 @@ from qtarget.training.checkpoints import AtomicCheckpoints
 from qtarget.training.config import QTargetConfig
 from qtarget.training.history import History
 from qtarget.training.hooks import HostHooks
-from qtarget.training.host_repairs import StepBatches, as_plain_nll
+from qtarget.training.host_repairs import StepBatches, adapter_by_name, as_plain_nll
 from qtarget.training.metrics import TokenMeter
 from qtarget.training.rows import RowPreparer, as_conversations
 from qtarget.training.saving import SideFiles, mend_generation_config
@@ -46,7 +46,7 @@ class QTargetTrainer(HostHooks):
     The loss is computed inside the model's own forward from its last hidden states; logits are never held.
 
     Args:
-        model: a model, or the name or path of one.
+        model: a model, or the name or path of one; of an adapter: it is trained on.
         args: ``QTargetConfig``; ``SFTConfig`` and ``TrainingArguments`` are converted.
         target: what to learn, in place of ``args.target``.
         teacher_model: the teacher as a model, in place of ``args.teacher_model_name_or_path``.
@@ -112,6 +112,7 @@ class QTargetTrainer(HostHooks):
         self.step_batches, self.checkpoints, self.side_files = StepBatches(), AtomicCheckpoints(), SideFiles()
         if args.assistant_only_loss:
             kwargs["train_dataset"] = as_conversations(kwargs.get("train_dataset"), args.dataset_text_field)
+        model, args = adapter_by_name(model, args, kwargs)
         with as_plain_nll(args):
             super().__init__(model, args, **kwargs)  # type: ignore[arg-type]
         # The trainer divides by the accumulation steps itself only where each micro-batch brings its own mean.

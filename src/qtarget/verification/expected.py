@@ -74,7 +74,9 @@ class Expected:
             teacher = aux.teacher.logits(own_logits, self.model, batch, (torch.zeros_like(before), before))
             given["teacher_logits"] = self.dense(teacher, document.logits) if isinstance(teacher, TopK) else teacher
         if "reference" in args.models_for(self.subject.requires) and not self.trainer.reads_reference_column:
-            with adapters_off(self.model) if aux.reference is None else contextlib.nullcontext():
+            # Before the first step the adapters are as they started; weights put in place would break the graph.
+            off = aux.reference is None and aux.start is None
+            with adapters_off(self.model) if off else contextlib.nullcontext():
                 model = self.model if aux.reference is None else aux.reference.model
                 given["reference_logits"] = own_logits(model, {"input_ids": ids})[0, before]
         return given

@@ -7,7 +7,7 @@ from typing import Any
 
 from qtarget.cli import picture, setup, terminal
 from qtarget.cli.arguments import FILE, FOLDER, NAME, TEXT, Option, Verb, one_of, only, whole
-from qtarget.errors import ConfigError, raise_together
+from qtarget.errors import ConfigError, loading, raise_together
 
 VERB = Verb("lens", __doc__)
 _WIDTH = 160  # of a pipe: lines cut for 80 columns are hard to search
@@ -84,15 +84,16 @@ def report(options: Any) -> int:
 
 
 def _check_config(read: Any, config: Path) -> None:
-    from transformers import AutoTokenizer
-
     from qtarget.cli import settings
     from qtarget.lens import capture
+    from qtarget.models.loading import load_tokenizer
 
     named = settings.read(["--config", str(config)])
     raise_together(named.faults)
     model = str(named.values["model"].get("model_name_or_path"))
-    raise_together(capture.differences(read.manifest, model, AutoTokenizer.from_pretrained(model)))
+    with loading("model_name_or_path", model, "tokenizer"):
+        tokenizer = load_tokenizer(model)
+    raise_together(capture.differences(read.manifest, model, tokenizer))
 
 
 @VERB.command(

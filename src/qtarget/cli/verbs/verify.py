@@ -161,7 +161,8 @@ def _estimate(run: setup.Run, trainer: QTargetTrainer) -> Callable[[int, int], i
         aux = trainer.aux
         teachers = [] if aux.teacher is None else [held(one.base) for one in aux.teacher.models[:1]]
         references = [] if aux.reference is None else [held(aux.reference.base)]
-        if student is None or None in [*teachers, *references] or run.model.use_peft:
+        models = [trainer.student, *aux.models]
+        if None in [student, *teachers, *references] or any(hasattr(one.unwrapped, "peft_config") for one in models):
             return None
         work = memory.Workload(
             student[0],
