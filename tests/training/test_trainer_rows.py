@@ -378,6 +378,13 @@ def test_a_teacher_with_more_to_read_reads_them_too(case):
             + tiny_models.TEMPLATE.split("%}", 1)[1].replace("message", "m"),
             ["row 0 first: the chat template leaves out messages of role 'tool'"],
         ),
+        (
+            [talk({"role": "system", "content": "Count."}, user(), answer())],
+            "{% for m in messages if m.role != 'system' %}"
+            + tiny_models.TEMPLATE.split("%}", 1)[1].replace("message", "m"),
+            ["row 0 first: the chat template leaves out messages of role 'system'"],
+        ),
+        ([talk({"role": "system", "content": 'Say "hm"\n'}, user(), answer())], None, []),
         ([talk(user(), answer(), system="Count.")], None, ["row 0 first: column system is not read"]),
         ([talk(user(), answer(weight=0))], None, ["row 0 first: weight of a message is not read"]),
         (TOOL_ROWS, TOOLS, []),
