@@ -113,7 +113,11 @@ def generated() -> IterableDataset:
 
 def as_text(row: dict[str, Any]) -> str:
     """A formatting function."""
-    return f"Q: {row['prompt']} A: {row['completion']}"
+    return f"Q: {row['question']} A: {row['answer']}"
+
+
+def questions() -> Dataset:
+    return tiny_models.prompt_dataset().rename_columns({"prompt": "question", "completion": "answer"})
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ SHAPES = [
     Shape("input_ids, completion_mask", lambda: with_mask("completion_mask"), COMPLETION, max_length=30),
     Shape("input_ids, a completion_mask not used", lambda: with_mask("completion_mask"), max_length=30),
     Shape("input_ids, assistant_masks", lambda: with_mask("assistant_masks"), max_length=30),
-    Shape("formatting function", tiny_models.prompt_dataset, ALL, formatting=as_text),
+    Shape("formatting function", questions, ALL, formatting=as_text),
     Shape("extra columns", extra_columns),
     Shape("a uid for each row", lambda: tiny_models.text_dataset().add_column("uid", [f"u{i}" for i in range(8)])),
     Shape("a number as uid of each row", lambda: tiny_models.text_dataset().add_column("uid", list(range(8)))),

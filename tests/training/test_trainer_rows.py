@@ -378,6 +378,13 @@ def test_a_teacher_with_more_to_read_reads_them_too(case):
             + tiny_models.TEMPLATE.split("%}", 1)[1].replace("message", "m"),
             ["row 0 first: the chat template leaves out messages of role 'tool'"],
         ),
+        (
+            [talk({"role": "system", "content": "Count."}, user(), answer())],
+            "{% for m in messages if m.role != 'system' %}"
+            + tiny_models.TEMPLATE.split("%}", 1)[1].replace("message", "m"),
+            ["row 0 first: the chat template leaves out messages of role 'system'"],
+        ),
+        ([talk({"role": "system", "content": 'Say "hm"\n'}, user(), answer())], None, []),
         ([talk(user(), answer(), system="Count.")], None, ["row 0 first: column system is not read"]),
         ([talk(user(), answer(weight=0))], None, ["row 0 first: weight of a message is not read"]),
         (TOOL_ROWS, TOOLS, []),
@@ -497,6 +504,21 @@ def test_two_processes_say_what_one_says(tmp_path):
     )
 
 
+@pytest.mark.parametrize("field", ["text", "words"])
+def test_a_formatting_function_makes_the_text_whatever_else_a_row_holds(field, model, tmp_path, prepared):
+    """TRL calls it, and trains prompt and completion, or messages, where the row has them."""
+    rows = [{"prompt": "3 + 4?", "completion": "7", **talk(user(), answer()), field: "Ann"}]
+    settings = PADDED | {"completion_only_loss": False, "dataset_text_field": field}
+    made = QTargetTrainer(
+        model,
+        quick_config(tmp_path, **settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer_with_template(None),
+        formatting_func=lambda row: f"Q: {row['prompt']} A: {row['completion']}",
+    )
+    assert rows_of(made.train_dataset) == prepared([{"text": "Q: 3 + 4? A: 7"}])
+
+
 # -- labels and tokens ---------------------------------------------------------------------------------------------
 
 
@@ -505,6 +527,9 @@ def test_labels_of_another_length_reach_no_loss(model, tmp_path):
     inputs = made.data_collator([made.train_dataset[0]])
     with pytest.raises(DataError, match=r"labels of a batch have the shape \[1, 8\] for input_ids of \[1, 9\]"):
         made.compute_loss(made.model, {**inputs, "labels": inputs["labels"][:, 1:]})
+    rows = [{"input_ids": IDS[:length], "labels": IDS[: 9 - length]} for length in (5, 4)]
+    with pytest.raises(DataError, match="a row has 4 labels for 5 input_ids"):
+        made.data_collator(rows)
     ids = torch.tensor([IDS])
     with pytest.raises(DataError, match=r"8 labels a row and 9 tokens, 0 of them virtual"):
         CausalLM(made.model, made.vocab_size).label_log_p({"input_ids": ids}, ids[:, 1:])

@@ -166,6 +166,10 @@ class TokenColumnCollator:
     gather: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        for given in examples:  # each alone, where preparation was skipped: padded together they may be as long
+            ids = given.get("input_ids", [])
+            if len(given.get("labels", ids)) != len(ids):
+                raise DataError(f"a row has {len(given['labels'])} labels for {len(ids)} input_ids; give one for each")
         batch = self.inner([{k: v for k, v in row.items() if k not in self.names} for row in examples])
         here = [name for name in self.names if all(_is_ours(name, row) for row in examples)]
         if not here:

@@ -48,6 +48,7 @@ class RowReader:
         template: its source. content: changes a list of text parts into what the template reads.
         text_field: the column of plain text.
         features: the dataset's, which tell Arrow's nulls from those of JSON. checked: rows were read with them before.
+        formatting: makes a row's text in place of all its columns.
     """
 
     template: str = ""
@@ -55,6 +56,7 @@ class RowReader:
     text_field: str = "text"
     features: Mapping[str, Any] = field(default_factory=dict)
     checked: bool = False
+    formatting: Callable[[dict[str, Any]], str] | None = None
 
     @classmethod
     def of(
@@ -63,9 +65,9 @@ class RowReader:
         chat_template: str | None,
         text_field: str = "text",
         features: Any = None,
-        checked: bool = False,
+        **how: Any,
     ) -> RowReader:
-        """For the template of a tokenizer or processor, or ``chat_template`` in its place."""
+        """For the template of a tokenizer or processor, or ``chat_template`` in its place; ``how``: attributes."""
         template = chat_template or getattr(processing_class, "chat_template", None) or ""
         source = "\n".join(template.values()) if isinstance(template, Mapping) else template
 
@@ -78,7 +80,7 @@ class RowReader:
             return text.count(_PROBE) > 1 and "'text'" not in text and '"text"' not in text
 
         content = _as_parts if source and not reads("".join) and reads(_as_parts) else "".join
-        return cls(source, content, text_field, features or {}, checked)
+        return cls(source, content, text_field, features or {}, **how)
 
     def read(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """(what is trained of a row, what is odd about it).
@@ -92,6 +94,11 @@ class RowReader:
         """
         notes: list[str] = []
         made: dict[str, Any] = {}
+        if self.formatting is not None:
+            made["text"] = self.formatting(dict(row))
+            if not isinstance(made["text"], str):
+                raise DataError(f"formatting_func returns {shown(made['text'])}; let it return the text of a row")
+            return made, notes
         alone = ("prompt",) if "prompt" in row else ()  # of rows whose answers are still to be made
         for column in trained_columns(row, self.text_field) or alone:
             value = row[column]

@@ -98,7 +98,7 @@ class Tokeniser:
         return _tokenize(self.processing_class, given, **{"chat_template": self.chat_template, **how})
 
     def _note_what_is_left_out(self, messages: list[dict[str, Any]], render: dict[str, Any], notes: list[str]) -> None:
-        """What the template does not write of messages with tools, reasoning, or roles beside the usual three.
+        """What the template does not write of tools, calls, reasoning, and roles beside user and assistant.
 
         Raises:
             DataError: nothing is left of a message.
@@ -115,7 +115,7 @@ class Tokeniser:
                 return False
 
         names = [name for name in INSTEAD_OF_CONTENT if any(name in message for message in messages)]
-        others = [message for message in messages if message["role"] not in ("user", "assistant", "system")]
+        others = [message for message in messages if message["role"] not in ("user", "assistant")]
         if not (names or others or render["tools"]):
             return
         whole = text(messages)

@@ -94,16 +94,16 @@ class RowPreparer:
         if "input_ids" in columns:
             dataset = checked_tokens(dataset, name, real_vocabulary_size(tokenizer))
             dataset = without_padding(dataset, name, self._carried, args.dataset_num_proc)
-        elif not formatted and not _made_when_read(dataset):
+        elif not _made_when_read(dataset):
             asked = trainer.chat_template, args.dataset_text_field, dataset.features
-            read = RowReader.of(processing_class, *asked)
+            read = RowReader.of(processing_class, *asked, formatting=formatting_func)
             tokeniser = Tokeniser(processing_class, read, trainer.chat_template, args.assistant_only_loss, name)
             with global_then_local_main_first():
                 dataset = tokenised(dataset, tokeniser, args.dataset_num_proc)
         # TRL would cut, pack and shuffle input_ids and labels alone.
         tokenise_only = copy.copy(args)
         tokenise_only.max_length, tokenise_only.shuffle_dataset = None, False
-        dataset = tokenise(dataset, processing_class, tokenise_only, False, formatting_func, name)
+        dataset = tokenise(dataset, processing_class, tokenise_only, False, None, name)
         if self._asks(objective.requires):
             if self._unknown is None:
                 self._unknown = teacher_settings.unknown_tokens(args, tokenizer)
