@@ -93,7 +93,9 @@ CASES = [
     setting("an-unknown-eval-strategy", "no such strategy", "eval_strategy", eval_strategy="often"),
     setting("an-unknown-denominator", "no such denominator", "denominator is 'tokens'", denominator="tokens"),
     setting("an-unknown-dtype", "no such precision", "dtype", dtype="float31"),
-    setting("an-unknown-packing", "no such strategy", "packing strategy", packing=True, packing_strategy="tight"),
+    setting(
+        "an-unknown-packing", "no such strategy", "packing_strategy is 'tight'", packing=True, packing_strategy="tight"
+    ),
     setting("an-unknown-truncation", "no such mode", "truncation_mode is 'keep_middle'", truncation_mode="keep_middle"),
     setting("maybe", "neither true nor false", "packing is 'maybe'; use true or false", packing="maybe"),
     setting(
@@ -226,6 +228,7 @@ CASES = [
     setting(
         "negative-noise", "noise below zero", "neftune_noise_alpha is -1.0; use a number from 0", neftune_noise_alpha=-1
     ),
+    setting("padding-to-a-number", "nothing: a number beside a word", (), pad_to_multiple_of=8),
     setting(
         "padding-to-nothing",
         "multiples of 0",

@@ -267,6 +267,8 @@ def _as(hint: tuple[type, ...], value: Any, key: str) -> Any:
             return True
         if isinstance(value, tuple({list, dict} - set(hint))):
             raise ConfigError(f"{key} is {value!r}; use text")
+        if int in hint and re.fullmatch(r"-?\d+", str(value)):  # pad_to_multiple_of, psft_refresh
+            return int(value)
         return value if isinstance(value, (dict, list)) else str(value)
     if int in hint or float in hint:
         if not isinstance(value, (bool, list, dict)):

@@ -12,6 +12,7 @@ import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
+from trl import SFTConfig
 
 from qtarget.errors import check_range, faults_of, unknown
 
@@ -42,8 +43,11 @@ _NUMBERS = {
     "save_steps": (0, True),
     "eval_steps": (0, True),
 }
-# Keyword arguments of torch.utils.checkpoint.
-_OF_CHECKPOINTING = ("use_reentrant", "context_fn", "preserve_rng_state", "determinism_check", "debug", "early_stop")
+# Keyword arguments of torch.utils.checkpoint, and Transformers' own.
+_OF_CHECKPOINTING = (
+    *("use_reentrant", "context_fn", "preserve_rng_state", "determinism_check", "debug", "early_stop"),
+    "selective",
+)
 _SEEDS = ("seed", "data_seed")
 _LARGEST_SEED = 2**32 - 1
 _NAMES: dict[str, type[Enum]] = {
@@ -89,7 +93,7 @@ def _names(config: Any) -> Iterator[str]:
         valid = [member.value for member in kind]
         if value is not None and getattr(value, "value", value) not in valid:
             yield from unknown(name, value, valid).faults
-    for field in dataclasses.fields(config):
+    for field in dataclasses.fields(SFTConfig):
         value, choices = getattr(config, field.name), [*field.metadata.get("choices", ())]
         if isinstance(value, str) and field.name not in _NAMES and choices and value not in choices:
             yield from unknown(field.name, value, map(str, choices)).faults
