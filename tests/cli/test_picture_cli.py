@@ -69,6 +69,13 @@ def test_the_dry_run_reads_the_first_rows_and_writes_nothing(root, said):
     assert sorted(root.rglob("*")) == before
 
 
+def test_a_run_on_many_gpus_is_checked_on_none(said, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # Transformers sets it, and nobody takes it back
+    status, out, err = said("train", "--dry_run", "--fsdp", "full_shard")
+    assert status == 0, err
+    assert "rows read the first 256" in out
+
+
 @pytest.mark.parametrize("number", [0, 2])
 def test_as_many_rows_as_asked_for(number, said):
     assert len(re.findall(r"row \d+, \d+ tokens", said("train", "--dry_run", "--show_rows", number)[1])) == number

@@ -183,7 +183,14 @@ def _picture(asked: setup.Run, datasets: dict[str, Any], faults: list[str], unto
         if config.teacher_cache is None:
             config.teacher_ema_decay = 0.0  # a teacher that needs no tokenizer of its own
     with tempfile.TemporaryDirectory() as folder:  # a trainer makes its output folder
-        for field, value in {**setup.MEASURES, "output_dir": folder, "report_to": []}.items():
+        here: dict[str, Any] = {
+            "output_dir": folder,
+            "report_to": [],
+            "fsdp": None,
+            "deepspeed": None,
+            "deepspeed_plugin": None,
+        }
+        for field, value in {**setup.MEASURES, **here}.items():
             setattr(config, field, value)
         first = {
             split: rows.take(min(SAMPLE, len(rows)) if hasattr(rows, "__len__") else SAMPLE)
