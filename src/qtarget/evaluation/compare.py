@@ -21,7 +21,6 @@ from qtarget.evaluation import records, running, scores
 
 # To be told apart in four of five repetitions at 95 %: (1.96 + 0.84)² standard errors squared.
 _NEEDED = (1.959964 + 0.841621) ** 2
-_FEW = 20
 MEAN = "mean of tasks"
 
 
@@ -165,11 +164,7 @@ def compare(words: Sequence[str], draws: int = 10_000, seed: int = 0) -> Compari
     differences = []
     for arm, measure in itertools.product(arms[1:], measures):
         differences += _differences(arms[0], arm, measure, manifest, draws, seed)
-    notes = [
-        f"Task {task} has {count} problems: too few for an interval to be trusted."
-        for task in tasks
-        if (count := manifest["tasks"][task]["problems"]) < _FEW
-    ]
+    notes = scores.too_few({task: about["problems"] for task, about in manifest["tasks"].items()})
     seeds = len(arms[0].folders)
     if seeds == 1:
         notes.append(
@@ -207,6 +202,8 @@ def _differences(
     for number, task in enumerate(manifest["tasks"]):
         a, b = (_values(arm, task, measure, manifest["n"]) for arm in (first, other))
         drawn[task] = (scores.two_level if a.ndim == 3 else scores.one_level)(b - a, draws, seed + number)
+        if measure != "tokens":
+            drawn[task] = scores.with_unseen(drawn[task], a.shape[1], differences=True)
         pair = (float(a.mean()), float(b.mean()))
         of_task[task] = _difference(task, other.name, measure, pair, drawn[task], a.shape[1])
     of_means = []
@@ -258,7 +255,9 @@ def _scores(arm: Arm, task: str, n: int) -> dict[str, Any]:
         return None if None in values else scores.macro(values)
 
     curve = [_pass(arm, task, n, k) for k in range(1, n + 1)]
-    intervals = [scores.interval(scores.one_level(values, 2000)) for values in curve]
+    intervals = [
+        scores.interval(scores.with_unseen(scores.one_level(values, 2000), values.shape[1])) for values in curve
+    ]
     return {
         "strict": mean("avg", "strict"),
         "lenient": mean("avg", "lenient"),

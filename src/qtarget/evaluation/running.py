@@ -202,8 +202,8 @@ def _suite(
     if not n:
         return {"greedy": greedy}
     draws = [
-        scores.two_level(verdicts(scores.grouped(samples[name]), reading), seed=number)
-        for number, name in enumerate(members)
+        scores.with_unseen(scores.two_level(right, seed=number), len(right))
+        for number, right in enumerate(verdicts(scores.grouped(samples[name]), reading) for name in members)
     ]
     average = scores.macro([summaries[name][reading]["avg"] for name in members])
     return {"avg": average, "interval": list(scores.interval(np.mean(draws, axis=0))), "greedy": greedy}
