@@ -7,7 +7,9 @@ import torch
 
 import tiny_models
 
-sums, birds = ([*map(json.loads, Path("tasks", task, "test.jsonl").open())] for task in ("sums", "birds"))
+sums, birds = (
+    [*map(json.loads, Path("tasks", task, "test.jsonl").read_text().splitlines())] for task in ("sums", "birds")
+)
 rows = [f"What is {row['question']}?{row['answer']}<|im_end|>" for row in sums[:4]]
 rows += [row["question"] + row["choices"][row["answer"]] for row in birds[:3]]
 tokenizer = tiny_models.tokenizer()
