@@ -1,4 +1,4 @@
-"""Reads per-sample logs of lm-evaluation-harness and lighteval, so that their runs are compared problem by problem.
+"""Reads per-sample logs of lm-evaluation-harness and lighteval, for paired comparisons.
 
 lm-evaluation-harness   samples_TASK_TIME.jsonl, of lm_eval --output_path DIR --log_samples
 lighteval               details_TASK_TIME.parquet, of lighteval ... --output-dir DIR --save-details
