@@ -169,8 +169,8 @@ def test_pairs_are_judged_as_mathematics_does():
         for pair, said in zip(known, verdicts, strict=True)
     ]
     assert not [pair for pair, (right, *said) in zip(known, judged, strict=True) if any(said) and not right]
-    assert sum(right == strict for right, strict, _ in judged) >= 107
-    assert sum(right == lenient for right, _, lenient in judged) >= 114
+    assert sum(right == strict for right, strict, _ in judged) >= 108
+    assert sum(right == lenient for right, _, lenient in judged) >= 115
 
 
 @pytest.mark.parametrize(
@@ -192,6 +192,8 @@ def test_grade(gold, answer, right):
     assert said["strict"] is said["lenient"] is right
 
 
-@pytest.mark.parametrize("text", [r"<think>\boxed{5}", r"<think>\boxed{5}</think> No.", r"\boxed{5}</think>"])
+@pytest.mark.parametrize(
+    "text", [r"<think>\boxed{5}", r"<Thinking>\boxed{5}", r"<think>\boxed{5}</think> No.", r"\boxed{5}</think>"]
+)
 def test_thinking_answers_nothing(text):
     assert grade(text, "5") == {"strict": False, "lenient": False, "parsed": None}

@@ -498,6 +498,47 @@ def test_another_run_is_not_mixed_in(finished, model, file, tmp_path, capsys):
     assert (tmp_path / "own.txt").read_text() == "mine"
 
 
+def test_a_begun_run_goes_on_with_other_batches(finished, model, file, tmp_path):
+    whole = (finished / "samples" / "sums.jsonl").read_bytes().splitlines(keepends=True)
+    folder = begun(finished, tmp_path)
+    (folder / "samples" / "sums.0.part").write_bytes(b"".join(whole[:7]))
+    assert main(words(model, file, folder, batch_size=2)) == 0
+    strip = lambda rows: [{k: v for k, v in row.items() if k != "entropy"} for row in rows]  # noqa: E731
+    assert strip(lines(folder)) == strip(lines(finished))
+    assert (folder / "samples" / "sums.jsonl").read_bytes().splitlines(keepends=True)[:7] == whole[:7]
+
+
+def test_a_finished_run_goes_on_with_more_samples(finished, model, file, tmp_path, capsys):
+    """What is there stays byte for byte, and what is added is what a run of so many makes."""
+    folder = tmp_path / "more"
+    shutil.copytree(finished, folder)
+    before = {(row["problem"], row["sample"]): row for row in lines(folder)}
+    assert main(words(model, file, folder, n=5)) == 0
+    assert "30 answers of up to 12 tokens, 10 to do" in capsys.readouterr().out
+    assert main(words(model, file, tmp_path / "fresh", n=5)) == 0
+    strip = lambda rows: [{k: v for k, v in row.items() if k != "entropy"} for row in rows]  # noqa: E731
+    assert strip(lines(folder)) == strip(lines(tmp_path / "fresh"))
+    assert before.items() <= {(row["problem"], row["sample"]): row for row in lines(folder)}.items()
+    manifest = json.loads((folder / records.FILE).read_text())
+    assert (manifest["n"], manifest["finished"]) == (5, True)
+    assert len(json.loads((folder / "scores.json").read_text())["tasks"]["sums"]["strict"]["pass"]) == 5
+    assert main(words(model, file, folder, n=3)) == 2
+    assert "holds a run with n 5, and this one has 3" in capsys.readouterr().err
+
+
+def test_few_problems_are_said_to_be_few(finished, model, file, capsys):
+    assert main(words(model, file, finished)) == 0
+    assert "Task sums has 5 problems: too few for an interval to be trusted." in capsys.readouterr().out
+
+
+def test_generated_tasks_need_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # what Python does for a package that cannot be imported
+    assert main(["eval", "--model", "m", "--tasks", "chain_sum", "-o", "out"]) == 2
+    said = capsys.readouterr().err
+    assert "task is 'chain_sum', which is none of" in said
+    assert 'reasoning-gym, which is not installed, come with pip install "qtarget[eval]"' in said
+
+
 def test_a_damaged_line_is_named(finished, model, file, tmp_path, capsys):
     folder = begun(finished, tmp_path)
     (folder / "samples" / "sums.0.part").write_text('{"problem": 1}\nnonsense\n{}\n')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -10,6 +11,7 @@ import torch
 
 import tiny_models
 from qtarget.errors import ConfigError
+from qtarget.evaluation import sampling
 from qtarget.evaluation.sampling import Request, Sampler, Uniforms, choose, end_tokens, generation_config, seed_of
 
 
@@ -154,6 +156,27 @@ def test_a_model_that_never_stops_is_cut_off(tmp_path):
 def test_end_tokens_stop_by_what_the_tokenizer_has(folder):
     names = {tiny_models.tokenizer().decode([index]) for index in sampler(folder).ends}
     assert names == {"<|im_end|>", "<|endoftext|>"}
+
+
+ENDS = {
+    "a turn's own end": ("<|{role}|>\n{content}<|end|>\n", "<|end|>"),
+    "the next turn's start": ("<|{role}|>\n{content}", "<|user|>"),
+    "words alone": ("{role}: {content}\n", None),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_template_tells_what_ends_a_turn(name):
+    form, end = ENDS[name]
+    tokenizer = copy.deepcopy(tiny_models.tokenizer())
+    tokenizer.add_tokens(["<|end|>", "<|user|>", "<|assistant|>"], special_tokens=True)
+    said = form.replace("{role}", "{{ m['role'] }}").replace("{content}", "{{ m['content'] }}")
+    tokenizer.chat_template = "{% for m in messages %}" + said + "{% endfor %}"
+    wanted = None if end is None else tokenizer.convert_tokens_to_ids(end)
+    assert sampling.turn_end(tokenizer) == wanted
+    assert wanted is None or wanted in sampling.end_tokens(tokenizer)
+    tokenizer.chat_template = None
+    assert sampling.turn_end(tokenizer) is None
 
 
 def test_a_broken_model_is_named(tmp_path):

@@ -192,6 +192,38 @@ def test_the_interval_of_one_model_covers_too():
     assert 0.917 <= covered / 400 <= 0.983
 
 
+@pytest.mark.parametrize("ease", [0.01, 0.03, 0.9, 0.97])
+@pytest.mark.parametrize("n", [1, 4, 16])
+def test_intervals_cover_where_problems_are_hard_or_easy(n, ease):
+    """30 problems; difficulties from a beta distribution of this mean, most near 0 and 1; the other model gains 0.15."""
+    generator = np.random.default_rng([n, round(100 * ease)])
+    rounds, k, gain = 150, max(1, n // 2), 0.15
+    alpha, beta = 0.8 * ease, 0.8 * (1 - ease)
+    missed = np.prod([(beta + i) / (alpha + beta + i) for i in range(k)])  # E[(1 − ease)^k]
+    covered = np.zeros(3)
+    for seed in range(rounds):
+        eases = generator.beta(alpha, beta, (30, 1))
+        right = (generator.random((30, n)) < eases).astype(float)
+        better = generator.random((30, n)) < eases + gain * (1 - eases)
+        found = (
+            (scores.two_level(right, 200, seed), False, ease),
+            (scores.one_level(scores.pass_at(n, right.sum(1), k), 200, seed), False, 1 - missed),
+            (scores.two_level(better - right, 200, seed), True, gain * (1 - ease)),
+        )
+        for i, (draws, differences, truth) in enumerate(found):
+            low, high = scores.interval(scores.with_unseen(draws, 30, differences))
+            covered[i] += low <= truth <= high
+    assert (covered / rounds >= 0.9).all()
+
+
+def test_none_right_is_no_point():
+    """Jeffreys' interval: the quantile of Beta(1/2, 1000.5) at 0.975 is 0.00251."""
+    low, high = scores.interval(scores.with_unseen(np.zeros(10_000), 1000))
+    assert low == pytest.approx(0, abs=1e-4) and high == pytest.approx(0.00251, rel=0.1)
+    low, high = scores.interval(scores.with_unseen(np.zeros(10_000), 30, differences=True))
+    assert low == pytest.approx(-high, rel=0.2) and 0.03 < high < 0.1
+
+
 def test_drawing_counts_is_drawing_samples():
     """The draws against a bootstrap that draws every index, and moves the problems' means together."""
     generator = np.random.default_rng(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ import numpy as np
 
 from qtarget import files
 from qtarget.errors import ConfigError, StorageError
-from qtarget.evaluation import records, running, scores
+from qtarget.evaluation import harness_logs, records, running, scores
 
 # To be told apart in four of five repetitions at 95 %: (1.96 + 0.84)² standard errors squared.
 _NEEDED = (1.959964 + 0.841621) ** 2
-_FEW = 20
 MEAN = "mean of tasks"
 
 
@@ -78,7 +77,8 @@ class Comparison:
     """arms: names and folders. tasks: names. n: samples a problem. settings: those all share.
 
     scores: {arm: {task: {"strict", "lenient", "greedy", "tokens", "truncated", "no_answer", "pass", "pass_low",
-    "pass_high"}}}, means over training seeds. notes: what a reader must know.
+    "pass_high"}}}, means over training seeds. notes: what a reader must know. metrics: of other programs' logs, each
+    task's score; ``scores`` then holds "value" alone.
     """
 
     arms: list[Arm]
@@ -88,17 +88,14 @@ class Comparison:
     scores: dict[str, dict[str, dict[str, Any]]]
     differences: list[Difference]
     notes: list[str]
+    metrics: dict[str, str] = field(default_factory=dict)
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def read(words: Sequence[str]) -> tuple[list[Arm], dict[str, Any]]:
-    """Arms from the command line: DIR, NAME=DIR, or NAME=DIR,DIR,... with a folder a training seed.
-
-    Raises:
-        ConfigError: fewer than two, unfinished, or of other problems or settings; names the first that differs.
-    """
+def _named(words: Sequence[str]) -> dict[str, list[Path]]:
+    """The folders of each arm from the command line: DIR, NAME=DIR, or NAME=DIR,DIR,... with one a training seed."""
     if len(words) < 2:
         raise ConfigError(f"compare has {len(words)} result folders; name two or more")
     named: dict[str, list[Path]] = {}
@@ -112,11 +109,20 @@ def read(words: Sequence[str]) -> tuple[list[Arm], dict[str, Any]]:
         named[name] = [Path(part) for part in ([rest] if is_one else rest.split(",")) if part]
         if not named[name]:
             raise ConfigError(f"arm {name!r} names no folder; write {name}=DIR")
+    if len({len(folders) for folders in named.values()}) > 1:
+        raise ConfigError("the arms have different numbers of training seeds; name as many folders for each")
+    return named
+
+
+def read(named: dict[str, list[Path]]) -> tuple[list[Arm], dict[str, Any]]:
+    """Arms of qtarget eval's folders.
+
+    Raises:
+        ConfigError: unfinished, or of other problems or settings; names the first that differs.
+    """
     first_folders = next(iter(named.values()))
     first = running.finished(first_folders[0])
     for folders in named.values():
-        if len(folders) != len(first_folders):
-            raise ConfigError("the arms have different numbers of training seeds; name as many folders for each")
         for folder in folders:
             manifest = running.finished(folder)
             told = "prompt_style" in first and "prompt_style" in manifest  # older folders do not say
@@ -158,21 +164,46 @@ def _groups(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
 # -- differences ---------------------------------------------------------------------------------------------------
 
 
-def compare(words: Sequence[str], draws: int = 10_000, seed: int = 0) -> Comparison:
-    """All differences to the first arm. ``words``: see ``read``. ``draws``: of each bootstrap."""
-    arms, manifest = read(words)
+def compare(words: Sequence[str], draws: int = 10_000, seed: int = 0, metric: str | None = None) -> Comparison:
+    """All differences to the first arm. ``words``: see ``_named``. ``draws``: of each bootstrap. ``metric``: see
+    ``harness_logs.read``, for folders of other programs alone."""
+    named = _named(words)
+    if any(harness_logs.is_log(folder) for folders in named.values() for folder in folders):
+        return _of_logs(named, draws, seed, metric)
+    if metric is not None:
+        raise ConfigError(f"metric is {metric!r}, which qtarget eval's folders do not have; leave it out")
+    arms, manifest = read(named)
     n, tasks = manifest["n"], [*manifest["tasks"]]
     scores_of = {arm.name: {task: _scores(arm, task, n) for task in tasks} for arm in arms}
     measures = ("strict", "lenient", "greedy", f"pass@{n}", "tokens") if n else ("greedy", "tokens")
     differences = []
     for arm, measure in itertools.product(arms[1:], measures):
         differences += _differences(arms[0], arm, measure, manifest, draws, seed)
-    notes = [
-        f"Task {task} has {count} problems: too few for an interval to be trusted."
-        for task in tasks
-        if (count := manifest["tasks"][task]["problems"]) < _FEW
+    notes = scores.too_few({task: about["problems"] for task, about in manifest["tasks"].items()})
+    notes += _seed_notes(arms)
+    settings = {name: manifest[name] for name in manifest if name not in (*records.UNCOMPARED, "tasks")}
+    return Comparison(arms, tasks, n, settings, scores_of, differences, notes)
+
+
+def _of_logs(named: dict[str, list[Path]], draws: int, seed: int, metric: str | None) -> Comparison:
+    """Of folders some of which another program wrote: one score a task."""
+    groups, metrics, notes = harness_logs.read(named, metric)
+    arms = [Arm(name, tuple(named[name]), own) for name, own in groups.items()]
+    manifest = {"n": 0, "tasks": {task: {"suite": None} for task in metrics}}
+    differences = [
+        replace(one, measure=metrics.get(one.task, next(iter(metrics.values()))))
+        for arm in arms[1:]
+        for one in _differences(arms[0], arm, "greedy", manifest, draws, seed)
+        if one.task in metrics or len({*metrics.values()}) == 1  # no mean of unlike scores
     ]
-    seeds = len(arms[0].folders)
+    values = {
+        arm.name: {task: {"value": float(_values(arm, task, "greedy", 0).mean())} for task in metrics} for arm in arms
+    }
+    return Comparison(arms, [*metrics], 0, {}, values, differences, notes + _seed_notes(arms), metrics)
+
+
+def _seed_notes(arms: Sequence[Arm]) -> list[str]:
+    notes, seeds = [], len(arms[0].folders)
     if seeds == 1:
         notes.append(
             "One training run an arm: the intervals are for these models, and say nothing of training again with another "
@@ -182,8 +213,7 @@ def compare(words: Sequence[str], draws: int = 10_000, seed: int = 0) -> Compari
         notes.append(f"{seeds} training seeds an arm are few: intervals drawn from so few are too narrow.")
     if len(arms) > 2:
         notes.append(f"{len(arms) - 1} arms are compared with one, each at 95 %: one of them may stand out by chance.")
-    settings = {name: manifest[name] for name in manifest if name not in (*records.UNCOMPARED, "tasks")}
-    return Comparison(arms, tasks, n, settings, scores_of, differences, notes)
+    return notes
 
 
 def _means(manifest: dict[str, Any]) -> dict[str, list[str]]:
@@ -209,6 +239,8 @@ def _differences(
     for number, task in enumerate(manifest["tasks"]):
         a, b = (_values(arm, task, measure, manifest["n"]) for arm in (first, other))
         drawn[task] = (scores.two_level if a.ndim == 3 else scores.one_level)(b - a, draws, seed + number)
+        if 0 <= min(a.min(), b.min()) <= max(a.max(), b.max()) <= 1:  # not tokens, nor a perplexity
+            drawn[task] = scores.with_unseen(drawn[task], a.shape[1], differences=True)
         pair = (float(a.mean()), float(b.mean()))
         of_task[task] = _difference(task, other.name, measure, pair, drawn[task], a.shape[1])
     of_means = []
@@ -260,7 +292,9 @@ def _scores(arm: Arm, task: str, n: int) -> dict[str, Any]:
         return None if None in values else scores.macro(values)
 
     curve = [_pass(arm, task, n, k) for k in range(1, n + 1)]
-    intervals = [scores.interval(scores.one_level(values, 2000)) for values in curve]
+    intervals = [
+        scores.interval(scores.with_unseen(scores.one_level(values, 2000), values.shape[1])) for values in curve
+    ]
     return {
         "strict": mean("avg", "strict"),
         "lenient": mean("avg", "lenient"),

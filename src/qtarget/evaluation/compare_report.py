@@ -48,6 +48,11 @@ def heads(comparison: Comparison) -> list[str]:
 def score_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """(heads, rows) of every arm's scores."""
     rows = []
+    if comparison.metrics:
+        for task, metric in comparison.metrics.items():
+            for arm in comparison.arms:
+                rows.append([task, arm.name, metric, f"{100 * comparison.scores[arm.name][task]['value']:.1f}"])
+        return ["task", "arm", "score", "mean"], rows
     for task in comparison.tasks:
         for arm in comparison.arms:
             scores = comparison.scores[arm.name][task]
@@ -65,7 +70,7 @@ def facts(comparison: Comparison) -> list[str]:
     settings = ", ".join(f"{name} {value}" for name, value in comparison.settings.items() if value is not None)
     folders = "; ".join(f"{arm.name}: {', '.join(map(str, arm.folders))}" for arm in comparison.arms)
     return [
-        f"Settings: {settings}.",
+        *([f"Settings: {settings}."] if settings else []),
         f"Folders: {folders}.",
         "Scores in per cent; the strict reading where none is named. Differences are paired by problem and seed; "
         "intervals are percentiles of a bootstrap of training seeds, problems and samples.",

@@ -6,19 +6,25 @@ import logging
 import re
 from fractions import Fraction
 
-from qtarget.evaluation.extraction import WRAPPER, bare, normal
+from qtarget.evaluation.extraction import ASSIGNED, WRAPPER, bare, normal
 
 _NUMBER = re.compile(r"([-+]?)(\d+(?:\.\d*)?|\.\d+)(?:[eE]([-+]?\d{1,3}))?(?:/(\d+))?\s?(%?)")
 _FRACTION = re.compile(r"([-+]?)\\frac(?:\{(-?\d+)\}\{(\d+)\}|(\d)(\d))")
 _MIXED = re.compile(r"([-+]?)(\d+)(?:\s+(\d+)/(\d+)|\s*\\frac\{(\d+)\}\{(\d+)\})")
 _BASED = re.compile(r"[0-9A-Z]+_\{?\d+\}?")
 # What no unit is called, so that 3 million is not 3, nor 3 or 4.
-_NO_UNIT = r"(?!(?:and|or|to|over|mod|pi|sqrt|sin|cos|tan|log|ln|exp|hundred|thousand|million|billion|dozen)\b)"
-# \text{ cm}^2, or words apart from the number; a letter there may be a variable, unless it is a unit's.
-_UNIT = re.compile(
-    rf"(.*\d)(?:(?:\s*{WRAPPER}\s*{_NO_UNIT}[^{{}}]*\}}(?:\^\{{?-?\d\}}?)?)+|"
-    rf"(?:\s+|/){_NO_UNIT}(?:[A-Za-z]{{2,}}|[mshglJNWKVATC]\b|\\Omega)(?:[\s/^*.·]+(?:{_NO_UNIT}[A-Za-z]+|-?\d))*)"
+_NO_UNIT = (
+    r"(?!(?:e|i|and|or|to|over|mod|pi|sqrt|sin|cos|tan|log|ln|exp|hundred|thousand|million|billion|trillion|dozen)\b)"
 )
+# \text{ cm}^2, or words apart from the number; a letter there may be a variable, unless it is a unit's.
+_POWER = r"(?:\^\{?-?\d\}?|⁻?[¹²³]|\d\b)?"
+_WORDED = rf"{WRAPPER}\s*+{_NO_UNIT}[^{{}}]*\}}{_POWER}"
+_UNIT = re.compile(
+    rf"(.*\d)(?:(?:\s*(?:\\mu\s*|\\cdot\s*|/)?{_WORDED}|\s*\\frac\{{{_WORDED}\}}\{{{_WORDED}\}})+|"
+    rf"(?:\s+|/){_NO_UNIT}(?:[^\W\d_](?:[^\W\d_]|['’])+|[mshglJNWKVATCFΩΩ]\b|\\Omega\b|\\mu\s*[A-Za-z]\b){_POWER}"
+    rf"(?:[\s/*.·]+{_NO_UNIT}[^\W\d_]+{_POWER})*)"
+)
+_ROMAN = re.compile(rf"(?<![A-Za-z]){WRAPPER}\s*([ei]|[\d.]+)\s*\}}")
 # What is no expression: a letter of a choice, or words. As LaTeX a bare B would be the symbol b.
 _WORDS = re.compile(r"\(?([A-Za-z])\)?|[A-Za-z]{2,}(?:[ '-][A-Za-z]+)*")
 
@@ -60,9 +66,14 @@ def _equal(gold: str, answer: str) -> bool:
     if words := _WORDS.fullmatch(wanted):
         return words[0].strip("()").lower() == given.strip("()! ").lower()
     golds, answers = members(gold), members(answer)
+    for union, parts in ((gold, answers), (answer, golds)):
+        if "\\cup" in union and re.search(r"[<>]|\\[lg]eq?\b", "".join(parts)):  # x < 1 or x > 2
+            golds, answers = union.split("\\cup"), parts
     if len(golds) != len(answers):
         return False
-    return _unordered(golds, answers) if len(golds) > 1 else math_verify(gold, answer)
+    if len(golds) > 1:
+        return _unordered(golds, answers)
+    return math_verify(gold, answer)
 
 
 def number(text: str) -> Fraction | None:
@@ -100,7 +111,8 @@ def members(text: str) -> list[str]:
     text = re.sub(r"^.*\\in\b(?=\s*\\\{)|\\left(?=\\\{)|\\right(?=\\\})", "", text).strip()
     if text.startswith("\\{") and text.endswith("\\}"):
         text = text[2:-2]
-    text = re.sub(rf"{WRAPPER}\s*(and|or)\s*\}}", r" \1 ", text)
+    text = re.sub(rf"({WRAPPER}[^{{}}]*)\b(and|or)\s*\}}", r"\1} \2 ", text)
+    text = re.sub(rf"{WRAPPER}\s*\}}", " ", text)
     parts, depth, start = list[str](), 0, 0
     text = re.sub(r"\s(?:and|or)\s", ",", text.replace("\\,", " "))
     for place, letter in enumerate(text):
@@ -121,13 +133,20 @@ def _signs(part: str) -> list[str]:
 
 
 def _unordered(golds: list[str], answers: list[str]) -> bool:
-    """Each gold answer with an answer of its own; equality is taken as transitive, so that greed is enough."""
-    left = list(answers)
-    for gold in golds:
-        match = next((i for i, answer in enumerate(left) if _equal(gold, answer)), None)
+    """Each gold answer with an answer of its own; equality is taken as transitive, so that greed is enough.
+
+    Where both sides name the same several unknowns, x = 1, y = 2, each is compared with its namesake.
+    """
+    unknowns = [
+        [found[1] if (found := ASSIGNED.match(bare(one))) else None for one in side] for side in (golds, answers)
+    ]
+    by_name = len({*unknowns[0]} - {None}) > 1 and {*unknowns[0]} == {*unknowns[1]}
+    paired = list(zip(unknowns[1], answers, strict=True))
+    for name, gold in zip(unknowns[0], golds, strict=True):
+        match = next((one for one in paired if (not by_name or one[0] == name) and _equal(gold, one[1])), None)
         if match is None:
             return False
-        left.pop(match)
+        paired.remove(match)
     return True
 
 
@@ -141,6 +160,10 @@ def math_verify(gold: str, answer: str) -> bool:
 
     # It warns that its own alarms are off; they are, for a call that takes too long is killed.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
+    # math-verify takes the roman e of 2^{\mathrm{e}} for a variable, and 3e8 for a product.
+    gold, answer = (
+        re.sub(r"(?<=\d)[eE]([-+]?\d+)", r" \\times 10^{\1}", _ROMAN.sub(r"\1", text)) for text in (gold, answer)
+    )
     # Without its second way, which takes 6 for the value of 6\sqrt(5).
     wanted, given = (parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None) for text in (gold, answer))
     if not wanted:

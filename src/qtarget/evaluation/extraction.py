@@ -16,17 +16,22 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 
 # Changes when a text would give another answer; part of the verifier version in every sample.
-VERSION = 4
+VERSION = 5
 
 _BOX = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
 _NUMBER = re.compile(
     r"(?<![\w.^])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+(?:\.\d+)?)?(?:[eE][-+]?\d+)?(?![\d])"
     r"|(?<=[\w.)])\d+(?:\.\d+)?|(?<![\w.])[-+]?\.\d+"
 )
+# No numbers of their own: the exponents of cm^3, cm^{3}, s^-1 and m2.
+_EXPONENT = re.compile(r"\^(?:\{[-+]?\d+\}|[-+]?\d+)|(?<=[A-Za-z])(?<!\d[eE])\d(?![\d.]\d|\d)")
+_THINKING, _THOUGHT = (re.compile(f"<{slash}(?:think|thinking|thought)>", re.IGNORECASE) for slash in ("", "/"))
 _PHRASE = re.compile(r"(?:final\s+answer|answer)\s*(?:is|:|=)\s*:?\s*", re.IGNORECASE)
 # A letter of an option where it is said to be the answer, in whatever brackets or marks.
 _LETTER_PHRASE = re.compile(
-    r"answer\b\s*+(?:(?:is|:|=)\s*+)?(?::\s*+)?(?:(?:option|choice)\b\s*+(?::\s*+)?)?(?:[*_$\"“]|\\[(\[])*+(?:\\text\{)?"
+    r"(?:answer|(?:correct|right|best)\s(?:option|choice))\b\s*+(?:(?:is|:|=)\s*+)?(?::\s*+)?"
+    r"(?:(?:option|choice)\b\s*+(?::\s*+)?)?"
+    r"(?:[*_$\"“]|\\[(\[])*+(?:\\text\{)?"
     r"[(\[]?([A-Za-z])\b(?!['’]\w)",
     re.IGNORECASE,
 )
@@ -94,8 +99,8 @@ def enclosed(text: str) -> str | None:
 
 def said(text: str) -> str:
     """A text without its thinking: what follows the last </think>; nothing where a <think> is not closed."""
-    rest = text.rpartition("</think>")[2]
-    return "" if "<think>" in rest else rest
+    *_, rest = _THOUGHT.split(text)
+    return "" if _THINKING.search(rest) else rest
 
 
 def marked(text: str) -> str | None:
@@ -122,7 +127,7 @@ def last_number(text: str) -> str | None:
     >>> last_number("from 5-3 to 1,234.50.")
     '1234.50'
     """
-    last = _last(_NUMBER, ascii_digits(text))
+    last = _last(_NUMBER, _EXPONENT.sub(" ", ascii_digits(text)))
     return None if last is None else last[0].replace(",", "").removeprefix("+")
 
 
@@ -158,7 +163,9 @@ def lenient(text: str) -> str | None:
 _FRACTION = re.compile(r"[-+]?\\frac\{-?\d+\}\{\d+\}")
 _GROUPED = re.compile(r"(?<![\d.])(\d{1,3})((?:(?:,|\{,\}|\\,|\\!,|,\\!| )\d{3})+)(?![\d])")
 _SPACES = re.compile(r"\\[,;:!> ]|~|\\q?quad|\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\limits")
-_ASSIGNED = re.compile(r"^\s*[A-Za-z](?:_\{?\w+\}?)?(?:\([A-Za-z]\))?\s*(?:=|\\in(?![a-z]))\s*(?=[^=]+$)")
+ASSIGNED = re.compile(r"^\s*(?:([A-Za-z])(?:_\{?\w+\}?)?(?:\([A-Za-z]\))?)?\s*(?:=|\\in(?![a-z]))\s*(?=[^=]+$)")
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALE = re.compile(rf"(?<=\d)\s*({WRAPPER})?\s*({'|'.join(_SCALES)})\b")
 _SYMBOLS = {"±": r"\pm ", "∞": r"\infty ", "π": r"\pi ", "∅": r"\emptyset ", "½": r"\frac{1}{2}", "°": r"^{\circ}"}
 
 
@@ -172,7 +179,9 @@ def bare(answer: str) -> str:
         text = text.lstrip(_LEADING).rstrip(_TRAILING)
     for symbol, command in _SYMBOLS.items():
         text = text.replace(symbol, command)
-    return re.sub(r"\\\$|[$£€¥]", "", text.replace("\\varnothing", "\\emptyset")).strip()
+    text = re.sub(r"\\\\\[[\d.]+[a-z]{2}\]", r"\\\\", text)  # a matrix's \\[2pt]
+    text = _SCALE.sub(lambda found: f"e{_SCALES[found[2]]}{found[1] or ''}", text)
+    return re.sub(r"^[A-Z]{3}\s+(?=[\d.]+$)|\\\$|[$£€¥]", "", text.replace("\\varnothing", "\\emptyset")).strip()
 
 
 def normal(answer: str) -> str:
@@ -189,8 +198,8 @@ def normal(answer: str) -> str:
         text = _GROUPED.sub(lambda found: found[1] + re.sub(r"\D", "", found[2]), text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", _SPACES.sub(" ", text).replace("\\%", "%"))
     text = re.sub(rf"{WRAPPER}\s*percent\s*\}}|\bpercent\b", "%", text)
-    text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree", "", text)
-    text = _ASSIGNED.sub("", text)
+    text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree", " ", text)
+    text = ASSIGNED.sub("", text)
     if re.match(WRAPPER, text):
         text = _unwrap(text)
     return re.sub(r"\s+", " ", text).strip().rstrip(_TRAILING)
@@ -218,7 +227,7 @@ def _unwrap(text: str) -> str:
 
 
 def letter_strict(text: str, options: Sequence[str]) -> str | None:
-    """The option a text chooses: box, tags or ####, else "answer is X", else X at the end, else an option's own text.
+    """The option a text chooses: a mark, else "answer is X", else X at the start, else at the end, else an option's text.
 
     Args:
         options: texts of A, B, C, ... Only letters that exist count; options may hold commas and are never split.
@@ -240,6 +249,8 @@ def letter_strict(text: str, options: Sequence[str]) -> str | None:
         for words in (line, line.partition(". ")[0]):
             if (by_text := _option_text(words, options)) is not None:
                 return by_text
+    if (first := _first(text.strip(), options)) is not None:
+        return first
     tail = text.rstrip()[-80:]
     if (end := _LETTER_END.search(tail)) and (letter := end[1] or end[2]) in valid:
         return letter
@@ -271,6 +282,19 @@ def _letters(options: Sequence[str]) -> str:
     return ascii_uppercase[: len(options)]
 
 
+def _first(text: str, options: Sequence[str]) -> str | None:
+    """The letter a text begins with, unless it goes through the options one by one, or begins with "A. fib"."""
+    line, _, rest = text.partition("\n")
+    letter = _as_letter(line[:2000], options)
+    if letter is None or len(line) == 1:
+        return letter
+    listed = re.search(r"^\W{0,9}([A-Z])[).:]", rest, re.MULTILINE)
+    if listed and ord(listed[1]) == ord(letter) + 1:
+        return None
+    goes_on = re.match(r"\W*[A-Z]\. [a-z]", line) and options[ord(letter) - ord("A")].lower() not in line.lower()
+    return None if goes_on else letter
+
+
 def _as_letter(answer: str, options: Sequence[str]) -> str | None:
     """B, (b), "B. Aspirin", \\text{B}, or an option's text."""
     valid = _letters(options)
@@ -278,14 +302,15 @@ def _as_letter(answer: str, options: Sequence[str]) -> str | None:
         return by_text
     plain = re.sub(r"\\[()\[\]]", " ", _unwrap(answer)).strip(" $*_\n\t")
     found = re.match(
-        r"(?:option|choice|answer)?\s*(?::\s*)?[(\[]?([A-Za-z])(?:[)\].:,]|\s*$|\s*-\s|\s+(?:because|since)\b)",
+        r"(?:option|choice|answer)?\s*(?::\s*)?[(\[]?([A-Za-z])(?:[)\].:,]|\s*$|\s*[-–—*]|\s+(?:because|since)\b"
+        r"|\s+is\s+(?:the\s+)?(?:answer|correct|right|best|most)\b)",
         plain,
         re.I,
     )
     if found is None or found[1].upper() not in valid:
         return None
-    # "A, B" chooses two; "B, since A ..." one.
-    several = found[0].endswith(",") and re.match(r"\s*(?:and|or)?\s*[(\[]?[A-Z](?:[)\],.]|\s|$)", plain[found.end() :])
+    # "A, B" and "(A) or (B)" choose two; "B, since A ..." one.
+    several = re.match(r"\W*(?:,|\band|\bor)\s*(?:and|or)?\s*[(\[]?[A-Z](?:[)\],.]|\s|$)", plain[found.end(1) :])
     return None if several else found[1].upper()
 
 

@@ -29,7 +29,7 @@ from qtarget.teachers.fingerprints import Model
 FILE = "eval.json"
 # What runs that are compared, or one that goes on, may differ in.
 UNCOMPARED = ("model", "server", "ends", "batch_size", "backend", "program", "finished")
-_UNRESUMED = ("backend", "program", "finished", "prompt_style")
+_UNRESUMED = ("batch_size", "backend", "program", "finished", "prompt_style")
 _AGAIN = "run qtarget eval again"
 Count = Annotated[int, Field(ge=0)]
 
@@ -140,7 +140,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def begin(folder: Path, manifest: dict[str, Any], tasks: list[Task], writes: bool) -> bool:
-    """Take a folder, or go on in one. Returns whether it is finished already.
+    """Take a folder, or go on in one. Returns whether it is finished already. A larger ``n`` goes on with more samples.
 
     Args:
         writes: whether this is the process that writes the manifest.
@@ -152,12 +152,15 @@ def begin(folder: Path, manifest: dict[str, Any], tasks: list[Task], writes: boo
         time.sleep(0.1)  # the first process checks the folder; where it refuses, the launcher ends all
     if existing is not None:
         wanted = json.loads(json.dumps(manifest))
-        for name, now, was in files.differences(wanted, existing, ignored=_UNRESUMED):
+        more = wanted["n"] > existing["n"]
+        for name, now, was in files.differences(wanted, existing, ignored=(*_UNRESUMED, "n") if more else _UNRESUMED):
             raise ConfigError(
                 f"output is {str(folder)!r}, which holds a run with {name} {was!r}, and this one has {now!r}; go on with "
                 "the settings it was started with, or name another folder"
             )
-        return bool(existing["finished"])
+        if more and writes:
+            write_manifest(folder, {**existing, "n": wanted["n"], "finished": False})
+        return bool(existing["finished"]) and not more
     expected = {files.partial_of(Path(FILE)).name, "problems", "samples"}  # killed as it began
     if folder.exists() and (not folder.is_dir() or any(file.name not in expected for file in folder.iterdir())):
         raise StorageError(f"output is {str(folder)!r}, which is not an empty folder; name another one")
@@ -206,6 +209,7 @@ class Samples:
 
     Attributes:
         done: (problem, sample) → record, of all processes that have written so far.
+        settled: those of a run that was finished with fewer samples.
     """
 
     def __init__(self, folder: Path, task: str, rank: int = 0):
@@ -214,6 +218,7 @@ class Samples:
         self.final = self._folder / f"{task}.jsonl"
         self.done: dict[tuple[str, int | str], dict[str, Any]] = {}
         self.look()
+        self.settled = {key(record) for record in samples(folder, task)} if self.final.is_file() else set()
 
     def look(self) -> None:
         """Read what is there, also of other processes, whose last line may still be half."""

@@ -115,7 +115,7 @@ class Run:
         """Those of this process that lack a sample. They are cut from the plan: the same however often it was killed."""
         cut = []
         for task in self.tasks:
-            order = plan(task.problems, self.n)
+            order = [one for one in plan(task.problems, self.n) if one not in self.held[task.name].settled]
             cut += [(task, order[at : at + self.batch_size]) for at in range(0, len(order), self.batch_size)]
         own = cut[self.rank :: self.world]
         return [(task, batch) for task, batch in own if not self.held[task.name].done.keys() >= set(batch)]
@@ -202,8 +202,8 @@ def _suite(
     if not n:
         return {"greedy": greedy}
     draws = [
-        scores.two_level(verdicts(scores.grouped(samples[name]), reading), seed=number)
-        for number, name in enumerate(members)
+        scores.with_unseen(scores.two_level(right, seed=number), len(right))
+        for number, right in enumerate(verdicts(scores.grouped(samples[name]), reading) for name in members)
     ]
     average = scores.macro([summaries[name][reading]["avg"] for name in members])
     return {"avg": average, "interval": list(scores.interval(np.mean(draws, axis=0))), "greedy": greedy}

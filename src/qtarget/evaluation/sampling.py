@@ -24,10 +24,6 @@ from qtarget.errors import ConfigError, loading
 from qtarget.models import loading as models
 from qtarget.models.frozen import load_frozen
 
-# Tokens that end a turn in the families at hand. They stop an answer where the tokenizer has them, whatever the model
-# is called: a base model trained on one and asked in the other's template would run on.
-_TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>")
-
 
 def seed_of(run_seed: int, task: str, problem: str, sample: int) -> int:
     """63 bits that belong to one sample."""
@@ -227,11 +223,28 @@ def generation_config(name: str, revision: str | None = None) -> Any:
 
 
 def end_tokens(tokenizer: Any, generation_config: Any = None) -> frozenset[int]:
-    """The tokenizer's and the model's end tokens, and those that end a turn where the tokenizer has them."""
+    """The tokenizer's and the model's end tokens, its padding, and what ends a turn in the chat template."""
     own = getattr(generation_config, "eos_token_id", None)
-    known = tokenizer.get_added_vocab()
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    ends |= {known[word] for word in _TURN_ENDS if word in known}
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id, turn_end(tokenizer)}
+    ends = (ends | {*(own if isinstance(own, list) else [own])}) - {None}
     if not ends:
         raise ConfigError("the tokenizer has no end token, so that no answer would end; set its eos_token")
     return frozenset(ends)
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The first special token that the chat template writes behind an assistant's words; None without one.
+
+    A model that learned the template ends its answers with it, whatever its settings name: <|im_end|>, <|eot_id|>,
+    <|end|>, or the next turn's <|user|>.
+    """
+    answer, question = "7b4e1c", "c1e4b7"  # no template writes these
+    turns = [("user", question), ("assistant", answer), ("user", question)]
+    try:
+        text = tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False)
+    except Exception:  # there is none, or it takes no such conversation, which ``tasks.prompt_ids`` says
+        return None
+    behind = text.rpartition(answer)[2].partition(question)[0]
+    special = {word: behind.find(word) for word in {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}}
+    first = min((word for word, place in special.items() if place >= 0), key=lambda word: special[word], default=None)
+    return None if first is None else tokenizer.convert_tokens_to_ids(first)

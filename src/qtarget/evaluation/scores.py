@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+_FEW = 20
+
 
 def avg(right_pn: np.ndarray) -> float:
     """avg@n of verdicts [p, n]."""
@@ -81,7 +83,7 @@ def summary(records: Sequence[dict[str, Any]], n: int, seed: int = 0) -> dict[st
         if n:
             right = np.array([[record[reading] for record in group] for group in samples], dtype=float)
             part["avg"] = avg(right)
-            part["interval"] = list(interval(two_level(right, seed=seed)))
+            part["interval"] = list(interval(with_unseen(two_level(right, seed=seed), len(right))))
             part["pass"] = pass_curve(right)
             votes = [majority([r[parsed] for r in group], [r[reading] for r in group]) for group in samples]
             part["majority"] = None if untold else macro(votes)
@@ -113,6 +115,15 @@ def grouped(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
 def share(holds: Sequence[bool]) -> float | None:
     """The share that is true; None of none."""
     return sum(map(bool, holds)) / len(holds) if holds else None
+
+
+def too_few(problems: dict[str, int]) -> list[str]:
+    """A sentence for each task whose interval is not to be trusted. ``problems``: task → how many."""
+    return [
+        f"Task {task} has {count} problems: too few for an interval to be trusted."
+        for task, count in problems.items()
+        if count < _FEW
+    ]
 
 
 # -- bootstrap -----------------------------------------------------------------------------------------------------
@@ -176,6 +187,23 @@ def _bootstrap(
         drawn_seeds = generator.integers(seeds, size=(count, seeds, 1))
         means[start : start + count] = values_at(drawn_seeds, drawn_problems).mean((1, 2))
     return means
+
+
+def with_unseen(means: np.ndarray, problems: int, differences: bool = False) -> np.ndarray:
+    """[draws] bootstrap means as they may be with problems of a kind that was not drawn.
+
+    Half a problem that always is right, and half a one that never is, are weighed beside the others as the Bayesian
+    bootstrap does (Rubin 1981): Dirichlet(1/2, 1/2, problems). Where no sample is right, or all are, this is Jeffreys'
+    interval, Beta(1/2, problems + 1/2); without it the interval would be a point.
+
+    Args:
+        means: of ``two_level`` or ``one_level``, from 0 to 1, or from −1 to 1 if they are differences. Of two models
+            either may solve such a problem alone, in a quarter of a problem each.
+    """
+    known = problems + 0.5 if differences else problems
+    end = 0.25 if differences else 0.5
+    up, down, rest = np.random.default_rng(problems).dirichlet((end, end, known), len(means)).T
+    return up - differences * down + rest * means
 
 
 def interval(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:

@@ -82,6 +82,11 @@ def load(
     known = [*suites.SUITES, *suites.BENCHMARKS, *_generated()]
     for name, _ in asked:  # before anything is downloaded
         if not name.endswith(_SUFFIXES) and name not in known:
+            if not _has_generated():
+                raise ConfigError(
+                    f"task is {name!r}, which is none of {', '.join(known)}; the tasks of reasoning-gym, which is not "
+                    'installed, come with pip install "qtarget[eval]"'
+                )
             raise unknown("task", name, known)
     tasks = {}
     for name, suite in asked:
@@ -92,8 +97,12 @@ def load(
     return [*tasks.values()]
 
 
+def _has_generated() -> bool:
+    return importlib.util.find_spec("reasoning_gym") is not None
+
+
 def _generated() -> list[str]:
-    if importlib.util.find_spec("reasoning_gym") is None:
+    if not _has_generated():
         return []
     from reasoning_gym.factory import DATASETS
 

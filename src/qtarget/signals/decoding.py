@@ -12,6 +12,7 @@ from trl.data_utils import _tokenize
 
 from qtarget.data.messages import RowReader
 from qtarget.errors import ConfigError, DataError
+from qtarget.evaluation.sampling import end_tokens
 from qtarget.models.forward import accepted
 from qtarget.models.frozen import evaluation_mode
 
@@ -36,19 +37,15 @@ class Greedy:
         self._base = trainer.student.base
         self._vocab = trainer.vocab_size
         self.max_new_tokens = max_new_tokens
-        of_model = getattr(self._base.generation_config, "eos_token_id", None)
-        ends = {self._tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])} - {None}
-        if not ends:
-            raise ConfigError("eos_token is not set, and neither tokenizer nor model has an end token; set eos_token")
-        self.ends = frozenset(ends)
+        self.ends = end_tokens(self._tokenizer, self._base.generation_config)
         pad = self._tokenizer.pad_token_id
-        self._pad = min(ends) if pad is None else pad
+        self._pad = min(self.ends) if pad is None else pad
         width = self._base.get_output_embeddings().weight.shape[0]
         self._settings = GenerationConfig(
             do_sample=False,
             num_beams=1,
             max_new_tokens=max_new_tokens,
-            eos_token_id=sorted(ends),
+            eos_token_id=sorted(self.ends),
             pad_token_id=self._pad,
             suppress_tokens=list(range(self._vocab, width)) or None,
         )

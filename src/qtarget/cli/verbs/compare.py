@@ -1,7 +1,8 @@
 """``qtarget compare``: paired differences between result folders.
 
-Folders that qtarget eval wrote, of the same problems and settings, are compared with the first one. An ARM is DIR,
-NAME=DIR, or NAME=DIR,DIR,... with one folder for each training seed, in the same order for every arm.
+Folders that qtarget eval wrote, of the same problems and settings, are compared with the first one; so are the output
+folders of lm_eval --log_samples and lighteval --save-details. An ARM is DIR, NAME=DIR, or NAME=DIR,DIR,... with one
+folder for each training seed, in the same order for every arm.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from qtarget.cli import terminal
-from qtarget.cli.arguments import FOLDER, Option, Verb, whole
+from qtarget.cli.arguments import FOLDER, NAME, Option, Verb, whole
 from qtarget.errors import ConfigError
 
 VERB = Verb("compare", __doc__)
@@ -18,6 +19,7 @@ VERB = Verb("compare", __doc__)
 @VERB.command(
     Option("output", "also write compare.md, compare.html (one file without a network) and compare.json", FOLDER),
     Option("bootstrap", "draws of the intervals", whole(100), 10_000),
+    Option("metric", "of other programs' logs: METRIC or METRIC:FILTER, commas between those of several tasks", NAME),
     Option("seed", "of the draws", whole(0), 0),
     takes="ARM ARM ...",
 )
@@ -25,7 +27,7 @@ def run(options: Any) -> int:
     from qtarget import files
     from qtarget.evaluation import compare, compare_report
 
-    made = compare.compare(options.words, options.bootstrap, options.seed)
+    made = compare.compare(options.words, options.bootstrap, options.seed, options.metric)
     _show(made)
     folder = options.output
     if folder is not None:

@@ -191,6 +191,8 @@ def _progress(total: int) -> Callable[[int], None]:
 
 
 def _show(scores: dict[str, Any], last_error: str | None) -> None:
+    from qtarget.evaluation.scores import too_few
+
     headings = ("task", "score", "avg@n", "95 %", "pass@n", "maj@n", "greedy", "no answer")
     table = terminal.table(*headings, left=("task", "score"), no_wrap=True)
     suites = {f"{name} mean": suite for name, suite in scores["suites"].items()}
@@ -211,6 +213,8 @@ def _show(scores: dict[str, Any], last_error: str | None) -> None:
         if task["timeouts"] or task["errors"]:
             why = f", the last time with: {last_error}" if last_error else ""
             print(f"{name}: the verifier took too long {task['timeouts']} times, failed {task['errors']} times{why}")
+    for note in too_few({name: task["problems"] for name, task in scores["tasks"].items() if task["n"]}):
+        print(note)
 
 
 def percent(value: float | None) -> str:
