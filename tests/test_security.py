@@ -131,7 +131,7 @@ def test_remote_code_is_off_and_told_where_it_is_on(tmp_path, caplog):
 
 
 def test_remote_code_of_a_teacher_is_told():
-    from qtarget.training.run_identity import trusted_code
+    from qtarget.training.saving.run_identity import trusted_code
 
     args = qt.QTargetConfig(
         "x", target="kd", teacher_model_name_or_path="a/b", teacher_model_init_kwargs={"dtype": "auto"}

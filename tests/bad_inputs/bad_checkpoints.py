@@ -12,7 +12,7 @@ import torch
 from bad_models import Boom, cut, without, write
 from bench import Bench, Case
 
-from qtarget.training import checkpoints
+from qtarget.training.saving import checkpoints
 
 CHECKPOINT = "checkpoint-1"
 

@@ -32,7 +32,8 @@ from qtarget.teachers.cache import shards
 from qtarget.teachers.cache.reader import CachedTeacher
 from qtarget.teachers.context import read_template
 from qtarget.teachers.pool import read_pool
-from qtarget.training import checkpoints, ranges
+from qtarget.training import ranges
+from qtarget.training.saving import checkpoints
 
 # How many of each; together 10,000.
 EXAMPLES = {
@@ -407,7 +408,7 @@ def test_any_bytes_of_results_are_read_or_refused(copies, name, change):
     damage(),
 )
 def test_any_bytes_of_a_checkpoint_are_read_or_named(copies, name, change):
-    from qtarget.training import run_identity
+    from qtarget.training.saving import run_identity
 
     folder = copies / "stopped" / "checkpoint-1"
     with damaged(folder, name, change):

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import teacher_caches
 from qtarget.cli.__main__ import main
-from qtarget.training import QTargetTrainer, checkpoints, model_card
+from qtarget.training import QTargetTrainer
+from qtarget.training.saving import checkpoints, model_card
 
 WORDS = "--target sft --teacher_model_name_or_path none --max_steps 2 --logging_steps 1"
 WORDS += " --save_strategy steps --save_steps 1"

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 import killable_runs
-from qtarget.training import checkpoints
 from qtarget.training import history as lens_history
+from qtarget.training.saving import checkpoints
 
 KINDS = ["checkpoint"] * 7 + ["step"] * 5 + ["evaluation"] * 4 + ["end"] * 2 + ["any"] * 2
 SEED = 8

@@ -29,7 +29,8 @@ from transformers import PreTrainedTokenizerBase
 import tiny_models
 from qtarget.cli.__main__ import main
 from qtarget.cli.verbs import train  # noqa: F401  imported once, by the server
-from qtarget.training import QTargetTrainer, checkpoints, trainer  # noqa: F401
+from qtarget.training import QTargetTrainer, trainer  # noqa: F401
+from qtarget.training.saving import checkpoints
 
 STEPS, SAVED_EVERY = 10, 3
 COMMON = (

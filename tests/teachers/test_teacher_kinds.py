@@ -16,7 +16,7 @@ import tiny_models
 from batch_layouts import CASE, case_loss
 from published import kd, label_log_p, target_sft
 from qtarget import ConfigError
-from qtarget.training import checkpoints
+from qtarget.training.saving import checkpoints
 from quick_runs import (
     assert_same_change,
     change_by_autograd,

@@ -15,7 +15,7 @@ import torch
 import tiny_models
 from qtarget import ConfigError
 from qtarget.cli.__main__ import main
-from qtarget.training import checkpoints
+from qtarget.training.saving import checkpoints
 from quick_runs import copied_weights, quick_trainer
 
 SAVED = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.05}

@@ -7,7 +7,7 @@ import pytest
 
 import tiny_models
 from qtarget import ConfigError
-from qtarget.training import course
+from qtarget.training.saving import course
 from quick_runs import logged_values, quick_trainer
 
 SETTINGS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01, "optim": "adamw_torch"}

@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 import tiny_models
 from qtarget import ConfigError
-from qtarget.training import checkpoints, run_identity
+from qtarget.training.saving import checkpoints, run_identity
 from quick_runs import copied_weights, logged_values, quick_trainer, train_quickly
 
 ETA = {"schedule": "linear", "from": 0.0, "to": 0.8, "steps": 5}

@@ -101,7 +101,8 @@ def read(
 def check(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains: bool = True) -> Run:
     """``read`` without the datasets: what the settings alone tell."""
     from qtarget.cli import settings as reading
-    from qtarget.training import checks, output_folder
+    from qtarget.training import checks
+    from qtarget.training.saving import output_folder
 
     # TRL's own default trips a deprecation warning of Transformers on every start.
     warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -196,7 +197,7 @@ def _of_transformers(error: Exception, values: dict[str, Any]) -> str:
 
 def _resume_faults(config: Any) -> list[str]:
     """What can be seen of a checkpoint without models; the trainer looks again with them."""
-    from qtarget.training import checkpoints, run_identity
+    from qtarget.training.saving import checkpoints, run_identity
 
     folder = checkpoints.to_resume_from(config.resume_from_checkpoint, config.output_dir)
     if folder is None and config.resume_from_checkpoint is True:

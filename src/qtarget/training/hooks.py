@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from trl import SFTTrainer
 
-from qtarget.training import denominator, host_repairs, model_card, saving, trainable
+from qtarget.training import denominator, host_repairs
+from qtarget.training.checks import trainable
+from qtarget.training.saving import model_card, side_files
 
 if TYPE_CHECKING:
-    from qtarget.training.checkpoints import AtomicCheckpoints
     from qtarget.training.metrics import TokenMeter
     from qtarget.training.rows import RowPreparer
+    from qtarget.training.saving.checkpoints import AtomicCheckpoints
     from qtarget.training.trainer import QTargetTrainer
 
 
@@ -29,7 +31,7 @@ class HostHooks(SFTTrainer):
     meter: TokenMeter
     checkpoints: AtomicCheckpoints
     step_batches: host_repairs.StepBatches
-    side_files: saving.SideFiles
+    side_files: side_files.SideFiles
     _gradient_seen = False
 
     @property
@@ -106,7 +108,7 @@ class HostHooks(SFTTrainer):
         self.checkpoints.save(self._whole, run, lambda: host(model, trial), self._push_from_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        saving.weights_first(self._whole, super()._save, output_dir, state_dict)
+        side_files.weights_first(self._whole, super()._save, output_dir, state_dict)
 
     def push_to_hub(self, *args: Any, **kwargs: Any):
         with self.side_files.writing("the upload to the hub (push_to_hub)"):

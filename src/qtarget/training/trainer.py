@@ -26,16 +26,18 @@ from qtarget.targets import Target
 from qtarget.targets.objective import Objective
 from qtarget.teachers import settings as teacher_settings
 from qtarget.teachers.vocabulary import real_vocabulary_size
-from qtarget.training import checkpoints, checks, compiling, course, run_identity, trainable
+from qtarget.training import checks, compiling
 from qtarget.training.auxiliary import AuxiliaryModels
-from qtarget.training.checkpoints import AtomicCheckpoints
+from qtarget.training.checks import trainable
 from qtarget.training.config import QTargetConfig
 from qtarget.training.history import History
 from qtarget.training.hooks import HostHooks
 from qtarget.training.host_repairs import StepBatches, adapter_by_name, as_plain_nll
 from qtarget.training.metrics import TokenMeter
 from qtarget.training.rows import RowPreparer, as_conversations
-from qtarget.training.saving import SideFiles, mend_generation_config
+from qtarget.training.saving import checkpoints, course, run_identity
+from qtarget.training.saving.checkpoints import AtomicCheckpoints
+from qtarget.training.saving.side_files import SideFiles, mend_generation_config
 
 logger = logging.getLogger(__name__)
 
@@ -103,10 +105,10 @@ class QTargetTrainer(HostHooks):
         datasets = checks.datasets_of(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
         sets = checks.column_sets(*objectives, datasets)
         self.reads_reference_column, faults = checks.reference_column(args, sets, reference_model is not None)
-        teacher_given = teacher_model is not None
-        raise_together([*checks.before_loading(model, args, objectives, sets, kwargs, teacher_given), *faults])
-        asks_teacher = any("teacher" in objective.requires for objective in objectives)
-        self._idle_teacher = (teacher_given or args.names_teacher) and not asks_teacher
+        given = teacher_model is not None
+        raise_together([*checks.before_loading(model, args, objectives, sets, kwargs, given), *faults])
+        asked = any("teacher" in objective.requires for objective in objectives)
+        self._idle_teacher = (given or args.names_teacher) and not asked
         engine.choose(args.loss_backend, args.device, torch.float32, "loss_backend")
         self.rows = RowPreparer(args, *objectives, self.reads_reference_column, self.opens_teacher)
         self.step_batches, self.checkpoints, self.side_files = StepBatches(), AtomicCheckpoints(), SideFiles()
@@ -128,9 +130,9 @@ class QTargetTrainer(HostHooks):
         ends = self.tokenizer.eos_token_id, theirs, args.teacher_end_token
         teacher_settings.log_end_tokens(self.tokenizer, *ends)
         self.label_only_token = teacher_settings.label_only_end_token(*ends)
-        history = None
-        if args.lens_every:
-            history = History(str(args.output_dir), self.vocab_size, args.lens_every, self.accelerator)
+        every = args.lens_every
+        history = History(str(args.output_dir), self.vocab_size, every, self.accelerator) if every else None
+        if history is not None:
             self.add_callback(history)
         self.meter = TokenMeter(self.rows.columns.sources, self.accelerator, history)
         self._heads_checked = False
@@ -364,8 +366,7 @@ class QTargetTrainer(HostHooks):
         course.check(folder, self)
         for snapshot in self.aux.snapshots:
             snapshot.load(folder)
-        tokens = self.meter.load(folder)
-        self._total_train_tokens = self._total_train_tokens if tokens is None else tokens
+        self._total_train_tokens = self.meter.load(folder) or self._total_train_tokens
 
     def write_into_checkpoint(self, folder: Path) -> None:
         """Write what a resumed run needs beside Transformers' files; called in every process."""
@@ -386,8 +387,9 @@ class QTargetTrainer(HostHooks):
         objective = Objective.single(target)
         models = {"teacher": self.evaluates_teacher, "reference": self.aux.has("reference")}
         missing = [f"a {role}" for role, loaded in models.items() if role in objective.requires and not loaded]
-        columns = self.rows.columns.names
-        missing += [f"column {name!r}" for name in columns_for(objective.requires) if name not in columns]
+        missing += [
+            f"column {name!r}" for name in columns_for(objective.requires) if name not in self.rows.columns.names
+        ]
         if missing:
             raise ConfigError(
                 f"target {objective} needs {', '.join(missing)}, which this trainer did not load; name the target "

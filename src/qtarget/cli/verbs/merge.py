@@ -26,7 +26,7 @@ def merge(options: Any) -> int:
         raise ConfigError(f"output is {str(folder)!r}, which is not an empty folder; name another one")
     terminal.refuse_processes("qtarget merge")
     from qtarget.models.loading import find_adapter, load_causal_lm, load_config, load_tokenizer, merged
-    from qtarget.training.saving import mend_generation_config
+    from qtarget.training.saving.side_files import mend_generation_config
 
     with loading("adapter", name):
         found = find_adapter(name, options.revision)

@@ -48,7 +48,7 @@ def train_model(options: Any) -> int:
     run = setup.read(options.words)
     if terminal.is_main():
         _print_settings(run)
-    from qtarget.training import checkpoints
+    from qtarget.training.saving import checkpoints
 
     try:
         trainer = setup.build(run)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from qtarget import __version__
 from qtarget.targets import presets
-from qtarget.training import checks, run_identity
+from qtarget.training import checks
+from qtarget.training.saving import run_identity
 
 if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer

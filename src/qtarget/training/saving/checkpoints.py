@@ -26,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort
 
 from qtarget import files
 from qtarget.errors import StorageError, raise_together, reason
-from qtarget.training import output_folder
+from qtarget.training.saving import output_folder
 
 if TYPE_CHECKING:
     from qtarget.training.trainer import QTargetTrainer
