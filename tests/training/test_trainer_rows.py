@@ -395,11 +395,13 @@ def test_a_teacher_with_more_to_read_reads_them_too(case):
         "calls",
         "tools",
         "reasoning",
-        "a role",
-        "a system prompt",
-        "a weight",
-        "all written",
-        "tool messages",
+        "role",
+        "system",
+        "written-system",
+        "system-column",
+        "weight",
+        "all-written",
+        "tool",
     ],
 )
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
