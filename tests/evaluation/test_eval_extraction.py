@@ -162,8 +162,13 @@ def test_answers_of_several_lines():
 def test_pairs_are_judged_as_mathematics_does():
     """gold, text and the verdict, null where it is a convention. Some right ones hold no mark: strictly no answer."""
     known = [pair for pair in PAIRS if pair["right"] is not None]
-    with Grader("math", timeout=600.0) as grader:
-        verdicts = [grader.ask(pair["text"], {"answer": pair["gold"]}).verdict or {} for pair in known]
+    with Grader("math", timeout=600.0) as patient, Grader("math", timeout=5.0) as brief:
+        # A tower of powers has no verdict in any time, and so is wrong.
+        graders_of = [brief if "^{10^" in pair["text"] else patient for pair in known]
+        verdicts = [
+            grader.ask(pair["text"], {"answer": pair["gold"]}).verdict or {}
+            for grader, pair in zip(graders_of, known, strict=True)
+        ]
     judged = [
         (pair["right"], said.get("strict", False), said.get("lenient", False))
         for pair, said in zip(known, verdicts, strict=True)
