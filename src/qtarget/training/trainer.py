@@ -126,8 +126,7 @@ class QTargetTrainer(HostHooks):
         self.vocab_size = real_vocabulary_size(self.tokenizer)
         roles = self._roles(self.objective.requires | self.eval_objective.requires)
         self.aux = self._load(roles, teacher_model, reference_model, self.rows.join)
-        theirs = None if self.aux.teacher is None else self.aux.teacher.ends_with
-        ends = self.tokenizer.eos_token_id, theirs, args.teacher_end_token
+        ends = self.tokenizer.eos_token_id, getattr(self.aux.teacher, "ends_with", None), args.teacher_end_token
         teacher_settings.log_end_tokens(self.tokenizer, *ends)
         self.label_only_token = teacher_settings.label_only_end_token(*ends)
         every = args.lens_every
@@ -159,7 +158,6 @@ class QTargetTrainer(HostHooks):
 
         Example:
             >>> batch = trainer.batch([trainer.train_dataset[0]])  # doctest: +SKIP
-            >>> heads = trainer.ask(batch, {"student", "teacher"})  # doctest: +SKIP
         """
         return self.rows.batch(self._prepare_inputs(self.data_collator([dict(row) for row in rows])))
 
@@ -217,8 +215,8 @@ class QTargetTrainer(HostHooks):
     @property
     def evaluates_teacher(self) -> bool:
         """Whether the rows of evaluation find the teacher: by position always, by a join where their target asks one."""
-        asks_teacher = "teacher" in self.args.resolve_eval_objective().requires
-        return self.reads_teacher and (self.rows.join is None or asks_teacher)
+        asked = self.args.resolve_eval_objective().requires
+        return self.reads_teacher and (self.rows.join is None or "teacher" in asked)
 
     def release_models(self) -> None:
         """Free the models that no target needs from the next step on."""
@@ -387,9 +385,8 @@ class QTargetTrainer(HostHooks):
         objective = Objective.single(target)
         models = {"teacher": self.evaluates_teacher, "reference": self.aux.has("reference")}
         missing = [f"a {role}" for role, loaded in models.items() if role in objective.requires and not loaded]
-        missing += [
-            f"column {name!r}" for name in columns_for(objective.requires) if name not in self.rows.columns.names
-        ]
+        columns = self.rows.columns.names
+        missing += [f"column {name!r}" for name in columns_for(objective.requires) if name not in columns]
         if missing:
             raise ConfigError(
                 f"target {objective} needs {', '.join(missing)}, which this trainer did not load; name the target "

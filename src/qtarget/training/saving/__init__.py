@@ -1,1 +1,1 @@
-"""What a run leaves on the disk: checkpoints, weights, the files beside them, and what it was."""
+"""What a run leaves on the disk: checkpoints, weights, and the files beside them."""
