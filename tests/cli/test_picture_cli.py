@@ -64,7 +64,7 @@ def test_the_dry_run_reads_the_first_rows_and_writes_nothing(root, said):
     assert re.search(r"trained [\d,]+ of [\d,]+ tokens, 98.0%, in 256 rows by role system [\d,]+ of [\d,]+, user", out)
     assert "whole conversations are trained; assistant_only_loss: true trains the assistant's turns alone" in out
     assert "ends with <|im_end|> in 128 of 128 rows; generation stops at it" in out
-    assert "128 of 256 rows are cut at max_length: 2,516 trained tokens are lost, and 128 rows lose their end" in out
+    assert "128 of 256 rows are cut at max_length (trained tokens lost: 2,516, ends of a row lost: 128)" in out
     assert "<|im_start|>«system Count.<|im_end|>" in out and out.endswith("nothing contradicts itself")
     assert sorted(root.rglob("*")) == before
 

@@ -21,7 +21,7 @@ def show(picture: Picture, rows: int) -> None:
         terminal.tell(what, text)
     for sentence in picture.warnings:
         terminal.tell("warning", sentence)
-    picture.told = True
+    picture.printed = True
     for row, tokens, spans in picture.spans(rows):
         _show_row(row, tokens, spans)
 

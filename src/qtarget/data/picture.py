@@ -66,7 +66,7 @@ class Picture:
     stops: list[str] = field(default_factory=list)
     doubled: dict[str, tuple[int, int]] = field(default_factory=dict)
     as_tokens: bool = field(default=False, repr=False, compare=False)  # whether the rows came as token ids
-    told: bool = field(
+    printed: bool = field(
         default=False, repr=False, compare=False
     )  # whether somebody printed it, so that it need not be logged
     _shown: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list, repr=False, compare=False)
@@ -85,9 +85,9 @@ class Picture:
     def _cuts(self) -> Iterator[str]:
         if self.cut:
             yield (
-                f"{self.cut:,} of {self.given:,} rows are cut at max_length: {self.labels_lost:,} trained tokens are "
-                f"lost, and {self.ends_lost:,} rows lose their end; the longest row has {self.longest:,} tokens, raise "
-                "max_length or leave such rows out"
+                f"{self.cut:,} of {self.given:,} rows are cut at max_length (trained tokens lost: {self.labels_lost:,}, "
+                f"ends of a row lost: {self.ends_lost:,}); the longest row has {self.longest:,} tokens: raise max_length, "
+                "or leave such rows out"
             )
 
     def _ends(self) -> Iterator[str]:
@@ -117,7 +117,7 @@ class Picture:
 
     def log(self) -> None:
         """A line on the screen and what is odd in the log, unless somebody printed it all."""
-        if not self.told:
+        if not self.printed:
             print(f"data: {self}")
             for sentence in self.warnings:
                 logger.warning(sentence)
