@@ -109,6 +109,14 @@ def test_generation_settings_that_contradict_are_left_out_and_said(world, tmp_pa
 # -- Ctrl-C --------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def ctrl_c():
+    """A process in a shell's background ignores Ctrl-C from its start, and so would these tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_in(monkeypatch, step: int) -> None:
     training_step = QTargetTrainer.training_step
 
@@ -120,7 +128,7 @@ def interrupt_in(monkeypatch, step: int) -> None:
     monkeypatch.setattr(QTargetTrainer, "training_step", interrupted)
 
 
-def test_ctrl_c_says_how_to_go_on_and_that_goes_on(world, whole, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_says_how_to_go_on_and_that_goes_on(world, whole, tmp_path, monkeypatch, capsys, ctrl_c):
     with monkeypatch.context() as patched:
         interrupt_in(patched, 1)
         assert train(world, tmp_path / "run") == 130
@@ -131,7 +139,7 @@ def test_ctrl_c_says_how_to_go_on_and_that_goes_on(world, whole, tmp_path, monke
     assert same(weights(tmp_path / "run"), weights(whole))
 
 
-def test_ctrl_c_before_a_checkpoint(world, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_before_a_checkpoint(world, tmp_path, monkeypatch, capsys, ctrl_c):
     interrupt_in(monkeypatch, 0)
     assert train(world, tmp_path / "run") == 130
     assert "interrupted; there is no checkpoint yet, so the same command starts anew" in capsys.readouterr().err

@@ -39,14 +39,7 @@ CHOICES = {
 TEACHER_SOURCES = ("teacher_model_name_or_path", "teachers", "teacher_cache", "teacher_ema_decay")
 # Settings that name a folder, a file or a revision: an empty text names none.
 NAMES = (
-    *(
-        "teacher",
-        "teacher_model_name_or_path",
-        "teacher_model_revision",
-        "teachers",
-        "teacher_cache",
-        "teacher_context",
-    ),
+    *("teacher", "teacher_model_name_or_path", "teacher_model_revision", "teachers", "teacher_cache"),
     *("reference_model_name_or_path", "reference_model_revision", "resume_from_checkpoint", "chat_template_path"),
 )
 

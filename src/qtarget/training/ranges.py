@@ -94,7 +94,7 @@ def _names(config: Any) -> Iterator[str]:
         if value is not None and getattr(value, "value", value) not in valid:
             yield from unknown(name, value, valid).faults
     for field in dataclasses.fields(SFTConfig):
-        value, choices = getattr(config, field.name), [*field.metadata.get("choices", ())]
+        value, choices = getattr(config, field.name, None), [*field.metadata.get("choices", ())]
         if isinstance(value, str) and field.name not in _NAMES and choices and value not in choices:
             yield from unknown(field.name, value, map(str, choices)).faults
     asked = config.report_to if isinstance(config.report_to, list) else [config.report_to]
