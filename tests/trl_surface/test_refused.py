@@ -30,7 +30,7 @@ UNPREPARED = {"dataset_kwargs": {"skip_prepare_dataset": True}}
 BY_BOTH = [
     Refused("padding_free with max_length", "set `max_length=None`", FREE),
     Refused("packing without max_length", "set max_length to the length", {"packing": True, "max_length": None}),
-    Refused("another strategy of packing", "packing_strategy is 'tight'; valid: bfd", {"packing": True, "packing_strategy": "tight"}),
+    Refused("another strategy of packing", "valid: bfd, bfd_split", {"packing": True, "packing_strategy": "tight"}),
     Refused("another mode of truncation", "did you mean 'keep_end'?", {"truncation_mode": "keep_middle"}),
     Refused("another loss", "did you mean 'nll'", {"loss_type": "nlll"}),
     Refused("the assistant's part of text", "not conversational", ASSISTANT),

@@ -86,8 +86,8 @@ class Picture:
         if self.cut:
             yield (
                 f"{self.cut:,} of {self.given:,} rows are cut at max_length (trained tokens lost: {self.labels_lost:,}, "
-                f"ends of a row lost: {self.ends_lost:,}); the longest row has {self.longest:,} tokens: raise max_length, "
-                "or leave such rows out"
+                f"ends of a row lost: {self.ends_lost:,}); the longest row has {self.longest:,} tokens: raise "
+                "max_length, or leave such rows out"
             )
 
     def _ends(self) -> Iterator[str]:
