@@ -301,7 +301,7 @@ def test_a_member_with_another_tokenizer(members, tmp_path):
 
 def test_a_member_that_is_not_there(members, tmp_path):
     gone = str(tmp_path / "gone")
-    with pytest.raises(ConfigError, match="^teachers is .*/gone', which cannot be loaded: no such folder exists here"):
+    with pytest.raises(ConfigError, match=r"^teachers is .*/gone', which cannot be loaded: no such folder exists here"):
         quick_trainer(tiny_models.llama(), tmp_path / "out", target="kd", teachers={members[0]: 0.5, gone: 0.5})
 
 
