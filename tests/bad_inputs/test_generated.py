@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +17,7 @@ import yaml
 from bench import within
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from trl import SFTConfig
 
 import qtarget as qt
 import tiny_models
@@ -177,20 +180,21 @@ def test_any_target_is_made_or_refused(config):
 @given(
     st.dictionaries(
         st.sampled_from(
-            [*ranges._WHOLE, *ranges._NUMBERS, *ranges._NAMES, "num_train_epochs", "run_name", "report_to", "max_steps"]
+            [
+                *(*ranges._WHOLE, *ranges._NUMBERS, *ranges._NAMES),
+                *("num_train_epochs", "run_name", "report_to", "max_steps", "pad_to_multiple_of"),
+                *("dataloader_multiprocessing_context", "gradient_checkpointing_kwargs"),
+            ]
         ),
         ANYTHING,
         max_size=4,
     )
 )
 def test_any_setting_is_taken_or_refused(asked):
-    class Config:
-        output_dir, run_name, report_to, max_steps, num_train_epochs = "x", None, "none", -1, 1.0
-
-    config = Config()
-    for name, value in asked.items():
-        setattr(config, name, value)
-    faults = ranges.faults(config)
+    fields = dataclasses.fields(SFTConfig)
+    config = {one.name: None if one.default is dataclasses.MISSING else one.default for one in fields}
+    config |= {"output_dir": "x", "report_to": "none"}
+    faults = ranges.faults(SimpleNamespace(**(config | asked)))
     assert all(isinstance(fault, str) and fault for fault in faults)
     rate = asked.get("learning_rate")
     if isinstance(rate, float) and not math.isfinite(rate):

@@ -200,9 +200,9 @@ def _table(file: Path) -> pa.Table:
     """A table of the capture, with the types it was written with."""
     try:
         table = pq.read_table(file)
-    except (OSError, pa.ArrowException) as error:
+        names = set(table.column_names)  # ValueError: one that is not UTF-8
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise StorageError(f"{file} cannot be read ({reason(error)}); capture again: qtarget lens capture") from None
-    names = set(table.column_names)
     tokens = token_schema([name for name in OTHERS if name in names], [name for name in SIGNALS if name in names])
     schema = {_ROWS: ROW_SCHEMA, _VOCAB: VOCAB_SCHEMA}.get(file.name, tokens)
     if missing := sorted({*schema.names} - names):

@@ -105,7 +105,7 @@ def frames(folder: str | Path) -> list[dict[str, Any]]:
     file = Path(folder) / FILE
     try:
         cells = pq.read_table(file).select(SCHEMA.names).cast(SCHEMA).to_pylist()
-    except (OSError, pa.ArrowException, KeyError) as error:
+    except (OSError, ValueError, pa.ArrowException, KeyError) as error:
         raise StorageError(f"{file} cannot be read ({reason(error)}); train again with lens_every") from None
     maps: dict[int, dict[str, Any]] = {}
     for cell in cells:
