@@ -172,8 +172,8 @@ def test_pairs_are_judged_as_mathematics_does():
         for pair, said in zip(known, verdicts, strict=True)
     ]
     assert not [pair for pair, (right, *said) in zip(known, judged, strict=True) if any(said) and not right]
-    assert sum(right == strict for right, strict, _ in judged) >= 108
-    assert sum(right == lenient for right, _, lenient in judged) >= 115
+    assert sum(right == strict for right, strict, _ in judged) >= 109
+    assert sum(right == lenient for right, _, lenient in judged) >= 116
 
 
 @pytest.mark.parametrize(
