@@ -2,6 +2,8 @@
 # Makes lm_eval/ and lighteval/ beside it, with an environment for each (Python 3.11):
 #   lm_eval 0.4.13, torch 2.13.0, transformers 5.24.0, datasets 5.2.0
 #   lighteval 0.13.0, torch 2.13.0, transformers 5.24.0, datasets 5.2.0, xxhash 3.7.3 (it cannot be run with 4)
+# lighteval fetches tinyBenchmarks.pkl as its tasks are imported: where there is no network, an empty file of that name in its
+# tasks/tasks folder will do.
 # Names of lighteval's files hold a bar, which not every file system takes: details_birds_0_TIME is details_birds|0_TIME.
 # Use: make.sh PYTHON_WITH_QTARGET PYTHON_WITH_LM_EVAL PYTHON_WITH_LIGHTEVAL
 set -e
