@@ -85,7 +85,7 @@ def test_what_the_last_lines_print_works(kind, world, tmp_path, capsys, monkeypa
     config = ["--config", world / "config.yaml", "--model_name_or_path", start, "--output_dir", run]
     lines = said(capsys, "train", *config).splitlines()
     (model,) = [line for line in lines if line.startswith("model ")]
-    assert (f"(a LORA adapter for {world / 'base'})" if kind == "adapter" else "(plain Transformers files)") in model
+    assert (f"(an adapter (LORA) for {world / 'base'})" if kind == "adapter" else "(plain Transformers files)") in model
     first = next(number for number, line in enumerate(lines) if line.startswith("next "))
     commands = [shlex.split(line[11:])[1:] for line in lines[first:]]
     wanted = ["chat", "eval", "eval", "compare", *(["merge"] if kind == "adapter" else [])]
@@ -97,7 +97,7 @@ def test_what_the_last_lines_print_works(kind, world, tmp_path, capsys, monkeypa
     card = (run / "README.md").read_text()
     assert "None" not in card and f"`{world / 'base'}`" in card.partition("##")[0]
     assert (f"trained on from: adapter `{world / 'adapter'}`" in card) == (kind == "adapter")
-    assert ("This is a LORA adapter for" in card) == (kind == "adapter")
+    assert ("This is an adapter (LORA) for" in card) == (kind == "adapter")
 
 
 def test_a_run_with_new_adapters_keeps_the_revision_of_its_base(world, tmp_path, capsys):

@@ -93,7 +93,7 @@ def _what(trainer: QTargetTrainer) -> str:
     adapter = getattr(trainer.student.unwrapped, "active_peft_config", None)
     if adapter is None:
         return "plain Transformers files"
-    return f"a {adapter.peft_type.value} adapter for {trainer.student.base.config._name_or_path}"
+    return f"an adapter ({adapter.peft_type.value}) for {trainer.student.base.config._name_or_path}"
 
 
 def _next(trainer: QTargetTrainer, folder: Path) -> Iterator[list[str]]:

@@ -37,7 +37,7 @@ def _with_names(trainer: QTargetTrainer, text: str) -> str:
     text = text.replace('model="None"', f'model="{trainer.args.output_dir}"')
     adapter = getattr(trainer.student.unwrapped, "active_peft_config", None)
     if adapter is not None:
-        ours = f"This is a {adapter.peft_type.value} adapter for"
+        ours = f"This is an adapter ({adapter.peft_type.value}) for"
         text = text.replace("This model is a fine-tuned version of", ours)
     return text
 
