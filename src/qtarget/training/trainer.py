@@ -135,6 +135,7 @@ class QTargetTrainer(HostHooks):
             self.add_callback(history)
         self.meter = TokenMeter(self.rows.columns.sources, self.accelerator, history)
         self._heads_checked = False
+        self._virtual_tokens = self.student.virtual_tokens  # looked up once: unwrapping walks all modules
         self._backends: dict[int, str] = {}
 
     def picture(self) -> Picture | None:
@@ -260,7 +261,7 @@ class QTargetTrainer(HostHooks):
             self.aux_loss_enabled,
             self._engine_backend(),
             z_loss,
-            student.virtual_tokens,
+            self._virtual_tokens,
         )
         call = LossCall(targets, batch.labels, columns, heads, *settings)
         try:
