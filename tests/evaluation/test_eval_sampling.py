@@ -17,10 +17,7 @@ from qtarget.evaluation.sampling import Request, Sampler, Uniforms, choose, end_
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_models.trained_model().save_pretrained(folder)
-    tiny_models.tokenizer().save_pretrained(folder)
-    return str(folder)
+    return str(tiny_models.save_trained(tmp_path_factory.mktemp("model")))
 
 
 def sampler(folder, **settings):

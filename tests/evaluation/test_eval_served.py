@@ -30,18 +30,12 @@ def no_key_no_proxy_and_short_waits():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_models.trained_model().save_pretrained(folder)
-    tiny_models.tokenizer().save_pretrained(folder)
-    return folder
+    return tiny_models.save_trained(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    file = tmp_path_factory.mktemp("rows") / "sums.jsonl"
-    rows = [{"prompt": sentence[: 8 + 2 * i], "answer": str(i)} for i, sentence in enumerate(tiny_models.SENTENCES[:5])]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+    return tiny_models.save_sums(tmp_path_factory.mktemp("rows") / "sums.jsonl")
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -123,6 +125,20 @@ def text_dataset(rows: int = 8) -> Dataset:
     """Plain text of different lengths, every token supervised."""
     many = (SENTENCES * (1 + rows // len(SENTENCES)))[:rows]
     return Dataset.from_list([{"text": sentence[: 20 + 5 * (i % 7)]} for i, sentence in enumerate(many)])
+
+
+def save_trained(folder: Path) -> Path:
+    """Write ``trained_model`` and its tokenizer there."""
+    trained_model().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_sums(file: Path) -> Path:
+    """Write five problems for ``qtarget eval``."""
+    rows = [{"prompt": sentence[: 8 + 2 * i], "answer": str(i)} for i, sentence in enumerate(SENTENCES[:5])]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
 
 
 def trained_model(make: Callable[..., PreTrainedModel] = llama, **settings) -> PreTrainedModel:
