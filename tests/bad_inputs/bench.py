@@ -12,7 +12,6 @@ import io
 import json
 import re
 import shutil
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -26,10 +25,10 @@ from safetensors.torch import load_file
 
 import teacher_caches
 import tiny_models
+from hangs import SECONDS, within
 from qtarget.cli.__main__ import main
 from qtarget.errors import ConfigError
 
-SECONDS = 600  # ends what hangs, and nothing that a busy machine does
 PROBLEMS = [
     {"id": f"p{i}", "prompt": f"{i} + {i} = ?", "options": [str(i), str(2 * i), str(3 * i + 1)], "answer": "B"}
     for i in range(1, 4)
@@ -206,20 +205,6 @@ def forwards() -> Iterator[list[int]]:
         yield seen
     finally:
         LlamaForCausalLM.__init__ = before
-
-
-@contextlib.contextmanager
-def within(seconds: int) -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"still at work after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def answer_to(case: Case, bench: Bench) -> tuple[Answer, dict[str, str], list[int]]:

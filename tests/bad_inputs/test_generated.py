@@ -14,13 +14,13 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
-from bench import within
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trl import SFTConfig
 
 import qtarget as qt
 import tiny_models
+from hangs import within
 from qtarget.cli import arguments, recipe, yaml_text
 from qtarget.data.columns import TokenColumns
 from qtarget.data.messages import RowReader

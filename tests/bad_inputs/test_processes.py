@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from bench import SECONDS, Bench, digest
+from bench import Bench, digest
 from test_corpus import CORPUS
+
+from hangs import SECONDS
 
 # Of the corpus; some of each kind whose words a shell could pass.
 CHOSEN = {
