@@ -18,6 +18,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import qtarget as qt
 
 Model = LlamaForCausalLM
+BASES = ("weak", "middle", "base")
 
 
 def build(settings: Settings, size: str, seed: int) -> Model:
@@ -137,8 +138,8 @@ def hash_of(text: str) -> int:
 
 
 def made(settings: Settings, seed: int, name: str, folder: Path) -> Model:
-    """A model of a seed: base, weak, or a teacher; trained when first asked for, and kept in ``folder``."""
-    size = "student" if name in ("base", "weak") else "teacher"
+    """A model of a seed: a base or a teacher; trained when first asked for, and kept in ``folder``."""
+    size = "student" if name in BASES else "teacher"
     model = build(settings, size, seed)
     path = folder / f"{name}-{seed}.safetensors"
     if not path.exists():
@@ -155,9 +156,10 @@ def _keep(model: Model, path: Path) -> None:
 
 
 def _bases(settings: Settings, seed: int, folder: Path, model: Model) -> None:
-    """One pre-training on all styles with a little noise; two moments of it are the weak and the strong base."""
+    """One pre-training on all styles with a little noise; moments of it are the weak, the middle and the strong base."""
     dev = chains.problems("dev", settings.check_problems, settings.lengths)
-    wanted = [("weak", settings.weak_at), ("base", settings.strong_at)]
+    stops = (settings.weak_at, settings.middle_at, settings.strong_at)
+    wanted = [(name, at) for name, at in zip(BASES, stops, strict=True) if at is not None]
 
     def check(step: int) -> bool:
         if step % settings.check_every and step < settings.pretraining_steps:
@@ -193,8 +195,7 @@ def _continued(name: str, style: chains.Style, noise: float) -> Callable[[Settin
 
 
 _MAKE = {
-    "weak": _bases,
-    "base": _bases,
+    **dict.fromkeys(BASES, _bases),
     "good": _good,
     "bad": _continued("bad", MIXED, 0.15),
     "misaligned": _continued("misaligned", OTHER, 0.0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -11,7 +11,9 @@ class Settings:
     """What decides a result, beside cell, arm and seed. Stored with every result; another value is another study.
 
     student, teacher: (width, layers). lengths: operations of a problem. Scores are of ``samples`` completions.
-    rates: the learning rates an arm may have; it gets one by its score on the dev seeds' centre (see ``arms``).
+    middle_at: where the middle base is stopped; without one where None.
+    rates: the learning rates an arm may have; it gets one by its score on the dev seeds. widen: where the best rate is
+    at an edge, the next one of ``rates.LADDER`` is tried, too.
     """
 
     student: tuple[int, int] = (64, 2)
@@ -26,6 +28,7 @@ class Settings:
     temperatures: tuple[float, ...] = (0.3, 0.5, 0.7, 1.0)
     base_noise: float = 0.05
     strong_at: float = 0.60
+    middle_at: float | None = None
     weak_at: float = 0.10
     check_every: int = 50
     pretraining_steps: int = 1500
@@ -38,6 +41,7 @@ class Settings:
     steps: int = 150
     batch: int = 32
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    widen: bool = False
     probe_rows: int = 192
     probe_noise: float = 0.3
     psft_refresh: int = 8
@@ -45,12 +49,19 @@ class Settings:
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
 
     def record(self) -> dict[str, Any]:
-        """As JSON holds it; the lists of seeds are left out, so that more seeds can be added to the same study."""
-        kept = {name: value for name, value in asdict(self).items() if name not in ("seeds", "dev_seeds")}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+        """As JSON holds it. The lists of seeds are left out, so that seeds can be added to a study; so are settings that
+        came later and are off, so that the results from before them stay."""
+        later = {"middle_at", "widen"}
+        stored = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("seeds", "dev_seeds") and (name not in later or value)
+        }
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in stored.items()}
 
 
 FULL = Settings()
+FULL_GRID = replace(FULL, middle_at=0.30, rates=(1e-3, 3e-3, 1e-2), widen=True, dev_seeds=(101, 102, 103))
 QUICK = Settings(
     student=(32, 1),
     teacher=(32, 1),
@@ -72,3 +83,4 @@ QUICK = Settings(
     dev_seeds=(101,),
     seeds=(1,),
 )
+QUICK_GRID = replace(QUICK, middle_at=0.30)

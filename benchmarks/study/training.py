@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import time
 from pathlib import Path
 from typing import Any
 
-import arms
+import cells
 import chains
 import models
 import torch
-from arms import ARMS, CELLS, Cell, Run
+from arms import ARMS
+from cells import CELLS, Cell, Plan, Run
 from chains import IGNORED, KINDS, ONE, OTHER, Problem, Rows, Solution
 from models import Model, hidden, sample, verdicts
 from settings import Settings
@@ -24,20 +26,49 @@ from qtarget.losses.log_probs import importance_weight
 SFT = qt.preset("sft")
 
 
+class Lesson:
+    """What all arms of a cell and seed share: base, teacher and demonstrations, in batches."""
+
+    def __init__(self, settings: Settings, cell: Cell, seed: int, folder: Path):
+        self.cell = cell
+        self.base = models.made(settings, seed, cell.base, folder)
+        self.teacher = models.made(settings, seed, cell.teacher, folder)
+        self.steps = settings.steps * cell.times
+        pairs = cells.demonstrations(cell, seed, self.steps * settings.batch, settings.lengths)
+        data = chains.rows(_own(self.base, pairs, seed) if cell.own_samples else pairs)
+        self.tokens = int((data.ids != chains.PAD).sum())
+        self.batches = [data[step * settings.batch : (step + 1) * settings.batch] for step in range(self.steps)]
+
+    @functools.cached_property
+    def taught(self) -> list[Tensor]:
+        """The teacher's hidden states, one tensor a batch."""
+        with torch.no_grad():
+            return [hidden(self.teacher, batch) for batch in self.batches]
+
+
+@functools.lru_cache(maxsize=1)
+def lesson(settings: Settings, cell: Cell, seed: int, folder: Path) -> Lesson:
+    """The runs of a cell and seed follow one another, so that the last one is enough."""
+    return Lesson(settings, cell, seed, folder)
+
+
 class Signals:
     """What an arm's target needs beside the labels, of a batch."""
 
-    def __init__(self, target: qt.Target, cell: Cell, teacher: Model, base: Model, refresh: int):
-        self.requires, self.cell, self.teacher, self.base = target.requires, cell, teacher, base
-        self.refresh, self.old = refresh, copy.deepcopy(base) if "old_policy" in target.requires else None
+    def __init__(self, requires: frozenset[str], given: Lesson, refresh: int):
+        self.requires, self.cell, self.teacher, self.base = requires, given.cell, given.teacher, given.base
+        self.refresh, self.old = refresh, copy.deepcopy(given.base) if "old_policy" in requires else None
 
     @torch.no_grad()
-    def of(self, student: Model, rows: Rows, states: Tensor, step: int) -> dict[str, Any]:
+    def of(self, student: Model, rows: Rows, states: Tensor, step: int, taught: Tensor | None = None) -> dict[str, Any]:
+        """taught: the teacher's hidden states of these rows, where they are known."""
         made: dict[str, Any] = {}
         labels = rows.labels[:, 1:]
         if "teacher" in self.requires:
             made["teacher"] = qt.Head(
-                hidden(self.teacher, rows), self.teacher.lm_head.weight, logit_scale=self.cell.teacher_scale
+                hidden(self.teacher, rows) if taught is None else taught,
+                self.teacher.lm_head.weight,
+                logit_scale=self.cell.teacher_scale,
             )
         if "reference" in self.requires:
             made["reference"] = qt.Head(hidden(self.base, rows), self.base.lm_head.weight)
@@ -66,28 +97,28 @@ def logps(model: Model, rows: Rows, states: Tensor) -> Tensor:
 
 def train(settings: Settings, run: Run, folder: Path) -> tuple[Model, Signals, dict[str, float]]:
     """The trained student, its signals, and the mean update norms before and after clipping."""
-    cell, target = CELLS[run.cell], ARMS[run.arm].build()
-    student = models.made(settings, run.seed, cell.base, folder)
-    base = copy.deepcopy(student)
-    teacher = models.made(settings, run.seed, cell.teacher, folder)
-    pairs = arms.demonstrations(cell, run.seed, settings.steps * settings.batch, settings.lengths)
-    if cell.own_samples:
-        pairs = _own(base, pairs, run.seed)
-    data = chains.rows(pairs)
-    signals = Signals(target, cell, teacher, base, settings.psft_refresh)
-    adam, at = models.optimiser(student.train(), run.rate, settings.steps)
+    start = time.perf_counter()
+    cell, arm = CELLS[run.cell], ARMS[run.arm].build()
+    given = lesson(settings, cell, run.seed, folder)
+    student = copy.deepcopy(given.base)
+    signals = Signals(arm.requires, given, settings.psft_refresh)
+    adam, at = models.optimiser(student.train(), run.rate, given.steps)
     norms, clipped, first, last, updates = 0.0, 0.0, math.nan, math.nan, 0.0
-    for step in range(settings.steps):
-        batch = data[step * settings.batch : (step + 1) * settings.batch]
+    for step, batch in enumerate(given.batches):
         states = hidden(student, batch)
+        taught = given.taught[step] if "teacher" in arm.requires else None
         out = qt.linear_target_loss(
-            states, student.lm_head.weight, batch.labels[:, 1:], target, **signals.of(student, batch, states, step)
+            states,
+            student.lm_head.weight,
+            batch.labels[:, 1:],
+            arm.at(step, given.steps),
+            **signals.of(student, batch, states, step, taught),
         )
         out.loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), math.inf if cell.clip is None else cell.clip))
-        norms += norm / settings.steps
-        clipped += (norm if cell.clip is None else min(norm, cell.clip)) / settings.steps
-        updates += float(out.stats["update"].nanmean()) / settings.steps
+        norms += norm / given.steps
+        clipped += (norm if cell.clip is None else min(norm, cell.clip)) / given.steps
+        updates += float(out.stats["update"].nanmean()) / given.steps
         nll = float(out.stats["nll"].nanmean())
         first, last = nll if step == 0 else first, nll
         for group in adam.param_groups:
@@ -96,21 +127,21 @@ def train(settings: Settings, run: Run, folder: Path) -> tuple[Model, Signals, d
         adam.zero_grad()
     if not all(bool(p.isfinite().all()) for p in student.parameters()):
         raise RuntimeError(f"{run} has weights that are not finite")
-    tokens = int((data.ids != chains.PAD).sum())
     figures = {
         "norm": norms,
         "norm_clipped": clipped,
         "update": updates,
         "nll_first": first,
         "nll_last": last,
-        "tokens": tokens,
+        "tokens": given.tokens,
         # 6 N D for the student; 2 N D for each other model's forward
-        "flops": tokens
+        "flops": given.tokens
         * (
             6 * models.parameters(student)
-            + 2 * models.parameters(teacher) * ("teacher" in target.requires)
-            + 2 * models.parameters(base) * len({"reference", "weight", "old_policy"} & set(target.requires))
+            + 2 * models.parameters(given.teacher) * ("teacher" in arm.requires)
+            + 2 * models.parameters(given.base) * len({"reference", "weight", "old_policy"} & set(arm.requires))
         ),
+        "seconds": time.perf_counter() - start,
     }
     return student.eval(), signals, figures
 
@@ -137,14 +168,10 @@ def bits(right: Tensor) -> list[int]:
 def answers(settings: Settings, model: Model, seed: int) -> dict[str, Any]:
     """Scores on the test problems, and the temperature chosen on the dev problems."""
     test = chains.problems("test", settings.test_problems, settings.lengths)
-    dev = chains.problems("dev", settings.dev_problems, settings.lengths)
     longer = chains.problems("test", settings.test_problems // 2, (settings.longer,))
     completions, entropy = sample(model, test, settings.samples, 1.0, f"test {seed}")
     right = torch.tensor([[chains.is_right(p, c) for c in made] for p, made in zip(test, completions, strict=True)])
-    at_dev = {
-        t: float(verdicts(model, dev, settings.dev_samples, t, f"dev {seed}").float().mean())
-        for t in settings.temperatures
-    }
+    at_dev = {t: _dev(settings, model, seed, t) for t in settings.temperatures}
     best = max(at_dev, key=lambda t: at_dev[t])
     at_best = right if best == 1.0 else verdicts(model, test, settings.samples, best, f"test {seed}")
     return {
@@ -158,6 +185,12 @@ def answers(settings: Settings, model: Model, seed: int) -> dict[str, Any]:
         "style_entropy": style_entropy([c for made in completions for c in made]),
         "unfinished": sum(chains.EOS not in c for made in completions for c in made) / right.numel(),
     }
+
+
+def _dev(settings: Settings, model: Model, seed: int, temperature: float) -> float:
+    """avg on the dev problems."""
+    dev = chains.problems("dev", settings.dev_problems, settings.lengths)
+    return float(verdicts(model, dev, settings.dev_samples, temperature, f"dev {seed}").float().mean())
 
 
 def style_entropy(completions: list[list[int]]) -> float:
@@ -227,37 +260,38 @@ def other_layout(settings: Settings, model: Model, seed: int) -> float:
     return float((top == rows.labels[:, 1:])[is_result].float().mean())
 
 
+def tried(settings: Settings, run: Run, folder: Path) -> dict[str, Any]:
+    """Train, and score on the dev problems alone: what chooses a learning rate."""
+    student, _, figures = train(settings, run, folder)
+    return {"target": ARMS[run.arm].target, "training": figures, "dev": {"1.0": _dev(settings, student, run.seed, 1.0)}}
+
+
 def finished(settings: Settings, run: Run, folder: Path) -> dict[str, Any]:
-    """Train and measure; the content of the run's file."""
+    """Train and measure; the content of the run's record."""
     start = time.perf_counter()
-    target = ARMS[run.arm].build()
+    arm = ARMS[run.arm].build()
     student, signals, figures = train(settings, run, folder)
-    seconds = time.perf_counter() - start
     return {
-        "seed": run.seed,
-        "cell": run.cell,
-        "arm": run.arm,
         "target": ARMS[run.arm].target,
-        "rate": run.rate,
-        "settings": settings.record(),
-        "training": figures | {"seconds": seconds},
+        "training": figures,
         **answers(settings, student, run.seed),
         "other_layout": other_layout(settings, student, run.seed),
-        "before": probe(settings, signals.base, signals, target, run.seed),
-        "after": probe(settings, student, signals, target, run.seed),
+        "before": probe(settings, signals.base, signals, arm.at(0, 1), run.seed),
+        "after": probe(settings, student, signals, arm.final, run.seed),
         "seconds": time.perf_counter() - start,
     }
 
 
-def models_of(settings: Settings, seed: int, folder: Path) -> dict[str, Any]:
+def models_of(plan: Plan, seed: int, folder: Path) -> dict[str, Any]:
     """The scores of a seed's untrained arms: bases (at several temperatures, the sharpening control) and teachers."""
+    settings = plan.settings
     test = chains.problems("test", settings.test_problems, settings.lengths)
     made: dict[str, Any] = {"seed": seed, "settings": settings.record(), "models": {}}
-    for name in ("weak", "base", "good", "bad", "misaligned", "sharp"):
+    for name in plan.models:
         model = models.made(settings, seed, name, folder)
         entry = answers(settings, model, seed) | {"other_layout": other_layout(settings, model, seed)}
         entry["parameters"] = models.parameters(model)
-        if name in ("weak", "base"):
+        if name in models.BASES:
             entry["at_temperature"] = {
                 str(t): bits(verdicts(model, test, settings.samples, t, f"test {seed}")) for t in settings.temperatures
             }
