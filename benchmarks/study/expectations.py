@@ -1,8 +1,9 @@
 """What was expected, of each plan before its first result. Sources: the papers of the objectives, and what others found.
 
-Before the first plan, a trial of six arms had been seen, with a seed that is not in it and at one learning rate. Before the
-grid, the first plan had been seen, and a trial on three other seeds: the weak base with the sharp teacher, with and without
-wrong steps, and with the good teacher at a third of its temperature; sft, dft, kd, kd-hybrid and target-sft's dial.
+Before the first plan, a trial of six arms had been seen, with a seed that is not in it and at one learning rate. Before
+the grid, the first plan had been seen, and a trial on three other seeds: the weak base with the sharp teacher, with and
+without wrong steps, and with the good teacher at a third of its temperature; sft, dft, kd, kd-hybrid and target-sft's
+dial.
 
 A side is CELL/ARM, or MODEL or MODEL@best (at the temperature chosen on dev problems) of ``models``: base, weak, good ...
 ``all/ARM`` is the mean over the cells of the grid. A sum of sides is written with −, for how a difference changes between
@@ -12,7 +13,6 @@ two cells.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
 
 SAME = "no difference shown"
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cells import Run
+import rates
+from cells import Plan, Run
 from settings import Settings
 
 Content = dict[str, Any]
-
-
-def path_of(folder: Path, run: Run) -> Path:
-    """folder: ``dev`` or ``test`` of a plan."""
-    return folder / run.cell / f"seed-{run.seed}.json"
 
 
 def read(path: Path, settings: Settings) -> Content | None:
@@ -33,23 +30,78 @@ def read(path: Path, settings: Settings) -> Content | None:
     return content
 
 
-def finished(folder: Path, runs: list[Run], settings: Settings) -> dict[Run, Content]:
-    """Those of the runs that are on record."""
-    files = {path: read(path, settings) for path in {path_of(folder, run): None for run in runs}}
-    there = {}
-    for run in runs:
-        content = files[path_of(folder, run)]
-        found = [] if content is None else [c for c in content["runs"] if (c["arm"], c["rate"]) == (run.arm, run.rate)]
-        if found:
-            there[run] = found[0]
-    return there
+@dataclass(frozen=True)
+class Record:
+    """The results of a plan, and the learning rates that follow from them. folder: that of the plan."""
 
+    plan: Plan
+    folder: Path
 
-def add(folder: Path, run: Run, settings: Settings, content: Content) -> None:
-    path = path_of(folder, run)
-    held = read(path, settings) or {"seed": run.seed, "cell": run.cell, "settings": settings.record(), "runs": []}
-    held["runs"].append({"arm": run.arm, "rate": run.rate, **content})
-    write(path, held)
+    def path(self, kind: str, run: Run) -> Path:
+        """kind: dev or test."""
+        return self.folder / kind / run.cell / f"seed-{run.seed}.json"
+
+    def models(self, seed: int) -> Path:
+        return self.folder / f"models/seed-{seed}.json"
+
+    def finished(self, kind: str, runs: list[Run]) -> dict[Run, Content]:
+        """Those of the runs that are on record."""
+        files = {path: read(path, self.plan.settings) for path in {self.path(kind, run): None for run in runs}}
+        held = {
+            Run(content["seed"], content["cell"], one["arm"], one["rate"]): one
+            for content in files.values()
+            if content is not None
+            for one in content["runs"]
+        }
+        return {run: held[run] for run in runs if run in held}
+
+    def add(self, kind: str, run: Run, content: Content) -> None:
+        path, settings = self.path(kind, run), self.plan.settings
+        held = read(path, settings) or {"seed": run.seed, "cell": run.cell, "settings": settings.record(), "runs": []}
+        held["runs"].append({"arm": run.arm, "rate": run.rate, **content})
+        write(path, held)
+
+    # -- learning rates --------------------------------------------------------------------------------------------
+
+    def dev(self) -> dict[tuple[str, str], dict[float, list[Content]]]:
+        """{(cell, arm): {rate: contents}} of the rates that every dev seed has on record."""
+        plan = self.plan
+        tried = [(*pair, rate) for pair in plan.tuned for rate in sorted({*plan.settings.rates, *rates.LADDER})]
+        there = self.finished("dev", plan.dev_runs(tried))
+        found: dict[tuple[str, str], dict[float, list[Content]]] = {}
+        for cell, arm, rate in tried:
+            contents = [there[run] for run in plan.dev_runs([(cell, arm, rate)]) if run in there]
+            if len(contents) == len(plan.settings.dev_seeds):
+                found.setdefault((cell, arm), {})[rate] = contents
+        return found
+
+    def scores(self) -> dict[tuple[str, str], dict[float, list[float]]]:
+        """As ``dev``, of each run its avg on the dev problems at temperature 1."""
+        return {
+            pair: {rate: [content["dev"]["1.0"] for content in contents] for rate, contents in tried.items()}
+            for pair, tried in self.dev().items()
+        }
+
+    def rates_to_try(self) -> list[tuple[str, str, float]]:
+        """(cell, arm, rate) that are not on record and are wanted now; none where there is but one rate."""
+        there, wanted = self.scores(), []
+        for pair in self.plan.tuned if self._chooses else ():
+            scores = there.get(pair, {})
+            missing = [rate for rate in self.plan.settings.rates if rate not in scores]
+            if not missing and self.plan.settings.widen and (further := rates.next_of(scores)) is not None:
+                missing = [further]
+            wanted += [(*pair, rate) for rate in missing]
+        return wanted
+
+    def rates(self) -> dict[tuple[str, str], float]:
+        """{(cell, arm): rate}, once nothing is left to try."""
+        if not self._chooses:
+            return dict.fromkeys(self.plan.tuned, self.plan.settings.rates[0])
+        return {pair: rates.best(scores) for pair, scores in self.scores().items()}
+
+    @property
+    def _chooses(self) -> bool:
+        return self.plan.settings.widen or len(self.plan.settings.rates) > 1
 
 
 def write(path: Path, content: Content) -> None:

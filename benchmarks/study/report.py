@@ -4,276 +4,123 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import pictures
-from arms import ARMS, CELLS, DIALS, FEW, PRESETS
-from chains import KINDS
-from expectations import EXPECTED
-from results import Contrast, Results
+import cells
+from arms import DIALS, PRESETS
+from cells import CORNER
+from expectations import EXPECTED, EXPECTED_OF_THE_GRID
+from page import grid_pictures, grid_tables, pictures, tables
+from page.grid_tables import MEASURES
+from page.tables import percent, signed, table
+from records import Record
+from regret import Regret
+from results import Results
 from run import QUICK_BUILD, RESULTS, ROOT
-from settings import FULL, QUICK, Settings
 
-HERE = Path(__file__).parent
-TEACHERS = ("good", "sharp", "bad", "misaligned")
+PAGE = Path(__file__).parent / "page"
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = ["---", *("--:" for _ in head[1:])]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *lines])
+class Report:
+    """axes, grid: results of the two plans. regrets: of the grid, a measure each."""
 
+    def __init__(self, folder: Path, quick: bool):
+        self.axes, self.grid = (Results(Record(plan, folder / plan.name)) for plan in cells.plans(quick))
+        for results in (self.axes, self.grid):
+            if not results.seeds:
+                raise SystemExit(f"{results.plan.name}: no seed is finished yet; make study goes on")
+        self.regrets = {measure: Regret(self.grid, measure) for measure in MEASURES}
 
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+    def page(self) -> str:
+        axes, grid = self.axes, self.grid
+        settings, both = axes.settings, (axes, grid)
+        runs = [content for results in both for content in results.runs.values()]
+        tried = [c for results in both for rates in results.dev.values() for found in rates.values() for c in found]
+        seconds = sum(c["seconds"] for c in runs) + sum(c["training"]["seconds"] for c in tried)
+        small = [arm.name for arm in PRESETS]
+        expected, met = tables.expectation_table(axes, EXPECTED)
+        grid_expected, grid_met = tables.expectation_table(grid, EXPECTED_OF_THE_GRID)
+        values = {
+            "seeds": str(len(axes.seeds)),
+            "runs": f"{len(runs) + len(tried):,}",
+            "hours": f"{seconds / 3600:.1f}",
+            "machine": ", ".join(sorted({content["machine"]["processor"] for content in runs})),
+            "torch": ", ".join(sorted({content["machine"]["torch"] for content in runs})),
+            "problems": str(settings.test_problems),
+            "samples": str(settings.samples),
+            "steps": str(settings.steps),
+            "batch": str(settings.batch),
+            "student": f"{axes.models[axes.seeds[0]]['base']['parameters']:,}",
+            "teacher": f"{axes.models[axes.seeds[0]]['good']['parameters']:,}",
+            "models": tables.model_table(axes),
+            "rates": tables.rate_table(axes) if axes.scores else "There was one.",
+            "presets": tables.centre_table(axes, small),
+            "costs": tables.cost_table(axes, small),
+            "dials": tables.centre_table(axes, ["dft", "beyond-log", "target-sft", *(arm.name for arm in DIALS)]),
+            "cells": table(
+                ["cell", "differs from the centre by"], [[c.name, c.says] for c in axes.plan.cells.values()]
+            ),
+            "cells_avg": tables.cell_table(axes, "avg"),
+            "cells_pass": tables.cell_table(axes, "pass"),
+            "kinds": tables.kind_table(axes),
+            "controls": tables.control_table(axes),
+            "expected": expected,
+            "met": f"{met} of {len(EXPECTED)}",
+            "losses": tables.losses(axes),
+            "identity": tables.identity(axes),
+            "conditions": str(len(grid.plan.cells)),
+            "dev_seeds": str(len(grid.settings.dev_seeds)),
+            "regret": grid_tables.regret_table(grid, self.regrets),
+            "grid_models": grid_tables.model_table(grid),
+            **{f"grid_{measure}": grid_tables.score_table(grid, measure) for measure in MEASURES},
+            "corner": grid_tables.corner_table(grid),
+            "corner_kinds": grid_tables.kind_table(grid, CORNER),
+            "grid_rates": grid_tables.rate_table(grid),
+            "at_an_end": grid_tables.at_an_end(grid),
+            "grid_expected": grid_expected,
+            "grid_met": f"{grid_met} of {len(EXPECTED_OF_THE_GRID)}",
+        }
+        text = (PAGE / "study.md.in").read_text()
+        for name, value in values.items():
+            text = text.replace("{{" + name + "}}", value)
+        return self.filled(text)
 
+    def filled(self, text: str) -> str:
+        """Figures in a sentence, so that none is written by hand.
 
-def signed(found: Contrast, unit: float = 100) -> str:
-    mark = "" if found.says == "no difference shown" else " *"
-    return f"{unit * found.value:+.1f} [{unit * found.low:+.1f}, {unit * found.high:+.1f}]{mark}"
+        ``{{mean SIDE MEASURE}}``, ``{{LEFT vs RIGHT MEASURE}}``; of the probe ``{{taught SIDE WHEN KIND FIGURE}}``; and
+        of the grid ``{{regret ARM MEASURE}}``, ``{{worst ARM MEASURE}}`` and ``{{best CELL MEASURE}}``.
+        """
 
+        def mean(side: str, measure: str) -> str:
+            value = self._of(side).mean(side, measure)
+            return f"{value:.2f}" if "entropy" in measure else percent(value)
 
-def model_table(results: Results) -> str:
-    names = {"base": "base", "weak": "weak base", **{name: f"{name} teacher" for name in TEACHERS}}
-    n = results.settings.samples
-    head = [
-        "model",
-        f"avg@{n}",
-        "at its best temperature",
-        "greedy",
-        f"pass@{n}",
-        "entropy",
-        "style entropy",
-        "other layout",
-    ]
-    lines = [
-        [
-            label,
-            *(percent(results.mean(name, measure)) for measure in ("avg", "best", "greedy", "pass")),
-            f"{results.mean(name, 'entropy'):.3f}",
-            f"{results.mean(name, 'style_entropy'):.2f}",
-            percent(results.mean(name, "other_layout")),
-        ]
-        for name, label in names.items()
-    ]
-    return table(head, lines)
+        def contrast(left: str, right: str, measure: str) -> str:
+            made = self._of(left).contrast(left, right, measure)
+            if "entropy" in measure:
+                return f"{made.value:+.2f} [{made.low:+.2f}, {made.high:+.2f}]"
+            return signed(made).removesuffix(" *")
 
+        def taught(side: str, when: str, kind: str, figure: str) -> str:
+            value = self._of(side).kind(side, when, kind, figure)
+            return "none" if value is None else f"{value:.2f}"
 
-def rate_table(results: Results) -> str:
-    rates = results.settings.rates
-    lines = []
-    for arm in PRESETS:
-        found = [results.dev[arm.name, rate] for rate in rates]
-        means = [sum(c["dev"]["1.0"] for c in contents) / len(contents) for contents in found]
-        lines.append([arm.name, *map(percent, means), f"{results.rates[arm.name]:g}"])
-    return table(["arm", *(f"{rate:g}" for rate in rates), "kept"], lines)
+        made = {
+            r"\{\{mean (\S+) ([\w@]+)\}\}": mean,
+            r"\{\{(\S+) vs (\S+) ([\w@]+)\}\}": contrast,
+            r"\{\{taught (\S+) (\w+) (\w+) (\w+)\}\}": taught,
+            r"\{\{regret (\S+) (\w+)\}\}": lambda arm, m: grid_tables.points(self.regrets[m].mean(arm)),
+            r"\{\{worst (\S+) (\w+)\}\}": lambda arm, m: grid_tables.points(self.regrets[m].worst(arm)[1]),
+            r"\{\{best (\S+) (\w+)\}\}": lambda cell, m: self.regrets[m].best(cell),
+        }
+        for pattern, fill in made.items():
+            text = re.sub(pattern, lambda found, fill=fill: fill(*found.groups()), text)
+        return text
 
-
-def centre_table(results: Results, names: Sequence[str]) -> str:
-    n = results.settings.samples
-    head = [
-        "arm",
-        f"avg@{n}",
-        "to sft",
-        "seeds",
-        "to dft",
-        "at best T",
-        "greedy",
-        f"pass@{n}",
-        "to dft",
-        "one step more",
-    ]
-    lines = []
-    for name in ("base", *names):
-        side = name if name == "base" else f"centre/{name}"
-        to_sft, to_dft = (results.contrast(side, f"centre/{other}", "avg") for other in ("sft", "dft"))
-        lines.append(
-            [
-                name,
-                percent(results.mean(side, "avg")),
-                "" if name == "sft" else signed(to_sft),
-                "" if name == "sft" else f"{to_sft.signs[0]}+ {to_sft.signs[1]}−",
-                "" if name == "dft" else signed(to_dft),
-                *(percent(results.mean(side, m)) for m in ("best", "greedy", "pass")),
-                "" if name == "dft" else signed(results.contrast(side, "centre/dft", "pass")),
-                percent(results.mean(side, "longer")),
-            ]
-        )
-    return table(head, lines)
-
-
-def cost_table(results: Results, names: Sequence[str]) -> str:
-    head = ["arm", "entropy", "style entropy", "other layout", "KL to base", "gradient norm", "clipped", "GFLOP"]
-    lines = []
-    for name in names:
-        side = f"centre/{name}"
-        lines.append(
-            [
-                name,
-                f"{results.mean(side, 'entropy'):.3f}",
-                f"{results.mean(side, 'style_entropy'):.2f}",
-                percent(results.mean(side, "other_layout")),
-                f"{results.mean(side, 'kl'):.3f}",
-                f"{results.mean(side, 'norm'):.3f}",
-                f"{results.mean(side, 'norm_clipped'):.3f}",
-                f"{results.mean(side, 'gflops'):.0f}",
-            ]
-        )
-    return table(head, lines)
-
-
-def cell_table(results: Results, measure: str) -> str:
-    head = ["cell", *FEW, "target-sft − sft", "target-sft − dft", "target-sft − kd"]
-    lines = []
-    for cell in CELLS.values():
-        ours = f"{cell.name}/target-sft"
-        if not results.has(ours):
-            continue
-        values = [percent(results.mean(f"{cell.name}/{arm}", measure)) for arm in FEW]
-        lines.append(
-            [
-                cell.name,
-                *values,
-                *(signed(results.contrast(ours, f"{cell.name}/{o}", measure)) for o in ("sft", "dft", "kd")),
-            ]
-        )
-    return table(head, lines)
-
-
-def kind_table(results: Results) -> str:
-    head = [
-        "arm",
-        *(f"{what}, {kind}" for what in ("p before", "trust", "rest on right others", "p after") for kind in KINDS),
-    ]
-    lines = []
-    for arm in FEW:
-        cells = []
-        for when, figure in (("before", "p"), ("before", "trust"), ("before", "on_right_others"), ("after", "p")):
-            for kind in KINDS:
-                value = results.kind(f"centre/{arm}", when, kind, figure)
-                cells.append("" if value is None else f"{value:.2f}")
-        lines.append([arm, *cells])
-    return table(head, lines)
-
-
-def control_table(results: Results) -> str:
-    head = ["control", f"avg@{results.settings.samples}", "minus dft at the centre"]
-    lines = []
-    for label, side in (
-        ("base at temperature 1", "base"),
-        ("base at the temperature best on dev problems", "base@best"),
-        ("sft at the temperature best on dev problems", "centre/sft@best"),
-        ("sft on the base's own samples", "own-samples/sft"),
-        ("dft on the base's own samples", "own-samples/dft"),
-        ("dft at the temperature best on dev problems", "centre/dft@best"),
-        ("target-sft at the temperature best on dev problems", "centre/target-sft@best"),
-    ):
-        lines.append([label, percent(results.mean(side, "avg")), signed(results.contrast(side, "centre/dft", "avg"))])
-    return table(head, lines)
-
-
-def expectation_table(results: Results) -> tuple[str, int]:
-    lines, met = [], 0
-    for expected in EXPECTED:
-        found = results.contrast(expected.left, expected.right, expected.measure)
-        holds = found.says == expected.wanted
-        met += holds
-        unit = 1 if expected.measure == "entropy" else 100
-        lines.append(
-            [
-                f"{expected.left} **{expected.wanted}** {'from' if 'no' in expected.wanted else 'than'} {expected.right}"
-                f" ({expected.measure}): {expected.why}",
-                signed(found, unit) if unit == 100 else f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]",
-                f"{found.signs[0]}+ {found.signs[1]}−",
-                "met" if holds else f"**not met**: {found.says}",
-            ]
-        )
-    return table(["expected", "found", "seeds", ""], lines), met
-
-
-def losses(results: Results) -> str:
-    """Every cell and arm of the five that target-sft is shown to be behind."""
-    lines = []
-    for cell in CELLS.values():
-        if not results.has(f"{cell.name}/target-sft"):
-            continue
-        for measure in ("avg", "pass"):
-            for arm in FEW[:-1]:
-                found = results.contrast(f"{cell.name}/target-sft", f"{cell.name}/{arm}", measure)
-                if found.says == "lower":
-                    name = f"{measure}@{results.settings.samples}"
-                    lines.append([cell.name, CELLS[cell.name].says, name, arm, signed(found)])
-    return table(["cell", "", "measure", "behind", "difference"], lines) if lines else "None was shown."
-
-
-def page(results: Results, settings: Settings) -> str:
-    expected, met = expectation_table(results)
-    machines = sorted({content["machine"]["processor"] for content in results.runs.values()})
-    torch = sorted({content["machine"]["torch"] for content in results.runs.values()})
-    seconds = sum(c["seconds"] for c in results.runs.values()) + sum(
-        c["seconds"] for f in results.dev.values() for c in f
-    )
-    text = (HERE / "study.md.in").read_text()
-    small = [arm.name for arm in PRESETS]
-    values = {
-        "seeds": str(len(results.seeds)),
-        "runs": str(len(results.runs) + sum(map(len, results.dev.values()))),
-        "hours": f"{seconds / 3600:.1f}",
-        "machine": ", ".join(machines),
-        "torch": ", ".join(torch),
-        "problems": str(settings.test_problems),
-        "samples": str(settings.samples),
-        "steps": str(settings.steps),
-        "batch": str(settings.batch),
-        "student": f"{results.models[results.seeds[0]]['base']['parameters']:,}",
-        "teacher": f"{results.models[results.seeds[0]]['good']['parameters']:,}",
-        "models": model_table(results),
-        "rates": rate_table(results),
-        "presets": centre_table(results, small),
-        "costs": cost_table(results, small),
-        "dials": centre_table(results, ["dft", "beyond-log", "target-sft", *(arm.name for arm in DIALS)]),
-        "cells": table(["cell", "differs from the centre by"], [[c.name, c.says] for c in CELLS.values()]),
-        "cells_avg": cell_table(results, "avg"),
-        "cells_pass": cell_table(results, "pass"),
-        "kinds": kind_table(results),
-        "controls": control_table(results),
-        "expected": expected,
-        "met": f"{met} of {len(EXPECTED)}",
-        "losses": losses(results),
-        "identity": identity(results),
-    }
-    for name, value in values.items():
-        text = text.replace("{{" + name + "}}", value)
-    return filled(text, results)
-
-
-def filled(text: str, results: Results) -> str:
-    """``{{mean SIDE MEASURE}}`` and ``{{LEFT vs RIGHT MEASURE}}`` in a sentence, so that no figure is written by hand."""
-
-    def mean(found: re.Match[str]) -> str:
-        value = results.mean(found[1], found[2])
-        return f"{value:.2f}" if "entropy" in found[2] else percent(value)
-
-    def contrast(found: re.Match[str]) -> str:
-        made = results.contrast(found[1], found[2], found[3])
-        if "entropy" in found[3]:
-            return f"{made.value:+.2f} [{made.low:+.2f}, {made.high:+.2f}]"
-        return signed(made).removesuffix(" *")
-
-    text = re.sub(r"\{\{mean (\S+) ([\w@]+)\}\}", mean, text)
-    return re.sub(r"\{\{(\S+) vs (\S+) ([\w@]+)\}\}", contrast, text)
-
-
-def identity(results: Results) -> str:
-    """target-sft at eta 0 trains as dft does where both have one rate; said only where it was so."""
-    assert ARMS["target-sft-0.0"].rate_of == "target-sft"
-    if results.rates["target-sft"] != results.rates["dft"]:
-        return "the two had different learning rates here, so that they cannot be compared run by run"
-    same = sum(
-        a["test"] == b["test"]
-        for a, b in zip(results.of("centre/target-sft-0.0"), results.of("centre/dft"), strict=True)
-    )
-    return f"all samples of {same} of {len(results.seeds)} seeds have the same verdicts"
+    def _of(self, side: str) -> Results:
+        name = side.split("/")[0]
+        return self.grid if name in ("all", "middle", *self.grid.plan.cells) else self.axes
 
 
 def main() -> None:
@@ -282,15 +129,13 @@ def main() -> None:
     parser.add_argument("--build", type=Path, default=QUICK_BUILD, help="folder of the quick form")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the page goes; default docs")
     args = parser.parse_args()
-    settings = QUICK if args.quick else FULL
     folder, docs = (args.build / "results", args.build) if args.quick else (RESULTS, args.docs)
-    results = Results(settings, folder)
-    if not results.seeds:
-        raise SystemExit("no seed is finished yet; make study goes on")
-    pictures.draw(results, docs / "assets")
-    (docs / "study.md").write_text(page(results, settings))
-    (docs / "choosing.md").write_text(filled((HERE / "choosing.md.in").read_text(), results))
-    print(f"{docs / 'study.md'}: {len(results.seeds)} seeds")
+    report = Report(folder, args.quick)
+    pictures.draw(report.axes, docs / "assets")
+    grid_pictures.draw(report.grid, report.regrets, docs / "assets")
+    (docs / "study.md").write_text(report.page())
+    (docs / "choosing.md").write_text(report.filled((PAGE / "choosing.md.in").read_text()))
+    print(f"{docs / 'study.md'}: {len(report.axes.seeds)} and {len(report.grid.seeds)} seeds")
 
 
 if __name__ == "__main__":

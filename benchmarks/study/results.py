@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import arms
 import numpy as np
-from arms import CELLS, WITH_TEACHER
-from settings import Settings
+import records
+from arms import WITH_TEACHER
+from records import Content, Record
 
 from qtarget.evaluation import scores
-
-Content = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,53 +28,46 @@ class Contrast:
 
 
 class Results:
-    """seeds: those whose every run is on record. rates: of the arms."""
+    """A plan's results.
 
-    def __init__(self, settings: Settings, folder: Path):
-        self.settings, self.folder = settings, folder
-        self.dev = {
-            (run.arm, run.rate): [self._read(f"dev/{other.file}") for other in same]
-            for run in arms.dev_runs(settings.dev_seeds[:1], settings.rates)
-            for same in [[arms.Run(seed, "centre", run.arm, run.rate) for seed in settings.dev_seeds]]
-        }
-        self.rates = arms.chosen_rates(
-            {key: [content["dev"]["1.0"] for content in found] for key, found in self.dev.items()}
-        )
-        self.seeds = [
-            seed
-            for seed in settings.seeds
-            if (folder / f"models/seed-{seed}.json").exists()
-            and all((folder / "test" / run.file).exists() for run in arms.test_runs([seed], self.rates))
-        ]
-        self.models = {seed: self._read(f"models/seed-{seed}.json")["models"] for seed in self.seeds}
-        self.runs = {
-            (run.cell, run.arm, run.seed): self._read(f"test/{run.file}")
-            for run in arms.test_runs(self.seeds, self.rates)
-        }
+    seeds: those whose every run is on record. dev, scores, rates: as of the record.
+    """
 
-    def _read(self, name: str) -> Content:
-        content = json.loads((self.folder / name).read_text())
-        if content["settings"] != json.loads(json.dumps(self.settings.record())):
-            raise SystemExit(f"{name} was made with other settings")
-        return content
+    def __init__(self, record: Record):
+        self.plan, self.settings = record.plan, record.plan.settings
+        self.dev, self.scores, self.rates = record.dev(), record.scores(), record.rates()
+        wanted = {pair for pair in self.plan.tuned if pair not in self.rates}
+        runs = {seed: [] if wanted else self.plan.test_runs(self.rates, [seed]) for seed in self.settings.seeds}
+        there = {seed: record.finished("test", runs[seed]) for seed in runs}
+        models = {seed: records.read(record.models(seed), self.settings) for seed in runs}
+        self.seeds = [seed for seed in runs if runs[seed] and len(there[seed]) == len(runs[seed]) and models[seed]]
+        self.models = {seed: content["models"] for seed, content in models.items() if content and seed in self.seeds}
+        self.runs = {(run.cell, run.arm, seed): content for seed in self.seeds for run, content in there[seed].items()}
 
     def of(self, side: str) -> list[Content]:
-        """One content a seed. A teacher's cell has the centre's runs of arms without a teacher."""
+        """One content a seed."""
         side = side.removesuffix("@best")
         if "/" not in side:
             return [self.models[seed][side] for seed in self.seeds]
         cell, arm = side.split("/")
-        if cell.startswith("teacher-") and arm not in WITH_TEACHER:
-            cell = "centre"
-        return [self.runs[cell, arm, seed] for seed in self.seeds]
+        return [self.runs[self.plan.cells[cell].has(arm), arm, seed] for seed in self.seeds]
 
     def has(self, side: str) -> bool:
-        cell, _, arm = side.partition("/")
-        return not arm or arm in CELLS[cell].arms or (cell.startswith("teacher-") and arm in CELLS["centre"].arms)
+        cell, arm = side.split("/")
+        return arm in self.plan.cells[self.plan.cells[cell].has(arm)].arms
+
+    def arms_of(self, cell: str) -> list[str]:
+        """All that are compared in a condition, those whose runs are in another cell first."""
+        here = self.plan.cells[cell]
+        shared = [arm for arm in self.plan.cells[here.labels_from or cell].arms if arm not in WITH_TEACHER]
+        return list(dict.fromkeys([*shared, *here.arms]))
 
     # -- measures, [seeds, problems] or [seeds, 1] ------------------------------------------------------------------
 
     def measure(self, side: str, name: str) -> np.ndarray:
+        if side.startswith("all/"):
+            arm = side.removeprefix("all/")
+            return np.mean([self.measure(f"{cell}/{arm}", name) for cell in self.plan.cells], 0)
         contents = self.of(side)
         n = self.settings.samples
         if name == "avg":

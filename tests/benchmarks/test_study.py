@@ -118,17 +118,135 @@ def test_sampling_with_a_cache_is_sampling_without(chains):
 
 
 def test_the_rate_of_an_arm(chains):
-    import arms
+    import rates
 
-    scores = {("a", 1e-3): [0.4, 0.6], ("a", 1e-4): [0.5, 0.5], ("a", 1e-2): [0.9, 0.0], ("b", 1e-3): [0.0]}
-    assert arms.chosen_rates(scores) == {"a": 1e-4, "b": 1e-3}
-    assert {arm.name for arm in arms.PRESETS} <= {*arms.CELLS["centre"].arms}
-    assert len(arms.PRESETS) == 15
+    assert rates.best({1e-3: [0.4, 0.6], 1e-4: [0.5, 0.5], 1e-2: [0.9, 0.0]}) == 1e-4
+    assert rates.next_of({1e-3: [0.1], 3e-3: [0.3], 1e-2: [0.2]}) is None
+    assert rates.next_of({1e-3: [0.1], 3e-3: [0.3], 1e-2: [0.4]}) == 3e-2
+    assert rates.next_of({1e-3: [0.5], 3e-3: [0.3], 1e-2: [0.4]}) == 3e-4
+    assert rates.next_of({rate: [rate] for rate in rates.LADDER}) is None  # the ladder ends
+    assert rates.next_of({rate: [-rate] for rate in rates.LADDER}) is None
+
+
+def test_rates_are_tried_until_the_best_is_at_no_edge(chains, tmp_path):
+    """Scores with a top at 0.03: the record asks for it, and then for the one beyond it, and then for none."""
+    from dataclasses import replace
+
+    import records
+    from cells import CELLS, Plan
+    from settings import FULL_GRID
+
+    cell = replace(CELLS["weak-sharp"], arms=("sft",))
+    record = records.Record(Plan("one", replace(FULL_GRID, dev_seeds=(7, 8)), {cell.name: cell}, {}), tmp_path)
+    asked = []
+    while wanted := record.rates_to_try():
+        asked.append([rate for _, _, rate in wanted])
+        for run in record.plan.dev_runs(wanted):
+            record.add("dev", run, {"dev": {"1.0": 0.5 - abs(run.rate - 0.03) + run.seed / 100}})
+    assert asked == [[1e-3, 3e-3, 1e-2], [3e-2], [1e-1]]
+    assert record.rates() == {("weak-sharp", "sft"): 3e-2}
+    assert [run.rate for run in record.plan.test_runs(record.rates(), [1])] == [3e-2]
+
+
+def test_a_plan_from_its_models_to_its_end(chains, tmp_path):
+    """Really trained: rates are tried on the dev seeds and further at an edge; stopped in between, it goes on."""
+    from dataclasses import replace
+    from multiprocessing.pool import ThreadPool
+
+    import records
+    import run
+    from cells import CELLS, Plan
+    from settings import QUICK
+
+    cell = replace(CELLS["weak-sharp"], arms=("sft",))
+    settings = replace(QUICK, pretraining_steps=40, teacher_steps=5, steps=4, rates=(1e-2,), widen=True)
+    record = records.Record(Plan("one", settings, {cell.name: cell}, {}), tmp_path)
+    with ThreadPool(1) as pool:
+        while not run.perform(record, tmp_path / "build", pool, ends=0.0):
+            pass  # stopped after each part
+    (scores,) = record.scores().values()
+    assert len(scores) >= 3  # one at least on each side of the best, or the end of the ladder
+    (test,) = record.finished("test", record.plan.test_runs(record.rates())).values()
+    assert test["rate"] == record.rates()["weak-sharp", "sft"] and test["training"]["nll_last"] > 0
+    tried = record.finished("dev", [run.Run(101, cell.name, "sft", test["rate"])])
+    assert [content["dev"]["1.0"] for content in tried.values()] == scores[test["rate"]]
+
+
+def test_the_two_plans(chains):
+    """Rates are chosen at the centre, and in each cell of the grid; arms without a teacher run once for all teachers."""
+    import arms
+    import cells
+
+    axes, grid = cells.plans(quick=False)
+    assert {cell for cell, _ in axes.tuned} == {"centre"} and len(axes.tuned) == len(arms.PRESETS) == 15
+    assert {cell for cell, _ in grid.tuned} == {*grid.cells}
+    assert [*grid.cells] == [
+        f"{b}-{t}" for b in ("weak", "middle", "strong") for t in ("sharp", "good", "cold", "bad")
+    ] + [f"weak-sharp-{variant}" for variant in ("noise-0", "noise-30", "long")]
+    for cell in grid.cells.values():
+        there = {arm: cell.has(arm) for arm in (*arms.LABELS, *arms.TEACHERS)}
+        assert all(arm in grid.cells[name].arms for arm, name in there.items())
+        assert all(grid.cells[name].base == cell.base for name in there.values())
+        assert all((arm in arms.WITH_TEACHER) <= (name == cell.name) for arm, name in there.items())
+    assert "teacher" not in arms.ARMS["asft"].build().requires and "teacher" in arms.ARMS["gift"].build().requires
+
+
+def test_gift_trusts_a_label_by_what_the_teacher_gives_it(chains):
+    """Half of the trust where the teacher gives it 1/(e^4 − 1)."""
+    import math
+
+    import arms
+    import torch
+
+    import qtarget as qt
+
+    half = 1 / math.expm1(4)
+    teacher = torch.tensor([[half, 1 - half]], dtype=torch.float64).log()
+    out = qt.target_loss(
+        torch.zeros(1, 2, dtype=torch.float64),
+        torch.tensor([0]),
+        arms.ARMS["gift"].build().final,
+        teacher_logits=teacher,
+    )
+    assert out.stats["trust"].item() == pytest.approx(0.5, abs=1e-9)
+
+
+def test_regret_by_hand(chains):
+    """Two conditions, two seeds, two problems; what is behind the best of each, and of all."""
+    from types import SimpleNamespace
+
+    import numpy as np
+    from regret import Regret
+
+    scores = {
+        "one/a": [[1, 1], [1, 1]],
+        "one/b": [[0, 1], [1, 0]],
+        "two/a": [[0, 0], [0, 0]],
+        "two/b": [[0, 0], [1, 0]],
+        "one/c": [[1, 1], [1, 1]],  # not in the other condition, and so no part of it
+    }
+    results = SimpleNamespace(
+        plan=SimpleNamespace(cells=["one", "two"]),
+        arms_of=lambda cell: [side.split("/")[1] for side in scores if side.startswith(cell)],
+        measure=lambda side, name: np.array(scores[side], float),
+    )
+    made = Regret(results, "avg")
+    assert made.arms == ["a", "b"]
+    assert made.behind.tolist() == [[0, 0.5], [0.25, 0]]
+    assert (made.mean("a").value, made.mean("b").value) == (0.125, 0.25)
+    assert made.worst("b")[0] == "one" and made.worst("b")[1].value == 0.5
+    assert (made.best("one"), made.best("two"), made.by_mean) == ("a", "b", ["a", "b"])
+    at = made.at("two", "a")
+    assert at.low == 0 and 0.25 < at.high <= 1  # both problems may be drawn as the one that b solves
+    assert made.at("one", "a").high == 0  # a is best there whatever is drawn
 
 
 def test_further_arms_are_for_the_quick_form():
     asked = {**os.environ, "STUDY_ARMS": "kd+jsd target-sft+skew_kl"}
-    named = "import arms; print([arm.build().name for arm in arms.PRESETS[15:]], 'kd+jsd' in arms.CELLS['centre'].arms)"
+    named = (
+        "import arms, cells; print([arm.build().final.name for arm in arms.PRESETS[15:]], "
+        "'kd+jsd' in cells.CENTRE.arms)"
+    )
     shown = subprocess.run([sys.executable, "-c", named], cwd=STUDY, env=asked, capture_output=True, text=True)
     assert shown.stdout == "['kd', 'target-sft'] True\n", shown.stderr
     refused = subprocess.run(
@@ -157,8 +275,10 @@ def read(path):
 
 
 def runs(folder, cell, arm):
-    (path,) = (folder / "results/test" / cell / arm).glob("*.json")
-    return read(path)
+    """Of either plan: the names of cells differ."""
+    (path,) = (folder / "results").glob(f"*/test/{cell}/*.json")
+    (content,) = [run for run in read(path)["runs"] if run["arm"] == arm]
+    return content
 
 
 def figures(content):
@@ -194,19 +314,20 @@ def test_it_goes_on_where_it_was_and_redoes_the_same(quick):
     """A result that is lost comes again with the same figures, the models being made anew; the others are not touched."""
     paths = sorted((quick / "results").rglob("*.json"))
     before = {path: path.read_bytes() for path in paths}
-    lost = quick / "results/test/centre/target-sft"
-    (path,) = lost.glob("*.json")
-    path.unlink()
+    path = quick / "results/grid/test/weak-sharp/seed-1.json"
+    held = read(path)
+    lost = [run for run in held["runs"] if run["arm"] in ("sft", "target-sft")]
+    path.write_text(json.dumps({**held, "runs": [run for run in held["runs"] if run not in lost]}))
     for model in (quick / "models").glob("*.safetensors"):
         model.unlink()
     assert study(STUDY / "run.py", "--quick", "--build", quick).returncode == 0
     assert sorted((quick / "results").rglob("*.json")) == paths
     assert {p: p.read_bytes() for p in paths if p != path} == {p: b for p, b in before.items() if p != path}
-    again, was = json.loads(path.read_bytes()), json.loads(before[path])
-    for content in (again, was):
+    again = read(path)["runs"][-2:]
+    for content in (*again, *lost):
         content.pop("seconds")
         content["training"].pop("seconds")
-    assert again == was
+    assert again == lost
 
 
 @pytest.mark.full
@@ -216,7 +337,7 @@ def test_the_page_is_drawn_the_same_twice(quick):
         done = study(STUDY / "report.py", "--quick", "--build", quick)
         assert done.returncode == 0, done.stderr
         made.append({p.name: p.read_bytes() for p in [*quick.glob("*.md"), *(quick / "assets").glob("*.svg")]})
-    assert made[0] == made[1] and len(made[0]) == 6
+    assert made[0] == made[1] and len(made[0]) == 8
     assert not any(b"{{" in content for content in made[0].values())
 
 
@@ -224,7 +345,7 @@ def test_results_of_other_settings_are_not_mixed_in(quick, tmp_path):
     import shutil
 
     shutil.copytree(quick, tmp_path / "study")
-    path = tmp_path / "study/results/models/seed-101.json"
+    path = tmp_path / "study/results/one_at_a_time/models/seed-101.json"
     content = read(path)
     content["settings"]["batch"] = 7
     path.write_text(json.dumps(content))

@@ -27,9 +27,12 @@ TEACHERS = {
 def draw(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, make in {"noise": noise, "teachers": teachers, "passes": passes, "kinds": kinds}.items():
-        figure = make(results)
-        figure.savefig(folder / f"study_{name}.svg", metadata={"Date": None})
-        pyplot.close(figure)
+        save(make(results), folder / f"study_{name}.svg")
+
+
+def save(figure, path: Path) -> None:
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
 
 
 def noise(results: Results):
@@ -50,7 +53,7 @@ def noise(results: Results):
 def teachers(results: Results):
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for axis, measure, title in zip(axes, ("avg", "pass"), (_avg(results), _pass(results)), strict=True):
-        for number, arm in enumerate(WITH_TEACHER):
+        for number, arm in enumerate(arm for arm in FEW if arm in WITH_TEACHER):
             for at, cell in enumerate(TEACHERS):
                 low, high = results.interval(f"{cell}/{arm}", measure)
                 x, value = at + 0.2 * (number - 1), 100 * results.mean(f"{cell}/{arm}", measure)
