@@ -145,7 +145,7 @@ gpu-bench: $(VENV)/.ready ## the engine on a GPU: is it right, and how fast? ten
 gpu-check: $(VENV)/.ready ## is the engine right on this GPU? every published case, host reads, memory checker
 	@$(BIN)/python benchmarks/gpu.py --check $(BENCH_ARGS)
 
-# Less than two hours on two cores in all; interrupted, it goes on where it was.
+# Some four hours on two cores in all; interrupted, it goes on where it was. BENCH_ARGS="--minutes 60" stops by itself.
 study: $(VENV)/.ready ## the controlled study of docs/study.md: what is not on record yet, then the page
 	$(BIN)/python benchmarks/study/run.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/study/report.py
