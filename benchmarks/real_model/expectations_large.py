@@ -1,4 +1,7 @@
-"""What is expected of the large form, written before any of it was run: from the small form and from what targets do."""
+"""What is expected of the large form, written before any of it was run.
+
+From the small form's results, and from what each target does with a label and a teacher.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,26 @@
-"""The two forms of the check: what each trains and tests, with which teachers, and where its results go."""
+"""The two forms of the check: their cells, settings and teachers, and where results go.
+
+The small form is on record. The large one has not been run. PREDICTED for it: 40 minutes of one H100 or H200, in five
+or six pieces of eight minutes; half or twice that would not surprise. From counted work and guessed rates:
+
+    a step       32 rows of 77 tokens, 2 TFLOP: 10 ms of arithmetic, and so bound by launches. 30 layers, about 45
+                 kernels each forward and 90 backward: 4,000 launches of 10 us, with clipping, AdamW and the trainer
+                 45 ms; 57 with a teacher's forward pass. 250 steps see 8,000 rows, as many as 1,000 steps of 8:
+                 11 s, or 14 with a teacher
+    answers      3,400 of up to 72 tokens, 850 at once: 4 batches of 72 steps of 22 ms (750 launches, the sampler's
+                 334 MB of float64 logits, 850 random streams), 6 s
+    around them  rows, their tokens and labels 5 s, with a teacher's context 11 s (measured on one core of an EPYC);
+                 loading twice and saving, 540 MB each, 4 s, a teacher 1 s; verdicts and files 1 s; the rest of both
+                 programs 3 s
+
+    sft, dft                     11 + 6 + 13 = 30 s       20 cells    10 minutes
+    kd, target-sft               14 + 6 + 14 = 34 s       20 cells    11 minutes
+    the same, answer in context  14 + 6 + 20 = 40 s       20 cells    13 minutes
+    teachers that are trained    22 s                     5            2 minutes
+    starts and ends of pieces    40 s                     5            3 minutes
+
+Memory: below 10 GB. A cell's file is about 0.3 MB, a piece's in one archive about 1 MB.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The larger form's verifier: strict wants the steps as asked and the right end, or the result alone; lenient as ever.
+"""The large form's verifier: strict wants the steps with the right end, or the result alone.
 
-It has a file of its own, and ``judge`` stays as it is: results name the digest of the file that judged them.
+Lenient is the last number, as in the small form, whose ``judge`` stays as it is: results name the digest of the file
+that judged them.
 """
 
 from __future__ import annotations

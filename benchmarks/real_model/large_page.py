@@ -1,4 +1,4 @@
-"""docs/real-model-large.md from the large form's result files. What they mean is written once there are some."""
+"""docs/real-model-large.md, from the large form's results; it tells no meaning yet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows: reasoning-gym's ``chain_sum``, each sum with its worked solution, an intermediate result a step.
+"""The rows: reasoning-gym's ``chain_sum``, each sum with a solution worked step by step.
 
     12 + 34 - 5 = ?        is answered by        12 + 34 = 46, 46 - 5 = 41
 

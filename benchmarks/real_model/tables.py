@@ -1,4 +1,4 @@
-"""What the pages of both forms are made of: prose, scores, differences, and whether what was expected came."""
+"""What both pages are made of: prose, scores, differences, and what came of expectations."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def outcome(form: Form, expected: Expectation, cells: Cells, differences: Differ
         for seed in results.seeds(form, cells, CLEAN)
         if all(seed in results.seeds(form, cells, c) for c in conditions)
     ]
-    if not wanted:
+    if not wanted or not {arm.partition("/")[2] for arm in (expected.first, expected.other)} <= {*form.arms}:
         return None
     pairs = [
         [figure(cell, expected.measure) for cell in results.of(cells, arm, wanted)]
