@@ -161,7 +161,7 @@ def run(
         )
         gc.collect()
     if left := open_cells(cells, results):
-        print(f"\n{ran} cells run in this piece, {left} left: the same command goes on", flush=True)
+        print(f"\ncells run in this piece: {ran}, left: {left}; the same command goes on", flush=True)
     return ran
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,15 @@ def test_no_problem_is_both_trained_and_tested_nor_a_students_and_its_teachers(s
     teacher = {key(row) for row in problems.teacher_rows(FULL.teacher_rows, seed, FULL.rows, TESTED, CHAINS)}
     assert (len(student), len(teacher), len(TESTED)) == (FULL.rows, FULL.teacher_rows, FULL.problems)
     assert not student & teacher and not student & TESTED and not teacher & TESTED
+
+
+def test_where_there_are_few_problems_they_are_shared_out():
+    """155 sums of one-digit pairs, of which 110 are used: by chance some would be drawn twice."""
+    few = problems.Sums(2, 2, 1, 1)
+    tested = problems.tested_keys(20, few)
+    student = {key(row) for row in problems.train_rows(60, 1, 0.0, tested, few)}
+    teacher = {key(row) for row in problems.teacher_rows(30, 1, 60, tested, few)}
+    assert not student & teacher and not student & tested and not teacher & tested
 
 
 def test_what_is_taken_is_left_out_in_any_order():
@@ -188,13 +199,13 @@ def test_finished_cells_need_no_teacher_and_a_lost_one_is_made_again_the_same(fi
 
 def test_a_teacher_that_is_not_the_one_on_record_is_made_again(finished, model, tmp_path):
     folder, _ = finished
-    other = replace(TINY, teacher_rows=8)
-    target = [Cell(1, CLEAN, TARGET)]
-    run.run(target, other, tmp_path / "results", tmp_path, model)
-    first = json.loads((tmp_path / "results" / f"{target[0].name}.json").read_text())["teacher"]
-    run.run(target, TINY, tmp_path / "others", tmp_path, model)  # the same scratch folder
-    second = json.loads((tmp_path / "others" / f"{target[0].name}.json").read_text())["teacher"]
-    assert second == results.read(folder)[target[0]]["teacher"] != first
+    cell, here = Cell(1, CLEAN, TARGET), tmp_path / "results"
+    run.run([cell], replace(TINY, teacher_rows=8), tmp_path / "others", tmp_path, model)
+    here.mkdir()
+    shutil.copy(folder / "teacher_seed1.json", here)
+    run.run([cell], TINY, here, tmp_path, model)  # the same scratch folder
+    taught = [results.read(at)[cell]["teacher"] for at in (tmp_path / "others", here, folder)]
+    assert taught[0] != taught[1] == taught[2]
 
 
 def test_a_piece_stops_between_cells_and_the_same_command_goes_on(model, tmp_path, capsys):
@@ -203,7 +214,7 @@ def test_a_piece_stops_between_cells_and_the_same_command_goes_on(model, tmp_pat
         assert run.run(CELLS, TINY, tmp_path / "results", tmp_path, model, run.Clock(0.0)) == 1  # the first always
         done += 1
         assert len(results.read(tmp_path / "results")) == done
-        assert f"1 cells run in this piece, {left} left: the same command goes on" in capsys.readouterr().out
+        assert f"cells run in this piece: 1, left: {left}; the same command goes on" in capsys.readouterr().out
         if done == 2:
             break
     assert run.run(CELLS, TINY, tmp_path / "results", tmp_path, model, run.Clock(60.0)) == len(CELLS) - done
@@ -239,6 +250,13 @@ def test_settings_of_other_runs_are_refused_before_any_work(finished, model, tmp
         run.run([Cell(0, CLEAN, BASE)], TINY, SMALL.results, tmp_path, model)  # the small form's
 
 
+def test_a_package_that_is_missing_is_found_out_before_any_work(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "qtarget", lambda *words: pytest.fail("it began"))
+    monkeypatch.setattr(record, "PACKAGES", ("torch", "no-such-package"))
+    with pytest.raises(PackageNotFoundError, match="no-such-package"):
+        run.run(CELLS, TINY, tmp_path / "results", tmp_path, model)
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -269,7 +287,9 @@ def test_what_a_card_is_told(tmp_path):
 
 
 def test_a_cell_of_a_card_names_it(model, tmp_path, monkeypatch):
-    """The CPU can train and answer in bfloat16, too."""
+    """The CPU can train and answer in bfloat16, too, where it is asked to in so many words."""
+    whole = run.qtarget
+    monkeypatch.setattr(run, "qtarget", lambda *w: whole(*w, *(["--use_cpu", "true"] if w[0] == "train" else [])))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
     on_card, cell = replace(TINY, device="cuda"), Cell(1, CLEAN, KD_CONTEXT)
     made = run.one(cell, on_card, tmp_path / "work", model)
