@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import platform
 from dataclasses import asdict
@@ -84,12 +83,6 @@ def machine(settings: Settings) -> dict[str, Any]:
     # qtarget may be a source tree, of which the environment knows no version
     packages = {"qtarget": __version__, **{name: version(name) for name in PACKAGES}}
     return {**card, "cpu": cpu, "threads": torch.get_num_threads(), **packages, "date": date.today().isoformat()}
-
-
-def digest(file: Path) -> str:
-    """Of a whole file: ``qtarget``'s own hash of a folder is also of the paths that a training run notes in it."""
-    with file.open("rb") as held:
-        return hashlib.file_digest(held, "sha256").hexdigest()[:16]
 
 
 def rounded(value: Any) -> Any:

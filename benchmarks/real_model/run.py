@@ -250,6 +250,8 @@ def make_teacher(seed: int, settings: Settings, folder: Path, on_record: Path, m
 
     Its figures go on record first: a teacher without them is made again.
     """
+    from qtarget.teachers.fingerprints import weights_hash
+
     started = time.monotonic()
     print(f"a teacher for seed {seed}", flush=True)
     work = folder.with_name(f"{folder.name}.unfinished")
@@ -264,7 +266,7 @@ def make_teacher(seed: int, settings: Settings, folder: Path, on_record: Path, m
         "seed": seed,
         "settings": record.shared_settings(settings),
         "training": record.training_figures(work / "model"),
-        "weights": record.digest(work / "model" / "model.safetensors"),
+        "weights": weights_hash(str(work / "model")),
         "seconds": time.monotonic() - started,
         "machine": record.machine(settings),
     }
