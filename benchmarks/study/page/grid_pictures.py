@@ -13,7 +13,8 @@ from results import Results
 from page.grid_tables import MEASURES, titles
 from page.pictures import COLOURS, save
 
-OURS = "target-sft"
+OURS, SMALL = "target-sft", "target-sft-0.25"
+DIAL = "#7d7d7d"
 OTHER = {True: "#72b7b2", False: "#a9c0d8"}  # with a teacher, without
 MAP_ENDS = (0.0, 30.0)  # points behind, white to full colour
 BESIDE = {
@@ -35,7 +36,7 @@ def regret(results: Results, regrets: dict[str, Regret]):
     for axis, measure in zip(axes, MEASURES, strict=True):
         for at, arm in enumerate(order):
             span, (_, worst) = regrets[measure].mean(arm), regrets[measure].worst(arm)
-            colour = COLOURS[OURS] if arm == OURS else OTHER[arm in WITH_TEACHER]
+            colour = COLOURS[OURS] if arm == OURS else DIAL if arm.startswith(OURS) else OTHER[arm in WITH_TEACHER]
             axis.barh(at, 100 * span.value, 0.62, color=colour, alpha=0.75)
             axis.plot(
                 [100 * span.low, 100 * span.high], [at, at], color="#8a8a8a" if arm == OURS else "#333333", lw=1.2
@@ -50,7 +51,7 @@ def regret(results: Results, regrets: dict[str, Regret]):
         label.set_fontweight("bold" if label.get_text() == OURS else "normal")
     figure.supxlabel(
         f"bar: mean of {len(regrets['avg'].cells)} conditions, with a 95 % interval     ◆: its worst condition     "
-        "teal: has a teacher, pale: has none",
+        "dark: target-sft, teal: other targets with a teacher, pale: without",
         fontsize=8.5,
     )
     return figure
@@ -70,7 +71,8 @@ def chart(results: Results, avg: Regret):
         _square(right, 0, row, avg, cell)
     _frame(right, ["weak base, sharp teacher"], [*BESIDE.values()])
     figure.suptitle(
-        f"best objective ({titles(results)['avg']}), and how many points {OURS} (eta 0.5) is behind it", fontsize=10
+        f"the best objective and its {titles(results)['avg']}; how many points {OURS} is behind it (colour: eta 0.5)",
+        fontsize=10,
     )
     return figure
 
@@ -81,19 +83,14 @@ def _square(axis, column: int, row: int, avg: Regret, cell: str) -> None:
     axis.add_patch(
         pyplot.Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, color=(0.89, 0.34, 0.18, 0.06 + 0.7 * share))
     )
-    axis.text(column, row - 0.2, best, ha="center", va="center", fontsize=9.5, fontweight="bold")
+    axis.text(column, row - 0.25, best, ha="center", va="center", fontsize=9.5, fontweight="bold")
     axis.text(
-        column, row + 0.04, f"{100 * avg.means[avg.cells.index(cell)].max():.1f}", ha="center", va="center", fontsize=9
+        column, row - 0.03, f"{100 * avg.means[avg.cells.index(cell)].max():.1f}", ha="center", va="center", fontsize=9
     )
-    behind = "the best" if best == OURS else f"{100 * span.value:.1f} behind"
-    axis.text(
-        column,
-        row + 0.27,
-        f"{OURS} {behind} [{100 * span.low:.1f}, {100 * span.high:.1f}]",
-        ha="center",
-        va="center",
-        fontsize=7,
-    )
+    for line, (arm, eta) in enumerate(((OURS, "0.5"), (SMALL, "0.25"))):
+        here = avg.at(cell, arm)
+        text = f"eta {eta}: {100 * here.value:.1f} [{100 * here.low:.1f}, {100 * here.high:.1f}]"
+        axis.text(column, row + 0.19 + 0.17 * line, text, ha="center", va="center", fontsize=7.5)
 
 
 def _frame(axis, columns: list[str], rows: list[str]) -> None:
