@@ -15,7 +15,8 @@ class TargetCallback(TrainerCallback):
 
     The host calls the model with labels and trains what it returns. A host that computes a loss of its own instead would
     train that in silence; here the run stops at its first step. Logged beside the loss, under ``target/``: nll, trust,
-    update, entropy and accuracy, means over this process' labels since the last line.
+    update, entropy and accuracy, means over this process' labels since the last line. Trackers named in ``report_to`` have
+    read the line by then.
 
     Args:
         target: as of ``qtarget.apply_target``. **settings: its other arguments (teacher, reference, vocab_size, ...).
@@ -57,8 +58,11 @@ class TargetCallback(TrainerCallback):
         self._passes = applied.backward_passes
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs is not None and "loss" in logs:
-            logs |= {f"target/{name}": value for name, value in applied_to(self._model).figures().items()}
+        if logs is None or "loss" not in logs:
+            return
+        figures = {f"target/{name}": value for name, value in applied_to(self._model).figures().items()}
+        logs.update(figures)
+        state.log_history[-1].update(figures)
 
     def _at(self, state: Any) -> None:
         applied = applied_to(self._model)
