@@ -15,8 +15,8 @@ class TargetCallback(TrainerCallback):
 
     The host calls the model with labels and trains what it returns. A host that computes a loss of its own instead would
     train that in silence; here the run stops at its first step. Logged beside the loss, under ``target/``: nll, trust,
-    update, entropy and accuracy, means over this process' labels since the last line. Trackers named in ``report_to`` have
-    read the line by then.
+    update, entropy and accuracy, means over this process' labels since the last line. Trackers of
+    ``report_to`` have read the line by then.
 
     Args:
         target: as of ``qtarget.apply_target``. **settings: its other arguments (teacher, reference, vocab_size, ...).
