@@ -20,7 +20,7 @@ BENCH_ARGS ?=
 SOAK_ARGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick soak house docs-tree docs-settings test-distributed eval-demo audit gpu-bench gpu-check vllm-check
+.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick real-model-large soak house docs-tree docs-settings test-distributed eval-demo audit gpu-bench gpu-check vllm-check
 
 help: ## this list
 	@printf 'qtarget: supervised fine-tuning toward a target you choose\n\n'
@@ -72,6 +72,11 @@ real-model: $(VENV)/.ready ## four targets on a real model, clean and noisy labe
 real-model-quick: $(VENV)/.ready ## the same with two steps and four problems, to see that it works
 	@$(BIN)/python recipes/prepare_quickstart.py --out $(DEMO) && \
 	$(REAL_MODEL).run --quick
+
+# Pieces of eight minutes: the same command goes on. The page, of whole seeds:  python -m real_model.report --large
+real-model-large: $(VENV)/.ready ## longer sums, two kinds of teacher, 5 seeds, for a GPU: BENCH_ARGS="--device cuda --minutes 8"
+	@$(BIN)/python recipes/prepare_quickstart.py --out $(DEMO) && \
+	$(REAL_MODEL).run --large $(BENCH_ARGS)
 
 # Strict wants the mark that was asked for, lenient takes the last number: which of them moved is the point.
 eval-demo: $(VENV)/.ready ## after `make demo`: did it help? ask the model before and after, and compare

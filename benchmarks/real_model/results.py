@@ -7,14 +7,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from real_model import judge, problems
-from real_model.run import ARMS, BASE, CLEAN, CONDITIONS, DFT, KD, NOISY, SFT, TARGET, TASK, Cell
+from real_model import judge, judge_worked, problems
+from real_model.forms import BASE, CLEAN, CONDITIONS, LARGE, NOISY, SMALL, Cell, Form
+from real_model.problems import answer
+from real_model.record import TASK
 
 DRAWS = 4000  # of each bootstrap
 MEASURES = ("strict", "lenient", "greedy", "pass@n")
-TRAINED = tuple(arm for arm in ARMS if arm != BASE)
+JUDGES = {SMALL.settings.verifier: judge.result, LARGE.settings.verifier: judge_worked.result}
 
 Cells = dict[Cell, dict[str, Any]]
+Differences = dict[tuple[str, str, str], Any]  # of (first, other, measure)
 
 
 def read(folder: Path) -> Cells:
@@ -23,10 +26,10 @@ def read(folder: Path) -> Cells:
     return {Cell(cell["seed"], cell["condition"], cell["arm"]): cell for cell in made if "arm" in cell}
 
 
-def seeds(cells: Cells, condition: str) -> list[int]:
+def seeds(form: Form, cells: Cells, condition: str) -> list[int]:
     """Training seeds of which every arm is finished."""
     there = sorted({cell.seed for cell in cells if cell.condition == condition and cell.arm != BASE})
-    return [seed for seed in there if all(Cell(seed, condition, arm) in cells for arm in TRAINED)]
+    return [seed for seed in there if all(Cell(seed, condition, arm) in cells for arm in form.trained)]
 
 
 def of(cells: Cells, arm: str, wanted: list[int]) -> list[dict[str, Any]]:
@@ -35,26 +38,26 @@ def of(cells: Cells, arm: str, wanted: list[int]) -> list[dict[str, Any]]:
     return [cells[Cell(0, CLEAN, BASE) if name == BASE else Cell(seed, condition, name)] for seed in wanted]
 
 
-def groups(cells: Cells) -> list[tuple[list[int], str, list[str]]]:
+def groups(form: Form, cells: Cells) -> list[tuple[list[int], str, list[str]]]:
     """(training seeds, first arm, others) of every comparison on the page."""
     made: list[tuple[list[int], str, list[str]]] = []
     for condition in CONDITIONS:
-        if own := seeds(cells, condition):
-            arms = {BASE: TRAINED, SFT: (DFT, KD, TARGET), DFT: (TARGET,), KD: (TARGET,)}
-            made += [(own, f"{condition}/{a}", [f"{condition}/{b}" for b in others]) for a, others in arms.items()]
-    if both := [seed for seed in seeds(cells, NOISY) if seed in seeds(cells, CLEAN)]:
-        made += [(both, f"{CLEAN}/{arm}", [f"{NOISY}/{arm}"]) for arm in TRAINED]
+        if own := seeds(form, cells, condition):
+            pairs = form.compared.items()
+            made += [(own, f"{condition}/{a}", [f"{condition}/{b}" for b in others]) for a, others in pairs]
+    if both := [seed for seed in seeds(form, cells, NOISY) if seed in seeds(form, cells, CLEAN)]:
+        made += [(both, f"{CLEAN}/{arm}", [f"{NOISY}/{arm}"]) for arm in form.trained]
     return made
 
 
-def differences(cells: Cells, draws: int = DRAWS) -> dict[tuple[str, str, str], Any]:
-    """{(first, other, measure): Difference} by ``qtarget compare``; pass@n under that name, whatever n."""
+def differences(form: Form, cells: Cells, draws: int = DRAWS) -> Differences:
+    """By ``qtarget compare``; pass@n under that name, whatever n."""
     from qtarget.evaluation import compare
 
     made = {}
     with tempfile.TemporaryDirectory() as scratch:
         folders = {cell: unpack(found, Path(scratch) / cell.name) for cell, found in cells.items()}
-        for wanted, first, others in groups(cells):
+        for wanted, first, others in groups(form, cells):
             words = [f"{arm}={','.join(str(folders[key(arm, seed)]) for seed in wanted)}" for arm in (first, *others)]
             for difference in compare.compare(words, draws).differences:
                 measure = "pass@n" if difference.measure.startswith("pass@") else difference.measure
@@ -73,12 +76,13 @@ def unpack(cell: dict[str, Any], folder: Path) -> Path:
     from qtarget.evaluation import records, sampling
 
     about = cell["eval"]["tasks"][TASK]
+    judged = JUDGES[about["verifier"]]
     rows = [{"id": name, "prompt": problems.prompt(name), "answer": answer(name)} for name in cell["answers"]]
     asked = [{"id": row["id"], "prompt": row["prompt"], "row": row} for row in rows]
     samples = []
     for row in rows:
         for number, (text, tokens, ended, entropy, strict, lenient) in enumerate(cell["answers"][row["id"]], start=-1):
-            said = judge.result(text, row)
+            said = judged(text, row)
             sample = "greedy" if number < 0 else number
             samples.append(
                 {
@@ -104,8 +108,3 @@ def unpack(cell: dict[str, Any], folder: Path) -> Path:
     files.write(folder / "samples" / f"{TASK}.jsonl", "".join(map(files.line, samples)))
     records.write_manifest(folder, cell["eval"])
     return folder
-
-
-def answer(expression: str) -> str:
-    first, operation, second = expression.split()
-    return str(int(first) + int(second) if operation == "+" else int(first) - int(second))

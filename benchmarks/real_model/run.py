@@ -2,196 +2,230 @@
 
     python -m real_model.run            # from benchmarks/, or with it on PYTHONPATH: make real-model
     python -m real_model.run --quick    # two steps and four problems, to see that it works; writes build/real_model/quick
+    python -m real_model.run --large --device cuda --minutes 8      # for a card, in pieces
 
 Every cell is ``qtarget train`` and ``qtarget eval``, called in this process. Seeds are the outer loop and clean labels
-come first, so that whatever is finished when it is stopped is balanced. A cell that was killed starts anew.
+come first, so that whatever is finished when it is stopped is balanced. A cell that was killed starts anew. With
+--minutes no cell is begun that would likely not end in time, and the same command goes on.
+
+The large form has not been run; what it should take is predicted in forms.py. On a rented machine bring the finished
+cells along (they say what is left), and take the new ones home in one file:
+
+    tar -czf $OUT/real_model_large.tgz -C benchmarks/results real_model_large
+
+A teacher that was trained lies in build/real_model/teachers. Where it was lost it is trained again, from the same rows
+and seed, once an open cell needs it; a cell names the weights of its own: a card may give other last digits.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
-import platform
+import os
 import shutil
 import time
-from dataclasses import asdict, dataclass
-from datetime import date
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from real_model import problems
+from real_model import forms, problems, record
+from real_model.forms import (
+    BASE,
+    BUILD,
+    CLEAN,
+    CONDITIONS,
+    CPU,
+    CUDA,
+    HERE,
+    KD,
+    NOISY,
+    READS,
+    ROOT,
+    SFT,
+    TRAINED,
+    Cell,
+    Settings,
+)
+from real_model.record import TASK
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 MODEL = ROOT / "build" / "quickstart" / "SmolLM2-135M-Instruct"
-RESULTS = HERE.parent / "results" / "real_model"
-TASK = "sums"
-BASE, SFT, DFT, KD, TARGET = ARMS = ("base", "sft", "dft", "kd", "target-sft")
-CLEAN, NOISY = CONDITIONS = ("clean", "noisy")
-# The teacher is the model itself; it reads the right answer in every row, also where the demonstration is wrong.
-WITH_TEACHER = (KD, TARGET)
-CONTEXT = "{{ prompt }}\nWrite exactly this and nothing else: {{ solution }}"
+TEACHER = "teacher.json"  # beside a trained teacher's weights: which one it is
 
 
-@dataclass(frozen=True)
-class Settings:
-    """rows, noise: of the demonstrations. problems: of the test. held_out: of these, as clean demonstrations for nll.
-    n: samples a problem at temperature 1, beside a greedy one, of up to max_new_tokens."""
-
-    rows: int = 96
-    noise: float = 0.25
-    problems: int = 100
-    held_out: int = 40
-    n: int = 4
-    max_new_tokens: int = 14
-    eval_seed: int = 0
-    context: str = CONTEXT
-
-
-class Cell(NamedTuple):
-    """One training run and its test; seed 0 and clean for the untrained base, which is tested once."""
-
-    seed: int
-    condition: str
-    arm: str
-
-    @property
-    def name(self) -> str:
-        return BASE if self.arm == BASE else f"seed{self.seed}_{self.condition}_{self.arm}"
-
-
-def plan(seeds: tuple[int, ...] = (1, 2, 3), arms: tuple[str, ...] = ARMS) -> list[Cell]:
-    """In the order in which they run."""
-    trained = [arm for arm in arms if arm != BASE]
-    return [Cell(0, CLEAN, BASE)] + [Cell(s, c, a) for s in seeds for c in CONDITIONS for a in trained]
-
-
-def main() -> None:
-    import torch
-
+def main(given: list[str] | None = None) -> None:
+    started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small form that shows it works")
+    parser.add_argument("--large", action="store_true", help="longer sums, more rows, two kinds of teacher, five seeds")
+    parser.add_argument("--device", choices=forms.DEVICES, default=CPU, help="cuda: in bfloat16; with --large")
+    parser.add_argument("--minutes", type=float, help="begin nothing that would likely end later")
     parser.add_argument("--results", type=Path, help="where finished cells are written")
-    options = parser.parse_args()
-    scratch = ROOT / "build" / "real_model"
-    if options.quick:
-        settings = Settings(rows=16, problems=4, held_out=4, n=1)
-        cells, results = plan((1,), (BASE, SFT, TARGET)), options.results or scratch / "quick"
-    else:
-        settings, cells, results = Settings(), plan(), options.results or RESULTS
+    parser.add_argument("--model", type=Path, default=MODEL, help="the student's folder")
+    options = parser.parse_args(given)
+    take_device(options.device, options.large)
+
+    import torch
+
+    form = {
+        (False, False): forms.SMALL,
+        (False, True): forms.SMALL_QUICK,
+        (True, False): forms.LARGE,
+        (True, True): forms.LARGE_QUICK,
+    }[options.large, options.quick]
+    settings = replace(form.settings, device=options.device) if options.large else form.settings
+    results = options.results or form.results
     torch.set_flush_denormal(True)  # of the whole process, so not in what tests call
-    run(cells, settings, results, scratch)
-    check_teacher(settings, results, scratch)
+    clock = Clock(options.minutes, started)
+    run(form.plan(), settings, results, BUILD, options.model, clock)
+    if not options.large and not open_cells(form.plan(), results):
+        check_teacher(settings, results, BUILD, options.model)
 
 
-def run(cells: list[Cell], settings: Settings, results: Path, scratch: Path, model: Path = MODEL) -> int:
-    """Run what is missing. Returns how many cells were run.
+def take_device(device: str, large: bool) -> None:
+    """Raises SystemExit where there is no such device, before anything is done."""
+    if device == CPU:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # qtarget eval takes a card where there is one
+        return
+    if not large:
+        raise SystemExit(
+            "--device cuda is for --large: the small form's results are a CPU's, and devices are not mixed"
+        )
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            f"--device cuda: torch {torch.__version__} finds no CUDA device here; run it on a machine with one, or leave "
+            "--device off for the CPU"
+        )
+
+
+class Clock:
+    """Tells whether there is time for more, from how long the same kinds of work took in this piece.
+
+    Args:
+        minutes: of a piece; None: there is always time. started: when it began, by ``time.monotonic``.
+    """
+
+    def __init__(self, minutes: float | None = None, started: float | None = None):
+        begun = time.monotonic() if started is None else started
+        self.end = None if minutes is None else begun + 60 * minutes
+        self.longest: dict[str, float] = {}
+
+    def took(self, kind: str, seconds: float) -> None:
+        self.longest[kind] = max(seconds, self.longest.get(kind, 0.0))
+
+    def allows(self, *kinds: str) -> bool:
+        """The first is always allowed; what was not done in this piece is taken to last as long as the longest was."""
+        if self.end is None or not self.longest:
+            return True
+        unknown = max(self.longest.values())
+        return time.monotonic() + sum(self.longest.get(kind, unknown) for kind in kinds) <= self.end
+
+
+def run(
+    cells: list[Cell], settings: Settings, results: Path, scratch: Path, model: Path = MODEL, clock: Clock | None = None
+) -> int:
+    """Run what is missing, as long as there is time. Returns how many cells were run.
 
     Raises:
         SystemExit: a finished cell was run with other settings.
     """
-    ran = 0
+    clock, ran = clock or Clock(), 0
+    for file in [*(results / f"{cell.name}.json" for cell in cells), *sorted(results.glob("teacher_seed*.json"))]:
+        if file.is_file():
+            record.check_same(file, settings)
+    record.machine(settings)  # a package that is missing is not found out after the first cell
     for number, cell in enumerate(cells, start=1):
         file = results / f"{cell.name}.json"
         if file.is_file():
-            check_same(file, settings)
             print(f"{cell.name}: finished before", flush=True)
             continue
+        is_taught = settings.teachers.get(cell.arm) == TRAINED
+        teacher, on_record = scratch / "teachers" / f"seed{cell.seed}", results / f"teacher_seed{cell.seed}.json"
+        lacks = is_taught and not is_made(teacher, on_record)
+        if not clock.allows(cell.arm, *(["teacher"] if lacks else [])):
+            break
         print(f"\n== {cell.name}, {number} of {len(cells)}", flush=True)
+        if lacks:
+            clock.took("teacher", make_teacher(cell.seed, settings, teacher, on_record, model))
         work = scratch / "work" / cell.name
         shutil.rmtree(work, ignore_errors=True)
-        made = one(cell, settings, work, model)
-        write(file, made)
+        made = one(cell, settings, work, model, teacher if is_taught else None)
+        record.write(file, made)
         shutil.rmtree(work)  # 540 MB of weights
         ran += 1
+        clock.took(cell.arm, made["seconds"])
         print(
             f"{cell.name}: {made['seconds']:.0f} s, {made['scores']['strict']['avg']:.3f} of samples right", flush=True
         )
         gc.collect()
+    if left := open_cells(cells, results):
+        print(f"\ncells run in this piece: {ran}, left: {left}; the same command goes on", flush=True)
     return ran
 
 
-def check_same(file: Path, settings: Settings) -> None:
-    there, now = json.loads(file.read_text())["settings"], shared_settings(settings)
-    for name in now:
-        if there.get(name) != now[name]:
-            raise SystemExit(
-                f"{file}: {name} was {there.get(name)!r} and is now {now[name]!r}; move the old results away, or name "
-                "another folder with --results"
-            )
-
-
-def shared_settings(settings: Settings) -> dict[str, Any]:
-    import yaml
-
-    return {**asdict(settings), "train": yaml.safe_load((HERE / "train.yaml").read_text())}
+def open_cells(cells: list[Cell], results: Path) -> int:
+    return sum(not (results / f"{cell.name}.json").is_file() for cell in cells)
 
 
 # -- one cell ------------------------------------------------------------------------------------------------------
 
 
-def one(cell: Cell, settings: Settings, work: Path, model: Path) -> dict[str, Any]:
-    """Train, test, and keep what a reader needs; the weights are not kept."""
+def one(cell: Cell, settings: Settings, work: Path, model: Path, teacher: Path | None = None) -> dict[str, Any]:
+    """Train, test, and keep what a reader needs; the weights are not kept. teacher: one that was trained."""
     started = time.monotonic()
-    made: dict[str, Any] = {**cell._asdict(), "settings": shared_settings(settings)}
+    made: dict[str, Any] = {**cell._asdict(), "settings": record.shared_settings(settings)}
     tested = model
     if cell.arm != BASE:
         write_data(cell, settings, work / "data")
-        qtarget(*train_words(cell, settings, work, model))
-        made["training"] = training_figures(work / "model")
+        qtarget(*train_words(cell, settings, work, model, teacher))
+        made["training"] = record.training_figures(work / "model")
         tested = work / "model"
+    if teacher is not None:
+        made["teacher"] = {"weights": json.loads((teacher / TEACHER).read_text())["weights"]}
     made["train_seconds"] = time.monotonic() - started
     sums = work / f"{TASK}.jsonl"
-    problems.write_lines(sums, problems.test_problems(settings.problems))
+    problems.write_lines(sums, problems.test_problems(settings.problems, settings.sums))
     qtarget(*eval_words(settings, tested, sums, work / "eval"))
-    made |= {**tested_figures(work / "eval"), "seconds": time.monotonic() - started, "machine": machine()}
+    figures = record.tested_figures(work / "eval")
+    made |= {**figures, "seconds": time.monotonic() - started, "machine": record.machine(settings)}
     return made
 
 
 def write_data(cell: Cell, settings: Settings, folder: Path) -> None:
     noise = settings.noise if cell.condition == NOISY else 0.0
-    tested = problems.tested_keys(settings.problems)
-    problems.write_lines(folder / "train.jsonl", problems.train_rows(settings.rows, cell.seed, noise, tested))
-    problems.write_lines(folder / "test.jsonl", problems.held_out_rows(settings.held_out, settings.problems))
+    tested = problems.tested_keys(settings.problems, settings.sums)
+    rows = problems.train_rows(settings.rows, cell.seed, noise, tested, settings.sums)
+    problems.write_lines(folder / "train.jsonl", rows)
+    write_held_out(settings, folder)
 
 
-def train_words(cell: Cell, settings: Settings, work: Path, model: Path) -> list[object]:
+def write_held_out(settings: Settings, folder: Path) -> None:
+    rows = problems.held_out_rows(settings.held_out, settings.problems, settings.sums)
+    problems.write_lines(folder / "test.jsonl", rows)
+
+
+def train_words(cell: Cell, settings: Settings, work: Path, model: Path, teacher: Path | None = None) -> list[object]:
     words: list[object] = ["train", "--config", HERE / "train.yaml", "--model_name_or_path", model]
     words += ["--dataset_name", work / "data", "--output_dir", work / "model"]
-    words += ["--target", cell.arm, "--seed", cell.seed]
-    if cell.arm in WITH_TEACHER:
+    words += ["--target", cell.target, "--seed", cell.seed]
+    for name, value in settings.training().items():
+        words += [f"--{name}", json.dumps(value)]
+    if settings.teachers.get(cell.arm) == READS:
         words += ["--teacher_model_name_or_path", model]
         words += ["--teacher_context", json.dumps({"prompt": settings.context}), "--teacher_check_rows", 0]
+    elif teacher is not None:
+        words += ["--teacher_model_name_or_path", teacher, "--teacher_check_rows", 0]
     return words
 
 
 def eval_words(settings: Settings, model: Path, tasks: Path, out: Path) -> list[object]:
-    words: list[object] = ["eval", "--model", model, "--tasks", tasks, "--verifier", "real_model.judge:result"]
+    words: list[object] = ["eval", "--model", model, "--tasks", tasks, "--verifier", settings.verifier]
     words += ["--n", settings.n, "--temperature", 1, "--max_new_tokens", settings.max_new_tokens]
-    words += ["--seed", settings.eval_seed, "--batch_size", 50, "--verifier_processes", 1, "-o", out]
-    return words
-
-
-def check_teacher(settings: Settings, results: Path, scratch: Path, model: Path = MODEL) -> None:
-    """``qtarget teacher check`` of the first seed's demonstrations, a file a condition."""
-    from qtarget import files
-
-    for condition in CONDITIONS:
-        file = results / f"teacher_{condition}.json"
-        if file.is_file():
-            check_same(file, settings)
-            continue
-        cell, work = Cell(1, condition, KD), scratch / "work" / f"teacher_{condition}"
-        shutil.rmtree(work, ignore_errors=True)
-        write_data(cell, settings, work / "data")
-        _, *words = train_words(cell, settings, work, model)
-        qtarget("teacher", "check", *words, "--rows", settings.rows, "--json", work / "check.json")
-        made = {"settings": shared_settings(settings), "check": json.loads((work / "check.json").read_text())}
-        files.write(file, json.dumps({**made, "machine": machine()}, indent=1, ensure_ascii=False) + "\n")
-        shutil.rmtree(work)
+    words += ["--seed", settings.eval_seed, "--batch_size", settings.answers_at_once]
+    words += ["--dtype", "bfloat16"] if settings.device == CUDA else []
+    return [*words, "--verifier_processes", 1, "-o", out]
 
 
 def qtarget(*words: object) -> None:
@@ -202,64 +236,63 @@ def qtarget(*words: object) -> None:
         raise SystemExit(status)
 
 
-def training_figures(folder: Path) -> dict[str, Any]:
-    """before, after: on clean test answers. log: a figure's value at every step."""
-    figures = json.loads((folder / "before_after.json").read_text())
-    evaluated = {when: {name: figures[when][name] for name in ("nll", "entropy", "accuracy")} for when in figures}
-    steps = [x for x in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in x]
-    names = ("loss", "nll", "entropy", "trust", "update", "grad_norm")
-    log = {name: [rounded(x[name]) for x in steps] for name in names if all(name in x for x in steps)}
-    return {
-        "target": json.loads((folder / "target.json").read_text()),
-        **{when: {name: rounded(value) for name, value in evaluated[when].items()} for when in ("before", "after")},
-        "log": log,
+# -- teachers ------------------------------------------------------------------------------------------------------
+
+
+def is_made(teacher: Path, on_record: Path) -> bool:
+    """Whether a trained teacher is here, and the one on record."""
+    own = teacher / TEACHER
+    return own.is_file() and on_record.is_file() and own.read_bytes() == on_record.read_bytes()
+
+
+def make_teacher(seed: int, settings: Settings, folder: Path, on_record: Path, model: Path) -> float:
+    """Train the model on right demonstrations of problems that no student of this seed has. Returns the seconds.
+
+    Its figures go on record first: a teacher without them is made again.
+    """
+    from qtarget.teachers.fingerprints import weights_hash
+
+    started = time.monotonic()
+    print(f"a teacher for seed {seed}", flush=True)
+    work = folder.with_name(f"{folder.name}.unfinished")
+    for old in (work, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    tested = problems.tested_keys(settings.problems, settings.sums)
+    rows = problems.teacher_rows(settings.teacher_rows, seed, settings.rows, tested, settings.sums)
+    problems.write_lines(work / "data" / "train.jsonl", rows)
+    write_held_out(settings, work / "data")
+    qtarget(*train_words(Cell(seed, CLEAN, SFT), settings, work, model))
+    made = {
+        "seed": seed,
+        "settings": record.shared_settings(settings),
+        "training": record.training_figures(work / "model"),
+        "weights": weights_hash(str(work / "model")),
+        "seconds": time.monotonic() - started,
+        "machine": record.machine(settings),
     }
+    record.write_figures(on_record, made)
+    shutil.copy(on_record, work / "model" / TEACHER)
+    (work / "model").rename(folder)
+    shutil.rmtree(work)
+    gc.collect()
+    return made["seconds"]
 
 
-def tested_figures(folder: Path) -> dict[str, Any]:
-    """The manifest and each sample as [text, tokens, ended, entropy, strict, lenient], greedy first."""
-    from qtarget.evaluation import records, scores
-
-    groups = scores.grouped(records.samples(folder, TASK))
-    manifest = records.read_manifest(folder)
-    assert manifest is not None
-    manifest["model"]["name"] = Path(manifest["model"]["name"]).name  # not where it lay on this machine
-    return {
-        "eval": manifest,
-        "scores": json.loads((folder / "scores.json").read_text())["tasks"][TASK],
-        "answers": {
-            problem: [
-                [r["text"], r["tokens"], r["finish"] == "stop", rounded(r["entropy"]), r["strict"], r["lenient"]]
-                for r in group
-            ]
-            for problem, group in groups.items()
-        },
-    }
-
-
-def machine() -> dict[str, Any]:
-    import torch
-
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
-    packages = {name: version(name) for name in ("qtarget", "torch", "transformers", "trl", "reasoning-gym")}
-    return {"cpu": cpu, "threads": torch.get_num_threads(), **packages, "date": date.today().isoformat()}
-
-
-def rounded(value: Any) -> Any:
-    return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def write(file: Path, made: dict[str, Any]) -> None:
-    """All or nothing; an answer a line, so that the file can be read and a change seen."""
-    from qtarget import files
-
-    answers = made["answers"]
-    lines = ",\n".join(f"  {json.dumps(p)}: {json.dumps(a, ensure_ascii=False)}" for p, a in answers.items())
-    rest = json.dumps({k: v for k, v in made.items() if k != "answers"}, indent=1, ensure_ascii=False)
-    files.write(file, rest.removesuffix("\n}") + ',\n "answers": {\n' + lines + "\n }\n}\n")
+def check_teacher(settings: Settings, results: Path, scratch: Path, model: Path = MODEL) -> None:
+    """``qtarget teacher check`` of the first seed's demonstrations, a file a condition."""
+    for condition in CONDITIONS:
+        file = results / f"teacher_{condition}.json"
+        if file.is_file():
+            record.check_same(file, settings)
+            continue
+        cell, work = Cell(1, condition, KD), scratch / "work" / f"teacher_{condition}"
+        shutil.rmtree(work, ignore_errors=True)
+        write_data(cell, settings, work / "data")
+        _, *words = train_words(cell, settings, work, model)
+        qtarget("teacher", "check", *words, "--rows", settings.rows, "--json", work / "check.json")
+        made = {"settings": record.shared_settings(settings), "check": json.loads((work / "check.json").read_text())}
+        record.write_figures(file, {**made, "machine": record.machine(settings)})
+        shutil.rmtree(work)
 
 
 if __name__ == "__main__":

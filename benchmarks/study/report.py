@@ -1,4 +1,4 @@
-"""docs/study.md with its pictures, and docs/choosing.md, from the results on record: ``make study-report``."""
+"""docs/study.md with pictures, docs/choosing.md and a part of the README: ``make study-report``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,6 @@ class Report:
             "machine": ", ".join(sorted({content["machine"]["processor"] for content in runs})),
             "torch": ", ".join(sorted({content["machine"]["torch"] for content in runs})),
             "problems": str(settings.test_problems),
-            "samples": str(settings.samples),
             "steps": str(settings.steps),
             "batch": str(settings.batch),
             "student": f"{axes.models[axes.seeds[0]]['base']['parameters']:,}",
@@ -68,7 +67,6 @@ class Report:
             "met": f"{met} of {len(EXPECTED)}",
             "losses": tables.losses(axes),
             "identity": tables.identity(axes),
-            "conditions": str(len(grid.plan.cells)),
             "dev_seeds": str(len(grid.settings.dev_seeds)),
             "regret": grid_tables.regret_table(grid, self.regrets),
             "grid_models": grid_tables.model_table(grid),
@@ -84,6 +82,13 @@ class Report:
         for name, value in values.items():
             text = text.replace("{{" + name + "}}", value)
         return self.filled(text)
+
+    def readme(self) -> str:
+        """The README, its part between two marks written anew."""
+        start, end = "<!-- of benchmarks/study/report.py -->\n", "<!-- end of the study -->\n"
+        before, rest = (ROOT / "README.md").read_text().split(start)
+        block = self.filled((PAGE / "readme.md.in").read_text())
+        return before + start + block + end + rest.split(end)[1]
 
     def filled(self, text: str) -> str:
         """Figures in a sentence, so that none is written by hand.
@@ -106,6 +111,8 @@ class Report:
             value = self._of(side).kind(side, when, kind, figure)
             return "none" if value is None else f"{value:.2f}"
 
+        text = text.replace("{{conditions}}", str(len(self.grid.plan.cells)))
+        text = text.replace("{{samples}}", str(self.grid.settings.samples))
         made = {
             r"\{\{mean (\S+) ([\w@]+)\}\}": mean,
             r"\{\{(\S+) vs (\S+) ([\w@]+)\}\}": contrast,
@@ -135,6 +142,7 @@ def main() -> None:
     grid_pictures.draw(report.grid, report.regrets, docs / "assets")
     (docs / "study.md").write_text(report.page())
     (docs / "choosing.md").write_text(report.filled((PAGE / "choosing.md.in").read_text()))
+    (ROOT if docs == ROOT / "docs" else docs).joinpath("README.md").write_text(report.readme())
     print(f"{docs / 'study.md'}: {len(report.axes.seeds)} and {len(report.grid.seeds)} seeds")
 
 

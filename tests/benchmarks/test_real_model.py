@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 
 import pytest
-from real_model import judge, problems, report, results, run
-from real_model.run import BASE, CLEAN, NOISY, SFT, TARGET, Cell, Settings
+from real_model import forms, judge, problems, record, report, results, run
+from real_model.forms import BASE, CLEAN, NOISY, SFT, TARGET, Cell, Settings
 
 import tiny_models
 from qtarget.evaluation import records, tasks
@@ -170,30 +170,30 @@ def test_cells_of_other_settings_are_refused(finished, model, tmp_path):
 def test_a_cell_gives_back_the_folder_it_was_made_from(model, tmp_path):
     made = run.one(CELLS[1], SMALL, tmp_path / "work", model)
     there, again = tmp_path / "work" / "eval", results.unpack(made, tmp_path / "again")
-    for was, now in zip(records.samples(there, run.TASK), records.samples(again, run.TASK), strict=True):
+    for was, now in zip(records.samples(there, record.TASK), records.samples(again, record.TASK), strict=True):
         assert was.pop("entropy") == pytest.approx(now.pop("entropy"), rel=1e-4)
         assert was == now
-    assert records.problems(again, run.TASK) == records.problems(there, run.TASK)
+    assert records.problems(again, record.TASK) == records.problems(there, record.TASK)
 
 
 # -- results and page ----------------------------------------------------------------------------------------------
 
 
 def test_the_results_on_record_are_of_these_problems_and_settings():
-    cells = results.read(run.RESULTS)
-    assert Cell(0, CLEAN, BASE) in cells and {*cells} <= {*run.plan()}
+    cells = results.read(forms.SMALL.results)
+    assert Cell(0, CLEAN, BASE) in cells and {*cells} <= {*forms.SMALL.plan()}
     rows = problems.test_problems(FULL.problems)
     made = [tasks.Problem(row["id"], row["prompt"], row) for row in rows]
-    digest = tasks.Task(run.TASK, "real_model.judge:result", "", made).digest
+    digest = tasks.Task(record.TASK, "real_model.judge:result", "", made).digest
     for cell in cells.values():
-        assert cell["settings"] == json.loads(json.dumps(run.shared_settings(FULL)))
-        assert cell["eval"]["tasks"][run.TASK]["digest"] == digest
+        assert cell["settings"] == json.loads(json.dumps(record.shared_settings(FULL)))
+        assert cell["eval"]["tasks"][record.TASK]["digest"] == digest
         assert [*cell["answers"]] == [row["id"] for row in rows]
         assert {len(answers) for answers in cell["answers"].values()} == {FULL.n + 1}
 
 
 def test_the_verdicts_on_record_are_those_of_the_verifier():
-    for cell in results.read(run.RESULTS).values():
+    for cell in results.read(forms.SMALL.results).values():
         for expression, answers in cell["answers"].items():
             row = {"id": expression, "answer": results.answer(expression)}
             for text, _, ended, _, strict, lenient in answers:
@@ -202,4 +202,4 @@ def test_the_verdicts_on_record_are_those_of_the_verifier():
 
 
 def test_the_page_is_what_the_results_say():
-    assert report.PAGE.read_text(encoding="utf-8") == report.page(run.RESULTS)
+    assert report.PAGE.read_text(encoding="utf-8") == report.page(forms.SMALL.results)

@@ -118,6 +118,8 @@ def test_other_weights_settings_and_bases_have_other_fingerprints(adapter, bases
     write_adapter(tmp_path / "weights", bases[True], seed=2)
     others.append(weights_hash(str(tmp_path / "weights")))
     assert len({weights_hash(str(adapter)), *others}) == 4
+    (tmp_path / "same/training_args.bin").write_bytes(b"of another run")  # no weights, though named as they are
+    assert weights_hash(str(tmp_path / "same")) == weights_hash(str(adapter))
 
 
 # -- going on ------------------------------------------------------------------------------------------------------

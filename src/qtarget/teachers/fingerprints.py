@@ -19,6 +19,7 @@ _PIECES, _PIECE_BYTES = 64, 64 * 1024
 # Of an adapter's settings, those that leave its numbers alone.
 _SAYS_NOTHING = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
+_NO_WEIGHTS = {"training_args.bin"}  # Transformers' trainer leaves it beside them, with the run's paths in it
 
 
 @with_config(**files.CLOSED)
@@ -78,7 +79,8 @@ def _own_weights(name_or_path: str, revision: str | None) -> str | None:
     folder = Path(name_or_path)
     if not folder.is_dir():
         return _commit(name_or_path, revision)
-    weight_files = sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
+    found = (file for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
+    weight_files = sorted(file for file in found if file.name not in _NO_WEIGHTS)
     if not weight_files:
         return None
     digest = hashlib.sha256()
