@@ -17,6 +17,8 @@ _NAMES = {
     "qtarget.targets": ("Target", "divergence", "presets", "residual", "trust"),
     "qtarget.targets.induced": ("InducedTarget", "induced_target"),
     "qtarget.targets.presets": ("preset",),
+    "qtarget.models.applied": ("applied_to", "apply_target", "remove_target"),
+    "qtarget.integrations.callback": ("TargetCallback",),
     "qtarget.training": ("QTargetConfig", "QTargetTrainer"),
     "qtarget.errors": ("ConfigError", "DataError", "NonFiniteLogits", "QTargetError", "StorageError"),
 }
@@ -34,12 +36,16 @@ __all__ = [
     "QTargetTrainer",
     "StorageError",
     "Target",
+    "TargetCallback",
     "TopK",
+    "applied_to",
+    "apply_target",
     "divergence",
     "induced_target",
     "linear_target_loss",
     "preset",
     "presets",
+    "remove_target",
     "residual",
     "target_distribution",
     "target_loss",
@@ -48,7 +54,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from qtarget.errors import ConfigError, DataError, NonFiniteLogits, QTargetError, StorageError
+    from qtarget.integrations.callback import TargetCallback
     from qtarget.losses import Head, LossOutput, TopK, linear_target_loss, target_distribution, target_loss
+    from qtarget.models.applied import applied_to, apply_target, remove_target
     from qtarget.targets import Target, divergence, presets, residual, trust
     from qtarget.targets.induced import InducedTarget, induced_target
     from qtarget.targets.presets import build as preset

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -39,6 +38,8 @@ class CausalLM:
     @functools.cached_property
     def unwrapped(self) -> Any:
         """The model without what wraps it, adapters in place."""
+        from accelerate.utils import extract_model_from_parallel
+
         return extract_model_from_parallel(self.model)
 
     @functools.cached_property

@@ -7,6 +7,7 @@ tensors inside dicts, lists, tuples and dataclasses, and a log-probability of âˆ
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from qtarget.data.columns import SOURCE_ID, columns_of
 from qtarget.errors import ConfigError, DataError
@@ -199,7 +199,7 @@ def add_target_forward(model: nn.Module) -> None:
             # ZeRO-3 fetches ahead what the last forward used, and only the head's own forward waits for it
             with torch.no_grad():
                 self.get_output_embeddings()(hidden[:, :1])
-        with maybe_gather_lm_head_ctx(weight, bias):  # type: ignore[arg-type]  # ZeRO-3
+        with _gathered(weight, bias):
             weight, bias = whole(weight, hidden), None if bias is None else whole(bias, hidden)
             output = qtarget(hidden.to(weight.device), weight, bias, transform)
         if qtarget.aux_loss:  # of a mixture of experts, as its own forward computes it (arXiv:2101.03961)
@@ -212,6 +212,20 @@ def add_target_forward(model: nn.Module) -> None:
 
     model.forward = types.MethodType(forward, model)
     model._qtarget_forward = True  # type: ignore[assignment]
+
+
+def _gathered(*parameters: Tensor | None) -> contextlib.AbstractContextManager[Any]:
+    """Parameters that ZeRO-3 keeps in pieces, whole for the duration; one that is whole already is left alone.
+
+    TRL has such a helper, by another name from version to version; a model in another trainer may come without TRL.
+    """
+    pieces = [p for p in parameters if getattr(getattr(p, "ds_status", None), "name", "AVAILABLE") != "AVAILABLE"]
+    if not pieces:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    whole_for_now: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(pieces)
+    return whole_for_now
 
 
 def _check_length(model: Any, limit: int, inputs: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""A target in other people's trainers."""

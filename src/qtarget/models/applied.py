@@ -1,0 +1,302 @@
+"""``apply_target``: a model whose own forward returns the loss of a target, whoever trains it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtarget.errors import ConfigError, DataError
+from qtarget.losses import Head, TopK
+from qtarget.targets import Target
+from qtarget.targets.schedule import ScheduledTarget
+
+_STATE = "_qtarget_applied"
+# What a forward that forms no logits has no use for.
+_OF_LOGITS = ("logits_to_keep", "num_logits_to_keep", "return_dict", "output_attentions", "output_hidden_states")
+_LOGGED = ("nll", "trust", "update", "entropy", "accuracy")
+
+
+def apply_target(
+    model: nn.Module,
+    target: Target | str | Mapping[str, Any],
+    *,
+    teacher: nn.Module | str | None = None,
+    reference: nn.Module | str | None = None,
+    vocab_size: int | None = None,
+    eval_logits: bool = False,
+    backend: str = "auto",
+) -> nn.Module:
+    """Let ``model(input_ids, attention_mask, labels=...)`` return the loss of a target, in place; see ``remove_target``.
+
+    Everything else is as Transformers has it: labels are shifted inside, −100 is ignored, the loss is the mean over
+    labels or, with ``num_items_in_batch``, the sum divided by it. So any trainer that takes the model's own loss trains
+    the target, under DDP, FSDP2, adapters and gradient checkpointing. No logits are formed: ``output.logits`` is None.
+
+    A call without labels is untouched. Columns that the target reads (weight, critical, old_logps) are keyword arguments
+    of the labels' shape.
+
+    Args:
+        model: a causal language model of Transformers, or one with PEFT's adapters. Apply the target before DDP, FSDP or
+            an ``Accelerator`` wraps it.
+        target: a preset's name, its form in a recipe, or a ``Target``.
+        teacher: for a target that needs one: a model, or the name or path of one, frozen here.
+        reference: likewise. Without one it is the model as it is now: its adapters off, or a frozen copy.
+        vocab_size: tokens of the tokenizer, where the head is padded beyond them; by default the head's rows.
+        eval_logits: in evaluation mode, also return logits, in a second pass.
+        backend: as in ``qtarget.linear_target_loss``.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: a target that needs what is not given, a model that already has one, or one whose logits are not its
+            hidden states times its head (found at the first call with labels).
+
+    Example:
+        >>> qt.apply_target(model, {"preset": "target-sft", "eta": 0.5}, teacher=teacher)  # doctest: +SKIP
+        >>> model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()  # doctest: +SKIP
+    """
+    from qtarget.models.forward import add_target_forward
+
+    base = _base(model)
+    if hasattr(base, _STATE):
+        raise ConfigError(
+            f"{type(base).__name__} has target {getattr(base, _STATE).target} already; remove it first "
+            "with qt.remove_target(model)"
+        )
+    read = ScheduledTarget.read(target)
+    before = base.__dict__.get("forward")
+    add_target_forward(base)
+    others = _others(model, read, teacher, reference)
+    applied = AppliedTarget(read, others, vocab_size, eval_logits, backend, before)
+    _replace_forward(base, applied)
+    setattr(base, _STATE, applied)
+    return model
+
+
+def remove_target(model: nn.Module) -> nn.Module:
+    """Give a model its own forward back; teacher and reference are let go.
+
+    Raises:
+        ConfigError: no target is applied to it.
+
+    Example:
+        >>> qt.remove_target(model)  # doctest: +SKIP
+    """
+    base = _base(model)
+    applied = applied_to(base)
+    for name in ("forward", "_qtarget_forward", _STATE):
+        base.__dict__.pop(name, None)
+    if applied.forward_before is not None:
+        base.forward = applied.forward_before
+    return model
+
+
+def applied_to(model: nn.Module) -> AppliedTarget:
+    """What ``apply_target`` left on a model.
+
+    Raises:
+        ConfigError: nothing.
+    """
+    found = getattr(_base(model), _STATE, None)
+    if found is None:
+        raise ConfigError(f"{type(_base(model)).__name__} has no target; apply one with qt.apply_target(model, target)")
+    return found
+
+
+@dataclass
+class AppliedTarget:
+    """A target on a model, and what it did.
+
+    Attributes:
+        target: as configured, with its schedules. others: {teacher, reference: who is asked}.
+        forward_before: a forward that stood on the instance before, or None.
+        step, total_steps: where the run is, on which schedules depend; a host's callback sets them.
+        backward_passes: how often a loss of this target was back-propagated.
+    """
+
+    target: ScheduledTarget
+    others: dict[str, Any]
+    vocab_size: int | None
+    eval_logits: bool
+    backend: str
+    forward_before: Any
+    step: int = 0
+    total_steps: int = 0
+    backward_passes: int = 0
+    _sums: dict[str, float] = field(default_factory=dict)
+    _tokens: int = 0
+    _head_checked: bool = False
+
+    def now(self) -> Target:
+        """The target of the present step.
+
+        Raises:
+            ConfigError: it has a schedule, and nobody says where the run is.
+        """
+        if self.target.schedules and not self.total_steps:
+            raise ConfigError(
+                f"target {self.target} has a schedule, but the length of the run is not known; train with "
+                "qt.TargetCallback, or set qt.applied_to(model).total_steps and .step"
+            )
+        return self.target.at(self.step, self.total_steps)
+
+    def loss(self, base: Any, inner: Any, inputs: dict[str, Any]) -> Any:
+        """The output of a forward with labels.
+
+        Args:
+            base: the model. inner: its forward that takes ``qtarget=``. inputs: of the call, by name.
+        """
+        from qtarget.models.forward import LossCall
+
+        target = self.now()
+        labels, columns, count = self._taken(inputs, target)
+        if not self._head_checked:
+            self._check(base, inner, inputs)
+        heads: dict[str, Head | TopK] = {
+            role: other.head(inputs) for role, other in self.others.items() if role in target.requires
+        }
+        router = bool(getattr(base.config.get_text_config(), "output_router_logits", False))
+        call = LossCall(
+            [target], labels, columns, heads, self.vocab_size, count, "basic", router and base.training, self.backend
+        )
+        output = inner(**inputs, qtarget=call)
+        loss = output.exact_loss
+        if output.aux_loss is not None:
+            loss = loss + base.config.get_text_config().router_aux_loss_coef * output.aux_loss.to(loss.device)
+        self._note(output.record.stats)
+        if loss.requires_grad:
+            loss.register_hook(self._count)
+        return self._output(base, inner, inputs, loss)
+
+    def figures(self) -> dict[str, float]:
+        """Token-weighted means since they were last read: nll, trust, update, entropy, accuracy."""
+        means = {name: total / self._tokens for name, total in self._sums.items()} if self._tokens else {}
+        self._sums, self._tokens = {}, 0
+        return means
+
+    def _count(self, gradient: Tensor) -> None:
+        self.backward_passes += 1
+
+    def _note(self, stats: dict[str, Tensor]) -> None:
+        supervised = ~stats["nll"].isnan()
+        self._tokens += int(supervised.sum())
+        for name in _LOGGED:
+            if name in stats:
+                self._sums[name] = self._sums.get(name, 0.0) + float(stats[name][supervised].sum())
+
+    def _taken(self, inputs: dict[str, Any], target: Target) -> tuple[Tensor, dict[str, Tensor], Tensor | float | None]:
+        """Labels, the target's columns and the count of labels, taken out of a call's inputs.
+
+        Raises:
+            DataError: labels that are shifted already, or a column that is missing or has another shape.
+        """
+        from qtarget.data.columns import COLUMN_OF, columns_of
+
+        if inputs.pop("shift_labels", None) is not None:
+            raise DataError("shift_labels is given, labels that are shifted already; pass labels and leave it out")
+        labels = inputs.pop("labels")
+        columns = {name: inputs.pop(name) for name in COLUMN_OF.values() if inputs.get(name) is not None}
+        for name in columns_of(target):
+            if name not in columns:
+                raise DataError(f"target {target} needs the column {name!r}; pass it beside labels, of their shape")
+            if columns[name].shape != labels.shape:
+                shapes = f"{tuple(columns[name].shape)}, labels {tuple(labels.shape)}"
+                raise DataError(f"the column {name!r} has shape {shapes}; give one number a label")
+        for name in _OF_LOGITS:
+            inputs.pop(name, None)
+        return labels, columns, inputs.pop("num_items_in_batch", None)
+
+    def _check(self, base: Any, inner: Any, inputs: dict[str, Any]) -> None:
+        """Once: logits rebuilt from hidden states are the models' own."""
+        from qtarget.models.causal_lm import CausalLM
+        from qtarget.models.frozen import evaluation_mode
+
+        plain = {name: inputs[name] for name in ("input_ids", "position_ids") if inputs.get(name) is not None}
+        student = CausalLM(inner, 0)  # from inside its own forward: the hooks of FSDP have run, and run once
+        student.unwrapped = student.base = base
+        student.vocab_size = base.get_output_embeddings().weight.shape[0]
+        with evaluation_mode(base):
+            student.check_head(plain, mixed_precision=True)
+        for other in self.others.values():
+            other.check_head(plain, mixed_precision=True)
+        self._head_checked = True
+
+    def _output(self, base: Any, inner: Any, inputs: dict[str, Any], loss: Tensor) -> Any:
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        logits = None
+        if self.eval_logits and not base.training:
+            with torch.no_grad():
+                logits = inner(**inputs).logits
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def _base(model: Any) -> Any:
+    """The causal language model itself, without adapters.
+
+    Raises:
+        ConfigError: a model that something wraps already, or that is none of Transformers'.
+    """
+    base = getattr(model, "get_base_model", lambda: model)()
+    if not hasattr(base, "get_output_embeddings") or not hasattr(base, "base_model"):
+        raise ConfigError(
+            f"the model is a {type(model).__name__}, not a causal language model of Transformers; apply the target to "
+            "the model itself, before DDP, FSDP or an Accelerator wraps it"
+        )
+    return base
+
+
+def _others(
+    model: Any, target: ScheduledTarget, teacher: nn.Module | str | None, reference: nn.Module | str | None
+) -> dict[str, Any]:
+    """Who is asked for teacher and reference, those that the target requires."""
+    from qtarget.models.causal_lm import CausalLM, WithoutAdapters
+    from qtarget.models.forward import add_target_forward
+    from qtarget.models.frozen import copy_of_the_start, freeze, load_frozen
+
+    base = _base(model)
+    rows, device = base.get_output_embeddings().weight.shape[0], base.device
+
+    def asked(found: nn.Module | str) -> CausalLM:
+        one: Any = load_frozen(found, None, None, device) if isinstance(found, str) else freeze(found)
+        add_target_forward(_base(one))
+        return CausalLM(one, rows)
+
+    others: dict[str, Any] = {}
+    if "teacher" in target.requires:
+        if teacher is None:
+            raise ConfigError(f"target {target} needs a teacher; give one: qt.apply_target(model, ..., teacher=model)")
+        others["teacher"] = asked(teacher)
+    if "reference" in target.requires:
+        if reference is not None:
+            others["reference"] = asked(reference)
+        elif hasattr(model, "disable_adapter"):
+            others["reference"] = WithoutAdapters(model, rows)
+        else:
+            others["reference"] = asked(copy_of_the_start(base))
+    return others
+
+
+def _replace_forward(base: Any, applied: AppliedTarget) -> None:
+    inner = base.forward  # takes qtarget=
+    names = list(inspect.signature(type(base).forward).parameters)[1:]
+
+    # Keep the original signature: Transformers' trainer asks it whether num_items_in_batch may come along.
+    @functools.wraps(type(base).forward)
+    def forward(self, *args, qtarget=None, **kwargs):
+        if qtarget is not None:
+            return inner(*args, qtarget=qtarget, **kwargs)
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}  # also those given by position
+        if inputs.get("labels") is None:
+            return inner(*args, **kwargs)
+        return applied.loss(self, inner, inputs)
+
+    base.forward = types.MethodType(forward, base)
