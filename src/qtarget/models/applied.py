@@ -1,4 +1,4 @@
-"""``apply_target``: a model whose own forward returns the loss of a target, whoever trains it."""
+"""``apply_target``: a model whose own forward returns the loss of a target."""
 
 from __future__ import annotations
 
