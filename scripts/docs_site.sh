@@ -20,5 +20,5 @@ if [ ! -f "$environment/.ready" ] || [ constraints.txt -nt "$environment/.ready"
     "$environment/bin/python" -m pip install -qq --disable-pip-version-check -c constraints.txt $wanted
     touch "$environment/.ready"
 fi
-NO_MKDOCS_2_WARNING=1 "$environment/bin/mkdocs" build --strict --quiet
+NO_MKDOCS_2_WARNING=1 "$environment/bin/python" -m mkdocs build --strict --quiet
 printf '[docs] open build/site/index.html in a browser\n'

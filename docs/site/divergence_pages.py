@@ -57,7 +57,8 @@ def formula(facts: Facts) -> str:
 def score_picture(facts: Facts) -> str:
     d = torch.linspace(-_REACH, _REACH, 81, dtype=torch.float64)
     points = list(zip(d.tolist(), facts.divergence.score(d).tolist(), strict=True))
-    drawn = pictures.curve(points, "d = log p − log R", "s, the score", f"The score of {facts.record['name']} over d")
+    title = f"The score of {facts.record['name']} over d"
+    drawn = pictures.curve(points, "d = log p − log R", "s, the score", title, (-_REACH, _REACH), 0)
     return pictures.figure([drawn], "To the left the student has too little, to the right too much.")
 
 

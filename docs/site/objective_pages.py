@@ -91,7 +91,7 @@ def formula(facts: Facts) -> str:
 
 
 def trust(facts: Facts) -> str:
-    lines = [f"**The label** gets the trust a: {facts.record['trusts']}.", f"**The rest**: {facts.record['rest']}."]
+    lines = [f"**The label's trust a**: {facts.record['trusts']}.", f"**The rest**: {facts.record['rest']}."]
     return f"## Who gets the trust, and who the rest\n\n{blocks.bullets(lines)}"
 
 
@@ -99,7 +99,9 @@ def trust_picture(facts: Facts) -> str:
     if read := sorted(name for name in facts.target.needs if STATISTICS[name] is not None):
         return f"Its trust reads {', '.join(f'`{name}`' for name in read)}, so there is no curve of it over p_y alone."
     points = trust_curve(facts.target)
-    drawn = pictures.curve(points, "p_y", "a, the weight of the label", f"The trust of {facts.name} over p_y")
+    drawn = pictures.curve(
+        points, "p_y", "a, the weight of the label", f"The trust of {facts.name} over p_y", (0, 1), 1
+    )
     caption = f"The weight of the label over its probability, the rest of p spread evenly over {_ALIKE} other tokens."
     return pictures.figure([drawn], caption)
 

@@ -54,25 +54,31 @@ def worked(target) -> list[str]:
     ]
 
 
-def curve(points: Sequence[tuple[float, float]], across: str, upward: str, title: str) -> str:
-    """A line through (x, y), with the ends of both axes named."""
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    low, high = min(0.0, *ys), max(ys) if max(ys) > 0 else 1.0
+def curve(
+    points: Sequence[tuple[float, float]], across: str, upward: str, title: str, ends: tuple[float, float], top_y: float
+) -> str:
+    """A line through (x, y), with the ends of both axes named.
+
+    Args:
+        ends: of the axis across. top_y: what the axis upward reaches at the least.
+    """
+    ys = [y for _, y in points]
+    low, high = min(0.0, *ys), max(top_y, *ys)
     left, right, top, bottom = 52, 330, 30, 180
 
     def place(x: float, y: float) -> str:
-        across_px = left + (x - xs[0]) / (xs[-1] - xs[0]) * (right - left)
+        across_px = left + (x - ends[0]) / (ends[1] - ends[0]) * (right - left)
         return f"{_px(across_px)},{_px(bottom - (y - low) / (high - low) * (bottom - top))}"
 
-    zero = place(xs[0], 0).partition(",")[2]
+    zero = place(ends[0], 0).partition(",")[2]
     drawn = [
         f'<text x="0" y="14" {_FONT} font-weight="bold">{escape(upward)}</text>',
         f'<path d="M{left} {top}V{bottom}M{left} {zero}H{right}" stroke="currentColor" fill="none"/>',
         f'<text x="{left - 6}" y="{top + 4}" text-anchor="end" {_FONT}>{_short(high)}</text>',
         f'<text x="{left - 6}" y="{bottom + 4}" text-anchor="end" {_FONT}>{_short(low)}</text>',
-        f'<text x="{left}" y="{bottom + 20}" {_FONT}>{_short(xs[0])}</text>',
+        f'<text x="{left}" y="{bottom + 20}" {_FONT}>{_short(ends[0])}</text>',
         f'<text x="{(left + right) // 2}" y="{bottom + 20}" text-anchor="middle" {_FONT}>{escape(across)}</text>',
-        f'<text x="{right}" y="{bottom + 20}" text-anchor="end" {_FONT}>{_short(xs[-1])}</text>',
+        f'<text x="{right}" y="{bottom + 20}" text-anchor="end" {_FONT}>{_short(ends[1])}</text>',
         f'<polyline points="{" ".join(place(x, y) for x, y in points)}" fill="none" stroke="{_BLUE}" '
         'stroke-width="2.5"/>',
     ]

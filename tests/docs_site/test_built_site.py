@@ -17,6 +17,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
 import links
+import references
 from lens_pages import FLAGS, chromium
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +70,18 @@ def test_a_broken_link_is_noticed(tmp_path):
         "index.html: gone.html leads nowhere",
         "index.html: https://a.org/b.js is fetched from elsewhere",
     ]
+
+
+def test_the_reference_has_every_name_and_its_examples_are_code(site):
+    import qtarget as qt
+
+    pages = {page.stem: page.read_text(encoding="utf-8") for page in (site / "reference").glob("*.html")}
+    whole = "".join(pages.values())
+    for identifier in references.identifiers():
+        assert f'id="{identifier}' in whole, identifier  # or of a name in it, where a module has no heading
+    assert "<blockquote>" not in whole and "doctest:" not in whole
+    assert "<code>head_bias</code>" in pages["losses"]  # an entry of its own, though it shares a line in the docstring
+    assert {name for name in qt.__all__ if f"<code>{name}</code>" not in pages["index"]} == set()
 
 
 @pytest.mark.browser

@@ -45,7 +45,7 @@ def test_an_objectives_page_says_what_its_preset_says(name):
     page, entry = OBJECTIVES[name], presets.describe(name)
     assert page.startswith(f"# {name}\n\n{entry.summary}")
     assert entry.formula in blocks(page, "text")[0] and "g = a (p − δ) + Σ b" in blocks(page, "text")[0]
-    assert f"gets the trust a: {entry.trusts}." in page and f"**The rest**: {entry.rest}." in page
+    assert f"**The label's trust a**: {entry.trusts}." in page and f"**The rest**: {entry.rest}." in page
     assert all(f"`{parameter}`: " in page for parameter in entry.parameters)
     assert entry.defaults in page and entry.traps[1:] in page
     assert page.count("<svg") == 3 + ("over p_y alone" not in page)
