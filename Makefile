@@ -20,7 +20,7 @@ BENCH_ARGS ?=
 SOAK_ARGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick real-model-large soak house docs-tree docs-settings test-distributed eval-demo audit gpu-bench gpu-check vllm-check
+.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick real-model-large soak house docs-tree docs docs-settings test-distributed eval-demo audit gpu-bench gpu-check vllm-check
 
 help: ## this list
 	@printf 'qtarget: supervised fine-tuning toward a target you choose\n\n'
@@ -129,6 +129,11 @@ docs-tree: $(VENV)/.ready ## the tree in docs/architecture.md, from the first li
 # pip-audit lives in an environment of its own, and asks an advisory service about the names and versions of the lock.
 audit: ## known vulnerabilities of the locked dependencies (asks pypi.org and its advisory service)
 	@sh scripts/audit.sh
+
+# MkDocs lives in an environment of its own, build/docs-env.
+docs: $(VENV)/.ready ## the documentation site, build/site/index.html: strict, and every link of it followed
+	@sh scripts/docs_site.sh && \
+	QTARGET_SITE=build/site $(BIN)/python -m pytest -q -m full tests/docs_site $(TEST_ARGS)
 
 docs-settings: $(VENV)/.ready ## the table of settings in docs/training.md, from QTargetConfig's docstring
 	@$(BIN)/python scripts/docs_settings.py

@@ -113,7 +113,7 @@ def test_training_page_prints_the_lora_run_as_it_is():
 
 
 def test_links_of_the_pages_lead_somewhere():
-    for page in (ROOT / "docs").glob("*.md"):
+    for page in (ROOT / "docs").rglob("*.md"):
         for link in re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
@@ -123,7 +123,8 @@ def test_the_tree_is_that_of_the_docstrings():
     assert docs_tree.page() == docs_tree.PAGE.read_text(encoding="utf-8"), "make docs-tree"
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
+WRITTEN = [page.relative_to(ROOT).as_posix() for page in sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = ["README.md", "CONTRIBUTING.md", *WRITTEN]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -157,7 +158,7 @@ def test_trls_own_script_with_two_lines_changed(tmp_path):
     assert (tmp_path / "model-QTarget" / "checkpoint-3" / "qtarget.json").exists()
 
 
-PAGES = ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = ["README.md", *WRITTEN]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -167,7 +168,7 @@ def test_flags_in_the_pages_are_those_of_the_commands(page):
 
     everywhere = {field.name for config in settings.groups().values() for field in dataclasses.fields(config)}
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = re.findall(r"^ {4}(?:.*&& )?(?:\$ )?qtarget (\w+) (.*)$", text, re.M)
+    commands = re.findall(r"^ {4}(?: {4})?(?:.*&& )?(?:\$ )?qtarget (\w+) (.*)$", text, re.M)
     for verb, words in commands:
         assert verb in VERBS, words
         taken = importlib.import_module(f"qtarget.cli.verbs.{verb}").VERB.commands
