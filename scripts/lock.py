@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "locks"
 EXTRAS = ("train", "peft", "plots", "server")  # what the trainer's tests run with
-TOOLS = ("torch", "pytest")  # at the version of constraints.txt
+TOOLS = ("torch", "pytest", "triton")  # at the version of constraints.txt; TRL 1.15 has losses that need triton
 
 
 def bounds(extras: tuple[str, ...] = EXTRAS) -> dict[str, str]:
