@@ -13,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from packaging.requirements import Requirement
@@ -59,20 +60,23 @@ def beside(layer: list[str], asked: list[Requirement], seconds: float) -> dict[s
             chosen = {name: versions[name].partition("+")[0] for name in SHARED if name in versions}
             return {"resolved": True, "against": against, "versions": chosen, **record}
         record[f"why not against {against}"] = why
-    return {"resolved": False, **record}
+    return {"resolved": None if "no answer" in why else False, **record}  # None: pip was not given the time
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600.0)
-    seconds, found = parser.parse_args().seconds, {}
-    for peer, version in PEERS.items():
+    seconds = parser.parse_args().seconds
+
+    def answer(peer: str) -> dict[str, Any]:
         asked = required(peer)
         pins = [str(one) for one in asked if one.name.replace("_", "-") in SHARED]
         layers = {name: beside(layer, asked, seconds) for name, layer in LAYERS.items()}
-        found[peer] = {"version": version, "pins": sorted(pins), "layers": layers}
-        said = ", ".join(f"{name} {'resolves' if one['resolved'] else 'does not'}" for name, one in layers.items())
-        print(f"{peer} {version}: {said}", flush=True)
+        print(peer, PEERS[peer], {name: one["resolved"] for name, one in layers.items()}, flush=True)
+        return {"version": PEERS[peer], "pins": sorted(pins), "layers": layers}
+
+    with ThreadPoolExecutor() as pool:  # pip waits for the index most of the time
+        found = dict(zip(PEERS, pool.map(answer, PEERS), strict=True))
     RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -136,7 +136,7 @@ import importlib, pkgutil
 import qtarget
 places = {{module: extra for extra, modules in {others!r}.items() for module in modules}}
 for found in pkgutil.walk_packages(qtarget.__path__, "qtarget."):
-    if ".device" not in found.name:
+    if ".device" not in found.name and not found.name.endswith("__main__"):  # the kernels want triton; main runs
         try:
             importlib.import_module(found.name)
         except ModuleNotFoundError as error:
