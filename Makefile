@@ -20,7 +20,7 @@ BENCH_ARGS ?=
 SOAK_ARGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick real-model-large soak house docs-tree docs docs-settings test-distributed eval-demo audit gpu-bench gpu-check vllm-check
+.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick real-model-large soak house docs-tree docs docs-settings locks test-lowest test-latest test-distributed eval-demo audit gpu-bench gpu-check vllm-check
 
 help: ## this list
 	@printf 'qtarget: supervised fine-tuning toward a target you choose\n\n'
@@ -106,6 +106,18 @@ test-full: $(VENV)/.ready ## check, then every test, those that take minutes too
 	$(MAKE) --no-print-directory check browser && \
 	$(BIN)/python -m pytest $(WORKERS) --durations=15 -m "full or not full" $(TEST_ARGS) && \
 	printf 'make test-full: %s s\n' "$$(($$(date +%s) - start))"
+
+# The trainer against an environment of its own, build/lowest or build/latest, from locks/; results are committed.
+VERSION_TESTS = $(addprefix tests/training/test_trainer_,trl.py saving.py lora.py gradients.py layouts.py)
+
+test-lowest: ## the trainer's tests at the lowest versions of pyproject.toml: benchmarks/results/versions.json
+	@$(or $(PYTHON),python3) scripts/versions.py lowest $(VERSION_TESTS)
+
+test-latest: ## the same at the latest versions within its bounds
+	@$(or $(PYTHON),python3) scripts/versions.py latest $(VERSION_TESTS)
+
+locks: ## locks/lowest.txt and locks/latest.txt, from the bounds of pyproject.toml
+	@$(or $(PYTHON),python3) scripts/lock.py
 
 # part of make test, too
 test-distributed: $(VENV)/.ready ## the tests that start several processes: DDP, FSDP2, the head in pieces

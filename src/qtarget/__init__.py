@@ -66,7 +66,10 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'qtarget' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), "build" if name == "preset" else name)
+    from qtarget.errors import importing
+
+    with importing(f"qtarget.{name}"):
+        value = getattr(importlib.import_module(_MODULE_OF[name]), "build" if name == "preset" else name)
     globals()[name] = value
     return value
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qtarget import hub
+from qtarget import extras, hub
 
 if TYPE_CHECKING:
     from qtarget.losses.inputs import Tokens
@@ -50,6 +50,10 @@ class DataError(ConfigError):
 
 class StorageError(ConfigError):
     """A file or folder that cannot be written or read: a full disk, missing rights, a damaged file, another's folder."""
+
+
+class MissingPackage(QTargetError, ImportError):
+    """A package that a part of qtarget needs is not installed; names the extra that brings it."""
 
 
 class NonFiniteLogits(ConfigError):
@@ -135,6 +139,17 @@ def check_bool(field: str, value: object) -> None:
     """Raise unless ``value`` is true or false."""
     if not isinstance(value, bool):
         raise ConfigError(f"{field} is {value!r}; use true or false")
+
+
+@contextlib.contextmanager
+def importing(what: str) -> Iterator[None]:
+    """A package of an extra that is not installed becomes one sentence; ``what`` needs it."""
+    try:
+        yield
+    except ImportError as error:
+        if said := extras.missing(what, error):
+            raise MissingPackage(said) from error
+        raise
 
 
 @contextlib.contextmanager

@@ -32,15 +32,14 @@ def nowhere(name: str, kind: str = "model") -> str | None:
 
 @functools.cache
 def answers() -> bool:
-    """Asked once, and briefly: the hub's own client would ask for half a minute, about each name."""
-    import requests
-    from huggingface_hub import constants
+    """Asked once, and briefly: the hub's own functions would ask for half a minute, about each name."""
+    from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        requests.head(constants.ENDPOINT, timeout=5)
-    except requests.RequestException:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # of httpx or httpx2, as the client's version has it
         return False
     return True
 

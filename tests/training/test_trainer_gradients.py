@@ -203,7 +203,7 @@ class CountsEachMicroBatch(QTargetTrainer):
 class ForgetsAccumulation(QTargetTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.loss_is_scaled_for_ga = None
+        self.loss_is_scaled_for_ga, self.model_accepts_loss_kwargs = None, False
 
 
 @pytest.mark.parametrize("mutant", [CountsPositionZero, HalvesTheDenominator, CountsEachMicroBatch])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from qtarget import own_code
 from qtarget.cli import terminal
-from qtarget.errors import QTargetError, unknown
+from qtarget.errors import MissingPackage, QTargetError, importing, unknown
 
 # verb → (what it does, an example)
 VERBS = {
@@ -66,13 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise unknown("verb", verb, VERBS)
-        return importlib.import_module(f"qtarget.cli.verbs.{verb}").VERB(rest)
+        with importing(f"qtarget {verb}"):
+            return importlib.import_module(f"qtarget.cli.verbs.{verb}").VERB(rest)
     except QTargetError as error:
         if debug:
             raise
         if terminal.is_main():
+            subject = "" if isinstance(error, MissingPackage) else f"qtarget {verb}: "
             for fault in error.faults:
-                print(f"qtarget {verb}: {fault}", file=sys.stderr)
+                print(f"{subject}{fault}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()

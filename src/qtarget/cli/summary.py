@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtarget import extras
 from qtarget.cli import terminal
 
 if TYPE_CHECKING:
@@ -80,9 +81,12 @@ def show(trainer: QTargetTrainer, before: dict[str, float], after: dict[str, flo
     if trainer.evaluates_teacher and before:
         print(_about_drift(trainer, before, after))
     picture = folder / "curves.png"
-    with trainer.side_files.writing(picture.name):
-        if _draw(trainer.state.log_history, str(trainer.args.resolve_objective()), picture):
-            print(f"curves     {picture}")
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"curves     need matplotlib, which is not installed; {extras.pip_line('plots')}")
+    else:
+        with trainer.side_files.writing(picture.name):
+            if _draw(trainer.state.log_history, str(trainer.args.resolve_objective()), picture):
+                print(f"curves     {picture}")
     print(f"model      {folder}  ({_what(trainer)})")
     for number, command in enumerate(_next(trainer, folder)):
         print(f"{'' if number else 'next':<11}{shlex.join(command)}")

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qtarget import own_code
+from qtarget import extras, own_code
 from qtarget.errors import ConfigError, DataError, unknown
 from qtarget.evaluation import equality, extraction
 from qtarget.evaluation.extraction import final_answer, marked, normal
@@ -75,7 +75,7 @@ def check(name: str, columns: Sequence[str] | None = None) -> None:
             )
         return
     if kind.package is not None and importlib.util.find_spec(kind.package) is None:
-        raise ConfigError(f"verifier is {name!r}, but {kind.package} is not installed; pip install 'qtarget[eval]'")
+        raise ConfigError(f"verifier is {name!r}, but {kind.package} is not installed; {extras.pip_line('eval')}")
     if kind is _KINDS[_GYM]:
         from reasoning_gym.factory import DATASETS
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from string import ascii_uppercase as LETTERS
 from typing import Any
 
-from qtarget import files
+from qtarget import extras, files
 from qtarget.errors import ConfigError, DataError, StorageError, reason, unknown
 from qtarget.evaluation import graders, suites
 
@@ -85,7 +85,7 @@ def load(
             if not _has_generated():
                 raise ConfigError(
                     f"task is {name!r}, which is none of {', '.join(known)}; the tasks of reasoning-gym, which is not "
-                    'installed, come with pip install "qtarget[eval]"'
+                    f"installed, come with {extras.pip_line('eval')}"
                 )
             raise unknown("task", name, known)
     tasks = {}

@@ -121,7 +121,7 @@ def _together(config: Any) -> Iterator[str]:
     multiple = config.pad_to_multiple_of
     if multiple not in (None, "auto") and (not isinstance(multiple, int) or multiple < 1):
         yield f"pad_to_multiple_of is {multiple!r}; use a whole number from 1, or auto"
-    start = config.dataloader_multiprocessing_context
+    start = getattr(config, "dataloader_multiprocessing_context", None)  # Transformers 5.10 has no such field
     if start is not None and start not in (known := torch.multiprocessing.get_all_start_methods()):
         yield from unknown("dataloader_multiprocessing_context", start, known).faults
     given = config.gradient_checkpointing_kwargs

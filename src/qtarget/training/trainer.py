@@ -117,8 +117,8 @@ class QTargetTrainer(HostHooks):
         model, args = adapter_by_name(model, args, kwargs)
         with as_plain_nll(args):
             super().__init__(model, args, **kwargs)  # type: ignore[arg-type]
-        # The trainer divides by the accumulation steps itself only where each micro-batch brings its own mean.
-        self.loss_is_scaled_for_ga = args.denominator != "micro_batch"  # type: ignore[assignment]
+        # The trainer divides only where each micro-batch brings its own mean; Transformers 5.10 reads the second name.
+        self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = args.denominator != "micro_batch"  # type: ignore[assignment]
         raise_together(checks.prepared(self, self._is_vision_dataset))
         mend_generation_config(CausalLM(self.model, 0).base)
         self.data_collator = self.rows.collator(self.data_collator)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from qtarget.cli import terminal, yaml_text
+from qtarget.cli import terminal
 from qtarget.cli.arguments import NAME, TEXT, Option, Verb, only
 from qtarget.errors import ConfigError, raise_together, unknown
 
@@ -174,6 +174,7 @@ def _mentions(record: dict[str, Any], word: str) -> bool:
 
 def _drawable(word: str) -> Target:
     """The target whose label weight is that of the one named, without models. Raises where it reads what p has not."""
+    from qtarget.cli import yaml_text
     from qtarget.targets import Target
     from qtarget.targets.stats import STATISTICS
 
