@@ -18,6 +18,7 @@ import commands
 import pictures
 import qtarget as qt
 from qtarget import Target
+from qtarget.data.columns import COLUMN_OF
 from qtarget.targets import peers, presets
 from qtarget.targets.stats import STATISTICS
 
@@ -156,6 +157,18 @@ def _shown(value: object) -> str:
     return "not set" if value is None else f"`{value}`"
 
 
+def in_any_trainer(facts: Facts) -> str:
+    needed = facts.record["needs"]
+    given = ", teacher=teacher" if "teacher" in needed else ""
+    columns = [column for need, column in COLUMN_OF.items() if need in needed]
+    beside = f" The column `{columns[0]}` comes beside the labels." if columns else ""
+    line = f'qt.apply_target(model, "{facts.name}"{given})'
+    return (
+        f"## In any trainer\n\n    {line}\n\nFrom then on the model's own forward returns this loss "
+        f"([more](../training.md#in-another-trainer)).{beside}"
+    )
+
+
 def traps(facts: Facts) -> str:
     text = facts.record["traps"]
     return f"## Traps\n\n{text[0].upper()}{text[1:]}." if text else ""
@@ -202,6 +215,7 @@ SECTIONS: tuple[Callable[[Facts], str], ...] = (
     worked,
     in_a_recipe,
     in_python,
+    in_any_trainer,
     defaults,
     traps,
     needs,

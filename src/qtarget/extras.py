@@ -21,6 +21,7 @@ EXTRAS = {
         "xxhash": "xxhash",
         "yaml": "pyyaml",
     },
+    "deepspeed": {"deepspeed": "deepspeed"},
     "eval": {"math_verify": "math-verify", "reasoning_gym": "reasoning-gym"},
     "peft": {"peft": "peft"},
     "plots": {"matplotlib": "matplotlib"},

@@ -12,6 +12,7 @@ import objective_pages
 import pictures
 import qtarget as qt
 import references
+import tiny_models
 import worked_tokens
 from qtarget.targets import peers, presets
 from qtarget.targets.divergence import Divergence
@@ -69,6 +70,13 @@ def test_a_divergences_page_says_what_its_class_says(name):
 @pytest.mark.parametrize("name", presets.names())
 def test_an_objectives_python_runs(name, capsys):
     assert ran(OBJECTIVES[name], capsys) == qt.preset(name)
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_an_objectives_line_for_any_trainer_is_accepted(name):
+    line = re.search(r"^    (qt\.apply_target\(.*\))$", OBJECTIVES[name], re.M)[1]
+    model = eval(line, {"qt": qt, "model": tiny_models.llama(), "teacher": tiny_models.llama(seed=1)})
+    assert qt.applied_to(model).target.final == qt.preset(name)
 
 
 @pytest.mark.parametrize("name", list(Divergence.known))
