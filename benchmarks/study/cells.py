@@ -35,7 +35,7 @@ class Cell:
     labels_from: str = ""
     arms: tuple[str, ...] = field(default=FEW)
 
-    def has(self, arm: str) -> str:
+    def where(self, arm: str) -> str:
         """The name of the cell in which the arm's runs of this condition are."""
         return self.labels_from if self.labels_from and arm not in WITH_TEACHER else self.name
 

@@ -50,11 +50,11 @@ class Results:
         if "/" not in side:
             return [self.models[seed][side] for seed in self.seeds]
         cell, arm = side.split("/")
-        return [self.runs[self.plan.cells[cell].has(arm), arm, seed] for seed in self.seeds]
+        return [self.runs[self.plan.cells[cell].where(arm), arm, seed] for seed in self.seeds]
 
     def has(self, side: str) -> bool:
         cell, arm = side.split("/")
-        return arm in self.plan.cells[self.plan.cells[cell].has(arm)].arms
+        return arm in self.plan.cells[self.plan.cells[cell].where(arm)].arms
 
     def arms_of(self, cell: str) -> list[str]:
         """All that are compared in a condition, those whose runs are in another cell first."""

@@ -184,7 +184,7 @@ def test_the_two_plans(chains):
         f"{b}-{t}" for b in ("weak", "middle", "strong") for t in ("sharp", "good", "cold", "bad")
     ] + [f"weak-sharp-{variant}" for variant in ("noise-0", "noise-30", "long")]
     for cell in grid.cells.values():
-        there = {arm: cell.has(arm) for arm in (*arms.LABELS, *arms.TEACHERS)}
+        there = {arm: cell.where(arm) for arm in (*arms.LABELS, *arms.TEACHERS)}
         assert all(arm in grid.cells[name].arms for arm, name in there.items())
         assert all(grid.cells[name].base == cell.base for name in there.values())
         assert all((arm in arms.WITH_TEACHER) <= (name == cell.name) for arm, name in there.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import rates
-from arms import FEW, LABELS, TEACHERS
+from arms import LABELS, TEACHERS
 from cells import BASES, CORNER, GUIDES
 from chains import KINDS
 from regret import Regret, Span
@@ -14,7 +14,7 @@ from page.tables import percent, table
 MEASURES = ("avg", "pass", "greedy")
 ARMS = (*LABELS, *TEACHERS)
 CORNERS = (f"{CORNER}-noise-0", CORNER, f"{CORNER}-noise-30", f"{CORNER}-long")
-# What a cell of the probe's table shows of the corner.
+# Those whose teaching is shown, token by token.
 TAUGHT = ("sft", "dft", "kd", "kd-hybrid", "gift", "target-sft")
 
 
@@ -68,7 +68,7 @@ def model_table(results: Results) -> str:
 def rate_table(results: Results) -> str:
     lines = []
     for cell in results.plan.cells:
-        of = {arm: results.rates.get((results.plan.cells[cell].has(arm), arm)) for arm in ARMS}
+        of = {arm: results.rates.get((results.plan.cells[cell].where(arm), arm)) for arm in ARMS}
         lines.append([cell, *(f"{rate:g}" for rate in of.values())])
     return table(["condition", *ARMS], lines)
 
@@ -104,6 +104,3 @@ def kind_table(results: Results, cell: str) -> str:
             if any(value is not None for value in values):
                 lines.append([arm, label, *("" if value is None else f"{value:.2f}" for value in values)])
     return table(["arm", "", *KINDS], lines)
-
-
-assert {*FEW} <= {*ARMS}
