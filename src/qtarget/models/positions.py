@@ -32,9 +32,17 @@ def window(config: Any) -> int | None:
     return named if not (named and original and factor) else max(named, int(original * factor))
 
 
+def without_numbers(config: Any, trust_remote_code: bool = False) -> nn.Module:
+    """A model that has its configuration's shapes and no weights, on the meta device."""
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import set_zero3_state
+
+    # Under ZeRO-3 Transformers would cut it in pieces and fill them, which a model without numbers has not.
+    with torch.device("meta"), set_zero3_state():
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return model
+
+
 def learned_by(config: Any, trust_remote_code: bool = False) -> int | None:
     """``learned`` of a model that only its configuration is known of."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return learned(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    return learned(without_numbers(config, trust_remote_code))

@@ -146,11 +146,9 @@ def why_unknown() -> str:
 
 def of_config(config: Any, source: str = "its config", trust_remote_code: bool = False) -> Shape:
     """From a config of Transformers, the parameters counted on a model that has a shape and no numbers."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    from qtarget.models.positions import without_numbers
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model = without_numbers(config, trust_remote_code)
     heads = getattr(config, "num_attention_heads", 1)
     return Shape(
         layers=config.num_hidden_layers,
