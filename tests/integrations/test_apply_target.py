@@ -97,6 +97,29 @@ def test_without_labels_and_after_removal_the_model_is_as_it_was():
     qt.apply_target(model, "eaft")  # and takes another
 
 
+def test_a_forward_that_was_there_before_comes_back():
+    model = student()
+    own = model.forward
+    model.forward = lambda *args, **kwargs: own(*args, **kwargs)  # as Accelerate's hooks stand on a model
+    there = model.__dict__["forward"]
+    qt.remove_target(qt.apply_target(model, "dft"))
+    assert model.__dict__["forward"] is there
+
+
+def test_figures_are_means_over_the_labels_of_training():
+    model = qt.apply_target(student(), "dft")
+    model(**INPUTS, labels=LABELS)
+    model.eval()
+    model(**INPUTS, labels=LABELS.clamp(max=3))  # evaluation is not counted
+    with torch.no_grad():
+        logits = model(**INPUTS).logits[:, :-1]
+    stats = qt.target_loss(logits, LABELS[:, 1:], qt.preset("dft")).stats
+    figures = qt.applied_to(model).figures()
+    for name in ("nll", "trust", "update", "entropy"):
+        assert figures[name] == pytest.approx(stats[name].nanmean().item(), rel=1e-6), name
+    assert qt.applied_to(model).figures() == {}
+
+
 def test_logits_in_evaluation_when_asked():
     model = qt.apply_target(student(), "dft", eval_logits=True)
     assert model(**INPUTS, labels=LABELS).logits is None

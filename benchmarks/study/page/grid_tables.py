@@ -68,8 +68,7 @@ def model_table(results: Results) -> str:
 def rate_table(results: Results) -> str:
     lines = []
     for cell in results.plan.cells:
-        of = {arm: results.rates.get((results.plan.cells[cell].where(arm), arm)) for arm in ARMS}
-        lines.append([cell, *(f"{rate:g}" for rate in of.values())])
+        lines.append([cell, *(f"{results.rates[results.plan.cells[cell].where(arm), arm]:g}" for arm in ARMS)])
     return table(["condition", *ARMS], lines)
 
 

@@ -18,9 +18,11 @@ from qtarget.targets import Target
 from qtarget.targets.schedule import ScheduledTarget
 
 _STATE = "_qtarget_applied"
+_PATCHED = ("forward", "_qtarget_forward")  # what a patched model has on itself
 # What a forward that forms no logits has no use for.
 _OF_LOGITS = ("logits_to_keep", "num_logits_to_keep", "return_dict", "output_attentions", "output_hidden_states")
 _LOGGED = ("nll", "trust", "update", "entropy", "accuracy")
+_TOKENS = "supervised_tokens"
 
 
 def apply_target(
@@ -72,9 +74,9 @@ def apply_target(
             "with qt.remove_target(model)"
         )
     read = ScheduledTarget.read(target)
-    before = base.__dict__.get("forward")
+    before = {name: base.__dict__[name] for name in _PATCHED if name in base.__dict__}
     add_target_forward(base)
-    others = _others(model, read, teacher, reference)
+    others = _others(model, read, teacher, reference, vocab_size)
     applied = AppliedTarget(read, others, vocab_size, eval_logits, backend, before)
     _replace_forward(base, applied)
     setattr(base, _STATE, applied)
@@ -92,10 +94,9 @@ def remove_target(model: nn.Module) -> nn.Module:
     """
     base = _base(model)
     applied = applied_to(base)
-    for name in ("forward", "_qtarget_forward", _STATE):
+    for name in (*_PATCHED, _STATE):
         base.__dict__.pop(name, None)
-    if applied.forward_before is not None:
-        base.forward = applied.forward_before
+    base.__dict__.update(applied.before)
     return model
 
 
@@ -117,7 +118,7 @@ class AppliedTarget:
 
     Attributes:
         target: as configured, with its schedules. others: {teacher, reference: who is asked}.
-        forward_before: a forward that stood on the instance before, or None.
+        before: what the model had on itself in place of what was patched.
         step, total_steps: where the run is, on which schedules depend; a host's callback sets them.
         backward_passes: how often a loss of this target was back-propagated.
     """
@@ -127,13 +128,12 @@ class AppliedTarget:
     vocab_size: int | None
     eval_logits: bool
     backend: str
-    forward_before: Any
+    before: dict[str, Any]
     step: int = 0
     total_steps: int = 0
     backward_passes: int = 0
-    _sums: dict[str, float] = field(default_factory=dict)
-    _tokens: int = 0
-    _head_checked: bool = False
+    _sums: dict[str, Tensor] = field(default_factory=dict)
+    _begun: bool = False
 
     def now(self) -> Target:
         """The target of the present step.
@@ -158,8 +158,8 @@ class AppliedTarget:
 
         target = self.now()
         labels, columns, count = self._taken(inputs, target)
-        if not self._head_checked:
-            self._check(base, inner, inputs)
+        if not self._begun:
+            self._begin(base, inner, inputs, labels.device)
         heads: dict[str, Head | TopK] = {
             role: other.head(inputs) for role, other in self.others.items() if role in target.requires
         }
@@ -171,26 +171,27 @@ class AppliedTarget:
         loss = output.exact_loss
         if output.aux_loss is not None:
             loss = loss + base.config.get_text_config().router_aux_loss_coef * output.aux_loss.to(loss.device)
-        self._note(output.record.stats)
+        if base.training:
+            self._note(output.record.stats)
         if loss.requires_grad:
             loss.register_hook(self._count)
         return self._output(base, inner, inputs, loss)
 
     def figures(self) -> dict[str, float]:
-        """Token-weighted means since they were last read: nll, trust, update, entropy, accuracy."""
-        means = {name: total / self._tokens for name, total in self._sums.items()} if self._tokens else {}
-        self._sums, self._tokens = {}, 0
+        """Token-weighted means of training since they were last read: nll, trust, update, entropy, accuracy."""
+        tokens = float(self._sums.pop(_TOKENS, 0))
+        means = {name: float(total) / tokens for name, total in self._sums.items() if tokens}
+        self._sums = {}
         return means
 
     def _count(self, gradient: Tensor) -> None:
         self.backward_passes += 1
 
     def _note(self, stats: dict[str, Tensor]) -> None:
-        supervised = ~stats["nll"].isnan()
-        self._tokens += int(supervised.sum())
-        for name in _LOGGED:
-            if name in stats:
-                self._sums[name] = self._sums.get(name, 0.0) + float(stats[name][supervised].sum())
+        # Sums stay on the device: a number read in every micro-batch would make the host wait for it.
+        added = {name: stats[name].nansum() for name in _LOGGED if name in stats}
+        added[_TOKENS] = (~stats["nll"].isnan()).sum()
+        self._sums = {name: self._sums.get(name, 0) + total for name, total in added.items()}
 
     def _taken(self, inputs: dict[str, Any], target: Target) -> tuple[Tensor, dict[str, Tensor], Tensor | float | None]:
         """Labels, the target's columns and the count of labels, taken out of a call's inputs.
@@ -214,20 +215,23 @@ class AppliedTarget:
             inputs.pop(name, None)
         return labels, columns, inputs.pop("num_items_in_batch", None)
 
-    def _check(self, base: Any, inner: Any, inputs: dict[str, Any]) -> None:
-        """Once: logits rebuilt from hidden states are the models' own."""
-        from qtarget.models.causal_lm import CausalLM
+    def _begin(self, base: Any, inner: Any, inputs: dict[str, Any], device: torch.device) -> None:
+        """Once: the others go where the student is by now, and logits rebuilt from hidden states are the models' own."""
+        from qtarget.models.causal_lm import CausalLM, WithoutAdapters
         from qtarget.models.frozen import evaluation_mode
 
         plain = {name: inputs[name] for name in ("input_ids", "position_ids") if inputs.get(name) is not None}
         student = CausalLM(inner, 0)  # from inside its own forward: the hooks of FSDP have run, and run once
         student.unwrapped = student.base = base
         student.vocab_size = base.get_output_embeddings().weight.shape[0]
+        rounded = torch.is_autocast_enabled(device.type)
         with evaluation_mode(base):
-            student.check_head(plain, mixed_precision=True)
+            student.check_head(plain, rounded)
         for other in self.others.values():
-            other.check_head(plain, mixed_precision=True)
-        self._head_checked = True
+            if not isinstance(other, WithoutAdapters) and getattr(other.model, "hf_device_map", None) is None:
+                other.model.to(device)
+            other.check_head(plain, rounded)
+        self._begun = True
 
     def _output(self, base: Any, inner: Any, inputs: dict[str, Any], loss: Tensor) -> Any:
         from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -255,7 +259,11 @@ def _base(model: Any) -> Any:
 
 
 def _others(
-    model: Any, target: ScheduledTarget, teacher: nn.Module | str | None, reference: nn.Module | str | None
+    model: Any,
+    target: ScheduledTarget,
+    teacher: nn.Module | str | None,
+    reference: nn.Module | str | None,
+    vocab_size: int | None,
 ) -> dict[str, Any]:
     """Who is asked for teacher and reference, those that the target requires."""
     from qtarget.models.causal_lm import CausalLM, WithoutAdapters
@@ -263,12 +271,12 @@ def _others(
     from qtarget.models.frozen import copy_of_the_start, freeze, load_frozen
 
     base = _base(model)
-    rows, device = base.get_output_embeddings().weight.shape[0], base.device
+    tokens, device = vocab_size or base.get_output_embeddings().weight.shape[0], base.device
 
     def asked(found: nn.Module | str) -> CausalLM:
         one: Any = load_frozen(found, None, None, device) if isinstance(found, str) else freeze(found)
         add_target_forward(_base(one))
-        return CausalLM(one, rows)
+        return CausalLM(one, tokens)
 
     others: dict[str, Any] = {}
     if "teacher" in target.requires:
@@ -279,7 +287,7 @@ def _others(
         if reference is not None:
             others["reference"] = asked(reference)
         elif hasattr(model, "disable_adapter"):
-            others["reference"] = WithoutAdapters(model, rows)
+            others["reference"] = WithoutAdapters(model, tokens)
         else:
             others["reference"] = asked(copy_of_the_start(base))
     return others
