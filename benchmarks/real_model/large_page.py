@@ -8,17 +8,14 @@ from typing import Any
 
 from real_model import results
 from real_model.expectations_large import EXPECTATIONS
-from real_model.forms import BASE, CLEAN, CONDITIONS, CUDA, LARGE, ROOT, Cell
+from real_model.forms import CONDITIONS, CUDA, LARGE, ROOT
 from real_model.results import Cells
 from real_model.tables import (
     bullets,
     describe,
-    differences_table,
-    expectations_table,
-    noise_table,
-    one_run,
+    finished,
+    found,
     prose,
-    scores_table,
     table,
 )
 
@@ -37,31 +34,10 @@ LIMITS = (
 
 def page(folder: Path) -> str:
     """The whole page. Raises SystemExit where there is nothing to report yet."""
-    cells = results.read(folder)
-    if not results.seeds(LARGE, cells, CLEAN) or Cell(0, CLEAN, BASE) not in cells:
-        raise SystemExit(
-            f"{folder} holds no training seed of which every arm is finished, and no page is written; run: "
-            "make real-model-large"
-        )
-    differences = results.differences(LARGE, cells)
+    cells, differences = finished(LARGE, folder, "make real-model-large")
     parts = [
         asked(cells),
-        "## What came out",
-        scores_table(LARGE, cells, "."),
-        "## Differences",
-        prose(
-            f"Scores in per cent. Paired by problem and training seed; intervals are 95 %, of {results.DRAWS:,} "
-            "bootstrap draws of training seeds, problems and samples, by `qtarget compare`. Where an interval holds "
-            "zero, no difference is shown." + one_run(LARGE, cells)
-        ),
-        *(
-            differences_table(LARGE, differences, condition)
-            for condition in CONDITIONS
-            if results.seeds(LARGE, cells, condition)
-        ),
-        noise_table(LARGE, differences),
-        "## What was expected",
-        expectations_table(LARGE, cells, differences, EXPECTATIONS, "expectations_large.py"),
+        *found(LARGE, cells, differences, ".", EXPECTATIONS, "expectations_large.py"),
         teachers(folder),
         "## Limits",
         bullets(LIMITS),

@@ -13,17 +13,14 @@ from typing import Any
 
 from real_model import large_page, reading, results
 from real_model.expectations import EXPECTATIONS
-from real_model.forms import BASE, CLEAN, CONDITIONS, LARGE, ROOT, SMALL, Cell
+from real_model.forms import CONDITIONS, LARGE, ROOT, SMALL
 from real_model.results import Cells
 from real_model.tables import (
     bullets,
     describe,
-    differences_table,
-    expectations_table,
-    noise_table,
-    one_run,
+    finished,
+    found,
     prose,
-    scores_table,
     table,
 )
 
@@ -45,28 +42,10 @@ def main() -> None:
 
 def page(folder: Path) -> str:
     """The whole page. Raises SystemExit where there is nothing to report yet."""
-    cells = results.read(folder)
-    if not results.seeds(SMALL, cells, CLEAN) or Cell(0, CLEAN, BASE) not in cells:
-        raise SystemExit(f"{folder} holds no training seed of which every arm is finished; run: make real-model")
-    differences = results.differences(SMALL, cells)
+    cells, differences = finished(SMALL, folder, "make real-model")
     parts = [
         asked(cells),
-        "## What came out",
-        scores_table(SMALL, cells, BUSY),
-        "## Differences",
-        prose(
-            f"Scores in per cent. Paired by problem and training seed; intervals are 95 %, of {results.DRAWS:,} "
-            "bootstrap draws of training seeds, problems and samples, by `qtarget compare`. Where an interval holds "
-            "zero, no difference is shown." + one_run(SMALL, cells)
-        ),
-        *(
-            differences_table(SMALL, differences, condition)
-            for condition in CONDITIONS
-            if results.seeds(SMALL, cells, condition)
-        ),
-        noise_table(SMALL, differences),
-        "## What was expected",
-        expectations_table(SMALL, cells, differences, EXPECTATIONS, "expectations.py"),
+        *found(SMALL, cells, differences, BUSY, EXPECTATIONS, "expectations.py"),
         teacher_text(folder),
         "## What it means for you",
         bullets(reading.sentences(cells, differences)),

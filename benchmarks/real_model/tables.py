@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from real_model import results
@@ -23,6 +24,45 @@ def bullets(sentences: Sequence[str]) -> str:
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def finished(form: Form, folder: Path, command: str) -> tuple[Cells, Differences]:
+    """What is on record. Raises SystemExit where there is nothing to report yet; ``command`` makes it."""
+    cells = results.read(folder)
+    if not results.seeds(form, cells, CLEAN) or Cell(0, CLEAN, BASE) not in cells:
+        raise SystemExit(
+            f"{folder} holds no training seed of which every arm is finished, and no page is written; run: {command}"
+        )
+    return cells, results.differences(form, cells)
+
+
+def found(
+    form: Form,
+    cells: Cells,
+    differences: Differences,
+    times: str,
+    expectations: Sequence[Expectation],
+    file: str,
+) -> list[str]:
+    """The parts of a page that say what came out. times: what is said of seconds. file: of the expectations."""
+    return [
+        "## What came out",
+        scores_table(form, cells, times),
+        "## Differences",
+        prose(
+            f"Scores in per cent. Paired by problem and training seed; intervals are 95 %, of {results.DRAWS:,} "
+            "bootstrap draws of training seeds, problems and samples, by `qtarget compare`. Where an interval holds "
+            "zero, no difference is shown." + one_run(form, cells)
+        ),
+        *(
+            differences_table(form, differences, condition)
+            for condition in CONDITIONS
+            if results.seeds(form, cells, condition)
+        ),
+        noise_table(form, differences),
+        "## What was expected",
+        expectations_table(form, cells, differences, expectations, file),
+    ]
 
 
 def scores_table(form: Form, cells: Cells, times: str) -> str:
