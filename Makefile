@@ -145,7 +145,8 @@ audit: ## known vulnerabilities of the locked dependencies (asks pypi.org and it
 # MkDocs lives in an environment of its own, build/docs-env.
 docs: $(VENV)/.ready ## the documentation site, build/site/index.html: strict, and every link of it followed
 	@sh scripts/docs_site.sh && \
-	QTARGET_SITE=build/site $(BIN)/python -m pytest -q -m full tests/docs_site $(TEST_ARGS)
+	QTARGET_SITE=build/site $(BIN)/python -m pytest -q tests/docs_site \
+	    -m "full$$(command -v $(CHROMIUM) >/dev/null || echo ' and not browser')" $(TEST_ARGS)
 
 docs-settings: $(VENV)/.ready ## the table of settings in docs/training.md, from QTargetConfig's docstring
 	@$(BIN)/python scripts/docs_settings.py

@@ -41,7 +41,9 @@ def targets_table(names: list[str]) -> str:
 
 @pytest.mark.parametrize(("page", "names"), [("README.md", TEN), ("docs/targets.md", presets.names())])
 def test_pages_list_the_targets_as_they_are(page, names):
-    assert targets_table(names) in (ROOT / page).read_text(encoding="utf-8"), f"write into {page}:\n{targets_table(names)}"
+    assert targets_table(names) in (ROOT / page).read_text(encoding="utf-8"), (
+        f"write into {page}:\n{targets_table(names)}"
+    )
 
 
 def test_readme_is_short():
