@@ -101,7 +101,9 @@ class Visit:
 
 @pytest.mark.browser
 @pytest.mark.parametrize("colours", phone.SCHEMES)
-@pytest.mark.parametrize("page", ["index.html", phone.PAGE, "how-to/reading-the-log.html", "reference/losses.html"])
+@pytest.mark.parametrize(
+    "page", ["index.html", phone.PAGE, "first-look.html", "how-to/reading-the-log.html", "reference/losses.html"]
+)
 def test_a_page_on_a_phone_is_accessible(page, colours, address, browser):
     visit = Visit(browser, address, colours)
     visit.view.goto(f"{address}/{page}")
