@@ -20,14 +20,13 @@ import os
 import sys
 import tempfile
 import types
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import qtarget as qt
-import tiny_models
+from common import LEARNING_RATE, PAIRS, STEPS, Steps, make_model, record, steps_of, stopped
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "hosts.json"
+import qtarget as qt
+
 PACKAGES = ("llamafactory", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 SETTINGS = {
     "stage": "sft",
@@ -38,8 +37,8 @@ SETTINGS = {
     "cutoff_len": 64,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
-    "max_steps": 3,
-    "learning_rate": 1e-2,
+    "max_steps": STEPS,
+    "learning_rate": LEARNING_RATE,
     "lr_scheduler_type": "constant",
     "logging_steps": 1,
     "save_strategy": "no",
@@ -61,48 +60,27 @@ def host() -> Any:
     return run_exp
 
 
-def prepare(folder: Path) -> None:
-    tiny_models.trained_model().save_pretrained(folder / "model")
-    tiny_models.tokenizer().save_pretrained(folder / "model")
-    rows = [{"instruction": f"Tom has {i}", "input": "", "output": f"A box holds {i + 9}"} for i in range(24)]
+def write_rows(folder: Path) -> None:
+    rows = [{"instruction": question, "input": "", "output": answer} for question, answer in PAIRS]
     (folder / "rows.json").write_text(json.dumps(rows))
     (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
 
 
-def run(folder: Path, name: str, *callbacks: Any, **more: Any) -> list[dict[str, float]]:
-    """Loss and gradient norm of each step."""
+def run(folder: Path, name: str, *callbacks: Any, **more: Any) -> Steps:
     where = {"model_name_or_path": str(folder / "model"), "dataset_dir": str(folder), "output_dir": str(folder / name)}
     host()(SETTINGS | where | more, callbacks=list(callbacks))
-    lines = json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
-    return [{key: line[key] for key in ("loss", "grad_norm")} for line in lines if "grad_norm" in line]
-
-
-def largest(ours: list[dict[str, float]], own: list[dict[str, float]]) -> float:
-    """The largest relative difference of a step's loss or gradient norm."""
-    pairs = [(a[key], b[key]) for a, b in zip(ours, own, strict=True) for key in a]
-    return max(abs(a - b) / abs(b) for a, b in pairs)
+    return steps_of(json.loads((folder / name / "trainer_state.json").read_text())["log_history"])
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        prepare(folder)
+        make_model(folder)
+        write_rows(folder)
         own = {"dft": run(folder, "own", use_dft_loss=True), "sft": run(folder, "plain")}
         ours = {name: run(folder, f"ours-{name}", qt.TargetCallback(name)) for name in own}
-        try:
-            run(folder, "both", qt.TargetCallback("dft"), use_dft_loss=True)
-            stopped = None
-        except qt.ConfigError as error:
-            stopped = str(error)
-    content = {
-        "versions": {name: version(name) for name in PACKAGES},
-        "steps": {name: {"own": own[name], "ours": ours[name]} for name in own},
-        "largest relative difference": {name: largest(ours[name], own[name]) for name in own},
-        "its own loss beside a target": stopped,
-    }
-    there = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps({**there, "LLaMA-Factory": content}, indent=1) + "\n")
-    print(json.dumps(content["largest relative difference"]))
+        refused = stopped(lambda: run(folder, "both", qt.TargetCallback("dft"), use_dft_loss=True))
+    record("LLaMA-Factory", PACKAGES, own, ours, its_own_loss_beside_a_target=refused)
 
 
 if __name__ == "__main__":
