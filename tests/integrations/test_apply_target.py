@@ -127,6 +127,27 @@ def test_logits_in_evaluation_when_asked():
     torch.testing.assert_close(model(**INPUTS, labels=LABELS).logits, model(**INPUTS).logits)
 
 
+@pytest.mark.parametrize(
+    "kept, labelled",
+    [(5, [1, 2, 3, 4, 5]), (torch.tensor([False, True, True, False, True, True]), [0, 2, 3, 5])],
+    ids=["last", "mask"],
+)
+def test_labels_cut_with_the_logits_train_the_same(kept, labelled):
+    """As ms-swift calls a model: logits_to_keep, and the labels of those logits alone, the first of which is not read."""
+    cut = {"labels": LABELS[:, labelled], "logits_to_keep": kept}
+    model = student()
+    own = model(**INPUTS, **cut).loss.double()
+    qt.apply_target(model, "sft")
+    torch.testing.assert_close(model(**INPUTS, **cut).loss, own, rtol=1e-6, atol=0)
+    qt.apply_target(qt.remove_target(model), "iw-sft", eval_logits=True).eval()
+    whole = torch.full_like(LABELS, -100)
+    whole[:, labelled[1:]] = LABELS[:, labelled[1:]]
+    weight = COLUMNS["weight"] * torch.arange(1, 7)
+    found = model(**INPUTS, **cut, weight=weight[:, labelled])
+    torch.testing.assert_close(found.loss, model(**INPUTS, labels=whole, weight=weight).loss, rtol=1e-12, atol=0)
+    assert found.logits.shape[1] == len(labelled)
+
+
 @pytest.mark.parametrize("preset", ["dft", "target-sft", "asft"])
 def test_adapters(preset):
     """Trained beside a frozen base; the reference is the model with its adapters off."""
