@@ -83,6 +83,19 @@ def test_sft_is_the_models_own_loss():
     torch.testing.assert_close(model(IDS, MASK, labels=LABELS).loss, own, rtol=1e-6, atol=0)  # given by position
 
 
+@pytest.mark.parametrize("by_config", [True, False])
+def test_experts_are_balanced_where_the_host_asks_for_it(by_config):
+    """In the config, or in the call, as ms-swift does."""
+    model = tiny_models.trained_model(tiny_models.qwen3_moe).train()
+    model.config.output_router_logits = by_config
+    asked = {} if by_config else {"output_router_logits": True}
+    balanced, plain = INPUTS | {"labels": LABELS} | asked, INPUTS | {"labels": LABELS, "output_router_logits": False}
+    own = [model(**inputs).loss for inputs in (balanced, plain)]
+    assert own[0] > own[1] + 1e-3
+    qt.apply_target(model, "sft")
+    torch.testing.assert_close([model(**inputs).loss for inputs in (balanced, plain)], own, rtol=1e-6, atol=0)
+
+
 def test_without_labels_and_after_removal_the_model_is_as_it_was():
     model = student()
     logits, own = model(**INPUTS).logits, model(**INPUTS, labels=LABELS)

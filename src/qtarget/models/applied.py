@@ -162,13 +162,14 @@ class AppliedTarget:
         labels, columns, count = self._taken(inputs, target, kept.get(_KEPT))
         if not self._begun:
             self._begin(base, inner, inputs, labels.device)
+        router = inputs.pop("output_router_logits", None)
+        if router is None:
+            router = getattr(base.config.get_text_config(), "output_router_logits", False)
         heads: dict[str, Head | TopK] = {
             role: other.head(inputs) for role, other in self.others.items() if role in target.requires
         }
-        router = bool(getattr(base.config.get_text_config(), "output_router_logits", False))
-        call = LossCall(
-            [target], labels, columns, heads, self.vocab_size, count, "basic", router and base.training, self.backend
-        )
+        aux = bool(router and base.training)
+        call = LossCall([target], labels, columns, heads, self.vocab_size, count, "basic", aux, self.backend)
         output = inner(**inputs, qtarget=call)
         loss = output.exact_loss
         if output.aux_loss is not None:
