@@ -46,14 +46,22 @@ def stopped(run: Callable[[], object]) -> str | None:
     return None
 
 
-def record(
-    host: str, packages: Iterable[str], own: Mapping[str, Steps], ours: Mapping[str, Steps], **more: object
-) -> None:
-    """Write a host's part of ``hosts.json``; the other hosts' parts stay."""
+def record(host: str, packages: Iterable[str], steps: Mapping[str, Mapping[str, Steps]], **more: object) -> None:
+    """Write a host's part of ``hosts.json``; the other hosts' parts stay.
+
+    Args:
+        steps: for each target the steps with it ("ours"), and those that they must equal, under their owner's name.
+        more: entries of the host's own.
+    """
     content = {
         "versions": {name: version(name) for name in packages},
-        "steps": {name: {"own": own[name], "ours": ours[name]} for name in own},
-        "largest relative difference": {name: largest(ours[name], own[name]) for name in own},
+        "steps": steps,
+        "largest relative difference": {
+            name: largest(runs["ours"], other)
+            for name, runs in steps.items()
+            for whose, other in runs.items()
+            if whose != "ours"
+        },
         **{name.replace("_", " "): value for name, value in more.items()},
     }
     there = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

@@ -77,10 +77,12 @@ def main() -> None:
         folder = Path(made)
         make_model(folder)
         write_rows(folder)
-        own = {"dft": run(folder, "own", use_dft_loss=True), "sft": run(folder, "plain")}
-        ours = {name: run(folder, f"ours-{name}", qt.TargetCallback(name)) for name in own}
+        steps = {
+            "dft": {"own": run(folder, "own", use_dft_loss=True), "ours": run(folder, "dft", qt.TargetCallback("dft"))},
+            "sft": {"own": run(folder, "plain"), "ours": run(folder, "sft", qt.TargetCallback("sft"))},
+        }
         refused = stopped(lambda: run(folder, "both", qt.TargetCallback("dft"), use_dft_loss=True))
-    record("LLaMA-Factory", PACKAGES, own, ours, its_own_loss_beside_a_target=refused)
+    record("LLaMA-Factory", PACKAGES, steps, its_own_loss_beside_a_target=refused)
 
 
 if __name__ == "__main__":

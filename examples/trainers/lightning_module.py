@@ -20,6 +20,7 @@ class TargetModule(lightning.LightningModule):
     def __init__(self, model, target):
         super().__init__()
         self.model = qt.apply_target(model, target)  # the line
+        self.model.train()  # it was loaded for evaluation, and Lightning leaves that as it is
 
     def training_step(self, batch, index):
         applied = qt.applied_to(self.model)
