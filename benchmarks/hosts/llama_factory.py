@@ -14,19 +14,23 @@ It has a dft of its own (use_dft_loss), so that each step's loss and gradient no
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import json
 import os
+import runpy
 import sys
 import tempfile
 import types
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from common import LEARNING_RATE, PAIRS, STEPS, Steps, make_model, record, steps_of, stopped
 
 import qtarget as qt
 
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "trainers" / "llama_factory_run.py"
 PACKAGES = ("llamafactory", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 SETTINGS = {
     "stage": "sft",
@@ -49,6 +53,9 @@ SETTINGS = {
 }
 
 
+LOSSES_OF_ITS_OWN = {"use_dft_loss": True, "use_eaft_loss": True, "label_smoothing_factor": 0.1}
+
+
 def host() -> Any:
     """LLaMA-Factory's ``run_exp``."""
     os.environ["DISABLE_VERSION_CHECK"] = "1"  # it asks for older packages than it runs with
@@ -66,10 +73,27 @@ def write_rows(folder: Path) -> None:
     (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
 
 
-def run(folder: Path, name: str, *callbacks: Any, **more: Any) -> Steps:
+def settings(folder: Path, name: str) -> dict[str, Any]:
     where = {"model_name_or_path": str(folder / "model"), "dataset_dir": str(folder), "output_dir": str(folder / name)}
-    host()(SETTINGS | where | more, callbacks=list(callbacks))
-    return steps_of(json.loads((folder / name / "trainer_state.json").read_text())["log_history"])
+    return SETTINGS | where
+
+
+def steps_in(folder: Path) -> Steps:
+    return steps_of(json.loads((folder / "trainer_state.json").read_text())["log_history"])
+
+
+def run(folder: Path, name: str, *callbacks: Any, **more: Any) -> Steps:
+    host()(settings(folder, name) | more, callbacks=list(callbacks))
+    return steps_in(folder / name)
+
+
+def by_script(folder: Path) -> Steps:
+    """The script as it stands, with a recipe and a setting that replaces one in it."""
+    host()
+    (folder / "recipe.yaml").write_text(json.dumps(settings(folder, "script") | {"max_steps": 1}))  # JSON is YAML
+    with mock.patch.object(sys, "argv", [str(SCRIPT), str(folder / "recipe.yaml"), f"max_steps={STEPS}"]):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return steps_in(folder / "script")
 
 
 def main() -> None:
@@ -77,11 +101,16 @@ def main() -> None:
         folder = Path(made)
         make_model(folder)
         write_rows(folder)
+        dft = run(folder, "own", use_dft_loss=True)
         steps = {
-            "dft": {"own": run(folder, "own", use_dft_loss=True), "ours": run(folder, "dft", qt.TargetCallback("dft"))},
+            "dft": {"own": dft, "ours": run(folder, "dft", qt.TargetCallback("dft"))},
+            "dft, by the script": {"own": dft, "ours": by_script(folder)},
             "sft": {"own": run(folder, "plain"), "ours": run(folder, "sft", qt.TargetCallback("sft"))},
         }
-        refused = stopped(lambda: run(folder, "both", qt.TargetCallback("dft"), use_dft_loss=True))
+        refused = {}
+        for name, value in LOSSES_OF_ITS_OWN.items():
+            one = functools.partial(run, folder, "refused", qt.TargetCallback("dft"), **{name: value})
+            refused[name] = stopped(one)
     record("LLaMA-Factory", PACKAGES, steps, its_own_loss_beside_a_target=refused)
 
 
