@@ -41,8 +41,8 @@ model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
 
 model.train()
 coming, steps = iter(batches), len(batches) // ACCUMULATION
-applied.total_steps = steps  # for targets with a schedule
-for applied.step in range(steps):
+for step in range(steps):
+    applied.step, applied.total_steps = step, steps  # for targets with a schedule
     micro_batches = [next(coming) for _ in range(ACCUMULATION)]
     # Divide by the labels of the whole step: all its micro-batches, all processes. The first token of a row has none.
     labels = sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches)
@@ -57,7 +57,8 @@ for applied.step in range(steps):
     accelerator.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    accelerator.print({"step": applied.step + 1, "loss": accelerator.reduce(loss, "sum").item(), **applied.figures()})
+    accelerator.print({"step": step + 1, "loss": accelerator.reduce(loss, "sum").item(), **applied.figures()})
 
-accelerator.unwrap_model(model).save_pretrained(folder, is_main_process=accelerator.is_main_process)
-tokenizer.save_pretrained(folder)
+if accelerator.is_main_process:
+    accelerator.unwrap_model(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

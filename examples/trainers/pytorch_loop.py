@@ -33,11 +33,10 @@ order = torch.Generator().manual_seed(0)
 batches = DataLoader(rows, batch_size=4, shuffle=True, generator=order, collate_fn=DataCollatorForSeq2Seq(tokenizer))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
 applied = qt.applied_to(model)
-applied.total_steps = len(batches)  # for targets with a schedule
 
 model.train()
 for step, batch in enumerate(batches):
-    applied.step = step
+    applied.step, applied.total_steps = step, len(batches)  # for targets with a schedule
     loss = model(**batch.to(model.device)).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
