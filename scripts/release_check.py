@@ -206,10 +206,11 @@ class Release:
     def evaluation(self) -> str:
         """pip install WHEEL[eval]: qtarget eval, then compare"""
         self.install(f"{self.wheel}[eval]")
+        asked = ("--n", "2", "--max_new_tokens", "8")
         for model in ("model", "run"):
-            words = ["--model", model, "--verifier", "math", "--n", "2", "--max_new_tokens", "8"]
-            self.qtarget("eval", *words, "--tasks", "sums.jsonl", "-o", f"eval-{model}")
-        self.qtarget("eval", "--model", "run", "--tasks", "chain_sum", "--problems", "3", "--n", "1", "-o", "generated")
+            words = ("--model", model, "--tasks", "sums.jsonl", "--verifier", "math", *asked)
+            self.qtarget("eval", *words, "-o", f"eval-{model}")
+        self.qtarget("eval", "--model", "run", "--tasks", "chain_sum", "--problems", "3", *asked, "-o", "generated")
         self.qtarget("compare", "before=eval-model", "after=eval-run", "-o", "report")
         holds((self.folder / "report" / "compare.html").exists(), "report/compare.html was not written")
         return "a file's problems and generated ones"
