@@ -97,7 +97,7 @@ class Release:
     def checkout(self) -> str:
         """The commit, in a folder of its own"""
         run(["git", "clone", "--quiet", "--depth", "1", ROOT.as_uri(), str(self.source)], self.folder)
-        commit = run(["git", "log", "-1", "--format=%h %s"], self.source).strip()
+        commit = run(["git", "log", "-1", "--format=%h of %cs"], self.source).strip()
         changed = run(["git", "status", "--porcelain"], ROOT)
         return commit + (", without the changes that are not committed" if changed else "")
 
