@@ -24,7 +24,7 @@ BADGE = """<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="20" r
 <text x="{value_x}" y="14" textLength="{value_length}">{value}</text></g>
 </svg>
 """
-LETTER, MARGIN = 6.5, 8  # pixels
+NARROW, LETTER, MARGIN = 4, 7, 8  # pixels
 
 
 def pythons() -> list[str]:
@@ -53,7 +53,7 @@ def badges() -> dict[str, str]:
 
 
 def badge(label: str, value: str) -> str:
-    lengths = [round(LETTER * len(text)) for text in (label, value)]
+    lengths = [sum(NARROW if letter in " .|-il" else LETTER for letter in text) for text in (label, value)]
     left, right = (length + 2 * MARGIN for length in lengths)
     return BADGE.format(
         label=label,
