@@ -45,4 +45,8 @@ def test_the_page_says_what_resolves():
     verdicts = {layer: {peer["layers"][layer]["resolved"] for peer in BESIDE.values()} for layer in ("core", "train")}
     assert verdicts == {"core": {True}, "train": {False}}
     page = " ".join((ROOT / "docs" / "install.md").read_text(encoding="utf-8").split())
-    assert "The core resolves beside all three. The trainer resolves beside none of them" in page
+    assert {peer["layers"]["core"]["against"] for peer in BESIDE.values()} == {"all that it requires"}
+    assert (
+        "The core resolves beside everything that each of the three requires. The trainer resolves beside none of them"
+        in page
+    )
