@@ -20,7 +20,7 @@ BENCH_ARGS ?=
 SOAK_ARGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick real-model-large soak house docs-tree docs docs-settings notebook locks test-lowest test-latest test-distributed eval-demo audit gpu-bench gpu-check vllm-check
+.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick real-model-large soak house docs-tree docs docs-settings notebook locks test-lowest test-latest test-distributed eval-demo audit gpu-bench gpu-check vllm-check release-check
 
 help: ## this list
 	@printf 'qtarget: supervised fine-tuning toward a target you choose\n\n'
@@ -113,11 +113,14 @@ VERSION_TESTS = $(addprefix tests/training/test_trainer_,trl.py saving.py lora.p
 test-lowest: ## the trainer's tests at the lowest versions of pyproject.toml: benchmarks/results/versions.json
 	@$(or $(PYTHON),python3) scripts/versions.py lowest $(VERSION_TESTS)
 
-test-latest: ## the same at the latest versions within its bounds
+test-latest: ## the same at the latest versions within its bounds; another Python goes on record too: PYTHON=python3.13
 	@$(or $(PYTHON),python3) scripts/versions.py latest $(VERSION_TESTS)
 
 locks: ## locks/lowest.txt and locks/latest.txt, from the bounds of pyproject.toml
 	@$(or $(PYTHON),python3) scripts/lock.py
+
+release-check: ## build wheel and sdist of the last commit, install each elsewhere, run it: minutes; PYTHON=python3.13
+	@$(or $(PYTHON),python3) scripts/release_check.py
 
 # part of make test, too
 test-distributed: $(VENV)/.ready ## the tests that start several processes: DDP, FSDP2, the head in pieces

@@ -2,12 +2,15 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 HOSTS = json.loads((ROOT / "benchmarks/results/hosts.json").read_text(encoding="utf-8"))
+BESIDE = json.loads((ROOT / "benchmarks/results/beside.json").read_text(encoding="utf-8"))
 PAGES = ROOT / "docs" / "trainers"
 INDEX = (PAGES / "index.md").read_text(encoding="utf-8")
 
@@ -61,3 +64,31 @@ def test_lightning_ends_in_the_weights_of_our_trainer():
 def test_the_figures_of_a_target_are_logged(host):
     names = {f"target/{name}" for name in ("nll", "trust", "update", "entropy", "accuracy")}
     assert {*HOSTS[host]["logged"]} - {"loss"} == names
+
+
+@pytest.mark.parametrize("layer", ["core", "train"])
+@pytest.mark.parametrize("peer", BESIDE)
+def test_a_verdict_beside_a_peer_is_pips_own(peer, layer):
+    """The record says what pip's committed words say, and those name the peer's pins."""
+    record = BESIDE[peer]["layers"][layer]
+    said = (ROOT / "benchmarks" / "results" / "beside" / f"{peer}-{layer}.txt").read_text(encoding="utf-8")
+    asked, _, answer = said.rpartition("$ pip install --dry-run")[2].partition("\n")
+    assert all(pin in shlex.split(asked) for pin in BESIDE[peer]["pins"])
+    if record["resolved"]:
+        installed = dict(word.rsplit("-", 1) for word in answer.split() if "-" in word)
+        installed = {canonicalize_name(name): version.partition("+")[0] for name, version in installed.items()}
+        assert answer.startswith("Would install ")
+        assert record["versions"] == {name: installed[name] for name in record["versions"]}
+    else:
+        assert answer.startswith("ERROR: Cannot install ")
+
+
+def test_the_page_says_what_resolves():
+    verdicts = {layer: {peer["layers"][layer]["resolved"] for peer in BESIDE.values()} for layer in ("core", "train")}
+    assert verdicts == {"core": {True}, "train": {False}}
+    page = " ".join((ROOT / "docs" / "install.md").read_text(encoding="utf-8").split())
+    assert {peer["layers"]["core"]["against"] for peer in BESIDE.values()} == {"all that it requires"}
+    assert (
+        "The core resolves beside everything that each of the three requires. The trainer resolves beside none of them"
+        in page
+    )
