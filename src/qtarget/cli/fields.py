@@ -10,11 +10,14 @@ import dataclasses
 import functools
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import qtarget
 from qtarget import docstrings
 from qtarget.cli.arguments import entry
+
+if TYPE_CHECKING:
+    from qtarget.cli.setup import Run
 
 # group → [(field, default, what it is)]
 THEIRS: dict[str, list[tuple[str, Any, str]]] = {
@@ -116,3 +119,28 @@ def _lines(grouped: dict[str, list[tuple[str, Any, str]]]) -> str:
 def shown(value: Any) -> str:
     """A setting's value as it is written."""
     return str(getattr(value, "value", value))
+
+
+def show_run(run: Run, every: bool) -> None:
+    """Print the settings of a run by where they come from: those that differ from their defaults, or all."""
+    from qtarget.cli.settings import groups
+
+    configs = zip(groups().values(), (run.config, run.model, run.script), strict=True)
+    known = {f.name: (f.default, holder) for cls, holder in configs for f in dataclasses.fields(cls) if f.init}
+    placed: dict[str, dict[str, Any]] = {}
+    for origin, place in (("file", "from the config file"), ("flag", "from flags")):
+        given = run.settings.given_by(origin)
+        in_order = [*(name for name in names() if name in given), *(name for name in given if name not in names())]
+        placed[place] = {n: given[n] for n in in_order if every or n not in known or given[n] != known[n][0]}
+    if every:
+        set_by_nobody = [name for name in known if name not in run.settings.origin]
+        placed["defaults"] = {name: getattr(known[name][1], name) for name in set_by_nobody}
+    print("settings" if every else "settings that differ from their defaults (--show_settings all shows every one)")
+    width = max((len(name) for values in placed.values() for name in values), default=0)
+    for place, values in placed.items():
+        if values:
+            print(f"  {place}")
+        for name, value in values.items():
+            print(f"    {name:<{width}}  {shown(value)}")
+    for note in run.notes:
+        print(f"note: {note}")
