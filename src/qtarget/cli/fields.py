@@ -127,20 +127,15 @@ def show_run(run: Run, every: bool) -> None:
 
     configs = zip(groups().values(), (run.config, run.model, run.script), strict=True)
     known = {f.name: (f.default, holder) for cls, holder in configs for f in dataclasses.fields(cls) if f.init}
-    placed: dict[str, dict[str, Any]] = {}
-    for origin, place in (("file", "from the config file"), ("flag", "from flags")):
-        given = run.settings.given_by(origin)
-        in_order = [*(name for name in names() if name in given), *(name for name in given if name not in names())]
-        placed[place] = {n: given[n] for n in in_order if every or n not in known or given[n] != known[n][0]}
+    placed = {"from the config file": run.settings.given_by("file"), "from flags": run.settings.given_by("flag")}
     if every:
-        set_by_nobody = [name for name in known if name not in run.settings.origin]
-        placed["defaults"] = {name: getattr(known[name][1], name) for name in set_by_nobody}
+        others = [name for name in known if name not in run.settings.origin]
+        placed["defaults"] = {name: getattr(known[name][1], name) for name in others}
     print("settings" if every else "settings that differ from their defaults (--show_settings all shows every one)")
-    width = max((len(name) for values in placed.values() for name in values), default=0)
     for place, values in placed.items():
-        if values:
-            print(f"  {place}")
-        for name, value in values.items():
-            print(f"    {name:<{width}}  {shown(value)}")
+        chosen = [name for name, value in values.items() if every or name not in known or value != known[name][0]]
+        for line in [f"  {place}"] * bool(chosen) + [f"    {name:<28}  {shown(values[name])}" for name in chosen]:
+            print(line)
     for note in run.notes:
         print(f"note: {note}")
+    print()

@@ -74,6 +74,7 @@ def at_start(trainer: QTargetTrainer) -> dict[str, float]:
 def show(trainer: QTargetTrainer, run: Run, before: dict[str, float], after: dict[str, float]) -> None:
     """Print the table, what is in the folder and what to do with it, and draw the run's curves."""
     folder = Path(run.config.output_dir)
+    print()
     if before and after:
         _table(before, after)
     elif after:
@@ -81,7 +82,7 @@ def show(trainer: QTargetTrainer, run: Run, before: dict[str, float], after: dic
     else:
         print("no held-out rows: the dataset has no test split, so there is nothing to compare before and after")
     if trainer.evaluates_teacher and before:
-        print(_about_drift(trainer, before, after))
+        terminal.console(500).print(_about_drift(trainer, before, after), markup=False)
     picture = folder / "curves.png"
     if importlib.util.find_spec("matplotlib") is None:
         print(f"curves     need matplotlib, which is not installed; {extras.pip_line('plots')}")
@@ -90,7 +91,7 @@ def show(trainer: QTargetTrainer, run: Run, before: dict[str, float], after: dic
             if _draw(trainer.state.log_history, str(trainer.args.resolve_objective()), picture):
                 print(f"curves     {picture}")
     print(f"model      {folder}  ({_what(trainer)})")
-    print("next")
+    print("\nnext")
     for purpose, *commands in _next(trainer, run, folder):
         print(f"  {purpose}")
         for command in commands:
@@ -114,16 +115,15 @@ def _next(trainer: QTargetTrainer, run: Run, folder: Path) -> Iterator[Sequence[
     missing = importlib.util.find_spec("reasoning_gym") is None
     yield (
         "did it help? score the model before and after on the same problems"
-        + f", with {extras.pip_line('eval')}" * missing,
+        + f" (first {extras.pip_line('eval')})" * missing,
         ["eval", "--model", start.model_name_or_path, *revision, *score, results[0]],
         ["eval", "--model", folder, *score, results[1]],
         ["compare", *results],
     )
-    played = ["--run", folder] if run.config.lens_every else []
     yield (
         "see in a page, token by token, what the target taught",
         ["lens", "capture", *run.words, "-o", capture],
-        ["lens", "report", capture, *played, "-o", f"{capture}.html"],
+        ["lens", "report", capture, "-o", f"{capture}.html"],
     )
     adapter = getattr(trainer.student.unwrapped, "active_peft_config", None)
     if adapter is not None and not adapter.is_prompt_learning:

@@ -97,31 +97,30 @@ def silence_libraries() -> None:
 
 
 @contextlib.contextmanager
-def progress(*columns: Any, **how: Any) -> Iterator[Any]:
+def progress(**how: Any) -> Iterator[Any]:
     """rich's ``Progress``, started: what is printed and logged meanwhile stands above its bars, each line whole.
 
     Args:
-        columns, how: of ``Progress``; unless said otherwise it is on the main process's stderr, where that is a terminal.
+        how: arguments of ``Progress``; unless said otherwise it is on the main process's stderr, if that is a terminal.
     """
     from rich.console import Console
     from rich.progress import Progress
 
     ours = {"console": Console(stderr=True), "disable": not (is_main() and sys.stderr.isatty())}
-    real = sys.stderr
-    with Progress(*columns, **{"redirect_stdout": sys.stdout.isatty(), **ours, **how}) as running:
-        streams = [one for one in (sys.stdout, sys.stderr) if hasattr(one, "rich_proxied_file")]
-        for stream in streams:  # other people's bars flush at each move, which would be a line each
-            stream.flush = lambda: None  # type: ignore[method-assign]
-        loggers = [logging.root, *logging.root.manager.loggerDict.values()]
-        handlers = [handler for one in loggers for handler in getattr(one, "handlers", ())]
-        held = [one for one in handlers if isinstance(one, logging.StreamHandler) and one.stream is real]
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    handlers = [handler for one in loggers for handler in getattr(one, "handlers", ())]
+    held = [one for one in handlers if vars(one).get("stream") is sys.stderr]
+    with Progress(**{"redirect_stdout": sys.stdout.isatty(), **ours, **how}) as running:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "rich_proxied_file"):  # a stranger's bar flushes at each move, which would be a line
+                stream.flush = lambda: None  # type: ignore[method-assign]
         for handler in held:
             handler.setStream(sys.stderr)
         try:
             yield running
         finally:
             for handler in held:
-                handler.setStream(real)
+                handler.setStream(getattr(sys.stderr, "rich_proxied_file", sys.stderr))
 
 
 def bar(total: int, what: str) -> Callable[[int], None]:

@@ -26,12 +26,7 @@ VERB = Verb("train", __doc__, more=fields.common)
     Option("dry_run", "check the recipe without weights; nothing is written"),
     Option("gpus", "of the dry run; unset: 8", whole(1)),
     picture.SHOW_ROWS,
-    Option(
-        "show_settings",
-        "at the start: those that differ from their defaults, or all",
-        one_of("changed", "all"),
-        "changed",
-    ),
+    Option("show_settings", "those not at their defaults, or all", one_of("changed", "all"), "changed"),
     Option("log_full", "each line of the log as a whole, in place of the table's row", SWITCH, False),
     Option("help_all", "this help with every setting"),
     settings=True,
@@ -40,11 +35,12 @@ def train_model(options: Any) -> int:
     if options.help_all:
         print(VERB.help(fields.every()), end="")
         return 0
+    every_setting = options.show_settings == "all"
     if options.dry_run:
         from qtarget.cli import preview
         from qtarget.planning import steps
 
-        preview.show(options.words, options.gpus or steps.GPUS, options.show_rows)
+        preview.show(options.words, options.gpus or steps.GPUS, options.show_rows, every_setting)
         return 0
     if options.gpus is not None:
         raise ConfigError(
@@ -53,7 +49,7 @@ def train_model(options: Any) -> int:
         )
     run = setup.read(options.words)
     if terminal.is_main():
-        fields.show_run(run, options.show_settings == "all")
+        fields.show_run(run, every_setting)
     from qtarget.training.saving import checkpoints
 
     try:
