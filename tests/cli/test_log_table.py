@@ -10,6 +10,7 @@ import logging
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from qtarget.cli import log_table, terminal
 from qtarget.cli.__main__ import main
 from qtarget.cli.settings import groups
 
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "reading-the-log.md"
 HEADING = "step    loss     nll   trust  update accuracy       lr tokens/s    left"
 NAMES = ("loss", "nll", "trust", "update", "accuracy")
 BARS = re.compile(r"[\r\x1b█━]|it/s|\d%\|")
@@ -292,3 +294,21 @@ def test_sets_of_evaluation_are_named_and_other_lines_are_whole(table):
     assert table.say(1, mine=0.123456, total_flos=5) == ["{'mine': '0.1235'}"]
     table.made.on_train_end(None, table.state, None)
     assert table.say(1, **both) == [], "what is evaluated before and after stands in the summary"
+
+
+def test_the_page_shows_the_table_as_it_is(table):
+    """Its example, but for the times left."""
+    example = re.search(r"(?:^     *(?:step|\d/8) .*\n)+", PAGE.read_text(encoding="utf-8"), re.M)
+    heading, *rows = textwrap.dedent(example[0]).splitlines()
+    table.state.max_steps, tokens, printed = 8, 0, []
+    table.made.on_train_begin(None, table.state, None)
+    for step, *cells in map(str.split, rows):
+        if cells[5:] == ["eval"]:
+            logs = {f"eval_{name}": float(cell) for name, cell in zip(NAMES, cells, strict=False)}
+        else:
+            logs = {name: float(cell) for name, cell in zip([*NAMES, "learning_rate"], cells, strict=False)}
+            tokens, table.now = tokens + 10 * int(cells[6]), table.now + 10
+            logs["num_tokens"] = tokens
+        printed += table.say(int(step.partition("/")[0]), **logs)
+    assert printed[0] == heading and len(printed) == 5
+    assert [line[:63] for line in printed] == [row[:63] for row in (heading, *rows)]

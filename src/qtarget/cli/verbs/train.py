@@ -26,8 +26,8 @@ VERB = Verb("train", __doc__, more=fields.common)
     Option("dry_run", "check the recipe without weights; nothing is written"),
     Option("gpus", "of the dry run; unset: 8", whole(1)),
     picture.SHOW_ROWS,
-    Option("show_settings", "those not at their defaults, or all", one_of("changed", "all"), "changed"),
-    Option("log_full", "each line of the log as a whole, in place of the table's row", SWITCH, False),
+    Option("show_settings", "settings printed first: the changed ones or all", one_of("changed", "all"), "changed"),
+    Option("log_full", "every figure of each log line, as a dict, in place of the table", SWITCH, False),
     Option("help_all", "this help with every setting"),
     settings=True,
 )
