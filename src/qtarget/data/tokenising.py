@@ -98,7 +98,8 @@ class Tokeniser:
         return _tokenize(self.processing_class, given, **{"chat_template": self.chat_template, **how})
 
     def _note_what_is_left_out(self, messages: list[dict[str, Any]], render: dict[str, Any], notes: list[str]) -> None:
-        """What the template does not write of tools, calls, reasoning, and roles beside user and assistant.
+        """What the template does not write of tools, calls, reasoning, and roles beside user and assistant; of reasoning
+        also what it writes in the last turns alone.
 
         Raises:
             DataError: nothing is left of a message.
@@ -116,7 +117,12 @@ class Tokeniser:
 
         names = [name for name in INSTEAD_OF_CONTENT if any(name in message for message in messages)]
         others = [message for message in messages if message["role"] not in ("user", "assistant")]
-        if not (names or others or render["tools"]):
+        thoughts = [
+            message["content"].partition("</think>")[0].split("<think>")[-1].strip()
+            for message in messages
+            if isinstance(message["content"], str) and "</think>" in message["content"]
+        ]
+        if not (names or others or thoughts or render["tools"]):
             return
         whole = text(messages)
         left = {name for name in names if is_left_out([_without(message, name) for message in messages])}
@@ -127,6 +133,12 @@ class Tokeniser:
                     f"message {number} holds {', '.join(sorted(instead))}, which the chat template leaves out, so that "
                     "an empty turn would be trained; name a template that writes it (chat_template_path), or drop the row"
                 )
+        for name in set(names) - left:
+            first = next(number for number, message in enumerate(messages) if name in message)
+            if is_left_out([*messages[:first], _without(messages[first], name), *messages[first + 1 :]]):
+                left.add(f"{name} of earlier turns")
+        if any(thought not in whole for thought in thoughts):
+            left.add("<think> parts of content")
         if render["tools"] and is_left_out(messages, tools=None):
             left.add("tools")
         for message in others:
