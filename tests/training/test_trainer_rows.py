@@ -407,6 +407,14 @@ THINKS_LAST = (
         ([talk({"role": "system", "content": 'Say "hm"\n'}, user(), answer())], None, []),
         ([talk(user(), answer(), system="Count.")], None, ["row 0 first: column system is not read"]),
         ([talk(user(), answer(weight=0))], None, ["row 0 first: weight of a message is not read"]),
+        (
+            [
+                talk(user(), answer(tool_calls=[{"function": {"name": "add", "arguments": '{"a": "ä"}'}}])),
+                talk(user(), answer()),
+            ],
+            TOOLS,
+            ["1 of 2 rows of the train dataset, row 0 first: arguments of a tool call are text"],
+        ),
         (TOOL_ROWS, TOOLS, []),
         ([talk(user(), {"role": "tool", "content": "7"}, answer())], None, []),
     ],
@@ -425,6 +433,7 @@ THINKS_LAST = (
         "written-system",
         "system-column",
         "weight",
+        "quoted-arguments",
         "all-written",
         "tool",
     ],

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,7 @@ class Tokeniser:
 
     def _note_what_is_left_out(self, messages: list[dict[str, Any]], render: dict[str, Any], notes: list[str]) -> None:
         """What the template does not write of tools, calls, reasoning, and roles beside user and assistant; of reasoning
-        also what it writes in the last turns alone.
+        also what it writes in the last turns alone. And text that it writes in quotes.
 
         Raises:
             DataError: nothing is left of a message.
@@ -148,6 +148,19 @@ class Tokeniser:
             ):
                 left.add(f"messages of role {message['role']!r}")
         notes += [f"the chat template leaves out {what}" for what in sorted(left)]
+        if any(json.dumps(given, ensure_ascii=False) in whole for given in _arguments_as_text(messages)):
+            notes.append(
+                "arguments of a tool call are text, which the chat template puts in quotes; write them as a mapping"
+            )
+
+
+def _arguments_as_text(messages: list[dict[str, Any]]) -> Iterator[str]:
+    """Those of tool calls that are text: OpenAI's form, which few templates read."""
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            function = call.get("function", call) if isinstance(call, Mapping) else call
+            if isinstance(function, Mapping) and isinstance(given := function.get("arguments"), str):
+                yield given
 
 
 def _without(message: dict[str, Any], name: str) -> dict[str, Any]:
