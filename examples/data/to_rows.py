@@ -90,13 +90,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where train.jsonl is written")
     args = parser.parse_args()
 
-    kind = FILES.get(Path(args.source).suffix)
+    shape, kind = SHAPES[args.shape], FILES.get(Path(args.source).suffix)
     how = {"path": kind, "data_files": args.source} if kind else {"path": args.source}
     rows = load_dataset(**how, split="train")
     args.folder.mkdir(parents=True, exist_ok=True)
     with (args.folder / "train.jsonl").open("w", encoding="utf-8") as file:
         for row in rows:
-            for made in SHAPES[args.shape](row):
+            for made in shape(row):
                 file.write(json.dumps(made, ensure_ascii=False) + "\n")
 
 
