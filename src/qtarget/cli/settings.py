@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -222,9 +223,12 @@ def _read_file(path: str, faults: list[str]) -> tuple[dict[str, Any] | None, str
     return None, ""
 
 
+_hints = functools.cache(typing.get_type_hints)  # milliseconds a class, which two hundred fields ask for
+
+
 def _hint(cls: type, name: str) -> tuple[type, ...]:
     """The plain types a field takes, such as (float,) for ``float | None``."""
-    annotation = typing.get_type_hints(cls)[name]
+    annotation = _hints(cls)[name]
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     options = typing.get_args(annotation) if is_union else (annotation,)
     plain = [typing.get_origin(option) or option for option in options if option is not type(None)]
