@@ -111,8 +111,12 @@ def test_settings_that_differ_stand_by_where_they_come_from(root, piped):
 
 
 def test_full_lines_and_all_settings(root, piped, capsys):
-    assert main(words(root, "full", "--log_full", "true", "--show_settings", "all")) == 0
+    secret = ("--hub_token", "hf_secret")
+    assert main(words(root, "full", "--log_full", "true", "--show_settings", "all", *secret)) == 0
     out = capsys.readouterr().out
+    assert re.search(r"^    hub_token +<HUB_TOKEN>$", out, re.M) and "qtarget lens capture" in out
+    written = [file.read_text() for file in (root / "full").rglob("*") if file.suffix in (".json", ".md")]
+    assert all("hf_secret" not in text for text in [out, *written])
     entries = history(root / "full")
     lines = [ast.literal_eval(line) for line in out.splitlines() if line.startswith("{")]
     shown = [{name: v for name, v in entry.items() if name not in ("step", "total_flos")} for entry in entries]
@@ -126,7 +130,7 @@ def test_full_lines_and_all_settings(root, piped, capsys):
     defaults = start.partition("  defaults\n")[2]
     assert re.search(r"^    seed +42$", defaults, re.M) and "weight_decay" in start and "weight_decay" not in defaults
 
-    times = ("_runtime", "_per_second")
+    times = ("_runtime", "_per_second", "_time")
     same = [{n: v for n, v in entry.items() if not n.endswith(times)} for entry in entries]
     assert same == [{n: v for n, v in e.items() if not n.endswith(times)} for e in history(root / "piped")]
 

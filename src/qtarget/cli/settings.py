@@ -66,6 +66,9 @@ _RENAMED = {
 }
 
 
+SECRET = "hub_token"  # the one setting that is not printed, and not written into a run's folder
+
+
 @dataclass
 class Settings:
     """What a run was asked to do.
@@ -87,9 +90,17 @@ class Settings:
     unreadable: bool = False
 
     def given_by(self, origin: str) -> dict[str, Any]:
-        """The settings that came from "file" or "flag"."""
+        """The settings that came from "file" or "flag", a secret as Transformers writes it."""
         values = {name: value for group in self.values.values() for name, value in group.items()} | self.spelled
+        values |= {SECRET: f"<{SECRET.upper()}>"} if SECRET in values else {}
         return {name: values[name] for name, place in self.origin.items() if place == origin and name in values}
+
+
+def without_secrets(words: Sequence[str]) -> list[str]:
+    """A command's words without the flag of the secret and its value."""
+    flag = f"--{SECRET}"
+    pairs = zip(["", *words], words, strict=False)
+    return [word for before, word in pairs if flag not in (before, word) and not word.startswith(f"{flag}=")]
 
 
 def groups() -> dict[str, type]:

@@ -56,7 +56,7 @@ class Run:
 
     Attributes:
         settings: as read, with origins. config: QTargetConfig. model, script: TRL's ModelConfig and ScriptArguments.
-        datasets: {"train": ..., "test": ...}. notes: what peers' spellings became. words: as they were given.
+        datasets: {"train": ..., "test": ...}. notes: what peers' spellings became. words: as given, less secrets.
     """
 
     settings: Settings
@@ -137,7 +137,7 @@ def check(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains:
         settings.faults += checks.beside_adapter(model.model_name_or_path, model.model_revision, asks, given)
     raise_together(settings.faults)
     assert config is not None
-    return Run(settings, config, model, script, {}, notes, arguments)
+    return Run(settings, config, model, script, {}, notes, reading.without_secrets(arguments))
 
 
 def _adapter_faults(model: Any) -> list[str]:
