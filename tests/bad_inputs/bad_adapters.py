@@ -177,7 +177,7 @@ CASES = [
         "an-empty-prompt",
         "nothing is asked",
         lambda b: ["chat", b.world / "model", "--prompt", " "],
-        ("prompt is ' '; write what the model is to answer",),
+        ("prompt is ' '; write what the model should answer",),
     ),
     Case(
         "a-long-prompt",

@@ -343,7 +343,7 @@ CASES = [
         "k-beyond-the-vocabulary",
         "more tokens than there are",
         ["--k", "9999"],
-        "k is 9999, more than the vocabulary's 320 tokens; keep fewer",
+        "k is 9999, more than the vocabulary's 320 tokens; use a smaller k",
     ),
     built(
         "k-and-coverage",

@@ -176,7 +176,7 @@ CASES = [
     setting(
         "a-run-name-with-a-nul",
         "NUL",
-        "run_name is 'a\\x00b', which holds a NUL character; take it out",
+        "run_name is 'a\\x00b', which holds a NUL character; remove it",
         run_name="a\0b",
     ),
 ]

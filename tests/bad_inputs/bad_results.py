@@ -165,7 +165,9 @@ CASES = [
         "max_new_tokens is 9999",
         "the model has 256 positions; use",
     ),
-    asked("no-batch", "0 answers at once", ["--batch_size", "0"], "batch_size is 0; use a whole number from 1"),
+    asked(
+        "no-batch", "0 answers generated at once", ["--batch_size", "0"], "batch_size is 0; use a whole number from 1"
+    ),
     asked("no-time", "0 seconds", ["--verifier_timeout", "0"], "verifier_timeout is 0; use a number above 0"),
     asked("an-unknown-prompt", "no such style", ["--prompt", "chatt"], "prompt is 'chatt'; did you mean 'chat'?"),
     asked("an-unknown-dtype", "no such precision", ["--dtype", "int4"], "dtype is 'int4'"),

@@ -273,8 +273,9 @@ DIFFERENCES = {
         "psft",
         "oldlogps",
         ["--model_name_or_path", "ROOT/reference"],
-        "model_name_or_path is 'ROOT/reference', but column old_logps of 'FOLDER' was made with 'ROOT/model', and psft "
-        "starts from the model its old log-probabilities are of; train that one, or make it again: qtarget data oldlogps",
+        "model_name_or_path is 'ROOT/reference', but column old_logps of 'FOLDER' was made with 'ROOT/model', and "
+        "psft starts from the model its old log-probabilities are of; train that one, or make it again: qtarget data "
+        "oldlogps",
     ),
     "rows cut at their beginnings": (
         "psft",
@@ -336,7 +337,8 @@ def test_changed_files_are_refused(world, ready, tmp_path, capsys):
 def test_folders_of_others_are_left_alone(world, ready, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert (
-        "which is not an empty folder; name another one" in refused(capsys, data_words(world, "weights", tmp_path))[0]
+        "which is not an empty folder; name another folder"
+        in refused(capsys, data_words(world, "weights", tmp_path))[0]
     )
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
     said = refused(capsys, data_words(world, "weights", ready["oldlogps"], config="online"))[0]

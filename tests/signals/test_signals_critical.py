@@ -184,7 +184,7 @@ def test_a_verifier_that_fails_is_counted_and_told(world, tmp_path, capsys):
     assert (report["timeouts"], report["errors"]) == (0, fours)
     assert report["correct"] == 9 - fours
     told = capsys.readouterr().out
-    assert f"took too long 0 times, failed {fours} times, the last time with: ValueError: four" in told
+    assert f"took too long 0 times, failed {fours} times, most recently with: ValueError: four" in told
 
 
 def test_it_says_what_it_found(world, tmp_path, capsys):

@@ -47,8 +47,8 @@ def full_logits(model):
 
 
 def by_hand(student, teacher, data, top_k=(1, 16, 64), skip=None, likeliest=None):
-    """Every figure, token by token. student, teacher: row → logits. skip: a label that is left out. likeliest: row → the
-    teacher's, where it is not that of its logits."""
+    """Every figure, token by token. student, teacher: row → logits. skip: a label that is left out. likeliest: row →
+    the teacher's, where it is not that of its logits."""
     lines, clusters = [], []
     for number, row in enumerate(data):
         p, t = student(row).softmax(-1), teacher(row).softmax(-1)
@@ -628,7 +628,7 @@ def test_a_target_without_a_teacher_is_checked_with_kd(world, capsys, tmp_path):
     words = ("check", "--config", world / "config.yaml", "--json", out)
     status, said, err = run_verb(capsys, *words, "--target", "dft", "--packing", "true", "--max_length", 120)
     assert status == 0, err
-    assert "target dft asks no teacher; the one that is named is checked with target kd" in said
+    assert "target dft needs no teacher; the one that is named is checked with target kd" in said
     wanted = by_hand(
         full_logits(tiny_models.trained_model()),
         full_logits(sure(other())),
@@ -667,7 +667,10 @@ def test_refused_in_a_sentence(words, told, world, capsys):
 @pytest.mark.parametrize(
     "target, told",
     [
-        ("dft", "target dft has no teacher and none is named; set teacher_model_name_or_path, or teachers, "),
+        (
+            "dft",
+            "target dft needs no teacher, and none is named to check; set teacher_model_name_or_path, or teachers, ",
+        ),
         (
             "kd",
             "target kd(temperature=1.0) needs a teacher and got none; set teacher_model_name_or_path, or teachers, ",

@@ -1,4 +1,4 @@
-"""A safe YAML loader for strangers' files: no key twice, no more than fits on some pages."""
+"""A safe YAML loader for untrusted files: no key twice, no more than fits on some pages."""
 
 from __future__ import annotations
 
