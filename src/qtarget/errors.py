@@ -1,4 +1,4 @@
-"""Errors a user can act on: each names the field, the value and the mend."""
+"""Errors a user can act on: each names the field, the value and the fix."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class QTargetError(Exception):
     """Beneath it stands every error that qtarget raises on purpose; one or several faults, shown together.
 
     Args:
-        faults: sentences, each naming a field, its value and the mend.
+        faults: sentences, each naming a field, its value and the fix.
     """
 
     def __init__(self, faults: str | Sequence[str]):

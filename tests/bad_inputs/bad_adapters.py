@@ -111,7 +111,7 @@ CASES = [
         "a wider base",
         other_width,
         "does not fit its base",
-        "its weights have other shapes",
+        "its weights have different shapes",
     ),
     adapter(
         "an-adapter-of-more-layers",

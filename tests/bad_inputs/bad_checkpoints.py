@@ -74,7 +74,7 @@ CASES = [
         "no-checkpoint",
         "no such folder",
         lambda b: b.train(resume_from_checkpoint=str(b.folder / "checkpoint-9")),
-        ("resume_from_checkpoint is", "checkpoint-9', which is no folder"),
+        ("resume_from_checkpoint is", "checkpoint-9', which is not a folder"),
     ),
     Case(
         "nothing-to-resume",

@@ -62,7 +62,7 @@ def test_the_dry_run_reads_the_first_rows_and_writes_nothing(root, said):
     assert (status, err) == (0, "")
     assert "300 rows with messages" in out and "rows read the first 256, prepared as training prepares them" in out
     assert re.search(r"trained [\d,]+ of [\d,]+ tokens, 98.0%, in 256 rows by role system [\d,]+ of [\d,]+, user", out)
-    assert "whole conversations are trained; assistant_only_loss: true trains the assistant's turns alone" in out
+    assert "whole conversations are trained; assistant_only_loss: true trains only the assistant's turns" in out
     assert "ends with <|im_end|> in 128 of 128 rows; generation stops at it" in out
     assert "128 of 256 rows are cut at max_length (trained tokens lost: 2,516, ends of a row lost: 128)" in out
     assert "<|im_start|>«system Count.<|im_end|>" in out and out.endswith("no contradictions found")

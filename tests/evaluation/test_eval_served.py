@@ -186,7 +186,7 @@ def test_a_server_that_dies_midway(finished, serve, tasks, tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()
     assert [line for line in said if line.startswith("qtarget")] == [said[-1]]
     assert f"server is '{dying.url}/v1', which cannot be reached (" in said[-1]
-    assert "after 7 tries; start the server, or mend the address" in said[-1]
+    assert "after 7 tries; start the server, or fix the address" in said[-1]
     kept = (tmp_path / "run" / "samples" / "sums.0.part").read_bytes()
     assert kept.count(b"\n") == 8 and whole.startswith(kept)  # two batches of four, and the probe
     server = serve()

@@ -1,4 +1,4 @@
-"""What the losses say when asked for something wrong: one sentence with the field, its value and the mend."""
+"""What the losses say when asked for something wrong: one sentence with the field, its value and the fix."""
 
 import importlib.util
 import math

@@ -255,7 +255,7 @@ DIFFERENCES = {
         "online",
         "weights",
         ["--max_length", "64"],
-        "max_length is 64, but column reference_logp of 'FOLDER' was made with 42, so that it belongs to other tokens",
+        "max_length is 64, but column reference_logp of 'FOLDER' was made with 42, so it belongs to other tokens",
     ),
     "another mask": (
         "online",
@@ -325,7 +325,7 @@ def test_changed_files_are_refused(world, ready, tmp_path, capsys):
     (folder / "train.parquet").unlink()
     (said,) = refused(capsys, train(world, "psft", folder))
     assert (
-        "whose file train.parquet is missing; put it back, or make the folder again with qtarget data oldlogps" in said
+        "whose file train.parquet is missing; restore it, or make the folder again with qtarget data oldlogps" in said
     )
     (folder / "signal.json").write_text("{}")
     assert "signal.json cannot be read" in refused(capsys, train(world, "psft", folder))[0]

@@ -341,7 +341,7 @@ def test_other_settings_do_not_go_on(world, tmp_path, monkeypatch, capsys):
         in said
     )
     said = refused(capsys, command(world, folder, "--alternatives", 1, verifier="logged"))
-    assert "with alternatives 2, and this one has 1; go on with the settings it was started with" in said
+    assert "with alternatives 2, and this one has 1; resume with the settings it was started with" in said
     train = ["train", "--config", str(world["config"]), "--dataset_name", str(folder)]
     assert "which qtarget data critical has not finished; run the same command again" in refused(capsys, train)
     assert (folder / "progress.jsonl").read_bytes() == before

@@ -290,7 +290,7 @@ def test_a_beginning_twice(tmp_path):
     seen = picture_of(rows, tmp_path, words("</s>", adds="<s>"))
     assert seen.doubled == {"<s>": (2, 1)}
     (warning,) = seen.warnings
-    assert "<s> stands twice in succession in 2 of 3 rows, first in row 1" in warning
+    assert "<s> appears twice in succession in 2 of 3 rows, first in row 1" in warning
 
 
 def test_an_end_twice_in_a_conversation(tmp_path):

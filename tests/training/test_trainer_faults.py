@@ -269,7 +269,7 @@ def test_a_teacher_whose_head_is_elsewhere(tmp_path):
     tiny_models.llama(7, tied=False).save_pretrained(folder)
     tiny_models.tokenizer().save_pretrained(folder)
     placed = {"model": "cpu", "lm_head": "disk"}
-    with pytest.raises(ConfigError, match=r"teacher_model_init_kwargs.device_map left the teacher's head on 'meta'"):
+    with pytest.raises(ConfigError, match=r"teacher_model_init_kwargs.device_map puts the teacher's head on 'meta'"):
         quick_trainer(
             tiny_models.llama(),
             tmp_path,

@@ -248,7 +248,7 @@ def steps_line(config: Any, steps: arithmetic.Steps | None) -> str:
         why = "packing puts several rows into one" if config.packing else "the number of rows is not known here"
         return f"{config.max_steps}" if config.max_steps > 0 else f"not known: {why}"
     total, warm = steps.total, config.get_warmup_steps(steps.total)
-    told = f"{total}, {warm} of them warm-up; an epoch of {steps.rows:,} rows has {steps.whole} full steps"
+    told = f"{total}, {warm} of them warm-up; an epoch of {steps.rows:,} rows has {steps.whole} whole steps"
     over = steps.rows - steps.whole * steps.batch
     if not over:
         return told

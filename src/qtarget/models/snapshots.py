@@ -110,8 +110,8 @@ class WeightSnapshot:
         trainable = self._trainable()
         if saved["weights"].keys() != trainable.keys():
             raise StorageError(
-                f"resume_from_checkpoint is {str(folder)!r}, whose {self.what} has other trainable weights than this "
-                "model; resume with the same adapters"
+                f"resume_from_checkpoint is {str(folder)!r}, whose {self.what} has different trainable weights from "
+                "this model; resume with the same adapters"
             )
         self._copies = {name: value.to(trainable[name].device) for name, value in saved["weights"].items()}
         self.taken_at = saved["taken_at"]
@@ -149,7 +149,7 @@ class StartWeights(WeightSnapshot):
     ``start``: take them, unless they are there. A second ``train()`` keeps those of the first.
     """
 
-    what, setting, file = "reference, the adapter as it started", "the reference", "reference_at_start"
+    what, setting, file = "reference, the initial adapter", "the reference", "reference_at_start"
     _instead = "a merged model (qtarget merge)"
 
     def start(self) -> None:

@@ -217,8 +217,8 @@ class QTargetConfig(SFTConfig):
         objective, faults = resolve(), []
         if self.psft_refresh == 1 and "old_policy" in objective.requires:
             faults.append(
-                "psft_refresh is 1, so the old policy is always the present one, r = 1 and the clip never acts: that is "
-                "sft; use 2 or more (the paper: 8), or target: sft"
+                "psft_refresh is 1, so the old policy is always the current one, r = 1 and the clip never acts: that "
+                "is sft; use 2 or more (the paper: 8), or target: sft"
             )
         known = {"critical"} | ({"weight"} if self.weights == "column" else set())
         faults += [

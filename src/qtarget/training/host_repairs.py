@@ -64,7 +64,7 @@ class StepBatches:
         except QTargetError:
             raise
         except Exception as error:  # of a file or server that is read on the way
-            raise DataError(f"the train dataset cannot be read on: {reason(error)}") from error
+            raise DataError(f"the train dataset cannot be read any further: {reason(error)}") from error
         if taken and len(taken) < num_batches:
             if self._pass is not batches and not self._begins_within:
                 raise ConfigError(

@@ -199,7 +199,7 @@ def _prompt_rows(run: setup.Run) -> Any:
 
     rows = run.datasets["train"]
     if not isinstance(rows, Dataset):
-        raise ConfigError("dataset_streaming is true, but critical needs numbered rows; set it to false")
+        raise ConfigError("dataset_streaming is true, but the rows of a stream are not numbered; set it to false")
     if not {"prompt", "messages", "conversations"} & set(rows.column_names):
         raise ConfigError(
             f"the train split has columns {', '.join(rows.column_names)}, but critical answers prompts; give it prompt "
