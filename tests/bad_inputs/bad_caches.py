@@ -127,10 +127,10 @@ CASES = [
         "no-manifest", "no manifest", without("manifest.json"), "teacher_cache is", "holds no manifest.json"
     ),
     case_of_training(
-        "half-a-manifest", "half a manifest", cut("manifest.json"), "manifest.json cannot be read", "build it anew"
+        "half-a-manifest", "half a manifest", cut("manifest.json"), "manifest.json cannot be read", "rebuild it"
     ),
     case_of_training(
-        "a-manifest-that-is-a-list", "a list", write("manifest.json", "[]"), "manifest.json", "build it anew"
+        "a-manifest-that-is-a-list", "a list", write("manifest.json", "[]"), "manifest.json", "rebuild it"
     ),
     case_of_training(
         "a-manifest-of-bytes", "not UTF-8", write("manifest.json", b"\xff\xfe{}"), "manifest.json cannot be read"

@@ -197,9 +197,9 @@ CASES = [
     ),
     # task files
     task("an-empty-task", "an empty file", "", "which has no problem; give it one row or more"),
-    task("a-broken-line", "half a line", '{"prompt": "a"', "line 1, is no JSON", "mend or delete that line"),
+    task("a-broken-line", "half a line", '{"prompt": "a"', "line 1, is not JSON", "fix or delete that line"),
     task(
-        "half-an-emoji", "a lone surrogate", row(prompt="caf\ud83d?"), "line 1, holds half a character (\\ud83d", "mend"
+        "half-an-emoji", "a lone surrogate", row(prompt="caf\ud83d?"), "line 1, holds half a character (\\ud83d", "fix"
     ),
     task(
         "half-an-emoji-in-a-message",
@@ -207,7 +207,7 @@ CASES = [
         row() + row(prompt=[{"role": "user", "content": "\ude00"}]),
         "line 2, holds half a character (\\ude00",
     ),
-    task("a-deep-line", "a hundred thousand brackets", "[" * 100_000, "line 1, is no JSON"),
+    task("a-deep-line", "a hundred thousand brackets", "[" * 100_000, "line 1, is not JSON"),
     task("a-list-a-line", "a list", "[1]\n", "line 1, has no 'prompt'"),
     task("no-answer", "no answer", '{"prompt": "a"}\n', "line 1, has no 'answer'"),
     task(

@@ -272,7 +272,7 @@ CASES = [
     setting("an-empty-model", "an empty text", "model_name_or_path is not set", model_name_or_path=""),
     setting("an-empty-reference", "an empty text: the model as it starts", (), target="asft", **{REFERENCE: ""}),
     # another run's folder
-    in_use("in-use", "another run's folder", "stopped", "begin anew by --overwrite_output_dir"),
+    in_use("in-use", "another run's folder", "stopped", "start from scratch with --overwrite_output_dir"),
     in_use(
         "overwriting-a-model",
         "a folder that no run wrote",

@@ -171,7 +171,7 @@ REFUSALS: dict[str, tuple[list[str], list[str]]] = {
         [
             'target is {"preset": "target-sft", "eta": 0.5',
             "but the checkpoint",
-            "was trained with 'dft'; resume with that, or start anew",
+            "was trained with 'dft'; resume with that, or start a new run",
         ],
     ),
     "resume with another schedule": (

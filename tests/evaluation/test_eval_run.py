@@ -260,7 +260,7 @@ def test_faults_of_verifiers_are_counted_and_shown(model, file, tmp_path, capsys
     again = ["eval", "--rescore", str(folder), "--verifier", "signal_verifiers:moody", "--verifier_timeout", "2"]
     assert main(again) == 0
     out = capsys.readouterr().out
-    assert "sums: the verifier took too long 1 times, failed 2 times" in out
+    assert "sums: the verifier timed out 1 times, failed 2 times" in out
     assert "verdicts   1 changed of 10" in out
     scores = json.loads((folder / "scores.json").read_text())["tasks"]["sums"]
     assert (scores["timeouts"], scores["errors"]) == (1, 2)
@@ -522,7 +522,7 @@ def test_a_finished_run_goes_on_with_more_samples(finished, model, file, tmp_pat
 
 def test_few_problems_are_said_to_be_few(finished, model, file, capsys):
     assert main(words(model, file, finished)) == 0
-    assert "Task sums has 5 problems: too few for an interval to be trusted." in capsys.readouterr().out
+    assert "Task sums has 5 problems: too few for a reliable interval." in capsys.readouterr().out
 
 
 def test_generated_tasks_need_the_extra(monkeypatch, capsys):

@@ -148,7 +148,8 @@ def test_a_served_folder_elsewhere_has_no_known_weights(serve, tasks, tmp_path, 
     assert main(words(tasks, tmp_path / "run", server=server.url, model=folder, n=0)) == 0
     assert manifest(tmp_path / "run")["model"] == {"name": str(folder), "revision": None, "weights": None}
     assert main(words(tasks, tmp_path / "unnamed", server=server.url, n=0)) == 2
-    assert f"model is not set, and {server.url}/v1 serves 'm', which is no folder here; name" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"model is not set, and {server.url}/v1 serves 'm', which is not a folder here; name" in said
 
 
 def test_both_ways_are_compared(finished, in_process, tmp_path, capsys):
@@ -283,7 +284,7 @@ TAMPERED = {
     "text": (lambda one: one.update(token_ids=["a"]), "answers without token_ids"),
     "another end": (
         lambda one: one.update(finish_reason="stop", token_ids=[5]),
-        "finish_reason is 'stop' .* last token 5 ends no turn of --model; serve the model that --model names",
+        "finish_reason is 'stop' .* last token 5 does not end a turn of --model; serve the model that --model names",
     ),
 }
 

@@ -381,7 +381,7 @@ def test_other_models(call, text):
 @table(
     twice=(
         lambda: kd(ids=at(IDS, (3, 1), 4)),
-        "teacher: TopK ids hold 4 twice for one token; each id may stand once",
+        "teacher: TopK ids hold 4 twice for one token; each id may appear once",
     ),
     large=(lambda: kd(ids=at(IDS, (3, 1), V)), "teacher: TopK ids run from 0 to 67; use ids from 0 to 66"),
     negative=(
@@ -551,7 +551,7 @@ def test_a_rule_may_return_a_mask(loss):
         (
             "triton",
             "triton",
-            "backend is 'triton', which needs the package triton; use 'auto', which takes what runs here",
+            "backend is 'triton', which needs the package triton; use 'auto', which uses what runs here",
         ),
         ("triton", "interpreter", "backend is 'triton', which needs a CUDA device and hidden is on cpu; use 'auto'"),
         ("compiled", "compiler", "backend is 'compiled', which needs a C++ compiler on a CPU; use 'auto'"),

@@ -302,8 +302,9 @@ def test_a_quantised_teacher_is_counted_as_it_is_held(where, at_hand, capsys, tm
     assert "layers quantised by" in said and "the scales of teacher" in said
     (teacher / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "somebodys"}}))
     status, said, _ = plan(capsys, "--config", at_hand / "config.yaml", "--teacher_model_name_or_path", teacher)
-    assert status == 0 and "quantised by somebodys: they are counted in full, for its bits are not known" in " ".join(
-        said.split()
+    assert (
+        status == 0
+        and "quantised by somebodys: they are counted in full, because its bits are not known" in " ".join(said.split())
     )
 
 

@@ -176,7 +176,7 @@ REFUSED: dict[str, tuple[Path, dict[str, Any], list[str], str]] = {
         ["--gpus", "4"],
         "8 accumulations is 128; set gradient_accumulation_steps: 16",
     ),
-    "an odd number of GPUs": (MATH, {}, ["--gpus", "3"], "256 is no multiple of 3 x 4"),
+    "an odd number of GPUs": (MATH, {}, ["--gpus", "3"], "256 is not a multiple of 3 x 4"),
     "no number of GPUs": (MATH, {}, ["--gpus", "many"], "gpus is 'many'; use a whole number from 1"),
     "another accumulation": (
         MATH,
@@ -202,7 +202,7 @@ REFUSED: dict[str, tuple[Path, dict[str, Any], list[str], str]] = {
         MATH,
         {"model_name_or_path": "./build/no/model"},
         [],
-        "which is no folder here; make it, or name",
+        "which is not a folder here; create it, or name",
     ),
     "no such target": (MATH, {}, ["--target", "dtf"], "target is 'dtf'; did you mean 'dft'?"),
     "columns": (MATH, {"dataset_source_columns": {"question": "a"}}, [], "names question; name prompt and completion"),

@@ -218,7 +218,7 @@ def test_the_engine_distils_at_a_temperature_without_its_square():
         ("{beta: 0.5}", "beta is 0.5 without lmbda: 0, which makes it TRL's GKD on a fixed dataset; add it, or write"),
         ("{temperature: 2}", "temperature is 2 without lmbda: 0"),
         ("{lmbda: 0.5, beta: 0}", "lmbda is 0.5; so much of the data would be written by the student"),
-        ("{rlhf_type: gkd, beta: 0}", "lmbda is not set, which ms-swift takes for 0.5; so much of the data"),
+        ("{rlhf_type: gkd, beta: 0}", "lmbda is not set, which ms-swift reads as 0.5; so much of the data"),
         ("{rlhf_type: dpo, lmbda: 0}", "rlhf_type is 'dpo'; only gkd can be read, use target: for another"),
         ("{lmbda: 0, sft_alpha: 0.1}", "sft_alpha is 0.1 without rlhf_type: gkd; add it, or use target:"),
         ("{lmbda: 0, seq_kd: true}", "seq_kd is true; here the teacher writes no completions"),
@@ -231,7 +231,7 @@ def test_the_engine_distils_at_a_temperature_without_its_square():
             "{rlhf_type: gkd, lmbda: 0}",
             "temperature is 0.9 (ms-swift's default is 0.9) beside beta 0.5; one other than 1 is for beta: 0 alone",
         ),
-        ("{kd_trainer: true, kd_alpha: 1}", "kd_trainer is true without kd_ce_alpha, which axolotl asks for; add it"),
+        ("{kd_trainer: true, kd_alpha: 1}", "kd_trainer is true without kd_ce_alpha, which axolotl requires; add it"),
         ("{kd_alpha: 0.9}", "kd_alpha is 0.9 without kd_trainer: true; add it, or use target:"),
         (
             "{kd_trainer: true, kd_ce_alpha: 0, kd_alpha: 1, kd_normalize_topk: true}",

@@ -100,7 +100,7 @@ def test_a_resume_that_would_train_something_else(before, after, told, start, tm
     with pytest.raises(ConfigError) as error:
         other.train(resume_from_checkpoint=True)
     assert told in str(error.value) and "was trained with" in str(error.value)
-    assert "resume with that, or start anew" in str(error.value)
+    assert "resume with that, or start a new run" in str(error.value)
     assert all(torch.equal(kept[name], value) for name, value in copied_weights(other.model).items())
 
 

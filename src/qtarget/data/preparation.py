@@ -122,8 +122,8 @@ def _is_trained(row: Mapping[str, Any]) -> bool:
 
 def _untrained(count: int, rows: int, name: str) -> str:
     return (
-        f"{count} of {rows} rows of the {name} dataset have no supervised token left: all are cut at max_length or masked "
-        "from the start"
+        f"{count} of {rows} rows of the {name} dataset have no supervised token left: all are cut at max_length or "
+        "masked from the start"
     )
 
 

@@ -120,7 +120,7 @@ def share(holds: Sequence[bool]) -> float | None:
 def too_few(problems: dict[str, int]) -> list[str]:
     """A sentence for each task whose interval is not to be trusted. ``problems``: task → how many."""
     return [
-        f"Task {task} has {count} problems: too few for an interval to be trusted."
+        f"Task {task} has {count} problems: too few for a reliable interval."
         for task, count in problems.items()
         if count < _FEW
     ]

@@ -1,4 +1,4 @@
-"""The oracle: the loss from full logits in any dtype; every fast path is held against it."""
+"""The oracle: the loss from full logits in any dtype; every fast path is compared with it."""
 
 from __future__ import annotations
 

@@ -245,7 +245,7 @@ def _check_aux(
         return fault if low < 0 or high >= vocab_size else None
 
     def twice(some, again):
-        return f"{name}: TopK ids hold {again:.0f} twice for one token; each id may stand once" if some else None
+        return f"{name}: TopK ids hold {again:.0f} twice for one token; each id may appear once" if some else None
 
     def too_much(mass):
         fault = (

@@ -89,8 +89,8 @@ def place_as_student(model: nn.Module, role: str, accelerator: Any, device: torc
     kind = getattr(model, "active_peft_config", None)
     if kind is not None and kind.is_prompt_learning:
         raise ConfigError(
-            f"the {role} is an adapter of kind {kind.peft_type.value}, whose virtual prompt would be shared by packed documents; "
-            "name a whole model, or an adapter of another kind, such as LoRA"
+            f"the {role} is an adapter of kind {kind.peft_type.value}, whose virtual prompt would be shared by packed "
+            "documents; name a whole model, or an adapter of another kind, such as LoRA"
         )
     plain: Any = getattr(model, "get_base_model", lambda: model)()  # of an adapter
     add_target_forward(plain)

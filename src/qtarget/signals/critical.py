@@ -180,17 +180,17 @@ def report(records: Collection[Mapping[str, Any]]) -> dict[str, Any]:
         "critical": sum(sum(record["critical"]) for record in right),
         **{name: sum(record.get(name, 0) for record in records) for name in ("timeouts", "errors")},
     }
-    verifier = f"the verifier took too long {counts['timeouts']} times and failed {counts['errors']} times"
+    verifier = f"the verifier timed out {counts['timeouts']} times and failed {counts['errors']} times"
     if not right:
         raise DataError(
             f"no greedy answer is right: of {counts['problems']} problems {counts['ended']} were answered to the end and "
-            f"0 correctly, {verifier}; raise max_new_tokens, check the verifier, or take a model that can answer some"
+            f"0 correctly, {verifier}; raise max_new_tokens, check the verifier, or use a model that can answer some"
         )
     if not counts["critical"]:
         raise DataError(
             f"no token is critical: of {counts['problems']} problems {counts['correct']} were answered correctly, and "
-            f"each of their {counts['tokens']} tokens can be replaced without harm, {verifier}; check that the verifier "
-            "refuses wrong answers, or take harder problems"
+            f"each of their {counts['tokens']} tokens can be replaced without harm, {verifier}; check that the "
+            "verifier refuses wrong answers, or use harder problems"
         )
     return counts
 

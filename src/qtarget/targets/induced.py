@@ -116,7 +116,9 @@ def _gradient(loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, label
     if not torch.equal(leaf.detach(), given) or not torch.equal(labels, asked):
         raise ConfigError("the loss changed the logits or labels it was given; let it work on a copy")
     if not torch.isfinite(loss):
-        raise ConfigError(f"the loss is {float(loss.detach())}; every number of its input is finite, so look inside it")
+        raise ConfigError(
+            f"the loss is {float(loss.detach())}; every number of its input is finite, so check the loss itself"
+        )
     if not loss.requires_grad:
         raise ConfigError("the loss has no gradient with respect to the logits; it may detach them or leave torch")
     (g,) = torch.autograd.grad(loss, leaf, allow_unused=True)

@@ -65,7 +65,7 @@ def padding(subject: Subject) -> Finding:
 
 @check(
     "padding-free",
-    "documents of a line see each other, or positions do not start again: this model or its attn_implementation "
+    "documents of one line see each other, or positions do not start again: this model or its attn_implementation "
     "cannot tell them apart by position_ids; leave padding_free and packing off",
     of_gradient=True,
 )
@@ -127,9 +127,9 @@ def _joined(subject: Subject, rows: list[Row]) -> dict[str, Tensor]:
 def _no_positions(subject: Subject) -> str | None:
     """Why rows cannot be joined into one line; None where they can."""
     if not dataclasses.is_dataclass(getattr(subject.trainer.data_collator, "inner", None)):
-        return "the collator is the user's own, which is not told to leave padding out"
+        return "the collator is the user's own, which cannot be told to leave padding out"
     if not accepted(subject.base, {"position_ids": None}):
-        return f"{type(subject.base).__name__} takes no position_ids, by which documents are told apart"
+        return f"{type(subject.base).__name__} takes no position_ids, which tell documents apart"
     return None
 
 
@@ -178,7 +178,7 @@ def world_size(subject: Subject) -> Finding:
     if trainer.args.denominator == "micro_batch":
         return not_applicable("denominator is micro_batch: each process's batch counts the same, whatever it holds")
     if len(subject.rows) < world:
-        return not_applicable(f"{len(subject.rows)} rows cannot be shared by {world} processes; look at more")
+        return not_applicable(f"{len(subject.rows)} rows cannot be split over {world} processes; use more")
     # What DDP leaves in each process, over the trainer's own loader, against autograd over all rows.
     steps = 2 if len(subject.rows) >= 2 * world else 1
     size = len(subject.rows) // (world * steps)
@@ -194,7 +194,7 @@ def world_size(subject: Subject) -> Finding:
 
 @check(
     "labels in place",
-    "labels were shifted or moved before the collator: give rows whose labels stand beside their input_ids",
+    "labels were shifted or moved before the collator: give rows whose labels are aligned with their input_ids",
 )
 def labels_in_place(subject: Subject) -> Finding:
     """A label is the id at its own place, in every layout of a batch."""

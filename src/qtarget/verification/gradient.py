@@ -12,7 +12,7 @@ from qtarget.verification.subject import Subject, distance, relative
 
 @check(
     "gradient is p - Q",
-    "the loss does not teach the target that is named: look at labels and their shift, the denominator, and what "
+    "the loss does not teach the target that is named: check labels and their shift, the denominator, and what "
     "teacher and reference are given",
     of_gradient=True,
 )

@@ -1,4 +1,4 @@
-"""Does a target become its neighbour where it must: eta 0 is dft, no smoothing is sft?"""
+"""Does a target reduce to a related one where it must: eta 0 is dft, no smoothing is sft?"""
 
 from __future__ import annotations
 

@@ -113,8 +113,8 @@ def reference_column(args: Any, sets: Iterable[ColumnSet], reference_given: bool
         ]
     if args.packing and args.packing_strategy == "bfd_split":
         return False, [
-            f"packing_strategy is 'bfd_split', which splits rows, but column {REFERENCE!r} is the mean over a whole row; use "
-            "packing_strategy: bfd"
+            f"packing_strategy is 'bfd_split', which splits rows, but column {REFERENCE!r} is the mean over a whole "
+            "row; use packing_strategy: bfd"
         ]
     return True, [
         f"weights are measured against column {REFERENCE!r}, which the {name} dataset does not have; add it there, or "
