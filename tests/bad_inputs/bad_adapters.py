@@ -101,7 +101,7 @@ CASES = [
         "an-adapter-of-nothing",
         "no base is named",
         change("adapter_config.json", base_model_name_or_path=None),
-        "does not say for which model",
+        "does not name its base model",
     ),
     adapter(
         "an-adapter-on-an-adapter", "its base is one too", on_another, "which is an adapter too; merge that one first"
@@ -167,9 +167,9 @@ CASES = [
         lambda b: ["merge", b.world / "model", "-o", b.folder / "one"],
         ("which holds no adapter_config.json", "a whole model has nothing to merge"),
     ),
-    Case("a-merge-of-nothing", "no name", lambda b: ["merge", "-o", b.folder / "one"], ("one adapter is asked for",)),
+    Case("a-merge-of-nothing", "no name", lambda b: ["merge", "-o", b.folder / "one"], ("name one adapter",)),
     Case("a-merge-to-nowhere", "no folder", lambda b: ["merge", b.world / "model"], ("output is not set",)),
-    Case("a-chat-with-nobody", "no model", lambda b: ["chat", "--prompt", "hi"], ("one model is asked for",)),
+    Case("a-chat-with-nobody", "no model", lambda b: ["chat", "--prompt", "hi"], ("name one model",)),
     Case(
         "a-chat-with-nothing", "no such folder", lambda b: ["chat", b.folder / "no"], ("model is", "cannot be loaded")
     ),

@@ -336,7 +336,7 @@ CASES = [
         "inspect-nothing",
         "no folder named",
         lambda b: ["cache", "inspect"],
-        ("nothing was named where the folder of one cache is asked for",),
+        ("nothing was given; name the folder of one cache",),
     ),
     built("no-k", "the 0 likeliest", ["--k", "0"], "k is 0; use a whole number from 1"),
     built(

@@ -48,7 +48,10 @@ CASES = [
             f"a-misspelt-folder-for-{words[0]}",
             "a folder that is not there",
             lambda b, words=words, own=own: [*words, "--config", b.config(**own)],
-            (f"{[*own][-1]} is './modelx'", "no folder here" if words[0] == "plan" else "no such folder exists here"),
+            (
+                f"{[*own][-1]} is './modelx'",
+                "not a folder here" if words[0] == "plan" else "no such folder exists here",
+            ),
         )
         for words, own in (
             (["verify"], {"model_name_or_path": "./modelx"}),
@@ -131,7 +134,7 @@ CASES = [
         "a-lone-word",
         "no dashes",
         lambda b: ["train", "max_steps"],
-        ("'max_steps' stands alone; write settings as --name value",),
+        ("'max_steps' belongs to no setting; write settings as --name value",),
     ),
     Case("an-unknown-verb", "a typo", lambda b: ["trian"], ("verb is 'trian'; did you mean 'train'?",)),
     Case(

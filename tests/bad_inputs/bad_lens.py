@@ -90,7 +90,7 @@ def first(value: Any) -> Callable[[list[Any]], list[Any]]:
 NAN = float("nan")
 FILE = "lens_history.parquet"
 CASES = [
-    shown("no-folder", "no such capture", ["report", "nowhere"], "'nowhere' is no capture: it has no manifest.json"),
+    shown("no-folder", "no such capture", ["report", "nowhere"], "'nowhere' is not a capture: it has no manifest.json"),
     reported(
         "half-a-manifest", "half a manifest", cut("manifest.json"), "manifest.json cannot be read", "capture again"
     ),
@@ -233,7 +233,7 @@ CASES = [
         "option of lens is '--rows'; did you mean '--row'?",
     ),
     shown("no-rows", "0 rows", ["report", "capture", "--rows", "0"], "rows is 0; use a whole number from 1"),
-    shown("two-folders", "two captures", ["show", "capture", "capture"], "where one folder of a capture is asked for"),
+    shown("two-folders", "two captures", ["show", "capture", "capture"], "name one folder of a capture"),
     Case(
         "a-page-in-a-folder",
         "a folder for a page",

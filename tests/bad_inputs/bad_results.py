@@ -139,7 +139,7 @@ CASES = [
         "a-precision-for-a-server",
         "it has loaded the model already",
         ["--server", "http://127.0.0.1:9", "--dtype", "bfloat16"],
-        "dtype is 'bfloat16', and the server has loaded the model; give --dtype to vLLM",
+        "dtype is 'bfloat16', but the server has already loaded the model; pass --dtype to vLLM",
     ),
     asked("no-model", "no such model", ["--model", "no/where/here"], "model is 'no/where/here'", "cannot be loaded"),
     asked("no-task", "no such task", ["--tasks", "chain_sums"], "task is 'chain_sums'; did you mean 'chain_sum'?"),
@@ -216,7 +216,7 @@ CASES = [
     task("a-prompt-of-numbers", "a number", row(prompt=7), "line 1, has the prompt 7; write a text or chat messages"),
     task("a-prompt-of-nonsense", "a list that is no chat", row(prompt=[1, 2]), "line 1, has the prompt [1, 2]"),
     task("an-answer-of-null", "null", row(answer=None), "line 1, has the answer None"),
-    task("an-id-twice", "two problems of one id", row(id="x") + row(id="x"), "id 'x' stands twice among the problems"),
+    task("an-id-twice", "two problems of one id", row(id="x") + row(id="x"), "id 'x' appears twice among the problems"),
     task("latin-1", "not UTF-8", row(prompt="caf").encode()[:-3] + b'\xe9"}\n', "t.jsonl", "UTF-8"),
     task(
         "options-of-numbers",

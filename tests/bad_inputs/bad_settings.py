@@ -187,7 +187,7 @@ CASES = [
     setting(
         "a-hub-that-says-no",
         "an upload to nobody's account",
-        "push_to_hub is True, and the hub says no",
+        "push_to_hub is True, but the hub refuses it",
         push_to_hub=True,
         hub_model_id="nobody/nothing",
     ),

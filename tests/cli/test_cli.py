@@ -409,7 +409,7 @@ def test_targets_show_says_everything(word):
         (["trian"], "verb is 'trian'; did you mean 'train'?"),
         (["targets", "show", "eatf"], "target is 'eatf'; did you mean 'eaft'?"),
         (["targets", "shwo"], "did you mean 'show'?"),
-        (["env", "now"], "'now' stands alone; write options of env as --name value"),
+        (["env", "now"], "'now' belongs to no option; write options of env as --name value"),
     ],
 )
 def test_a_mistyped_word_is_answered(words, sentence):

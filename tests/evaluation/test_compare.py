@@ -150,8 +150,8 @@ def test_training_seeds_are_drawn_too(tmp_path):
     assert found(one).shown and not found(both).shown
     assert found(both).value == pytest.approx(0)
     assert found(both).high > 0.3
-    assert any("2 training seeds an arm are few" in note for note in both.notes)
-    assert any("One training run an arm" in note for note in one.notes)
+    assert any("2 training seeds per arm are few" in note for note in both.notes)
+    assert any("One training run per arm" in note for note in one.notes)
 
 
 def test_several_tasks_have_their_mean(tmp_path):

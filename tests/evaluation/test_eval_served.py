@@ -245,8 +245,12 @@ REFUSED = {
         "max_new_tokens is 20: the prompt of problem .* has .* tokens, and the server has --max-model-len 32; use ",
     ),
     "a key": ({"key": "sk-1"}, {}, r"api_key is not set and {url} asks for one \(401, "),
-    "dtype": ({}, {"dtype": "bfloat16"}, "dtype is 'bfloat16', and the server has loaded the model; give --dtype to"),
-    "cold": ({}, {"temperature": 0.001}, "temperature is 0.001, in whose place vLLM takes 0.01; use that, or --n 0"),
+    "dtype": (
+        {},
+        {"dtype": "bfloat16"},
+        "dtype is 'bfloat16', but the server has already loaded the model; pass --dtype to",
+    ),
+    "cold": ({}, {"temperature": 0.001}, "temperature is 0.001, which vLLM raises to 0.01; use that, or --n 0"),
 }
 
 

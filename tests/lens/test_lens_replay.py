@@ -148,7 +148,7 @@ def test_columns_that_were_not_captured():
     for name, told in (("iw-sft", "weight"), ("cft", "critical"), ("psft", "old_logps")):
         figures = plain.figures(qt.preset(name))
         assert len(figures.notes) == 1 and figures.notes[0].startswith(
-            f"column {told} was not captured and is taken as"
+            f"column {told} was not captured and is assumed to be"
         )
         assert np.allclose(figures.trust, 1), "each is plain SFT then"
 

@@ -445,7 +445,7 @@ def test_every_recipe_shows_what_it_trains_where_its_models_and_rows_are_here(fi
         (["--target", "iw-sft"], "needs weights, but the train dataset has no column 'weight'"),
         (["--max_steps", "5"], "max_steps is 5, but 1 epoch of 8 rows are 4 whole steps of 2"),
         (["--model_name_or_path", "ROOT/data"], "whose config cannot be read"),
-        (["--dataset_name", "ROOT/nowhere"], "which is no folder or file here"),
+        (["--dataset_name", "ROOT/nowhere"], "which is not a folder or file here"),
     ],
     ids=lambda value: str(value).split("'")[1] if isinstance(value, list) else "",
 )

@@ -371,7 +371,10 @@ def test_a_run_that_was_killed_is_done_again_by_the_same_command_alone(world, re
             "the model itself, so that all weights",
         ),
         (["weights", "--reference_model_name_or_path", "ROOT/stranger"], "which has another tokenizer: id"),
-        (["weights", "--dataset_streaming", "true"], "dataset_streaming is true, but rows of a stream have no number"),
+        (
+            ["weights", "--dataset_streaming", "true"],
+            "dataset_streaming is true, but the rows of a stream are not numbered",
+        ),
         (["wieghts"], "word after data is 'wieghts'; did you mean 'weights'?"),
         (
             ["oldlogps", "--model_name_or_path", "ROOT/nothing"],

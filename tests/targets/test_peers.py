@@ -229,7 +229,8 @@ def test_the_engine_distils_at_a_temperature_without_its_square():
         ),
         (
             "{rlhf_type: gkd, lmbda: 0}",
-            "temperature is 0.9 (ms-swift's default is 0.9) beside beta 0.5; one other than 1 is for beta: 0 alone",
+            "temperature is 0.9 (ms-swift's default is 0.9) beside beta 0.5; a temperature other than "
+            "1 works only with beta: 0",
         ),
         ("{kd_trainer: true, kd_alpha: 1}", "kd_trainer is true without kd_ce_alpha, which axolotl requires; add it"),
         ("{kd_alpha: 0.9}", "kd_alpha is 0.9 without kd_trainer: true; add it, or use target:"),
@@ -239,7 +240,7 @@ def test_the_engine_distils_at_a_temperature_without_its_square():
         ),
         (
             "{kd_trainer: true, kd_ce_alpha: 0, kd_alpha: 1, kd_beta: 1, kd_temperature: 2}",
-            "temperature is 2 beside divergence reverse_kl; it is for forward_kl alone, leave it at 1",
+            "temperature is 2 with divergence reverse_kl; it works only with forward_kl",
         ),
         ("{kd_trainer: true, kd_ce_alpha: 0, kd_alpha: 1.5}", "kd_alpha is 1.5; use a number from 0 to 1"),
         ("{use_dft_loss: true, use_asft_loss: true}", "the settings name different objectives: use_dft_loss"),

@@ -57,7 +57,7 @@ def test_a_schedule_in_words(eta, text):
         (LINEAR | {"steps": True}, "eta.steps is True; use a whole number of steps"),
         (LINEAR | {"start": 0}, "eta.start is 0; use a whole number of steps"),
         ({"schedule": "constant", "to": 0.5, "start": 3}, "the schedule of eta has a start but no from"),
-        ([LINEAR, HOLD], r"eta[1] lacks its steps; only the last of a list"),
+        ([LINEAR, HOLD], r"eta[1] has no steps; only the last of a list"),
         ([HOLD, LINEAR | {"start": 3}], "eta[2] has a start; in a list write a schedule: constant before it"),
         ([HOLD, 0.5], "eta[2] is 0.5; in a list of schedules each has its own"),
         ([HOLD, LINEAR | {"stps": 3}], "key of the schedule of eta[2] is 'stps'; did you mean 'steps'"),

@@ -561,7 +561,7 @@ def test_numbers_that_make_no_sense(rows_, top_k, told, tmp_path):
 
 
 def test_no_teacher(tmp_path):
-    with pytest.raises(ConfigError, match=r"^target sft has no teacher to compare with; name a target that asks one"):
+    with pytest.raises(ConfigError, match=r"^target sft has no teacher to compare with; name a target that needs one"):
         agreement.measure(quick_trainer(tiny_models.trained_model(), tmp_path), 2)
 
 
@@ -573,7 +573,7 @@ def test_nothing_to_ask_about(tmp_path):
     packed = Dataset.from_list(masked)
     settings = {"target": "kd", "teacher_model": other(), "max_length": None}
     made = quick_trainer(tiny_models.trained_model(), tmp_path, packed, **settings)
-    with pytest.raises(ConfigError, match=r"^rows is 1, and none of the rows looked at has a supervised token"):
+    with pytest.raises(ConfigError, match=r"^rows is 1, and none of the rows used has a supervised token"):
         agreement.measure(made, 1)
     assert agreement.measure(made, 8).rows == 6
 
@@ -583,7 +583,7 @@ def test_nan(who, field, tmp_path):
     models = {"student": tiny_models.llama(tied=False), "teacher": tiny_models.llama(1, tied=False)}
     models[who].lm_head.weight.data[5] = torch.nan
     made = quick_trainer(models["student"], tmp_path, target="kd", teacher_model=models["teacher"])
-    with pytest.raises(ConfigError, match=rf"^the {who} gives NaN for a row looked at; .*\({field}: "):
+    with pytest.raises(ConfigError, match=rf"^the {who} gives NaN for one of the rows used; .*\({field}: "):
         agreement.measure(made, 4)
 
 
@@ -653,7 +653,7 @@ def test_another_name_of_the_target(named, world, capsys, tmp_path):
     [
         (["--rows", "0"], "rows is 0; use a whole number from 1"),
         (["--rows", "many"], "rows is 'many'; use a whole number from 1"),
-        (["--rows"], "--rows stands without its value; write --rows VALUE"),
+        (["--rows"], "--rows has no value; write --rows VALUE"),
         (["--json", "/nowhere/at/all.json"], "json is '/nowhere/at/all.json', which cannot be written; name a file in"),
         (["--rowz", "3"], "unknown flag: --rowz; "),
     ],

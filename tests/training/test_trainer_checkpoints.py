@@ -131,7 +131,7 @@ def test_another_programs_half_of_a_checkpoint(tmp_path):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(ConfigError, match="which is no folder; start from scratch in another output_dir"):
+    with pytest.raises(ConfigError, match="which is not a folder; start from scratch in another output_dir"):
         made(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
 
 

@@ -199,7 +199,9 @@ def test_rows_that_lost_their_labels_are_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "qtarget"):
         made = quick_trainer(tiny_models.llama(), tmp_path, data, max_length=limit)
     assert made.rows.without_labels == {"train": gone} and len(made.train_dataset) == 8 - gone
-    assert f"{gone} of 8 rows of the train dataset have no supervised token left, cut at max_length" in caplog.text
+    assert (
+        f"{gone} of 8 rows of the train dataset have no supervised token left: all are cut at max_length" in caplog.text
+    )
     assert "they are dropped" in caplog.text
 
 

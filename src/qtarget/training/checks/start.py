@@ -1,4 +1,4 @@
-"""What can be found wrong in a recipe, its models and targets before the first training step."""
+"""What can be found wrong in a recipe, its models and targets before the first step."""
 
 from __future__ import annotations
 
