@@ -1,4 +1,4 @@
-"""Folders and hub ids: does a name lead anywhere, before a library tries to load it."""
+"""Folders and hub ids: does a name exist, before a library tries to load it."""
 
 from __future__ import annotations
 

@@ -108,12 +108,14 @@ CASES = [
         "laughs", "aliases that unfold to a billion words", LAUGHS + "target: *i", "unfold to more than", "write it out"
     ),
     text("a-circle", "an alias inside itself", "target: &t {preset: *t}", "holds itself", "write it out"),
-    text("twice", "a key twice", "target: dft\nmax_steps: 1\ntarget: sft", "target stands twice", "line 3", "keep one"),
+    text(
+        "twice", "a key twice", "target: dft\nmax_steps: 1\ntarget: sft", "target appears twice", "line 3", "keep one"
+    ),
     text(
         "twice-inside",
         "a key twice in a target",
         "target: {preset: eaft, top_k: 3, top_k: 5}",
-        "top_k stands twice",
+        "top_k appears twice",
         "keep one",
     ),
     text("deep", "ten thousand brackets", "target: " + "[" * 10_000, "config is", "nested"),

@@ -329,7 +329,7 @@ def test_a_broken_off_rescoring_is_refused(tmp_path):
     folders = [str(results(tmp_path / name, verdicts(0, 0.5))) for name in ("a", "b")]
     file = tmp_path / "b" / "samples" / "sums.jsonl"
     file.write_text(file.read_text().replace('"verifier_version": "v1"', '"verifier_version": "v2"', 3))
-    with pytest.raises(ConfigError, match="has verdicts of verifier version 'v2' beside 'v1' in task sums"):
+    with pytest.raises(ConfigError, match="has verdicts of verifier versions 'v2' and 'v1' in task sums"):
         compare.compare(folders)
 
 

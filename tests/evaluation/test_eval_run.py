@@ -467,7 +467,7 @@ def test_refusals(model, file, tmp_path, capsys, changed, sentence):
         ('{"prompt": "a"}', "line 1, has no 'answer'"),
         ('{"prompt": "", "answer": "1"}', "line 1, has the prompt ''"),
         ("[1]", "line 1, has no 'prompt'"),
-        ('{"prompt": "a", "answer": "1", "id": 7}\n{"prompt": "b", "answer": "1", "id": 7}', "id '7' stands twice"),
+        ('{"prompt": "a", "answer": "1", "id": 7}\n{"prompt": "b", "answer": "1", "id": 7}', "id '7' appears twice"),
     ],
 )
 def test_files_that_are_refused(tmp_path, text, sentence):

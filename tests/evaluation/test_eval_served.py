@@ -244,7 +244,7 @@ REFUSED = {
         {"max_new_tokens": 20},
         "max_new_tokens is 20: the prompt of problem .* has .* tokens, and the server has --max-model-len 32; use ",
     ),
-    "a key": ({"key": "sk-1"}, {}, r"api_key is not set and {url} asks for one \(401, "),
+    "a key": ({"key": "sk-1"}, {}, r"api_key is not set and {url} requires one \(401, "),
     "dtype": (
         {},
         {"dtype": "bfloat16"},

@@ -229,8 +229,8 @@ def test_the_engine_distils_at_a_temperature_without_its_square():
         ),
         (
             "{rlhf_type: gkd, lmbda: 0}",
-            "temperature is 0.9 (ms-swift's default is 0.9) beside beta 0.5; a temperature other than "
-            "1 works only with beta: 0",
+            "temperature is 0.9 (ms-swift's default is 0.9) with beta 0.5; a temperature other than 1 works only with "
+            "beta: 0",
         ),
         ("{kd_trainer: true, kd_alpha: 1}", "kd_trainer is true without kd_ce_alpha, which axolotl requires; add it"),
         ("{kd_alpha: 0.9}", "kd_alpha is 0.9 without kd_trainer: true; add it, or use target:"),

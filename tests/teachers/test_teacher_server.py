@@ -483,8 +483,8 @@ def test_no_retries(serve):
     "code, pattern",
     [
         (400, r"^server is '\S+', which refuses the request \(400, \"so it is\"\); .*--max-model-len"),
-        (401, r"^api_key is not set and \S+ asks for one \(401, \"so it is\"\); .*OPENAI_API_KEY$"),
-        (403, r"^api_key is not set and \S+ asks for one \(403, \"so it is\"\); "),
+        (401, r"^api_key is not set and \S+ requires one \(401, \"so it is\"\); .*OPENAI_API_KEY$"),
+        (403, r"^api_key is not set and \S+ requires one \(403, \"so it is\"\); "),
         (404, r"^server_model is 'teacher', for which \S+ has no completions \(404, \"so it is\"\); "),
         (307, r"^server is '\S+', where no completions server answers \(307, \"so it is\"\); "),
     ],
@@ -512,7 +512,7 @@ def test_the_key_is_sent_and_not_told(serve, caplog):
 
 def test_the_key_of_the_environment(serve, monkeypatch, tmp_path):
     server = serve(key="sk-right")
-    refused(client(server.url).check, r"^api_key is not set and \S+ asks for one \(401, ")
+    refused(client(server.url).check, r"^api_key is not set and \S+ requires one \(401, ")
     # requests would send this in place of a header
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password other\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

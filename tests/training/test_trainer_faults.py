@@ -319,7 +319,7 @@ def test_the_target_as_an_argument_of_the_trainer(tmp_path):
     )
     assert made.describe().startswith("target dft")
     for args, told in (
-        (quick_config(tmp_path, target="sft"), "beside args.target"),
+        (quick_config(tmp_path, target="sft"), "but args.target is"),
         (quick_config(tmp_path, loss_type="nll"), "contradict"),
     ):
         with pytest.raises(ConfigError, match=told):

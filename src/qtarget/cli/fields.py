@@ -1,4 +1,4 @@
-"""The settings that most runs touch, for a --help that answers without importing TRL.
+"""The settings that most runs change, for a --help that answers without importing TRL.
 
 qtarget's own are read from the source of ``QTargetConfig``, whose docstring describes them; of TRL's and Transformers'
 many, those below are shown. A test holds their names and defaults against the real configs.

@@ -98,7 +98,7 @@ def _once(node: yaml.MappingNode) -> None:
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode):
             if (key.tag, key.value) in seen:
-                raise _fault(f"{key.value} stands twice; keep one of them", key)
+                raise _fault(f"{key.value} appears twice; keep one of them", key)
             seen.add((key.tag, key.value))
 
 

@@ -1,4 +1,4 @@
-"""What will be trained, before it is: tokens by role, cuts, ends, and rows as text."""
+"""What will be trained, known before training: tokens by role, cuts, ends, rows as text."""
 
 from __future__ import annotations
 

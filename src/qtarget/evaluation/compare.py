@@ -144,7 +144,7 @@ def _groups(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
         held, version = records.samples(folder, task), about["verifier_version"]
         if other := next((r for r in held if r["verifier_version"] != version), None):
             raise StorageError(
-                f"{str(folder)!r} has verdicts of verifier version {other['verifier_version']!r} beside {version!r} in "
+                f"{str(folder)!r} has verdicts of verifier versions {other['verifier_version']!r} and {version!r} in "
                 f"task {task}: a re-scoring was interrupted; run qtarget eval --rescore {folder} again"
             )
         groups = scores.grouped(held)

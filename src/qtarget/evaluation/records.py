@@ -1,4 +1,4 @@
-"""A folder of results: what was asked, the problems, the samples, the scores.
+"""A folder of results: settings, problems, samples and scores.
 
     eval.json               settings, tasks with the digests of their problems, and whether it is finished
     problems/TASK.jsonl     id, prompt, row: what re-scoring needs

@@ -231,7 +231,7 @@ def _check_aux(
         raise ConfigError(f"{name} is a {type(other).__name__}; use qt.Head(hidden, weight) or qt.TopK(ids, logprobs)")
     if other.token_shape != tokens.shape:
         raise ConfigError(
-            f"{name} covers positions of shape {list(other.token_shape)}; hidden asks for {list(tokens.shape)}"
+            f"{name} covers positions of shape {list(other.token_shape)}; hidden requires {list(tokens.shape)}"
         )
     if not isinstance(other, TopK):
         return

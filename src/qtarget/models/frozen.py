@@ -1,4 +1,4 @@
-"""Models that are only read: by name, a copy of the start, or with adapters off."""
+"""Models that are only read: by name, a copy of the initial model, or with adapters off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model behind an inference server: which it serves, and a second try where that helps.
+"""A model behind an inference server: which it serves, and retries where they help.
 
 What is asked and what an answer must hold is the callers': a teacher's log-probabilities
 (``teachers/server/client.py``), samples (``evaluation/served.py``).
@@ -247,7 +247,7 @@ class Server:
     def refusal(self, refusal: Refused, served: str | None) -> ConfigError:
         """What to do about a status that no retry would change; ``served``: the model's name, once it is known."""
         if refusal.status in (401, 403):
-            got = f"is refused by {self.url}" if self._key else f"is not set and {self.url} asks for one"
+            got = f"is refused by {self.url}" if self._key else f"is not set and {self.url} requires one"
             return ConfigError(f"api_key {got} ({refusal}); pass the server's key as api_key or in OPENAI_API_KEY")
         if refusal.status == 404 and served is not None:
             return ConfigError(

@@ -106,7 +106,7 @@ class WeightSnapshot:
         with loading("resume_from_checkpoint", str(folder), path.name):
             saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(saved["weights"], dict) or not isinstance(saved["taken_at"], int):
-                raise ValueError("it holds no weights with the step they were taken at")
+                raise ValueError("it holds no weights with the step at which they were copied")
         trainable = self._trainable()
         if saved["weights"].keys() != trainable.keys():
             raise StorageError(

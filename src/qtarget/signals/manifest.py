@@ -1,4 +1,4 @@
-"""``signal.json``: what a folder of signals was made from; may a run train on it?
+"""``signal.json``: what a folder of signals was made from; can a run train on it?
 
 The file is written when the work starts, with ``finished: false``, and again when the data files stand: a folder
 without it, or with other settings, is somebody else's.

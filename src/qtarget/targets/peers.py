@@ -156,13 +156,13 @@ def _gkd(config: Mapping) -> Spelling | None:
     peer = "ms-swift" if "rlhf_type" in given else "TRL"
     _refuse_other_gkd(given, peer)
     label_weight, beta = _number(config, "sft_alpha", 0.0, low=0), _number(config, "beta", 0.5, low=0, high=1)
-    temperature, caveat = 1.0, "; its temperature is for sampling alone" if "temperature" in given else ""
+    temperature, caveat = 1.0, "; its temperature is only for sampling" if "temperature" in given else ""
     if peer == "ms-swift":  # which divides both models' logits by it
         temperature, caveat = _number(config, "temperature", 0.9, low=0, open_low=True), _per_micro_batch(peer)
     if temperature != 1 and beta != 0:
         raise ConfigError(
-            f"temperature is {temperature:g} (ms-swift's default is 0.9) beside beta {beta:g}; a temperature other "
-            "than 1 works only with beta: 0; set temperature: 1"
+            f"temperature is {temperature:g} (ms-swift's default is 0.9) with beta {beta:g}; a temperature other than "
+            "1 works only with beta: 0; set temperature: 1"
         )
     target, words = _distilled(label_weight, 1.0, temperature, beta)
     return Spelling(target, f"beta: {beta:g} ({peer}) is read as {words}{caveat}")

@@ -319,9 +319,7 @@ class QTargetConfig(SFTConfig):
             args = cls.from_arguments(args)
         if target is not None:
             if args.target is not None and args.target is not target:
-                raise ConfigError(
-                    f"target is {target!r} beside args.target, which is {args.target!r}; keep one of them"
-                )
+                raise ConfigError(f"target is {target!r} but args.target is {args.target!r}; keep one of them")
             args = copy.copy(args)
             args.target = target
             args.resolve_objective()  # raises where it contradicts loss_type, targets or label_smoothing_factor

@@ -26,7 +26,7 @@ def label_smoothing_loss(logits, labels, *, smoothing, vocab_size=None):
     group="anchor",
     formula="L = (1 − ε)(−log p_y) + ε CE(U, p);  a = 1 − ε, b = ε, R = U",
     trusts="1 − ε",
-    rest="every token alike",
+    rest="every token equally",
     source="arXiv:1512.00567",
     printed=label_smoothing_loss,
     defaults="the paper's",

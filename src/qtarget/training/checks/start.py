@@ -87,7 +87,7 @@ def adapter_on_head(target_modules: str | Iterable[str] | None) -> list[str]:
     """LoRA on the head would be ignored: the loss multiplies by the head's own weight."""
     modules = [target_modules] if isinstance(target_modules, str) else target_modules or []
     return [
-        f"lora_target_modules holds {name!r}; an adapter on the head is not supported: take it out, or train the whole "
+        f"lora_target_modules holds {name!r}; an adapter on the head is not supported: remove it, or train the whole "
         "head with lora_modules_to_save"
         for name in modules
         if name in ("lm_head", "embed_out", "output_layer")

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or not there, even if the run is killed meanwhile.
+"""Checkpoints that are complete or absent, even if the run is killed in between.
 
 A checkpoint is written as ``_unfinished/checkpoint-N`` in the run's folder and renamed once its last file is there, so
 every ``checkpoint-N`` is whole: for qtarget, for Transformers and for a script that copies folders. It also lists its

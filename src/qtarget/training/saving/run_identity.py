@@ -1,4 +1,4 @@
-"""What a run trains, written into its checkpoints; another run may not resume it."""
+"""What a run trains, written into its checkpoints; a different run cannot resume them."""
 
 from __future__ import annotations
 
