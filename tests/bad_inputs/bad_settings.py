@@ -251,7 +251,7 @@ CASES = [
     setting(
         "a-module-to-save-that-is-not-there",
         "PEFT passes it over",
-        "modules_to_save holds 'nowhere', which the model has not",
+        "modules_to_save holds 'nowhere', which the model does not have",
         use_peft=True,
         lora_modules_to_save=["nowhere"],
     ),

@@ -124,7 +124,7 @@ CASES = [
         "a-schedule-without-an-end",
         "no to",
         {"preset": "target-sft", "eta": {"schedule": "linear", "from": 0}},
-        "the schedule of eta lacks its to",
+        "the schedule of eta has no to",
     ),
     target(
         "an-unknown-schedule",

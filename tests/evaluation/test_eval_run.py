@@ -463,7 +463,7 @@ def test_refusals(model, file, tmp_path, capsys, changed, sentence):
     ("text", "sentence"),
     [
         ("", "which has no problem"),
-        ('{"prompt": "a", "answer": "b"}\n{"prompt"', "line 2, is no JSON"),
+        ('{"prompt": "a", "answer": "b"}\n{"prompt"', "line 2, is not JSON"),
         ('{"prompt": "a"}', "line 1, has no 'answer'"),
         ('{"prompt": "", "answer": "1"}', "line 1, has the prompt ''"),
         ("[1]", "line 1, has no 'prompt'"),

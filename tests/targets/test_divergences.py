@@ -216,7 +216,7 @@ REFUSED = {
     "kd at a temperature": (lambda: qt.preset("kd", temperature=2, divergence="jsd"), "temperature is 2 beside"),
     "a flattened teacher": (
         lambda: qt.Target(0, [(1, residual.teacher(2.0), "reverse_kl")]),
-        "temperature of teacher is 2 beside divergence reverse_kl",
+        "temperature of teacher is 2 with divergence reverse_kl",
     ),
 }
 

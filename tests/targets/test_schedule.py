@@ -61,7 +61,7 @@ def test_a_schedule_in_words(eta, text):
         ([HOLD, LINEAR | {"start": 3}], "eta[2] has a start; in a list write a schedule: constant before it"),
         ([HOLD, 0.5], "eta[2] is 0.5; in a list of schedules each has its own"),
         ([HOLD, LINEAR | {"stps": 3}], "key of the schedule of eta[2] is 'stps'; did you mean 'steps'"),
-        ([HOLD, LINEAR | {"to": 2.0}, HOLD], "eta[2] lacks its steps"),
+        ([HOLD, LINEAR | {"to": 2.0}, HOLD], "eta[2] has no steps"),
         ([HOLD, LINEAR | {"to": 2.0, "steps": 3}, HOLD], "eta is 2.0; use a number from 0 to 1"),
     ],
 )

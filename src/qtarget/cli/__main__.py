@@ -15,7 +15,7 @@ from qtarget.errors import MissingPackage, QTargetError, importing, unknown
 VERBS = {
     "train": ("fine-tune a model toward a target", "qtarget train --config recipes/quickstart.yaml"),
     "plan": ("memory, steps and operations of a run", "qtarget plan --config FILE --gpus 8 --gpu_memory 80"),
-    "targets": ("the objectives, their formulas", "qtarget targets    |  qtarget targets show|compare NAME"),
+    "targets": ("the targets and their formulas", "qtarget targets    |  qtarget targets show|compare NAME"),
     "cache": ("a teacher's answers, kept on disk", "qtarget cache build --config FILE -o DIR"),
     "teacher": ("does a teacher suit rows and student", "qtarget teacher check --config FILE"),
     "data": ("columns that some targets need", "qtarget data weights|oldlogps|critical --config FILE -o DIR"),

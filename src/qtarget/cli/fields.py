@@ -39,7 +39,7 @@ THEIRS: dict[str, list[tuple[str, Any, str]]] = {
         ("packing", False, "several rows in one sequence"),
         ("completion_only_loss", None, "train the completion only; unset: yes for prompt and completion rows"),
         ("assistant_only_loss", False, "train the assistant's turns only"),
-        ("chat_template_path", None, "another chat template"),
+        ("chat_template_path", None, "a chat template to use instead of the tokenizer's own"),
     ],
     "training": [
         ("output_dir", None, "folder of the trained model"),

@@ -26,7 +26,7 @@ _CLOSE, _CLOSE_IN_HALF = 5e-3, 0.25
     "the teacher is asked about other tokens: check its tokenizer and teacher_context, or rebuild its cache",
 )
 def teacher(subject: Subject) -> Finding:
-    """The teacher reads the ids the student reads, and the loss is given what it says of them."""
+    """The teacher reads the same ids as the student, and the loss is given its answers."""
     if "teacher" not in subject.requires:
         return not_applicable("the target needs no teacher")
     source = subject.trainer.aux.teacher
@@ -42,7 +42,7 @@ def teacher(subject: Subject) -> Finding:
     "the reference is asked about other tokens: check its tokenizer and how it is loaded",
 )
 def reference(subject: Subject) -> Finding:
-    """The reference reads the ids the student reads, and the loss is given what it says of them."""
+    """The reference reads the same ids as the student, and the loss is given its answers."""
     if "reference" not in subject.requires:
         return not_applicable("the target needs no reference")
     return _asked(subject, "reference", [subject.trainer.aux.reference or subject.trainer.student], None)
@@ -106,7 +106,7 @@ def _of_labels(subject: Subject, name: str) -> tuple[float, int]:
 
 
 def _cached(subject: Subject, source: Cached) -> Finding:
-    """Every supervised token has a place of its own in the cache, and what stands there is what the loss was given."""
+    """Every supervised token has a place of its own in the cache, and the loss was given the contents of that place."""
     batch, join = subject.step.batch, source.join
     trained = batch["labels"][:, 1:] != -100
     uids = batch[join.column][:, 1:][trained]

@@ -27,7 +27,7 @@ _CHUNKS = (7, 16)
     of_gradient=True,
 )
 def micro_batches(subject: Subject) -> Finding:
-    """In how many micro-batches a step is cut: the gradient is that of all rows in one micro-batch."""
+    """However many micro-batches a step is cut into, its gradient is that of all rows in one micro-batch."""
     rows = subject.rows
     if subject.trainer.args.denominator == "micro_batch":
         return not_applicable(
@@ -48,7 +48,7 @@ def micro_batches(subject: Subject) -> Finding:
     of_gradient=True,
 )
 def padding(subject: Subject) -> Finding:
-    """How far rows are padded: the gradient is that of all rows in one micro-batch."""
+    """However far rows are padded, the gradient is that of all rows in one micro-batch."""
     batch = subject.step.batch
     if "attention_mask" not in batch:
         return not_applicable("the batches have no attention mask, so no padding")
@@ -70,7 +70,7 @@ def padding(subject: Subject) -> Finding:
     of_gradient=True,
 )
 def padding_free(subject: Subject) -> Finding:
-    """Rows in one line without padding: the gradient is that of all rows in one micro-batch."""
+    """Rows in one line without padding have the gradient of all rows in one micro-batch."""
     if why := _no_positions(subject):
         return not_applicable(why)
     return _against_one(subject, {"in one line": [_joined(subject, subject.rows)]})
@@ -82,7 +82,7 @@ def padding_free(subject: Subject) -> Finding:
     of_gradient=True,
 )
 def packing(subject: Subject) -> Finding:
-    """Rows packed into sequences: the gradient is that of all rows in one micro-batch."""
+    """Rows packed into sequences have the gradient of all rows in one micro-batch."""
     if why := _no_positions(subject):
         return not_applicable(why)
     if subject.packing_strategy == "wrapped":
@@ -146,7 +146,7 @@ def _against_one(subject: Subject, cuts: Mapping[str, list[dict[str, Any]]]) -> 
 
 @check("chunk size", "the loss engine depends on its chunks: report it with qtarget env", of_gradient=True)
 def chunks(subject: Subject) -> Finding:
-    """How many tokens the engine takes at a time leaves the gradient unchanged."""
+    """The number of tokens the engine processes at a time does not change the gradient."""
     expected = Expected(subject)
     errors: dict[int, float] = {}
     for sample in subject.samples:

@@ -47,7 +47,7 @@ def tokens(subject: Subject) -> Finding:
     of_gradient=True,
 )
 def published(subject: Subject) -> Finding:
-    """The gradient is autograd's of the loss as its paper prints it."""
+    """The gradient equals autograd's gradient of the loss as its paper prints it."""
     expected, errors, without = Expected(subject), {}, []
     for sample in subject.samples:
         loss = printed_loss(sample.target)

@@ -82,7 +82,7 @@ def _autocast_shift(subject: Subject) -> float | None:
     "the estimate does not know this model or attention: plan with the measured figure, and a margin",
 )
 def memory(subject: Subject) -> Finding:
-    """Gradients, activations and the engine's buffers take what the estimate says."""
+    """Gradients, activations and the engine's buffers take as much memory as estimated."""
     batch = subject.step.batch
     positions, supervised = batch["labels"].numel(), int((batch["labels"][:, 1:] != -100).sum())
     measured = subject.step.bytes

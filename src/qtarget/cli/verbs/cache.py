@@ -46,7 +46,7 @@ _SHARE = Kind("X", _share)
 )
 def build(options: Any) -> int:
     """The teacher's k likeliest tokens and the mass of the rest, for the rows as `qtarget train` would prepare them;
-    run again after an interruption, it goes on where it stopped.
+    run again after an interruption, it resumes where it stopped.
     """
     if options.coverage is not None and options.k is not None:
         raise ConfigError("--k and --coverage are both given; keep one of them")

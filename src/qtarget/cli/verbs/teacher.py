@@ -1,7 +1,7 @@
 """``qtarget teacher``: checks whether a teacher agrees with the student and the labels.
 
 On the run's own rows it measures how well student and teacher explain the labels, how far apart they are, and where the
-teacher is confident of another token than the label; then it gives a verdict by rule of thumb. The teacher is the one
+teacher is confident of a token other than the label; then it gives a verdict by rule of thumb. The teacher is the one
 the config trains with: a model, teachers, teacher_cache, teacher_context or teacher_ema_decay. If the target needs no
 teacher but the config names one, it is checked with kd.
 """

@@ -2,8 +2,8 @@
 
 The gradient equals p - Q and autograd's; micro-batches, padding, packing, chunks and processes do not change it; the
 masks train the answer and its end token and nothing of the prompt; the teacher sees the same ids; the target reduces to
-related targets where it should; bf16 costs no more than expected; a step's memory matches the estimate. Nothing is
-trained, and nothing is written except the JSON file.
+related targets where it should; bf16 costs the loss no more than rounding its result; a step takes the estimated
+memory. Nothing is trained, and nothing is written except the JSON file.
 
 torchrun --nproc_per_node 2 -m qtarget verify --config FILE compares several processes with one as well.
 Exit status: 0 no check failed, 1 some failed, 2 wrong settings or arguments.
