@@ -118,7 +118,7 @@ CASES = [
         "a base of one layer",
         fewer_layers,
         "does not fit its base",
-        "have no place",
+        "match no layer",
     ),
     adapter("an-adapter-without-weights", "no weights", without("adapter_model.safetensors"), "without its weights"),
     adapter(
@@ -140,7 +140,7 @@ CASES = [
         change("adapter_config.json", task_type="SEQ_CLS"),
         "an adapter for SEQ_CLS; only CAUSAL_LM",
     ),
-    adapter("prompt-tuning-trained-on", "PEFT cannot", a_prompt, "PROMPT_TUNING, which PEFT cannot train on"),
+    adapter("prompt-tuning-trained-on", "PEFT cannot", a_prompt, "PROMPT_TUNING, which PEFT cannot train further"),
     adapter(
         "new-adapters-on-an-adapter",
         "use_peft beside an adapter",

@@ -259,7 +259,7 @@ CASES = [
         "a-typo-beside-a-peer-s-key",
         "a key that no reader of mode knows",
         {"mode": "asft", "kl_weights": 0.5},
-        "key beside mode is 'kl_weights'; did you mean 'kl_weight'?",
+        "key next to mode is 'kl_weights'; did you mean 'kl_weight'?",
     ),
     setting(
         "a-typo-of-a-peer-s-key",
