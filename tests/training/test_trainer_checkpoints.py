@@ -119,7 +119,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(spoil, told, tmp_path, ca
     assert all(
         torch.equal(copied_weights(whole.model)[name], value) for name, value in copied_weights(again.model).items()
     )
-    assert checkpoints.fault(tmp_path / "checkpoint-6") is None, "written anew in its place"
+    assert checkpoints.fault(tmp_path / "checkpoint-6") is None, "written again in its place"
 
 
 def test_another_programs_half_of_a_checkpoint(tmp_path):

@@ -168,7 +168,7 @@ def test_the_model_card_says_what_was_taught(start, tmp_path):
     last = run.state.log_history
     evaluated = [entry["eval_nll"] for entry in last if "eval_nll" in entry][-1]
     assert f"| nll | {logged_values(run, 'nll')[-1]:.4f} | {evaluated:.4f} |" in card
-    assert card.count("## Target") == 1, "each checkpoint writes the card anew"
+    assert card.count("## Target") == 1, "each checkpoint writes the card again"
     assert "### Framework versions" in card
 
 

@@ -202,7 +202,7 @@ def _resume_faults(config: Any) -> list[str]:
     folder = checkpoints.to_resume_from(config.resume_from_checkpoint, config.output_dir)
     if folder is None and config.resume_from_checkpoint is True:
         if not (passed_over := checkpoints.passed_over(config.output_dir)):
-            return []  # a run killed before its first checkpoint starts anew by the same command
+            return []  # a run killed before its first checkpoint starts from scratch by the same command
         return [
             f"resume_from_checkpoint is true, but output_dir {config.output_dir!r} holds no complete checkpoint: "
             f"{'; '.join(passed_over)}; leave it out to start from scratch"

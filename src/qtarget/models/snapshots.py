@@ -88,7 +88,7 @@ class WeightSnapshot:
             copy.copy_(present)
 
     def forget(self) -> None:
-        """Start anew with the next optimiser step 0."""
+        """Start again with the next optimiser step 0."""
         self.taken_at = None
 
     def save(self, folder: str | Path) -> None:
@@ -124,7 +124,7 @@ class WeightSnapshot:
 class OldPolicy(WeightSnapshot):
     """The weights as they were at the last refresh (psft, arXiv:2508.17784).
 
-    The paper takes the old policy anew at the start of every train batch and updates several times against it.
+    The paper copies the old policy again at the start of every train batch and updates several times against it.
 
     Args:
         model: the student without wrappers. interval: optimiser steps between two copies.

@@ -2,7 +2,7 @@
 
 For each prompt the model answers greedily, and the right answers are kept. A token y_t is critical iff every alternative
 ends in a wrong answer, where an alternative is one of the next likeliest tokens at t (the paper's: the second and the
-third) put in its place and the rest decoded greedily anew. An answer or a rest that does not end within
+third) put in its place and the rest decoded greedily again. An answer or a rest that does not end within
 max_new_tokens is wrong. The end token is not critical.
 
 As soon as one alternative ends right the token is not critical, and its others are not decoded.

@@ -91,7 +91,7 @@ class History(TrainerCallback):
         columns = torch.full_like(cells, step), cells // BINS, cells % BINS, count.long(), trust / count, update / count
         named = zip(SCHEMA.names, (column.tolist() for column in columns), strict=True)
         table = pa.Table.from_pydict(dict(named), schema=SCHEMA)
-        if self._file.is_file():  # a resumed run goes on, and what it does again is written anew
+        if self._file.is_file():  # a resumed run continues, and what it repeats is written again
             earlier = pq.read_table(self._file)
             stay = [known for known in pc.unique(earlier["step"]).to_pylist() if known % self.stride(step) == 0]
             stays = pc.is_in(earlier["step"], pa.array(stay, pa.int32()))

@@ -82,7 +82,7 @@ class StepBatches:
         return taken, trainer.denominator(taken)
 
     def resumed(self, trainer: QTargetTrainer, finished: int, trained: int, checkpoint: str | None) -> tuple[int, int]:
-        """Passes finished, and micro-batches trained of the present one; of a stream worked out anew."""
+        """Passes finished, and micro-batches trained of the present one; of a stream, counted again."""
         if checkpoint is None or has_length(trainer.train_dataset) or trainer.args.ignore_data_skip:
             return finished, trained
         # On a stream the epoch is the passes finished, and the steps of this one over those of the whole run: never none

@@ -263,7 +263,7 @@ def _begin(folder: Path, planned: Plan, k: int, dtype: str, about: dict[str, Any
         return manifest
     manifest = {**manifests.read(folder)}
     for number, line in enumerate(manifest["shards"]):
-        if shards.fault(folder, line) is not None:  # it and what follows is made anew
+        if shards.fault(folder, line) is not None:  # it and what follows is rebuilt
             del manifest["shards"][number:]
             manifest["state"] = "building"
             break
