@@ -7,7 +7,7 @@ It runs in an environment of LLaMA-Factory's own, on a CPU, with a model made he
         datasets==4.0.0 torchdata==0.11.0 "tyro<0.9" sentencepiece einops omegaconf fire scipy matplotlib protobuf \
         hf-transfer modelscope
     build/llama-factory/bin/pip install --no-deps llamafactory==0.9.5
-    PYTHONPATH=src:tests/helpers build/llama-factory/bin/python benchmarks/hosts/llama_factory.py
+    PYTHONPATH=src:tests/helpers:benchmarks build/llama-factory/bin/python -m hosts.llama_factory
 
 It has a dft of its own (use_dft_loss), so that each step's loss and gradient norm can be held against ours.
 """
@@ -20,14 +20,14 @@ import os
 import sys
 import tempfile
 import types
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from hosts.common import Steps, save, steps_of
 
 import qtarget as qt
 import tiny_models
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "hosts.json"
 PACKAGES = ("llamafactory", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 SETTINGS = {
     "stage": "sft",
@@ -69,18 +69,11 @@ def prepare(folder: Path) -> None:
     (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
 
 
-def run(folder: Path, name: str, *callbacks: Any, **more: Any) -> list[dict[str, float]]:
+def run(folder: Path, name: str, *callbacks: Any, **more: Any) -> Steps:
     """Loss and gradient norm of each step."""
     where = {"model_name_or_path": str(folder / "model"), "dataset_dir": str(folder), "output_dir": str(folder / name)}
     host()(SETTINGS | where | more, callbacks=list(callbacks))
-    lines = json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
-    return [{key: line[key] for key in ("loss", "grad_norm")} for line in lines if "grad_norm" in line]
-
-
-def largest(ours: list[dict[str, float]], own: list[dict[str, float]]) -> float:
-    """The largest relative difference of a step's loss or gradient norm."""
-    pairs = [(a[key], b[key]) for a, b in zip(ours, own, strict=True) for key in a]
-    return max(abs(a - b) / abs(b) for a, b in pairs)
+    return steps_of(json.loads((folder / name / "trainer_state.json").read_text())["log_history"])
 
 
 def main() -> None:
@@ -94,15 +87,8 @@ def main() -> None:
             stopped = None
         except qt.ConfigError as error:
             stopped = str(error)
-    content = {
-        "versions": {name: version(name) for name in PACKAGES},
-        "steps": {name: {"own": own[name], "ours": ours[name]} for name in own},
-        "largest relative difference": {name: largest(ours[name], own[name]) for name in own},
-        "its own loss beside a target": stopped,
-    }
-    there = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps({**there, "LLaMA-Factory": content}, indent=1) + "\n")
-    print(json.dumps(content["largest relative difference"]))
+    steps = {name: {"own": own[name], "ours": ours[name]} for name in own}
+    save("LLaMA-Factory", PACKAGES, steps, **{"its own loss beside a target": stopped})
 
 
 if __name__ == "__main__":

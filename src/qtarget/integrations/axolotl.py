@@ -98,9 +98,9 @@ def _loss_faults(data: dict[str, Any]) -> list[str]:
     cut = [name for name in data["plugins"] if name.endswith("CutCrossEntropyPlugin")]
     if data.get("cut_cross_entropy", True):
         found += [f"plugins has {name}" for name in cut]
-    faults = [f"{one}, a loss of axolotl's own beside qtarget_target; leave one of the two out" for one in found]
+    faults = [f"{one}, a loss of axolotl's own beside qtarget_target; keep one of the two" for one in found]
     return faults + [
-        f"{key} is {data[key]!r}, which cuts sequences in pieces, and a target needs them whole; leave it out"
+        f"{key} is {data[key]!r}, which cuts each sequence into pieces; a target needs it whole, so leave {key} out"
         for key in _PARALLEL
         if (data.get(key) or 1) > 1
     ]
@@ -135,7 +135,10 @@ class QTargetPlugin(BasePlugin):
             with loading("qtarget_teacher", teacher, "tokenizer"):
                 tokenizer = load_tokenizer(teacher)
             if difference := vocabulary_difference(trainer.processing_class, tokenizer):
-                raise ConfigError(f"qtarget_teacher is {teacher!r}, which has another tokenizer: {difference}")
+                raise ConfigError(
+                    f"qtarget_teacher is {teacher!r}, which has another tokenizer: {difference}; use a teacher of the "
+                    "same family"
+                )
 
 
 def refuse_another_loss(trainer: Any) -> None:
@@ -147,8 +150,8 @@ def refuse_another_loss(trainer: Any) -> None:
     owner = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
     if owner.__module__ not in _ASK_THE_MODEL:
         raise ConfigError(
-            f"the trainer is a {type(trainer).__name__} with a compute_loss of its own ({owner.__module__}), which a "
-            "target cannot be trained by; leave out trainer_cls or the plugin that brings it"
+            f"the trainer class {owner.__module__}.{owner.__qualname__} computes a loss of its own, so that the target "
+            "would not be trained; leave out trainer_cls or the plugin that brings it"
         )
     for name in ("compute_loss_func", "label_smoother"):
         if getattr(trainer, name, None) is not None:
