@@ -63,6 +63,9 @@ SETTINGS = {
 }
 LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"]}
 LORA |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o")}  # axolotl's Triton kernels, on by default
+PACKED = {"sample_packing": True, "sequence_len": 128, "micro_batch_size": 1, "num_epochs": 2}
+# axolotl divides its eaft by all labels of a step, and every other loss by those of a micro-batch.
+AT_ONCE = {"micro_batch_size": 4, "gradient_accumulation_steps": 1}
 # What is refused: a name → settings beside target dft.
 REFUSED: dict[str, dict[str, Any]] = {
     "use_eaft": {"use_eaft": True},
@@ -142,14 +145,14 @@ def by_hand(folder: Path, batches: list[dict[str, Any]], target: qt.Target) -> S
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
     steps: Steps = []
     for pair in zip(batches[::2], batches[1::2], strict=True):
-        count = sum((batch["labels"][:, 1:] != -100).sum() for batch in pair)
         total = 0.0
         for batch in pair:
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             with torch.no_grad():
                 theirs = teacher(**inputs).logits[:, :-1]
             ours, labels = model(**inputs).logits[:, :-1], batch["labels"][:, 1:]
-            loss = qt.target_loss(ours, labels, target, teacher_logits=theirs, num_items=count).loss
+            # axolotl averages the micro-batches, each over its own labels
+            loss = qt.target_loss(ours, labels, target, teacher_logits=theirs).loss / len(pair)
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -192,14 +195,14 @@ def refusals(folder: Path) -> dict[str, str | None]:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory(prefix="rows-") as made:  # axolotl takes a path with "mpt" in it for an MPT model
         folder = Path(made)
         prepare(folder)
-        variants: dict[str, dict[str, Any]] = {"sft": {}, "sft, packed": {"sample_packing": True}, "sft, LoRA": LORA}
+        variants: dict[str, dict[str, Any]] = {"sft": {}, "sft, packed": PACKED, "sft, LoRA": LORA}
         own = {name: plain(folder, name, **more) for name, more in variants.items()}
-        own["eaft"] = plain(folder, "eaft", use_eaft=True)
+        own["eaft"] = plain(folder, "eaft", use_eaft=True, **AT_ONCE)
         trainers = {name: with_target(folder, f"ours {name}", "sft", **more) for name, more in variants.items()}
-        trainers["eaft"] = with_target(folder, "ours eaft", {"use_eaft": True})
+        trainers["eaft"] = with_target(folder, "ours eaft", {"use_eaft": True}, **AT_ONCE)
         batches: list[dict[str, Any]] = []
         with noting_batches(batches):
             example = trainers["target-sft"] = run(folder, "example", qtarget_teacher=str(folder / "teacher"))
