@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import BaseModel, model_validator
+from transformers import Trainer
 
 from qtarget.data.columns import columns_for
 from qtarget.errors import ConfigError, faults_of, loading, raise_together, unknown
@@ -127,7 +128,7 @@ class QTargetPlugin(BasePlugin):
         # axolotl's own mapping answers None for a key that is not there
         return [TargetCallback(written if isinstance(written, str) else written.to_dict(), **others)]
 
-    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+    def post_trainer_create(self, cfg: Any, trainer: Trainer) -> None:
         if not cfg.qtarget_target:
             return
         refuse_another_loss(trainer)
@@ -141,7 +142,7 @@ class QTargetPlugin(BasePlugin):
                 )
 
 
-def refuse_another_loss(trainer: Any) -> None:
+def refuse_another_loss(trainer: Trainer) -> None:
     """Raise where a trainer would train anything but the loss that its model returns.
 
     Raises:
