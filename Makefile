@@ -21,7 +21,7 @@ BENCH_ARGS ?=
 SOAK_ARGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo noise-demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick real-model-large soak house docs-tree docs docs-settings locks test-lowest test-latest test-distributed eval-demo audit gpu-bench gpu-check vllm-check
+.PHONY: help env demo noise-demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick real-model-large soak house docs-tree docs docs-settings notebook locks test-lowest test-latest test-distributed eval-demo audit gpu-bench gpu-check vllm-check release-check
 
 help: ## this list
 	@printf 'qtarget: supervised fine-tuning toward a target you choose\n\n'
@@ -120,11 +120,14 @@ VERSION_TESTS = $(addprefix tests/training/test_trainer_,trl.py saving.py lora.p
 test-lowest: ## the trainer's tests at the lowest versions of pyproject.toml: benchmarks/results/versions.json
 	@$(or $(PYTHON),python3) scripts/versions.py lowest $(VERSION_TESTS)
 
-test-latest: ## the same at the latest versions within its bounds
+test-latest: ## the same at the latest versions within its bounds; another Python goes on record too: PYTHON=python3.13
 	@$(or $(PYTHON),python3) scripts/versions.py latest $(VERSION_TESTS)
 
 locks: ## locks/lowest.txt and locks/latest.txt, from the bounds of pyproject.toml
 	@$(or $(PYTHON),python3) scripts/lock.py
+
+release-check: ## build wheel and sdist of the last commit, install each elsewhere, run it: minutes; PYTHON=python3.13
+	@$(or $(PYTHON),python3) scripts/release_check.py
 
 # part of make test, too
 test-distributed: $(VENV)/.ready ## the tests that start several processes: DDP, FSDP2, the head in pieces
@@ -152,7 +155,12 @@ audit: ## known vulnerabilities of the locked dependencies (asks pypi.org and it
 # MkDocs lives in an environment of its own, build/docs-env.
 docs: $(VENV)/.ready ## the documentation site, build/site/index.html: strict, and every link of it followed
 	@sh scripts/docs_site.sh && \
-	QTARGET_SITE=build/site $(BIN)/python -m pytest -q -m full tests/docs_site $(TEST_ARGS)
+	QTARGET_SITE=build/site $(BIN)/python -m pytest -q tests/docs_site \
+	    -m "full$$(command -v $(CHROMIUM) >/dev/null || echo ' and not browser')" $(TEST_ARGS)
+
+# Cells run one after the other in one process, without Jupyter; make test compares what they give with what is stored.
+notebook: $(VENV)/.ready ## run examples/first_look.ipynb and store its outputs
+	@$(BIN)/python docs/site/run_notebook.py
 
 docs-settings: $(VENV)/.ready ## the table of settings in docs/training.md, from QTargetConfig's docstring
 	@$(BIN)/python scripts/docs_settings.py

@@ -92,7 +92,7 @@ def test_torch_is_all_that_the_core_declares():
     assert [Requirement(line).name for line in PROJECT["dependencies"]] == ["torch"]
 
 
-@pytest.mark.parametrize("file", ["constraints.txt", "locks/lowest.txt", "locks/latest.txt"])
+@pytest.mark.parametrize("file", ["constraints.txt", *(f"locks/{path.name}" for path in (ROOT / "locks").iterdir())])
 def test_the_locks_are_within_the_bounds(file):
     locked = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / file).read_text(encoding="utf-8"), re.M))
     locked = {canonicalize_name(name): version for name, version in locked.items()}

@@ -70,16 +70,12 @@ def bullets(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def studied(*names: str) -> str:
-    """Where it was measured, as links: the figures stand on the study's page alone."""
-    links = []
-    study = (DOCS / "study.md").read_text(encoding="utf-8")
-    if any(re.search(rf"^\| {re.escape(name)} \|", study, re.M) for name in names):
-        links.append("It is an arm of the controlled study: [its figures](../study.md).")
+def chosen(name: str) -> str:
+    """A link to the page on choosing, where that names it."""
     choosing = (DOCS / "choosing.md").read_text(encoding="utf-8")
-    if any(re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", choosing) for name in names):
-        links.append("[Choosing](../choosing.md) says for which case it is worth a try.")
-    return "\n".join(links)
+    if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", choosing):
+        return ""
+    return "[Which target?](../choosing.md) says when it is worth a try."
 
 
 def paper(source: str) -> str:

@@ -13,6 +13,7 @@ import blocks
 import commands
 import pictures
 import qtarget as qt
+import studied
 from qtarget import Target
 from qtarget.targets import presets
 from qtarget.targets.divergence import Divergence
@@ -106,9 +107,9 @@ def taken_by(facts: Facts) -> str:
     return f"## Which objectives take it\n\n{links}, and any target of your own: [Targets](../targets.md)."
 
 
-def measured(facts: Facts) -> str:
-    links = blocks.studied(f"kd+{facts.record['name']}")
-    return f"## Where it was measured\n\n{links}" if links else ""
+def helps(facts: Facts) -> str:
+    said = studied.section(f"kd+{facts.record['name']}")
+    return f"## When it helps, and when not\n\n{said}" if said else ""
 
 
 SECTIONS: tuple[Callable[[Facts], str], ...] = (
@@ -121,7 +122,7 @@ SECTIONS: tuple[Callable[[Facts], str], ...] = (
     defaults,
     limits,
     taken_by,
-    measured,
+    helps,
 )
 
 

@@ -17,6 +17,7 @@ import blocks
 import commands
 import pictures
 import qtarget as qt
+import studied
 from qtarget import Target
 from qtarget.data.columns import COLUMN_OF
 from qtarget.targets import peers, presets
@@ -197,9 +198,9 @@ def _note(text: str, name: str) -> str:
     return f"`{text}`: {spelling.note}." if spelling.target.name == name else ""
 
 
-def measured(facts: Facts) -> str:
-    links = blocks.studied(facts.name)
-    return f"## Where it was measured\n\n{links}" if links else ""
+def helps(facts: Facts) -> str:
+    said = "\n\n".join(part for part in (studied.section(facts.name), blocks.chosen(facts.name)) if part)
+    return f"## When it helps, and when not\n\n{said}" if said else ""
 
 
 def source(facts: Facts) -> str:
@@ -213,6 +214,7 @@ SECTIONS: tuple[Callable[[Facts], str], ...] = (
     trust,
     trust_picture,
     worked,
+    helps,
     in_a_recipe,
     in_python,
     in_any_trainer,
@@ -220,7 +222,6 @@ SECTIONS: tuple[Callable[[Facts], str], ...] = (
     traps,
     needs,
     elsewhere,
-    measured,
     source,
 )
 

@@ -1,4 +1,4 @@
-"""Puts the site's pages together in build/site-pages: those of docs/, and those made of the presets.
+"""Puts the site's pages together in build/site-pages: those of docs/, and those made of presets and notebook.
 
     python docs/site/stage.py [FOLDER]
 
@@ -8,6 +8,7 @@ own. Files of the repository that a page links to come along, so that a link wor
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -16,12 +17,18 @@ import sys
 from pathlib import Path
 
 import divergence_pages
+import notebook_page
 import objective_pages
 import references
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCS = ROOT / "docs"
-BESIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}  # pages that stand beside docs/
+# Pages that do not stand in docs/, and where on the site they are.
+BESIDE = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "examples/first_look.ipynb": "first-look.md",
+}
 TABLE = "<!-- table: written when the site is built -->"
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)]*)?\)")
 
@@ -56,16 +63,21 @@ def stage(folder: Path) -> None:
 
 def moved(page: Path, place: Path, folder: Path) -> str:
     """A page as it reads at ``place`` of the site; the files that it links to are copied there."""
+    linked = functools.partial(_linked, page=page, place=place, folder=folder)
+    text = page.read_text(encoding="utf-8")
+    return notebook_page.markdown(text, linked) if page.suffix == ".ipynb" else linked(text)
 
+
+def _linked(text: str, page: Path, place: Path, folder: Path) -> str:
     def link(found: re.Match) -> str:
-        image, text, to, anchor = found[1], found[2], found[3], found[4] or ""
+        image, words, to, anchor = found[1], found[2], found[3], found[4] or ""
         file = (page.parent / to).resolve()
         if file.is_dir():
-            return text  # a folder has no page
+            return words  # a folder has no page
         at = _bring(file, folder)
-        return f"{image}[{text}]({os.path.relpath(at, place.parent)}{anchor})"
+        return f"{image}[{words}]({os.path.relpath(at, place.parent)}{anchor})"
 
-    linked = _LINK.sub(link, page.read_text(encoding="utf-8"))
+    linked = _LINK.sub(link, text)
     # Two matrices beside each other are no link by its name; code, which is indented, stays as it is.
     return re.sub(r"^(?! {4}).*$", lambda line: line[0].replace("] [", r"] \["), linked, flags=re.M)
 
@@ -73,8 +85,8 @@ def moved(page: Path, place: Path, folder: Path) -> str:
 def _bring(file: Path, folder: Path) -> Path:
     """Where a linked file is on the site; one that is no page of it is copied there."""
     inside = file.relative_to(ROOT)
-    if inside.name in BESIDE and len(inside.parts) == 1:
-        return Path(BESIDE[inside.name])
+    if inside.as_posix() in BESIDE:
+        return Path(BESIDE[inside.as_posix()])
     at = inside.relative_to("docs") if inside.parts[0] == "docs" else Path("files") / inside
     if at.suffix == ".md":
         if at.parts[0] == "files" and not (folder / at).exists():

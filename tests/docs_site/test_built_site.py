@@ -5,11 +5,8 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import os
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
@@ -17,13 +14,15 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
 import links
+import phone
 import references
 from lens_pages import FLAGS, chromium
 
 ROOT = Path(__file__).parents[2]
-PHONE = {"width": 390, "height": 844}
 
 pytestmark = pytest.mark.full
+
+LENS = "lens-example.html"  # a page of its own, held by tests/lens
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +34,9 @@ def site() -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(site):
-    """The address of a server of the site: from a file a browser lets no script read the others, search among them."""
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_) -> None: ...
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+def address(site):
+    with phone.served(site) as at:
+        yield at
 
 
 @pytest.fixture(scope="module")
@@ -84,24 +75,63 @@ def test_the_reference_has_every_name_and_its_examples_are_code(site):
     assert {name for name in qt.__all__ if f"<code>{name}</code>" not in pages["index"]} == set()
 
 
+class Visit:
+    """A browser at phone width: what its pages' scripts printed, and what was asked for elsewhere."""
+
+    def __init__(self, browser, address, colours):
+        self.context = browser.new_context(viewport=phone.PHONE, color_scheme=colours)
+        self.view = self.context.new_page()
+        self.printed, self.elsewhere = [], []
+        self.view.on("console", lambda message: self.printed.append(f"{message.type}: {message.text}"))
+        self.view.on("pageerror", lambda error: self.printed.append(f"error: {error}"))
+        self.view.on("request", lambda request: self._asked(request.url, address))
+
+    def _asked(self, url, address):
+        if not url.startswith((address, "data:", "blob:")):
+            self.elsewhere.append(url)
+
+    def too_wide(self):
+        return self.view.evaluate("document.documentElement.scrollWidth") > phone.PHONE["width"]
+
+    def close(self):
+        self.context.close()
+        assert self.printed == []
+        assert self.elsewhere == []
+
+
 @pytest.mark.browser
-@pytest.mark.parametrize("colours", ["light", "dark"])
-@pytest.mark.parametrize("page", ["objectives/target-sft.html", "how-to/reading-the-log.html"])
-def test_a_page_on_a_phone(page, colours, served, browser):
-    context = browser.new_context(viewport=PHONE, color_scheme=colours)
-    view = context.new_page()
-    said, asked = [], []
-    view.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-    view.on("pageerror", lambda error: said.append(f"error: {error}"))
-    view.on("request", lambda request: asked.append(request.url))
-    view.goto(f"{served}/{page}")
-    view.wait_for_load_state("networkidle")
-    scheme = view.evaluate("document.body.dataset.mdColorScheme")
-    wide = view.evaluate("document.documentElement.scrollWidth")
-    found = Axe().run(view)
-    context.close()
-    assert said == []
-    assert [url for url in asked if not url.startswith((served, "data:", "blob:"))] == []
-    assert scheme == {"light": "default", "dark": "slate"}[colours]
-    assert wide <= PHONE["width"]
+@pytest.mark.parametrize("colours", phone.SCHEMES)
+@pytest.mark.parametrize(
+    "page", ["index.html", phone.PAGE, "first-look.html", "how-to/reading-the-log.html", "reference/losses.html"]
+)
+def test_a_page_on_a_phone_is_accessible(page, colours, address, browser):
+    visit = Visit(browser, address, colours)
+    visit.view.goto(f"{address}/{page}")
+    visit.view.wait_for_load_state("networkidle")
+    scheme = visit.view.evaluate("document.body.dataset.mdColorScheme")
+    wide, found = visit.too_wide(), Axe().run(visit.view)
+    visit.close()
+    assert scheme == phone.SCHEMES[colours]
+    assert not wide
     assert found.response["violations"] == [], found.generate_report()
+
+
+@pytest.mark.browser
+def test_every_page_fits_a_phone(site, address, browser):
+    visit, wide = Visit(browser, address, "light"), []
+    for page in sorted(site.rglob("*.html")):
+        if (place := page.relative_to(site).as_posix()) != LENS:
+            visit.view.goto(f"{address}/{place}")
+            wide += [place] * visit.too_wide()
+    visit.close()
+    assert wide == []
+
+
+@pytest.mark.browser
+def test_search_finds_a_name(address, browser):
+    visit = Visit(browser, address, "dark")
+    visit.view.goto(f"{address}/index.html")
+    visit.view.click("label[for=__search].md-header__button")
+    visit.view.type("input.md-search__input", "apply_target")
+    visit.view.wait_for_selector("a.md-search-result__link[href*='any-trainer']")
+    visit.close()

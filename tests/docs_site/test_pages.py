@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,12 +13,14 @@ import objective_pages
 import pictures
 import qtarget as qt
 import references
+import studied
 import tiny_models
 import worked_tokens
 from qtarget.targets import peers, presets
 from qtarget.targets.divergence import Divergence
 from qtarget.targets.schedule import ScheduledTarget
 
+ROOT = Path(__file__).parents[2]
 OBJECTIVES = objective_pages.pages()
 DIVERGENCES = divergence_pages.pages()
 
@@ -65,6 +68,17 @@ def test_a_divergences_page_says_what_its_class_says(name):
     of_kd, of_parts = targets(page)
     assert of_kd == qt.preset("kd", divergence=name)
     assert [term.divergence for term in of_parts.residual] == [divergence]
+
+
+def test_an_arm_of_the_study_says_when_it_helps():
+    with_section = {name for name, page in OBJECTIVES.items() if "avg@16 − sft's" in page}
+    assert with_section == set(studied.results()[2]) & set(OBJECTIVES) - {"sft"}
+    assert {name for name, page in DIVERGENCES.items() if "avg@16 − sft's" in page} == {"reverse_kl", "jsd"}
+    found = dict(re.findall(r"^\| (\w+ base) \| (\S+ \[.*?\]) ", OBJECTIVES["dft"], re.M))
+    choosing = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    assert list(found) == ["weak base", "middle base", "strong base"]
+    assert all(difference in choosing for difference in found.values())
+    assert "target: {preset: gift, beta: 4.0, toward: teacher}" in OBJECTIVES["gift"]
 
 
 @pytest.mark.parametrize("name", presets.names())
