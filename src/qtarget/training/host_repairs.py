@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from transformers.integrations.integration_utils import MLflowCallback, TensorBoardCallback, default_logdir
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import has_length
@@ -113,6 +114,27 @@ def leave_out_repeated(trainer: QTargetTrainer, inputs: dict[str, Any]) -> None:
         starts = (inputs["position_ids"][0] == 0).nonzero().flatten()
         if len(starts) == size:
             labels[:, starts[real] :] = -100
+
+
+@contextlib.contextmanager
+def one_run_in_trackers(trainer: QTargetTrainer) -> Iterator[None]:
+    """An evaluation before or after training is logged where the training is.
+
+    Transformers finds TensorBoard's folder when training begins: a line before that opens ./runs, and all of training
+    follows it there. MLflow's run ends with training: a line after that begins a run without a name.
+    """
+    reopened = []
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = os.path.join(str(trainer.args.output_dir), default_logdir())
+        if isinstance(callback, MLflowCallback) and callback._auto_end_run and not callback._ml_flow.active_run():
+            callback._ml_flow.start_run(run_id=callback._ml_flow.last_active_run().info.run_id)
+            reopened.append(callback._ml_flow)
+    try:
+        yield
+    finally:
+        for tracker in reopened:
+            tracker.end_run()
 
 
 def without_tied(trainer: QTargetTrainer, loaded: Any) -> Any:
