@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import shutil
 import textwrap
 from pathlib import Path
 
 import pytest
+import yaml
+from transformers import AutoTokenizer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, rewrite_logs
 
 import teacher_caches
+import tiny_models
 from qtarget.cli.__main__ import main
+from qtarget.teachers.context import Context
 
 PAGES = Path(__file__).parents[2] / "docs" / "how-to"
 
@@ -68,3 +74,73 @@ def test_the_page_names_every_tracker():
     others = re.search(r"takes:\n(.*?)\.\n", text, re.S)
     assert others is not None
     assert table | set(re.split(r",\s+| and ", others[1])) == set(INTEGRATION_TO_CALLBACK)
+
+
+# -- a teacher with another template, end token or tokenizer -------------------------------------------------------
+
+
+@pytest.fixture
+def family(world, tmp_path, monkeypatch) -> Path:
+    """A folder with a base model, its instruct teacher, a stranger, and rows of plain text."""
+    base = copy.deepcopy(tiny_models.tokenizer())
+    base.eos_token, base.chat_template = "<|endoftext|>", None
+    for name, tokenizer in (
+        ("base", base),
+        ("instruct", tiny_models.tokenizer()),
+        ("stranger", tiny_models.tokenizer("zebras graze")),
+    ):
+        shutil.copytree(world / "teacher", tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    rows = [{"prompt": text[:20], "completion": text[20:]} for text in tiny_models.SENTENCES]
+    teacher_caches.write_rows(tmp_path / "rows", rows)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def of_family(*words: str) -> list[str]:
+    models = ["--model_name_or_path", "base", "--teacher_model_name_or_path", "instruct", "--dataset_name", "rows"]
+    return [*models, "--target", "kd", "--max_steps", "1", "--use_cpu", "true", "--output_dir", "run", *words]
+
+
+def in_page(name: str, said: str) -> bool:
+    return " ".join(said.split()) in " ".join(page(name).split())
+
+
+def test_the_line_on_end_tokens_is_that_of_the_page(family, caplog):
+    assert main(["train", *of_family("--report_to", "none")]) == 0
+    (line,) = [record.getMessage() for record in caplog.records if "the data end with" in record.getMessage()]
+    assert in_page("other-template", line)
+
+
+def test_rows_may_end_with_the_teachers_token(family, caplog, capsys):
+    assert in_page("other-template", 'nothing differs: `eos_token: "<|im_end|>"`')
+    assert main(["train", *of_family("--report_to", "none", "--eos_token", "<|im_end|>")]) == 0
+    assert "ends with <|im_end|> in 8 of 8 rows" in capsys.readouterr().out and "the data end with" not in caplog.text
+    assert AutoTokenizer.from_pretrained(family / "run").eos_token == "<|im_end|>"
+
+
+def test_another_tokenizer_is_refused_as_the_page_says(family, capsys):
+    assert main(["train", *of_family("--teacher_model_name_or_path", "stranger", "--dry_run")]) == 2
+    assert in_page("other-template", capsys.readouterr().err)
+
+
+def test_the_pages_context_is_the_teachers_own_template(family):
+    recipe = yaml.safe_load(block("other-template", "yaml", 1))
+    base, instruct = (AutoTokenizer.from_pretrained(family / name) for name in ("base", "instruct"))
+    prompt, answer = base("How many? ")["input_ids"], base("Seven.")["input_ids"]
+    context = Context({"prompt": recipe["teacher_context"]}, base)
+    labels = [-100] * len(prompt) + answer
+    read, begin = context.of({"prompt": "How many? ", "completion": "Seven."}, prompt + answer, labels)
+    turns = [{"role": "user", "content": "How many? "}]
+    assert read == instruct.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert begin == len(prompt)
+
+
+def test_a_base_model_takes_over_the_teachers_template_and_end(family, caplog, capsys):
+    chats = tiny_models.conversation_dataset(4).to_list()
+    teacher_caches.write_rows(family / "chats", chats)
+    words = ["--dataset_name", "chats", "--chat_template_path", "instruct", "--report_to", "none"]
+    assert main(["train", *of_family(*words)]) == 0
+    assert "ends with <|im_end|> in 4 of 4 rows" in capsys.readouterr().out and "the data end with" not in caplog.text
+    saved = AutoTokenizer.from_pretrained(family / "run")
+    assert (saved.eos_token, saved.chat_template) == ("<|im_end|>", tiny_models.TEMPLATE)
