@@ -144,3 +144,44 @@ def test_a_base_model_takes_over_the_teachers_template_and_end(family, caplog, c
     assert "ends with <|im_end|> in 4 of 4 rows" in capsys.readouterr().out and "the data end with" not in caplog.text
     saved = AutoTokenizer.from_pretrained(family / "run")
     assert (saved.eos_token, saved.chat_template) == ("<|im_end|>", tiny_models.TEMPLATE)
+
+
+# -- LoRA ----------------------------------------------------------------------------------------------------------
+
+
+def recipe_file(folder: Path, name: str, number: int = 0, **paths: object) -> Path:
+    """A page's block of YAML as a recipe, completed with a model, rows and a folder."""
+    recipe = yaml.safe_load(block(name, "yaml", number)) | {key: str(path) for key, path in paths.items()}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"output_dir": str(folder / "run"), **recipe}))
+    return folder / "recipe.yaml"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_recipes_of_adapters_contradict_nothing(number, world, tmp_path, capsys):
+    recipe = recipe_file(tmp_path, "lora", number, model_name_or_path=world / "model", dataset_name=world / "data")
+    assert main(["train", "--config", str(recipe), "--dry_run", "--use_cpu", "true"]) == 0
+    assert "nothing contradicts itself" in capsys.readouterr().out
+
+
+def test_every_linear_layer_but_the_head_gets_an_adapter(world, tmp_path, capsys):
+    recipe = recipe_file(tmp_path, "lora", model_name_or_path=world / "teacher", dataset_name=world / "data")
+    words = ["--config", recipe, "--target", "asft", "--max_steps", 1, "--use_cpu", "true", "--report_to", "none"]
+    assert main([str(word) for word in ["train", *words]]) == 0
+    assert in_page("lora", "`reference the adapters off`")
+    assert "reference the adapters off" in capsys.readouterr().out
+    modules = json.loads((tmp_path / "run" / "adapter_config.json").read_text())["target_modules"]
+    assert {name.rpartition(".")[2] for name in modules} == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+
+
+def test_new_tokens_are_trained_beside_the_adapters_unless_tied(world, tmp_path, capsys):
+    template = copy.deepcopy(tiny_models.tokenizer())
+    template.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    template.chat_template = template.chat_template.replace("<|im_start|>", "<|turn|>")
+    template.save_pretrained(tmp_path / "template")
+    words = ["--use_peft", "true", "--chat_template_path", tmp_path / "template", "--target", "dft"]
+    train(world, tmp_path / "run", *words, "--model_name_or_path", world / "teacher")  # its head is not tied
+    (trained,) = json.loads((tmp_path / "run" / "adapter_config.json").read_text())["trainable_token_indices"].values()
+    assert min(trained) == len(tiny_models.tokenizer())
+    more = ["--output_dir", tmp_path / "tied", *words]
+    assert main([str(word) for word in ["train", "--config", world / "config.yaml", *more]]) == 2
+    assert "the model's head is tied to its embedding" in " ".join(capsys.readouterr().err.split())
