@@ -170,7 +170,8 @@ def test_every_linear_layer_but_the_head_gets_an_adapter(world, tmp_path, capsys
     assert in_page("lora", "`reference the adapters off`")
     assert "reference the adapters off" in capsys.readouterr().out
     modules = json.loads((tmp_path / "run" / "adapter_config.json").read_text())["target_modules"]
-    assert {name.rpartition(".")[2] for name in modules} == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    layers = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert {name.rpartition(".")[2] for name in modules} == layers
 
 
 def test_new_tokens_are_trained_beside_the_adapters_unless_tied(world, tmp_path, capsys):

@@ -117,6 +117,36 @@ def leave_out_repeated(trainer: QTargetTrainer, inputs: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
+def still_to_prepare(trainer: QTargetTrainer) -> Iterator[None]:
+    """An evaluation before training leaves the model as it was.
+
+    Accelerate marks the model that it prepares for evaluation, and training then takes it for prepared: without DDP, so
+    that each process would train a model of its own on its own rows.
+    """
+    own_engine = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if trainer.accelerator.num_processes == 1 or own_engine or trainer.model_wrapped is not trainer.model:
+        yield
+        return
+    with _unprepared_afterwards(trainer.accelerator, trainer.model):
+        yield
+    trainer.model_wrapped = trainer.model
+
+
+@contextlib.contextmanager
+def _unprepared_afterwards(accelerator: Any, model: Any) -> Iterator[None]:
+    """Take away what ``Accelerator.prepare_model`` notes in a model and puts in place of its forward."""
+    forward = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        accelerator._models.clear()
+        for noted in ("_is_accelerate_prepared", "_original_forward", "forward"):  # the last two by mixed precision
+            model.__dict__.pop(noted, None)
+        if forward is not None:
+            model.forward = forward
+
+
+@contextlib.contextmanager
 def one_run_in_trackers(trainer: QTargetTrainer) -> Iterator[None]:
     """An evaluation before or after training is logged where the training is.
 
