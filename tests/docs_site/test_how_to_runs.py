@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shlex
 import shutil
 import textwrap
 from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed.run import get_args_parser
 from transformers import AutoTokenizer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, rewrite_logs
 
@@ -186,3 +188,28 @@ def test_new_tokens_are_trained_beside_the_adapters_unless_tied(world, tmp_path,
     more = ["--output_dir", tmp_path / "tied", *words]
     assert main([str(word) for word in ["train", "--config", world / "config.yaml", *more]]) == 2
     assert "the model's head is tied to its embedding" in " ".join(capsys.readouterr().err.split())
+
+
+# -- many GPUs -----------------------------------------------------------------------------------------------------
+
+
+def test_the_dry_run_prints_the_batch_of_the_page(world, tmp_path, capsys):
+    words = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4", "--max_length", "1024"]
+    config = ["--config", str(world / "config.yaml"), "--output_dir", str(tmp_path / "run")]
+    assert main(["train", *config, "--dry_run", "--gpus", "8", *words]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  batch")]
+    assert in_page("many-gpus", line)
+
+
+def test_torchrun_reads_its_commands():
+    text = page("many-gpus").replace("\\\n", " ").replace("$SLURM_JOB_ID", "7").replace("$HEAD", "head")
+    commands = [shlex.split(words.strip("'` ")) for words in re.findall(r"torchrun (--[^`'\n]*)", text)]
+    read = [get_args_parser().parse_args(words) for words in commands]
+    assert [(each.nnodes, each.nproc_per_node) for each in read] == [("1:1", "8"), ("4", "8"), ("1:1", "2")]
+    assert all(each.module and each.training_script == "qtarget" for each in read)
+    assert read[1].rdzv_endpoint == "head:29500" and "true" in read[1].training_script_args
+
+
+def test_the_launchers_files_are_there():
+    named = set(re.findall(r"\b(\w+_\dx\d\.yaml)", page("many-gpus")))
+    assert named and named <= {file.name for file in (PAGES.parents[1] / "recipes" / "scale").iterdir()}

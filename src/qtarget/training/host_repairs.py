@@ -139,7 +139,7 @@ def _unprepared_afterwards(accelerator: Any, model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        accelerator._models.clear()
+        accelerator._models[:] = [other for other in accelerator._models if other is not model]
         for noted in ("_is_accelerate_prepared", "_original_forward", "forward"):  # the last two by mixed precision
             model.__dict__.pop(noted, None)
         if forward is not None:
