@@ -14,10 +14,11 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
+from trl import ScriptArguments
 
 import qtarget as qt
 import tiny_models
-from qtarget.cli import fields
+from qtarget.cli import fields, setup
 from qtarget.cli import settings as reading
 from qtarget.cli.__main__ import VERBS
 
@@ -290,6 +291,15 @@ def test_columns_reach_the_loss(world):
     words = ["--target", "iw-sft", "--dataset_name", world["root"] / "weights", "--output_dir", world["root"] / "iw"]
     done = run("train", "--config", world["config"], *words)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_folder_with_the_name_of_a_file_reader_is_the_folder(tmp_path, monkeypatch):
+    """For ``datasets`` "text" alone is what reads .txt files."""
+    rows_file(tmp_path / "text", "train", [{"text": "one"}, {"text": "two"}])
+    (tmp_path / "train.txt").write_text("another\n")
+    monkeypatch.chdir(tmp_path)
+    datasets = setup.load_datasets(ScriptArguments(dataset_name="text"), faults := [])
+    assert not faults and datasets["train"]["text"] == ["one", "two"]
 
 
 @pytest.mark.parametrize(

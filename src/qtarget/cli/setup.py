@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import os
 import re
 import traceback
 import warnings
@@ -250,6 +251,8 @@ def load_datasets(script: Any, faults: list[str], **how: Any) -> dict[str, Any]:
             )
             return {}
         name, how = _FILES[Path(name).suffix], {"data_files": name, **how}
+    elif Path(name).is_dir():  # one called text, json or csv is no reader of such files
+        name = os.path.join(".", name)
     try:
         splits = load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming, **how)
     except Exception as error:  # datasets raises many kinds, all of them about what was asked for
