@@ -165,6 +165,12 @@ def test_training_page_prints_the_lora_run_as_it_is():
     assert f"```sh\n{(ROOT / 'recipes' / 'lora.sh').read_text(encoding='utf-8')}```" in page
 
 
+@pytest.mark.parametrize("script", sorted((ROOT / "examples" / "trainers").glob("*.py")), ids=lambda file: file.stem)
+def test_the_pages_of_other_trainers_print_their_scripts_as_they_are(script):
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "trainers").glob("*.md")]
+    assert sum(f"```python\n{script.read_text(encoding='utf-8')}```" in page for page in pages) == 1, script.name
+
+
 def test_links_of_the_pages_lead_somewhere():
     for page in (ROOT / "docs").rglob("*.md"):
         for link in re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text(encoding="utf-8")):
