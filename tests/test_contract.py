@@ -1,6 +1,6 @@
 """What users and their files rely on: public names, settings, verbs and their flags, and the formats left on disk.
 
-``contract.json`` holds it. A change there is a change for somebody: it belongs in CHANGELOG.md. To write it anew:
+``contract.json`` holds it. A change there is a change for somebody: it belongs in CHANGELOG.md. To rewrite it:
 ``python tests/test_contract.py``.
 """
 

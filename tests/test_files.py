@@ -124,7 +124,7 @@ def test_a_file_where_a_folder_should_be(tmp_path):
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     (tmp_path / "file.partial").mkdir()
     (tmp_path / "file.partial" / "thesis.tex").write_text("years of work")
-    with pytest.raises(qt.StorageError, match=r"is first written as '.*file.partial', which is a folder; give that"):
+    with pytest.raises(qt.StorageError, match=r"is first written as '.*file.partial', which is a folder; rename that"):
         files.write(tmp_path / "file", "a")
     assert (tmp_path / "file.partial" / "thesis.tex").read_text() == "years of work"
 

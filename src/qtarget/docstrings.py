@@ -1,4 +1,4 @@
-"""Settings are described once, in their config's docstring; help and docs are made of it.
+"""Settings are described once, in their config's docstring; help and docs are made from it.
 
 Only text is read here, so that ``qtarget train --help`` need not import torch.
 """

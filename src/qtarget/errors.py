@@ -1,4 +1,4 @@
-"""Errors a user can act on: each names the field, the value and the mend."""
+"""Errors a user can act on: each names the field, the value and the fix."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class QTargetError(Exception):
     """Beneath it stands every error that qtarget raises on purpose; one or several faults, shown together.
 
     Args:
-        faults: sentences, each naming a field, its value and the mend.
+        faults: sentences, each naming a field, its value and the fix.
     """
 
     def __init__(self, faults: str | Sequence[str]):
@@ -170,7 +170,7 @@ def loading(field: str, name: object, what: str = "") -> Iterator[None]:
     except Exception as error:  # a missing file, broken JSON, half a file, another shape: many kinds
         if "trust_remote_code" in str(error):
             raise ConfigError(
-                f"{field} is {name!r}, which brings code of its own; read it, then say trust_remote_code true to run it"
+                f"{field} is {name!r}, which brings code of its own; read it, then set trust_remote_code: true to run it"
             ) from error
         part = f"whose {what}" if what else "which"
         raise ConfigError(f"{field} is {name!r}, {part} cannot be loaded: {reason(error)}") from error

@@ -1,4 +1,4 @@
-"""The layers of packages that qtarget installs in, and the sentence where one is missing."""
+"""The optional groups of packages (extras), and the sentence when one is missing."""
 
 from __future__ import annotations
 

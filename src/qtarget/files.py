@@ -1,4 +1,4 @@
-"""Writes files whole or not at all, keeps journals, and reads JSON that strangers wrote."""
+"""Writes files whole or not at all, keeps journals, and reads untrusted JSON."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def whole(path: Path, report: bool = True) -> Iterator[Path]:
     """
     partial = partial_of(path)
     if partial.is_dir():
-        raise StorageError(f"{path} is first written as {str(partial)!r}, which is a folder; give that another name")
+        raise StorageError(f"{path} is first written as {str(partial)!r}, which is a folder; rename that folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -62,7 +62,7 @@ def whole(path: Path, report: bool = True) -> Iterator[Path]:
         why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
         raise StorageError(
             f"{path} cannot be written: {why}; make room or choose another folder, and run the same command again: it "
-            "goes on with what is already there"
+            "resumes with what is already there"
         ) from error
 
 

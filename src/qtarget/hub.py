@@ -1,4 +1,4 @@
-"""Folders and hub ids: does a name lead anywhere, before a library tries to load it."""
+"""Folders and hub ids: does a name exist, before a library tries to load it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def is_path(name: str) -> bool:
 
 
 def nowhere(name: str, kind: str = "model") -> str | None:
-    """Why a name cannot be loaded, in a few words and the mend; None where it is here, or the hub can be asked for it.
+    """Why a name cannot be loaded, in a few words with the fix; None where it is here, or the hub can be asked for it.
 
     Args:
         name: a folder, a file or a hub id. kind: "model" or "dataset", as the hub's cache files it.

@@ -1,4 +1,4 @@
-"""Where code of the user's own may lie, beside what is installed and behind it."""
+"""Where the user's own code may be, in addition to and after installed packages."""
 
 from __future__ import annotations
 

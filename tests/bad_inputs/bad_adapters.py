@@ -101,7 +101,7 @@ CASES = [
         "an-adapter-of-nothing",
         "no base is named",
         change("adapter_config.json", base_model_name_or_path=None),
-        "does not say for which model",
+        "does not name its base model",
     ),
     adapter(
         "an-adapter-on-an-adapter", "its base is one too", on_another, "which is an adapter too; merge that one first"
@@ -111,14 +111,14 @@ CASES = [
         "a wider base",
         other_width,
         "does not fit its base",
-        "its weights have other shapes",
+        "its weights have different shapes",
     ),
     adapter(
         "an-adapter-of-more-layers",
         "a base of one layer",
         fewer_layers,
         "does not fit its base",
-        "have no place",
+        "match no layer",
     ),
     adapter("an-adapter-without-weights", "no weights", without("adapter_model.safetensors"), "without its weights"),
     adapter(
@@ -140,7 +140,7 @@ CASES = [
         change("adapter_config.json", task_type="SEQ_CLS"),
         "an adapter for SEQ_CLS; only CAUSAL_LM",
     ),
-    adapter("prompt-tuning-trained-on", "PEFT cannot", a_prompt, "PROMPT_TUNING, which PEFT cannot train on"),
+    adapter("prompt-tuning-trained-on", "PEFT cannot", a_prompt, "PROMPT_TUNING, which PEFT cannot train further"),
     adapter(
         "new-adapters-on-an-adapter",
         "use_peft beside an adapter",
@@ -167,9 +167,9 @@ CASES = [
         lambda b: ["merge", b.world / "model", "-o", b.folder / "one"],
         ("which holds no adapter_config.json", "a whole model has nothing to merge"),
     ),
-    Case("a-merge-of-nothing", "no name", lambda b: ["merge", "-o", b.folder / "one"], ("one adapter is asked for",)),
+    Case("a-merge-of-nothing", "no name", lambda b: ["merge", "-o", b.folder / "one"], ("name one adapter",)),
     Case("a-merge-to-nowhere", "no folder", lambda b: ["merge", b.world / "model"], ("output is not set",)),
-    Case("a-chat-with-nobody", "no model", lambda b: ["chat", "--prompt", "hi"], ("one model is asked for",)),
+    Case("a-chat-with-nobody", "no model", lambda b: ["chat", "--prompt", "hi"], ("name one model",)),
     Case(
         "a-chat-with-nothing", "no such folder", lambda b: ["chat", b.folder / "no"], ("model is", "cannot be loaded")
     ),
@@ -177,7 +177,7 @@ CASES = [
         "an-empty-prompt",
         "nothing is asked",
         lambda b: ["chat", b.world / "model", "--prompt", " "],
-        ("prompt is ' '; write what the model is to answer",),
+        ("prompt is ' '; write what the model should answer",),
     ),
     Case(
         "a-long-prompt",

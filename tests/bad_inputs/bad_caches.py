@@ -127,10 +127,10 @@ CASES = [
         "no-manifest", "no manifest", without("manifest.json"), "teacher_cache is", "holds no manifest.json"
     ),
     case_of_training(
-        "half-a-manifest", "half a manifest", cut("manifest.json"), "manifest.json cannot be read", "build it anew"
+        "half-a-manifest", "half a manifest", cut("manifest.json"), "manifest.json cannot be read", "rebuild it"
     ),
     case_of_training(
-        "a-manifest-that-is-a-list", "a list", write("manifest.json", "[]"), "manifest.json", "build it anew"
+        "a-manifest-that-is-a-list", "a list", write("manifest.json", "[]"), "manifest.json", "rebuild it"
     ),
     case_of_training(
         "a-manifest-of-bytes", "not UTF-8", write("manifest.json", b"\xff\xfe{}"), "manifest.json cannot be read"
@@ -336,14 +336,14 @@ CASES = [
         "inspect-nothing",
         "no folder named",
         lambda b: ["cache", "inspect"],
-        ("nothing was named where the folder of one cache is asked for",),
+        ("nothing was given; name the folder of one cache",),
     ),
     built("no-k", "the 0 likeliest", ["--k", "0"], "k is 0; use a whole number from 1"),
     built(
         "k-beyond-the-vocabulary",
         "more tokens than there are",
         ["--k", "9999"],
-        "k is 9999, more than the vocabulary's 320 tokens; keep fewer",
+        "k is 9999, more than the vocabulary's 320 tokens; use a smaller k",
     ),
     built(
         "k-and-coverage",

@@ -74,7 +74,7 @@ CASES = [
         "no-checkpoint",
         "no such folder",
         lambda b: b.train(resume_from_checkpoint=str(b.folder / "checkpoint-9")),
-        ("resume_from_checkpoint is", "checkpoint-9', which is no folder"),
+        ("resume_from_checkpoint is", "checkpoint-9', which is not a folder"),
     ),
     Case(
         "nothing-to-resume",
@@ -121,11 +121,11 @@ CASES = [
             ("optimiser", "an optimiser that the state is not of", "optim is sgd, but", {"optim": "sgd"}),
             (
                 "batch",
-                "other rows would be skipped",
+                "so the rows skipped would not be those",
                 "per_device_train_batch_size × gradient_accumulation_steps × processes is 1, but",
                 {"per_device_train_batch_size": 1},
             ),
-            ("seed", "other rows would be skipped", "seed is 5, but", {"seed": 5}),
+            ("seed", "so the rows skipped would not be those", "seed is 5, but", {"seed": 5}),
         )
     ),
     resumed(
@@ -215,7 +215,7 @@ CASES = [
         "a-copy-cut-short",
         "a copy of a checkpoint that was cut short",
         cut("model.safetensors"),
-        "holds no checkpoint that is whole",
+        "holds no complete checkpoint",
         "model.safetensors has",
         listed=False,
     ),
@@ -223,7 +223,7 @@ CASES = [
         "a-copy-without-a-file",
         "a copy of a checkpoint without a file",
         without("optimizer.pt"),
-        "holds no checkpoint that is whole",
+        "holds no complete checkpoint",
         "optimizer.pt is missing",
         listed=False,
     ),

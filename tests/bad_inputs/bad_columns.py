@@ -206,7 +206,7 @@ CASES = [
         "a column and a model",
         "reference_logp",
         [-1.0],
-        "the reference is read from one of them: leave one out",
+        "the reference is read from one of them: keep one",
         target="iw-sft",
         weights="online",
         reference_model_name_or_path="nowhere",

@@ -48,7 +48,10 @@ CASES = [
             f"a-misspelt-folder-for-{words[0]}",
             "a folder that is not there",
             lambda b, words=words, own=own: [*words, "--config", b.config(**own)],
-            (f"{[*own][-1]} is './modelx'", "no folder here" if words[0] == "plan" else "no such folder exists here"),
+            (
+                f"{[*own][-1]} is './modelx'",
+                "not a folder here" if words[0] == "plan" else "no such folder exists here",
+            ),
         )
         for words, own in (
             (["verify"], {"model_name_or_path": "./modelx"}),
@@ -105,12 +108,14 @@ CASES = [
         "laughs", "aliases that unfold to a billion words", LAUGHS + "target: *i", "unfold to more than", "write it out"
     ),
     text("a-circle", "an alias inside itself", "target: &t {preset: *t}", "holds itself", "write it out"),
-    text("twice", "a key twice", "target: dft\nmax_steps: 1\ntarget: sft", "target stands twice", "line 3", "keep one"),
+    text(
+        "twice", "a key twice", "target: dft\nmax_steps: 1\ntarget: sft", "target appears twice", "line 3", "keep one"
+    ),
     text(
         "twice-inside",
         "a key twice in a target",
         "target: {preset: eaft, top_k: 3, top_k: 5}",
-        "top_k stands twice",
+        "top_k appears twice",
         "keep one",
     ),
     text("deep", "ten thousand brackets", "target: " + "[" * 10_000, "config is", "nested"),
@@ -131,7 +136,7 @@ CASES = [
         "a-lone-word",
         "no dashes",
         lambda b: ["train", "max_steps"],
-        ("'max_steps' stands alone; write settings as --name value",),
+        ("'max_steps' belongs to no setting; write settings as --name value",),
     ),
     Case("an-unknown-verb", "a typo", lambda b: ["trian"], ("verb is 'trian'; did you mean 'train'?",)),
     Case(
@@ -176,7 +181,7 @@ CASES = [
     setting(
         "a-run-name-with-a-nul",
         "NUL",
-        "run_name is 'a\\x00b', which holds a NUL character; take it out",
+        "run_name is 'a\\x00b', which holds a NUL character; remove it",
         run_name="a\0b",
     ),
 ]

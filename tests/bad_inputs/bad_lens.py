@@ -90,7 +90,7 @@ def first(value: Any) -> Callable[[list[Any]], list[Any]]:
 NAN = float("nan")
 FILE = "lens_history.parquet"
 CASES = [
-    shown("no-folder", "no such capture", ["report", "nowhere"], "'nowhere' is no capture: it has no manifest.json"),
+    shown("no-folder", "no such capture", ["report", "nowhere"], "'nowhere' is not a capture: it has no manifest.json"),
     reported(
         "half-a-manifest", "half a manifest", cut("manifest.json"), "manifest.json cannot be read", "capture again"
     ),
@@ -115,7 +115,7 @@ CASES = [
     reported("no-top-k", "no top_k", manifest(top_k=...), "manifest.json", "top_k"),
     reported("counts-missing", "no tokens", manifest(tokens=...), "manifest.json", "tokens"),
     reported("a-part-nobody-knows", "a field of somebody else's", manifest(colour=3), "cannot be read", "colour is 3"),
-    reported("other-counts", "a capture cut short", manifest(rows=99), "where its manifest says", "capture again"),
+    reported("other-counts", "a capture cut short", manifest(rows=99), "but its manifest says", "capture again"),
     reported("no-tokens-file", "a file is missing", without(TOKENS), f"{TOKENS} cannot be read", "capture again"),
     reported("half-a-file", "a file cut in half", cut(TOKENS), f"{TOKENS} cannot be read", "capture again"),
     reported("a-picture", "a picture for rows", write(ROWS, b"\x89PNG" * 20), f"{ROWS} cannot be read"),
@@ -212,7 +212,7 @@ CASES = [
         "no-such-row",
         "row 99",
         ["show", "capture", "--row", "99"],
-        "row is 99, which this capture has no supervised token of; it has 0",
+        "row is 99, for which this capture has no supervised token; it has 0",
     ),
     shown(
         "a-row-in-words", "a word", ["show", "capture", "--row", "first"], "row is 'first'; use a whole number from 0"
@@ -233,7 +233,7 @@ CASES = [
         "option of lens is '--rows'; did you mean '--row'?",
     ),
     shown("no-rows", "0 rows", ["report", "capture", "--rows", "0"], "rows is 0; use a whole number from 1"),
-    shown("two-folders", "two captures", ["show", "capture", "capture"], "where one folder of a capture is asked for"),
+    shown("two-folders", "two captures", ["show", "capture", "capture"], "name one folder of a capture"),
     Case(
         "a-page-in-a-folder",
         "a folder for a page",

@@ -127,7 +127,7 @@ CASES = [
         "a-key-in-the-address",
         "a secret that would be shown",
         ["--server", "http://me:secret@localhost:8000"],
-        "server holds a user name or a query; give the address alone",
+        "server holds a user name or a query; give only the address",
     ),
     asked(
         "a-served-name-without-a-server",
@@ -139,16 +139,16 @@ CASES = [
         "a-precision-for-a-server",
         "it has loaded the model already",
         ["--server", "http://127.0.0.1:9", "--dtype", "bfloat16"],
-        "dtype is 'bfloat16', and the server has loaded the model; give --dtype to vLLM",
+        "dtype is 'bfloat16', but the server has already loaded the model; pass --dtype to vLLM",
     ),
     asked("no-model", "no such model", ["--model", "no/where/here"], "model is 'no/where/here'", "cannot be loaded"),
     asked("no-task", "no such task", ["--tasks", "chain_sums"], "task is 'chain_sums'; did you mean 'chain_sum'?"),
-    asked("no-task-file", "no such file", ["--tasks", "nowhere.jsonl"], "task is 'nowhere.jsonl', which is no file"),
+    asked("no-task-file", "no such file", ["--tasks", "nowhere.jsonl"], "task is 'nowhere.jsonl', which is not a file"),
     asked("nothing-asked", "no task", ["--tasks", ","], "tasks is not set"),
     asked("a-task-twice", "the same twice", ["--tasks", "chain_sum,chain_sum"], "tasks names 'chain_sum' twice"),
     asked("fewer-than-no-samples", "-1 samples", ["--n", "-1"], "n is -1; use a whole number from 0"),
     asked("samples-in-words", "a word", ["--n", "some"], "n is 'some'; use a whole number from 0"),
-    asked("cold", "temperature 0", ["--temperature", "0"], "temperature is 0; the greedy answer is always there"),
+    asked("cold", "temperature 0", ["--temperature", "0"], "temperature is 0; the greedy answer is always included"),
     asked("a-nan-temperature", "NaN", ["--temperature", "nan"], "temperature is nan; use a number"),
     asked("an-infinite-temperature", "infinity", ["--temperature", "inf"], "temperature is inf; use a finite number"),
     asked("top-p-of-two", "more than all", ["--top_p", "2"], "top_p is 2; use a number above 0 to 1"),
@@ -165,7 +165,9 @@ CASES = [
         "max_new_tokens is 9999",
         "the model has 256 positions; use",
     ),
-    asked("no-batch", "0 answers at once", ["--batch_size", "0"], "batch_size is 0; use a whole number from 1"),
+    asked(
+        "no-batch", "0 answers generated at once", ["--batch_size", "0"], "batch_size is 0; use a whole number from 1"
+    ),
     asked("no-time", "0 seconds", ["--verifier_timeout", "0"], "verifier_timeout is 0; use a number above 0"),
     asked("an-unknown-prompt", "no such style", ["--prompt", "chatt"], "prompt is 'chatt'; did you mean 'chat'?"),
     asked("an-unknown-dtype", "no such precision", ["--dtype", "int4"], "dtype is 'int4'"),
@@ -184,7 +186,7 @@ CASES = [
         "other files are there",
         ["-o", "@model"],
         "output is",
-        "not an empty folder; name another one",
+        "not an empty folder; name another folder",
     ),
     asked(
         "results-of-something-else",
@@ -195,9 +197,9 @@ CASES = [
     ),
     # task files
     task("an-empty-task", "an empty file", "", "which has no problem; give it one row or more"),
-    task("a-broken-line", "half a line", '{"prompt": "a"', "line 1, is no JSON", "mend or delete that line"),
+    task("a-broken-line", "half a line", '{"prompt": "a"', "line 1, is not JSON", "fix or delete that line"),
     task(
-        "half-an-emoji", "a lone surrogate", row(prompt="caf\ud83d?"), "line 1, holds half a character (\\ud83d", "mend"
+        "half-an-emoji", "a lone surrogate", row(prompt="caf\ud83d?"), "line 1, holds half a character (\\ud83d", "fix"
     ),
     task(
         "half-an-emoji-in-a-message",
@@ -205,7 +207,7 @@ CASES = [
         row() + row(prompt=[{"role": "user", "content": "\ude00"}]),
         "line 2, holds half a character (\\ude00",
     ),
-    task("a-deep-line", "a hundred thousand brackets", "[" * 100_000, "line 1, is no JSON"),
+    task("a-deep-line", "a hundred thousand brackets", "[" * 100_000, "line 1, is not JSON"),
     task("a-list-a-line", "a list", "[1]\n", "line 1, has no 'prompt'"),
     task("no-answer", "no answer", '{"prompt": "a"}\n', "line 1, has no 'answer'"),
     task(
@@ -214,7 +216,7 @@ CASES = [
     task("a-prompt-of-numbers", "a number", row(prompt=7), "line 1, has the prompt 7; write a text or chat messages"),
     task("a-prompt-of-nonsense", "a list that is no chat", row(prompt=[1, 2]), "line 1, has the prompt [1, 2]"),
     task("an-answer-of-null", "null", row(answer=None), "line 1, has the answer None"),
-    task("an-id-twice", "two problems of one id", row(id="x") + row(id="x"), "id 'x' stands twice among the problems"),
+    task("an-id-twice", "two problems of one id", row(id="x") + row(id="x"), "id 'x' appears twice among the problems"),
     task("latin-1", "not UTF-8", row(prompt="caf").encode()[:-3] + b'\xe9"}\n', "t.jsonl", "UTF-8"),
     task(
         "options-of-numbers",
@@ -280,7 +282,7 @@ CASES = [
         "another temperature",
         manifest(temperature=0.5),
         "temperature is 0.5 in",
-        "compare runs of one setting",
+        "compare runs with the same settings",
     ),
     compared("a-part-nobody-knows", "a field of somebody else's", manifest(colour=3), "cannot be read", "colour is 3"),
     compared("no-digest", "a task without a digest", about(digest=...), "eval.json cannot be read", "digest"),

@@ -57,7 +57,7 @@ CASES = [
         "a-file-of-another-kind",
         "a file that is no json, csv or parquet",
         lambda b: b.train(dataset_name=b.file("rows.txt", "a")),
-        ("dataset_name is", "a file of a kind that is not read", ".jsonl, .json, .csv, .parquet"),
+        ("dataset_name is", "a file type that qtarget does not read", ".jsonl, .json, .csv, .parquet"),
     ),
     Case(
         "a-broken-file-by-its-name",

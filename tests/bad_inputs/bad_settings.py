@@ -187,7 +187,7 @@ CASES = [
     setting(
         "a-hub-that-says-no",
         "an upload to nobody's account",
-        "push_to_hub is True, and the hub says no",
+        "push_to_hub is True, but the hub refuses it",
         push_to_hub=True,
         hub_model_id="nobody/nothing",
     ),
@@ -251,7 +251,7 @@ CASES = [
     setting(
         "a-module-to-save-that-is-not-there",
         "PEFT passes it over",
-        "modules_to_save holds 'nowhere', which the model has not",
+        "modules_to_save holds 'nowhere', which the model does not have",
         use_peft=True,
         lora_modules_to_save=["nowhere"],
     ),
@@ -272,7 +272,7 @@ CASES = [
     setting("an-empty-model", "an empty text", "model_name_or_path is not set", model_name_or_path=""),
     setting("an-empty-reference", "an empty text: the model as it starts", (), target="asft", **{REFERENCE: ""}),
     # another run's folder
-    in_use("in-use", "another run's folder", "stopped", "begin anew by --overwrite_output_dir"),
+    in_use("in-use", "another run's folder", "stopped", "start from scratch with --overwrite_output_dir"),
     in_use(
         "overwriting-a-model",
         "a folder that no run wrote",

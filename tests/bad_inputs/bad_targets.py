@@ -124,7 +124,7 @@ CASES = [
         "a-schedule-without-an-end",
         "no to",
         {"preset": "target-sft", "eta": {"schedule": "linear", "from": 0}},
-        "the schedule of eta lacks its to",
+        "the schedule of eta has no to",
     ),
     target(
         "an-unknown-schedule",
@@ -187,7 +187,7 @@ CASES = [
         "it imports a module that is not there",
         "import nowhere_at_all\n",
         "MODULE:mine",
-        "failed: No module named 'nowhere_at_all'; mend that",
+        "failed: No module named 'nowhere_at_all'; fix that",
     ),
     module("a-name-nearly-right", "a typo in the name", "mine = 1\n", "MODULE:mime", "no 'mime'; did you mean 'mine'?"),
     Case(
@@ -231,7 +231,7 @@ CASES = [
         "a scale that fails",
         "def mine(stats):\n    return gamma\n",
         "MODULE:mine",
-        "NameError: name 'gamma' is not defined; mend its rule",
+        "NameError: name 'gamma' is not defined; fix its rule",
         part="scale",
     ),
     setting("targets-in-words", "text", "targets", target=None, targets="dft"),
@@ -259,7 +259,7 @@ CASES = [
         "a-typo-beside-a-peer-s-key",
         "a key that no reader of mode knows",
         {"mode": "asft", "kl_weights": 0.5},
-        "key beside mode is 'kl_weights'; did you mean 'kl_weight'?",
+        "key next to mode is 'kl_weights'; did you mean 'kl_weight'?",
     ),
     setting(
         "a-typo-of-a-peer-s-key",

@@ -133,7 +133,7 @@ CASES = [
         "cannot be loaded",
     ),
     case_of_teacher(
-        "nan-weights", "NaN in the teacher", nan_weights, "the teacher gives NaN for a row looked at", reads=True
+        "nan-weights", "NaN in the teacher", nan_weights, "the teacher gives NaN for one of the rows used", reads=True
     ),
     case_of_teacher(
         "code-of-its-own",

@@ -43,7 +43,7 @@ class Case:
         id: its name, unique in the corpus. wrong: what is wrong, in a few words.
         do: makes the input in the bench and hands it to qtarget: words for the command line are returned and run; code
             that calls functions raises ConfigError or returns None.
-        says: what the sentences must hold: the field, its value, the mend. Empty: the input is handled, not refused.
+        says: what the sentences must hold: the field, its value, the fix. Empty: the input is handled, not refused.
         reads: the fault shows only when a model has read the rows, so that a forward pass may come before the sentence.
             Of what is handled: it goes on with a run, whose folder it may write to.
     """

@@ -25,7 +25,7 @@ def test_every_case_has_a_name_of_its_own_and_says_what_is_wrong():
 
 
 def test_reliability_counts_the_cases():
-    """docs/reliability.md has a line a kind; write it anew with tests/bad_inputs/count.py."""
+    """docs/reliability.md has a line a kind; rewrite it with tests/bad_inputs/count.py."""
     import count  # it reads this file
 
     page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8")

@@ -95,7 +95,7 @@ def test_what_the_last_lines_print_works(kind, world, tmp_path, capsys, monkeypa
         assert said(capsys, *command, *short)
     card = (run / "README.md").read_text()
     assert "None" not in card and f"`{world / 'base'}`" in card.partition("##")[0]
-    assert (f"trained on from: adapter `{world / 'adapter'}`" in card) == (kind == "adapter")
+    assert (f"trained further from: adapter `{world / 'adapter'}`" in card) == (kind == "adapter")
     assert ("This is an adapter (LORA) for" in card) == (kind == "adapter")
 
 
@@ -226,7 +226,7 @@ def test_a_long_chat_forgets_its_first_turns(world, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'apples ' * 14}\n{QUESTION}\n"))
     assert main(["chat", str(world / "adapter"), "--max_new_tokens", "1990"]) == 0
     out, err = capsys.readouterr()
-    assert "its first turn is left out" in err
+    assert "its first turn is dropped" in err
     assert out.endswith(f"{wanted}\n")
 
 

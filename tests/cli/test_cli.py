@@ -171,7 +171,7 @@ REFUSALS: dict[str, tuple[list[str], list[str]]] = {
         [
             'target is {"preset": "target-sft", "eta": 0.5',
             "but the checkpoint",
-            "was trained with 'dft'; resume with that, or start anew",
+            "was trained with 'dft'; resume with that, or start a new run",
         ],
     ),
     "resume with another schedule": (
@@ -396,7 +396,7 @@ def test_targets_show_says_everything(word):
         (["trian"], "verb is 'trian'; did you mean 'train'?"),
         (["targets", "show", "eatf"], "target is 'eatf'; did you mean 'eaft'?"),
         (["targets", "shwo"], "did you mean 'show'?"),
-        (["env", "now"], "'now' stands alone; write options of env as --name value"),
+        (["env", "now"], "'now' belongs to no option; write options of env as --name value"),
     ],
 )
 def test_a_mistyped_word_is_answered(words, sentence):

@@ -62,10 +62,10 @@ def test_the_dry_run_reads_the_first_rows_and_writes_nothing(root, said):
     assert (status, err) == (0, "")
     assert "300 rows with messages" in out and "rows read the first 256, prepared as training prepares them" in out
     assert re.search(r"trained [\d,]+ of [\d,]+ tokens, 98.0%, in 256 rows by role system [\d,]+ of [\d,]+, user", out)
-    assert "whole conversations are trained; assistant_only_loss: true trains the assistant's turns alone" in out
+    assert "whole conversations are trained; assistant_only_loss: true trains only the assistant's turns" in out
     assert "ends with <|im_end|> in 128 of 128 rows; generation stops at it" in out
     assert "128 of 256 rows are cut at max_length (trained tokens lost: 2,516, ends of a row lost: 128)" in out
-    assert "<|im_start|>«system Count.<|im_end|>" in out and out.endswith("nothing contradicts itself")
+    assert "<|im_start|>«system Count.<|im_end|>" in out and out.endswith("no contradictions found")
     assert sorted(root.rglob("*")) == before
 
 
@@ -178,7 +178,9 @@ def test_the_page_shows_a_real_picture(tmp_path, capsys):
 
 
 def test_a_users_rule_that_fails_is_one_sentence(root, said, tmp_path, monkeypatch):
-    """Before a model is loaded and in the dry run: a name that is not there, a statistic not declared, a wrong shape."""
+    """Before a model is loaded and in the dry run: a name that is not there, a statistic not declared, a wrong
+    shape.
+    """
     code = """
         import torch
         def misspelt(stats): return stats.log_p_y.exq()

@@ -63,11 +63,11 @@ def test_search_within_a_group(capsys):
     ("words", "sentence"),
     [
         (["--group", "labels"], "group is 'labels'; did you mean 'label'?"),
-        (["--group", "distillation", "--search", "xyzzy"], "search is 'xyzzy', which none of these mentions: kd, "),
+        (["--group", "distillation", "--search", "xyzzy"], "search is 'xyzzy', which none of these contains: kd, "),
         (["compare"], "nothing was named to compare; name targets, as in: qtarget targets compare dft beyond-log"),
         (
             ["compare", "dft", "cft"],
-            "target is 'cft', whose weight reads critical: it is no curve over p_y, leave it out",
+            "target is 'cft', whose weight reads critical: it is not a curve over p_y; leave it out",
         ),
         (["compare", "dftt", "eaftt"], "target is 'eaftt'; did you mean 'eaft'?"),
         (["compare", "{preset: dft"], "target is '{preset: dft', which is not YAML"),

@@ -192,7 +192,7 @@ def test_resumed_bit_for_bit(together):
             "psft_refresh copies the trainable weights, which ZeRO-3 keeps in pieces",
         ),
         ({"target": "kd", "teacher_ema_decay": 0.9}, "teacher_ema_decay copies the trainable weights, which ZeRO-3"),
-        ({"target": "asft"}, "the reference is the model as it starts, which ZeRO-3 keeps in pieces"),
+        ({"target": "asft"}, "the reference is the initial model, which ZeRO-3 keeps in pieces"),
     ],
 )
 def test_copies_are_refused_under_zero3(settings, told, tmp_path, monkeypatch):

@@ -150,8 +150,8 @@ def test_training_seeds_are_drawn_too(tmp_path):
     assert found(one).shown and not found(both).shown
     assert found(both).value == pytest.approx(0)
     assert found(both).high > 0.3
-    assert any("2 training seeds an arm are few" in note for note in both.notes)
-    assert any("One training run an arm" in note for note in one.notes)
+    assert any("2 training seeds per arm are few" in note for note in both.notes)
+    assert any("One training run per arm" in note for note in one.notes)
 
 
 def test_several_tasks_have_their_mean(tmp_path):
@@ -329,7 +329,7 @@ def test_a_broken_off_rescoring_is_refused(tmp_path):
     folders = [str(results(tmp_path / name, verdicts(0, 0.5))) for name in ("a", "b")]
     file = tmp_path / "b" / "samples" / "sums.jsonl"
     file.write_text(file.read_text().replace('"verifier_version": "v1"', '"verifier_version": "v2"', 3))
-    with pytest.raises(ConfigError, match="has verdicts of verifier version 'v2' beside 'v1' in task sums"):
+    with pytest.raises(ConfigError, match="has verdicts of verifier versions 'v2' and 'v1' in task sums"):
         compare.compare(folders)
 
 

@@ -260,7 +260,7 @@ def test_faults_of_verifiers_are_counted_and_shown(model, file, tmp_path, capsys
     again = ["eval", "--rescore", str(folder), "--verifier", "signal_verifiers:moody", "--verifier_timeout", "2"]
     assert main(again) == 0
     out = capsys.readouterr().out
-    assert "sums: the verifier took too long 1 times, failed 2 times" in out
+    assert "sums: the verifier timed out 1 times, failed 2 times" in out
     assert "verdicts   1 changed of 10" in out
     scores = json.loads((folder / "scores.json").read_text())["tasks"]["sums"]
     assert (scores["timeouts"], scores["errors"]) == (1, 2)
@@ -463,11 +463,11 @@ def test_refusals(model, file, tmp_path, capsys, changed, sentence):
     ("text", "sentence"),
     [
         ("", "which has no problem"),
-        ('{"prompt": "a", "answer": "b"}\n{"prompt"', "line 2, is no JSON"),
+        ('{"prompt": "a", "answer": "b"}\n{"prompt"', "line 2, is not JSON"),
         ('{"prompt": "a"}', "line 1, has no 'answer'"),
         ('{"prompt": "", "answer": "1"}', "line 1, has the prompt ''"),
         ("[1]", "line 1, has no 'prompt'"),
-        ('{"prompt": "a", "answer": "1", "id": 7}\n{"prompt": "b", "answer": "1", "id": 7}', "id '7' stands twice"),
+        ('{"prompt": "a", "answer": "1", "id": 7}\n{"prompt": "b", "answer": "1", "id": 7}', "id '7' appears twice"),
     ],
 )
 def test_files_that_are_refused(tmp_path, text, sentence):
@@ -522,7 +522,7 @@ def test_a_finished_run_goes_on_with_more_samples(finished, model, file, tmp_pat
 
 def test_few_problems_are_said_to_be_few(finished, model, file, capsys):
     assert main(words(model, file, finished)) == 0
-    assert "Task sums has 5 problems: too few for an interval to be trusted." in capsys.readouterr().out
+    assert "Task sums has 5 problems: too few for a reliable interval." in capsys.readouterr().out
 
 
 def test_generated_tasks_need_the_extra(monkeypatch, capsys):

@@ -148,7 +148,8 @@ def test_a_served_folder_elsewhere_has_no_known_weights(serve, tasks, tmp_path, 
     assert main(words(tasks, tmp_path / "run", server=server.url, model=folder, n=0)) == 0
     assert manifest(tmp_path / "run")["model"] == {"name": str(folder), "revision": None, "weights": None}
     assert main(words(tasks, tmp_path / "unnamed", server=server.url, n=0)) == 2
-    assert f"model is not set, and {server.url}/v1 serves 'm', which is no folder here; name" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"model is not set, and {server.url}/v1 serves 'm', which is not a folder here; name" in said
 
 
 def test_both_ways_are_compared(finished, in_process, tmp_path, capsys):
@@ -186,7 +187,7 @@ def test_a_server_that_dies_midway(finished, serve, tasks, tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()
     assert [line for line in said if line.startswith("qtarget")] == [said[-1]]
     assert f"server is '{dying.url}/v1', which cannot be reached (" in said[-1]
-    assert "after 7 tries; start the server, or mend the address" in said[-1]
+    assert "after 7 tries; start the server, or fix the address" in said[-1]
     kept = (tmp_path / "run" / "samples" / "sums.0.part").read_bytes()
     assert kept.count(b"\n") == 8 and whole.startswith(kept)  # two batches of four, and the probe
     server = serve()
@@ -243,9 +244,13 @@ REFUSED = {
         {"max_new_tokens": 20},
         "max_new_tokens is 20: the prompt of problem .* has .* tokens, and the server has --max-model-len 32; use ",
     ),
-    "a key": ({"key": "sk-1"}, {}, r"api_key is not set and {url} asks for one \(401, "),
-    "dtype": ({}, {"dtype": "bfloat16"}, "dtype is 'bfloat16', and the server has loaded the model; give --dtype to"),
-    "cold": ({}, {"temperature": 0.001}, "temperature is 0.001, in whose place vLLM takes 0.01; use that, or --n 0"),
+    "a key": ({"key": "sk-1"}, {}, r"api_key is not set and {url} requires one \(401, "),
+    "dtype": (
+        {},
+        {"dtype": "bfloat16"},
+        "dtype is 'bfloat16', but the server has already loaded the model; pass --dtype to",
+    ),
+    "cold": ({}, {"temperature": 0.001}, "temperature is 0.001, which vLLM raises to 0.01; use that, or --n 0"),
 }
 
 
@@ -283,7 +288,7 @@ TAMPERED = {
     "text": (lambda one: one.update(token_ids=["a"]), "answers without token_ids"),
     "another end": (
         lambda one: one.update(finish_reason="stop", token_ids=[5]),
-        "finish_reason is 'stop' .* last token 5 ends no turn of --model; serve the model that --model names",
+        "finish_reason is 'stop' .* last token 5 does not end a turn of --model; serve the model that --model names",
     ),
 }
 

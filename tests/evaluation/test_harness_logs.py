@@ -83,7 +83,7 @@ def test_a_folder_of_eval_beside_lm_eval_by_id(logs, tmp_path, capsys):
     capsys.readouterr()
     assert main(["compare", f"a={tmp_path / 'own'}", f"b={only}", "--metric", "exact_match:flexible"]) == 0
     out = capsys.readouterr().out
-    assert "greedy / exact_match:flexible" in out and "66.7" in out and "asked in other words" in out
+    assert "greedy / exact_match:flexible" in out and "66.7" in out and "had different prompts" in out
 
 
 def test_page_of_other_programs(logs, tmp_path, capsys):

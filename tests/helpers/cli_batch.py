@@ -1,4 +1,4 @@
-"""Runs several qtarget commands in one process, since each process imports torch and TRL anew.
+"""Runs several qtarget commands in one process, since each process imports torch and TRL again.
 
 Reads a JSON list of argument lists from stdin, writes a JSON list of [status, stdout, stderr].
 """

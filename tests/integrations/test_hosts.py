@@ -30,7 +30,8 @@ def test_each_step_is_that_of_the_trainers_own_loss(host):
 
 
 @pytest.mark.parametrize(
-    "host, package", [("LLaMA-Factory", "llamafactory"), ("Lightning", "lightning"), ("ms-swift",) * 2]
+    "host, package",
+    [("LLaMA-Factory", "llamafactory"), ("Lightning", "lightning"), ("ms-swift",) * 2, ("axolotl",) * 2],
 )
 def test_the_pages_name_the_version_that_was_run(host, package):
     named = f"{host} {HOSTS[host]['versions'][package]}"
@@ -92,3 +93,24 @@ def test_the_page_says_what_resolves():
         "The core resolves beside everything that each of the three requires. The trainer resolves beside none of them"
         in page
     )
+
+
+def test_axolotl_trains_the_target_and_refuses_its_own_losses():
+    """The page's figures, too, are those on record."""
+    found = HOSTS["axolotl"]
+    for name, steps in found["steps"].items():
+        assert len(steps["own"]) == len(steps["ours"]) == 3, name
+        for own, ours in zip(steps["own"], steps["ours"], strict=True):
+            assert all(abs(ours[key] - own[key]) <= 1e-5 * abs(own[key]) for key in ("loss", "grad_norm")), name
+    assert len({steps["own"][0]["loss"] for name, steps in found["steps"].items() if "LoRA" not in name}) == 4
+    for line, step in zip(found["logged"], found["steps"]["target-sft"]["ours"], strict=True):
+        assert {*line} == {f"target/{figure}" for figure in ("nll", "trust", "update", "entropy", "accuracy")}
+        assert line["target/nll"] != step["loss"]
+    assert found["moved by LoRA"]["base"] == []
+    assert len(found["moved by LoRA"]["adapters"]) == 4
+    assert "computes a loss of its own, so that the target would not be trained" in found["refused"]["trainer_cls"]
+    assert "which has another tokenizer" in found["refused"]["another tokenizer"]
+    page = (ROOT / "docs/trainers/axolotl.md").read_text(encoding="utf-8")
+    assert f"axolotl {found['versions']['axolotl']} with Transformers {found['versions']['transformers']}" in page
+    differences = [f"{value:.0e}" for value in found["largest relative difference"].values()]
+    assert re.findall(r"\| (\S+e-\d+) \|$", page, re.M) == differences

@@ -125,7 +125,7 @@ def test_an_interrupted_capture_is_no_record(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         capture.capture(made, tmp_path / "capture", rows=20, progress=stop)
     with pytest.raises(
-        ConfigError, match=r"is no capture: it has no manifest.json; make one with qtarget lens capture"
+        ConfigError, match=r"is not a capture: it has no manifest.json; make one with qtarget lens capture"
     ):
         record.read(tmp_path / "capture")
     capture.capture(made, tmp_path / "capture", rows=20)
@@ -222,7 +222,7 @@ def test_show_in_a_pipe_and_on_a_terminal(tmp_path):
     assert "row 2," in plain and "taught most" in plain and "[<|im_end|>]" in plain and "\x1b" not in plain
     assert "±" in plain
     assert "\x1b[" in printed(terminal.show, got, qt.preset("dft"), None, colour=True)
-    with pytest.raises(ConfigError, match="row is 9, which this capture has no supervised token of; it has 0, 1, 2"):
+    with pytest.raises(ConfigError, match="row is 9, for which this capture has no supervised token; it has 0, 1, 2"):
         printed(terminal.show, got, qt.preset("sft"), 9)
 
 
@@ -348,8 +348,8 @@ def test_verbs(command, told, world):
         ("--loss my_losses:broken", "the loss is nan; every number of its input is finite"),
         ("capture --config config.yaml -o capture", "which holds a capture; name another folder"),
         ("shw capture", "word after lens is 'shw'; did you mean 'show'?"),
-        ("show nowhere", "'nowhere' is no capture: it has no manifest.json"),
-        ("show", "nothing was named where one folder of a capture is asked for"),
+        ("show nowhere", "'nowhere' is not a capture: it has no manifest.json"),
+        ("show", "nothing was given; name one folder of a capture"),
         ("show capture --rwo 1", "option of lens is '--rwo'; did you mean '--row'?"),
         ("capture --config config.yaml", "output is not set; name the folder of the capture"),
         ("report capture --run nowhere", "has no lens_history.parquet; train with lens_every"),

@@ -148,7 +148,7 @@ def test_columns_that_were_not_captured():
     for name, told in (("iw-sft", "weight"), ("cft", "critical"), ("psft", "old_logps")):
         figures = plain.figures(qt.preset(name))
         assert len(figures.notes) == 1 and figures.notes[0].startswith(
-            f"column {told} was not captured and is taken as"
+            f"column {told} was not captured and is assumed to be"
         )
         assert np.allclose(figures.trust, 1), "each is plain SFT then"
 
@@ -156,7 +156,7 @@ def test_columns_that_were_not_captured():
 def test_a_model_that_was_not_captured():
     plain = Replay(record_from_logits(Z, Y))
     with pytest.raises(
-        ConfigError, match=r"target kd.* needs a teacher, which this capture has not; capture again with"
+        ConfigError, match=r"target kd.* needs a teacher, which this capture does not have; capture again with"
     ):
         plain.figures(qt.preset("kd"))
     assert plain.figures(qt.preset("target-sft", eta=0.0)).notes == []

@@ -172,7 +172,7 @@ def test_what_this_page_does_not_know_is_named(open_page, tmp_path):
         ("the rule odd", {"trust": {"odd": {}}}),
         ("the residual odd", {"residual": ["odd"]}),
         ("the divergence odd", {"residual": [{"uniform": {}, "divergence": "odd"}]}),
-        ("what odd is beside the residual uniform", {"residual": [{"uniform": {}, "odd": "jsd"}]}),
+        ("what odd is next to the residual uniform", {"residual": [{"uniform": {}, "odd": "jsd"}]}),
     ):
         changed = {"forms": [{"when": {}, "sliders": [], "trust": "probability", "residual": ["student"], **form}]}
         view.evaluate("changed => Object.assign(lens.D.targets[0], changed)", changed)

@@ -1,4 +1,4 @@
-"""What the losses say when asked for something wrong: one sentence with the field, its value and the mend."""
+"""What the losses say when asked for something wrong: one sentence with the field, its value and the fix."""
 
 import importlib.util
 import math
@@ -185,7 +185,7 @@ def test_all_missing_inputs_at_once():
 @table(
     shape=(
         {"labels": LABELS[:5]},
-        " asks for [12]; nothing is shifted here: labels[i] belongs to position i",
+        " requires [12]; nothing is shifted here: labels[i] belongs to position i",
     ),
     dtype=({"labels": LABELS.float()}, "labels has dtype torch.float32; use torch.int64"),
     a_mask=({"labels": LABELS > 3}, "labels has dtype torch.bool; use torch.int64"),
@@ -205,7 +205,7 @@ def test_all_missing_inputs_at_once():
         {"target": "iw-sft", "weight": at(ONES, 3, -1)},
         "weight holds -1; weights must be 0 or more",
     ),
-    weight_shape=({"target": "iw-sft", "weight": ONES[:5]}, "weight has shape [5]; labels ask for [12]"),
+    weight_shape=({"target": "iw-sft", "weight": ONES[:5]}, "weight has shape [5]; labels require [12]"),
     weight_nan=(
         {"target": "iw-sft", "weight": at(ONES, 3, math.nan)},
         "weight holds NaN or infinity at a supervised token; every number must be finite",
@@ -222,10 +222,10 @@ def test_all_missing_inputs_at_once():
         {"target": "cft", "critical": at(ONES, 3, math.nan)},
         "critical holds NaN or infinity at a",
     ),
-    critical_shape=({"target": "cft", "critical": ONES[:3]}, "critical has shape [3]; labels ask for [12]"),
+    critical_shape=({"target": "cft", "critical": ONES[:3]}, "critical has shape [3]; labels require [12]"),
     old_logps_shape=(
         {"target": "psft", "old_logps": ONES[:3]},
-        "old_logps has shape [3]; labels ask for [12]",
+        "old_logps has shape [3]; labels require [12]",
     ),
     old_logps_nan=(
         {"target": "psft", "old_logps": at(ONES, 3, math.nan)},
@@ -238,15 +238,15 @@ def test_labels_and_columns(call, text, loss):
 
 @pytest.mark.parametrize("loss, what", [(linear, "hidden"), (full, "logits")], ids=["linear", "full"])
 def test_labels_of_another_shape_name_what_they_belong_to(loss, what):
-    expect(lambda: loss(labels=LABELS[:5]), f"labels has shape [5], {what} asks for [12]")
+    expect(lambda: loss(labels=LABELS[:5]), f"labels has shape [5], but {what} requires [12]")
 
 
 def test_a_column_per_row_is_offered_where_there_are_rows():
     batch = BATCH.hidden.reshape(3, 4, -1), LABELS.reshape(3, 4)
     call = partial(linear, "iw-sft", hidden=batch[0], labels=batch[1], weight=torch.ones(4))
-    expect(call, "weight has shape [4]; labels ask for [3, 4], or one per row [3]")
+    expect(call, "weight has shape [4]; labels require [3, 4], or one per row [3]")
     call = partial(linear, "psft", hidden=batch[0], labels=batch[1], old_logps=torch.ones(3))
-    expect(call, "old_logps has shape [3]; labels ask for [3, 4]")
+    expect(call, "old_logps has shape [3]; labels require [3, 4]")
 
 
 @both
@@ -308,7 +308,7 @@ def test_options(call, text, loss):
     ),
     which_shape=(
         lambda: linear(target=[qt.preset("sft")], which=torch.zeros(5, dtype=torch.int64)),
-        "which has shape [5]; labels ask for [12]",
+        "which has shape [5]; labels require [12]",
     ),
     which_too_large=(
         lambda: linear(target=[qt.preset("sft")], which=torch.full((N,), 3)),
@@ -328,7 +328,7 @@ def test_options(call, text, loss):
         lambda: linear(weight_=BATCH.weight[0]),
         "hidden has shape [12, 12] and head_weight [12]; head_weight",
     ),
-    bias=(lambda: linear(head_bias=torch.zeros(5)), "head_bias has shape [5]; head_weight asks for [67]"),
+    bias=(lambda: linear(head_bias=torch.zeros(5)), "head_bias has shape [5]; head_weight requires [67]"),
     a_name=(
         lambda: qt.linear_target_loss(BATCH.hidden, BATCH.weight, LABELS, "dft"),
         "target is 'dft'; use qt.preset(name), qt.Target(...) or qt.Target.from_config(...)",
@@ -353,21 +353,21 @@ def test_call(call, text):
     ),
     positions=(
         lambda: linear("kd", teacher=head(n=11)),
-        "teacher covers positions of shape [11]; hidden asks for [12]",
+        "teacher covers positions of shape [11]; hidden requires [12]",
     ),
     reference=(
         lambda: linear("asft", reference=head(n=3)),
-        "reference covers positions of shape [3]; hidden asks for",
+        "reference covers positions of shape [3]; hidden requires",
     ),
     logits_of_the_oracle=(
         lambda: full("kd", teacher_logits=BATCH.dense["teacher"][:5]),
-        "teacher_logits has shape [5, 67]; labels ask for [12] + [V]",
+        "teacher_logits has shape [5, 67]; labels require [12] + [V]",
     ),
     width=(
         lambda: qt.Head(torch.zeros(4, 5), torch.zeros(9, 6)),
         "Head: hidden has shape [4, 5] and weight [9, 6]; weight must be [vocabulary, width] with",
     ),
-    bias=(lambda: head(bias=torch.zeros(3)), "Head: bias has shape [3]; weight asks for [67]"),
+    bias=(lambda: head(bias=torch.zeros(3)), "Head: bias has shape [3]; weight requires [67]"),
     vocab_size=(
         lambda: head(vocab_size=68),
         "Head: vocab_size is 68; use a number from 1 to the weight's 67 rows",
@@ -381,7 +381,7 @@ def test_other_models(call, text):
 @table(
     twice=(
         lambda: kd(ids=at(IDS, (3, 1), 4)),
-        "teacher: TopK ids hold 4 twice for one token; each id may stand once",
+        "teacher: TopK ids hold 4 twice for one token; each id may appear once",
     ),
     large=(lambda: kd(ids=at(IDS, (3, 1), V)), "teacher: TopK ids run from 0 to 67; use ids from 0 to 66"),
     negative=(
@@ -410,12 +410,12 @@ def test_other_models(call, text):
     ),
     tail_shape=(
         lambda: topk(tail_logprob=LOGPROBS),
-        "TopK: tail_logprob has shape [12, 5]; ids ask for [12]",
+        "TopK: tail_logprob has shape [12, 5]; ids require [12]",
     ),
     tail=(lambda: topk(tail="flat"), "TopK: tail is 'flat'; use 'student' or 'even'"),
     positions=(
         lambda: kd(ids=IDS[:3], logprobs=LOGPROBS[:3]),
-        "teacher covers positions of shape [3]; hidden asks for",
+        "teacher covers positions of shape [3]; hidden requires",
     ),
     logits_for_logprobs=(
         lambda: kd(logprobs=LOGPROBS + 5),
@@ -551,7 +551,7 @@ def test_a_rule_may_return_a_mask(loss):
         (
             "triton",
             "triton",
-            "backend is 'triton', which needs the package triton; use 'auto', which takes what runs here",
+            "backend is 'triton', which needs the package triton; use 'auto', which uses what runs here",
         ),
         ("triton", "interpreter", "backend is 'triton', which needs a CUDA device and hidden is on cpu; use 'auto'"),
         ("compiled", "compiler", "backend is 'compiled', which needs a C++ compiler on a CPU; use 'auto'"),

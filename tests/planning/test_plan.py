@@ -302,8 +302,9 @@ def test_a_quantised_teacher_is_counted_as_it_is_held(where, at_hand, capsys, tm
     assert "layers quantised by" in said and "the scales of teacher" in said
     (teacher / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "somebodys"}}))
     status, said, _ = plan(capsys, "--config", at_hand / "config.yaml", "--teacher_model_name_or_path", teacher)
-    assert status == 0 and "quantised by somebodys: they are counted in full, for its bits are not known" in " ".join(
-        said.split()
+    assert (
+        status == 0
+        and "quantised by somebodys: they are counted in full, because its bits are not known" in " ".join(said.split())
     )
 
 
@@ -337,7 +338,7 @@ def test_other_targets_need_other_forwards(at_hand, capsys, tmp_path):
     words = ["--teacher_ema_decay", "0.99", "--target", "kd", "--teacher_model_name_or_path", "none"]
     figures, average, said = parts(*words)
     assert average["teacher"] == step["student forward"] and figures["cache"] is None
-    assert "which no cache can keep" in said
+    assert "which cannot be cached" in said
 
 
 @pytest.mark.parametrize(
@@ -350,12 +351,12 @@ def test_other_targets_need_other_forwards(at_hand, capsys, tmp_path):
         (["--gpu_memory", "much"], "gpu_memory is 'much'; use a number"),
         (["--tflops", 0], "tflops is 0; use a number above 0"),
         (["--k", 0], "k is 0; use a whole number from 1"),
-        (["--supervised_tokens", 5], "supervised_tokens is 5 without row_tokens; give the tokens"),
+        (["--supervised_tokens", 5], "supervised_tokens is 5 without row_tokens; give row_tokens"),
         (["--row_tokens", 4, "--supervised_tokens", 5], "supervised_tokens is 5, more than row_tokens, 4; give"),
-        (["--gpus"], "--gpus stands without its value; write --gpus VALUE"),
+        (["--gpus"], "--gpus has no value; write --gpus VALUE"),
         (["--max_length", "none"], "max_length is not set, so rows have any length; set it"),
         (["--model_name_or_path", "nobody/has-this-model", "--target", "sft"], "the shape of nobody/has-this-model is"),
-        (["--model_name_or_path", "./nowhere"], "model_name_or_path is './nowhere', which is no folder here"),
+        (["--model_name_or_path", "./nowhere"], "model_name_or_path is './nowhere', which is not a folder here"),
         (["--json", "/nowhere/at/all.json"], "json is '/nowhere/at/all.json', which cannot be written"),
         (["--num_layers", 3], "num_layers"),
     ],

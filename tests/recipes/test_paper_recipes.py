@@ -176,7 +176,7 @@ REFUSED: dict[str, tuple[Path, dict[str, Any], list[str], str]] = {
         ["--gpus", "4"],
         "8 accumulations is 128; set gradient_accumulation_steps: 16",
     ),
-    "an odd number of GPUs": (MATH, {}, ["--gpus", "3"], "256 is no multiple of 3 x 4"),
+    "an odd number of GPUs": (MATH, {}, ["--gpus", "3"], "256 is not a multiple of 3 x 4"),
     "no number of GPUs": (MATH, {}, ["--gpus", "many"], "gpus is 'many'; use a whole number from 1"),
     "another accumulation": (
         MATH,
@@ -202,7 +202,7 @@ REFUSED: dict[str, tuple[Path, dict[str, Any], list[str], str]] = {
         MATH,
         {"model_name_or_path": "./build/no/model"},
         [],
-        "which is no folder here; make it, or name",
+        "which is not a folder here; create it, or name",
     ),
     "no such target": (MATH, {}, ["--target", "dtf"], "target is 'dtf'; did you mean 'dft'?"),
     "columns": (MATH, {"dataset_source_columns": {"question": "a"}}, [], "names question; name prompt and completion"),
@@ -445,7 +445,7 @@ def test_every_recipe_shows_what_it_trains_where_its_models_and_rows_are_here(fi
         (["--target", "iw-sft"], "needs weights, but the train dataset has no column 'weight'"),
         (["--max_steps", "5"], "max_steps is 5, but 1 epoch of 8 rows are 4 whole steps of 2"),
         (["--model_name_or_path", "ROOT/data"], "whose config cannot be read"),
-        (["--dataset_name", "ROOT/nowhere"], "which is no folder or file here"),
+        (["--dataset_name", "ROOT/nowhere"], "which is not a folder or file here"),
     ],
     ids=lambda value: str(value).split("'")[1] if isinstance(value, list) else "",
 )

@@ -255,7 +255,7 @@ DIFFERENCES = {
         "online",
         "weights",
         ["--max_length", "64"],
-        "max_length is 64, but column reference_logp of 'FOLDER' was made with 42, so that it belongs to other tokens",
+        "max_length is 64, but column reference_logp of 'FOLDER' was made with 42, so it belongs to other tokens",
     ),
     "another mask": (
         "online",
@@ -273,8 +273,9 @@ DIFFERENCES = {
         "psft",
         "oldlogps",
         ["--model_name_or_path", "ROOT/reference"],
-        "model_name_or_path is 'ROOT/reference', but column old_logps of 'FOLDER' was made with 'ROOT/model', and psft "
-        "starts from the model its old log-probabilities are of; train that one, or make it again: qtarget data oldlogps",
+        "model_name_or_path is 'ROOT/reference', but column old_logps of 'FOLDER' was made with 'ROOT/model', and "
+        "psft starts from the model its old log-probabilities are of; train that one, or make it again: qtarget data "
+        "oldlogps",
     ),
     "rows cut at their beginnings": (
         "psft",
@@ -324,7 +325,7 @@ def test_changed_files_are_refused(world, ready, tmp_path, capsys):
     (folder / "train.parquet").unlink()
     (said,) = refused(capsys, train(world, "psft", folder))
     assert (
-        "whose file train.parquet is missing; put it back, or make the folder again with qtarget data oldlogps" in said
+        "whose file train.parquet is missing; restore it, or make the folder again with qtarget data oldlogps" in said
     )
     (folder / "signal.json").write_text("{}")
     assert "signal.json cannot be read" in refused(capsys, train(world, "psft", folder))[0]
@@ -336,7 +337,8 @@ def test_changed_files_are_refused(world, ready, tmp_path, capsys):
 def test_folders_of_others_are_left_alone(world, ready, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert (
-        "which is not an empty folder; name another one" in refused(capsys, data_words(world, "weights", tmp_path))[0]
+        "which is not an empty folder; name another folder"
+        in refused(capsys, data_words(world, "weights", tmp_path))[0]
     )
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
     said = refused(capsys, data_words(world, "weights", ready["oldlogps"], config="online"))[0]
@@ -369,7 +371,10 @@ def test_a_run_that_was_killed_is_done_again_by_the_same_command_alone(world, re
             "the model itself, so that all weights",
         ),
         (["weights", "--reference_model_name_or_path", "ROOT/stranger"], "which has another tokenizer: id"),
-        (["weights", "--dataset_streaming", "true"], "dataset_streaming is true, but rows of a stream have no number"),
+        (
+            ["weights", "--dataset_streaming", "true"],
+            "dataset_streaming is true, but the rows of a stream are not numbered",
+        ),
         (["wieghts"], "word after data is 'wieghts'; did you mean 'weights'?"),
         (
             ["oldlogps", "--model_name_or_path", "ROOT/nothing"],

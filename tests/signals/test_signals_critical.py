@@ -184,7 +184,7 @@ def test_a_verifier_that_fails_is_counted_and_told(world, tmp_path, capsys):
     assert (report["timeouts"], report["errors"]) == (0, fours)
     assert report["correct"] == 9 - fours
     told = capsys.readouterr().out
-    assert f"took too long 0 times, failed {fours} times, the last time with: ValueError: four" in told
+    assert f"took too long 0 times, failed {fours} times, most recently with: ValueError: four" in told
 
 
 def test_it_says_what_it_found(world, tmp_path, capsys):
@@ -341,7 +341,7 @@ def test_other_settings_do_not_go_on(world, tmp_path, monkeypatch, capsys):
         in said
     )
     said = refused(capsys, command(world, folder, "--alternatives", 1, verifier="logged"))
-    assert "with alternatives 2, and this one has 1; go on with the settings it was started with" in said
+    assert "with alternatives 2, and this one has 1; resume with the settings it was started with" in said
     train = ["train", "--config", str(world["config"]), "--dataset_name", str(folder)]
     assert "which qtarget data critical has not finished; run the same command again" in refused(capsys, train)
     assert (folder / "progress.jsonl").read_bytes() == before

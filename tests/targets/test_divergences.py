@@ -213,10 +213,10 @@ REFUSED = {
     "a number": (lambda: kd(0.5), "divergence is 0.5; use one of alpha, forward_kl"),
     "a function that is not 0 at 0": (lambda: kd(one_at_zero), "one_at_zero gives 1 at d = 0"),
     "a function of another shape": (lambda: kd(torch.sum), "divergence sum gave .* return one finite number per d"),
-    "kd at a temperature": (lambda: qt.preset("kd", temperature=2, divergence="jsd"), "temperature is 2 beside"),
+    "kd at a temperature": (lambda: qt.preset("kd", temperature=2, divergence="jsd"), "temperature is 2 with"),
     "a flattened teacher": (
         lambda: qt.Target(0, [(1, residual.teacher(2.0), "reverse_kl")]),
-        "temperature of teacher is 2 beside divergence reverse_kl",
+        "temperature of teacher is 2 with divergence reverse_kl",
     ),
 }
 

@@ -183,5 +183,5 @@ def test_a_loss_that_makes_no_sense(loss, told):
         qt.induced_target(loss, Z, Y.clone())
     with pytest.raises(ConfigError, match="reduction is 'average'; use 'sum' or 'mean'"):
         qt.induced_target(loss, Z, Y, reduction="average")
-    with pytest.raises(ConfigError, match=r"labels has shape \[3\], logits asks for \[40\]"):
+    with pytest.raises(ConfigError, match=r"labels has shape \[3\], but logits requires \[40\]"):
         qt.induced_target(loss, Z, Y[:3])

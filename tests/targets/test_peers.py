@@ -207,18 +207,18 @@ def test_the_engine_distils_at_a_temperature_without_its_square():
         ('{prob_threshold: "0.3;0.7"}', "prob_threshold is '0.3;0.7'; write a number, or two as in 0.3,0.7"),
         ('{prob_threshold: "0.3,0.7"}', "prob_threshold is [0.3, 0.7]; 'middle' takes two numbers"),
         # a key that goes with none of those beside it
-        ("{mode: asft, kl_weights: 0.5}", "key beside mode is 'kl_weights'; did you mean 'kl_weight'?"),
-        ("{loss: gem, gem_bta: 0.9}", "key beside loss is 'gem_bta'; did you mean 'gem_beta'?"),
-        ("{use_dft_loss: true, nonsense: 3}", "key beside use_dft_loss is 'nonsense'; valid: use_dft_loss"),
-        ("{rlhf_type: gkd, lmda: 0}", "key beside rlhf_type is 'lmda'; did you mean 'lmbda'?"),
+        ("{mode: asft, kl_weights: 0.5}", "key next to mode is 'kl_weights'; did you mean 'kl_weight'?"),
+        ("{loss: gem, gem_bta: 0.9}", "key next to loss is 'gem_bta'; did you mean 'gem_beta'?"),
+        ("{use_dft_loss: true, nonsense: 3}", "key next to use_dft_loss is 'nonsense'; valid: use_dft_loss"),
+        ("{rlhf_type: gkd, lmda: 0}", "key next to rlhf_type is 'lmda'; did you mean 'lmbda'?"),
         ("{trust: 0.5, residual: teacher, temperature: 2}", "key of target is 'temperature'; valid: residual"),
         ("{mode: asft, kl_direction: back}", "kl_direction is 'back'; valid: forward, reverse"),
         ("{kl_direction: reverse}", "kl_direction is 'reverse' without mode; write target: {preset: asft, direction:"),
         # distillation that is no term of a fixed dataset and a full vocabulary
         ("{beta: 0.5}", "beta is 0.5 without lmbda: 0, which makes it TRL's GKD on a fixed dataset; add it, or write"),
         ("{temperature: 2}", "temperature is 2 without lmbda: 0"),
-        ("{lmbda: 0.5, beta: 0}", "lmbda is 0.5; so much of the data would be written by the student"),
-        ("{rlhf_type: gkd, beta: 0}", "lmbda is not set, which ms-swift takes for 0.5; so much of the data"),
+        ("{lmbda: 0.5, beta: 0}", "lmbda is 0.5; that share of the data would be written by the student"),
+        ("{rlhf_type: gkd, beta: 0}", "lmbda is not set, which ms-swift reads as 0.5; that share of the data"),
         ("{rlhf_type: dpo, lmbda: 0}", "rlhf_type is 'dpo'; only gkd can be read, use target: for another"),
         ("{lmbda: 0, sft_alpha: 0.1}", "sft_alpha is 0.1 without rlhf_type: gkd; add it, or use target:"),
         ("{lmbda: 0, seq_kd: true}", "seq_kd is true; here the teacher writes no completions"),
@@ -229,9 +229,10 @@ def test_the_engine_distils_at_a_temperature_without_its_square():
         ),
         (
             "{rlhf_type: gkd, lmbda: 0}",
-            "temperature is 0.9 (ms-swift's default is 0.9) beside beta 0.5; one other than 1 is for beta: 0 alone",
+            "temperature is 0.9 (ms-swift's default is 0.9) with beta 0.5; a temperature other than 1 works only with "
+            "beta: 0",
         ),
-        ("{kd_trainer: true, kd_alpha: 1}", "kd_trainer is true without kd_ce_alpha, which axolotl asks for; add it"),
+        ("{kd_trainer: true, kd_alpha: 1}", "kd_trainer is true without kd_ce_alpha, which axolotl requires; add it"),
         ("{kd_alpha: 0.9}", "kd_alpha is 0.9 without kd_trainer: true; add it, or use target:"),
         (
             "{kd_trainer: true, kd_ce_alpha: 0, kd_alpha: 1, kd_normalize_topk: true}",
@@ -239,7 +240,7 @@ def test_the_engine_distils_at_a_temperature_without_its_square():
         ),
         (
             "{kd_trainer: true, kd_ce_alpha: 0, kd_alpha: 1, kd_beta: 1, kd_temperature: 2}",
-            "temperature is 2 beside divergence reverse_kl; it is for forward_kl alone, leave it at 1",
+            "temperature is 2 with divergence reverse_kl; it works only with forward_kl",
         ),
         ("{kd_trainer: true, kd_ce_alpha: 0, kd_alpha: 1.5}", "kd_alpha is 1.5; use a number from 0 to 1"),
         ("{use_dft_loss: true, use_asft_loss: true}", "the settings name different objectives: use_dft_loss"),

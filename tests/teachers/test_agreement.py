@@ -47,8 +47,8 @@ def full_logits(model):
 
 
 def by_hand(student, teacher, data, top_k=(1, 16, 64), skip=None, likeliest=None):
-    """Every figure, token by token. student, teacher: row → logits. skip: a label that is left out. likeliest: row → the
-    teacher's, where it is not that of its logits."""
+    """Every figure, token by token. student, teacher: row → logits. skip: a label that is left out. likeliest: row →
+    the teacher's, where it is not that of its logits."""
     lines, clusters = [], []
     for number, row in enumerate(data):
         p, t = student(row).softmax(-1), teacher(row).softmax(-1)
@@ -561,7 +561,7 @@ def test_numbers_that_make_no_sense(rows_, top_k, told, tmp_path):
 
 
 def test_no_teacher(tmp_path):
-    with pytest.raises(ConfigError, match=r"^target sft has no teacher to compare with; name a target that asks one"):
+    with pytest.raises(ConfigError, match=r"^target sft has no teacher to compare with; name a target that needs one"):
         agreement.measure(quick_trainer(tiny_models.trained_model(), tmp_path), 2)
 
 
@@ -573,7 +573,7 @@ def test_nothing_to_ask_about(tmp_path):
     packed = Dataset.from_list(masked)
     settings = {"target": "kd", "teacher_model": other(), "max_length": None}
     made = quick_trainer(tiny_models.trained_model(), tmp_path, packed, **settings)
-    with pytest.raises(ConfigError, match=r"^rows is 1, and none of the rows looked at has a supervised token"):
+    with pytest.raises(ConfigError, match=r"^rows is 1, and none of the rows used has a supervised token"):
         agreement.measure(made, 1)
     assert agreement.measure(made, 8).rows == 6
 
@@ -583,7 +583,7 @@ def test_nan(who, field, tmp_path):
     models = {"student": tiny_models.llama(tied=False), "teacher": tiny_models.llama(1, tied=False)}
     models[who].lm_head.weight.data[5] = torch.nan
     made = quick_trainer(models["student"], tmp_path, target="kd", teacher_model=models["teacher"])
-    with pytest.raises(ConfigError, match=rf"^the {who} gives NaN for a row looked at; .*\({field}: "):
+    with pytest.raises(ConfigError, match=rf"^the {who} gives NaN for one of the rows used; .*\({field}: "):
         agreement.measure(made, 4)
 
 
@@ -628,7 +628,7 @@ def test_a_target_without_a_teacher_is_checked_with_kd(world, capsys, tmp_path):
     words = ("check", "--config", world / "config.yaml", "--json", out)
     status, said, err = run_verb(capsys, *words, "--target", "dft", "--packing", "true", "--max_length", 120)
     assert status == 0, err
-    assert "target dft asks no teacher; the one that is named is checked with target kd" in said
+    assert "target dft needs no teacher; the one that is named is checked with target kd" in said
     wanted = by_hand(
         full_logits(tiny_models.trained_model()),
         full_logits(sure(other())),
@@ -653,7 +653,7 @@ def test_another_name_of_the_target(named, world, capsys, tmp_path):
     [
         (["--rows", "0"], "rows is 0; use a whole number from 1"),
         (["--rows", "many"], "rows is 'many'; use a whole number from 1"),
-        (["--rows"], "--rows stands without its value; write --rows VALUE"),
+        (["--rows"], "--rows has no value; write --rows VALUE"),
         (["--json", "/nowhere/at/all.json"], "json is '/nowhere/at/all.json', which cannot be written; name a file in"),
         (["--rowz", "3"], "unknown flag: --rowz; "),
     ],
@@ -667,7 +667,10 @@ def test_refused_in_a_sentence(words, told, world, capsys):
 @pytest.mark.parametrize(
     "target, told",
     [
-        ("dft", "target dft has no teacher and none is named; set teacher_model_name_or_path, or teachers, "),
+        (
+            "dft",
+            "target dft needs no teacher, and none is named to check; set teacher_model_name_or_path, or teachers, ",
+        ),
         (
             "kd",
             "target kd(temperature=1.0) needs a teacher and got none; set teacher_model_name_or_path, or teachers, ",

@@ -597,15 +597,15 @@ def test_no_question_to_ask_otherwise(tmp_path):
 @pytest.mark.parametrize("strategy", ["wrapped", "bfd_split"])
 def test_rows_that_go_on_in_the_next_sequence(strategy, tmp_path):
     refused(
-        rf"^packing_strategy is '{strategy}', which goes on with a row in the next sequence, where its teacher_context "
-        r"is no longer before it; use bfd",
+        rf"^packing_strategy is '{strategy}', which continues a row in the next sequence, without its teacher_context "
+        "before it; use bfd",
         lambda: attempt(tmp_path, packing=True, packing_strategy=strategy, max_length=64),
     )
 
 
 def test_a_stream(tmp_path):
     refused(
-        r"^dataset_streaming is on with teacher_context, whose texts are kept beside the rows; read the dataset whole",
+        r"^dataset_streaming is on with teacher_context, which stores its texts with the rows; read the dataset whole",
         lambda: attempt(tmp_path, solved(tiny_models.conversation_dataset(4)).to_iterable_dataset()),
     )
 

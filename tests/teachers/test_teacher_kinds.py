@@ -332,7 +332,7 @@ def test_two_sources(settings, told, tmp_path):
 def test_a_model_beside_a_setting(name, members, tmp_path):
     value = {"teachers": {members[0]: 1.0}, "teacher_ema_decay": 0.9, "teacher_cache": str(tmp_path / "c")}[name]
     refused(
-        rf"^teacher_model is given beside {name}; a run has one teacher: keep one$",
+        rf"^teacher_model is given together with {name}; a run has one teacher: keep one$",
         lambda: quick_trainer(
             tiny_models.llama(), tmp_path, target="kd", teacher_model=tiny_models.llama(1), **{name: value}
         ),
@@ -698,7 +698,7 @@ def test_both_a_column_and_a_model(reference_folder, tmp_path):
     data = tiny_models.conversation_dataset(4).add_column("reference_logp", [-1.0] * 4)
     refused(
         r"^reference_model_name_or_path is set, and the train dataset has a column 'reference_logp'; the reference is "
-        r"read from one of them: leave one out$",
+        "read from one of them: keep one$",
         lambda: quick_trainer(
             tiny_models.trained_model(), tmp_path, data, reference_model_name_or_path=reference_folder, **ONLINE
         ),
@@ -718,8 +718,8 @@ def test_both_a_column_and_a_model_handed_over(tmp_path):
 def test_an_evaluation_set_without_the_column(tmp_path):
     data = tiny_models.conversation_dataset(4).add_column("reference_logp", [-1.0] * 4)
     told = (
-        r"^weights are taken against column 'reference_logp', which the {} dataset has not; add it there, or report "
-        r"another objective there: eval_target: sft$"
+        r"^weights are measured against column 'reference_logp', which the {} dataset does not have; add it there, or "
+        r"report another objective there: eval_target: sft$"
     )
     refused(
         told.format("eval"),

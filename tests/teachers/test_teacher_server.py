@@ -233,7 +233,7 @@ def test_text_for_an_id(serve):
     """The text "five" is no id."""
     server = serve()
     server.tamper = lambda choices: choices[0]["prompt_logprobs"][1].update(five={"logprob": -1.0})
-    refused(client(server.url).check, r"\(position 1 has 'five', which is text and no token id\); serve ")
+    refused(client(server.url).check, r"\(position 1 has 'five', which is text, not a token id\); serve ")
 
 
 def test_a_limit_below_k(serve):
@@ -406,7 +406,7 @@ def test_a_hang_is_asked_again(serve):
 
 def waits(caplog):
     """Seconds, as the log says them."""
-    return re.findall(r"asking again in (\S+) s \(retry \d of 3\)", caplog.text)
+    return re.findall(r"retrying in (\S+) s \(retry \d of 3\)", caplog.text)
 
 
 def test_waits_double(serve, caplog):
@@ -428,7 +428,7 @@ def test_retry_after_as_a_date(serve):
     server = serve()
     asking = ready(server)
     failing(server, status(503, Retry_After="Fri, 01 Jan 2100 00:00:00 GMT"))
-    refused(lambda: asking.score(sequences()), r"answers 503, .* and asks to wait \d{4,} s; start later$")
+    refused(lambda: asking.score(sequences()), r"answers 503, .* and asks to wait \d{4,} s; try again later$")
 
 
 def test_retry_after_of_hours_is_reported(serve, monkeypatch):
@@ -436,7 +436,7 @@ def test_retry_after_of_hours_is_reported(serve, monkeypatch):
     asking = ready(server)
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"slept for {seconds} s"))
     failing(server, status(429, "quota used up", Retry_After="7200"))
-    pattern = r"which answers 429, \"quota used up\" and asks to wait 7200 s; start later$"
+    pattern = r"which answers 429, \"quota used up\" and asks to wait 7200 s; try again later$"
     refused(lambda: asking.score(sequences()), pattern)
     assert len(server.asked) == 1
 
@@ -446,7 +446,7 @@ def test_retry_after_of_hours_is_reported(serve, monkeypatch):
     [
         (
             status(500, "out of memory"),
-            r"which answers 500, \"out of memory\" after 4 tries; look into the server's log$",
+            r"which answers 500, \"out of memory\" after 4 tries; check the server's log$",
         ),
         (status(429), r"which answers 429, \"not now\" after 4 tries; wait, or use a smaller batch_size"),
         (fake_server.reset, r"which cannot be reached \(.*Connection reset by peer.*\) after 4 tries; "),
@@ -483,8 +483,8 @@ def test_no_retries(serve):
     "code, pattern",
     [
         (400, r"^server is '\S+', which refuses the request \(400, \"so it is\"\); .*--max-model-len"),
-        (401, r"^api_key is not set and \S+ asks for one \(401, \"so it is\"\); .*OPENAI_API_KEY$"),
-        (403, r"^api_key is not set and \S+ asks for one \(403, \"so it is\"\); "),
+        (401, r"^api_key is not set and \S+ requires one \(401, \"so it is\"\); .*OPENAI_API_KEY$"),
+        (403, r"^api_key is not set and \S+ requires one \(403, \"so it is\"\); "),
         (404, r"^server_model is 'teacher', for which \S+ has no completions \(404, \"so it is\"\); "),
         (307, r"^server is '\S+', where no completions server answers \(307, \"so it is\"\); "),
     ],
@@ -512,7 +512,7 @@ def test_the_key_is_sent_and_not_told(serve, caplog):
 
 def test_the_key_of_the_environment(serve, monkeypatch, tmp_path):
     server = serve(key="sk-right")
-    refused(client(server.url).check, r"^api_key is not set and \S+ asks for one \(401, ")
+    refused(client(server.url).check, r"^api_key is not set and \S+ requires one \(401, ")
     # requests would send this in place of a header
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password other\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

@@ -91,9 +91,9 @@ def test_a_prompt_is_loaded_and_neither_trained_on_nor_merged(kind, bases, tmp_p
     assert torch.equal(logits(loaded), wanted)
     with pytest.raises(ValueError, match="which PEFT cannot merge"):
         merged(loaded)
-    with pytest.raises(ConfigError, match="which PEFT cannot train on"):
+    with pytest.raises(ConfigError, match="which PEFT cannot train further"):
         quick_trainer(str(tmp_path / "adapter"), tmp_path)
-    with pytest.raises(ConfigError, match=r"the teacher is an adapter of kind .* whose prompt packed documents"):
+    with pytest.raises(ConfigError, match=r"the teacher is an adapter of kind .* whose virtual prompt would be shared"):
         quick_trainer(tiny_models.llama(), tmp_path, target="kd", teacher_model_name_or_path=str(tmp_path / "adapter"))
 
 
@@ -255,5 +255,7 @@ def test_without_peft_one_sentence_says_what_to_install(adapter, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match=r"the package peft is not here; install it: pip install 'qtarget\[peft\]'"):
+    with pytest.raises(
+        ValueError, match=r"the package peft is not installed; install it: pip install 'qtarget\[peft\]'"
+    ):
         load_causal_lm(str(adapter))

@@ -216,7 +216,7 @@ def test_more_rows_than_are_looked_at_one_by_one(tmp_path):
 
 
 def test_the_templates_end_of_turn_is_not_the_end_that_generation_knows(tmp_path, caplog):
-    """A base model under a chat template: said with the mend, which mends it and is saved."""
+    """A base model under a chat template: said with the fix, which fixes it and is saved."""
     base = words("</s>", CHAT)
     seen = picture_of(TALKS, tmp_path, base)
     assert [(end.text, end.rows, end.stops) for end in seen.ends] == [("<|end|>", 2, False)]
@@ -290,7 +290,7 @@ def test_a_beginning_twice(tmp_path):
     seen = picture_of(rows, tmp_path, words("</s>", adds="<s>"))
     assert seen.doubled == {"<s>": (2, 1)}
     (warning,) = seen.warnings
-    assert "<s> stands twice in succession in 2 of 3 rows, first in row 1" in warning
+    assert "<s> appears twice in succession in 2 of 3 rows, first in row 1" in warning
 
 
 def test_an_end_twice_in_a_conversation(tmp_path):

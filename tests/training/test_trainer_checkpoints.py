@@ -111,7 +111,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(spoil, told, tmp_path, ca
     whole = made(tmp_path)
     whole.train()
     spoil(tmp_path / "checkpoint-6")
-    with pytest.raises(ConfigError, match=f"which is not whole: {told}.*the last whole one is '.*checkpoint-4'"):
+    with pytest.raises(ConfigError, match=f"which is not whole: {told}.*the last complete one is '.*checkpoint-4'"):
         made(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     again = made(tmp_path)
     again.train(resume_from_checkpoint=True)
@@ -119,7 +119,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(spoil, told, tmp_path, ca
     assert all(
         torch.equal(copied_weights(whole.model)[name], value) for name, value in copied_weights(again.model).items()
     )
-    assert checkpoints.fault(tmp_path / "checkpoint-6") is None, "written anew in its place"
+    assert checkpoints.fault(tmp_path / "checkpoint-6") is None, "written again in its place"
 
 
 def test_another_programs_half_of_a_checkpoint(tmp_path):
@@ -131,7 +131,7 @@ def test_another_programs_half_of_a_checkpoint(tmp_path):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(ConfigError, match="which is no folder; start anew in another output_dir"):
+    with pytest.raises(ConfigError, match="which is not a folder; start from scratch in another output_dir"):
         made(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
 
 
@@ -199,7 +199,7 @@ def test_a_full_disk(config, tmp_path, capsys):
             assert main([*words, "--resume_from_checkpoint", "true"]) == 2
             said = one_sentence(capsys.readouterr().err)
             assert "could not be written to" in said and "make room" in said, said
-            assert "go on from the last whole checkpoint, checkpoint-2, with --resume_from_checkpoint true" in said
+            assert "resume from the last complete checkpoint, checkpoint-2, with --resume_from_checkpoint true" in said
             assert contents(run / "checkpoint-2") == good and there(run) == ["checkpoint-2"]
             assert not (run / checkpoints.UNFINISHED).exists(), "what could not be finished takes no room"
             (tmp_path / "disk" / "filler").unlink()
@@ -258,7 +258,7 @@ def test_a_file_that_may_not_grow(config, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)
     assert done.returncode == 2
     said = one_sentence(done.stderr)
-    assert "File too large" in said and "there is no checkpoint yet, so start anew" in said
+    assert "File too large" in said and "there is no checkpoint yet, so start from scratch" in said
     assert not there(run) and not (run / checkpoints.UNFINISHED).exists()
     shutil.rmtree(run)
 

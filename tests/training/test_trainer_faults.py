@@ -199,7 +199,9 @@ def test_rows_that_lost_their_labels_are_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "qtarget"):
         made = quick_trainer(tiny_models.llama(), tmp_path, data, max_length=limit)
     assert made.rows.without_labels == {"train": gone} and len(made.train_dataset) == 8 - gone
-    assert f"{gone} of 8 rows of the train dataset have no supervised token left, cut at max_length" in caplog.text
+    assert (
+        f"{gone} of 8 rows of the train dataset have no supervised token left: all are cut at max_length" in caplog.text
+    )
     assert "they are dropped" in caplog.text
 
 
@@ -269,7 +271,7 @@ def test_a_teacher_whose_head_is_elsewhere(tmp_path):
     tiny_models.llama(7, tied=False).save_pretrained(folder)
     tiny_models.tokenizer().save_pretrained(folder)
     placed = {"model": "cpu", "lm_head": "disk"}
-    with pytest.raises(ConfigError, match=r"teacher_model_init_kwargs.device_map left the teacher's head on 'meta'"):
+    with pytest.raises(ConfigError, match=r"teacher_model_init_kwargs.device_map puts the teacher's head on 'meta'"):
         quick_trainer(
             tiny_models.llama(),
             tmp_path,
@@ -317,7 +319,7 @@ def test_the_target_as_an_argument_of_the_trainer(tmp_path):
     )
     assert made.describe().startswith("target dft")
     for args, told in (
-        (quick_config(tmp_path, target="sft"), "beside args.target"),
+        (quick_config(tmp_path, target="sft"), "but args.target is"),
         (quick_config(tmp_path, loss_type="nll"), "contradict"),
     ):
         with pytest.raises(ConfigError, match=told):

@@ -288,7 +288,7 @@ def test_evaluating_with_a_model_that_is_not_there(tmp_path):
     made = quick_trainer(tiny_models.llama(), tmp_path, data, eval_dataset=data)
     with pytest.raises(ConfigError, match="needs a teacher") as error, made.evaluating("kd"):
         pass
-    assert str(error.value).endswith("did not load; name the target in eval_target when you make the trainer")
+    assert str(error.value).endswith("did not load; name the target in eval_target when you create the trainer")
     for target, what in {"asft": "a reference", "cft": "column 'critical'"}.items():
         with pytest.raises(ConfigError, match=f"needs {what}"), made.evaluating(target):
             pass

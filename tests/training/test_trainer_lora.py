@@ -175,8 +175,8 @@ def test_an_adapter_on_the_head_is_refused(modules, tmp_path):
             tiny_models.llama(), tmp_path, peft_config=LoraConfig(target_modules=modules, task_type="CAUSAL_LM")
         )
     assert error.value.faults == [
-        "lora_target_modules holds 'lm_head'; an adapter on the head is not supported: take it out, or train "
-        "the whole head with lora_modules_to_save"
+        "lora_target_modules holds 'lm_head'; an adapter on the head is not supported: remove it, or train the whole "
+        "head with lora_modules_to_save"
     ]
 
 

@@ -100,7 +100,7 @@ def test_a_resume_that_would_train_something_else(before, after, told, start, tm
     with pytest.raises(ConfigError) as error:
         other.train(resume_from_checkpoint=True)
     assert told in str(error.value) and "was trained with" in str(error.value)
-    assert "resume with that, or start anew" in str(error.value)
+    assert "resume with that, or start a new run" in str(error.value)
     assert all(torch.equal(kept[name], value) for name, value in copied_weights(other.model).items())
 
 
@@ -168,7 +168,7 @@ def test_the_model_card_says_what_was_taught(start, tmp_path):
     last = run.state.log_history
     evaluated = [entry["eval_nll"] for entry in last if "eval_nll" in entry][-1]
     assert f"| nll | {logged_values(run, 'nll')[-1]:.4f} | {evaluated:.4f} |" in card
-    assert card.count("## Target") == 1, "each checkpoint writes the card anew"
+    assert card.count("## Target") == 1, "each checkpoint writes the card again"
     assert "### Framework versions" in card
 
 

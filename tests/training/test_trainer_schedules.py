@@ -146,7 +146,7 @@ def test_a_share_is_written_back():
         ({"schedule": "linear", "from": 0, "to": 1.5, "steps": 10}, "eta is 1.5; use a number from 0 to 1"),
         ({"schedule": "linear", "from": -1, "to": 0.5}, "eta is -1.0; use a number from 0 to 1"),
         ({"schedule": "linar", "from": 0, "to": 1}, "schedule of eta is 'linar'; did you mean 'linear'?"),
-        ({"schedule": "linear", "to": 1}, "the schedule of eta lacks its from; give both"),
+        ({"schedule": "linear", "to": 1}, "the schedule of eta has no from; give both"),
         (
             {"schedule": "linear", "from": 0, "to": 1, "step": 3},
             "key of the schedule of eta is 'step'; did you mean 'st",

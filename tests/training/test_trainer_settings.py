@@ -259,7 +259,9 @@ def test_a_loss_of_ones_own_beside_the_target(tmp_path):
         processing_class=tiny_models.tokenizer(),
         compute_loss_func=lambda *args, **kwargs: 0,
     )
-    assert len(faults) == 1 and faults[0].startswith("compute_loss_func is given beside target; a run trains one")
+    assert len(faults) == 1 and faults[0].startswith(
+        "compute_loss_func is given together with target; a run trains one"
+    )
 
 
 def test_a_dataset_of_another_shape(tmp_path):

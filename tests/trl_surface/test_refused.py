@@ -80,7 +80,7 @@ BY_BOTH = [
 ]
 # TRL trains each of these.
 BY_QTARGET = [
-    Refused("a loss of one's own", "compute_loss_func is given beside target", given={"compute_loss_func": max}),
+    Refused("a loss of one's own", "compute_loss_func is given together with target", given={"compute_loss_func": max}),
     Refused("packed rows under one mask", "documents see each other", {"max_length": None}, packed_already),
     Refused(
         "documents that see each other",

@@ -635,7 +635,7 @@ def test_bad_input_gets_one_sentence(words, sentence, world, capsys):
 def test_a_sharding_engine_is_refused(world, capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["verify", "--config", str(world / "config.yaml")]) == 2
-    assert "FSDP is on, and verify compares whole gradients" in capsys.readouterr().err
+    assert "FSDP is on, but verify compares whole gradients" in capsys.readouterr().err
 
 
 def test_the_documentation_lists_the_faults():

@@ -14,17 +14,17 @@ from qtarget.errors import MissingPackage, QTargetError, importing, unknown
 # verb → (what it does, an example)
 VERBS = {
     "train": ("fine-tune a model toward a target", "qtarget train --config recipes/quickstart.yaml"),
-    "plan": ("memory, steps, operations beforehand", "qtarget plan --config FILE --gpus 8 --gpu_memory 80"),
-    "targets": ("the objectives, their formulas", "qtarget targets    |  qtarget targets show|compare NAME"),
-    "cache": ("a teacher asked once, kept on disk", "qtarget cache build --config FILE -o DIR"),
+    "plan": ("memory, steps and operations of a run", "qtarget plan --config FILE --gpus 8 --gpu_memory 80"),
+    "targets": ("the targets and their formulas", "qtarget targets    |  qtarget targets show|compare NAME"),
+    "cache": ("a teacher's answers, kept on disk", "qtarget cache build --config FILE -o DIR"),
     "teacher": ("does a teacher suit rows and student", "qtarget teacher check --config FILE"),
-    "data": ("the signals some targets train on", "qtarget data weights|oldlogps|critical --config FILE -o DIR"),
+    "data": ("columns that some targets need", "qtarget data weights|oldlogps|critical --config FILE -o DIR"),
     "lens": ("what a target teaches, token by token", "qtarget lens capture --config FILE -o DIR"),
-    "chat": ("talk to a model, adapters too", "qtarget chat PATH    |  qtarget chat PATH --prompt TEXT"),
+    "chat": ("chat with a model or an adapter", "qtarget chat PATH    |  qtarget chat PATH --prompt TEXT"),
     "eval": ("sample answers to tasks and score them", "qtarget eval --model PATH --tasks gsm_symbolic -o DIR"),
-    "compare": ("paired differences between results", "qtarget compare DIR_A DIR_B"),
-    "merge": ("an adapter and its base as one model", "qtarget merge ADAPTER -o DIR"),
-    "verify": ("is it right on your model and data", "qtarget verify --config FILE"),
+    "compare": ("compare results, problem by problem", "qtarget compare DIR_A DIR_B"),
+    "merge": ("merge an adapter into its base", "qtarget merge ADAPTER -o DIR"),
+    "verify": ("check qtarget on your model and data", "qtarget verify --config FILE"),
     "env": ("versions and devices, for bug reports", "qtarget env"),
 }
 
@@ -35,7 +35,7 @@ qtarget: choose what each token is taught, see it, and train toward it.
 usage: qtarget VERB [options]
 
 {"".join(f"  {verb:<10} {f'{about}:':<40} {example}" + chr(10) for verb, (about, example) in VERBS.items())}
-qtarget VERB --help tells more; --debug shows the traceback of an error; --version prints the version.
+qtarget VERB --help shows its options; --debug shows the traceback of an error; --version prints the version.
 """
 
 

@@ -1,8 +1,8 @@
-"""What a verb takes, declared once, beside the function that does it.
+"""What a verb takes, declared once, next to the function that does it.
 
 Words are read by the declaration and help is printed from it, docstrings included. Neither argparse nor typer stands
 here: words that are no option of a verb are settings of a training run, every fault is to be shown at once and in a
-sentence that mends it, and help must answer in a tenth of a second.
+sentence that says how to fix it, and help must answer in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ SWITCH = Kind("true|false", lambda name, text: one_of("true", "false").read(name
 def only(words: Sequence[str], asked: str) -> str:
     """The one word that stands behind a command; ``asked`` says what is asked for there."""
     if len(words) != 1:
-        raise ConfigError(f"{' '.join(words) or 'nothing'} was named where {asked}")
+        raise ConfigError(f"{' '.join(words) or 'nothing'} was given; name {asked}")
     return words[0]
 
 
@@ -161,12 +161,12 @@ class Command:
                 if word.startswith("-") and not self.settings:
                     faults += unknown(f"option of {verb}", f"--{name}", [f"--{name}" for name in known]).faults
                 elif not self.settings and not self.takes and not (others and others[-1].startswith("-")):
-                    faults.append(f"{word!r} stands alone; write options of {verb} as --name value")
+                    faults.append(f"{word!r} belongs to no option; write options of {verb} as --name value")
                 others.append(word)
             elif known[name].kind is FLAG:
                 values[name] = True
             elif (text := value if equals else next(pending, None)) is None:
-                faults.append(f"{word} stands without its value; write {word} VALUE")
+                faults.append(f"{word} has no value; write {word} VALUE")
             else:
                 try:
                     values[name] = known[name].kind.read(name, text)
@@ -234,7 +234,7 @@ class Verb:
                 lines = textwrap.wrap(f"{command.word}: {about}", _WIDTH) + lines
             parts.append("\n".join(lines))
         if not more and any(command.settings for command in commands):
-            parts.append("Any setting of a training run may be given as --name value too: qtarget train --help")
+            parts.append("Any setting of a training run can also be given as --name value: see qtarget train --help")
         return "\n\n".join(part for part in [*parts, more] if part).rstrip("\n") + "\n"
 
 

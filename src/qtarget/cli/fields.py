@@ -1,4 +1,4 @@
-"""The settings that most runs touch, for a --help that answers without importing TRL.
+"""The settings that most runs change, for a --help that answers without importing TRL.
 
 qtarget's own are read from the source of ``QTargetConfig``, whose docstring describes them; of TRL's and Transformers'
 many, those below are shown. A test holds their names and defaults against the real configs.
@@ -36,32 +36,32 @@ THEIRS: dict[str, list[tuple[str, Any, str]]] = {
         ("dataset_name", None, "a folder of json, csv or parquet files, one such file, or a hub id"),
         ("dataset_config", None, "configuration of the dataset"),
         ("dataset_train_split", "train", "rows to train on"),
-        ("dataset_test_split", "test", "rows to evaluate before and after; a missing split is left out"),
-        ("dataset_streaming", False, "read the dataset as it comes"),
-        ("max_length", 1024, "longest sequence, in tokens; the rest is cut"),
+        ("dataset_test_split", "test", "rows to evaluate before and after; a missing split is skipped"),
+        ("dataset_streaming", False, "stream the dataset instead of loading it whole"),
+        ("max_length", 1024, "longest sequence in tokens; longer rows are cut"),
         ("packing", False, "several rows in one sequence"),
         ("completion_only_loss", None, "train the completion only; unset: yes for prompt and completion rows"),
         ("assistant_only_loss", False, "train the assistant's turns only"),
-        ("chat_template_path", None, "another chat template"),
+        ("chat_template_path", None, "a chat template to use instead of the tokenizer's own"),
     ],
     "training": [
-        ("output_dir", None, "where the model goes"),
+        ("output_dir", None, "folder of the trained model"),
         ("learning_rate", 2e-5, "peak learning rate"),
         ("lr_scheduler_type", "linear", "shape of the learning rate over time"),
-        ("warmup_steps", 0, "steps to the peak; below 1: share of all steps"),
+        ("warmup_steps", 0, "steps to the peak; below 1: a share of all steps"),
         ("num_train_epochs", 3.0, "passes over the data"),
-        ("max_steps", -1, "optimiser steps; above 0 it wins over epochs"),
+        ("max_steps", -1, "optimiser steps; above 0 it overrides epochs"),
         ("per_device_train_batch_size", 8, "rows per device and forward pass"),
         ("gradient_accumulation_steps", 1, "forward passes per optimiser step"),
         ("max_grad_norm", 1.0, "gradient clipping; 0 turns it off"),
         ("weight_decay", 0.0, "AdamW's weight decay"),
         ("gradient_checkpointing", True, "recompute activations to save memory"),
         ("bf16", None, "bfloat16 autocast; unset: where the device has it"),
-        ("seed", 42, "of the order of rows and of everything random"),
+        ("seed", 42, "seed of the row order and of everything random"),
     ],
     "watching and saving": [
         ("logging_steps", 10, "steps between two log lines"),
-        ("eval_strategy", "no", "evaluate in between: no, steps, epoch"),
+        ("eval_strategy", "no", "evaluate during training: no, steps, epoch"),
         ("eval_steps", None, "steps between two evaluations"),
         ("per_device_eval_batch_size", 8, "rows per device in evaluation"),
         ("save_strategy", "steps", "checkpoints: no, steps, epoch, best"),

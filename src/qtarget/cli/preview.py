@@ -81,7 +81,7 @@ def show(arguments: Sequence[str], gpus: int, show_rows: int, every_setting: boo
     _show_notes(asked.settings, found.untold)
     if every_setting:
         fields.show_run(asked, True)
-    print("nothing contradicts itself")
+    print("no contradictions found")
 
 
 # -- what is looked at -------------------------------------------------------------------------------------------
@@ -158,10 +158,10 @@ def _rows(asked: setup.Run, faults: list[str], untold: list[str]) -> tuple[int |
         return rows, f"{rows:,} rows with {columns}{told}", picture
     source = notes.get("dataset_source")
     if source is None and shapes.is_path(name):
-        faults.append(f"dataset_name is {name!r}, which is no folder or file here; make it, or name a hub id")
+        faults.append(f"dataset_name is {name!r}, which is not a folder or file here; create it, or name a hub id")
         return expected, "", None
     said = "not known here" if expected is None else f"{expected:,} as the recipe says"
-    place = "taken as a hub id and not asked" if source is None else f"not prepared yet, from {source}"
+    place = "assumed to be a hub id, not looked up" if source is None else f"not prepared yet, from {source}"
     return expected, f"{place}; rows: {said}", None
 
 
@@ -276,9 +276,9 @@ def show_memory(found: Found) -> None:
     if work is None:
         unknown = unknown_shapes(found)
         why = f"the shape of {', '.join(unknown)} is not: {shapes.why_unknown()}"
-        tell("memory", f"not known, as {why if unknown else 'max_length is not set and rows have any length'}")
+        tell("memory", f"not known, because {why if unknown else 'max_length is not set and rows have any length'}")
         return
-    tell("memory", "GiB on each GPU by arithmetic, without allocator, NCCL and CUDA (docs/plan.md); most: at one time")
+    tell("memory", "GiB on each GPU, calculated without allocator, NCCL and CUDA (docs/plan.md); most: the peak")
     parts = {kind: memory.estimate(work, kind) for kind in layouts(found.gpus)}
     shown = [name for name in memory.PARTS if any(part[name] for part in parts.values())]
     print(f"  {'':<10}{'':<8}{'most':>8}{''.join(f'{name:>13}' for name in shown)}")

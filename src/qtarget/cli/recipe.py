@@ -18,7 +18,7 @@ FILE = "recipe.json"
 # note → (its type, what it says)
 NOTES: dict[str, tuple[type, str]] = {
     "name": (str, "what the recipe is called"),
-    "unknown": (list, "sentences on what nobody outside can know about the original"),
+    "unknown": (list, "notes on what is not public about the original"),
     "expected_rows": (int, "rows of the training data"),
     "expected_batch": (int, "rows of an optimiser step, over all GPUs"),
     "dataset_source": (str, "hub id that dataset_name was prepared from"),
@@ -27,7 +27,7 @@ NOTES: dict[str, tuple[type, str]] = {
     "dataset_source_columns": (dict, "prompt and completion → column, dotted where nested"),
     "dataset_source_prompt": (
         str,
-        "chat_template: rendered with the model's; as_is: a column that is rendered already",
+        "chat_template: rendered with the model's; as_is: a column that is already rendered",
     ),
 }
 # How a comment begins that says where its value comes from.

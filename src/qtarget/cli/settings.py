@@ -30,7 +30,7 @@ _RENAMED = {
     ),
     **dict.fromkeys(
         ("tokenizer", "tokenizer_name", "tokenizer_name_or_path"),
-        "read from the folder of model_name_or_path: put it there",
+        "read from the folder of model_name_or_path: put the tokenizer there",
     ),
     **dict.fromkeys(("dataset", "datasets", "dataset_path", "data_path", "train_file"), "dataset_name"),
     **dict.fromkeys(("dataset_split", "train_split"), "dataset_train_split"),
@@ -122,7 +122,7 @@ def read(arguments: Sequence[str]) -> Settings:
     config_file = flags.pop("config", None)
     given: _Given = []
     if config_file is True or isinstance(config_file, list):
-        raise ConfigError("--config stands without its value or with several; write --config FILE")
+        raise ConfigError("--config has no value or several; write --config FILE")
     if config_file is not None:
         own_code.look_in(Path(str(config_file)).parent)
         from_file, text = _read_file(str(config_file), settings.faults)
@@ -191,7 +191,7 @@ def _unknown_key(place: str, key: str, origin: str, valid: typing.Iterable[str])
         return f"unknown {place}: {shown}; it is {_RENAMED[key]}"
     near = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
     mend = f"did you mean {near[0]}? " if near else ""
-    return f"unknown {place}: {shown}; {mend}all of them: qtarget train --help_all"
+    return f"unknown {place}: {shown}; {mend}see all settings with: qtarget train --help_all"
 
 
 def _flags(arguments: Sequence[str], faults: list[str]) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def _flags(arguments: Sequence[str], faults: list[str]) -> dict[str, Any]:
             if equals:
                 name = None
         elif name is None:
-            faults.append(f"{word!r} stands alone; write settings as --name value")
+            faults.append(f"{word!r} belongs to no setting; write settings as --name value")
         elif flags[name] is True:
             flags[name] = word
         elif isinstance(flags[name], list):
@@ -254,7 +254,7 @@ def _as(hint: tuple[type, ...], value: Any, key: str) -> Any:
     """A value in its field's type. YAML reads 1e-5 as text and no as false; flags are all text."""
     text = isinstance(value, str)
     if text and "\0" in value:
-        raise ConfigError(f"{key} is {value!r}, which holds a NUL character; take it out")
+        raise ConfigError(f"{key} is {value!r}, which holds a NUL character; remove it")
     none = text and value.lower() in ("none", "null", "~") and key != "report_to"  # whose "none" is a name
     if value is None or none:
         return None

@@ -206,10 +206,10 @@ def _resume_faults(config: Any) -> list[str]:
     folder = checkpoints.to_resume_from(config.resume_from_checkpoint, config.output_dir)
     if folder is None and config.resume_from_checkpoint is True:
         if not (passed_over := checkpoints.passed_over(config.output_dir)):
-            return []  # a run killed before its first checkpoint starts anew by the same command
+            return []  # a run killed before its first checkpoint starts from scratch by the same command
         return [
-            f"resume_from_checkpoint is true, but output_dir {config.output_dir!r} holds no checkpoint that is whole: "
-            f"{'; '.join(passed_over)}; leave it out to start anew"
+            f"resume_from_checkpoint is true, but output_dir {config.output_dir!r} holds no complete checkpoint: "
+            f"{'; '.join(passed_over)}; leave it out to start from scratch"
         ]
     if folder is None:
         return []
@@ -245,8 +245,8 @@ def load_datasets(script: Any, faults: list[str], **how: Any) -> dict[str, Any]:
     if Path(name).is_file():
         if Path(name).suffix not in _FILES:
             faults.append(
-                f"dataset_name is {name!r}, a file of a kind that is not read; name a {', '.join(_FILES)} file, a folder "
-                "of them, or a hub id"
+                f"dataset_name is {name!r}, a file type that qtarget does not read; name a {', '.join(_FILES)} file, a "
+                "folder of them, or a hub id"
             )
             return {}
         name, how = _FILES[Path(name).suffix], {"data_files": name, **how}
@@ -308,11 +308,11 @@ def build(run: Run, kind: Any = None, weights: bool = True) -> Any:
 _STEPS: dict[str, tuple[str, str]] = {
     "init_hf_repo": (
         "push_to_hub",
-        "and the hub says no: {}; hf auth login, name hub_model_id, or leave push_to_hub out",
+        "but the hub refuses it: {}; run hf auth login, name hub_model_id, or leave push_to_hub out",
     ),
-    "clone_chat_template": ("chat_template_path", "whose template cannot be taken over: {}"),
+    "clone_chat_template": ("chat_template_path", "whose chat template cannot be used: {}"),
     "_prepare_dataset": ("dataset_name", "whose rows cannot be prepared: {}"),
-    "get_peft_model": ("use_peft", "and no adapters can be made: {}"),
+    "get_peft_model": ("use_peft", "but no adapters can be created: {}"),
     "from_pretrained": ("model_name_or_path", "which cannot be loaded: {}"),
 }
 
@@ -322,7 +322,7 @@ def _blamed(error: Exception, run: Run) -> str | None:
     trace = traceback.extract_tb(error.__traceback__)
     frames = {frame.name for frame in trace}
     if isinstance(error, UnicodeDecodeError) and any("pyarrow" in frame.filename for frame in trace):
-        return f"dataset_name is {run.script.dataset_name!r}, which is not UTF-8 ({error}); save it as that"
+        return f"dataset_name is {run.script.dataset_name!r}, which is not UTF-8 ({error}); save it as UTF-8"
     for function, (field, what) in _STEPS.items():
         if function in frames and (function != "_prepare_dataset" or isinstance(error, OSError | ValueError)):
             holder = next(h for h in (run.config, run.model, run.script) if hasattr(h, field))
@@ -365,11 +365,11 @@ def _check_template(path: str) -> None:
             raise ConfigError(f"{asked}, whose tokenizer has no chat template; name a Jinja file, or another model")
         return
     if Path(path).suffix not in (".jinja", ".j2"):
-        raise ConfigError(f"{asked}, which is not read as a template; name a file that ends in .jinja")
+        raise ConfigError(f"{asked}, which is not a template file; name a file that ends in .jinja")
     try:
         _compile_jinja_template(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, TemplateError) as error:
-        raise ConfigError(f"{asked}, which cannot be read as a chat template: {reason(error)}; mend it") from error
+        raise ConfigError(f"{asked}, which cannot be read as a chat template: {reason(error)}; fix it") from error
 
 
 def _without_weights(model: Any, config: Any) -> tuple[Any, Any]:

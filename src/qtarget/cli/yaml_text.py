@@ -1,4 +1,4 @@
-"""A safe YAML loader for strangers' files: no key twice, no more than fits on some pages."""
+"""A safe YAML loader for untrusted files: no key twice, no more than fits on some pages."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _once(node: yaml.MappingNode) -> None:
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode):
             if (key.tag, key.value) in seen:
-                raise _fault(f"{key.value} stands twice; keep one of them", key)
+                raise _fault(f"{key.value} appears twice; keep one of them", key)
             seen.add((key.tag, key.value))
 
 

@@ -124,7 +124,7 @@ def _per_token(name: str, value: Any, labels: Sequence[int]) -> list:
         )
     if _is_whole(name):
         if odd := [number for number in value if isinstance(number, bool) or not isinstance(number, int)]:
-            raise DataError(f"column {name} holds {odd[0]!r}; it names tokens, use whole numbers")
+            raise DataError(f"column {name} holds {odd[0]!r}; it identifies tokens, so use whole numbers")
         return value
     return [_checked(name, number, label != -100) for number, label in zip(value, labels, strict=True)]
 
@@ -203,7 +203,7 @@ def _places(ids: torch.Tensor, rows: list) -> list[tuple[int, int]]:
     for (row, begin), own in zip(places, rows, strict=True):
         if row >= len(ids) or ids[row, begin : begin + len(own)].tolist() != list(own):
             raise DataError(
-                "the data collator moved or changed the tokens of a row, and its columns would no longer lie on them; "
-                "pad on the right, one row per example"
+                "the data collator moved or changed the tokens of a row, so its columns no longer match them; pad on "
+                "the right, one row per example"
             )
     return places

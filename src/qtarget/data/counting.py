@@ -214,7 +214,7 @@ def _add_roles(picture: Picture, source: Source, first: list[Any], parts: Mappin
         picture.roles = {name: (parts[name, False], parts[name, True]) for name in ("prompt", "completion")}
         picture.roles_rows = picture.rows
         if picture.roles["prompt"][1]:
-            picture.setting = "prompts are trained too; completion_only_loss: true trains completions alone"
+            picture.setting = "prompts are trained too; completion_only_loss: true trains only completions"
     elif not source.as_tokens:
         picture.roles, picture.roles_rows = {"text": (picture.tokens, picture.trained)}, picture.rows
 
@@ -243,5 +243,5 @@ def _count_turns(picture: Picture, source: Source, first: list[Any]) -> None:
         others = sum(trained for role, (_, trained) in picture.roles.items() if role != "assistant")
         if others and not source.assistant_only:
             picture.setting = (
-                "whole conversations are trained; assistant_only_loss: true trains the assistant's turns alone"
+                "whole conversations are trained; assistant_only_loss: true trains only the assistant's turns"
             )

@@ -1,4 +1,4 @@
-"""What will be trained, before it is: tokens by role, cuts, ends, and rows as text."""
+"""What will be trained, known before training: tokens by role, cuts, ends, rows as text."""
 
 from __future__ import annotations
 
@@ -79,15 +79,15 @@ class Picture:
 
     @property
     def warnings(self) -> list[str]:
-        """What is odd, a sentence each, with the mend."""
+        """What is odd, a sentence each, with the fix."""
         return [*self._cuts(), *self._ends(), *self._doubles()]
 
     def _cuts(self) -> Iterator[str]:
         if self.cut:
             yield (
-                f"{self.cut:,} of {self.given:,} rows are cut at max_length (trained tokens lost: {self.labels_lost:,}, "
-                f"ends of a row lost: {self.ends_lost:,}); the longest row has {self.longest:,} tokens: raise "
-                "max_length, or leave such rows out"
+                f"{self.cut:,} of {self.given:,} rows are cut at max_length (trained tokens lost: "
+                f"{self.labels_lost:,}, ends of a row lost: {self.ends_lost:,}); the longest row has {self.longest:,} "
+                "tokens: raise max_length, or leave out such rows"
             )
 
     def _ends(self) -> Iterator[str]:
@@ -111,8 +111,8 @@ class Picture:
     def _doubles(self) -> Iterator[str]:
         for token, (rows, first) in self.doubled.items():
             yield (
-                f"{token} stands twice in succession in {rows:,} of {self.given:,} rows, first in row {first}: the "
-                "tokenizer adds it, or the template, and the text holds it too; take it out of one of them"
+                f"{token} appears twice in succession in {rows:,} of {self.given:,} rows, first in row {first}: the "
+                "tokenizer or the template adds it, and the text holds it too; remove it from one of them"
             )
 
     def log(self) -> None:

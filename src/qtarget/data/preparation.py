@@ -67,10 +67,10 @@ class Preparation:
             return dataset, columns
         if "seq_lengths" in get_dataset_column_names(dataset):
             raise DataError(
-                f"the {name} dataset is packed already (column seq_lengths), so its teacher cannot be found row by row; "
-                "give the rows as they are and set packing: true"
+                f"the {name} dataset is packed already (column seq_lengths), so its teacher cannot be found row by "
+                "row; give the unpacked rows and set packing: true"
             )
-        dataset = self.join.mark(dataset, name, self.seen, **self._map("Finding the teacher of", name, dataset))
+        dataset = self.join.mark(dataset, name, self.seen, **self._map("Finding the teacher for", name, dataset))
         return dataset, replace(columns, made=(self.join.column,))
 
     @property
@@ -122,8 +122,8 @@ def _is_trained(row: Mapping[str, Any]) -> bool:
 
 def _untrained(count: int, rows: int, name: str) -> str:
     return (
-        f"{count} of {rows} rows of the {name} dataset have no supervised token left, cut at max_length or masked "
-        "from the start"
+        f"{count} of {rows} rows of the {name} dataset have no supervised token left: all are cut at max_length or "
+        "masked from the start"
     )
 
 

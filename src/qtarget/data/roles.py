@@ -1,4 +1,4 @@
-"""Which token of a rendered conversation belongs to whose message."""
+"""Which token of a rendered conversation belongs to which role's message."""
 
 from __future__ import annotations
 

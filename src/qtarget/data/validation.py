@@ -190,7 +190,7 @@ def without_padding(dataset: Any, name: str, columns: Iterable[str], num_proc: i
         if not all(mask[begin:end]) or ("seq_lengths" in row and not all(mask)):
             raise DataError(
                 f"row {number} of the {name} dataset: attention_mask hides token {mask.index(False, begin)} between "
-                "others, and batches would show it; take it out of the row, or train it under labels of -100"
+                "others, but batches would show it; remove it from the row, or give it the label -100 instead"
             )
         return {
             column: row[column][begin:end]
@@ -205,7 +205,7 @@ def without_padding(dataset: Any, name: str, columns: Iterable[str], num_proc: i
     )
     if all(least.as_py() in (None, 1) for least in hides):
         return dataset
-    return dataset.map(shorter, with_indices=True, num_proc=num_proc, desc=f"Taking padding off {name} dataset")
+    return dataset.map(shorter, with_indices=True, num_proc=num_proc, desc=f"Removing padding from {name} dataset")
 
 
 def _tables(dataset: Dataset, columns: list[str]) -> Iterator[pa.Table]:

@@ -1,4 +1,4 @@
-"""Does a model answer rightly: tasks, seeded sampling, verdicts, scores, comparison."""
+"""Does a model answer correctly: tasks, seeded sampling, verdicts, scores, comparison."""
 
 from qtarget.evaluation.grading import grade
 

@@ -131,8 +131,8 @@ def read(named: dict[str, list[Path]]) -> tuple[list[Arm], dict[str, Any]]:
                 ignored.append("dtype")
             for setting, was, now in files.differences(first, manifest, ignored=ignored):
                 raise ConfigError(
-                    f"{setting} is {now!r} in {str(folder)!r} and {was!r} in {str(first_folders[0])!r}; compare "
-                    "runs of one setting: run qtarget eval again, or --rescore where the verifier version differs"
+                    f"{setting} is {now!r} in {str(folder)!r} and {was!r} in {str(first_folders[0])!r}; compare runs "
+                    "with the same settings: run qtarget eval again, or --rescore where the verifier version differs"
                 )
     return [Arm(name, tuple(folders), tuple(map(_groups, folders))) for name, folders in named.items()], first
 
@@ -144,8 +144,8 @@ def _groups(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
         held, version = records.samples(folder, task), about["verifier_version"]
         if other := next((r for r in held if r["verifier_version"] != version), None):
             raise StorageError(
-                f"{str(folder)!r} has verdicts of verifier version {other['verifier_version']!r} beside {version!r} in "
-                f"task {task}: a re-scoring was broken off; run qtarget eval --rescore {folder} again"
+                f"{str(folder)!r} has verdicts of verifier versions {other['verifier_version']!r} and {version!r} in "
+                f"task {task}: a re-scoring was interrupted; run qtarget eval --rescore {folder} again"
             )
         groups = scores.grouped(held)
         wanted = [problem.id for problem in records.problems(folder, task)]
@@ -206,13 +206,13 @@ def _seed_notes(arms: Sequence[Arm]) -> list[str]:
     notes, seeds = [], len(arms[0].folders)
     if seeds == 1:
         notes.append(
-            "One training run an arm: the intervals are for these models, and say nothing of training again with another "
-            "seed."
+            "One training run per arm: the intervals are for these models, and say nothing about training again with "
+            "another seed."
         )
     elif seeds < 5:
-        notes.append(f"{seeds} training seeds an arm are few: intervals drawn from so few are too narrow.")
+        notes.append(f"{seeds} training seeds per arm are few: intervals drawn from so few are too narrow.")
     if len(arms) > 2:
-        notes.append(f"{len(arms) - 1} arms are compared with one, each at 95 %: one of them may stand out by chance.")
+        notes.append(f"{len(arms) - 1} arms are compared with one, each at 95 %: one of them may differ by chance.")
     return notes
 
 

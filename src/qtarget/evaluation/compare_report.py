@@ -1,4 +1,4 @@
-"""A comparison as Markdown, and as one HTML file without network or script.
+"""A comparison as Markdown, and as one self-contained HTML file without scripts.
 
 Names of arms, tasks and folders are a stranger's text: escaped wherever they stand.
 """
@@ -72,7 +72,7 @@ def facts(comparison: Comparison) -> list[str]:
     return [
         *([f"Settings: {settings}."] if settings else []),
         f"Folders: {folders}.",
-        "Scores in per cent; the strict reading where none is named. Differences are paired by problem and seed; "
+        "Scores in per cent; the strict reading unless another is named. Differences are paired by problem and seed; "
         "intervals are percentiles of a bootstrap of training seeds, problems and samples.",
         *comparison.notes,
     ]
@@ -196,7 +196,7 @@ def _intervals(differences: Sequence[Difference]) -> Plot:
     row, left, width, height = 24, 220, 520, 24 * len(differences) + 40
     factor = 1 if measure == "tokens" else 100
     reach = max(1e-3, *(max(abs(d.low), abs(d.high)) for d in differences)) * 1.08
-    name = {**dict(_SCORES), "tokens": "tokens an answer"}.get(measure, measure)
+    name = {**dict(_SCORES), "tokens": "tokens per answer"}.get(measure, measure)
     plot = Plot(f"Difference in {name}", width, height)
 
     def place(value: float) -> float:

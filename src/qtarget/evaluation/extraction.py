@@ -1,4 +1,4 @@
-"""Extracts the answer from a text by two readings that are never mixed.
+"""Extracts the answer from a text in two readings that are never mixed.
 
 strict    where the text marks its answer: <answer> tags, a complete \\boxed{}, or ####. Without a mark: no answer.
 lenient   the published habit: without a mark, or with a #### and no number behind it, what follows "the answer is",

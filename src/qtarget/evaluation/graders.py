@@ -71,7 +71,7 @@ def check(name: str, columns: Sequence[str] | None = None) -> None:
 
         if not callable(load_object(name, "verifier")):
             raise ConfigError(
-                f"verifier is {name!r}, which is no function; name one of (text, row) that returns a bool"
+                f"verifier is {name!r}, which is not a function; name one of (text, row) that returns a bool"
             )
         return
     if kind.package is not None and importlib.util.find_spec(kind.package) is None:

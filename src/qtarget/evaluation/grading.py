@@ -1,4 +1,4 @@
-"""A grader in a process of its own, which can be killed: judging may take any time."""
+"""A grader in a process of its own, which can be killed: grading may take any time."""
 
 from __future__ import annotations
 

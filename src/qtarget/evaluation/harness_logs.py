@@ -90,7 +90,7 @@ def read(
         score, by = _score(task, here, metric), _common_name(task, here)
         chosen[task] = " / ".join(dict.fromkeys(score.values()))
         if len({tuple(sorted(p.names.get("prompt", "") for p in folder[task])) for folder in folders.values()}) > 1:
-            notes.append(f"Task {task} was asked in other words: the prompts of the folders differ.")
+            notes.append(f"Task {task} had different prompts in these folders.")
         for path, folder in folders.items():
             values = {problem.names[by]: problem.scores[score[path]] for problem in folder[task]}
             groups[path][task] = {name: [{"sample": _GREEDY, "strict": values[name]}] for name in sorted(values)}
@@ -110,14 +110,14 @@ def _score(task: str, folders: Mapping[Path, list[_Problem]], asked: str | None)
         if not found:
             which = f"metric is {asked!r}" if asked else "metric is not set"
             raise ConfigError(
-                f"{which}, and task {task} has {', '.join(has) or 'no number for every problem'} in {str(path)!r}; name "
-                "one of them with --metric, for several tasks with commas between"
+                f"{which}, and task {task} has {', '.join(has) or 'no number for every problem'} in {str(path)!r}; "
+                "name one of them with --metric, for several tasks separated by commas"
             )
         chosen[path] = found[0]
     if not wanted and len({*chosen.values()} - {_GREEDY}) > 1:
         raise ConfigError(
             f"metric is not set, and task {task} has {' and '.join(sorted({*chosen.values()}))}; name both with "
-            "--metric, commas between"
+            "--metric, separated by a comma"
         )
     return chosen
 

@@ -1,4 +1,4 @@
-"""A folder of results: what was asked, the problems, the samples, the scores.
+"""A folder of results: settings, problems, samples and scores.
 
     eval.json               settings, tasks with the digests of their problems, and whether it is finished
     problems/TASK.jsonl     id, prompt, row: what re-scoring needs
@@ -39,7 +39,7 @@ Count = Annotated[int, Field(ge=0)]
 
 def _task_name(name: str) -> str:
     if not files.is_plain(name):
-        raise ValueError(f"the task {name!r} has a name that is no file's")
+        raise ValueError(f"the task {name!r} has a name that cannot be a file name")
     return name
 
 
@@ -155,15 +155,15 @@ def begin(folder: Path, manifest: dict[str, Any], tasks: list[Task], writes: boo
         more = wanted["n"] > existing["n"]
         for name, now, was in files.differences(wanted, existing, ignored=(*_UNRESUMED, "n") if more else _UNRESUMED):
             raise ConfigError(
-                f"output is {str(folder)!r}, which holds a run with {name} {was!r}, and this one has {now!r}; go on with "
-                "the settings it was started with, or name another folder"
+                f"output is {str(folder)!r}, which holds a run with {name} {was!r}, and this one has {now!r}; resume "
+                "with the settings it was started with, or name another folder"
             )
         if more and writes:
             write_manifest(folder, {**existing, "n": wanted["n"], "finished": False})
         return bool(existing["finished"]) and not more
     expected = {files.partial_of(Path(FILE)).name, "problems", "samples"}  # killed as it began
     if folder.exists() and (not folder.is_dir() or any(file.name not in expected for file in folder.iterdir())):
-        raise StorageError(f"output is {str(folder)!r}, which is not an empty folder; name another one")
+        raise StorageError(f"output is {str(folder)!r}, which is not an empty folder; name another folder")
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     if any((folder / "samples").iterdir()):
         raise StorageError(f"output is {str(folder)!r}, which holds samples without {FILE}; name another folder")

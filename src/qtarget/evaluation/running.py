@@ -276,8 +276,8 @@ def _check_rescored(folder: Path, task: str, grader: str, verifier: str | None) 
     for record in records.samples(folder, task):
         if record["problem"] not in rows:
             raise StorageError(
-                f"{str(folder)!r} has answers to problem {record['problem']!r} of task {task}, which it does not ask; "
-                "run qtarget eval into another folder"
+                f"{str(folder)!r} has answers to problem {record['problem']!r} of task {task}, which it does not "
+                "contain; run qtarget eval into another folder"
             )
 
 
@@ -290,6 +290,6 @@ def finished(folder: Path) -> dict[str, Any]:
         )
     if not manifest["finished"]:
         raise StorageError(
-            f"{str(folder)!r} is unfinished; run the same qtarget eval command again, it goes on where it stopped"
+            f"{str(folder)!r} is unfinished; run the same qtarget eval command again, it resumes where it stopped"
         )
     return manifest

@@ -228,7 +228,7 @@ def end_tokens(tokenizer: Any, generation_config: Any = None) -> frozenset[int]:
     ends = {tokenizer.eos_token_id, tokenizer.pad_token_id, turn_end(tokenizer)}
     ends = (ends | {*(own if isinstance(own, list) else [own])}) - {None}
     if not ends:
-        raise ConfigError("the tokenizer has no end token, so that no answer would end; set its eos_token")
+        raise ConfigError("the tokenizer has no end token, so no answer would end; set its eos_token")
     return frozenset(ends)
 
 

@@ -120,7 +120,7 @@ def share(holds: Sequence[bool]) -> float | None:
 def too_few(problems: dict[str, int]) -> list[str]:
     """A sentence for each task whose interval is not to be trusted. ``problems``: task → how many."""
     return [
-        f"Task {task} has {count} problems: too few for an interval to be trusted."
+        f"Task {task} has {count} problems: too few for a reliable interval."
         for task, count in problems.items()
         if count < _FEW
     ]
@@ -177,7 +177,7 @@ def one_level(values: np.ndarray, draws: int = 10_000, seed: int = 0) -> np.ndar
 def _bootstrap(
     values_at: Callable[..., np.ndarray], shape: Sequence[int], draws: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """[draws] means of ``values_at(seeds, problems)``, both drawn anew each time; ``shape``: how many of each."""
+    """[draws] means of ``values_at(seeds, problems)``, both drawn again each time; ``shape``: how many of each."""
     seeds, problems = shape
     means = np.empty(draws)
     chunk = max(1, 2_000_000 // (seeds * problems))

@@ -47,8 +47,8 @@ class ServedModel:
         """Of the model whose tokenizer makes the prompts, where the user names none."""
         if self.folder is None:
             raise ConfigError(
-                f"model is not set, and {self.server.url} serves {self.entry.name!r}, which is no folder here; name the "
-                "folder or hub id of that model, whose tokenizer makes the prompts, as --model NAME"
+                f"model is not set, and {self.server.url} serves {self.entry.name!r}, which is not a folder here; name "
+                "the folder or hub id of that model, whose tokenizer makes the prompts, as --model NAME"
             )
         return self.folder
 
@@ -68,7 +68,7 @@ class ServedModel:
         if weights is not None and weights != (model["weights"] or weights):
             raise ConfigError(
                 f"model is {model['name']!r}, and {self.server.url} serves {self.folder!r}, which has other weights; "
-                "serve the one, or name the other"
+                "serve the named model, or name the served one"
             )
         server = {"model": self.entry.name, "root": self.entry.root, "version": self.server.version()}
         return {"model": {**model, "weights": weights}, "server": server}
@@ -140,12 +140,12 @@ class ServedSampler:
                 "it so that it neither truncates prompts nor adds special tokens"
             )
         if finish not in ("stop", "length"):
-            raise ConfigError(f"finish_reason is {finish!r} in the answer of {url}; look into the server's log")
+            raise ConfigError(f"finish_reason is {finish!r} in the answer of {url}; check the server's log")
         completion = decoded(self.tokenizer, self.ends, ids)
         if finish == "stop" and completion.finish == "length":
             raise ConfigError(
-                f"finish_reason is 'stop' in the answer of {url}, and its last token {ids[-1]} ends no turn of --model; "
-                "serve the model that --model names"
+                f"finish_reason is 'stop' in the answer of {url}, and its last token {ids[-1]} does not end a turn of "
+                "--model; serve the model that --model names"
             )
         if completion.finish == "length" and len(ids) < most:
             raise ConfigError(

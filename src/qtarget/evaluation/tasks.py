@@ -147,7 +147,9 @@ def _generated_rows(name: str, count: int, seed: int) -> list[dict[str, Any]]:
 
 def _file_rows(file: Path, verifier: str) -> list[dict[str, Any]]:
     if not file.is_file():
-        raise StorageError(f"task is {str(file)!r}, which is no file; name a file of JSON lines with prompt and answer")
+        raise StorageError(
+            f"task is {str(file)!r}, which is not a file; name a file of JSON lines with prompt and answer"
+        )
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -159,11 +161,11 @@ def _file_rows(file: Path, verifier: str) -> list[dict[str, Any]]:
         try:
             row = files.loads(line)
         except ValueError as error:
-            raise DataError(f"{file}, line {number}, is no JSON ({error}); mend or delete that line") from None
+            raise DataError(f"{file}, line {number}, is not JSON ({error}); fix or delete that line") from None
         if half := re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
             raise DataError(
                 f"{file}, line {number}, holds half a character (\\u{ord(half[0]):04x}, a lone surrogate), which no "
-                "tokenizer reads; mend or delete that line"
+                "tokenizer reads; fix or delete that line"
             )
         needed = ("prompt", "options", "answer") if verifier == "choice" else ("prompt", "answer")
         missing = [key for key in needed if not isinstance(row, dict) or key not in row]
@@ -174,7 +176,7 @@ def _file_rows(file: Path, verifier: str) -> list[dict[str, Any]]:
         if not _is_prompt(row["prompt"]):
             raise DataError(f"{file}, line {number}, has the prompt {row['prompt']!r}; write a text or chat messages")
         if row["answer"] is None:
-            raise DataError(f"{file}, line {number}, has the answer None; write what is right, or take the line out")
+            raise DataError(f"{file}, line {number}, has the answer None; write the right answer, or remove the line")
         if verifier == "choice":
             read = suites.choice_row({**row, "question": str(row["prompt"])})
             if read is None:
@@ -208,7 +210,7 @@ def _problems(rows: list[dict[str, Any]]) -> list[Problem]:
         seen[name] += 1
         if seen[name] > 1:
             if "id" in row:
-                raise DataError(f"id {name!r} stands twice among the problems; give each its own")
+                raise DataError(f"id {name!r} appears twice among the problems; give each problem its own id")
             name += f"#{seen[name]}"
         made.append(Problem(name, prompt, row))
     return made
@@ -277,10 +279,10 @@ def prompts(
         for problem in task.problems:
             ids = prompt_ids(tokenizer, style, problem, task.instruction)
             if not ids:
-                raise DataError(f"problem {problem.id} of task {task.name} has an empty prompt; take it out")
+                raise DataError(f"problem {problem.id} of task {task.name} has an empty prompt; remove it")
             if positions and len(ids) + max_new_tokens > positions:
                 room = positions - len(ids)
-                mend = f"use {room} or less" if room > 0 else "take the problem out"
+                mend = f"use {room} or less" if room > 0 else "remove the problem"
                 raise ConfigError(
                     f"max_new_tokens is {max_new_tokens}: the prompt of problem {problem.id} of task {task.name} has "
                     f"{len(ids)} tokens, and {has.format(positions)}; {mend}"

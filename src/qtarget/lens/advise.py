@@ -44,12 +44,12 @@ _CASES = {
 _SUITS = {
     "strong": "dft, beyond-log with alpha ≥ 1, profit or target-sft: the model's own belief tells signal from noise here",
     "middle": "sft and dft tend to be close; target-sft or eaft keep more of what the model knows",
-    "weak": "sft, or beyond-log with alpha below ½: objectives that trust p_y would hardly teach anything",
+    "weak": "sft, or beyond-log with alpha below ½: objectives that trust p_y would teach hardly anything",
 }
 _PLACE = {
     "strong": "the model knows most of these tokens",
     "middle": "the model half knows these tokens",
-    "weak": "most of these tokens are news to the model",
+    "weak": "most of these tokens are new to the model",
 }
 
 
@@ -98,18 +98,19 @@ def advise(record: Record, target: Target | None = None) -> Advice:
     cases = [*_CASES[place]]
     doubts = [
         f"the bounds {WEAK} and {STRONG} are halfway between published kinds of data, not measured on yours",
-        "those cases are base models of 1.5B to 14B on other data; none of them promises anything here",
+        "those cases are base models of 1.5B to 14B on other data; none of them guarantees anything here",
     ]
     if place == "strong":
         cases += _CASES["instruct"]
         doubts.append(
-            "an instruction-tuned student whose answers are already right may lose with dft, see the last case"
+            "an instruction-tuned student whose answers are already right may do worse with dft, see the last case"
         )
     if figures["confident conflicts"] > 0.05:
         cases += _CASES["noise"]
         doubts.append(
-            "more than 5 % of the tokens contradict a student that is sure of itself: noise, or exactly what is to be "
-            "learnt; look at them (qtarget lens report, the list of disagreements) before choosing how far to trust them"
+            "more than 5 % of the tokens contradict a confident student: either noise, or exactly what should be "
+            "learnt; look at them (qtarget lens report, the list of disagreements) before choosing how far to trust "
+            "them"
         )
     _about_teacher(record, replay, figures, doubts)
     if len(record) < 1000:

@@ -58,9 +58,9 @@ def folder_faults(folder: Path) -> list[str]:
     if (folder / "manifest.json").exists():
         what = "which holds a capture; name another folder, or delete that one"
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "which is not an empty folder; name another one"
+        what = "which is not an empty folder; name another folder"
     elif partial.exists() and (not partial.is_dir() or any(file.name not in written for file in partial.iterdir())):
-        what = f"and {str(partial)!r}, where it is made, holds other files; name another one"
+        what = f"and {str(partial)!r}, where it is made, holds other files; name another folder"
     else:
         return []
     return [f"output is {str(folder)!r}, {what}"]
@@ -229,7 +229,7 @@ def differences(manifest: dict[str, Any], model: str, tokenizer: Any) -> list[st
         "chat_template": (manifest.get("chat_template"), template_hash(tokenizer)),
     }
     return [
-        f"the capture was made with {name} {was!r}, and the config names {now!r}; capture again, or leave --config out"
+        f"the capture was made with {name} {was!r}, but the config names {now!r}; capture again, or leave --config out"
         for name, (was, now) in pairs.items()
         if was != now
     ]

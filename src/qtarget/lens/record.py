@@ -177,7 +177,7 @@ def read(folder: str | Path) -> Record:
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
         raise StorageError(
-            f"{str(folder)!r} is no capture: it has no manifest.json; make one with qtarget lens capture"
+            f"{str(folder)!r} is not a capture: it has no manifest.json; make one with qtarget lens capture"
         )
     manifest: dict[str, Any] = files.load(folder / "manifest.json", Manifest, "capture again", FORMAT)
     rows, tokens, vocab = (_table(folder / name) for name in FILES)
@@ -185,14 +185,16 @@ def read(folder: str | Path) -> Record:
     record = Record(manifest, rows.to_pylist(), tokens.to_pydict(), texts)
     if len(record) != manifest["tokens"] or len(record.rows) != manifest["rows"]:
         raise StorageError(
-            f"{folder} holds {len(record)} tokens in {len(record.rows)} rows where its manifest says "
+            f"{folder} holds {len(record)} tokens in {len(record.rows)} rows, but its manifest says "
             f"{manifest['tokens']} in {manifest['rows']}; it was cut short: capture again"
         )
     if not len(record):
         raise StorageError(f"{folder} holds no supervised token; capture rows that have some")
     if fault := _impossible_value(record):
         file, what = fault
-        raise StorageError(f"{folder / file}: {what}; it is no capture of this program, or was changed: capture again")
+        raise StorageError(
+            f"{folder / file}: {what}; it was not captured by this program, or was changed: capture again"
+        )
     return record
 
 
@@ -206,17 +208,18 @@ def _table(file: Path) -> pa.Table:
     tokens = token_schema([name for name in OTHERS if name in names], [name for name in SIGNALS if name in names])
     schema = {_ROWS: ROW_SCHEMA, _VOCAB: VOCAB_SCHEMA}.get(file.name, tokens)
     if missing := sorted({*schema.names} - names):
-        raise StorageError(f"{file} lacks the columns {', '.join(missing)}; it is no capture of this program")
+        raise StorageError(f"{file} lacks the columns {', '.join(missing)}; it was not captured by this program")
     columns = []
     for wanted in schema:
         try:
             column = table[wanted.name].combine_chunks().cast(wanted.type)
         except pa.ArrowException as error:
             raise StorageError(
-                f"{file}: column {wanted.name} holds no {wanted.type} ({reason(error)}); it is no capture of this program"
+                f"{file}: column {wanted.name} holds no {wanted.type} ({reason(error)}); it was not captured by this "
+                "program"
             ) from None
         if column.null_count or (pa.types.is_list(wanted.type) and column.flatten().null_count):
-            raise StorageError(f"{file}: column {wanted.name} holds null; it is no capture of this program")
+            raise StorageError(f"{file}: column {wanted.name} holds null; it was not captured by this program")
         columns.append(column)
     return pa.Table.from_arrays(columns, schema=schema)
 
@@ -249,7 +252,7 @@ def _impossible_value(record: Record) -> tuple[str, str] | None:
         return _TOKENS, f"label {labels[~found][0]} is not among the ids of its token"
     for model in ("student", *record.others):
         if not np.array_equal([len(values) for values in tokens[model]], lengths):
-            return _TOKENS, f"{model} has another number of log-probabilities than ids"
+            return _TOKENS, f"{model} has a different number of log-probabilities and ids"
         for name in (model, f"{model}_tail", f"{model}_floor"):
             numbers = np.asarray([*chain.from_iterable(tokens[name])] if name == model else tokens[name], np.float64)
             if np.isnan(numbers).any() or (len(numbers) and numbers.max() > _ROUNDING):
@@ -266,7 +269,7 @@ def _places(record: Record) -> tuple[str, str] | None:
     length_of = {row["row"]: len(row["input_ids"]) for row in record.rows}
     for row, position in zip(record.tokens["row"], record.tokens["position"], strict=True):
         if row not in length_of:
-            return _TOKENS, f"row holds {row}, which {_ROWS} has not"
+            return _TOKENS, f"row holds {row}, which {_ROWS} does not have"
         if not 0 < position < length_of[row]:
             return _TOKENS, f"position holds {position} for a row of {length_of[row]} tokens"
     return None

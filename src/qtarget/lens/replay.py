@@ -28,7 +28,8 @@ UNRELIABLE = 0.05
 # Without a captured column: the weight of a plain row, every token critical, an old policy refreshed just now (r = 1).
 _WITHOUT_COLUMN = {"weight": "1", "critical": "1", "old_logps": "the student's own, so r = 1"}
 _NO_BOUND = (
-    "the residual's tail is taken in the student's shape, and the error of that has no bound, as the score has none"
+    "the residual's tail is assumed to have the student's shape; the error of that has no bound, because the score "
+    "has none"
 )
 
 
@@ -193,7 +194,7 @@ class Replay:
         for name in OTHERS:
             if name in target.requires and name not in self.logps:
                 raise ConfigError(
-                    f"target {target} needs a {name}, which this capture has not; capture again with "
+                    f"target {target} needs a {name}, which this capture does not have; capture again with "
                     f"{name}_model_name_or_path"
                 )
         values = {
@@ -209,7 +210,7 @@ class Replay:
                 values[name] = self.record.numbers(name)
             elif name in target.needs:
                 values[name] = self.log_p_y if name == "old_logps" else np.ones_like(self.log_p_y)
-                notes.append(f"column {name} was not captured and is taken as {taken}")
+                notes.append(f"column {name} was not captured and is assumed to be {taken}")
         unsure = np.zeros_like(self.log_p_y)
         if "offset_mass" in target.needs:
             values["offset_mass"], unsure = self._offset_mass(target.residual_terms[0].pool)

@@ -27,7 +27,7 @@ RANGES: dict[str, tuple[str, float, float, float]] = {
     "tau_high": ("tau_high, keep up to this p_y", 0, 1, 0.01),
     "top_k": ("top_k", 2, 50, 1),
     "power": ("power", 0.1, 4, 0.1),
-    "kl_weight": ("kl_weight λ, weight beside the label", 0, 3, 0.01),
+    "kl_weight": ("kl_weight λ, weight of the residual", 0, 3, 0.01),
     "smoothing": ("smoothing ε", 0, 1, 0.01),
     "clip": ("clip", 0.01, 1, 0.01),
     "clip_high": ("clip_high (as clip until moved)", 0.01, 2, 0.01),

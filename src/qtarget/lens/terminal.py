@@ -31,7 +31,7 @@ def show(record: Record, target: Target, row: int | None, console: Console) -> N
     chosen = [(entry, tokens) for entry, tokens in rows_of(record) if tokens and row in (None, entry["row"])]
     if not chosen:
         have = ", ".join(str(entry["row"]) for entry, tokens in rows_of(record) if tokens)
-        raise ConfigError(f"row is {row}, which this capture has no supervised token of; it has {have}")
+        raise ConfigError(f"row is {row}, for which this capture has no supervised token; it has {have}")
     entry, tokens = chosen[0] if row is not None else max(chosen, key=lambda c: figures.update[c[1]].sum())
     console.print(f"target {target}: {target.formula}", markup=False, highlight=False)
     console.print(f"row {entry['row']}, {len(tokens)} supervised of {len(entry['input_ids'])} tokens\n", markup=False)

@@ -1,4 +1,4 @@
-"""Statistics that take all of a row, from a record that keeps the likeliest of it.
+"""Statistics over the whole vocabulary, from a record that keeps only the likeliest tokens.
 
 Where tails take part, the middle of what is possible is shown, and a note says how far off it may be: a rule may make
 anything of a statistic, so that its error cannot be told.
@@ -31,8 +31,8 @@ def of_tokens(replay: Replay, needs: Collection[str], notes: list[str]) -> dict[
             values[name], error = function(replay, model)
             if error.mean() > _NOTED:
                 notes.append(
-                    f"{name} may be off by {error.mean():.2g} in the mean, for what is not known of the tails; capture "
-                    "with a larger --top_k"
+                    f"{name} may be off by {error.mean():.2g} on average, because the tails are not known exactly; "
+                    "capture with a larger --top_k"
                 )
     if "kl_reference" in needs and "reference" in replay.logps:
         values["kl_reference"] = _kl(replay, "reference")

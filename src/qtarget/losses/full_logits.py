@@ -1,4 +1,4 @@
-"""The oracle: the loss from full logits in any dtype; every fast path is held against it."""
+"""The oracle: the loss from full logits in any dtype; every fast path is compared with it."""
 
 from __future__ import annotations
 
@@ -322,7 +322,7 @@ def _tokens_and_target(
         if other is None or name not in target.requires:
             continue
         if other.shape[:-1] != logits.shape[:-1]:
-            raise ConfigError(f"{name}_logits has shape {list(other.shape)}; labels ask for {list(labels.shape)} + [V]")
+            raise ConfigError(f"{name}_logits has shape {list(other.shape)}; labels require {list(labels.shape)} + [V]")
         others[name] = tokens.select(other.detach()).to(dtype)
         required = vocab_size if name in target.needs_full_support else 0
         _check_finite(others[name], f"{name}_logits", tokens, required, target.on_ruled_out)

@@ -58,7 +58,7 @@ def check_head(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ConfigError(
-            f"{where}{prefix}bias has shape {list(bias.shape)}; {prefix}weight asks for [{weight.shape[0]}]"
+            f"{where}{prefix}bias has shape {list(bias.shape)}; {prefix}weight requires [{weight.shape[0]}]"
         )
     if softcap is not None:
         check_range(f"{where}logit_softcap", softcap, 0, open_low=True)
@@ -93,7 +93,7 @@ class TopK:
             raise ConfigError(f"TopK: tail is {self.tail!r}; use 'student' or 'even'")
         if self.tail_logprob is not None and self.tail_logprob.shape != self.ids.shape[:-1]:
             raise ConfigError(
-                f"TopK: tail_logprob has shape {list(self.tail_logprob.shape)}; ids ask for {list(self.ids.shape[:-1])}"
+                f"TopK: tail_logprob has shape {list(self.tail_logprob.shape)}; ids require {list(self.ids.shape[:-1])}"
             )
 
     @property

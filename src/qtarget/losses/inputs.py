@@ -164,8 +164,8 @@ def supervised(
     """
     if labels.shape != leading_shape:
         raise ConfigError(
-            f"labels has shape {list(labels.shape)}, {what} asks for {list(leading_shape)}; "
-            "nothing is shifted here: labels[i] belongs to position i"
+            f"labels has shape {list(labels.shape)}, but {what} requires {list(leading_shape)}; nothing is shifted "
+            "here: labels[i] belongs to position i"
         )
     if labels.dtype not in _WHOLE:
         raise ConfigError(f"labels has dtype {labels.dtype}; use torch.int64")
@@ -195,7 +195,7 @@ def _numbers(which: Tensor, labels: Tensor) -> Tensor:
         got = f"dtype {which.dtype}" if isinstance(which, Tensor) else f"type {type(which).__name__}"
         raise ConfigError(f"which has {got}; use a torch.int64 tensor of the labels' shape, the number of each target")
     if which.shape != labels.shape:
-        raise ConfigError(f"which has shape {list(which.shape)}; labels ask for {list(labels.shape)}")
+        raise ConfigError(f"which has shape {list(which.shape)}; labels require {list(labels.shape)}")
     return which.reshape(-1).to(labels.device).long()
 
 
@@ -234,7 +234,7 @@ def _column(
         column = column.reshape(*shape[:-1], 1).expand(shape)
     if column.shape != shape:
         rows = f", or one per row {list(shape[:-1])}" if per_row else ""
-        raise ConfigError(f"{name} has shape {list(column.shape)}; labels ask for {list(shape)}{rows}")
+        raise ConfigError(f"{name} has shape {list(column.shape)}; labels require {list(shape)}{rows}")
     values = tokens.select(column).detach().to(dtype)
     read = tokens.read_by(targets, _SERVES.get(name, name), values)
     if not read.numel():

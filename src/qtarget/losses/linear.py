@@ -231,7 +231,7 @@ def _check_aux(
         raise ConfigError(f"{name} is a {type(other).__name__}; use qt.Head(hidden, weight) or qt.TopK(ids, logprobs)")
     if other.token_shape != tokens.shape:
         raise ConfigError(
-            f"{name} covers positions of shape {list(other.token_shape)}; hidden asks for {list(tokens.shape)}"
+            f"{name} covers positions of shape {list(other.token_shape)}; hidden requires {list(tokens.shape)}"
         )
     if not isinstance(other, TopK):
         return
@@ -245,7 +245,7 @@ def _check_aux(
         return fault if low < 0 or high >= vocab_size else None
 
     def twice(some, again):
-        return f"{name}: TopK ids hold {again:.0f} twice for one token; each id may stand once" if some else None
+        return f"{name}: TopK ids hold {again:.0f} twice for one token; each id may appear once" if some else None
 
     def too_much(mass):
         fault = (

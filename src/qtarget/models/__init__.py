@@ -1,1 +1,1 @@
-"""How any causal language model is asked: hidden states and head, in a forward of its own."""
+"""How any causal language model is called: hidden states and head, in a forward of its own."""

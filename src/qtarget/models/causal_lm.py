@@ -158,8 +158,8 @@ class CausalLM:
         if rebuilt.shape != logits.shape:
             raise ConfigError(
                 f"{type(self.base).__name__}'s head has {rebuilt.shape[-1]} rows in this process and the model "
-                f"{logits.shape[-1]} tokens: it is split over processes in a form that cannot be gathered here; leave "
-                "tensor parallelism out (tp_plan), or shard with FSDP2"
+                f"{logits.shape[-1]} tokens: it is split over processes in a form that cannot be gathered here; turn "
+                "tensor parallelism off (tp_plan), or shard with FSDP2"
             )
         finite = logits.isfinite()
         difference = (logits - rebuilt).abs().masked_fill(~finite, 0.0)

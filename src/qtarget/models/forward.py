@@ -249,8 +249,8 @@ def head_parameters(model: Any) -> tuple[Tensor, Tensor | None]:
         head = head.original_module if head.disable_adapters or adapter is None else head.modules_to_save[adapter]
     if hasattr(head, "get_base_layer"):
         raise ConfigError(
-            "the model has an adapter on its head, by whose own weight losses and reports multiply; merge the adapter "
-            "first (qtarget merge FOLDER -o OTHER), or train the whole head with lora_modules_to_save"
+            "the model has an adapter on its head, but losses and reports use the head's own weight; merge the "
+            "adapter first (qtarget merge FOLDER -o OTHER), or train the whole head with lora_modules_to_save"
         )
     return head.weight, getattr(head, "bias", None)
 

@@ -1,4 +1,4 @@
-"""Models that are only read: by name, a copy of the start, or with adapters off."""
+"""Models that are only read: by name, a copy of the initial model, or with adapters off."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def copy_of_the_start(student: nn.Module) -> nn.Module:
     """
     if any(parameter.is_meta for parameter in student.parameters()):
         raise ConfigError(
-            "the reference is the model as it starts, but this process holds no weights to copy (FSDP's "
+            "the reference is the initial model, but this process holds no weights to copy (FSDP's "
             "cpu_ram_efficient_loading); set reference_model_name_or_path to the model's own name"
         )
     if is_deepspeed_zero3_enabled():
         raise ConfigError(
-            "the reference is the model as it starts, which ZeRO-3 keeps in pieces; set "
-            "reference_model_name_or_path to the model's own name, or use ZeRO-2 or FSDP2"
+            "the reference is the initial model, which ZeRO-3 keeps in pieces; set reference_model_name_or_path to "
+            "the model's own name, or use ZeRO-2 or FSDP2"
         )
     twin = copy.deepcopy(student)
     for patched in ("forward", "_qtarget_forward"):  # the patched forward would read the original
@@ -83,15 +83,14 @@ def place_as_student(model: nn.Module, role: str, accelerator: Any, device: torc
         model: a causal language model. role: teacher or reference, as errors call it. accelerator: the run's.
 
     Raises:
-        ConfigError: it is prompt tuning, or ``device_map`` left its head where it cannot be multiplied beside the
-            student's.
+        ConfigError: it is prompt tuning, or ``device_map`` put its head on another device than the student's.
     """
     freeze(model)
     kind = getattr(model, "active_peft_config", None)
     if kind is not None and kind.is_prompt_learning:
         raise ConfigError(
-            f"the {role} is an adapter of kind {kind.peft_type.value}, whose prompt packed documents would "
-            "share; name a whole model, or an adapter of another kind, such as LoRA"
+            f"the {role} is an adapter of kind {kind.peft_type.value}, whose virtual prompt would be shared by packed "
+            "documents; name a whole model, or an adapter of another kind, such as LoRA"
         )
     plain: Any = getattr(model, "get_base_model", lambda: model)()  # of an adapter
     add_target_forward(plain)
@@ -106,8 +105,8 @@ def place_as_student(model: nn.Module, role: str, accelerator: Any, device: torc
         return model.to(device)
     if head.device.type != torch.device(device).type:
         raise ConfigError(
-            f"{role}_model_init_kwargs.device_map left the {role}'s head on {head.device.type!r}, where it cannot be "
-            f"multiplied beside the student's on {str(device)!r}; leave device_map out, or map the head to that device"
+            f"{role}_model_init_kwargs.device_map puts the {role}'s head on {head.device.type!r}, but the loss needs "
+            f"it on the student's device, {str(device)!r}; leave device_map out, or map the head to that device"
         )
     return model
 

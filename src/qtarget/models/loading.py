@@ -94,7 +94,7 @@ def find_adapter(name: str, revision: str | None = None) -> Adapter | None:
     base = settings.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(
-            f"it is an adapter that does not say for which model; write its folder or hub id into "
+            "it is an adapter that does not name its base model; write its folder or hub id into "
             f"base_model_name_or_path of {_CONFIG}"
         )
     return Adapter(name, revision, base, settings.get("revision"), settings)
@@ -199,15 +199,15 @@ def _peft_config(found: Adapter, trainable: bool) -> Any:
         from peft import PeftConfig
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     except ImportError:
-        raise ValueError(f"it is an adapter, and the package peft is not here; {_PIP}") from None
+        raise ValueError(f"it is an adapter, but the package peft is not installed; {_PIP}") from None
     if found.kind not in [str(getattr(known, "value", known)) for known in PEFT_TYPE_TO_CONFIG_MAPPING]:
         raise ValueError(f"it is an adapter of kind {found.kind!r}, which this version of peft does not know")
     if found.settings.get("task_type") not in (None, "CAUSAL_LM"):
         raise ValueError(f"it is an adapter for {found.settings['task_type']}; only CAUSAL_LM can be used here")
     if trainable and found.learns_a_prompt:
         raise ValueError(
-            f"it is an adapter of kind {found.kind}, which PEFT cannot train on; train from the base {found.base!r}, "
-            "or go on with the run that made it by resume_from_checkpoint"
+            f"it is an adapter of kind {found.kind}, which PEFT cannot train further; train from the base "
+            f"{found.base!r}, or resume the run that made it with resume_from_checkpoint"
         )
     if found.file(*_WEIGHTS) is None:
         raise ValueError(f"it is an adapter without its weights ({_WEIGHTS[0]}); copy that file there")
@@ -250,13 +250,13 @@ def _with_adapter(model: Any, found: Adapter, kind: Any, trainable: bool) -> Any
             whole = get_peft_model(model, copy.copy(kind), **autocast)
             loaded = whole.load_adapter(found.name, "default", **named, **autocast)
     except (RuntimeError, ValueError, IndexError, KeyError, AttributeError) as error:
-        why = "its weights have other shapes" if "size mismatch" in str(error) else reason(error)
+        why = "its weights have different shapes" if "size mismatch" in str(error) else reason(error)
         raise ValueError(_belongs_elsewhere(found, why)) from None
     # Beside the adapter's own weights stand copies of the base's, and of tied ones, which may find no place.
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(kind.peft_type)
     odd = [*loaded.missing_keys, *(key for key in loaded.unexpected_keys if prefix and prefix in key)]
     if odd:
-        raise ValueError(_belongs_elsewhere(found, f"{len(odd)} weights have no place, such as {odd[0]}"))
+        raise ValueError(_belongs_elsewhere(found, f"{len(odd)} weights match no layer, such as {odd[0]}"))
     whole.loaded_from = found.name
     if not trainable:
         whole.requires_grad_(False)
@@ -266,7 +266,7 @@ def _with_adapter(model: Any, found: Adapter, kind: Any, trainable: bool) -> Any
 
 def _belongs_elsewhere(found: Adapter, why: str) -> str:
     return (
-        f"it is an adapter that does not fit its base {found.base!r}: {why}; name the model that it was trained on in "
+        f"it is an adapter that does not fit its base {found.base!r}: {why}; name its base model in "
         f"base_model_name_or_path of {_CONFIG}"
     )
 

@@ -1,4 +1,4 @@
-"""A model behind an inference server: which it serves, and a second try where that helps.
+"""A model behind an inference server: which it serves, and retries where they help.
 
 What is asked and what an answer must hold is the callers': a teacher's log-probabilities
 (``teachers/server/client.py``), samples (``evaluation/served.py``).
@@ -97,7 +97,9 @@ class Server:
             faults.append(f"retries is {retries!r}; use a whole number from 0")
         if not all("!" <= letter <= "~" for letter in key):
             # the value stays out of the message: most of it may be a key
-            faults.append("api_key holds a space or a letter that no HTTP header can carry; copy the key again")
+            faults.append(
+                "api_key holds a space or another character that an HTTP header cannot carry; copy the key again"
+            )
         raise_together(faults)
         self.url = url.rstrip("/").removesuffix("/v1").rstrip("/") + "/v1"
         self._model = model
@@ -196,27 +198,27 @@ class Server:
                 )
             except requests.exceptions.SSLError as error:
                 raise ConfigError(
-                    f"server is {self.url!r}, whose certificate is refused ({self._shown(_root(error))}); mend the "
+                    f"server is {self.url!r}, whose certificate is refused ({self._shown(_root(error))}); fix the "
                     "address, or name the authority's file in REQUESTS_CA_BUNDLE"
                 ) from None
             except requests.exceptions.Timeout:
                 happened = f"gives no answer within {self._timeout:g} s"
-                mend = "raise server_timeout, use a smaller batch_size, or look whether the server hangs"
+                mend = "raise server_timeout, use a smaller batch_size, or check whether the server hangs"
             except (
                 requests.exceptions.ConnectionError,
                 requests.exceptions.ChunkedEncodingError,
                 requests.exceptions.ContentDecodingError,
             ) as error:
                 happened = f"cannot be reached ({self._shown(_root(error))})"
-                mend = "start the server, or mend the address"
+                mend = "start the server, or fix the address"
             except requests.exceptions.RequestException as error:
                 raise ConfigError(
-                    f"server is {self.url!r}, which cannot be asked ({self._shown(str(error))}); mend the address"
+                    f"server is {self.url!r}, which cannot be asked ({self._shown(str(error))}); fix the address"
                 ) from None
             else:
                 if response.status_code in _RETRIED:
                     happened = f"answers {Refused(response.status_code, self._said(response))}"
-                    mend = "look into the server's log"
+                    mend = "check the server's log"
                     if response.status_code == 429:
                         mend = "wait, or use a smaller batch_size"
                     pause = _retry_after(response.headers.get("Retry-After"))
@@ -230,11 +232,11 @@ class Server:
                         mend = "give the address of the server itself and not of a page in front of it"
             if pause > _LONGEST_RETRY_AFTER:
                 raise ConfigError(
-                    f"server is {self.url!r}, which {happened} and asks to wait {pause:.0f} s; start later"
+                    f"server is {self.url!r}, which {happened} and asks to wait {pause:.0f} s; try again later"
                 )
             if attempt <= retries:
                 wait = max(pause, min(self.backoff * 2 ** (attempt - 1), _LONGEST_BACKOFF))
-                told = f"{self.url} {happened}; asking again in {wait:.1f} s (retry {attempt} of {retries})"
+                told = f"{self.url} {happened}; retrying in {wait:.1f} s (retry {attempt} of {retries})"
                 if told != self._warned:  # threads that wait for the same server say it once
                     logger.warning("%s", told)
                 self._warned = told
@@ -245,7 +247,7 @@ class Server:
     def refusal(self, refusal: Refused, served: str | None) -> ConfigError:
         """What to do about a status that no retry would change; ``served``: the model's name, once it is known."""
         if refusal.status in (401, 403):
-            got = f"is refused by {self.url}" if self._key else f"is not set and {self.url} asks for one"
+            got = f"is refused by {self.url}" if self._key else f"is not set and {self.url} requires one"
             return ConfigError(f"api_key {got} ({refusal}); pass the server's key as api_key or in OPENAI_API_KEY")
         if refusal.status == 404 and served is not None:
             return ConfigError(
@@ -258,7 +260,7 @@ class Server:
                 "server"
             )
         return ConfigError(
-            f"server is {self.url!r}, which refuses the request ({refusal}); mend what it names, as sequences that are "
+            f"server is {self.url!r}, which refuses the request ({refusal}); fix what it names, such as sequences "
             "longer than its --max-model-len allows"
         )
 
@@ -298,7 +300,7 @@ def _url_faults(url: Any) -> list[str]:
     else:
         if parts.username is not None or parts.query or parts.fragment:
             # not shown: what follows is often a secret
-            return ["server holds a user name or a query; give the address alone, and a key as api_key"]
+            return ["server holds a user name or a query; give only the address, and the key as api_key"]
     return [] if usable else [f"server is {url!r}; {mend}"]
 
 

@@ -88,7 +88,7 @@ class WeightSnapshot:
             copy.copy_(present)
 
     def forget(self) -> None:
-        """Start anew with the next optimiser step 0."""
+        """Start again with the next optimiser step 0."""
         self.taken_at = None
 
     def save(self, folder: str | Path) -> None:
@@ -106,12 +106,12 @@ class WeightSnapshot:
         with loading("resume_from_checkpoint", str(folder), path.name):
             saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(saved["weights"], dict) or not isinstance(saved["taken_at"], int):
-                raise ValueError("it holds no weights with the step they were taken at")
+                raise ValueError("it holds no weights with the step at which they were copied")
         trainable = self._trainable()
         if saved["weights"].keys() != trainable.keys():
             raise StorageError(
-                f"resume_from_checkpoint is {str(folder)!r}, whose {self.what} has other trainable weights than this "
-                "model; resume with the same adapters"
+                f"resume_from_checkpoint is {str(folder)!r}, whose {self.what} has different trainable weights from "
+                "this model; resume with the same adapters"
             )
         self._copies = {name: value.to(trainable[name].device) for name, value in saved["weights"].items()}
         self.taken_at = saved["taken_at"]
@@ -124,7 +124,7 @@ class WeightSnapshot:
 class OldPolicy(WeightSnapshot):
     """The weights as they were at the last refresh (psft, arXiv:2508.17784).
 
-    The paper takes the old policy anew at the start of every train batch and updates several times against it.
+    The paper copies the old policy again at the start of every train batch and updates several times against it.
 
     Args:
         model: the student without wrappers. interval: optimiser steps between two copies.
@@ -149,7 +149,7 @@ class StartWeights(WeightSnapshot):
     ``start``: take them, unless they are there. A second ``train()`` keeps those of the first.
     """
 
-    what, setting, file = "reference, the adapter as it started", "the reference", "reference_at_start"
+    what, setting, file = "reference, the initial adapter", "the reference", "reference_at_start"
     _instead = "a merged model (qtarget merge)"
 
     def start(self) -> None:

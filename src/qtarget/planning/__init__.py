@@ -1,1 +1,1 @@
-"""What a run takes, by arithmetic: memory, steps, floating-point operations."""
+"""What a run needs, calculated: memory, steps, floating-point operations."""

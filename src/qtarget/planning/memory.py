@@ -1,4 +1,4 @@
-"""Memory a run takes on each GPU, by arithmetic (docs/plan.md; benchmarks/plan.py measures).
+"""Memory a run needs on each GPU, calculated (docs/plan.md; benchmarks/plan.py measures it).
 
 One place for every estimate: `qtarget plan`, `qtarget train --dry_run` and whoever holds a measured step against it ask
 ``estimate`` for the parts, ``peak`` for the most at one time and ``stages`` for what a process can measure of itself.

@@ -1,4 +1,4 @@
-"""Shapes of models without their weights: by the config.json of a folder or the hub."""
+"""Shapes of models without their weights, from the config.json of a folder or the hub."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def find(field: str, name: str, revision: str | None = None, trust_remote_code: 
 
     local = Path(name).is_dir()
     if not local and is_path(name):
-        raise ConfigError(f"{field} is {name!r}, which is no folder here; make it, or name a hub id")
+        raise ConfigError(f"{field} is {name!r}, which is not a folder here; create it, or name a hub id")
     offline = not local and not hub.answers()
     try:
         found = find_adapter(name, revision)
@@ -139,8 +139,8 @@ def find(field: str, name: str, revision: str | None = None, trust_remote_code: 
 
 
 def why_unknown() -> str:
-    """Why ``find`` returned None, and what mends it."""
-    answer = "gives none that you may read (hf auth login)" if hub.answers() else "does not answer"
+    """Why ``find`` returned None, and how to fix it."""
+    answer = "gives none that you can read (run hf auth login)" if hub.answers() else "does not answer"
     return f"its config.json is not here, and the hub {answer}; name a folder that holds its config.json"
 
 

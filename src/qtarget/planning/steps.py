@@ -60,7 +60,7 @@ def faults(steps: Steps | None, batch: int, gpus: int, config: Any, expected: in
         mend = (
             f"set gradient_accumulation_steps: {wanted}"
             if not rest
-            else f"{expected} is no multiple of {gpus} x {micro}: take another per_device_train_batch_size or --gpus"
+            else f"{expected} is not a multiple of {gpus} x {micro}: use another per_device_train_batch_size or --gpus"
         )
         return [f"expected_batch is {expected} rows, but {split}; {mend}"]
     if steps is None:

@@ -1,4 +1,4 @@
-"""From a run's settings and the shapes of its models to what is computed and held."""
+"""From a run's settings and the shapes of its models to what is computed and stored."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def notes(config: Any, model: Any, student: Shape, others: list[Frozen]) -> list
     """What the formulas do not know about a run."""
     said = []
     if memory.optimiser_states(_optimiser(config)) is None:
-        said.append(f"the states of optim {_optimiser(config)}: two for a weight are counted, as AdamW keeps")
+        said.append(f"the states of optim {_optimiser(config)}: two per weight are counted, as for AdamW")
     if model.use_peft and memory.adapter_parameters(student, model.lora_r, model.lora_target_modules) is None:
         said.append(f"the size of adapters on {model.lora_target_modules}: none is counted")
     if student.adapter == 0:
@@ -139,7 +139,8 @@ def notes(config: Any, model: Any, student: Shape, others: list[Frozen]) -> list
         said.append("quantised weights: they are counted in full")
     for other in others:
         if other.shape is not None and other.shape.quantised is not None:
-            how = "they are counted in full, for its bits are not known" if other.shape.bits is None else "not counted"
+            unknown = other.shape.bits is None
+            how = "they are counted in full, because its bits are not known" if unknown else "not counted"
             what = "weights" if other.shape.bits is None else "scales"
             said.append(f"the {what} of {other.role} {other.name}, quantised by {other.shape.quantised}: {how}")
     by_formula = student.layers * student.layer_parameters + student.root_parameters

@@ -1,1 +1,1 @@
-"""Columns that a target trains on, measured beforehand from the run's own model and rows."""
+"""Columns that a target trains on, measured beforehand with the run's own model and rows."""

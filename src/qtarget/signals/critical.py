@@ -2,7 +2,7 @@
 
 For each prompt the model answers greedily, and the right answers are kept. A token y_t is critical iff every alternative
 ends in a wrong answer, where an alternative is one of the next likeliest tokens at t (the paper's: the second and the
-third) put in its place and the rest decoded greedily anew. An answer or a rest that does not end within
+third) put in its place and the rest decoded greedily again. An answer or a rest that does not end within
 max_new_tokens is wrong. The end token is not critical.
 
 As soon as one alternative ends right the token is not critical, and its others are not decoded.
@@ -180,17 +180,17 @@ def report(records: Collection[Mapping[str, Any]]) -> dict[str, Any]:
         "critical": sum(sum(record["critical"]) for record in right),
         **{name: sum(record.get(name, 0) for record in records) for name in ("timeouts", "errors")},
     }
-    verifier = f"the verifier took too long {counts['timeouts']} times and failed {counts['errors']} times"
+    verifier = f"the verifier timed out {counts['timeouts']} times and failed {counts['errors']} times"
     if not right:
         raise DataError(
             f"no greedy answer is right: of {counts['problems']} problems {counts['ended']} were answered to the end and "
-            f"0 correctly, {verifier}; raise max_new_tokens, check the verifier, or take a model that can answer some"
+            f"0 correctly, {verifier}; raise max_new_tokens, check the verifier, or use a model that can answer some"
         )
     if not counts["critical"]:
         raise DataError(
             f"no token is critical: of {counts['problems']} problems {counts['correct']} were answered correctly, and "
-            f"each of their {counts['tokens']} tokens can be replaced without harm, {verifier}; check that the verifier "
-            "refuses wrong answers, or take harder problems"
+            f"each of their {counts['tokens']} tokens can be replaced without harm, {verifier}; check that the "
+            "verifier refuses wrong answers, or use harder problems"
         )
     return counts
 

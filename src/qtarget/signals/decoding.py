@@ -1,4 +1,4 @@
-"""Greedy answers to a run's prompts, and the tokens the model would have taken second."""
+"""Greedy answers to a run's prompts, and the model's next likeliest tokens."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ class Greedy:
         else:
             ids = _tokenize(processing_class, given)["input_ids"] if given else []
         if not len(ids):
-            raise DataError(f"row {number} of the train split has an empty prompt; take the row out")
+            raise DataError(f"row {number} of the train split has an empty prompt; remove the row")
         longest = getattr(self._base.config.get_text_config(), "max_position_embeddings", None)
         if longest and len(ids) + 2 * self.max_new_tokens > longest:
             raise ConfigError(
-                f"max_new_tokens is {self.max_new_tokens}: the prompt of row {number} has {len(ids)} tokens, its answer "
-                f"and the rest after an alternative up to {self.max_new_tokens} each, and the model has {longest} "
-                "positions; lower max_new_tokens, or take the row out"
+                f"max_new_tokens is {self.max_new_tokens}: the prompt of row {number} has {len(ids)} tokens, its "
+                f"answer and the rest after an alternative up to {self.max_new_tokens} each, and the model has "
+                f"{longest} positions; lower max_new_tokens, or remove the row"
             )
         return list(ids)
 

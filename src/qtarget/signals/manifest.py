@@ -1,4 +1,4 @@
-"""``signal.json``: what a folder of signals was made from; may a run train on it?
+"""``signal.json``: what a folder of signals was made from; can a run train on it?
 
 The file is written when the work starts, with ``finished: false``, and again when the data files stand: a folder
 without it, or with other settings, is somebody else's.
@@ -162,7 +162,7 @@ def free(folder: Path, settings: dict[str, Any]) -> None:
     if begun is None:
         own = {files.partial_of(Path(FILE)).name}  # killed as it began
         if folder.exists() and (not folder.is_dir() or any(file.name not in own for file in folder.iterdir())):
-            raise StorageError(f"output is {str(folder)!r}, which is not an empty folder; name another one")
+            raise StorageError(f"output is {str(folder)!r}, which is not an empty folder; name another folder")
         return
     if begun["finished"]:
         raise StorageError(
@@ -172,8 +172,8 @@ def free(folder: Path, settings: dict[str, Any]) -> None:
     wanted = json.loads(json.dumps(settings))
     for name, now, was in files.differences(wanted, begun, ignored=_RESULTS):
         raise ConfigError(
-            f"output is {str(folder)!r}, which holds an unfinished run with {name} {was!r}, and this one has {now!r}; go "
-            "on with the settings it was started with, or name another folder"
+            f"output is {str(folder)!r}, which holds an unfinished run with {name} {was!r}, and this one has {now!r}; "
+            "resume with the settings it was started with, or name another folder"
         )
 
 
@@ -214,7 +214,7 @@ def read(folder: str | Path) -> Manifest | None:
     if manifest["finished"] and "files" not in manifest:
         raise StorageError(f"{file} cannot be read (it has no files); {_MEND}")
     if foreign := [name for name in manifest.get("files", {}) if not files.is_plain(name)]:
-        raise StorageError(f"{file} cannot be read (files names {foreign[0]!r}, which is no file in it); {_MEND}")
+        raise StorageError(f"{file} cannot be read (files names {foreign[0]!r}, which is not a file in it); {_MEND}")
     return manifest
 
 
@@ -234,7 +234,7 @@ def check(folder: str | Path, config: Any, model: Any) -> list[str]:
         if not manifest["finished"]:
             return [
                 f"dataset_name is {str(folder)!r}, which qtarget data {VERBS[manifest['kind']]} has not finished; run "
-                "the same command again, it goes on where it stopped"
+                "the same command again, it resumes where it stopped"
             ]
         faults = _changed_files(folder, manifest)
         if model.model_name_or_path and _is_read(manifest, config):
@@ -248,9 +248,9 @@ def _changed_files(folder: Path, manifest: Manifest) -> list[str]:
     faults = []
     for name, digest in manifest["files"].items():
         if not (folder / name).is_file():
-            what = "is missing; put it back"
+            what = "is missing; restore it"
         elif checksum(folder / name) != digest:
-            what = "was changed since it was written; put the old one back"
+            what = "was changed since it was written; restore the original"
         else:
             continue
         faults.append(
@@ -278,22 +278,22 @@ def _differences_from_run(folder: Path, manifest: Manifest, config: Any, model: 
     tokenizer = tokenizer_of(config, model)
     if tokenizer_hash(tokenizer) != manifest["tokenizer"]:
         now = f"model_name_or_path is {model.model_name_or_path!r}"
-        differs(now, f"another tokenizer, that of {was['name']!r}", "train a model with that one")
+        differs(now, f"another tokenizer, that of {was['name']!r}", "train a model with that tokenizer")
     if kind == "weights":
         if template_hash(tokenizer) != manifest["chat_template"]:
-            template = manifest["chat_template_path"] or "the own one of " + was["name"]
+            template = manifest["chat_template_path"] or "the tokenizer's own, of " + was["name"]
             now = f"chat_template_path is {config.chat_template_path!r}"
-            differs(now, f"another chat template ({template})", "name that one")
+            differs(now, f"another chat template ({template})", "name that template")
         for name, before in manifest["preprocessing"].items():
             if before != (value := getattr(config, name)):
-                differs(f"{name} is {value!r}", f"{before!r}, so that it belongs to other tokens", "set it to that")
+                differs(f"{name} is {value!r}", f"{before!r}, so it belongs to other tokens", "set it to that")
     if kind == "old_logps" and "old_policy" in config.resolve_objective().requires and config.psft_refresh == "never":
         start = model_of(model)
         if other_model(was, start):
             differs(
                 f"model_name_or_path is {start['name']!r}",
                 f"{was['name']!r}, and psft starts from the model its old log-probabilities are of",
-                "train that one",
+                "train that model",
             )
         # A row cut at its beginning once more leaves tokens without what their log-probabilities were measured after.
         longest, before = config.max_length, manifest["preprocessing"]["max_length"]

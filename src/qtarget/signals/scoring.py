@@ -37,9 +37,9 @@ def numbered(datasets: dict[str, Any], column: str) -> dict[str, Dataset]:
     """
     for name, dataset in datasets.items():
         if not isinstance(dataset, Dataset):
-            raise ConfigError("dataset_streaming is true, but rows of a stream have no number; set it to false")
+            raise ConfigError("dataset_streaming is true, but the rows of a stream are not numbered; set it to false")
         if column in dataset.column_names:
-            raise DataError(f"the {name} split has a column {column!r} already; take it out, or train on it as it is")
+            raise DataError(f"the {name} split has a column {column!r} already; remove it, or train on it as it is")
     return {name: dataset.add_column(ROW, list(range(len(dataset)))) for name, dataset in datasets.items()}
 
 

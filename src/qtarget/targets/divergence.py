@@ -87,7 +87,7 @@ def _log_mixture(d: Tensor, share: float) -> Tensor:
 @named("forward_kl")
 @dataclass(frozen=True)
 class ForwardKL(Divergence):
-    """KL(R ‖ p), distillation's (arXiv:1503.02531): p has to cover all that R has.
+    """KL(R ‖ p), distillation's (arXiv:1503.02531): p must cover all of R.
 
     >>> ForwardKL().score(torch.tensor([0.0, math.inf]))
     tensor([0., 1.])
@@ -109,7 +109,7 @@ class ForwardKL(Divergence):
 @named("reverse_kl")
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
-    """KL(p ‖ R) (MiniLLM, arXiv:2306.08543): p leaves what R finds unlikely. R uniform: log V − H, an entropy bonus.
+    """KL(p ‖ R) (MiniLLM, arXiv:2306.08543): p avoids what R finds unlikely. R uniform: log V − H, an entropy bonus.
 
     >>> ReverseKL().score(torch.tensor([0.0, 2.0]))
     tensor([0., 2.])
@@ -219,7 +219,7 @@ class SkewReverseKL(Divergence):
 @named("total_variation")
 @dataclass(frozen=True)
 class TotalVariation(Divergence):
-    """½ Σ |p − R| (f-DISTILL, arXiv:2307.15190): every token counts by the side it is on, not by how far.
+    """½ Σ |p − R| (f-DISTILL, arXiv:2307.15190): each token counts by its side, not by its distance.
 
     >>> TotalVariation().score(torch.tensor([-3.0, 0.0, 0.1]))
     tensor([-0.5000,  0.0000,  0.5000])

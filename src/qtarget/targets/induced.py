@@ -75,8 +75,8 @@ def induced_target(
         raise ConfigError(f"reduction is {reduction!r}; use 'sum' or 'mean', as the loss does")
     if labels.shape != logits.shape[:-1]:
         raise ConfigError(
-            f"labels has shape {list(labels.shape)}, logits asks for {list(logits.shape[:-1])}; nothing is shifted here: "
-            "labels[i] belongs to position i"
+            f"labels has shape {list(labels.shape)}, but logits requires {list(logits.shape[:-1])}; nothing is shifted "
+            "here: labels[i] belongs to position i"
         )
     g = _gradient(loss_fn, logits, labels)
     trained = labels != ignore_index
@@ -116,12 +116,18 @@ def _gradient(loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, label
     if not torch.equal(leaf.detach(), given) or not torch.equal(labels, asked):
         raise ConfigError("the loss changed the logits or labels it was given; let it work on a copy")
     if not torch.isfinite(loss):
-        raise ConfigError(f"the loss is {float(loss.detach())}; every number of its input is finite, so look inside it")
+        raise ConfigError(
+            f"the loss is {float(loss.detach())}; every number of its input is finite, so check the loss itself"
+        )
     if not loss.requires_grad:
-        raise ConfigError("the loss has no gradient with respect to the logits; it may detach them or leave torch")
+        raise ConfigError(
+            "the loss has no gradient with respect to the logits; it may detach them or compute outside torch"
+        )
     (g,) = torch.autograd.grad(loss, leaf, allow_unused=True)
     if g is None:
-        raise ConfigError("the loss has no gradient with respect to the logits; it may detach them or use other ones")
+        raise ConfigError(
+            "the loss has no gradient with respect to the logits; it may detach them or use different ones"
+        )
     if not torch.isfinite(g).all():
         raise ConfigError(
             "the gradient of the loss holds NaN or infinity; look for 0 · (−inf) or a logarithm of 0 in it"

@@ -122,7 +122,7 @@ def load_object(path: str, field: str) -> Any:
         if folders and isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]:
             searched = f" among installed packages or in {' or '.join(folders)}"
         raise ConfigError(
-            f"{field} is {path!r}, but importing {module_name} failed: {why}{searched}; mend that, or check the path"
+            f"{field} is {path!r}, but importing {module_name} failed: {why}{searched}; fix that, or check the path"
         ) from error
     if not hasattr(module, attribute):
         if hidden := own_code.hidden_by(module):
@@ -152,5 +152,5 @@ def call(build: Callable, parameters: Mapping, field: str) -> Any:
         raise
     except Exception as error:  # a function of the user's own, or parameters of a kind it cannot take
         raise ConfigError(
-            f"{field} failed with {type(error).__name__}: {error}; mend it or its parameters (--debug shows where)"
+            f"{field} failed with {type(error).__name__}: {error}; fix it or its parameters (--debug shows where)"
         ) from error

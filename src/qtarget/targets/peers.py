@@ -119,8 +119,8 @@ def _objective_trans(config: Mapping) -> Spelling | None:
         target, peer = presets.build("deft"), "DEFT"
     elif spelled == "Cayley_Trans":
         raise ConfigError(
-            "objective_trans is 'Cayley_Trans'; its weight depends on the mean p_y of a micro-batch, so that another "
-            "split of a batch would be another gradient; the nearest is target: deft"
+            "objective_trans is 'Cayley_Trans'; its weight depends on the mean p_y of a micro-batch, so splitting a "
+            "batch differently would change the gradient; the nearest is target: deft"
         )
     elif spelled in ("original", "logp"):
         target = presets.build("sft")
@@ -156,13 +156,13 @@ def _gkd(config: Mapping) -> Spelling | None:
     peer = "ms-swift" if "rlhf_type" in given else "TRL"
     _refuse_other_gkd(given, peer)
     label_weight, beta = _number(config, "sft_alpha", 0.0, low=0), _number(config, "beta", 0.5, low=0, high=1)
-    temperature, caveat = 1.0, "; its temperature is for sampling alone" if "temperature" in given else ""
+    temperature, caveat = 1.0, "; its temperature is only for sampling" if "temperature" in given else ""
     if peer == "ms-swift":  # which divides both models' logits by it
         temperature, caveat = _number(config, "temperature", 0.9, low=0, open_low=True), _per_micro_batch(peer)
     if temperature != 1 and beta != 0:
         raise ConfigError(
-            f"temperature is {temperature:g} (ms-swift's default is 0.9) beside beta {beta:g}; one other than 1 is for "
-            "beta: 0 alone, set temperature: 1"
+            f"temperature is {temperature:g} (ms-swift's default is 0.9) with beta {beta:g}; a temperature other than "
+            "1 works only with beta: 0; set temperature: 1"
         )
     target, words = _distilled(label_weight, 1.0, temperature, beta)
     return Spelling(target, f"beta: {beta:g} ({peer}) is read as {words}{caveat}")
@@ -182,11 +182,13 @@ def _refuse_other_gkd(given: Mapping, peer: str) -> None:
         )
     if _number(given, "lmbda", 0.5) != 0:
         raise ConfigError(
-            f"lmbda is {given.get('lmbda', 'not set, which ms-swift takes for 0.5')}; so much of the data would be "
-            "written by the student, and only a fixed dataset is trained here: set lmbda: 0"
+            f"lmbda is {given.get('lmbda', 'not set, which ms-swift reads as 0.5')}; that share of the data would be "
+            "written by the student, but qtarget trains on a fixed dataset only: set lmbda: 0"
         )
     if given.get("seq_kd"):
-        raise ConfigError("seq_kd is true; here the teacher writes no completions, train on rows that it has written")
+        raise ConfigError(
+            "seq_kd is true; here the teacher writes no completions; train on rows that it has already written"
+        )
     if "gkd_logits_topk" in given:
         raise ConfigError(f"gkd_logits_topk is {given['gkd_logits_topk']!r}; {_TOP_K}")
 
@@ -194,7 +196,7 @@ def _refuse_other_gkd(given: Mapping, peer: str) -> None:
 def _axolotl_kd(config: Mapping) -> tuple[Target, str]:
     for key in ("kd_ce_alpha", "kd_alpha"):
         if config.get(key) is None:
-            raise ConfigError(f"kd_trainer is true without {key}, which axolotl asks for; add it")
+            raise ConfigError(f"kd_trainer is true without {key}, which axolotl requires; add it")
     if config.get("kd_normalize_topk"):
         raise ConfigError(f"kd_normalize_topk is {config['kd_normalize_topk']!r}; {_TOP_K}")
     label_weight, kd_weight = (_number(config, key, 0.0, low=0, high=1) for key in ("kd_ce_alpha", "kd_alpha"))
@@ -277,7 +279,7 @@ def refuse_strays(spelled: Iterable[str], others: Iterable[str]) -> None:
     """Raise ConfigError where other keys stand beside a peer's: the nearest of those that go with it is offered."""
     known = {key for keys, _ in _READERS for key in keys if not {*keys}.isdisjoint(spelled)}
     for key in others:
-        raise unknown(f"key beside {next(iter(spelled))}", key, known)
+        raise unknown(f"key next to {next(iter(spelled))}", key, known)
 
 
 def read(config: Mapping, target: object = None) -> Spelling | None:

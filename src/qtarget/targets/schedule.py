@@ -1,4 +1,4 @@
-"""Numbers of a target that move during training, and the target at each step.
+"""Numbers of a target that change during training, and the target at each step.
 
     target: {preset: target-sft, eta: {schedule: linear, from: 0.0, to: 0.5, steps: 200}}
     target: {preset: dft, warmup_from_sft: 100}
@@ -238,10 +238,10 @@ def _one_after_another(config: Sequence, field: str) -> Schedule:
                 f"{of} is {written!r}; in a list of schedules each has its own schedule: linear, from, to"
             )
         if "start" in written:
-            raise ConfigError(f"{of} has a start; in a list write a schedule: constant in front of it")
+            raise ConfigError(f"{of} has a start; in a list write a schedule: constant before it")
         pieces.append(_parse(written, of))
         if pieces[-1].steps is None and number < len(config):
-            raise ConfigError(f"{of} lacks its steps; only the last of a list may take all that is left of the run")
+            raise ConfigError(f"{of} has no steps; only the last of a list may run to the end")
     return Schedule(tuple(pieces))
 
 
@@ -262,7 +262,7 @@ def _parse(config: Mapping, field: str) -> Piece:
     if kind not in KINDS:
         raise unknown(f"schedule of {field}", kind, KINDS)
     if "to" not in config or ("from" not in config and kind != "constant"):
-        raise ConfigError(f"the schedule of {field} lacks its {'to' if 'to' not in config else 'from'}; give both")
+        raise ConfigError(f"the schedule of {field} has no {'to' if 'to' not in config else 'from'}; give both")
     end = check_range(f"{field}.to", config["to"])
     start = check_range(f"{field}.from", config.get("from", end))
     steps = config.get("steps")

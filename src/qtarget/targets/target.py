@@ -132,7 +132,7 @@ class Target:
         if not names:
             return ""
         return (
-            f"divergence {' and '.join(names)} is infinite where a model rules out a token by -inf: take jsd, skew_kl, "
+            f"divergence {' and '.join(names)} is infinite where a model rules out a token by -inf: use jsd, skew_kl, "
             "total_variation or another that is finite there, or a model without -inf; else "
         )
 
@@ -238,8 +238,8 @@ def _terms(value: object) -> tuple[Term, ...]:
         temperature = getattr(term.pool, "temperature", 1)
         if temperature != 1 and not term.divergence.is_forward_kl:
             raise ConfigError(
-                f"temperature of {term.pool.label} is {temperature:g} beside divergence {term.divergence.label}: "
-                "it is for forward_kl alone, leave it at 1, or write a flattened teacher as pool: {teacher: 0.5}"
+                f"temperature of {term.pool.label} is {temperature:g} with divergence {term.divergence.label}: it "
+                "works only with forward_kl; leave it at 1, or write a flattened teacher as pool: {teacher: 0.5}"
             )
         terms.append(term)
     return tuple(terms)

@@ -66,9 +66,9 @@ def _environment() -> Any:
             if operator == "*" and size is not None:
                 count = next((side for side in (left, right) if isinstance(side, int)), 0)
                 if size * count > _LONGEST:
-                    raise ValueError(f"a text or list of {size * count} parts; {_LONGEST} are the most")
+                    raise ValueError(f"a text or list of {size * count} parts; the limit is {_LONGEST}")
             if operator == "**" and isinstance(left, int) and isinstance(right, int) and abs(right) > _LARGEST_POWER:
-                raise ValueError(f"a power of {right}; {_LARGEST_POWER} is the most")
+                raise ValueError(f"a power of {right}; the limit is {_LARGEST_POWER}")
             return super().call_binop(context, operator, left, right)
 
     return Bounded(undefined=StrictUndefined, keep_trailing_newline=True)
@@ -167,7 +167,7 @@ class Context:
             raise ConfigError(f"teacher_context.{place}: {error}; the rows have {', '.join({**row, **more})}") from None
         except Exception as error:  # a template may do anything: add a number to a text, divide by zero
             reason = str(error) or type(error).__name__
-            raise ConfigError(f"teacher_context.{place} cannot be filled in: {reason}; mend the template") from None
+            raise ConfigError(f"teacher_context.{place} cannot be filled in: {reason}; fix the template") from None
 
 
 def _text_of(content: Any) -> str:

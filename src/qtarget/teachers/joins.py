@@ -100,7 +100,7 @@ class ContextJoin:
     def mark(self, dataset: Any, name: str, cut: slice, **map_settings: Any) -> Any:
         if not isinstance(dataset, Dataset):
             raise ConfigError(
-                "dataset_streaming is on with teacher_context, whose texts are kept beside the rows; read the dataset "
+                "dataset_streaming is on with teacher_context, which stores its texts with the rows; read the dataset "
                 "whole, or build a teacher cache with the same teacher_context"
             )
         settings = {"name": name, "cut": cut, "number_of_set": len(self._tables)}

@@ -69,8 +69,8 @@ def settings_faults(args: Any) -> list[str]:
         )
     if args.teacher_cache is None and args.packing and args.packing_strategy != "bfd":
         faults.append(
-            f"packing_strategy is {args.packing_strategy!r}, which goes on with a row in the next sequence, where "
-            "its teacher_context is no longer before it; use bfd, or build a teacher cache with this context"
+            f"packing_strategy is {args.packing_strategy!r}, which continues a row in the next sequence, without its "
+            "teacher_context before it; use bfd, or build a teacher cache with this context"
         )
     return faults
 
@@ -248,8 +248,8 @@ def log_end_tokens(tokenizer: Any, own: int | None, theirs: int | None, setting:
     mine, other = (tokenizer.convert_ids_to_tokens(index) for index in (own, theirs))
     what = {
         "label": f"tokens {mine!r} are taught by their label alone",
-        "map": "the two are exchanged in the teacher",
-        "keep": f"nothing is done about it, and tokens {mine!r} are taught to be {other!r} as far as the target says",
+        "map": "the two are swapped in the teacher",
+        "keep": f"nothing is changed, so tokens {mine!r} are taught to be {other!r} as far as the target says",
     }[setting]
     logger.warning(
         "the data end with %r (id %d) and the teacher with %r (id %d): %s (teacher_end_token: %s)",

@@ -1,4 +1,4 @@
-"""The models a target needs beside the student: a teacher, a reference, psft's old policy."""
+"""The models a target needs besides the student: teacher, reference, psft's old policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a run on a CPU is long enough that compiling the rows' mathematics pays.
+"""Whether a run on a CPU is long enough for compiling the rows' mathematics to pay off.
 
 Known before the first step from the settings and the rows alone, so that a run that is resumed computes as the one that
 was not interrupted, bit for bit.
@@ -33,7 +33,7 @@ def backend(targets: list[Target], device: torch.device, logits: float | None) -
     pooled = any(target.residual_terms for target in targets)
     if device.type != "cpu" or not pooled or logits is None or logits < PAYS_FROM or engine.no_compiler(device):
         return "auto"
-    logger.info("the run is long enough to compile the targets' row mathematics, which takes some ten seconds")
+    logger.info("the run is long enough to compile the targets' row mathematics, which takes about ten seconds")
     return "compiled"
 
 

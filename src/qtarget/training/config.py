@@ -58,53 +58,57 @@ class QTargetConfig(SFTConfig):
             ``loss_type`` or ``label_smoothing_factor``, and sft where those are unset too. A number in it may be on a
             schedule, ``{schedule: linear, from: 0, to: 0.5, steps: 200}`` (or cosine), and ``warmup_from_sft: 100``
             starts from plain SFT.
-        targets: in place of ``target``: one for each data source, as in ``{math: target-sft, chat: sft}``.
+        targets: instead of ``target``: one target per data source, as in ``{math: target-sft, chat: sft}``.
         source_column: the dataset column that names the source of a row, for ``targets``.
-        eval_target: the target evaluation reports; unset: ``target``. The label's nll is reported in any case.
+        eval_target: the target that evaluation reports; unset: ``target``. The label's nll is always reported.
         denominator: what the summed loss is divided by: ``all_labels``, ``kept`` or ``micro_batch``. The first counts
             every supervised label over all micro-batches and processes, the second only those that a weight or critical
-            column keeps; the third is each micro-batch's own number, averaged.
-        loss_backend: who computes the loss's passes over the logits: ``auto``, ``torch``, ``triton`` or ``compiled``.
-            ``triton`` is for NVIDIA's GPUs, ``compiled`` is inductor's code; ``auto`` takes what is fastest here, and
-            compiles on a CPU only where the run is long enough to pay for it. See ``qtarget.linear_target_loss``.
-        z_loss: c of c · lse² on every supervised token, which holds lse = log Σ exp z near 0; 0: none. PaLM's c is 1e-4
-            (arXiv:2204.02311). Statistics and evaluation leave it out.
-        teacher: the teacher's settings as one mapping, ``{model: org/name, context: ...}``; text is the model. Its keys
-            are model, revision, init_kwargs, models (``teachers``), cache, tail, ema_decay, context, end_token and
-            check_rows. Each is stored as the setting below and may be given there instead; one that is given in both ways
-            with two values is refused. Of a config file and flags, flags win key by key.
+            column keeps; the third divides each micro-batch by its own count and averages.
+        loss_backend: which code computes the loss's passes over the logits: ``auto``, ``torch``, ``triton`` or
+            ``compiled``. ``triton`` is for NVIDIA's GPUs, ``compiled`` is inductor's code; ``auto`` uses the fastest
+            one here, and compiles on a CPU only if the run is long enough to be worth it. See
+            ``qtarget.linear_target_loss``.
+        z_loss: c of c · lse² on every supervised token, which keeps lse = log Σ exp z near 0; 0: off. PaLM's c is 1e-4
+            (arXiv:2204.02311). Statistics and evaluation do not include it.
+        teacher: the teacher's settings as one mapping, ``{model: org/name, context: ...}``; a plain text is the model.
+            Its keys are model, revision, init_kwargs, models (``teachers``), cache, tail, ema_decay, context, end_token
+            and check_rows. Each is stored as the setting below and can be given there instead; two different values for
+            one of them are refused. Flags override the config file key by key.
         teacher_model_name_or_path: the teacher: a folder or hub id with the student's tokenizer. It is frozen, loaded
-            only if the target needs it, and freed once no later step does.
+            only if the target needs it, and freed once no later step needs it.
         teacher_model_revision: branch, tag or commit of the teacher.
         teacher_model_init_kwargs: keyword arguments for the teacher's from_pretrained, such as ``{dtype: bfloat16}``.
-        teachers: in place of one teacher, several in a log-linear pool, ``{org/large: 0.7, org/maths: 0.3}``. The pool is
+        teachers: instead of one teacher, several as a log-linear pool, ``{org/large: 0.7, org/maths: 0.3}``. The pool is
             softmax(Σ w z) and the weights sum to 1; it may also be a list of
             ``{model_name_or_path, weight, revision, init_kwargs}``.
-        teacher_cache: a folder of ``qtarget cache build``: the teacher is read from it and not loaded.
+        teacher_cache: a folder made by ``qtarget cache build``: the teacher's answers are read from it, and the teacher
+            is not loaded.
         teacher_tail: shape of a cached teacher's mass outside its k tokens: ``student`` (∝ p) or ``even``.
-        teacher_ema_decay: the teacher is the average of the student's own weights with this decay; 0: as they are. After
-            each optimiser step, average ← decay · average + (1 − decay) · present.
-        teacher_context: what the teacher reads in place of the prompt: a Jinja template over the row's columns. In it
-            ``prompt`` is the original text. ``{system: text, prompt: text}`` replaces or adds a system message too.
-        teacher_end_token: where teacher and data end a text with different tokens: ``label``, ``map`` or ``keep``. The
-            first teaches that position by its label alone, the second exchanges the two tokens in the teacher, the
-            third does neither.
-        teacher_check_rows: rows on which student and teacher are compared, in a line before training; 0: none.
-        reference_model_name_or_path: the reference: a folder or hub id; unset: the model as it starts: a frozen copy,
-            or with new adapters the model without them.
+        teacher_ema_decay: the teacher is the average of the student's own weights with this decay; 0: the current
+            weights. After each optimiser step, average ← decay · average + (1 − decay) · current.
+        teacher_context: what the teacher reads instead of the prompt: a Jinja template over the row's columns.
+            ``prompt`` in it is the original text. ``{system: text, prompt: text}`` also replaces or adds a system
+            message.
+        teacher_end_token: what to do if teacher and data end a text with different tokens: ``label``, ``map`` or
+            ``keep``. The first teaches that position by its label alone, the second swaps the two tokens in the
+            teacher, the third changes nothing.
+        teacher_check_rows: number of rows on which student and teacher are compared before training, in one log line;
+            0: none.
+        reference_model_name_or_path: the reference: a folder or hub id; unset: the initial model, as a frozen copy or,
+            with new adapters, with the adapters off.
         reference_model_revision: branch, tag or commit of the reference.
         reference_model_init_kwargs: keyword arguments for the reference's from_pretrained.
         weights: where iw-sft's weights come from: ``column`` (the dataset's) or ``online`` (model against reference). The
             latter is one number per sequence, exp(weights_temperature · mean(log p − log p_reference)) clamped to
-            [0, 16], taken before each step (arXiv:2507.12856 and its code).
+            [0, 16], computed before each step (arXiv:2507.12856 and its code).
         weights_temperature: the factor in the exponent of the online weights.
-        psft_refresh: optimiser steps between two copies of psft's old policy, or ``never``: the column old_logps. The
-            paper's schedule is 8; the column's numbers stay as they are.
-        lens_every: optimiser steps between two maps of (p_y, entropy) for the lens; unset: none. They go to
-            ``lens_history.parquet`` in ``output_dir``, at no second forward pass: counts, trust and update by cell, a few
-            kB each.
-        overwrite_output_dir: delete the run that ``output_dir`` holds and begin anew. Its checkpoints, weights and
-            figures go, once models and data are loaded; other files stay.
+        psft_refresh: optimiser steps between two copies of psft's old policy, or ``never`` to read the column
+            old_logps. The paper's schedule is 8; the column is never updated.
+        lens_every: optimiser steps between two maps of (p_y, entropy) for the lens; unset: none. They are written to
+            ``lens_history.parquet`` in ``output_dir``, without a second forward pass: counts, trust and update by cell,
+            a few kB each.
+        overwrite_output_dir: delete the run in ``output_dir`` and start from scratch. Its checkpoints, weights and
+            figures are deleted once models and data are loaded; other files stay.
         loss_type: TRL's name of the loss: ``nll`` is target sft, ``dft`` is target dft. It must agree with ``target``.
         bf16: unset, it is on where the device has bfloat16 units and off on cpu and mps.
 
@@ -217,8 +221,8 @@ class QTargetConfig(SFTConfig):
         objective, faults = resolve(), []
         if self.psft_refresh == 1 and "old_policy" in objective.requires:
             faults.append(
-                "psft_refresh is 1, so the old policy is always the present one, r = 1 and the clip never acts: that is "
-                "sft; use 2 or more (the paper: 8), or target: sft"
+                "psft_refresh is 1, so the old policy is always the current one, r = 1 and the clip never acts: that "
+                "is sft; use 2 or more (the paper: 8), or target: sft"
             )
         known = {"critical"} | ({"weight"} if self.weights == "column" else set())
         faults += [
@@ -315,9 +319,7 @@ class QTargetConfig(SFTConfig):
             args = cls.from_arguments(args)
         if target is not None:
             if args.target is not None and args.target is not target:
-                raise ConfigError(
-                    f"target is {target!r} beside args.target, which is {args.target!r}; keep one of them"
-                )
+                raise ConfigError(f"target is {target!r} but args.target is {args.target!r}; keep one of them")
             args = copy.copy(args)
             args.target = target
             args.resolve_objective()  # raises where it contradicts loss_type, targets or label_smoothing_factor

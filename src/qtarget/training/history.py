@@ -1,4 +1,4 @@
-"""A map of (p_y, entropy) every so many steps, for the lens page to play.
+"""A map of (p_y, entropy) every few steps, for the lens page to play.
 
 Made from the statistics of the loss itself, at no second forward pass. ``lens_history.parquet`` in the run's folder has a
 line per cell that holds a token:
@@ -91,7 +91,7 @@ class History(TrainerCallback):
         columns = torch.full_like(cells, step), cells // BINS, cells % BINS, count.long(), trust / count, update / count
         named = zip(SCHEMA.names, (column.tolist() for column in columns), strict=True)
         table = pa.Table.from_pydict(dict(named), schema=SCHEMA)
-        if self._file.is_file():  # a resumed run goes on, and what it does again is written anew
+        if self._file.is_file():  # a resumed run continues, and what it repeats is written again
             earlier = pq.read_table(self._file)
             stay = [known for known in pc.unique(earlier["step"]).to_pylist() if known % self.stride(step) == 0]
             stays = pc.is_in(earlier["step"], pa.array(stay, pa.int32()))
@@ -112,8 +112,8 @@ def frames(folder: str | Path) -> list[dict[str, Any]]:
         p_bin, entropy_bin = place = cell["p_bin"], cell["entropy_bin"]
         if None in cell.values() or not all(0 <= number < BINS for number in place):
             raise StorageError(
-                f"{file} has a cell at p_bin {p_bin}, entropy_bin {entropy_bin}, which the map of {BINS} by as many has "
-                "not; train again with lens_every"
+                f"{file} has a cell at p_bin {p_bin}, entropy_bin {entropy_bin}, which the map of {BINS} by {BINS} "
+                "does not have; train again with lens_every"
             )
         empty = {name: [[0] * BINS for _ in range(BINS)] for name in ("count", "trust", "update")}
         frame = maps.setdefault(cell["step"], {"step": cell["step"], **empty})

@@ -64,7 +64,7 @@ class StepBatches:
         except QTargetError:
             raise
         except Exception as error:  # of a file or server that is read on the way
-            raise DataError(f"the train dataset cannot be read on: {reason(error)}") from error
+            raise DataError(f"the train dataset cannot be read any further: {reason(error)}") from error
         if taken and len(taken) < num_batches:
             if self._pass is not batches and not self._begins_within:
                 raise ConfigError(
@@ -82,7 +82,7 @@ class StepBatches:
         return taken, trainer.denominator(taken)
 
     def resumed(self, trainer: QTargetTrainer, finished: int, trained: int, checkpoint: str | None) -> tuple[int, int]:
-        """Passes finished, and micro-batches trained of the present one; of a stream worked out anew."""
+        """Passes finished, and micro-batches trained of the present one; of a stream, counted again."""
         if checkpoint is None or has_length(trainer.train_dataset) or trainer.args.ignore_data_skip:
             return finished, trained
         # On a stream the epoch is the passes finished, and the steps of this one over those of the whole run: never none

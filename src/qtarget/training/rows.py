@@ -108,7 +108,7 @@ class RowPreparer:
             if self._unknown is None:
                 self._unknown = teacher_settings.unknown_tokens(args, tokenizer)
             why = (
-                "an added token that the teacher does not know; take it out of the row, or use a teacher that knows it"
+                "an added token that the teacher does not know; remove it from the row, or use a teacher that knows it"
             )
             dataset = without_tokens(dataset, name, self._unknown, why)
         self._open_join(trainer, args, tokenizer)
@@ -224,7 +224,7 @@ def as_conversations(dataset: Any, text_field: str) -> Any:
     first: dict[str, Any] = next(iter(dataset), {})
     messages = first.get(trained[0])
     if messages == []:
-        raise DataError(f"row 0 of the train dataset: {trained[0]} is []; write messages, or take the row out")
+        raise DataError(f"row 0 of the train dataset: {trained[0]} is []; write messages, or remove the row")
     others = {"prompt", "completion", "chosen", "rejected", "messages"}.intersection(columns).difference(trained)
     dataset = dataset.remove_columns([*others])
     if isinstance(messages, list) and isinstance(messages[0], dict) and "from" in messages[0]:

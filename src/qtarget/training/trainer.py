@@ -390,8 +390,8 @@ class QTargetTrainer(HostHooks):
         missing += [f"column {name!r}" for name in columns_for(objective.requires) if name not in columns]
         if missing:
             raise ConfigError(
-                f"target {objective} needs {', '.join(missing)}, which this trainer did not load; name the target "
-                "in eval_target when you make the trainer"
+                f"target {objective} needs {', '.join(missing)}, which this trainer did not load; name the target in "
+                "eval_target when you create the trainer"
             )
         before, self.eval_objective = self.eval_objective, objective
         try:

@@ -23,12 +23,12 @@ _CLOSE, _CLOSE_IN_HALF = 5e-3, 0.25
 
 @check(
     "teacher sees the same ids",
-    "the teacher is asked about other tokens: check its tokenizer and teacher_context, or build its cache anew",
+    "the teacher is asked about other tokens: check its tokenizer and teacher_context, or rebuild its cache",
 )
 def teacher(subject: Subject) -> Finding:
-    """The teacher reads the ids the student reads, and the loss is given what it says of them."""
+    """The teacher reads the same ids as the student, and the loss is given its answers."""
     if "teacher" not in subject.requires:
-        return not_applicable("the target asks no teacher")
+        return not_applicable("the target needs no teacher")
     source = subject.trainer.aux.teacher
     if isinstance(source, Cached):
         return _cached(subject, source)
@@ -42,9 +42,9 @@ def teacher(subject: Subject) -> Finding:
     "the reference is asked about other tokens: check its tokenizer and how it is loaded",
 )
 def reference(subject: Subject) -> Finding:
-    """The reference reads the ids the student reads, and the loss is given what it says of them."""
+    """The reference reads the same ids as the student, and the loss is given its answers."""
     if "reference" not in subject.requires:
-        return not_applicable("the target asks no reference")
+        return not_applicable("the target needs no reference")
     return _asked(subject, "reference", [subject.trainer.aux.reference or subject.trainer.student], None)
 
 
@@ -64,7 +64,7 @@ def _asked(subject: Subject, name: str, models: Sequence[CausalLM], context: Wit
     error, count = _of_labels(subject, name)
     allowed = _CLOSE if subject.dtype in (torch.float32, torch.float64) else _CLOSE_IN_HALF
     if not count:
-        return not_applicable(f"no label among the rows looked at asks the {name}; look at more rows")
+        return not_applicable(f"no label in the rows used asks the {name}; use more rows")
     read = len(seen) >= len(models) and not any(wrong)
     what = "its own prompt, then the student's ids" if context else "the student's ids"
     told = f"{what}: {sum(wrong)} differ" if seen else "nothing was read"
@@ -106,7 +106,7 @@ def _of_labels(subject: Subject, name: str) -> tuple[float, int]:
 
 
 def _cached(subject: Subject, source: Cached) -> Finding:
-    """Every supervised token has a place of its own in the cache, and what stands there is what the loss was given."""
+    """Every supervised token has a place of its own in the cache, and the loss was given the contents of that place."""
     batch, join = subject.step.batch, source.join
     trained = batch["labels"][:, 1:] != -100
     uids = batch[join.column][:, 1:][trained]
@@ -114,7 +114,7 @@ def _cached(subject: Subject, source: Cached) -> Finding:
     targets = [subject.targets[number] for *_, number in subject.supervised()]
     missing = sum("teacher" in target.requires for target, uid in zip(targets, uids, strict=True) if uid < 0)
     if not len(placed) and not missing:
-        return not_applicable("no label among the rows looked at asks the teacher; look at more rows")
+        return not_applicable("no label in the rows used asks the teacher; use more rows")
     shared = len(placed) - len(placed.unique())  # rows that are repeated in the data have one place in the cache
     given, cached = subject.step.call.others.get("teacher"), join.cache.gather(uids)
     same = isinstance(given, TopK) and all(
@@ -122,7 +122,7 @@ def _cached(subject: Subject, source: Cached) -> Finding:
         for values, wanted in zip((given.ids, given.logprobs), list(cached.values())[:2], strict=True)
     )
     told = f"{len(placed)} labels have a place in the cache, {missing} have none, {shared} share one"
-    told += "" if same else "; what the loss was given is not what stands there"
+    told += "" if same else "; what the loss was given is not what the cache contains"
     return expect(same and not missing, told, labels=len(placed), missing=missing, shared=shared)
 
 

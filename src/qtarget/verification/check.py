@@ -1,4 +1,4 @@
-"""What a check is, and what it may find."""
+"""What a check is, and what it can find."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _CHUNKS = (7, 16)
     of_gradient=True,
 )
 def micro_batches(subject: Subject) -> Finding:
-    """In how many micro-batches a step is cut: the gradient is that of all rows in one micro-batch."""
+    """However many micro-batches a step is cut into, its gradient is that of all rows in one micro-batch."""
     rows = subject.rows
     if subject.trainer.args.denominator == "micro_batch":
         return not_applicable(
@@ -48,7 +48,7 @@ def micro_batches(subject: Subject) -> Finding:
     of_gradient=True,
 )
 def padding(subject: Subject) -> Finding:
-    """How far rows are padded: the gradient is that of all rows in one micro-batch."""
+    """However far rows are padded, the gradient is that of all rows in one micro-batch."""
     batch = subject.step.batch
     if "attention_mask" not in batch:
         return not_applicable("the batches have no attention mask, so no padding")
@@ -65,12 +65,12 @@ def padding(subject: Subject) -> Finding:
 
 @check(
     "padding-free",
-    "documents of a line see each other, or positions do not start again: this model or its attn_implementation "
+    "documents of one line see each other, or positions do not start again: this model or its attn_implementation "
     "cannot tell them apart by position_ids; leave padding_free and packing off",
     of_gradient=True,
 )
 def padding_free(subject: Subject) -> Finding:
-    """Rows in one line without padding: the gradient is that of all rows in one micro-batch."""
+    """Rows in one line without padding have the gradient of all rows in one micro-batch."""
     if why := _no_positions(subject):
         return not_applicable(why)
     return _against_one(subject, {"in one line": [_joined(subject, subject.rows)]})
@@ -82,7 +82,7 @@ def padding_free(subject: Subject) -> Finding:
     of_gradient=True,
 )
 def packing(subject: Subject) -> Finding:
-    """Rows packed into sequences: the gradient is that of all rows in one micro-batch."""
+    """Rows packed into sequences have the gradient of all rows in one micro-batch."""
     if why := _no_positions(subject):
         return not_applicable(why)
     if subject.packing_strategy == "wrapped":
@@ -127,9 +127,9 @@ def _joined(subject: Subject, rows: list[Row]) -> dict[str, Tensor]:
 def _no_positions(subject: Subject) -> str | None:
     """Why rows cannot be joined into one line; None where they can."""
     if not dataclasses.is_dataclass(getattr(subject.trainer.data_collator, "inner", None)):
-        return "the collator is the user's own, which is not told to leave padding out"
+        return "the collator is the user's own, which cannot be told to leave padding out"
     if not accepted(subject.base, {"position_ids": None}):
-        return f"{type(subject.base).__name__} takes no position_ids, by which documents are told apart"
+        return f"{type(subject.base).__name__} takes no position_ids, which tell documents apart"
     return None
 
 
@@ -146,7 +146,7 @@ def _against_one(subject: Subject, cuts: Mapping[str, list[dict[str, Any]]]) -> 
 
 @check("chunk size", "the loss engine depends on its chunks: report it with qtarget env", of_gradient=True)
 def chunks(subject: Subject) -> Finding:
-    """How many tokens the engine takes at a time leaves the gradient unchanged."""
+    """The number of tokens the engine processes at a time does not change the gradient."""
     expected = Expected(subject)
     errors: dict[int, float] = {}
     for sample in subject.samples:
@@ -178,7 +178,7 @@ def world_size(subject: Subject) -> Finding:
     if trainer.args.denominator == "micro_batch":
         return not_applicable("denominator is micro_batch: each process's batch counts the same, whatever it holds")
     if len(subject.rows) < world:
-        return not_applicable(f"{len(subject.rows)} rows cannot be shared by {world} processes; look at more")
+        return not_applicable(f"{len(subject.rows)} rows cannot be split over {world} processes; use more")
     # What DDP leaves in each process, over the trainer's own loader, against autograd over all rows.
     steps = 2 if len(subject.rows) >= 2 * world else 1
     size = len(subject.rows) // (world * steps)
@@ -194,7 +194,7 @@ def world_size(subject: Subject) -> Finding:
 
 @check(
     "labels in place",
-    "labels were shifted or moved before the collator: give rows whose labels stand beside their input_ids",
+    "labels were shifted or moved before the collator: give rows whose labels are aligned with their input_ids",
 )
 def labels_in_place(subject: Subject) -> Finding:
     """A label is the id at its own place, in every layout of a batch."""

@@ -1,4 +1,4 @@
-"""What a trainer should give, worked out in float64 from nothing of the trainer's own.
+"""What a trainer should give, calculated in float64 without any of the trainer's own code.
 
 A document is forwarded alone, without padding, neighbours or chunks, through ``model(input_ids).logits``; the loss is
 ``qtarget.target_loss`` in float64 and its gradient is autograd's. Teacher and reference are asked the same way.

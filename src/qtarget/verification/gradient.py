@@ -12,7 +12,7 @@ from qtarget.verification.subject import Subject, distance, relative
 
 @check(
     "gradient is p - Q",
-    "the loss does not teach the target that is named: look at labels and their shift, the denominator, and what "
+    "the loss does not teach the target that is named: check labels and their shift, the denominator, and what "
     "teacher and reference are given",
     of_gradient=True,
 )
@@ -47,7 +47,7 @@ def tokens(subject: Subject) -> Finding:
     of_gradient=True,
 )
 def published(subject: Subject) -> Finding:
-    """The gradient is autograd's of the loss as its paper prints it."""
+    """The gradient equals autograd's gradient of the loss as its paper prints it."""
     expected, errors, without = Expected(subject), {}, []
     for sample in subject.samples:
         loss = printed_loss(sample.target)

@@ -48,7 +48,7 @@ def prompt(subject: Subject) -> Finding:
         everything = not (args.assistant_only_loss and {"messages", "conversations"} & row.keys())
     if everything:
         return not_applicable(
-            "the run trains every token: its rows have no prompt apart, or completion_only_loss is false"
+            "the run trains every token: its rows have no separate prompt, or completion_only_loss is false"
         )
     return _of_places(subject, "prompt", False)
 
@@ -101,7 +101,7 @@ def _of_places(subject: Subject, what: str, trained: bool) -> Finding:
 
 # -- reading rows ------------------------------------------------------------------------------------------------
 
-_WHY_NOT_FOUND = "what is asked and what is answered could not be found in the prepared rows"
+_WHY_NOT_FOUND = "prompts and answers could not be found in the prepared rows"
 
 
 def _readings(subject: Subject) -> Iterator[Reading]:

@@ -1,4 +1,4 @@
-"""Does a target become its neighbour where it must: eta 0 is dft, no smoothing is sft?"""
+"""Does a target reduce to a related one where it must: eta 0 is dft, no smoothing is sft?"""
 
 from __future__ import annotations
 
@@ -102,11 +102,11 @@ def limits(target: Target) -> Iterator[Neighbour]:
 
 @check(
     "neighbours",
-    "a number of the target does not do what its name says: see qtarget targets show NAME, or the target's own code",
+    "a parameter of the target does not do what its name says: see qtarget targets show NAME, or the target's own code",
     of_gradient=True,
 )
 def neighbours(subject: Subject) -> Finding:
-    """At the ends of its numbers the target has the gradient of the target it becomes there."""
+    """At the limits of its parameters the target has the gradient of the target it reduces to."""
     expected, errors = Expected(subject), {}
     for sample in subject.samples:
         # A teacher says nothing of a head's padded rows: the student as its own teacher is then not the student.

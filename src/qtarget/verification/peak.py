@@ -1,4 +1,4 @@
-"""The most memory that a stretch of work takes, on CUDA by allocator, on Linux by process."""
+"""The peak memory of a piece of work, on CUDA by allocator, on Linux by process."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def verify(
     """
     if not any(map(supervised, subject.rows)):
         raise ConfigError(
-            "rows: none of those looked at has a supervised token; look at more rows, or check completion_only_loss, "
+            "rows: none of those used has a supervised token; use more rows, or check completion_only_loss, "
             "assistant_only_loss and max_length"
         )
     findings = []
@@ -80,14 +80,14 @@ def _run(check: Check, subject: Subject, is_nothing: Callable[[], bool]) -> Find
     try:
         if check.of_gradient and is_nothing():
             return not_applicable(
-                "the target has no gradient on these rows, as where the teacher is the student: there is nothing to "
-                "compare with"
+                "the target has no gradient on these rows, for example because the teacher is the student: there is "
+                "nothing to compare with"
             )
         return check.run(subject)
     except ConfigError as error:
         return Finding(FAIL, " ".join(error.faults), hint="the trainer itself refuses: it says why")
     except Exception as error:  # whatever breaks here would break the run: it is what was looked for
-        logger.exception("check %s could not be carried out", check.name)
+        logger.exception("check %s could not run", check.name)
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return Finding(FAIL, f"stopped by {text}", {"stopped_by": text}, "the traceback is in the log above")
 

@@ -82,17 +82,17 @@ def _autocast_shift(subject: Subject) -> float | None:
     "the estimate does not know this model or attention: plan with the measured figure, and a margin",
 )
 def memory(subject: Subject) -> Finding:
-    """Gradients, activations and the engine's buffers take what the estimate says."""
+    """Gradients, activations and the engine's buffers take as much memory as estimated."""
     batch = subject.step.batch
     positions, supervised = batch["labels"].numel(), int((batch["labels"][:, 1:] != -100).sum())
     measured = subject.step.bytes
     planned = None if subject.estimate is None else subject.estimate(positions, supervised)
     if measured is None:
-        return not_applicable("this system does not tell how much memory a stretch of work took")
+        return not_applicable("this system does not report how much memory a piece of work used")
     figures = {"measured": measured, "estimate": planned, "positions": positions}
     told = f"{measured / 2**20:,.0f} MiB for {positions} positions"
     if planned is None:
-        return not_applicable(f"{told}; there is no estimate of adapters, or of a shape not known", **figures)
+        return not_applicable(f"{told}; there is no estimate for adapters or unknown shapes", **figures)
     told += f", estimated {planned / 2**20:,.0f}"
     if planned < _LEAST:
         return not_applicable(f"{told}; below {_LEAST >> 20} MiB the process's own noise is larger", **figures)

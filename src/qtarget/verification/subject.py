@@ -1,4 +1,4 @@
-"""A trainer on a few of the user's own rows, stepped through its own functions, watched.
+"""A trainer on a few of the user's own rows, run through its own functions and observed.
 
 Everything here goes through the trainer: its collator, its count of labels, its ``training_step``. What it should give is
 worked out in ``expected``, which shares none of that.

@@ -1,1 +1,1 @@
-"""A file a verb. No verb imports another: what they share stands one folder up."""
+"""One file per verb. No verb imports another: what they share is one folder up."""

@@ -1,6 +1,6 @@
-"""``qtarget cache``: asks a teacher once, keeps its answers on disk, and checks them.
+"""``qtarget cache``: asks a teacher once, stores its answers on disk, and checks them.
 
-A teacher is asked about every supervised token of a dataset, and trained from as often as you like.
+The teacher is asked about every supervised token of a dataset once; any number of runs can train from the cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _share(name: str, text: Any) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) < 1:
             return float(text)
-    raise ConfigError(f"{name} is {text}; use a share of the teacher's mass above 0 and below 1")
+    raise ConfigError(f"{name} is {text}; use a share of the teacher's probability above 0 and below 1")
 
 
 _SHARE = Kind("X", _share)
@@ -31,20 +31,22 @@ _SHARE = Kind("X", _share)
 
 @VERB.command(
     Option("output", "folder of the cache; unset: teacher_cache of the config", FOLDER),
-    Option("k", f"how many likeliest tokens are kept at each label; unset: {_K}", whole(1)),
-    Option("coverage", "in place of k: the k whose mean kept mass reaches this share on a sample of rows", _SHARE),
-    Option("cache_dtype", "of the log-probs", one_of("float16", "float32"), "float16"),
-    Option("batch_size", "rows of a forward pass", whole(1), 8),
-    Option("shard_tokens", "supervised tokens of a file", whole(1)),
-    Option("server", "URL of a vLLM server, asked instead of loading the teacher", NAME),
+    Option("k", f"how many of the likeliest tokens to keep at each label; unset: {_K}", whole(1)),
+    Option(
+        "coverage", "instead of k: use the k that keeps this mean share of the probability on a sample of rows", _SHARE
+    ),
+    Option("cache_dtype", "precision of the log-probs", one_of("float16", "float32"), "float16"),
+    Option("batch_size", "rows per forward pass", whole(1), 8),
+    Option("shard_tokens", "supervised tokens per file", whole(1)),
+    Option("server", "URL of a vLLM server, used instead of loading the teacher", NAME),
     Option("server_model", "what the server calls the teacher", NAME),
-    Option("server_timeout", "seconds that the server may take for an answer", ABOVE_ZERO, 120.0),
+    Option("server_timeout", "seconds to wait for an answer from the server", ABOVE_ZERO, 120.0),
     word="build",
     settings=True,
 )
 def build(options: Any) -> int:
     """The teacher's k likeliest tokens and the mass of the rest, for the rows as `qtarget train` would prepare them;
-    run again after an interruption, it goes on where it stopped.
+    run again after an interruption, it resumes where it stopped.
     """
     if options.coverage is not None and options.k is not None:
         raise ConfigError("--k and --coverage are both given; keep one of them")
@@ -69,8 +71,8 @@ def build(options: Any) -> int:
         raise ConfigError("output is not set; name the cache's folder as -o DIR, or as teacher_cache in the config")
     if run.config.teacher_ema_decay is not None:
         raise ConfigError(
-            "teacher_ema_decay is set: the average of a student in training is another teacher at every step and cannot "
-            "be kept; name a teacher_model_name_or_path"
+            "teacher_ema_decay is set: the average of a student in training changes at every step and cannot be "
+            "cached; name a teacher_model_name_or_path"
         )
     if server and run.config.teacher_model_name_or_path is None:
         raise ConfigError("--server needs teacher_model_name_or_path too: the served model's name, for its tokenizer")
@@ -88,10 +90,10 @@ def build(options: Any) -> int:
         k, about["coverage"] = cache_build.needed_for(trainer, plan, options.coverage)
         _show_coverage(k, about["coverage"])
     if k > trainer.vocab_size:
-        raise ConfigError(f"k is {k}, more than the vocabulary's {trainer.vocab_size} tokens; keep fewer")
+        raise ConfigError(f"k is {k}, more than the vocabulary's {trainer.vocab_size} tokens; use a smaller k")
     megabytes = plan.megabytes(k, dtype)
     cache_build.check_room(folder, megabytes)
-    repeated = f" ({plan.repeated} more are the same as another)" if plan.repeated else ""
+    repeated = f" ({plan.repeated} duplicates not counted)" if plan.repeated else ""
     print(f"rows       {len(plan.rows)}{repeated}, {plan.tokens} supervised tokens, as {len(plan.shards)} files")
     print(f"teacher    {teacher_settings.describe(about['teacher'])}")
     time = "" if server else f", about {terminal.duration(cache_build.seconds_for(trainer, plan, options.batch_size))}"
@@ -113,8 +115,8 @@ def build(options: Any) -> int:
     print(f"kept       {_kept(mean, least)}")
     if server and least > _ALL and k < trainer.vocab_size:
         print(
-            "note: the kept tokens have all the mass at every token: the server may give log-probabilities after a "
-            "temperature, top-k or top-p; start vLLM with --logprobs-mode raw_logprobs"
+            "note: the kept tokens have all the probability at every position: the server may give log-probabilities "
+            "after a temperature, top-k or top-p; start vLLM with --logprobs-mode raw_logprobs"
         )
     print(f"cache      {folder}")
     print(
@@ -124,21 +126,21 @@ def build(options: Any) -> int:
 
 
 def _kept(mean: float, least: float) -> str:
-    return f"{mean:.3%} of the teacher's mass in the mean, {least:.3%} at least"
+    return f"{mean:.3%} of the teacher's probability on average, {least:.3%} at least"
 
 
 def _show_coverage(k: int, found: dict[str, Any]) -> None:
     needed = ", ".join(f"{percent} % of tokens need {n} or fewer" for percent, n in found["needed_k"].items())
     kept = ", ".join(f"{n}: {mass:.4f}" for n, mass in found["kept_mass"].items())
-    print(f"coverage   k = {k} keeps a mean mass of {found['coverage']:g} ({found['sampled_tokens']} tokens looked at)")
-    print(f"           to keep that much of each, {needed}")
+    print(f"coverage   k = {k} keeps a mean mass of {found['coverage']:g} ({found['sampled_tokens']} tokens sampled)")
+    print(f"           to keep that much at each token, {needed}")
     print(f"           mean kept mass by k: {kept}")
 
 
 @VERB.command(Option("verify", "read every file and compare checksums", FLAG), word="inspect", takes="DIR")
 def inspect(options: Any) -> int:
-    """What a cache was built for and of."""
-    folder = only(options.words, "the folder of one cache is asked for")
+    """Shows what a cache was built from and for."""
+    folder = only(options.words, "the folder of one cache, as in: qtarget cache inspect my_cache")
     from qtarget.teachers import settings as teacher_settings
     from qtarget.teachers.cache import manifest as manifests
     from qtarget.teachers.cache.reader import CachedTeacher
@@ -161,20 +163,20 @@ def inspect(options: Any) -> int:
     cache = CachedTeacher(folder)
     cache.check_files(checksums=options.verify)
     print(f"{'mass':<12} {_kept(*cache.kept_mass())}")
-    print(f"{'files':<12} " + ("all as they were written" if options.verify else "all there; --verify reads them"))
+    print(f"{'files':<12} " + ("all unchanged" if options.verify else "all present; --verify checks their contents"))
     return 0
 
 
 @VERB.command(
     Option("cache", "folder of the cache; unset: teacher_cache of the config", FOLDER),
-    Option("rows", "how many are asked about, evenly spread", whole(1), 50),
-    Option("json", "also write every figure", NEW_FILE),
+    Option("rows", "how many rows to ask about, evenly spread", whole(1), 50),
+    Option("json", "also write every figure to a file", NEW_FILE),
     word="doctor",
     settings=True,
 )
 def doctor(options: Any) -> int:
-    """Asks the live teacher again about some rows: the mass that was left out, and the error of the target and of the
-    gradient that comes of it.
+    """Asks the live teacher again about some rows: how much probability the cache leaves out, and the error that causes
+    in the target and the gradient.
     """
     from qtarget.cli import settings
     from qtarget.teachers.cache.reader import CachedTeacher

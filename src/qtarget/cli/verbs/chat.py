@@ -1,8 +1,8 @@
-"""``qtarget chat``: talk to a model in the terminal, adapters too.
+"""``qtarget chat``: chat with a model or an adapter in the terminal.
 
-Each answer is shown as it comes; Ctrl-D ends. The model reads the whole conversation, by its chat template; one without a
-template is given each text alone, to go on with. With --prompt, or with lines from a pipe, only answers are printed.
-Answers are those of ``qtarget eval``: the likeliest token, or drawn at a --temperature.
+Each answer is shown as it is generated; Ctrl-D ends. The model reads the whole conversation through its chat template;
+a model without a template continues each text on its own. With --prompt, or with lines from a pipe, only answers are
+printed. Answers are generated as ``qtarget eval`` does: greedy, or sampled at a --temperature.
 """
 
 # The prompt is this project's own thirty lines: ``transformers chat`` talks to a server that has to be started first, and
@@ -24,19 +24,19 @@ VERB = Verb("chat", __doc__)
 
 
 @VERB.command(
-    Option("prompt", "answer this and end", TEXT),
+    Option("prompt", "answer this and exit", TEXT),
     Option("system", "the system message", TEXT),
     Option("max_new_tokens", "the longest answer, in tokens", whole(1), 512),
-    Option("temperature", "0: the likeliest token each time", number(0), 0),
-    Option("seed", "of what is drawn", whole(0), 0),
-    Option("dtype", "of the weights", one_of("float32", "bfloat16", "float16", "auto")),
+    Option("temperature", "sampling temperature; 0: greedy", number(0), 0),
+    Option("seed", "seed of the sampling", whole(0), 0),
+    Option("dtype", "precision of the weights", one_of("float32", "bfloat16", "float16", "auto")),
     Option("revision", "branch, tag or commit of the model", NAME),
     takes="MODEL",
 )
 def chat(options: Any) -> int:
-    name = only(options.words, "one model is asked for, as in: qtarget chat runs/quickstart")
+    name = only(options.words, "one model, as in: qtarget chat runs/quickstart")
     if options.prompt is not None and not options.prompt.strip():
-        raise ConfigError(f"prompt is {options.prompt!r}; write what the model is to answer")
+        raise ConfigError(f"prompt is {options.prompt!r}; write what the model should answer")
     terminal.refuse_processes("qtarget chat")
     talk = Talk(name, options)
     if options.prompt is not None:
@@ -93,10 +93,8 @@ class Talk:
     @property
     def manner(self) -> str:
         """How it answers, in words."""
-        drawn = f"drawn at temperature {self.options.temperature:g}" if self.options.temperature else "greedy"
-        return (
-            f"{drawn}, {'chat template' if self.has_template else 'no chat template, so that it goes on with a text'}"
-        )
+        drawn = f"sampled at temperature {self.options.temperature:g}" if self.options.temperature else "greedy"
+        return f"{drawn}, {'chat template' if self.has_template else 'no chat template, so it continues each text'}"
 
     def answer(self, text: str) -> str:
         """Print the answer as it comes, and keep it in the conversation. Raises ConfigError where there is no room."""
@@ -117,14 +115,14 @@ class Talk:
         room = None if self.positions is None else self.positions - self.options.max_new_tokens
         while room is not None and len(self._ids()) > room and len(self.turns) > 1 and self.has_template:
             del self.turns[:2]
-            print("note: the conversation is too long; its first turn is left out", file=sys.stderr)
+            print("note: the conversation is too long; its first turn is dropped", file=sys.stderr)
         ids = self._ids()
         if not ids:
-            raise ConfigError(f"prompt is {self.turns[-1]['content']!r}, which has no token; write more")
+            raise ConfigError(f"prompt is {self.turns[-1]['content']!r}, which has no tokens; write more")
         if room is not None and len(ids) > room:
             raise ConfigError(
                 f"max_new_tokens is {self.options.max_new_tokens}, and the prompt has {len(ids)} tokens; the model has "
-                f"{self.positions} positions: shorten one of them"
+                f"{self.positions} positions: shorten the prompt or lower max_new_tokens"
             )
         return ids
 

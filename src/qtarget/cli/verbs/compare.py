@@ -1,6 +1,6 @@
 """``qtarget compare``: paired differences between result folders.
 
-Folders that qtarget eval wrote, of the same problems and settings, are compared with the first one; so are the output
+Folders that qtarget eval wrote for the same problems and settings are compared with the first one; so are the output
 folders of lm_eval --log_samples and lighteval --save-details. An ARM is DIR, NAME=DIR, or NAME=DIR,DIR,... with one
 folder for each training seed, in the same order for every arm.
 """
@@ -17,10 +17,12 @@ VERB = Verb("compare", __doc__)
 
 
 @VERB.command(
-    Option("output", "also write compare.md, compare.html (one file without a network) and compare.json", FOLDER),
-    Option("bootstrap", "draws of the intervals", whole(100), 10_000),
-    Option("metric", "of other programs' logs: METRIC or METRIC:FILTER, commas between those of several tasks", NAME),
-    Option("seed", "of the draws", whole(0), 0),
+    Option("output", "also write compare.md, compare.html (one self-contained file) and compare.json", FOLDER),
+    Option("bootstrap", "bootstrap draws for the intervals", whole(100), 10_000),
+    Option(
+        "metric", "metric of other programs' logs: METRIC or METRIC:FILTER, separated by commas for several tasks", NAME
+    ),
+    Option("seed", "seed of the bootstrap", whole(0), 0),
     takes="ARM ARM ...",
 )
 def run(options: Any) -> int:

@@ -1,7 +1,7 @@
 """``qtarget data``: measures the columns that iw-sft, psft and cft train on.
 
 They are measured with the run's own model and rows. The folder is a dataset: name it as dataset_name. Its signal.json
-says what it was made from, and a run that differs in that is refused.
+says what it was made from; a run that differs from it is refused.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _OUTPUT = Option(
 
 @VERB.command(
     _OUTPUT,
-    Option("fixed", "the column weight instead, of the model against another reference, for weights: column"),
+    Option("fixed", "measure the column weight instead (the model against another reference), for weights: column"),
     word="weights",
     settings=True,
 )
 def measure_weights(options: Any) -> int:
-    """Your rows with reference_logp, the mean log-prob of a row under the reference; iw-sft with weights: online then
-    needs no second model.
+    """Adds the column reference_logp to your rows, the mean log-prob of a row under the reference; iw-sft with weights:
+    online then needs no second model.
     """
     from qtarget.signals import manifest, scoring
 
@@ -57,8 +57,8 @@ def measure_weights(options: Any) -> int:
 
 @VERB.command(_OUTPUT, word="oldlogps", settings=True)
 def measure_old_logps(options: Any) -> int:
-    """Your rows as token ids with old_logps, the log-prob of each label under the model as it starts; for psft with
-    psft_refresh: never.
+    """Your rows as token ids with the column old_logps, the log-prob of each label under the initial model; for psft
+    with psft_refresh: never.
     """
     from qtarget.signals import scoring
 
@@ -99,7 +99,7 @@ def _measured(run: setup.Run, folder: Path, made: tuple[str, str, dict[str, Any]
     manifest.finish(folder, settings, results, {"dropped": dropped})
     for split, left_out in dropped.items():
         if left_out:
-            print(f"left out   {left_out} of {len(originals[split])} rows of {split}: no supervised token")
+            print(f"dropped    {left_out} of {len(originals[split])} rows of {split}: no supervised token")
     _show_next(folder, column)
     return 0
 
@@ -137,15 +137,15 @@ def _show_next(folder: Path, column: str) -> None:
         mend="use reasoning_gym:TASK, math_verify or my_pkg.my_module:function",
     ),
     Option("verifier_timeout", "seconds; a call that takes longer counts as wrong", ABOVE_ZERO, 10.0),
-    Option("alternatives", "how many next likeliest tokens are tried in place of each token", whole(1), 2),
+    Option("alternatives", "how many of the next likeliest tokens to try in place of each token", whole(1), 2),
     Option("max_new_tokens", "the longest answer, in tokens", whole(1), 256),
-    Option("batch_size", "answers at once", whole(1), 16),
+    Option("batch_size", "answers generated at once", whole(1), 16),
     word="critical",
     settings=True,
 )
 def search_critical(options: Any) -> int:
-    """The model's own right answers to your prompts as token ids with critical, a mask of the tokens that decide; for
-    cft. A search that was stopped goes on with the same command. Tokens are decoded in the precision of the
+    """The model's own right answers to your prompts as token ids, with the column critical, a mask of the tokens that
+    decide; for cft. An interrupted search resumes with the same command. Tokens are decoded in the precision of the
     weights: --dtype bfloat16 is faster on a GPU.
     """
     folder = options.output
@@ -173,8 +173,8 @@ def search_critical(options: Any) -> int:
     file = folder / "progress.jsonl"
     progress = critical.Progress(file)
     print(
-        f"{len(rows)} rows, {sum(map(len, prompts))} tokens of prompts, {len(progress.done)} done before; for each "
-        f"token of a right answer up to {options.alternatives} answers of up to {options.max_new_tokens} tokens",
+        f"{len(rows)} rows, {sum(map(len, prompts))} prompt tokens, {len(progress.done)} done before; for each token "
+        f"of a right answer up to {options.alternatives} answers of up to {options.max_new_tokens} tokens",
         flush=True,
     )
     with Grader(options.verifier, options.verifier_timeout, whole_text=True) as grader:
@@ -189,9 +189,7 @@ def search_critical(options: Any) -> int:
     _report(counts, grader.last_error)
     longer = sum(len(ids) > (run.config.max_length or len(ids)) for ids in made["input_ids"])
     if longer:
-        print(
-            f"note       {longer} rows are longer than max_length {run.config.max_length}, at which training cuts them"
-        )
+        print(f"note       {longer} rows are longer than max_length {run.config.max_length}, where training cuts them")
     _show_next(folder, critical.COLUMN)
     return 0
 
@@ -201,7 +199,7 @@ def _prompt_rows(run: setup.Run) -> Any:
 
     rows = run.datasets["train"]
     if not isinstance(rows, Dataset):
-        raise ConfigError("dataset_streaming is true, but rows of a stream have no number; set it to false")
+        raise ConfigError("dataset_streaming is true, but the rows of a stream are not numbered; set it to false")
     if not {"prompt", "messages", "conversations"} & set(rows.column_names):
         raise ConfigError(
             f"the train split has columns {', '.join(rows.column_names)}, but critical answers prompts; give it prompt "
@@ -228,5 +226,5 @@ def _report(counts: dict[str, Any], last_error: str | None) -> None:
     share = counts["critical"] / counts["tokens"]
     print(f"problems   {counts['problems']}, answered to the end {counts['ended']}, correctly {counts['correct']}")
     print(f"tokens     {counts['tokens']} of right answers, critical {counts['critical']} ({share:.1%})")
-    print(f"verifier   took too long {counts['timeouts']} times, failed {counts['errors']} times", end="")
-    print(f", the last time with: {last_error}" if last_error else "")
+    print(f"verifier   timed out {counts['timeouts']} times, failed {counts['errors']} times", end="")
+    print(f", most recently with: {last_error}" if last_error else "")

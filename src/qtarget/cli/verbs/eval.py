@@ -1,8 +1,9 @@
-"""``qtarget eval``: a model's answers to tasks, sampled, judged and scored.
+"""``qtarget eval``: samples a model's answers to tasks, grades and scores them.
 
-n samples of each problem and a greedy answer give avg@n, pass@k, maj@n, greedy, length, cut off, without an answer and
-entropy. A run that was killed goes on with the same command. accelerate launch or torchrun shares the batches among
-processes. A model is asked with --model, --tasks and -o; a finished folder is judged again with --rescore.
+n samples of each problem and a greedy answer give avg@n, pass@k, maj@n, the greedy score, mean length, entropy, and the
+shares of answers cut off and without an answer. A killed run resumes with the same command. accelerate launch or
+torchrun splits the batches among processes. Evaluate a model with --model, --tasks and -o; grade a finished folder
+again with --rescore.
 """
 
 from __future__ import annotations
@@ -21,45 +22,48 @@ _PROMPTS, _DTYPES = ("auto", "chat", "plain", "qwen-boxed"), ("float32", "bfloat
 
 
 @VERB.command(
-    Option("model", "a folder or hub id; with --server its tokenizer alone is read; unset: the served folder's", NAME),
-    Option("server", "URL of a vLLM server with the model, asked in place of loading it", NAME),
-    Option("server_model", "what the server calls the model; unset: it serves only one", NAME),
-    Option("server_timeout", "seconds that the server may take for an answer", ABOVE_ZERO, 600.0),
+    Option("model", "a folder or hub id; with --server only its tokenizer is read; unset: the served folder's", NAME),
+    Option("server", "URL of a vLLM server with the model, used instead of loading it", NAME),
+    Option("server_model", "what the server calls the model; unset: the only one it serves", NAME),
+    Option("server_timeout", "seconds to wait for an answer from the server", ABOVE_ZERO, 600.0),
     Option(
         "tasks",
-        "reasoning-gym tasks or FILE.jsonl, commas between; experimental, as never run: math5, med10, hle, their parts",
+        "reasoning-gym tasks or FILE.jsonl, separated by commas; experimental, never run: math5, med10, hle, their "
+        "parts",
         NAME,
     ),
-    Option("output", "where the results go", FOLDER),
-    Option("n", "samples a problem; 0 for the greedy answer alone", whole(0), 16),
-    Option("temperature", "of the samples", number(), 1.0),
-    Option("top_p", "of the samples", number(0, 1, open_low=True), 1.0),
+    Option("output", "folder of the results", FOLDER),
+    Option("n", "samples per problem; 0: the greedy answer only", whole(0), 16),
+    Option("temperature", "sampling temperature", number(), 1.0),
+    Option("top_p", "top-p of the sampling", number(0, 1, open_low=True), 1.0),
     Option("max_new_tokens", "the longest answer, in tokens", whole(1), 1024),
-    Option("seed", "of the samples", whole(0), 0),
+    Option("seed", "seed of the sampling", whole(0), 0),
     Option(
         "verifier",
-        "of files: math, math_verify, choice, reasoning_gym:TASK or my_pkg.my_module:function of (text, row)",
+        "for files: math, math_verify, choice, reasoning_gym:TASK or my_pkg.my_module:function of (text, row)",
         NAME,
     ),
-    Option("problems", "of each task; unset: of generated ones 100, of others all", whole(1)),
-    Option("task_seed", "of generated problems", whole(0), 0),
-    Option("prompt", "chat: the tokenizer's template; auto: chat where there is one", one_of(*_PROMPTS), "auto"),
-    Option("instruction", "after each question, in place of the task's own; '' for none", TEXT),
-    Option("batch_size", "answers at once", whole(1), 16),
-    Option("dtype", "of the weights; unset: as the model's config has it", one_of(*_DTYPES)),
+    Option("problems", "problems per task; unset: 100 of generated tasks, all of others", whole(1)),
+    Option("task_seed", "seed of generated problems", whole(0), 0),
+    Option("prompt", "chat: the tokenizer's template; auto: chat if there is one", one_of(*_PROMPTS), "auto"),
+    Option("instruction", "text after each question, instead of the task's own; '' for none", TEXT),
+    Option("batch_size", "answers generated at once", whole(1), 16),
+    Option("dtype", "precision of the weights; unset: as in the model's config", one_of(*_DTYPES)),
     Option("revision", "branch, tag or commit of the model", NAME),
-    Option("verifier_timeout", "seconds; what takes longer counts as wrong, and is counted", ABOVE_ZERO, 10.0),
-    Option("verifier_processes", "verdicts at once", whole(1), 2),
+    Option(
+        "verifier_timeout", "seconds; a verdict that takes longer counts as wrong and is reported", ABOVE_ZERO, 10.0
+    ),
+    Option("verifier_processes", "verifiers running at once", whole(1), 2),
     Option(
         "rescore",
-        "judge the texts of a finished folder again, in place of all the above; needs no model. A function of your own "
-        "that the folder names is run only with --verifier too",
+        "grade the texts of a finished folder again, instead of all the above; needs no model. A function of your own "
+        "that the folder names runs only if --verifier names it too",
         FOLDER,
     ),
 )
 def run(options: Any) -> int:
     if options.temperature == 0:
-        raise ConfigError("temperature is 0; the greedy answer is always there: use --n 0 for it alone")
+        raise ConfigError("temperature is 0; the greedy answer is always included: use --n 0 for it alone")
     check_range("temperature", options.temperature, 0, open_low=True)
     if options.rescore is not None:
         return _rescore(options)
@@ -100,7 +104,7 @@ def _evaluate(options: Any) -> int:
     manifest = records.manifest_of(settings, made)
     if records.begin(folder, manifest, made, writes=rank == 0):
         if rank == 0:
-            print(f"{folder} is finished; its scores again:")
+            print(f"{folder} is already finished; its scores:")
             _show(running.score(folder, {task.name: task.suite for task in made}, options.n), None)
         return 0
     work = running.Run(
@@ -144,13 +148,15 @@ def _served(options: Any) -> Any:
             raise ConfigError(f"server_model is {options.server_model!r} without a server; name it as --server URL")
         return None
     if options.dtype is not None:
-        raise ConfigError(f"dtype is {options.dtype!r}, and the server has loaded the model; give --dtype to vLLM")
+        raise ConfigError(
+            f"dtype is {options.dtype!r}, but the server has already loaded the model; pass --dtype to vLLM"
+        )
     from qtarget.evaluation.served import LEAST_TEMPERATURE, ServedModel
 
     if options.n and options.temperature < LEAST_TEMPERATURE:
         raise ConfigError(
-            f"temperature is {options.temperature:g}, in whose place vLLM takes {LEAST_TEMPERATURE:g}; use that, or "
-            "--n 0 for the greedy answer alone"
+            f"temperature is {options.temperature:g}, which vLLM raises to {LEAST_TEMPERATURE:g}; use that, or --n 0 "
+            "for the greedy answer alone"
         )
     return ServedModel(
         options.server, options.server_model, timeout=options.server_timeout, connections=options.batch_size
@@ -205,14 +211,14 @@ def _show(scores: dict[str, Any], last_error: str | None) -> None:
             table.add_row(*heads, passed, majority, percent(part["greedy"]), no_answer)
     terminal.console(120).print(table)
     for name, task in scores["tasks"].items():
-        entropy = "" if task["entropy"] is None else f", entropy {task['entropy']:.3f} nats a token"
+        entropy = "" if task["entropy"] is None else f", entropy {task['entropy']:.3f} nats per token"
         print(
-            f"{name}: {task['problems']} problems, n = {task['n']}, {task['mean_tokens']:.1f} tokens an answer, "
+            f"{name}: {task['problems']} problems, n = {task['n']}, {task['mean_tokens']:.1f} tokens per answer, "
             f"{task['truncated']:.1%} cut off, {task['empty']:.1%} empty{entropy}"
         )
         if task["timeouts"] or task["errors"]:
-            why = f", the last time with: {last_error}" if last_error else ""
-            print(f"{name}: the verifier took too long {task['timeouts']} times, failed {task['errors']} times{why}")
+            why = f", most recently with: {last_error}" if last_error else ""
+            print(f"{name}: the verifier timed out {task['timeouts']} times, failed {task['errors']} times{why}")
     for note in too_few({name: task["problems"] for name, task in scores["tasks"].items() if task["n"]}):
         print(note)
 

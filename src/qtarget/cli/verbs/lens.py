@@ -11,14 +11,14 @@ from qtarget.errors import ConfigError, loading, raise_together
 
 VERB = Verb("lens", __doc__)
 _WIDTH = 160  # of a pipe: lines cut for 80 columns are hard to search
-_ONE = "one folder of a capture is asked for, as in: qtarget lens show my_capture"
-_TARGET = Option("target", "in place of the one the capture was made for", TEXT)
+_ONE = "one folder of a capture, as in: qtarget lens show my_capture"
+_TARGET = Option("target", "a target instead of the one the capture was made for", TEXT)
 
 
 @VERB.command(
     Option("output", "folder of the capture", FOLDER, mend="name the folder of the capture, as in: -o my_capture"),
-    Option("rows", "rows looked at, from the first", whole(1), 64),
-    Option("top_k", "likeliest tokens kept of each distribution", whole(1), 20),
+    Option("rows", "how many rows to capture, from the first", whole(1), 64),
+    Option("top_k", "how many of the likeliest tokens to keep of each distribution", whole(1), 20),
     picture.SHOW_ROWS,
     word="capture",
     settings=True,
@@ -50,15 +50,15 @@ def capture_rows(options: Any) -> int:
 
 @VERB.command(
     Option("output", "the page", FILE, Path("lens.html")),
-    Option("run", "a run trained with lens_every: its maps are played", FOLDER),
-    Option("config", "refuse a capture of another model, tokenizer or template than this names", FILE),
-    Option("rows", "rows shown at most", whole(1), 300),
-    Option("target", "also on the page", TEXT),
+    Option("run", "a run trained with lens_every, whose maps the page plays", FOLDER),
+    Option("config", "refuse a capture whose model, tokenizer or template differs from this config", FILE),
+    Option("rows", "most rows to show", whole(1), 300),
+    Option("target", "another target to show on the page", TEXT),
     word="report",
     takes="DIR",
 )
 def report(options: Any) -> int:
-    """One HTML file, without a network: every target with its parameters, on every token of the capture."""
+    """Writes one self-contained HTML file: every target with its parameters, on every token of the capture."""
     folder, out = only(options.words, _ONE), options.output
     from qtarget.lens import page, record
 
@@ -97,14 +97,14 @@ def _check_config(read: Any, config: Path) -> None:
 
 
 @VERB.command(
-    Option("row", "which one; unset: the tokens that are taught most", whole(0)),
+    Option("row", "number of the row; unset: only the tokens that are taught most", whole(0)),
     _TARGET,
     Option("all", "compare all targets"),
     word="show",
     takes="DIR",
 )
 def show(options: Any) -> int:
-    """A row in the terminal, and the tokens that are taught most."""
+    """Shows a row in the terminal, and the tokens that are taught most."""
     folder = only(options.words, _ONE)
     from qtarget.lens import page_targets, record
     from qtarget.lens import terminal as lens
@@ -127,7 +127,7 @@ def show(options: Any) -> int:
 
 @VERB.command(_TARGET, word="advise", takes="DIR")
 def advise(options: Any) -> int:
-    """Where the data lie between known and new to the model, and which targets tend to suit."""
+    """Says how familiar the data are to the model, and which targets tend to suit them."""
     folder = only(options.words, _ONE)
     from qtarget.lens import record
     from qtarget.lens.advise import advise
@@ -151,11 +151,11 @@ def _target(value: str | None) -> Any:
 @VERB.command(
     Option(
         "loss",
-        "any PyTorch loss of (logits, labels): its target Q = p − gradient, its trust and its residual",
+        "any PyTorch loss of (logits, labels), shown with its target Q = p − gradient, its trust and its residual",
         NAME,
         mend="name a function of (logits, labels), as in: --loss my_pkg.my_module:my_loss",
     ),
-    Option("reduction", "what the loss is over the tokens", one_of("sum", "mean"), "sum"),
+    Option("reduction", "how the loss combines the tokens", one_of("sum", "mean"), "sum"),
 )
 def induced(options: Any) -> int:
     import torch
@@ -194,8 +194,8 @@ def induced(options: Any) -> int:
     console = terminal.console(_WIDTH)
     console.print(table)
     rules = "; ".join(_RULES[name] for name in sorted({RULES[rule] for rule in made.rule.tolist() if rule >= 0}))
-    console.print(f"trust and residual are unique only by a rule, here: {rules or 'none applies'}", markup=False)
-    console.print("the scale of a loss is not in its gradient: half the loss has another Q and the same fixed point")
+    console.print(f"trust and residual are unique only under a rule, here: {rules or 'none applies'}", markup=False)
+    console.print("the gradient does not fix a loss's scale: half the loss has another Q but the same fixed point")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""``qtarget merge``: an adapter and its base as one plain model of Transformers."""
+"""``qtarget merge``: merges an adapter into its base, as a plain Transformers model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ VERB = Verb("merge", __doc__)
 
 @VERB.command(
     Option("output", "folder of the model", FOLDER, mend="name the folder of the merged model, as in: -o my_model"),
-    Option("dtype", "of the weights; unset: the base's", one_of("float32", "bfloat16", "float16")),
+    Option("dtype", "precision of the weights; unset: the base's", one_of("float32", "bfloat16", "float16")),
     Option("revision", "branch, tag or commit of the adapter", NAME),
     takes="ADAPTER",
 )
 def merge(options: Any) -> int:
-    name = only(options.words, "one adapter is asked for, as in: qtarget merge runs/lora -o my_model")
+    name = only(options.words, "one adapter, as in: qtarget merge runs/lora -o my_model")
     folder = options.output
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"output is {str(folder)!r}, which is not an empty folder; name another one")
+        raise ConfigError(f"output is {str(folder)!r}, which is not an empty folder; name another folder")
     terminal.refuse_processes("qtarget merge")
     from qtarget.models.loading import find_adapter, load_causal_lm, load_config, load_tokenizer, merged
     from qtarget.training.saving.side_files import mend_generation_config
@@ -37,12 +37,12 @@ def merge(options: Any) -> int:
                 "whole model has nothing to merge"
             )
         if found.learns_a_prompt:
-            raise _unmerged(name, f"{found.kind} puts a prompt before the text and changes no weight")
+            raise _unmerged(name, f"{found.kind} adds a prompt before the text and changes no weights")
         if getattr(load_config(name, options.revision), "quantization_config", None) is not None:
             raise _unmerged(
                 name,
-                f"its base {found.base!r} is quantised; write a base of 16 bits or more into base_model_name_or_path of "
-                "its adapter_config.json",
+                f"its base {found.base!r} is quantised; write a base of 16 bits or more into base_model_name_or_path "
+                "of its adapter_config.json",
             )
         tokenizer = load_tokenizer(name, options.revision)
         model = load_causal_lm(name, options.revision, dtype=options.dtype or "auto")

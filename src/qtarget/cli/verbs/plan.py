@@ -1,7 +1,7 @@
-"""``qtarget plan``: what a run takes in memory, time and operations, known beforehand.
+"""``qtarget plan``: estimates a run's memory, time and operations before it starts.
 
-Memory on each GPU, steps, floating-point operations by part, and what a teacher cache would save. No weights are loaded,
-nothing is trained. Formulas: docs/plan.md.
+Prints the memory on each GPU, the steps, the floating-point operations by part, and what a teacher cache would save. No
+weights are loaded, nothing is trained. Formulas: docs/plan.md.
 """
 
 from __future__ import annotations
@@ -23,12 +23,18 @@ _ROOM = 0.9  # of a GPU's memory
 
 
 @VERB.command(
-    Option("gpus", "GPUs of the run", whole(1), 8),
-    Option("gpu_memory", "GiB of each; a tenth of it is left to CUDA, NCCL and the allocator", ABOVE_ZERO, 80.0),
-    Option("tflops", "10^12 operations a second of a GPU in training, to turn operations into hours", ABOVE_ZERO),
-    Option("row_tokens", "mean tokens of a row, where rows are not at hand (else max_length)", ABOVE_ZERO),
-    Option("supervised_tokens", "of them, those with a label (else all)", ABOVE_ZERO),
-    Option("k", "tokens a cache would keep of the teacher", whole(1), 64),
+    Option("gpus", "number of GPUs", whole(1), 8),
+    Option(
+        "gpu_memory", "GiB of each GPU; a tenth of it is reserved for CUDA, NCCL and the allocator", ABOVE_ZERO, 80.0
+    ),
+    Option(
+        "tflops",
+        "10^12 operations per second that a GPU reaches in training, to turn operations into hours",
+        ABOVE_ZERO,
+    ),
+    Option("row_tokens", "mean tokens per row, if the rows are not available (else max_length)", ABOVE_ZERO),
+    Option("supervised_tokens", "how many of them have a label (else all)", ABOVE_ZERO),
+    Option("k", "tokens that a teacher cache would keep", whole(1), 64),
     Option("json", "also write the figures to a file", NEW_FILE),
     settings=True,
 )
@@ -38,7 +44,7 @@ def run(options: Any) -> int:
         raise ConfigError(
             f"supervised_tokens is {supervised:g}"
             + (f", more than row_tokens, {rows:g}" if rows is not None else " without row_tokens")
-            + "; give the tokens of a row and, of these, those with a label"
+            + "; give row_tokens, and supervised_tokens of at most that many"
         )
     from qtarget.cli import preview
     from qtarget.planning import shapes
@@ -46,10 +52,10 @@ def run(options: Any) -> int:
     found = preview.look(options.words, options.gpus)
     if unknown := preview.unknown_shapes(found):
         raise ConfigError(
-            f"the shape of {', '.join(unknown)} is not known here, so nothing can be counted: {shapes.why_unknown()}"
+            f"the shape of {', '.join(unknown)} is not known here, so nothing can be calculated: {shapes.why_unknown()}"
         )
     if not found.asked.config.max_length:
-        raise ConfigError("max_length is not set, so rows have any length; set it, as memory grows with it")
+        raise ConfigError("max_length is not set, so rows have any length; set it, because memory grows with it")
     figures = _figures(found, options, _lengths(found, options))
     _show(found, options, figures)
     if options.json is not None:
@@ -74,7 +80,7 @@ def _lengths(found: Any, options: Any) -> Any:
     sample = _sample(options.words) if local else []
     if not sample:
         return Rows(
-            longest, longest, longest, f"not known: every row is taken to have max_length, {longest}, all labels"
+            longest, longest, longest, f"not known: every row is assumed to have max_length, {longest}, and only labels"
         )
     lengths = [length for length, _ in sample]
     mean, supervised = sum(lengths) / len(sample), sum(labels for _, labels in sample) / len(sample)
@@ -224,7 +230,7 @@ def _show(found: Any, options: Any, figures: dict[str, Any]) -> None:
     else:
         tell("steps", preview.steps_line(config, found.steps))
     if steps is not None:
-        hours = f"; {figures['gpu_hours']:,.1f} GPU hours at {options.tflops:g}e12 a second" if options.tflops else ""
+        hours = f"; {figures['gpu_hours']:,.1f} GPU hours at {options.tflops:g}e12 per second" if options.tflops else ""
         tell("run", f"{figures['flops']:.2e} operations{hours}")
     print("\noperations of a step")
     for name, value in step["flops"].items():
@@ -237,7 +243,7 @@ def _show(found: Any, options: Any, figures: dict[str, Any]) -> None:
     for i, (kind, held) in enumerate(figures["memory"].items()):
         left = room - held["most"] / GIB
         told = f"fits, {left:.1f} GiB to spare" if held["fits"] else f"does not fit, {-left:.1f} GiB too much"
-        tell("" if i else "fits", f"{kinds[kind]}: {told} of the {room:g} that a run may use")
+        tell("" if i else "fits", f"{kinds[kind]}: {told} of the {room:g} that a run can use")
     _show_cache(figures, kinds)
     for line in [*figures["not_counted"], *found.untold]:
         tell("unknown", line)
@@ -249,15 +255,15 @@ def _show_cache(figures: dict[str, Any], kinds: dict[str, str]) -> None:
     cache, share = figures["cache"], figures["teacher_share"]
     if cache is None:
         if share:
-            tell("teacher", f"{share:.1%} of the operations; it is the student's average, which no cache can keep")
+            tell("teacher", f"{share:.1%} of the operations; it is the student's average, which cannot be cached")
         return
-    tell("teacher", f"{share:.1%} of the operations: what a cache takes off a step, were all operations equally fast")
+    tell("teacher", f"{share:.1%} of the operations: what a cache saves of a step, if all operations were equally fast")
     freed = ", ".join(
         f"{kinds[kind]} {cache['most'][kind] / GIB:.1f} ({(cache['most'][kind] - held['most']) / GIB:+.1f})"
         for kind, held in figures["memory"].items()
     )
-    tell("cache", f"most memory with one in the teacher's place, GiB: {freed}")
-    size = f"{cache['bytes_per_token']} bytes a label at k = {cache['k']}"
+    tell("cache", f"peak memory with a cache instead of the teacher, GiB: {freed}")
+    size = f"{cache['bytes_per_token']} bytes per label at k = {cache['k']}"
     if cache["bytes"] is None:
         tell("", f"on disk {size}; the number of rows is not known here")
         return

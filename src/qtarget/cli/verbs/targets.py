@@ -1,6 +1,6 @@
-"""``qtarget targets``: the objectives, as a table, one by one, or beside each other.
+"""``qtarget targets``: shows the targets: as a table, one in full, or side by side.
 
-What each trusts, where the rest goes, defaults, what it needs and where it comes from.
+What each trusts, where the rest of the probability goes, defaults, what it needs and where it comes from.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _OTHERS = 999  # tokens beside the label where weights are compared, each as lik
 
 @VERB.command(
     _JSON,
-    Option("group", "only those of one: label, selection, anchor, distillation, own", NAME),
-    Option("search", "only those that mention it in their name, summary, formula or source", TEXT),
+    Option("group", "only those of one group: label, selection, anchor, distillation, own", NAME),
+    Option("search", "only those whose name, summary, formula or source contains this text", TEXT),
 )
 def every(options: Any) -> int:
-    """All of them, a line each."""
+    """All of them, one per line."""
     from rich.text import Text
 
     from qtarget.targets import presets
@@ -45,7 +45,7 @@ def every(options: Any) -> int:
         searched = [record for record in records if _mentions(record, options.search)]
         if not searched:
             names = (record["name"] for record in records)
-            raise ConfigError(f"search is {options.search!r}, which none of these mentions: {', '.join(names)}")
+            raise ConfigError(f"search is {options.search!r}, which none of these contains: {', '.join(names)}")
         records = searched
     if options.json:
         print(terminal.as_json(records), end="")
@@ -67,8 +67,8 @@ def every(options: Any) -> int:
 
 @VERB.command(_JSON, word="show", takes="NAME")
 def one(options: Any) -> int:
-    """One of them in full, or a target of your own: my_pkg.my_module:my_target."""
-    record = _record(only(options.words, "one target is asked for, as in: qtarget targets show target-sft"))
+    """Shows one in full, or a target of your own: my_pkg.my_module:my_target."""
+    record = _record(only(options.words, "one target, as in: qtarget targets show target-sft"))
     if options.json:
         print(terminal.as_json(record), end="")
     else:
@@ -78,8 +78,10 @@ def one(options: Any) -> int:
 
 @VERB.command(_JSON, word="compare", takes="NAME NAME ...")
 def compare(options: Any) -> int:
-    """The weight a of the label over its probability p_y, drawn and as a table. A NAME may be a mapping, as in
-    '{preset: beyond-log, alpha: 2}'. Whatever a weight reads beside p_y is that of 999 other tokens, all alike."""
+    """Shows the label's weight a over its probability p_y, as a plot and a table. A NAME can be a mapping, as in
+    '{preset: beyond-log, alpha: 2}'. Anything else that a weight reads is that of 999 other tokens, all equally
+    likely.
+    """
     import torch
 
     if not options.words:
@@ -110,7 +112,9 @@ def compare(options: Any) -> int:
 
 @VERB.command(_JSON, word="divergences")
 def divergences(options: Any) -> int:
-    """How a target may hold the student to a residual: divergence: NAME beside it, or in a preset that takes one."""
+    """The divergences by which a target can pull the student to a residual: write divergence: NAME next to it, or in a
+    preset that accepts one.
+    """
     records = _divergences()
     if options.json:
         print(terminal.as_json(records), end="")
@@ -181,7 +185,7 @@ def _drawable(word: str) -> Target:
     target = Target.from_config(yaml_text.load(word, f"target is {word!r}"))
     if read := sorted(name for name in target.needs if STATISTICS[name] is not None):
         raise ConfigError(
-            f"target is {word!r}, whose weight reads {', '.join(read)}: it is no curve over p_y, leave it out"
+            f"target is {word!r}, whose weight reads {', '.join(read)}: it is not a curve over p_y; leave it out"
         )
     if not target.requires:
         return target

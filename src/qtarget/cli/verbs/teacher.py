@@ -1,9 +1,9 @@
-"""``qtarget teacher``: does a teacher agree with the student and the labels?
+"""``qtarget teacher``: checks whether a teacher agrees with the student and the labels.
 
-It is asked about the run's own rows: how well student and teacher explain the labels, how far they are from each other,
-where the teacher is sure of another token than the label, and a verdict by rule of thumb. The teacher is whatever the
-config trains with: a model, teachers, teacher_cache, teacher_context or teacher_ema_decay. A target that needs no teacher
-is checked with kd, where the config names a teacher.
+On the run's own rows it measures how well student and teacher explain the labels, how far apart they are, and where the
+teacher is confident of a token other than the label; then it gives a verdict by rule of thumb. The teacher is the one
+the config trains with: a model, teachers, teacher_cache, teacher_context or teacher_ema_decay. If the target needs no
+teacher but the config names one, it is checked with kd.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ VERB = Verb("teacher", __doc__)
 
 
 @VERB.command(
-    Option("rows", "rows looked at, evenly spread over the training set (the first of a stream)", whole(1), 200),
-    Option("json", "every figure, also of each place in the answer", NEW_FILE),
+    Option("rows", "how many rows to use, evenly spread over the training set (the first of a stream)", whole(1), 200),
+    Option("json", "write every figure to a file, including those for each part of the answer", NEW_FILE),
     word="check",
     settings=True,
 )
@@ -54,10 +54,10 @@ def _ask_a_teacher(config: Any) -> None:
         return
     if not config.names_teacher:
         raise ConfigError(
-            f"target {objectives[0]} has no teacher and none is named; set teacher_model_name_or_path, or teachers, "
-            "teacher_cache or teacher_ema_decay"
+            f"target {objectives[0]} needs no teacher, and none is named to check; set teacher_model_name_or_path, or "
+            "teachers, teacher_cache or teacher_ema_decay"
         )
-    print(f"target {objectives[0]} asks no teacher; the one that is named is checked with target kd")
+    print(f"target {objectives[0]} needs no teacher; the one that is named is checked with target kd")
     for name, value in {"target": "kd", **setup.NO_TARGET}.items():
         setattr(config, name, value)
 
@@ -80,14 +80,16 @@ def tables(made: Any) -> list[Any]:
     for what, student, teacher in made.figures():
         figures.add_row(Text(what), student, teacher)
     headings = ("", "tokens", "nll", "p", "likeliest", "teacher's nll", "p", "likeliest", "conflicts")
-    places = terminal.table(*headings, left=left, title="by place in the answer")
+    places = terminal.table(*headings, left=left, title="by part of the answer")
     for place in made.places:
         if not place.tokens:
             places.add_row(place.name, "0", *["-"] * 7)
             continue
         sides = [f for s in (place.student, place.teacher) for f in (f"{s.nll:.3f}", f"{s.p:.3f}", f"{s.accuracy:.0%}")]
         places.add_row(place.name, str(place.tokens), *sides, f"{place.conflicts:.0%}")
-    conflicts = terminal.table("label", "conflicts", "the teacher says", left=left, title="labels with most conflicts")
+    conflicts = terminal.table(
+        "label", "conflicts", "the teacher says", left=left, title="labels with the most conflicts"
+    )
     for label, often, instead in made.conflict_lines():
         conflicts.add_row(Text(label), often, Text(instead))
     return [figures, places, *([conflicts] if made.conflicting else [])]

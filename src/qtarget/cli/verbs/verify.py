@@ -1,12 +1,12 @@
 """``qtarget verify``: checks the trainer's promises on your own model, rows and config.
 
-The gradient is p - Q and autograd's; micro-batches, padding, packing, chunks and processes leave it unchanged; the masks
-train the answer and its end and nothing of the prompt; the teacher sees the same ids; the target becomes its neighbours
-where it must; what bf16 costs; the memory of a step against the estimate. Nothing is trained and nothing is written but
-the JSON.
+The gradient equals p - Q and autograd's; micro-batches, padding, packing, chunks and processes do not change it; the
+masks train the answer and its end token and nothing of the prompt; the teacher sees the same ids; the target reduces to
+related targets where it should; bf16 costs the loss no more than rounding its result; a step takes the estimated
+memory. Nothing is trained, and nothing is written except the JSON file.
 
 torchrun --nproc_per_node 2 -m qtarget verify --config FILE compares several processes with one as well.
-Exit status: 0 no check failed, 1 some did, 2 something is wrong with what was asked for.
+Exit status: 0 no check failed, 1 some failed, 2 wrong settings or arguments.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _MARKS = {"pass": "green", "fail": "bold red", "not applicable": "dim"}
 
 
 @VERB.command(
-    Option("rows", "rows looked at, evenly spread over the training set (the first of a stream)", whole(1), 8),
+    Option("rows", "how many rows to use, evenly spread over the training set (the first of a stream)", whole(1), 8),
     Option(
         "json",
-        "every figure; - writes it to the screen in place of the table",
+        "write every figure to a file; -: to the screen instead of the table",
         Kind("FILE", lambda name, text: text if text == "-" else writable(name, text)),
     ),
     Option(
         "keep_dtype",
-        "leave models in the dtype they are configured with; else all are compared in float32, where rounding hides "
-        "nothing (twice the memory of bf16)",
+        "keep the configured dtype of the models; otherwise all are compared in float32, where rounding hides nothing "
+        "(twice the memory of bf16)",
     ),
     picture.SHOW_ROWS,
     settings=True,
@@ -81,7 +81,8 @@ def _failed_anywhere(made: Any, subject: Any) -> bool:
         for process, failed in enumerate(everywhere):
             if process and failed != made.failed:
                 print(
-                    f"process {process} has another verdict: {', '.join(failed) or 'nothing'} failed", file=sys.stderr
+                    f"process {process} has a different verdict: {', '.join(failed) or 'nothing'} failed",
+                    file=sys.stderr,
                 )
     accelerator.end_training()
     return any(everywhere)
@@ -112,8 +113,8 @@ def _refuse(engines: list[str]) -> None:
     """Raise where the student would be held in pieces."""
     if engines:
         raise ConfigError(
-            f"{engines[0]} is on, and verify compares whole gradients; start it with torchrun or alone, without a "
-            "sharding engine"
+            f"{engines[0]} is on, but verify compares whole gradients; run it with torchrun or as one process, without "
+            "a sharding engine"
         )
 
 
@@ -199,7 +200,9 @@ def _show(made: Any) -> None:
         )
     )
     if about["not_among_the_rows"]:
-        console.print(Text(f"not among these rows: {'; '.join(about['not_among_the_rows'])}; look at more with --rows"))
+        console.print(
+            Text(f"not covered by these rows: {'; '.join(about['not_among_the_rows'])}; use more with --rows")
+        )
     headings = ("check", "", "figures")
     table = terminal.table(*headings, left=headings)
     for column in table.columns[:2]:
@@ -210,6 +213,6 @@ def _show(made: Any) -> None:
     console.print(table)
     for check, finding in made.found:
         if finding.status == "fail":
-            console.print(Text(f"{check.name}: it should hold that {check.promise}", style="bold"))
+            console.print(Text(f"{check.name}: expected: {check.promise}", style="bold"))
             console.print(Text(f"  {finding.hint or check.hint}"))
     console.print(Text(made.verdict, style="bold"))

@@ -29,13 +29,13 @@ function drawToken(D, state) {
 }
 
 function tokenNotes(D, i, pair) {
-  const said = ['p − Q is the gradient on the logits: what is positive is to be taken away, what is negative (hatched) to be added.'];
+  const said = ['p − Q is the gradient on the logits: a positive value is to be removed, a negative one (hatched) to be added.'];
   for (const { o, f } of pair) {
     if (f.off) said.push(`Q of ${o.key} leaves the simplex here: a negative entry, as ${o.name} may have it.`);
     if (f.qError === Infinity) {
-      said.push(`What Q of ${o.key} is off by has no bound: the tail is known as a sum only, and the score of ${o.name} has none.`);
+      said.push(`The error of Q of ${o.key} has no bound: the tail is known only as a sum, and the score of ${o.name} has none.`);
     } else if (f.qError >= 5e-4) {
-      said.push(`Q of ${o.key} is off by at most ${round(f.qError)} in all, for the tail is known as a sum only${f.qError > UNRELIABLE ? ': k is too small here' : ''}.`);
+      said.push(`Q of ${o.key} is off by at most ${round(f.qError)} in all, because the tail is known only as a sum${f.qError > UNRELIABLE ? ': k is too small here' : ''}.`);
     }
     if (!f.residual) said.push(`${o.key} has no residual of its own: what the label does not get stays with the student.`);
   }

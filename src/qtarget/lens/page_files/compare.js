@@ -32,7 +32,7 @@ async function compareView(D) {
     el('p', {
       class: 'note',
       text:
-        'At default parameters, a run’s own target at the run’s. “90 % on” is the share of tokens that carry 90 % of the update. A small update is no call ' +
+        'At default parameters, a run’s own target at the run’s. “90 % on” is the share of tokens that carry 90 % of the update. A small update does not call ' +
         'for a larger learning rate: Adam divides a constant factor out.',
     }),
   );

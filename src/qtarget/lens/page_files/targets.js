@@ -45,7 +45,7 @@ const RULES = {
   clipped_ratio: (D, { clip, clip_high: above }, { notes }) => {
     const old = D.numbers.old_logps;
     const high = 1 + (above ?? clip);
-    if (!old) notes.push('column old_logps was not captured and is taken as the student’s own, so r = 1');
+    if (!old) notes.push('column old_logps was not captured and is assumed to be the student’s own, so r = 1');
     const ratio = (i) => Math.exp(Math.min(20, D.logPY[i] - (old ?? D.logPY)[i])); // e^20 is far past any clip, and finite
     return { trust: (i) => (ratio(i) < high ? ratio(i) : 0) };
   },
@@ -127,7 +127,7 @@ function divergenceOf(part) {
 function lookUp(table, what, part) {
   const [[name, parameters], ...more] = typeof part === 'string' ? [[part, {}]] : Object.entries(part);
   if (!Object.hasOwn(table, name)) throw new Error(`this page does not know the ${what} ${name}`);
-  if (more.length) throw new Error(`this page does not know what ${more[0][0]} is beside the ${what} ${name}`);
+  if (more.length) throw new Error(`this page does not know what ${more[0][0]} is next to the ${what} ${name}`);
   return [table[name], parameters];
 }
 
@@ -138,7 +138,7 @@ function ruleOf(D, part, target) {
 
 function ofColumn(D, name, { notes }) {
   const column = D.numbers[name];
-  if (!column) notes.push(`column ${name} was not captured and is taken as 1`);
+  if (!column) notes.push(`column ${name} was not captured and is assumed to be 1`);
   return { trust: column ? (i) => column[i] : () => 1 };
 }
 
@@ -232,7 +232,7 @@ function buildTarget(D, name, hyper) {
   for (const term of target.terms) {
     term.tables = tablesOf(D, term.pool);
     if (term.divergence?.timesP(1, 0) === Infinity && Object.keys(term.pool).length > 0 && D.outside.some((n) => n > 0)) {
-      target.notes.push('the residual’s tail is taken in the student’s shape, and the error of that has no bound, as the score has none');
+      target.notes.push('the residual’s tail is assumed to have the student’s shape; the error of that has no bound, because the score has none');
     }
   }
   return target;

@@ -74,7 +74,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, field: str = 
         return "torch" if device.type == "cuda" and torch.version.hip is None else "compiled"
     reason = {"triton": no_triton, "compiled": no_compiler}.get(backend, lambda _: None)(device)
     if reason is not None:
-        raise ConfigError(f"{field} is {backend!r}, which {reason}; use 'auto', which takes what runs here")
+        raise ConfigError(f"{field} is {backend!r}, which {reason}; use 'auto', which uses what runs here")
     return backend
 
 

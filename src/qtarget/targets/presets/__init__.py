@@ -1,4 +1,4 @@
-"""The named objectives, an entry each: names, YAML, help, docs, verify and tests read them.
+"""The named objectives, one entry each: names, YAML, help, docs, verify and tests read them.
 
 An entry is the function that composes the objective, what is known of it as data, and its loss as the paper prints it.
 

@@ -26,14 +26,14 @@ def label_smoothing_loss(logits, labels, *, smoothing, vocab_size=None):
     group="anchor",
     formula="L = (1 − ε)(−log p_y) + ε CE(U, p);  a = 1 − ε, b = ε, R = U",
     trusts="1 − ε",
-    rest="every token alike",
+    rest="every token equally",
     source="arXiv:1512.00567",
     printed=label_smoothing_loss,
     defaults="the paper's",
-    traps="Transformers averages over a head's padded rows, too; here they are left out",
+    traps="Transformers also averages over a head's padded rows; here they are left out",
 )
 def label_smoothing(smoothing: float = 0.1) -> Target:
-    """Keep a share ε for every token alike."""
+    """Spread a share ε evenly over all tokens."""
     check_range("smoothing", smoothing, 0, 1)
     return Target(trust=trust.constant(1 - smoothing), residual=residual.uniform(), value="ce")
 
@@ -64,14 +64,14 @@ def sft_kl_loss(logits, labels, *, kl_weight, direction, reference_logits=None, 
     group="anchor",
     formula="L = −log p_y + λ KL(ref ‖ p), in reverse λ KL(p ‖ ref);  a = 1, b = λ, R = ref",
     trusts="every label fully",
-    rest="the reference, λ beside the label",
+    rest="the reference, λ in addition",
     source="arXiv:2509.23753 (baseline)",
     printed=sft_kl_loss,
     defaults="ASFT's code; EAFT's baseline has 0.5",
-    traps="weights do not carry over from estimates on the label alone (SkyRL, NeMo-RL): this is the whole vocabulary",
+    traps="kl_weight does not carry over from estimates on the label alone (SkyRL, NeMo-RL): here it is the full KL",
 )
 def sft_kl(kl_weight: float = 0.1, direction: str = "forward") -> Target:
-    """Plain SFT with a spring back to the reference, over the full vocabulary; in reverse KL(student ‖ reference)."""
+    """Plain SFT with a pull back to the reference, over the full vocabulary; in reverse KL(student ‖ reference)."""
     return _anchored(trust.constant(1.0), kl_weight, direction)
 
 
@@ -85,14 +85,14 @@ def asft_loss(logits, labels, *, kl_weight, direction, reference_logits=None, vo
     group="anchor",
     formula="L = −sg(p_y) log p_y + λ KL(ref ‖ p), in reverse λ KL(p ‖ ref);  a = p_y, b = λ, R = ref",
     trusts="p_y",
-    rest="the reference, λ beside the label",
+    rest="the reference, λ in addition",
     source="arXiv:2509.23753",
     printed=asft_loss,
     defaults="the README's command; the authors' code and LLaMA-Factory have 0.1",
-    traps="both codes compute KL(ref ‖ p), while the paper speaks of a reverse anchor: give direction: reverse for that",
+    traps="both codes compute KL(ref ‖ p), while the paper describes a reverse anchor: use direction: reverse for that",
 )
 def asft(kl_weight: float = 0.05, direction: str = "forward") -> Target:
-    """DFT with a spring back to the starting model."""
+    """DFT with a pull back to the initial model."""
     return _anchored(trust.probability(), kl_weight, direction)
 
 
@@ -110,8 +110,8 @@ def psft_loss(logits, labels, *, clip, clip_high, old_logps):
     rest="the student",
     source="arXiv:2508.17784",
     printed=psft_loss,
-    defaults="the authors' yaml, where the upper clip is the lower one's; their only run script has clip_high 0.28",
-    traps="the lower clip changes the reported loss alone: it never stops a gradient",
+    defaults="the authors' yaml, where the upper clip equals the lower; their only run script has clip_high 0.28",
+    traps="the lower clip changes only the reported loss; it never stops a gradient",
 )
 def psft(clip: float = 0.2, clip_high: float | None = None) -> Target:
     """PPO's clip on demonstrations (column old_logps); with r = 1 it is sft."""
@@ -140,10 +140,10 @@ def gem_loss(logits, labels, *, beta, h):
     rest="away from the sharpened student",
     source="arXiv:2408.16673",
     printed=gem_loss,
-    defaults="the authors' train.py; their scripts pass h: logsigmoid, with half the gradient",
+    defaults="the authors' train.py; their scripts pass h: logsigmoid, which halves the gradient",
 )
 def gem(beta: float = 0.7, h: str = "linear") -> Target:
-    """Take mass from what the sharpened student favours and leave the rest diverse; signed, so Q leaves the simplex."""
+    """Take mass from what the sharpened student favours and keep the rest diverse; signed, so Q leaves the simplex."""
     rule = trust.anchored(trust.constant(1.0), -1.0)
     scale = trust.offset_mass() if h == "logsigmoid" else None
     return Target(trust=rule, residual=residual.sharpened(beta, h), scale=scale, value="ce")
@@ -165,11 +165,11 @@ def gift_loss(logits, labels, *, beta, toward, reference_logits=None, teacher_lo
     rest="the reference",
     source="arXiv:2601.09233",
     printed=gift_loss,
-    defaults="the authors' code: at 20 it is sft but for labels that the reference gives less than some 1e-8",
+    defaults="the authors' code: at 20 it is sft, except for labels to which the reference gives less than about 1e-8",
     traps="their code adds 1e-10 to ref before the logarithm: at ref_y = e^(−30) that gives the label 0.046, not 5e-5",
 )
 def gift(beta: float = 20.0, toward: str = "reference") -> Target:
-    """Raise the label's logit in the reference by beta and learn that (toward: teacher does so in the teacher)."""
+    """Raise the label's logit in the reference by beta and learn the result (toward: teacher uses the teacher)."""
     if toward not in ("reference", "teacher"):
         raise unknown("toward", toward, ("reference", "teacher"))
     prior = residual.reference() if toward == "reference" else residual.teacher()
@@ -187,14 +187,14 @@ def sft_entropy_loss(logits, labels, *, entropy_weight, vocab_size=None):
     group="anchor",
     formula="L = −log p_y − λ H + λ ln V;  a = 1, b = λ, R = U by reverse KL",
     trusts="every label fully",
-    rest="away from certainty: toward every token alike, by reverse KL",
+    rest="away from certainty: toward every token equally, by reverse KL",
     source="arXiv:1701.06548",
     printed=sft_entropy_loss,
     defaults="0.1 is this library's; the paper tunes it by task",
-    traps="the reported loss has λ ln V more than the paper's, so that the second part is a divergence, 0 at its best",
+    traps="the reported loss is λ ln V above the paper's, so that its second part is a divergence with minimum 0",
 )
 def sft_entropy(entropy_weight: float = 0.1) -> Target:
-    """sft with a bonus for the student's entropy, over the real vocabulary: less sure of itself, more diverse."""
+    """sft with a bonus for the student's entropy over the real vocabulary: less certain, more diverse."""
     check_range("entropy_weight", entropy_weight, 0)
     rule = trust.anchored(trust.constant(1.0), entropy_weight)
     return Target(trust=rule, residual=[(1, residual.uniform(), ReverseKL())])

@@ -1,4 +1,4 @@
-"""Objectives that weigh the label by how sure the student is of the whole token."""
+"""Objectives that weight the label by how sure the student is at that token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def idft_loss(logits, labels, *, strength, beta, low, high):
     "idft",
     group="label",
     formula="L = −sg(a) log p_y;  a = p_y^e, e = 1 + λ (clip(exp((−log p_y − H)/beta), low, high) − 1)",
-    trusts="p_y, less of it where the label surprises more than H",
+    trusts="p_y, reduced where the label surprises more than H",
     rest="the student",
     source="arXiv:2602.12222",
     printed=idft_loss,
@@ -28,7 +28,7 @@ def idft_loss(logits, labels, *, strength, beta, low, high):
     schedule={"strength": {"schedule": "linear", "from": 0.0, "to": 1.0, "start": 0.2, "steps": 0.1}},
 )
 def idft(strength: float = 1.0, beta: float = 1.0, low: float = 0.1, high: float = 2.0) -> Target:
-    """dft that tells a surprising label at a sure token, probably wrong, from one at a token that has many right ones."""
+    """dft that tells a surprising label where the student is sure (probably wrong) from one where many are right."""
     return Target(trust=trust.surprise_power(strength, beta, low, high), residual=residual.student())
 
 
@@ -43,14 +43,14 @@ def deft_loss(logits, labels):
     "deft",
     group="label",
     formula="L = −sg(p_y^C) log p_y;  a = p_y^C, C = Σ_v p_v²",
-    trusts="every label where the student is spread, p_y where it is sure",
+    trusts="every label where the student is unsure, p_y where it is sure",
     rest="the student",
     source="arXiv:2602.11424",
     printed=deft_loss,
     traps="their code multiplies by C / (C + 1e-6), which is 1 for every C that occurs; it is left out",
 )
 def deft() -> Target:
-    """sft where the student has no opinion, dft where it has one; no number to tune."""
+    """sft where the student has no opinion, dft where it has one; nothing to tune."""
     return Target(trust=trust.concentration_power(), residual=residual.student())
 
 
@@ -66,13 +66,13 @@ def sed_sft_loss(logits, labels, *, weight, top_k, tau):
     "sed-sft",
     group="label",
     formula="L = −log p_y + λ m (p_y − ½)², m = 1[top-k mass < tau];  a = 1 + λ m p_y (1 − 2 p_y)",
-    trusts="every label; where the student is undecided more below ½, less above",
+    trusts="every label; where the student is undecided, more below ½ and less above",
     rest="the student",
     source="arXiv:2602.07464",
     printed=sed_sft_loss,
     defaults="weight (λ) and top_k of the authors' class (train.py has weight 1); tau is this library's: theirs is a "
     "quantile of the validation set's masses, 0.3 in the class and 0.7 in the script",
-    traps="the paper speaks of the entropy, its code has (p_y − ½)², as here",
+    traps="the paper describes the entropy; its code uses (p_y − ½)², as here",
 )
 def sed_sft(weight: float = 0.2, top_k: int = 2, tau: float = 0.9) -> Target:
     """sft that does not push a label to certainty where the student has several candidates."""

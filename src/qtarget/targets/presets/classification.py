@@ -1,4 +1,4 @@
-"""Losses of classification, as weights of the label."""
+"""Losses from classification, as weights of the label."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def poly_loss(logits, labels, *, epsilon):
     "poly",
     group="label",
     formula="L = −log p_y + ε (1 − p_y);  a = 1 + ε p_y",
-    trusts="every label, and ε p_y beside",
+    trusts="every label, plus ε p_y",
     rest="the student",
     source="arXiv:2204.12511",
     printed=poly_loss,
@@ -62,7 +62,7 @@ def symmetric_ce_loss(logits, labels, *, alpha, beta, log_zero):
     "symmetric-ce",
     group="label",
     formula="L = α (−log p_y) + β |A| (1 − p_y), A = log_zero;  a = α + β |A| p_y",
-    trusts="α, and β |A| p_y beside",
+    trusts="α, plus β |A| p_y",
     rest="the student",
     source="arXiv:1908.06112",
     printed=symmetric_ce_loss,
@@ -70,7 +70,7 @@ def symmetric_ce_loss(logits, labels, *, alpha, beta, log_zero):
     traps="the weights do not sum to 1: at p_y near 1 a label weighs 4.1, so sft's learning rate does not carry over",
 )
 def symmetric_ce(alpha: float = 0.1, beta: float = 1.0, log_zero: float = -4.0) -> Target:
-    """A little cross-entropy beside cross-entropy the other way round, which is dft's gradient: robust to noise."""
+    """A little cross-entropy plus reverse cross-entropy, which has dft's gradient: robust to noise."""
     check_range("alpha", alpha, 0)
     check_range("beta", beta, 0)
     check_range("log_zero", log_zero, None, 0)

@@ -1,4 +1,4 @@
-"""Objectives that weigh a label by how likely it is, and leave the rest to the student."""
+"""Objectives that weight a label by how likely it is, and leave the rest to the student."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def sft() -> Target:
     rest="the student",
     source="arXiv:2508.05629",
     printed=printed.dft,
-    traps="the loss is some ten times smaller than sft's, so sft's learning rate does not carry over",
+    traps="the loss is about ten times smaller than sft's, so sft's learning rate does not carry over",
     aliases=("p-loss",),
 )
 def dft() -> Target:
-    """Learn least from tokens the student finds unlikely: noise is ignored, and so is news."""
+    """Learn least from tokens the student finds unlikely: ignores noise, but also anything new."""
     return Target(trust=trust.probability(), residual=residual.student())
 
 
@@ -81,10 +81,10 @@ def talr_loss(logits, labels, *, tau):
     source="arXiv:2509.20758",
     printed=talr_loss,
     defaults="tau 1, which is dft, is this library's: the paper takes the median over the batch of a row's mean −log p_y",
-    traps="a batch's median would depend on how the batch is split; give the median over your rows. Ports keep a ≥ 0.01",
+    traps="a batch's median depends on how the batch is split; set tau to the median over your rows. Ports keep a ≥ 0.01",
 )
 def talr(tau: float = 1.0) -> Target:
-    """Learn least from hard tokens, the more so the smaller tau is; beyond-log at alpha 1/tau has its gradient."""
+    """Learn least from hard tokens, and less the smaller tau is; beyond-log at alpha 1/tau has its gradient."""
     check_range("tau", tau, 0, open_low=True)
     return Target(trust=trust.probability_power(1 / tau, held=True), residual=residual.student())
 
@@ -102,10 +102,10 @@ def mixce_loss(logits, labels, *, mixing_ratio):
     rest="the student",
     source="arXiv:2305.16958",
     printed=mixce_loss,
-    defaults="half and half is this library's; the paper chooses by data set",
+    defaults="half and half is this library's; the paper chooses per dataset",
 )
 def mixce(mixing_ratio: float = 0.5) -> Target:
-    """A share of sft beside dft: rare labels keep some weight."""
+    """A mixture of sft and dft: rare labels keep some weight."""
     check_range("mixing_ratio", mixing_ratio, 0, 1)
     return Target(
         trust=trust.affine_probability(mixing_ratio, 1 - mixing_ratio, held=True), residual=residual.student()
@@ -121,14 +121,14 @@ def gold_floor_loss(logits, labels, *, floor):
     "gold-floor",
     group="label",
     formula="L = −sg(a) log p_y;  a = max(p_y, floor)",
-    trusts="p_y, and never less than the floor",
+    trusts="p_y, but never less than the floor",
     rest="the student",
     source="arXiv:2009.07839",
     printed=gold_floor_loss,
     defaults="the lower of the usual 0.1 to 0.2",
 )
 def gold_floor(floor: float = 0.1) -> Target:
-    """dft with a floor under rare labels, published five years before; floor 1 is sft."""
+    """dft with a minimum weight for rare labels, published five years earlier; floor 1 is sft."""
     return Target(trust=trust.clipped_probability(low=floor), residual=residual.student())
 
 
@@ -141,7 +141,7 @@ def tailr_loss(logits, labels, *, gamma):
     "tailr",
     group="label",
     formula="L = −sg(a) log p_y;  a = p_y / (gamma + (1 − gamma) p_y)",
-    trusts="nearly every label, but for those far below gamma",
+    trusts="nearly every label, except those far below gamma",
     rest="the student",
     source="arXiv:2302.13344",
     printed=tailr_loss,
@@ -161,12 +161,12 @@ def trsft_loss(logits, labels, *, high):
     "trsft",
     group="label",
     formula="L = −sg(a) log p_y;  a = min(1, p_y / high)",
-    trusts="every label from high on, less of those below",
+    trusts="every label from high upwards, less of those below",
     rest="the student",
     source="arXiv:2512.17636",
     printed=trsft_loss,
     defaults="the authors' code (TRAPO)",
-    traps="a second mode of their code subtracts 0.5 from the weight, which unlearns rare labels; it is not here",
+    traps="a second mode of their code subtracts 0.5 from the weight, which unlearns rare labels; it is left out here",
 )
 def trsft(high: float = 0.1) -> Target:
     """sft inside a trust region, dft outside it: only labels below ``high`` lose weight."""
@@ -187,8 +187,8 @@ def luffy_loss(logits, labels, *, gamma):
     rest="the student",
     source="arXiv:2504.14945",
     printed=luffy_loss,
-    defaults="the authors' code, where 0.3 and 0.5 stand beside it",
-    traps="there it is the part of a reinforcement learner's loss that is on demonstrations; that learner is not here",
+    defaults="the authors' code, which also lists 0.3 and 0.5",
+    traps="there it is the demonstration part of a reinforcement-learning loss; the rest of that loss is left out",
 )
 def luffy(gamma: float = 0.1) -> Target:
     """Learn most from labels near gamma: neither the known nor the hopeless."""
@@ -208,10 +208,10 @@ def chord_phi_loss(logits, labels):
     rest="the student",
     source="arXiv:2508.11408",
     printed=chord_phi_loss,
-    traps="ms-swift divides by the tokens of each micro-batch and adds GRPO with a moving weight; neither is here",
+    traps="ms-swift divides by the tokens of each micro-batch and adds GRPO with a moving weight; neither is done here",
 )
 def chord_phi() -> Target:
-    """Learn most where the student would toss a coin: neither the known nor the hopeless."""
+    """Learn most where the label is a coin toss for the student: neither the known nor the hopeless."""
     return Target(trust=trust.bernoulli_variance(), residual=residual.student())
 
 
@@ -225,13 +225,13 @@ def infosft_loss(logits, labels, *, confidence):
     "infosft",
     group="label",
     formula="L = −sg(a) log p_y;  a = p_y max(0, 1 − logit(p_y) / logit(confidence))",
-    trusts="p_y, and nothing from the confidence on",
+    trusts="p_y, falling to 0 at the confidence",
     rest="the student",
     source="arXiv:2605.14967",
     printed=infosft_loss,
     defaults="the authors' code",
-    traps="a confidence of ½ or less would divide by 0 or turn the sign; it is refused",
+    traps="a confidence of ½ or less would divide by 0 or flip the sign; it is refused",
 )
 def infosft(confidence: float = 0.93) -> Target:
-    """dft that stops where the student is sure: the tokens between noise and the known."""
+    """dft that stops where the student is sure: it trains the tokens between noise and the known."""
     return Target(trust=trust.confidence_gap(confidence), residual=residual.student())

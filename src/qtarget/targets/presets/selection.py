@@ -30,7 +30,7 @@ def profit_loss(logits, labels, *, tau, direction, tau_low, tau_high):
     source="arXiv:2601.09195",
     printed=profit_loss,
     defaults="the authors' script",
-    traps="evaluated, their code divides by the kept tokens alone; here every supervised token counts, always",
+    traps="in evaluation their code divides by the kept tokens only; here every supervised token always counts",
 )
 def profit(
     tau: float = 0.1, direction: str = "higher", tau_low: float | None = None, tau_high: float | None = None
@@ -51,7 +51,7 @@ def eaft_loss(logits, labels, *, top_k, power, normalizer):
     "eaft",
     group="selection",
     formula="L = −sg(a) log p_y;  a = (H_k / ln k)^power",
-    trusts="the student's doubt, H_k / ln k",
+    trusts="the student's uncertainty, H_k / ln k",
     rest="the student",
     source="arXiv:2601.02151",
     printed=eaft_loss,
@@ -76,7 +76,7 @@ def iw_sft_loss(logits, labels, *, weight):
     rest="the student",
     source="arXiv:2507.12856",
     printed=iw_sft_loss,
-    traps="the authors' code makes w as it goes: exp of the row's mean log(p / ref), at most 16; here it is a column",
+    traps="their code computes w during training: exp of the row's mean log(p / ref), at most 16; here it is a column",
 )
 def iw_sft() -> Target:
     """Importance-weighted rows, weights given as data; w > 1 leaves the simplex."""
@@ -96,7 +96,7 @@ def cft_loss(logits, labels, *, critical):
     rest="the student",
     source="arXiv:2510.10974",
     printed=cft_loss,
-    traps="no official code; whether the paper divides by all tokens or by the critical ones is not said",
+    traps="no official code; the paper does not say whether it divides by all tokens or the critical ones",
 )
 def cft() -> Target:
     """Train only the tokens marked as critical; the denominator counts all supervised tokens."""
@@ -124,7 +124,7 @@ def prift_loss(logits, labels, *, by, threshold, reference_logits, vocab_size=No
     defaults="the authors' code; threshold is for by: mass",
 )
 def prift(by: str = "prob", threshold: float = 0.5) -> Target:
-    """Learn what the starting model found likely, or, by mass, only what lies above its unlikely half."""
+    """Learn what the initial model found likely, or, with by: mass, only what lies above its unlikely half."""
     if by not in ("prob", "mass"):
         raise unknown("by", by, ("prob", "mass"))
     rule = trust.reference_probability() if by == "prob" else trust.reference_lower_mass(threshold)
@@ -146,8 +146,8 @@ def stm_loss(logits, labels, *, perplexity, reference_logits, vocab_size=None):
     source="arXiv:2501.14315",
     printed=stm_loss,
     defaults="the authors' code",
-    traps="their code divides by the kept tokens alone; here every supervised token counts",
+    traps="their code divides by the kept tokens only; here every supervised token counts",
 )
 def stm(perplexity: float = 2.5) -> Target:
-    """Drop what surprises the starting model, so that little of what it could do is unlearned."""
+    """Drop what surprises the initial model, so that it forgets little of what it could do."""
     return Target(trust=trust.reference_threshold(perplexity), residual=residual.student())

@@ -1,4 +1,4 @@
-"""Objectives in which a teacher has a part."""
+"""Objectives that use a teacher."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def _distilled(kd_weight: float, temperature: float, value: str, divergence: obj
         return Target(trust=rule, residual=[(1, residual.teacher(), chosen)], value=value)
     if not chosen.is_forward_kl:
         raise ConfigError(
-            f"temperature is {temperature:g} beside divergence {chosen.label}; it is for forward_kl alone, leave it at 1"
+            f"temperature is {temperature:g} with divergence {chosen.label}; it works only with forward_kl, so leave "
+            "it at 1"
         )
     pair = [(temperature, residual.teacher(temperature)), (-temperature, residual.tempered(temperature))]
     return Target(trust=rule, residual=pair, value="tempered_kl")
@@ -43,8 +44,8 @@ def kd_loss(logits, labels, *, temperature, divergence=FORWARD_KL, teacher_logit
     rest="the teacher",
     source="arXiv:1503.02531",
     printed=kd_loss,
-    defaults="temperature 1 and forward KL; the peers' differ, so name yours",
-    traps="peers that cut a teacher to its top k drop or renormalise the rest; here the tail keeps its mass",
+    defaults="temperature 1 and forward KL; other libraries differ, so set your own",
+    traps="libraries that cut a teacher to its top k drop or renormalise the rest; here the tail keeps its mass",
 )
 def kd(temperature: float = 1.0, divergence: object = "forward_kl") -> Target:
     """Forget the labels and match the teacher on the demonstrations' contexts."""
@@ -71,7 +72,7 @@ def kd_hybrid_loss(
     rest="the teacher",
     source="arXiv:1503.02531",
     printed=kd_hybrid_loss,
-    defaults="DistillKit's halves",
+    defaults="half and half, as in DistillKit",
 )
 def kd_hybrid(kd_weight: float = 0.5, temperature: float = 1.0, divergence: object = "forward_kl") -> Target:
     """A fixed mixture of label and teacher."""
@@ -106,7 +107,7 @@ def target_sft_loss(
     rest="student^(1 − η) · teacher^η",
     source="arXiv:2606.11189",
     printed=target_sft_loss,
-    defaults="this library's: the paper's are in the part of it that could not be read",
+    defaults="this library's: the part of the paper with its values could not be read",
 )
 def target_sft(eta: float = 0.5, teacher_temperature: float = 1.0, divergence: object = "forward_kl") -> Target:
     """Trust the label as far as the student does, and let the teacher steer the rest; η = 0 is dft."""
@@ -131,7 +132,7 @@ def todi_loss(logits, labels, *, slope, teacher_logits, vocab_size=None):
     defaults="the authors' code",
 )
 def todi(slope: float = 1.0) -> Target:
-    """kd with a divergence chosen token by token: forward KL where the student has too little, reverse where too much."""
+    """kd with a divergence chosen per token: forward KL where the student is too low, reverse KL where it is too high."""
     return _distilled(1.0, 1.0, "kl", {"todi": {"slope": slope}})
 
 
@@ -151,10 +152,10 @@ def taid_loss(logits, labels, *, t, teacher_logits=None, vocab_size=None):
     rest="student^(1 − t) · teacher^t",
     source="arXiv:2501.16937",
     printed=taid_loss,
-    defaults="t where the authors' runs begin; there it goes to 1 over the run",
-    traps="their t also runs ahead as the loss falls, a number of the run's state; this is their disable_adaptive",
+    defaults="the authors' initial t; in their runs it rises to 1",
+    traps="their t also advances as the loss falls, which depends on the run's state; this is their disable_adaptive",
     schedule={"t": {"schedule": "linear", "from": 0.4, "to": 1.0}},
 )
 def taid(t: float = 0.4) -> Target:
-    """A teacher that starts close to the student and moves away from it as t goes to 1, where it is kd."""
+    """A teacher that starts close to the student and moves away from it as t rises to 1, where it is kd."""
     return Target(trust=trust.constant(0.0), residual=residual.guided(eta=t))

@@ -1,4 +1,4 @@
-"""Rules made of another rule, and rules of your own."""
+"""Rules made from another rule, and rules of your own."""
 
 from __future__ import annotations
 

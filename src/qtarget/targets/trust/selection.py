@@ -1,4 +1,4 @@
-"""Rules that keep some tokens and drop others, or weigh them by a column of the data."""
+"""Rules that keep some tokens and drop others, or weight them by a column of the data."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def _check(trainer: QTargetTrainer, rows: int, top_k: Sequence[int]) -> None:
             raise ConfigError(f"{name} {number!r}; use a whole number from 1")
     if not trainer.reads_teacher:
         raise ConfigError(
-            f"target {trainer.objective} has no teacher to compare with; name a target that asks one, such as kd, and "
+            f"target {trainer.objective} has no teacher to compare with; name a target that needs one, such as kd, and "
             "its teacher (teacher_model_name_or_path)"
         )
 
@@ -170,15 +170,15 @@ class _Tally:
     def agreement(self, rows: int) -> Agreement:
         if not any(len(chunk["row"]) for chunk in self.chunks):
             raise DataError(
-                f"rows is {rows}, and none of the rows looked at has a supervised token that the teacher is asked about; "
-                "look at more rows, or check completion_only_loss, assistant_only_loss and max_length"
+                f"rows is {rows}, and none of the rows used has a supervised token that the teacher is asked about; "
+                "use more rows, or check completion_only_loss, assistant_only_loss and max_length"
             )
         tokens = joined(self.chunks)
         for who in ("student", "teacher"):
             if bool(torch.isnan(tokens[f"{who}_entropy"]).any()):
                 field = "model_init_kwargs" if who == "student" else "teacher_model_init_kwargs"
                 raise ConfigError(
-                    f"the {who} gives NaN for a row looked at; check the rows, or load it in float32 or bfloat16 "
+                    f"the {who} gives NaN for one of the rows used; check the rows, or load it in float32 or bfloat16 "
                     f"({field}: {{dtype: ...}})"
                 )
         conflict = (tokens["teacher_top_p"] >= CONFIDENT) & (tokens["teacher_top"] != tokens["label"])

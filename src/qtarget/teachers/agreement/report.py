@@ -168,13 +168,14 @@ class Agreement:
         elif self.judgement == "helps":
             sentence = (
                 f"likely to help: it is clearly sharper than the student (entropy {self.teacher.entropy:.3g} against "
-                f"{self.student.entropy:.3g}) and agrees with it ({match}), {kl}; on the labels alike ({self._nlls()})"
+                f"{self.student.entropy:.3g}) and agrees with it ({match}), {kl}; on the labels they are equal "
+                f"({self._nlls()})"
             )
         else:
-            sentence = f"mixed: on the labels no clear difference to the student ({self._nlls()}), {kl}, {match}"
+            sentence = f"mixed: on the labels no clear difference from the student ({self._nlls()}), {kl}, {match}"
         if self.too_sure:
             sentence += (
-                f"; too sure of other tokens: confident of another token than the label on {self.conflicts:.0%} of the "
+                f"; too sure of other tokens: confident of a token other than the label on {self.conflicts:.0%} of the "
                 f"tokens, more than {CONFLICTS_OFTEN:.0%}"
             )
             if self.sides_with_teacher is not None:
@@ -237,7 +238,7 @@ class Agreement:
                 (f"mass lost outside the cache's {self.cached_k}", "", f"{self.lost_mass:.3%}"),
                 (f"labels outside the cache's {self.cached_k}", "", f"{self.labels_outside_k:.1%}"),
             ]
-        lines.append((f"teacher gives another token than the label {CONFIDENT} or more", "", f"{self.conflicts:.1%}"))
+        lines.append((f"teacher gives a token other than the label {CONFIDENT} or more", "", f"{self.conflicts:.1%}"))
         if self.sides_with_teacher is not None:
             lines.append(("of these the student sides with the teacher", "", f"{self.sides_with_teacher:.0%}"))
         return [*lines, (f"teacher gives the label less than {DENIED}", "", f"{self.denied:.1%}")]
@@ -248,8 +249,8 @@ class Agreement:
         if (end := self.end_token) is not None:
             what = {
                 "label": "they are taught by their label alone and left out of all figures",
-                "map": "the two are exchanged in the teacher",
-                "keep": "nothing is done about it",
+                "map": "the two are swapped in the teacher",
+                "keep": "nothing is changed",
             }[end.setting]
             notes.append(
                 f"the data end with {visible(end.data_text)} and the teacher with {visible(end.teacher_text)}, which "
@@ -258,11 +259,11 @@ class Agreement:
         if self.other_templates:
             notes.append(
                 f"{', '.join(self.other_templates)} has another chat template than the student, and reads chats in the "
-                "student's, which it may not know"
+                "student's, which may be unknown to it"
             )
         if self.cached_k is not None:
             notes.append(
-                "the teacher's mass outside the cache has the shape that teacher_tail says, which most figures contain"
+                "the teacher's mass outside the cache has the shape that teacher_tail sets, which affects most figures"
             )
         return notes
 

@@ -98,7 +98,7 @@ def plan(trainer: QTargetTrainer, shard_tokens: int | None = None) -> Plan:
     repeated = 0
     for name, dataset in datasets_of(trainer).items():
         if not hasattr(dataset, "__len__"):
-            raise ConfigError("dataset_streaming is on; a cache is built of a dataset that is read whole")
+            raise ConfigError("dataset_streaming is on, but a cache is built from a whole dataset; set it to false")
         for number, row in enumerate(dataset):
             tokens = len(supervised_positions(row["labels"]))
             if not tokens:
@@ -240,7 +240,7 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise StorageError(
-            f"output is {str(folder)!r}, where another qtarget cache build is at work; wait for it, or name another "
+            f"output is {str(folder)!r}, where another qtarget cache build is running; wait for it, or name another "
             "folder"
         ) from None
     try:
@@ -263,7 +263,7 @@ def _begin(folder: Path, planned: Plan, k: int, dtype: str, about: dict[str, Any
         return manifest
     manifest = {**manifests.read(folder)}
     for number, line in enumerate(manifest["shards"]):
-        if shards.fault(folder, line) is not None:  # it and what follows is made anew
+        if shards.fault(folder, line) is not None:  # it and what follows is rebuilt
             del manifest["shards"][number:]
             manifest["state"] = "building"
             break
@@ -299,11 +299,11 @@ def check_folder(folder: Path, planned: Plan, k: int | None, dtype: str, about: 
     left_out = ("state", "program", *(("k",) if k is None else ()))
     wanted = {name: value for name, value in _fresh(planned, k, dtype, about).items() if name not in left_out}
     difference = manifests.first_difference(
-        manifest, wanted, "name another folder, or build with what it was begun with"
+        manifest, wanted, "name another folder, or build with the settings it was started with"
     )
     have = shards.map_arrays(folder / INDEX)
     if difference is None and not np.array_equal(have["keys"], planned.keys):
-        difference = "the rows are not those it was begun with: text, order or context changed; name another folder"
+        difference = "the rows are not those it was started with: text, order or context changed; name another folder"
     if difference is not None:
         raise StorageError(f"output is {str(folder)!r}, which holds a teacher cache: {difference}")
 

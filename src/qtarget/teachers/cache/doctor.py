@@ -116,8 +116,8 @@ class Report:
         yield "gradient: ‖difference‖ / ‖live‖ of p − Q, and of what reaches hidden states; loss: mean difference, nats"
         if nothing := [line.target for line in self.targets if line.logit_gradient is None]:
             yield (
-                f"none: {', '.join(dict.fromkeys(nothing))} has no gradient on these rows, as where the teacher is the "
-                "student; the error of Q is all the cache adds"
+                f"none: {', '.join(dict.fromkeys(nothing))} has no gradient on these rows, for example because the "
+                "teacher is the student; the error of Q is all the cache adds"
             )
 
 

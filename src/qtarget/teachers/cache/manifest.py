@@ -1,4 +1,4 @@
-"""What a teacher cache says of itself, and whether that is what a run needs."""
+"""What a teacher cache says about itself, and whether that is what a run needs."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _counted(manifest: Manifest) -> Manifest:
     return manifest
 
 
-# How a difference is mended, by the part of the manifest it is in.
+# How a difference is fixed, by the part of the manifest it is in.
 _MENDS = {
     "tokenizer": "train with the tokenizer the cache was built for, or build a cache for this one",
     "teacher": "name the teacher of the cache, leave the teacher out, or build a cache with this one",
@@ -100,11 +100,11 @@ def read(folder: str | Path) -> Manifest:
     """
     file = Path(folder) / FILE
     if not file.is_file():
-        there = "" if file.parent.is_dir() else "is no folder here and "
+        there = "" if file.parent.is_dir() else "is not a folder here and "
         raise StorageError(
             f"teacher_cache is {str(folder)!r}, which {there}holds no {FILE}; name a folder that qtarget cache build made"
         )
-    mend = "copy the cache again or build it anew in another folder"
+    mend = "copy the cache again or rebuild it in another folder"
     return files.load(file, Annotated[Manifest, AfterValidator(_counted)], mend, FORMAT)
 
 

@@ -49,8 +49,8 @@ class CachedTeacher:
         if self.manifest["state"] != "complete":
             done, todo = len(self.manifest["shards"]), self.manifest["planned_shards"]
             raise StorageError(
-                f"teacher_cache is {str(folder)!r}, which is not finished ({done} of {todo} files); run the same qtarget "
-                "cache build again, which goes on where it stopped"
+                f"teacher_cache is {str(folder)!r}, which is not finished ({done} of {todo} files); run the same "
+                "qtarget cache build again, which resumes where it stopped"
             )
         self.k: int = self.manifest["k"]
         self._begins = np.cumsum([0, *(line["tokens"] for line in self.manifest["shards"])])

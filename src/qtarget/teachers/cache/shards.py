@@ -39,11 +39,9 @@ def fault(folder: Path, line: Mapping[str, Any], checksum: bool = True) -> str |
     ``checksum``: read all of it; else only its size is looked at.
     """
     if not files.is_plain(line["file"]):
-        return (
-            f"the manifest names the shard {line['file']!r}; only a name without folders is read: build the cache anew"
-        )
+        return f"the manifest names the shard {line['file']!r}; only a name without folders is read: rebuild the cache"
     path = folder / line["file"]
-    mend = "copy the cache again, or delete that file and run the same qtarget cache build, which makes it anew"
+    mend = "copy the cache again, or delete that file and run the same qtarget cache build, which rebuilds it"
     if not path.is_file():
         return f"{path} is missing; {mend}"
     size = path.stat().st_size
@@ -87,7 +85,7 @@ def map_arrays(path: Path) -> dict[str, np.ndarray]:
                 arrays[name] = np.memmap(path, dtype=dtype, mode="r", offset=8 + length + begin, shape=shape)
         return arrays
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise StorageError(f"{path} is not a file of a teacher cache: {error}; copy or build the cache anew") from error
+        raise StorageError(f"{path} is not a file of a teacher cache: {error}; copy or rebuild the cache") from error
 
 
 def check_index(path: Path, manifest: Mapping[str, Any]) -> None:
@@ -141,4 +139,4 @@ def _shapes(path: Path, arrays: Mapping[str, np.ndarray], wanted: Mapping[str, t
 
 
 def _foreign(path: Path, what: str) -> StorageError:
-    return StorageError(f"{path} is not a file of this teacher cache: {what}; copy the cache again or build it anew")
+    return StorageError(f"{path} is not a file of this teacher cache: {what}; copy the cache again or rebuild it")

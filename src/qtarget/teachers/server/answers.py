@@ -96,13 +96,13 @@ class Reader:
             raise NotSpoken(f"position {position} has no mapping", cached=given is None)
         if len(given) < self.k:
             raise ConfigError(
-                f"{what} has {len(given)} entries at position {position} where k is {self.k}; use a server that gives so "
-                f"many (vLLM: --max-logprobs {self.k}), or ask for a smaller k"
+                f"{what} has {len(given)} entries at position {position} where k is {self.k}; use a server that gives "
+                f"that many (vLLM: --max-logprobs {self.k}), or ask for a smaller k"
             )
         found = {}
         for key, entry in given.items():
             if _ID.fullmatch(key) is None:
-                raise NotSpoken(f"position {position} has {key!r}, which is text and no token id")
+                raise NotSpoken(f"position {position} has {key!r}, which is text, not a token id")
             token = int(key)
             if not 0 <= token < self.vocab_size:
                 raise ConfigError(
@@ -114,14 +114,14 @@ class Reader:
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not is_number or not _LEAST_LOGPROB <= value <= _MOST_LOGPROB:  # false for NaN
                 raise ConfigError(
-                    f"{what} gives token {token} the log-probability {value!r} at position {position}, which is no "
-                    f"finite number of at most 0; look into the served weights and their dtype, and {_RAW}"
+                    f"{what} gives token {token} the log-probability {value!r} at position {position}, which is not a "
+                    f"finite number of at most 0; check the served weights and their dtype, and {_RAW}"
                 )
             if value <= _MASKED:
                 raise ConfigError(
-                    f"{what} gives token {token} the log-probability {value:g} at position {position}, which stands for "
-                    "a token that was ruled out: what is left is no longer the teacher's own distribution; "
-                    f"{_RAW}, without a temperature, top-k or top-p of its own (--generation-config vllm)"
+                    f"{what} gives token {token} the log-probability {value:g} at position {position}, which marks a "
+                    f"token that was ruled out: the rest is no longer the teacher's own distribution; {_RAW}, without "
+                    "a temperature, top-k or top-p of its own (--generation-config vllm)"
                 )
             found[token] = (float(value), rank if is_whole(rank) else self.vocab_size)
         return found

@@ -97,7 +97,7 @@ class TeacherServer:
         except Refused as refusal:
             raise self._refusal(refusal, served) from None
         except NotSpoken as lacking:
-            mend = "let no other server answer at that address"
+            mend = "make sure that only one server answers at that address"
             if lacking.cached:
                 mend = f"start vLLM with --no-enable-prefix-caching, which answers whole prompts, and {mend}"
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before a step is trained."""
+"""What can be found wrong before the first training step."""
 
 from qtarget.training.checks.datasets import (
     ColumnSet,

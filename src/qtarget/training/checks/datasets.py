@@ -1,4 +1,4 @@
-"""What of data sets and their columns can be known to be wrong before a step."""
+"""What can be found wrong in datasets and their columns before the first training step."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def column_faults(
     online = args.weights == "online" and any("weight" in objective.requires for objective in objectives)
     if online and args.packing and args.packing_strategy == "wrapped":
         faults.append(
-            "weights is 'online' and packing_strategy is 'wrapped', which runs sequences together, so that a weight per "
-            "sequence cannot be taken; use packing_strategy: bfd"
+            "weights is 'online' and packing_strategy is 'wrapped', which joins sequences, so there is no weight per "
+            "sequence; use packing_strategy: bfd"
         )
     for name, columns, objective in sets:
         faults += faults_of_columns(name, columns, objective, args, formatted)
@@ -108,17 +108,17 @@ def reference_column(args: Any, sets: Iterable[ColumnSet], reference_given: bool
     if reference_given or args.reference_model_name_or_path is not None:
         other = "reference_model is given" if reference_given else "reference_model_name_or_path is set"
         return False, [
-            f"{other}, and the {known[0][0]} dataset has a column {REFERENCE!r}; the reference is read from one of them: "
-            "leave one out"
+            f"{other}, and the {known[0][0]} dataset has a column {REFERENCE!r}; the reference is read from one of "
+            "them: keep one"
         ]
     if args.packing and args.packing_strategy == "bfd_split":
         return False, [
-            f"packing_strategy is 'bfd_split', which parts a row, and column {REFERENCE!r} is the mean over a whole one; "
-            "use packing_strategy: bfd"
+            f"packing_strategy is 'bfd_split', which splits rows, but column {REFERENCE!r} is the mean over a whole "
+            "row; use packing_strategy: bfd"
         ]
     return True, [
-        f"weights are taken against column {REFERENCE!r}, which the {name} dataset has not; add it there, or report "
-        "another objective there: eval_target: sft"
+        f"weights are measured against column {REFERENCE!r}, which the {name} dataset does not have; add it there, or "
+        "report another objective there: eval_target: sft"
         for name, columns, objective in known
         if "weight" in objective.requires and REFERENCE not in columns
     ]
@@ -137,7 +137,7 @@ def untrainable_rows(dataset_name: str, columns: Iterable[str] | None, text_fiel
 def token_columns_without_ids(dataset_name: str, columns: Iterable[str]) -> list[str]:
     """Columns that would be taken for numbers of each token, such as the labels of a classification."""
     return [
-        f"the {dataset_name} dataset has a column {name!r} and no input_ids; it holds a number per token only beside "
+        f"the {dataset_name} dataset has a column {name!r} and no input_ids; it holds a number per token only next to "
         "input_ids: rename it or drop it"
         for name in TOKEN_COLUMNS
         if name in columns

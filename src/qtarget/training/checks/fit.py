@@ -94,7 +94,7 @@ def _too_long(
     what = f"row {row} of the {name} dataset has {longest} tokens"
     if table is None:
         logger.warning(
-            f"{what}, and {who} was made for {limit}: beyond that its answers are guesses; set max_length: {limit}"
+            f"{what}, and {who} was made for {limit}: beyond that its outputs are unreliable; set max_length: {limit}"
         )
         return
     now = "null" if max_length is None else max_length

@@ -1,4 +1,4 @@
-"""What Transformers would refuse late in a run: optimiser, schedule, tracker, metric."""
+"""What Transformers would refuse only late in a run: optimiser, schedule, tracker, metric."""
 
 from __future__ import annotations
 

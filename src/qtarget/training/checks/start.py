@@ -1,4 +1,4 @@
-"""What of a recipe, its models and its targets can be known to be wrong before a step."""
+"""What can be found wrong in a recipe, its models and targets before the first step."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def target_faults(objectives: Iterable[Objective]) -> list[str]:
         except ConfigError as error:
             faults += [f"{tried}: {fault}" for fault in error.faults]
         except Exception as error:
-            faults.append(f"{tried}, failed with {reason(error)}; mend its rule, residual or divergence")
+            faults.append(f"{tried}, failed with {reason(error)}; fix its rule, residual or divergence")
     return list(dict.fromkeys(faults))
 
 
@@ -87,7 +87,7 @@ def adapter_on_head(target_modules: str | Iterable[str] | None) -> list[str]:
     """LoRA on the head would be ignored: the loss multiplies by the head's own weight."""
     modules = [target_modules] if isinstance(target_modules, str) else target_modules or []
     return [
-        f"lora_target_modules holds {name!r}; an adapter on the head is not supported: take it out, or train the whole "
+        f"lora_target_modules holds {name!r}; an adapter on the head is not supported: remove it, or train the whole "
         "head with lora_modules_to_save"
         for name in modules
         if name in ("lm_head", "embed_out", "output_layer")
@@ -110,12 +110,12 @@ def beside_adapter(name: str, revision: str | None, setting: str | None, given: 
     what = f"model_name_or_path is {name!r}, an adapter for {found.base!r}"
     if setting is not None:
         return [
-            f"{setting} asks for a new adapter, but {what}; leave it out to train that adapter on, or merge it first "
-            f"(qtarget merge {name} -o FOLDER) and train a new one on the merged model"
+            f"{setting} asks for a new adapter, but {what}; leave it out to train that adapter further, or merge it "
+            f"first (qtarget merge {name} -o FOLDER) and train a new one on the merged model"
         ]
     return [
-        f"{ours} is {value!r}, but {what} whose {theirs} is {found.settings.get(theirs)!r}; it is trained on as it is: "
-        f"leave {ours} out"
+        f"{ours} is {value!r}, but {what} whose {theirs} is {found.settings.get(theirs)!r}; it is trained further as "
+        f"it is: leave {ours} out"
         for ours, theirs in _OF_ADAPTERS.items()
         if (value := given.get(ours)) is not None and _differs(value, found.settings.get(theirs))
     ]
@@ -149,9 +149,8 @@ def no_generation_markers(tokenizer: Any, args: Any) -> list[str]:
     finally:
         tokenizer.chat_template = own
     return [
-        "assistant_only_loss is true, but the chat template has no {% generation %} markers, so nothing tells the "
-        "assistant's tokens from the rest; name a template that has them in chat_template_path, or set "
-        "assistant_only_loss: false"
+        "assistant_only_loss is true, but the chat template has no {% generation %} markers, so nothing marks the "
+        "assistant's tokens; name a template that has them in chat_template_path, or set assistant_only_loss: false"
     ]
 
 
@@ -167,13 +166,13 @@ def before_loading(
     faults = []
     if kwargs.get("compute_loss_func") is not None:
         faults.append(
-            "compute_loss_func is given beside target; a run trains one objective: remove it, or write it as a target of "
-            "your own (target: my_pkg.my_module:my_target)"
+            "compute_loss_func is given together with target; a run trains one objective: remove it, or write it as a "
+            "target of your own (target: my_pkg.my_module:my_target)"
         )
     faults += target_faults(objectives) + missing_teacher(args, objectives, teacher_given)
     named = [name for name in args.teacher_settings if name != "teacher_model_name_or_path"]
     if teacher_given and named:
-        faults.append(f"teacher_model is given beside {named[0]}; a run has one teacher: keep one")
+        faults.append(f"teacher_model is given together with {named[0]}; a run has one teacher: keep one")
     faults += adapter_on_head(getattr(kwargs.get("peft_config"), "target_modules", None))
     if isinstance(model, str):
         asks = None if kwargs.get("peft_config") is None else "peft_config"

@@ -1,4 +1,4 @@
-"""Is anything trained: parameters that ask for a gradient, and a loss that reaches them."""
+"""Is anything trained: parameters that require a gradient, and a loss that reaches them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def all_frozen(model: nn.Module) -> list[str]:
         return []
     adapter = "load it with PeftModel.from_pretrained(model, folder, is_trainable=True)"
     mend = adapter if hasattr(model, "peft_config") else "unfreeze some: parameter.requires_grad_(True)"
-    return [f"nothing is trainable: no parameter of the model asks for a gradient; {mend}"]
+    return [f"nothing is trainable: no parameter of the model requires a gradient; {mend}"]
 
 
 def out_of_reach(model: nn.Module) -> list[str]:
     """The sentence for a loss that depends on no trainable parameter."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    mend = ", or put that adapter in use: model.set_adapter(name)" if hasattr(model, "peft_config") else ""
+    mend = ", or activate that adapter: model.set_adapter(name)" if hasattr(model, "peft_config") else ""
     return [
-        f"nothing is trained: the loss reaches none of the {len(names)} parameters that ask for a gradient, such as "
+        f"nothing is trained: the loss reaches none of the {len(names)} parameters that require a gradient, such as "
         f"{names[0]}; unfreeze others{mend}"
     ]
 
@@ -48,7 +48,7 @@ def missing_modules(model: nn.Module) -> list[str]:
     named = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     plain = [name.replace(".base_layer", "").replace(".original_module", "") for name in named]
     return [
-        f"{setting} holds {wanted!r}, which the model has not; take it out, or name one of its modules"
+        f"{setting} holds {wanted!r}, which the model does not have; remove it, or name one of its modules"
         for config in getattr(model, "peft_config", {}).values()
         for setting in ("modules_to_save", "target_parameters")
         for wanted in getattr(config, setting, None) or ()

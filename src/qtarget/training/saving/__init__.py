@@ -1,1 +1,1 @@
-"""What a run leaves on the disk: checkpoints, weights, and the files beside them."""
+"""What a run leaves on disk: checkpoints, weights, and the files next to them."""

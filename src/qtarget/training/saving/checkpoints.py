@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or not there, even if the run is killed meanwhile.
+"""Checkpoints that are complete or absent, even if the run is killed in between.
 
 A checkpoint is written as ``_unfinished/checkpoint-N`` in the run's folder and renamed once its last file is there, so
 every ``checkpoint-N`` is whole: for qtarget, for Transformers and for a script that copies folders. It also lists its
@@ -80,7 +80,7 @@ def passed_over(run: str | Path) -> list[str]:
     """A sentence for each checkpoint that is later than the last whole one."""
     faults = ((folder, fault(folder)) for folder in all_of(run))
     later = itertools.takewhile(lambda pair: pair[1] is not None, faults)
-    return [f"{folder} is not whole ({why}): it is passed over" for folder, why in later]
+    return [f"{folder} is incomplete ({why}): it is skipped" for folder, why in later]
 
 
 def unreadable_files(folder: str | Path) -> list[str]:
@@ -117,8 +117,10 @@ def to_resume_from(resume_from_checkpoint: Any, output_dir: Any) -> str | None:
         if (why := fault(folder)) is None:
             return str(folder)
         whole = last(folder.parent)
-        mend = "start anew in another output_dir" if whole is None else f"the last whole one is {str(whole)!r}"
-        what = f"is not whole: {why}" if folder.is_dir() else "is no folder"
+        mend = (
+            "start from scratch in another output_dir" if whole is None else f"the last complete one is {str(whole)!r}"
+        )
+        what = f"is incomplete: {why}" if folder.is_dir() else "is not a folder"
         raise StorageError(f"resume_from_checkpoint is {str(folder)!r}, which {what}; {mend}")
     whole = last(output_dir) if resume_from_checkpoint else None
     return None if whole is None else str(whole)
@@ -214,11 +216,12 @@ def storage_errors(what: str, run: str | Path) -> Iterator[None]:
         if refusal is None:
             raise
         clear(run)
-        mend = "there is no checkpoint yet, so start anew"
+        mend = "there is no checkpoint yet, so start from scratch"
         if (whole := last(run)) is not None:
-            mend = f"go on from the last whole checkpoint, {whole.name}, with --resume_from_checkpoint true"
+            mend = f"resume from the last complete checkpoint, {whole.name}, with --resume_from_checkpoint true"
         raise StorageError(
-            f"{what} could not be written to {str(run)!r}: {refusal}; make room or mend the folder's rights, then {mend}"
+            f"{what} could not be written to {str(run)!r}: {refusal}; free some space or fix the folder's permissions, "
+            f"then {mend}"
         ) from error
 
 

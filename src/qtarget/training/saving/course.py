@@ -1,4 +1,4 @@
-"""What a run goes through step by step, which a resumed run must share."""
+"""What a run goes through step by step, which must stay the same when it is resumed."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def check(folder: Path, trainer: QTargetTrainer) -> None:
     other = [
         name for name in saved if name in now and None not in (saved[name], now[name]) and saved[name] != now[name]
     ]
-    anew = f"or start anew from its weights: model_name_or_path {str(folder)!r} with another output_dir"
+    anew = f"or start a new run from its weights: model_name_or_path {str(folder)!r} with another output_dir"
     trained_with = f"the checkpoint {str(folder)!r} was trained with"
     found = [
         f"{name} is {now[name]}, but {trained_with} {saved[name]}, which its optimiser's state brings back; resume with "
@@ -97,8 +97,8 @@ def check(folder: Path, trainer: QTargetTrainer) -> None:
     ]
     if not trainer.args.ignore_data_skip:
         found += [
-            f"{_asked(name)} {now[name]}, but {trained_with} {saved[name]}, so that other rows would be skipped than it "
-            f"has seen; resume with that, {anew}, or set ignore_data_skip: true to begin the data again"
+            f"{_asked(name)} {now[name]}, but {trained_with} {saved[name]}, so the rows skipped would not be those it "
+            f"has seen; resume with that, {anew}, or set ignore_data_skip: true to start the data from the beginning"
             for name in _OF_ROWS
             if name in other
         ]

@@ -60,7 +60,7 @@ def section(trainer: QTargetTrainer) -> str:
         for place, schedule in target.schedules.items():
             lines.append(f"- schedule of {'.'.join(place)}{name}: {schedule}")
     if trainer.student.name != trainer.student.base.config._name_or_path:
-        lines.append(f"- trained on from: adapter `{trainer.student.name}`")
+        lines.append(f"- trained further from: adapter `{trainer.student.name}`")
     for name, value in trainer.identity().items():
         if name not in ("target", "targets") and value is not None:
             lines.append(f"- {name}: {value}")

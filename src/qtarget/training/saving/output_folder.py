@@ -30,19 +30,19 @@ def faults(args: Any, reads: Iterable[str | None]) -> list[str]:
         return [f"output_dir is {str(folder)[:100]!r}..., which cannot be a folder ({error.strerror}); choose another"]
     if args.overwrite_output_dir and args.resume_from_checkpoint:
         return [
-            "overwrite_output_dir and resume_from_checkpoint are both set, and the first deletes what the second goes on "
-            "from; keep one of them"
+            "overwrite_output_dir and resume_from_checkpoint are both set, but the first deletes what the second "
+            "resumes from; keep one of them"
         ]
     there = [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *folder.glob("*.safetensors"), *folder.glob(_OF_A_RUN[2])]
     if there and not args.resume_from_checkpoint:
         holds = f"output_dir is {str(folder)!r}, which holds"
         if not args.overwrite_output_dir:
             return [
-                f"{holds} another run ({there[0].name}); choose another folder, go on with that run by "
-                "--resume_from_checkpoint true, or delete that run and begin anew by --overwrite_output_dir"
+                f"{holds} another run ({there[0].name}); choose another folder, resume that run with "
+                "--resume_from_checkpoint true, or delete it and start from scratch with --overwrite_output_dir"
             ]
         if not _checkpoints(folder) and not any((folder / name).exists() for name in _OF_A_RUN):
-            return [f"{holds} {there[0].name} and nothing that a run wrote; overwrite_output_dir deletes runs alone"]
+            return [f"{holds} {there[0].name} and nothing that a run wrote; overwrite_output_dir deletes only runs"]
         inside = [
             name for name in reads if name and folder.resolve() in (Path(name).resolve(), *Path(name).resolve().parents)
         ]

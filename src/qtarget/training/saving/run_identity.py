@@ -1,4 +1,4 @@
-"""What a run trains, written into its checkpoints; another run may not resume it."""
+"""What a run trains, written into its checkpoints; a different run cannot resume them."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def differences(folder: str | Path, settings: dict[str, Any], partly: bool = Fal
     except StorageError as error:
         return error.faults
     return [
-        f"{name} is {_shown(now)}, but the checkpoint {str(folder)!r} was trained with {_shown(was)}; resume with that, "
-        "or start anew from the model with another output_dir"
+        f"{name} is {_shown(now)}, but the checkpoint {str(folder)!r} was trained with {_shown(was)}; resume with "
+        "that, or start a new run from the model with another output_dir"
         for name, now, was in files.differences(settings, saved, partly=partly, nested=False)
     ]
 

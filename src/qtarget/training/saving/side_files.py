@@ -1,4 +1,4 @@
-"""What a run saves: its weights first, so that no file beside them can cost them."""
+"""What a run saves: its weights first, so that no other file's failure can lose them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SideFiles:
             if full_disk and isinstance(error, OSError) and error.errno in files.REFUSED:
                 raise
             if what not in self.failed:
-                logger.warning(f"{what} could not be written: {reason(error)}; the weights are saved all the same")
+                logger.warning(f"{what} could not be written: {reason(error)}; the weights are saved anyway")
             self.failed[what] = reason(error)
 
 
@@ -90,7 +90,7 @@ def mend_generation_config(model: Any) -> None:
             config = model.generation_config = GenerationConfig(**ends)
             logger.warning(
                 f"the model's generation_config.json cannot be saved ({reason(ValueError(fault))}): its end tokens are "
-                "kept, the rest is left out"
+                "kept, the rest is dropped"
             )
             return
         taken |= {name: getattr(config, name) for name in names}
