@@ -31,6 +31,7 @@ def test_the_version_is_written_once_and_dated_by_the_changelog():
 
 def test_the_citation_is_of_this_project():
     assert (CITATION["title"], CITATION["license"]) == (PROJECT["name"], PROJECT["license"])
+    assert CITATION["authors"] == PROJECT["authors"]
     assert CITATION["repository-code"] == SOURCE
     assert [one["url"] for one in CITATION["references"]] == [PROJECT["urls"]["Paper"]]
 
