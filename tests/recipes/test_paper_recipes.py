@@ -315,7 +315,8 @@ def test_without_a_config_the_steps_are_there_and_memory_says_why_it_is_not(monk
     assert (status, errors) == (0, "")
     assert "steps 264, 26 of them warm-up" in said and "FSDP2" not in said
     assert (
-        "memory not known, as the shape of Qwen/Qwen2.5-Math-1.5B, Qwen/Qwen2.5-Math-7B-Instruct is not: its " in said
+        "memory not known, because the shape of Qwen/Qwen2.5-Math-1.5B, Qwen/Qwen2.5-Math-7B-Instruct is unknown: its "
+        in said
     )
     assert "its config.json is not here, and the hub does not answer; name a folder" in said
 

@@ -275,7 +275,7 @@ def show_memory(found: Found) -> None:
     work = workload_of(found)
     if work is None:
         unknown = unknown_shapes(found)
-        why = f"the shape of {', '.join(unknown)} is not: {shapes.why_unknown()}"
+        why = f"the shape of {', '.join(unknown)} is unknown: {shapes.why_unknown()}"
         tell("memory", f"not known, because {why if unknown else 'max_length is not set and rows have any length'}")
         return
     tell("memory", "GiB on each GPU, calculated without allocator, NCCL and CUDA (docs/plan.md); most: the peak")
