@@ -209,6 +209,7 @@ def main() -> None:
         own["target-sft"] = by_hand(folder, batches, qt.preset("target-sft", eta=0.5))
         steps = {name: {"own": own[name], "ours": steps_of(trainers[name].state.log_history)} for name in own}
         lines = [line for line in example.state.log_history if "grad_norm" in line]
+        absent = with_target(folder, "absent", "dft", plugins=["qtarget.not_there.QTargetPlugin"])
         record(
             "axolotl",
             PACKAGES,
@@ -216,6 +217,7 @@ def main() -> None:
             logged=[{key: value for key, value in line.items() if key.startswith("target/")} for line in lines],
             refused=refusals(folder),
             moved_by_LoRA=moved(folder, trainers["sft, LoRA"]),
+            **{"dft by a plugin that cannot be imported": steps_of(absent.state.log_history)},
         )
 
 

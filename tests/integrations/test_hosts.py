@@ -110,6 +110,7 @@ def test_axolotl_trains_the_target_and_refuses_its_own_losses():
     assert len(found["moved by LoRA"]["adapters"]) == 4
     assert "computes a loss of its own, so that the target would not be trained" in found["refused"]["trainer_cls"]
     assert "which has another tokenizer" in found["refused"]["another tokenizer"]
+    assert found["dft by a plugin that cannot be imported"] == found["steps"]["sft"]["own"]  # the page warns of it
     page = (ROOT / "docs/trainers/axolotl.md").read_text(encoding="utf-8")
     assert f"axolotl {found['versions']['axolotl']} with Transformers {found['versions']['transformers']}" in page
     differences = [f"{value:.0e}" for value in found["largest relative difference"].values()]

@@ -64,9 +64,14 @@ class QTargetArgs(BaseModel):
         Raises:
             ConfigError: a misspelt key, a target that cannot be, or another loss beside it.
         """
-        if _NAME in (data.get("plugins") or []):  # axolotl also asks the plugins of an earlier run in this process
+        if _in_use(data):
             raise_together([*_key_faults(data), *_target_faults(data), *_loss_faults(data)])
         return data
+
+
+def _in_use(settings: Any) -> bool:
+    """axolotl also asks the plugins of an earlier run in the same process."""
+    return _NAME in (settings.get("plugins") or [])
 
 
 def _key_faults(data: dict[str, Any]) -> list[str]:
@@ -121,7 +126,7 @@ class QTargetPlugin(BasePlugin):
         return f"{__name__}.{QTargetArgs.__name__}"
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[TargetCallback]:
-        if not cfg.qtarget_target:
+        if not _in_use(cfg):
             return []
         written = cfg.qtarget_target
         others = {name: cfg[f"qtarget_{name}"] for name in ("teacher", "reference", "vocab_size", "backend")}
@@ -129,7 +134,7 @@ class QTargetPlugin(BasePlugin):
         return [TargetCallback(written if isinstance(written, str) else written.to_dict(), **others)]
 
     def post_trainer_create(self, cfg: Any, trainer: Trainer) -> None:
-        if not cfg.qtarget_target:
+        if not _in_use(cfg):
             return
         refuse_another_loss(trainer)
         if teacher := cfg.qtarget_teacher:
