@@ -4,6 +4,7 @@ VENV   := .venv
 PYTHON ?=
 BIN    := $(VENV)/bin
 DEMO   := build/quickstart
+NOISE  := build/noise-demo
 LENS   := build/lens
 EVAL   := build/eval
 # the browser of the page's tests; another one:  make test CHROMIUM=google-chrome
@@ -20,7 +21,7 @@ BENCH_ARGS ?=
 SOAK_ARGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick real-model-large soak house docs-tree docs docs-settings notebook locks test-lowest test-latest test-distributed eval-demo audit gpu-bench gpu-check vllm-check
+.PHONY: help env demo noise-demo lens-demo teachers-demo test test-full study study-report study-quick browser check format bench clean clean-all real-model real-model-quick real-model-large soak house docs-tree docs docs-settings notebook locks test-lowest test-latest test-distributed eval-demo audit gpu-bench gpu-check vllm-check release-check
 
 help: ## this list
 	@printf 'qtarget: supervised fine-tuning toward a target you choose\n\n'
@@ -40,6 +41,12 @@ demo: $(VENV)/.ready ## train a small real model toward a target, see what it le
 	$(BIN)/qtarget train --config recipes/quickstart.yaml $(DEMO_ARGS) && \
 	$(BIN)/python examples/answer.py --model $(DEMO)/run --data $(DEMO)/data/test.jsonl && \
 	printf '\ndemo: %s s after the environment was ready; model in %s\n' "$$(($$(date +%s) - start))" "$(DEMO)/run"
+
+# Five seeds, and what docs/first-run.md shows of them:  make noise-demo DEMO_ARGS="--seeds 5 --record"
+noise-demo: $(VENV)/.ready ## three objectives on demonstrations of which 15 % are wrong, from nothing: about a minute
+	@start=$$(date +%s) && \
+	$(BIN)/python recipes/noise_demo.py --out $(NOISE) $(DEMO_ARGS) && \
+	printf '\nnoise-demo: %s s after the environment was ready\n' "$$(($$(date +%s) - start))"
 
 # The teacher is the same model after two steps of plain SFT on these problems.
 lens-demo: $(VENV)/.ready ## capture what targets teach a real model, and write the page build/lens/lens.html
@@ -113,11 +120,14 @@ VERSION_TESTS = $(addprefix tests/training/test_trainer_,trl.py saving.py lora.p
 test-lowest: ## the trainer's tests at the lowest versions of pyproject.toml: benchmarks/results/versions.json
 	@$(or $(PYTHON),python3) scripts/versions.py lowest $(VERSION_TESTS)
 
-test-latest: ## the same at the latest versions within its bounds
+test-latest: ## the same at the latest versions within its bounds; another Python goes on record too: PYTHON=python3.13
 	@$(or $(PYTHON),python3) scripts/versions.py latest $(VERSION_TESTS)
 
 locks: ## locks/lowest.txt and locks/latest.txt, from the bounds of pyproject.toml
 	@$(or $(PYTHON),python3) scripts/lock.py
+
+release-check: ## build wheel and sdist of the last commit, install each elsewhere, run it: minutes; PYTHON=python3.13
+	@$(or $(PYTHON),python3) scripts/release_check.py
 
 # part of make test, too
 test-distributed: $(VENV)/.ready ## the tests that start several processes: DDP, FSDP2, the head in pieces

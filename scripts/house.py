@@ -22,9 +22,10 @@ RESULTS = HERE / "benchmarks" / "results" / "house.json"
 # Lines of src/qtarget/**/*.py: 25,164 at 13a65da, the engine for GPUs among them. 23,964 were the aim for what was there
 # then and not reached: types, printed losses and examples in docstrings came in, and it stands at 24,800. Divergences,
 # twenty more objectives, their rules and statistics made it 27,784; rows as people write them, a picture of what is
-# trained, adapters in every verb, a client for servers and the checks before a first step are the rest.
+# trained, adapters in every verb, a client for servers, the checks before a first step, a target in other trainers and
+# a log that people can read are the rest.
 LINES_BEFORE = 25_164
-LINES = 33_000
+LINES = 33_200
 LONGEST_FILE = 400
 FILES_IN_A_FOLDER = 16
 CROWDED = 0

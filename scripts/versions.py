@@ -2,8 +2,9 @@
 
     python scripts/versions.py lowest|latest TEST ...
 
-locks/lowest.txt or locks/latest.txt is installed into an environment of its own, build/lowest or build/latest. Exits with
-1 where a test fails. Fewer tests of a run go on record too: the record names them.
+locks/lowest.txt or locks/latest.txt is installed into an environment of its own, build/lowest or build/latest. A Python
+other than 3.11 goes on record under a name of its own, and takes a lock of its own where there is one
+(locks/latest-3.13.txt). Exits with 1 where a test fails. Fewer tests of a run go on record too: the record names them.
 """
 
 from __future__ import annotations
@@ -18,25 +19,24 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from lock import EXTRAS, LOCKS, ROOT, bounds
+from environments import create, install_torch, pip
+from lock import EXTRAS, LOCKS, ROOT, bounds, name
 
 RESULTS = ROOT / "benchmarks" / "results" / "versions.json"
 PATHS = ("src", "tests/helpers", "benchmarks", "scripts")
 
 
-def environment(end: str) -> Path:
+def environment(name: str, lock: Path) -> Path:
     """The Python of the environment, made anew where the lock is another."""
-    lock, folder = LOCKS / f"{end}.txt", ROOT / "build" / end
+    folder = ROOT / "build" / name
     made, python = folder / "lock.txt", folder / "bin" / "python"
     if made.exists() and made.read_text(encoding="utf-8") == lock.read_text(encoding="utf-8"):
         return python
     shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps"]
-    # The CPU build where it is within reach: plain torch brings gigabytes.
+    create(folder)
     torch = re.findall(r"^torch==\S+", lock.read_text(encoding="utf-8"), re.M)[0]
-    subprocess.run([*pip, f"{torch}+cpu"], stderr=subprocess.DEVNULL)
-    subprocess.run([*pip, "--requirement", str(lock)], check=True)
+    print(f"{torch}: {install_torch(python, torch, lock)}", flush=True)
+    subprocess.run(pip(python, "--no-deps", "--requirement", str(lock)), check=True)
     shutil.copy(lock, made)
     return python
 
@@ -67,7 +67,9 @@ def main() -> int:
     parser.add_argument("end", choices=("lowest", "latest"))
     parser.add_argument("tests", nargs="+")
     options = parser.parse_args()
-    python, report = environment(options.end), ROOT / "build" / f"{options.end}.xml"
+    named = name(options.end)
+    lock = next(path for one in (named, options.end) if (path := LOCKS / f"{one}.txt").exists())
+    python, report = environment(named, lock), ROOT / "build" / f"{named}.xml"
     report.unlink(missing_ok=True)
     paths = os.pathsep.join(str(ROOT / path) for path in PATHS)
     done = subprocess.run(
@@ -82,14 +84,15 @@ def main() -> int:
         return 1
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     version = ".".join(map(str, sys.version_info[:3]))
-    found[options.end] = {
+    found[named] = {
         "python": version,
+        "lock": str(lock.relative_to(ROOT)),
         "versions": installed(python),
         "tests": options.tests,
         **counted(report),
     }
     RESULTS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    print(f"{options.end}: {RESULTS.relative_to(ROOT)}")
+    print(f"{named}: {RESULTS.relative_to(ROOT)}")
     return int(done.returncode != 0)
 
 

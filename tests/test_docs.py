@@ -10,6 +10,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -160,9 +161,15 @@ def test_settings_are_described_where_peers_look_for_it():
     assert metadata["learning_rate"]["help"] == "The initial learning rate for AdamW."
 
 
-def test_training_page_prints_the_lora_run_as_it_is():
-    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    assert f"```sh\n{(ROOT / 'recipes' / 'lora.sh').read_text(encoding='utf-8')}```" in page
+def test_the_page_prints_the_lora_run_as_it_is():
+    page = (ROOT / "docs" / "how-to" / "lora.md").read_text(encoding="utf-8")
+    assert textwrap.indent((ROOT / "recipes" / "lora.sh").read_text(encoding="utf-8"), "    ") in page
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples" / "trainers").glob("*.py")), ids=lambda file: file.stem)
+def test_the_pages_of_other_trainers_print_their_scripts_as_they_are(script):
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "trainers").glob("*.md")]
+    assert sum(f"```python\n{script.read_text(encoding='utf-8')}```" in page for page in pages) == 1, script.name
 
 
 def test_links_of_the_pages_lead_somewhere():

@@ -25,6 +25,8 @@ DECLARED = PROJECT["optional-dependencies"]
 WITH_TORCH = {"torch", "triton"}
 CORE = WITH_TORCH | {"qtarget"}
 TRAIN = {*EXTRAS["train"]}
+# Trainers of other people: they import our part for them, so that they are there.
+HOSTS = {"axolotl"}
 # Modules that cannot be imported without an extra of their own.
 OF_AN_EXTRA = {
     "server": {
@@ -75,7 +77,7 @@ def test_the_search_sees_every_form_of_import():
 
 def test_every_package_that_src_imports_is_declared_and_no_other():
     extras = {module for names in EXTRAS.values() for module in names}
-    assert {*users()} == extras | WITH_TORCH
+    assert {*users()} == extras | WITH_TORCH | HOSTS
 
 
 def test_targets_and_losses_import_torch_alone():
@@ -92,7 +94,7 @@ def test_torch_is_all_that_the_core_declares():
     assert [Requirement(line).name for line in PROJECT["dependencies"]] == ["torch"]
 
 
-@pytest.mark.parametrize("file", ["constraints.txt", "locks/lowest.txt", "locks/latest.txt"])
+@pytest.mark.parametrize("file", ["constraints.txt", *(f"locks/{path.name}" for path in (ROOT / "locks").iterdir())])
 def test_the_locks_are_within_the_bounds(file):
     locked = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / file).read_text(encoding="utf-8"), re.M))
     locked = {canonicalize_name(name): version for name, version in locked.items()}

@@ -14,20 +14,23 @@ It has a dft of its own (use_dft_loss), so that each step's loss and gradient no
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import json
 import os
+import runpy
 import sys
 import tempfile
 import types
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from common import LEARNING_RATE, PAIRS, STEPS, Steps, make_model, record, steps_of, stopped
 
 import qtarget as qt
-import tiny_models
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "hosts.json"
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "trainers" / "llama_factory_run.py"
 PACKAGES = ("llamafactory", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 SETTINGS = {
     "stage": "sft",
@@ -38,8 +41,8 @@ SETTINGS = {
     "cutoff_len": 64,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
-    "max_steps": 3,
-    "learning_rate": 1e-2,
+    "max_steps": STEPS,
+    "learning_rate": LEARNING_RATE,
     "lr_scheduler_type": "constant",
     "logging_steps": 1,
     "save_strategy": "no",
@@ -48,6 +51,9 @@ SETTINGS = {
     "overwrite_output_dir": True,
     "seed": 1,
 }
+
+
+LOSSES_OF_ITS_OWN = {"use_dft_loss": True, "use_eaft_loss": True, "label_smoothing_factor": 0.1}
 
 
 def host() -> Any:
@@ -61,48 +67,51 @@ def host() -> Any:
     return run_exp
 
 
-def prepare(folder: Path) -> None:
-    tiny_models.trained_model().save_pretrained(folder / "model")
-    tiny_models.tokenizer().save_pretrained(folder / "model")
-    rows = [{"instruction": f"Tom has {i}", "input": "", "output": f"A box holds {i + 9}"} for i in range(24)]
+def write_rows(folder: Path) -> None:
+    rows = [{"instruction": question, "input": "", "output": answer} for question, answer in PAIRS]
     (folder / "rows.json").write_text(json.dumps(rows))
     (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
 
 
-def run(folder: Path, name: str, *callbacks: Any, **more: Any) -> list[dict[str, float]]:
-    """Loss and gradient norm of each step."""
+def settings(folder: Path, name: str) -> dict[str, Any]:
     where = {"model_name_or_path": str(folder / "model"), "dataset_dir": str(folder), "output_dir": str(folder / name)}
-    host()(SETTINGS | where | more, callbacks=list(callbacks))
-    lines = json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
-    return [{key: line[key] for key in ("loss", "grad_norm")} for line in lines if "grad_norm" in line]
+    return SETTINGS | where
 
 
-def largest(ours: list[dict[str, float]], own: list[dict[str, float]]) -> float:
-    """The largest relative difference of a step's loss or gradient norm."""
-    pairs = [(a[key], b[key]) for a, b in zip(ours, own, strict=True) for key in a]
-    return max(abs(a - b) / abs(b) for a, b in pairs)
+def steps_in(folder: Path) -> Steps:
+    return steps_of(json.loads((folder / "trainer_state.json").read_text())["log_history"])
+
+
+def run(folder: Path, name: str, *callbacks: Any, **more: Any) -> Steps:
+    host()(settings(folder, name) | more, callbacks=list(callbacks))
+    return steps_in(folder / name)
+
+
+def by_script(folder: Path) -> Steps:
+    """The script as it stands, with a recipe and a setting that replaces one in it."""
+    host()
+    (folder / "recipe.yaml").write_text(json.dumps(settings(folder, "script") | {"max_steps": 1}))  # JSON is YAML
+    with mock.patch.object(sys, "argv", [str(SCRIPT), str(folder / "recipe.yaml"), f"max_steps={STEPS}"]):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return steps_in(folder / "script")
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        prepare(folder)
-        own = {"dft": run(folder, "own", use_dft_loss=True), "sft": run(folder, "plain")}
-        ours = {name: run(folder, f"ours-{name}", qt.TargetCallback(name)) for name in own}
-        try:
-            run(folder, "both", qt.TargetCallback("dft"), use_dft_loss=True)
-            stopped = None
-        except qt.ConfigError as error:
-            stopped = str(error)
-    content = {
-        "versions": {name: version(name) for name in PACKAGES},
-        "steps": {name: {"own": own[name], "ours": ours[name]} for name in own},
-        "largest relative difference": {name: largest(ours[name], own[name]) for name in own},
-        "its own loss beside a target": stopped,
-    }
-    there = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps({**there, "LLaMA-Factory": content}, indent=1) + "\n")
-    print(json.dumps(content["largest relative difference"]))
+        make_model(folder)
+        write_rows(folder)
+        dft = run(folder, "own", use_dft_loss=True)
+        steps = {
+            "dft": {"own": dft, "ours": run(folder, "dft", qt.TargetCallback("dft"))},
+            "dft, by the script": {"own": dft, "ours": by_script(folder)},
+            "sft": {"own": run(folder, "plain"), "ours": run(folder, "sft", qt.TargetCallback("sft"))},
+        }
+        refused = {}
+        for name, value in LOSSES_OF_ITS_OWN.items():
+            one = functools.partial(run, folder, "refused", qt.TargetCallback("dft"), **{name: value})
+            refused[name] = stopped(one)
+    record("LLaMA-Factory", PACKAGES, steps, its_own_loss_beside_a_target=refused)
 
 
 if __name__ == "__main__":

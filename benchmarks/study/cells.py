@@ -156,7 +156,17 @@ def _grid() -> list[Cell]:
 
 
 GRID = _grid()
-CELLS = {cell.name: cell for cell in [*AXES, *GRID]}
+
+# -- the minute's demonstration, recipes/noise_demo.py: in no plan --------------------------------------------------
+
+DEMO = _beside(
+    "demo",
+    "15 % of the demonstrations, of three steps each, have a wrong one",
+    ("sft", "dft", "target-sft"),
+    noise=1 - 0.85 ** (1 / 3),
+    teacher="tutor",
+)
+CELLS = {cell.name: cell for cell in [*AXES, *GRID, DEMO]}
 
 
 def plans(quick: bool) -> tuple[Plan, Plan]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import qtarget as qt
 
+LOG = logging.getLogger(__name__)
 Model = LlamaForCausalLM
 BASES = ("weak", "middle", "base")
 
@@ -167,6 +169,7 @@ def _bases(settings: Settings, seed: int, folder: Path, model: Model) -> None:
         model.eval()
         score = float(verdicts(model, dev, 4, 1.0, f"check {seed}").float().mean())
         model.train()
+        LOG.info("base     step %4d  right in %3.0f %% of the dev problems", step, 100 * score)
         while wanted and (score >= wanted[0][1] or step == settings.pretraining_steps):
             _keep(model, folder / f"{wanted.pop(0)[0]}-{seed}.safetensors")
         return not wanted
@@ -182,11 +185,13 @@ def _good(settings: Settings, seed: int, folder: Path, model: Model) -> None:
     )
 
 
-def _continued(name: str, style: chains.Style, noise: float) -> Callable[[Settings, int, Path, Model], None]:
-    """The good teacher, trained on: on wrong steps, on another layout, or on clean demonstrations of the style asked."""
+def _continued(
+    name: str, style: chains.Style, noise: float, start: str = "good"
+) -> Callable[[Settings, int, Path, Model], None]:
+    """The good teacher, or another model, trained on: with wrong steps, another layout, or clean demonstrations."""
 
     def make(settings: Settings, seed: int, folder: Path, model: Model) -> None:
-        teacher = made(settings, seed, "good", folder)
+        teacher = made(settings, seed, start, folder)
         batches = stream(f"{name} {seed}", settings, settings.pretraining_batch, style, noise)
         fit(teacher.train(), batches, settings.continued_rate, settings.continued_steps)
         _keep(teacher, folder / f"{name}-{seed}.safetensors")
@@ -200,4 +205,5 @@ _MAKE = {
     "bad": _continued("bad", MIXED, 0.15),
     "misaligned": _continued("misaligned", OTHER, 0.0),
     "sharp": _continued("sharp", ONE, 0.0),
+    "tutor": _continued("tutor", MIXED, 0.0, start="base"),  # cheap: only where teachers have the base's size
 }

@@ -104,13 +104,14 @@ class Record:
         return self.plan.settings.widen or len(self.plan.settings.rates) > 1
 
 
-def write(path: Path, content: Content) -> None:
+def write(path: Path, content: Content, lines_of: str = "runs") -> None:
+    """lines_of: the list of which each entry gets a line, where there is one."""
     content = _rounded(content)
-    runs = content.pop("runs", None)
+    entries = content.pop(lines_of, None)
     text = json.dumps(content, separators=(",", ":"))
-    if runs is not None:
-        lines = ",\n".join(json.dumps(one, separators=(",", ":")) for one in runs)
-        text = f'{text[:-1]},"runs":[\n{lines}\n]}}'
+    if entries is not None:
+        lines = ",\n".join(json.dumps(one, separators=(",", ":")) for one in entries)
+        text = f'{text[:-1]},"{lines_of}":[\n{lines}\n]}}'
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(text + "\n")

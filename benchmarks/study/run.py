@@ -35,32 +35,34 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS, BUILD, QUICK_BUILD = ROOT / "benchmarks/results/study", ROOT / "build/study", ROOT / "build/study-quick"
 
 
-def _machine() -> dict[str, str]:
+def machine() -> dict[str, str]:
+    """As results have it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     processor = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
     return {"processor": processor, "torch": torch.__version__}
 
 
-def _alone() -> None:
+def alone() -> None:
+    """This process computes as the study's do."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
 
 
 def _make_models(task: tuple[Record, int, Path]) -> str:
     record, seed, build = task
-    _alone()
-    records.write(record.models(seed), training.models_of(record.plan, seed, build) | {"machine": _machine()})
+    alone()
+    records.write(record.models(seed), training.models_of(record.plan, seed, build) | {"machine": machine()})
     return f"seed {seed}"
 
 
 def _train(task: tuple[Record, str, list[Run], Path]) -> str:
     """Runs of one cell and seed, which share a good deal, one after the other."""
     record, kind, runs, build = task
-    _alone()
+    alone()
     measure = {"dev": training.tried, "test": training.finished}[kind]
     for run in runs:
-        record.add(kind, run, measure(record.plan.settings, run, build) | {"machine": _machine()})
+        record.add(kind, run, measure(record.plan.settings, run, build) | {"machine": machine()})
     return f"{runs[0].cell}, seed {runs[0].seed}: {len(runs)}"
 
 

@@ -84,3 +84,6 @@ QUICK = Settings(
     seeds=(1,),
 )
 QUICK_GRID = replace(QUICK, middle_at=0.30)
+# recipes/noise_demo.py: a teacher that is the base, trained on, has the base's size
+DEMO = replace(FULL, teacher=FULL.student)
+QUICK_DEMO = replace(QUICK, lengths=FULL.lengths)

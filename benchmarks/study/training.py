@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,13 @@ def logps(model: Model, rows: Rows, states: Tensor) -> Tensor:
     return -stats["nll"].nan_to_num(0.0)
 
 
-def train(settings: Settings, run: Run, folder: Path) -> tuple[Model, Signals, dict[str, float]]:
-    """The trained student, its signals, and the mean update norms before and after clipping."""
+def train(
+    settings: Settings, run: Run, folder: Path, watch: Callable[[int, Model], None] | None = None
+) -> tuple[Model, Signals, dict[str, float]]:
+    """The trained student, its signals, and the mean update norms before and after clipping.
+
+    watch: called after each step with the steps done and the student.
+    """
     start = time.perf_counter()
     cell, arm = CELLS[run.cell], ARMS[run.arm].build()
     given = lesson(settings, cell, run.seed, folder)
@@ -125,6 +131,8 @@ def train(settings: Settings, run: Run, folder: Path) -> tuple[Model, Signals, d
             group["lr"] = at(step)
         adam.step()
         adam.zero_grad()
+        if watch is not None:
+            watch(step + 1, student)
     if not all(bool(p.isfinite().all()) for p in student.parameters()):
         raise RuntimeError(f"{run} has weights that are not finite")
     figures = {

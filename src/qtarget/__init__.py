@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _NAMES = {
     "qtarget.losses": ("Head", "LossOutput", "TopK", "linear_target_loss", "target_distribution", "target_loss"),

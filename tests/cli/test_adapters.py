@@ -86,9 +86,8 @@ def test_what_the_last_lines_print_works(kind, world, tmp_path, capsys, monkeypa
     lines = said(capsys, "train", *config).splitlines()
     (model,) = [line for line in lines if line.startswith("model ")]
     assert (f"(an adapter (LORA) for {world / 'base'})" if kind == "adapter" else "(plain Transformers files)") in model
-    first = next(number for number, line in enumerate(lines) if line.startswith("next "))
-    commands = [shlex.split(line[11:])[1:] for line in lines[first:]]
-    wanted = ["chat", "eval", "eval", "compare", *(["merge"] if kind == "adapter" else [])]
+    commands = [shlex.split(line)[1:] for line in lines[lines.index("next") :] if line.startswith("    qtarget ")]
+    wanted = ["chat", "eval", "eval", "compare", "lens", "lens", *(["merge"] if kind == "adapter" else [])]
     assert [command[0] for command in commands] == wanted
     for command in commands:
         monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\n"))

@@ -14,10 +14,11 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
+from trl import ScriptArguments
 
 import qtarget as qt
 import tiny_models
-from qtarget.cli import fields
+from qtarget.cli import fields, setup
 from qtarget.cli import settings as reading
 from qtarget.cli.__main__ import VERBS
 
@@ -267,7 +268,7 @@ def test_train_ends_with_a_model_a_table_and_a_picture(trained):
     assert "denominator all_labels; teacher " in done.stdout
     assert re.search(r"nll of the label \(nats\)\s+\d", done.stdout)
     assert "Student and teacher were" in done.stdout
-    assert "next " in done.stdout
+    assert "\nnext\n  talk to the model\n    qtarget chat " in done.stdout
     assert (folder / "curves.png").stat().st_size > 10_000
     figures = json.loads((folder / "before_after.json").read_text())
     assert figures["after"]["nll"] != figures["before"]["nll"]
@@ -277,19 +278,6 @@ def test_train_ends_with_a_model_a_table_and_a_picture(trained):
     model = AutoModelForCausalLM.from_pretrained(folder)
     start = tiny_models.llama()
     assert not torch.equal(model.get_output_embeddings().weight, start.get_output_embeddings().weight)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "origin"),
-    [
-        ("learning_rate", "0.002", "flag"),
-        ("max_steps", "2", "file"),
-        ("weight_decay", "0.0", "default"),
-        ("bf16", "False", "default"),
-    ],
-)
-def test_settings_are_printed_with_their_origin(name, value, origin, trained):
-    assert re.search(rf"^  {name} +{re.escape(value)} +{origin}$", trained[0].stdout, re.M)
 
 
 def test_a_peers_spelling_is_read_and_said(world):
@@ -303,6 +291,15 @@ def test_columns_reach_the_loss(world):
     words = ["--target", "iw-sft", "--dataset_name", world["root"] / "weights", "--output_dir", world["root"] / "iw"]
     done = run("train", "--config", world["config"], *words)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_folder_with_the_name_of_a_file_reader_is_the_folder(tmp_path, monkeypatch):
+    """For ``datasets`` "text" alone is what reads .txt files."""
+    rows_file(tmp_path / "text", "train", [{"text": "one"}, {"text": "two"}])
+    (tmp_path / "train.txt").write_text("another\n")
+    monkeypatch.chdir(tmp_path)
+    datasets = setup.load_datasets(ScriptArguments(dataset_name="text"), faults := [])
+    assert not faults and datasets["train"]["text"] == ["one", "two"]
 
 
 @pytest.mark.parametrize(

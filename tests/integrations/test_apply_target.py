@@ -83,6 +83,19 @@ def test_sft_is_the_models_own_loss():
     torch.testing.assert_close(model(IDS, MASK, labels=LABELS).loss, own, rtol=1e-6, atol=0)  # given by position
 
 
+@pytest.mark.parametrize("by_config", [True, False])
+def test_experts_are_balanced_where_the_host_asks_for_it(by_config):
+    """In the config, or in the call, as ms-swift does."""
+    model = tiny_models.trained_model(tiny_models.qwen3_moe).train()
+    model.config.output_router_logits = by_config
+    asked = {} if by_config else {"output_router_logits": True}
+    balanced, plain = INPUTS | {"labels": LABELS} | asked, INPUTS | {"labels": LABELS, "output_router_logits": False}
+    own = [model(**inputs).loss for inputs in (balanced, plain)]
+    assert own[0] > own[1] + 1e-3
+    qt.apply_target(model, "sft")
+    torch.testing.assert_close([model(**inputs).loss for inputs in (balanced, plain)], own, rtol=1e-6, atol=0)
+
+
 def test_without_labels_and_after_removal_the_model_is_as_it_was():
     model = student()
     logits, own = model(**INPUTS).logits, model(**INPUTS, labels=LABELS)
@@ -125,6 +138,27 @@ def test_logits_in_evaluation_when_asked():
     assert model(**INPUTS, labels=LABELS).logits is None
     model.eval()
     torch.testing.assert_close(model(**INPUTS, labels=LABELS).logits, model(**INPUTS).logits)
+
+
+@pytest.mark.parametrize(
+    "kept, labelled",
+    [(5, [1, 2, 3, 4, 5]), (torch.tensor([False, True, True, False, True, True]), [0, 2, 3, 5])],
+    ids=["last", "mask"],
+)
+def test_labels_cut_with_the_logits_train_the_same(kept, labelled):
+    """As ms-swift calls a model: logits_to_keep, and the labels of those logits alone, the first of which is not read."""
+    cut = {"labels": LABELS[:, labelled], "logits_to_keep": kept}
+    model = student()
+    own = model(**INPUTS, **cut).loss.double()
+    qt.apply_target(model, "sft")
+    torch.testing.assert_close(model(**INPUTS, **cut).loss, own, rtol=1e-6, atol=0)
+    qt.apply_target(qt.remove_target(model), "iw-sft", eval_logits=True).eval()
+    whole = torch.full_like(LABELS, -100)
+    whole[:, labelled[1:]] = LABELS[:, labelled[1:]]
+    weight = COLUMNS["weight"] * torch.arange(1, 7)
+    found = model(**INPUTS, **cut, weight=weight[:, labelled])
+    torch.testing.assert_close(found.loss, model(**INPUTS, labels=whole, weight=weight).loss, rtol=1e-12, atol=0)
+    assert found.logits.shape[1] == len(labelled)
 
 
 @pytest.mark.parametrize("preset", ["dft", "target-sft", "asft"])

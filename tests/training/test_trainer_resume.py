@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 
 import tiny_models
-from qtarget import ConfigError
+from qtarget import ConfigError, __version__
 from qtarget.training.saving import checkpoints, run_identity
 from quick_runs import copied_weights, logged_values, quick_trainer, train_quickly
 
@@ -162,7 +162,7 @@ def test_the_model_card_says_what_was_taught(start, tmp_path):
         "- teacher: LlamaForCausalLM, weights ",
         "- train data: 8 rows",
         "| figure | last training log | last evaluation |",
-        "Versions: qtarget 0.1.0, trl 1.16",
+        f"Versions: qtarget {__version__}, trl 1.16",
     ):
         assert line in card, line
     last = run.state.log_history

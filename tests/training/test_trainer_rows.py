@@ -345,6 +345,13 @@ def test_a_teacher_with_more_to_read_reads_them_too(case):
 
 # -- what is odd is logged -----------------------------------------------------------------------------------------
 
+# Writes the thinking of the last turn alone, and none that stands in content, as Qwen3's does.
+THINKS_LAST = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if loop.last and m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+)
+
 
 @pytest.mark.parametrize(
     ("rows", "template", "says"),
@@ -373,6 +380,19 @@ def test_a_teacher_with_more_to_read_reads_them_too(case):
             ["the chat template leaves out reasoning_content"],
         ),
         (
+            [talk(user(), answer(reasoning_content="Hm."), user("a"), answer("So.", reasoning_content="Hm."))],
+            THINKS_LAST,
+            ["row 0 first: the chat template leaves out reasoning_content of earlier turns"],
+        ),
+        ([talk(user(), answer(reasoning_content="Hm."))], THINKS_LAST, []),
+        (
+            [talk(user(), answer("<think>\nHm.\n</think>\nSo."))],
+            THINKS_LAST,
+            ["row 0 first: the chat template leaves out <think> parts of content"],
+        ),
+        ([talk(user(), answer("<think>\n\n</think>\nSo."))], THINKS_LAST, []),
+        ([talk(user(), answer("<think>\nHm.\n</think>\nSo."))], None, []),
+        (
             [talk(user(), {"role": "tool", "content": "seven"}, answer())],
             "{% for m in messages if m.role != 'tool' %}"
             + tiny_models.TEMPLATE.split("%}", 1)[1].replace("message", "m"),
@@ -387,6 +407,14 @@ def test_a_teacher_with_more_to_read_reads_them_too(case):
         ([talk({"role": "system", "content": 'Say "hm"\n'}, user(), answer())], None, []),
         ([talk(user(), answer(), system="Count.")], None, ["row 0 first: column system is not read"]),
         ([talk(user(), answer(weight=0))], None, ["row 0 first: weight of a message is not read"]),
+        (
+            [
+                talk(user(), answer(tool_calls=[{"function": {"name": "add", "arguments": '{"a": "ä"}'}}])),
+                talk(user(), answer()),
+            ],
+            TOOLS,
+            ["1 of 2 rows of the train dataset, row 0 first: arguments of a tool call are text"],
+        ),
         (TOOL_ROWS, TOOLS, []),
         ([talk(user(), {"role": "tool", "content": "7"}, answer())], None, []),
     ],
@@ -395,11 +423,17 @@ def test_a_teacher_with_more_to_read_reads_them_too(case):
         "calls",
         "tools",
         "reasoning",
+        "earlier-reasoning",
+        "last-reasoning",
+        "thinking-in-content",
+        "no-thinking-in-content",
+        "written-thinking",
         "role",
         "system",
         "written-system",
         "system-column",
         "weight",
+        "quoted-arguments",
         "all-written",
         "tool",
     ],

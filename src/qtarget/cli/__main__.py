@@ -63,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if debug:
         rest.remove("--debug")
     own_code.FOLDERS.set((os.getcwd(),))
+    if not terminal.has_bars():  # read when these libraries are imported; in a file a bar would be a thousand lines
+        for library in ("HF_HUB", "HF_DATASETS"):  # Transformers asks the hub's
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     try:
         if verb not in VERBS:
             raise unknown("verb", verb, VERBS)

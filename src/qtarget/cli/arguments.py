@@ -91,6 +91,7 @@ def writable(name: str, text: Any) -> Path:
 
 
 NEW_FILE = Kind("FILE", writable)
+SWITCH = Kind("true|false", lambda name, text: one_of("true", "false").read(name, text.lower()) == "true")
 
 
 def only(words: Sequence[str], asked: str) -> str:

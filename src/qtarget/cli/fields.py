@@ -10,11 +10,14 @@ import dataclasses
 import functools
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import qtarget
 from qtarget import docstrings
 from qtarget.cli.arguments import entry
+
+if TYPE_CHECKING:
+    from qtarget.cli.setup import Run
 
 # group → [(field, default, what it is)]
 THEIRS: dict[str, list[tuple[str, Any, str]]] = {
@@ -116,3 +119,23 @@ def _lines(grouped: dict[str, list[tuple[str, Any, str]]]) -> str:
 def shown(value: Any) -> str:
     """A setting's value as it is written."""
     return str(getattr(value, "value", value))
+
+
+def show_run(run: Run, every: bool) -> None:
+    """Print the settings of a run by where they come from: those that differ from their defaults, or all."""
+    from qtarget.cli.settings import groups
+
+    configs = zip(groups().values(), (run.config, run.model, run.script), strict=True)
+    known = {f.name: (f.default, holder) for cls, holder in configs for f in dataclasses.fields(cls) if f.init}
+    placed = {"from the config file": run.settings.given_by("file"), "from flags": run.settings.given_by("flag")}
+    if every:
+        others = [name for name in known if name not in run.settings.origin]
+        placed["defaults"] = {name: getattr(known[name][1], name) for name in others}
+    print("settings" if every else "settings that differ from their defaults (--show_settings all shows every one)")
+    for place, values in placed.items():
+        chosen = [name for name, value in values.items() if every or name not in known or value != known[name][0]]
+        for line in [f"  {place}"] * bool(chosen) + [f"    {name:<28}  {shown(values[name])}" for name in chosen]:
+            print(line)
+    for note in run.notes:
+        print(f"note: {note}")
+    print()

@@ -44,10 +44,11 @@ def _lines(picture: Picture) -> list[tuple[str, str]]:
 
 
 def _show_row(row: int, tokens: int, spans: list[tuple[str, bool]]) -> None:
+    from rich.padding import Padding
     from rich.text import Text
 
     console = terminal.console(120)
-    coloured = console.is_terminal and console.color_system is not None
+    coloured = console.is_terminal and console.color_system is not None and not console.no_color
     marks = ("", "") if coloured else _MARKS
     text = Text()
     for part, trained in _shortened(spans):
@@ -59,7 +60,10 @@ def _show_row(row: int, tokens: int, spans: list[tuple[str, bool]]) -> None:
     legend = "trained in green" if coloured else f"trained between {' and '.join(_MARKS)}"
     print(f"  row {row}, {tokens:,} tokens, {legend}:")
     for line in text.split("\n"):
-        console.print(Text("    ") + line, soft_wrap=True)
+        if console.is_terminal:
+            console.print(Padding(line, (0, 0, 0, 4)))
+        else:
+            console.print(Text("    ") + line, soft_wrap=True)
 
 
 def _shortened(spans: list[tuple[str, bool]]) -> list[tuple[str, bool]]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtarget.cli import picture, recipe, setup
+from qtarget.cli import fields, picture, recipe, setup
 from qtarget.cli.settings import Settings
-from qtarget.cli.terminal import tell
+from qtarget.cli.terminal import silence_libraries, tell
 from qtarget.errors import ConfigError, loading, raise_together
 from qtarget.planning import memory, shapes, workload
 from qtarget.planning import steps as arithmetic
@@ -62,7 +62,7 @@ def look(arguments: Sequence[str], gpus: int) -> Found:
     return Found(asked, gpus, student, others, rows, where, batch, steps, untold, picture)
 
 
-def show(arguments: Sequence[str], gpus: int, show_rows: int) -> None:
+def show(arguments: Sequence[str], gpus: int, show_rows: int, every_setting: bool = False) -> None:
     """Check and print, so many rows as text. Raises ConfigError with every contradiction found."""
     found = look(arguments, gpus)
     asked, config = found.asked, found.asked.config
@@ -79,6 +79,8 @@ def show(arguments: Sequence[str], gpus: int, show_rows: int) -> None:
         tell("rows read", f"the first {found.picture.given:,}, prepared as training prepares them")
         picture.show(found.picture, show_rows)
     _show_notes(asked.settings, found.untold)
+    if every_setting:
+        fields.show_run(asked, True)
     print("no contradictions found")
 
 
@@ -137,11 +139,9 @@ def _tokenizer_faults(asked: setup.Run) -> list[str]:
 
 def _rows(asked: setup.Run, faults: list[str], untold: list[str]) -> tuple[int | None, str, Picture | None]:
     """(rows of the training data, where that number is from, what the first of them train)."""
-    import datasets as hub
-
     from qtarget.signals import manifest
 
-    hub.disable_progress_bars()
+    silence_libraries()
     name, notes = asked.script.dataset_name, asked.settings.notes
     expected = notes.get("expected_rows")
     if Path(name).exists():

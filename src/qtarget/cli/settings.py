@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -65,6 +66,9 @@ _RENAMED = {
 }
 
 
+SECRET = "hub_token"  # the one setting that is not printed, and not written into a run's folder
+
+
 @dataclass
 class Settings:
     """What a run was asked to do.
@@ -86,9 +90,17 @@ class Settings:
     unreadable: bool = False
 
     def given_by(self, origin: str) -> dict[str, Any]:
-        """The settings that came from "file" or "flag"."""
+        """The settings that came from "file" or "flag", a secret as Transformers writes it."""
         values = {name: value for group in self.values.values() for name, value in group.items()} | self.spelled
+        values |= {SECRET: f"<{SECRET.upper()}>"} if SECRET in values else {}
         return {name: values[name] for name, place in self.origin.items() if place == origin and name in values}
+
+
+def without_secrets(words: Sequence[str]) -> list[str]:
+    """A command's words without the flag of the secret and its value."""
+    flag = f"--{SECRET}"
+    pairs = zip(["", *words], words, strict=False)
+    return [word for before, word in pairs if flag not in (before, word) and not word.startswith(f"{flag}=")]
 
 
 def groups() -> dict[str, type]:
@@ -222,9 +234,12 @@ def _read_file(path: str, faults: list[str]) -> tuple[dict[str, Any] | None, str
     return None, ""
 
 
+_hints = functools.cache(typing.get_type_hints)  # milliseconds a class, which two hundred fields ask for
+
+
 def _hint(cls: type, name: str) -> tuple[type, ...]:
     """The plain types a field takes, such as (float,) for ``float | None``."""
-    annotation = typing.get_type_hints(cls)[name]
+    annotation = _hints(cls)[name]
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     options = typing.get_args(annotation) if is_union else (annotation,)
     plain = [typing.get_origin(option) or option for option in options if option is not type(None)]

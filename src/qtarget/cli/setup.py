@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import os
 import re
 import traceback
 import warnings
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtarget import hub
+from qtarget.cli import terminal
 from qtarget.errors import ConfigError, QTargetError, check_range, faults_of, loading, raise_together, reason
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ class Run:
 
     Attributes:
         settings: as read, with origins. config: QTargetConfig. model, script: TRL's ModelConfig and ScriptArguments.
-        datasets: {"train": ..., "test": ...}. notes: what peers' spellings became.
+        datasets: {"train": ..., "test": ...}. notes: what peers' spellings became. words: as given, less secrets.
     """
 
     settings: Settings
@@ -64,6 +66,7 @@ class Run:
     script: Any
     datasets: dict[str, Any]
     notes: list[str]
+    words: Sequence[str]
 
     def keep(self, chosen: Callable[[int], Iterable[int]]) -> None:
         """Drop the test split and all training rows but those chosen of so many: what is left out is not tokenised.
@@ -111,6 +114,8 @@ def check(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains:
         raise ConfigError(settings.faults)
     settings.values["training"].update(fixed or {})
     config, notes = _training_config(settings)
+    if config is not None and config.disable_tqdm:
+        terminal.silence_libraries()
     groups = reading.groups()
     model, script = groups["model"](**settings.values["model"]), groups["script"](**settings.values["script"])
     # TRL makes text of a list of one, which PEFT takes for a pattern that the whole name must match.
@@ -133,7 +138,7 @@ def check(arguments: Sequence[str], fixed: dict[str, Any] | None = None, trains:
         settings.faults += checks.beside_adapter(model.model_name_or_path, model.model_revision, asks, given)
     raise_together(settings.faults)
     assert config is not None
-    return Run(settings, config, model, script, {}, notes)
+    return Run(settings, config, model, script, {}, notes, reading.without_secrets(arguments))
 
 
 def _adapter_faults(model: Any) -> list[str]:
@@ -246,6 +251,8 @@ def load_datasets(script: Any, faults: list[str], **how: Any) -> dict[str, Any]:
             )
             return {}
         name, how = _FILES[Path(name).suffix], {"data_files": name, **how}
+    elif Path(name).is_dir():  # one called text, json or csv is no reader of such files
+        name = os.path.join(".", name)
     try:
         splits = load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming, **how)
     except Exception as error:  # datasets raises many kinds, all of them about what was asked for

@@ -12,6 +12,7 @@ from qtarget import extras
 from qtarget.cli import terminal
 
 if TYPE_CHECKING:
+    from qtarget.cli.setup import Run
     from qtarget.training.trainer import QTargetTrainer
 
 # (statistic of evaluation, what it is called in the table)
@@ -70,8 +71,10 @@ def at_start(trainer: QTargetTrainer) -> dict[str, float]:
     return figures
 
 
-def show(trainer: QTargetTrainer, before: dict[str, float], after: dict[str, float], folder: Path) -> None:
+def show(trainer: QTargetTrainer, run: Run, before: dict[str, float], after: dict[str, float]) -> None:
     """Print the table, what is in the folder and what to do with it, and draw the run's curves."""
+    folder = Path(run.config.output_dir)
+    print()
     if before and after:
         _table(before, after)
     elif after:
@@ -79,7 +82,7 @@ def show(trainer: QTargetTrainer, before: dict[str, float], after: dict[str, flo
     else:
         print("no held-out rows: the dataset has no test split, so there is nothing to compare before and after")
     if trainer.evaluates_teacher and before:
-        print(_about_drift(trainer, before, after))
+        terminal.console(500).print(_about_drift(trainer, before, after), markup=False)
     picture = folder / "curves.png"
     if importlib.util.find_spec("matplotlib") is None:
         print(f"curves     need matplotlib, which is not installed; {extras.pip_line('plots')}")
@@ -88,8 +91,11 @@ def show(trainer: QTargetTrainer, before: dict[str, float], after: dict[str, flo
             if _draw(trainer.state.log_history, str(trainer.args.resolve_objective()), picture):
                 print(f"curves     {picture}")
     print(f"model      {folder}  ({_what(trainer)})")
-    for number, command in enumerate(_next(trainer, folder)):
-        print(f"{'' if number else 'next':<11}{shlex.join(command)}")
+    print("\nnext")
+    for purpose, *commands in _next(trainer, run, folder):
+        print(f"  {purpose}")
+        for command in commands:
+            print(f"    qtarget {shlex.join(map(str, command))}")
 
 
 def _what(trainer: QTargetTrainer) -> str:
@@ -100,18 +106,28 @@ def _what(trainer: QTargetTrainer) -> str:
     return f"an adapter ({adapter.peft_type.value}) for {trainer.student.base.config._name_or_path}"
 
 
-def _next(trainer: QTargetTrainer, folder: Path) -> Iterator[list[str]]:
-    """Commands for what people do next: look at answers, score them, compare them with those before, merge."""
-    student = trainer.student
-    yield ["qtarget", "chat", str(folder)]
-    if importlib.util.find_spec("reasoning_gym") is not None and student.name != type(student.base).__name__:
-        results = [f"{folder}-eval-before", f"{folder}-eval"]
-        for model, output in zip((student.name, str(folder)), results, strict=True):
-            yield ["qtarget", "eval", "--model", model, "--tasks", "gsm_symbolic", "--n", "4", "-o", output]
-        yield ["qtarget", "compare", *results]
-    adapter = getattr(student.unwrapped, "active_peft_config", None)
+def _next(trainer: QTargetTrainer, run: Run, folder: Path) -> Iterator[Sequence[Any]]:
+    """What people do next, each with its commands: look at answers, score and compare them, see the target, merge."""
+    start, results, capture = run.model, [f"{folder}-eval-before", f"{folder}-eval"], f"{folder}-lens"
+    yield "talk to the model", ["chat", folder]
+    revision = [] if start.model_revision == "main" else ["--revision", start.model_revision]
+    score = ["--tasks", "gsm_symbolic", "--n", 4, "-o"]
+    missing = importlib.util.find_spec("reasoning_gym") is None
+    yield (
+        "did it help? score the model before and after on the same problems"
+        + f" (first {extras.pip_line('eval')})" * missing,
+        ["eval", "--model", start.model_name_or_path, *revision, *score, results[0]],
+        ["eval", "--model", folder, *score, results[1]],
+        ["compare", *results],
+    )
+    yield (
+        "see in a page, token by token, what the target taught",
+        ["lens", "capture", *run.words, "-o", capture],
+        ["lens", "report", capture, "-o", f"{capture}.html"],
+    )
+    adapter = getattr(trainer.student.unwrapped, "active_peft_config", None)
     if adapter is not None and not adapter.is_prompt_learning:
-        yield ["qtarget", "merge", str(folder), "-o", f"{folder}-merged"]
+        yield "one plain model of adapter and base", ["merge", folder, "-o", f"{folder}-merged"]
 
 
 def _table(before: dict[str, float], after: dict[str, float]) -> None:

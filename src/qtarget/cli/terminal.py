@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import math
 import os
 import string
@@ -49,7 +50,8 @@ def table(*headings: str, left: tuple[str, ...] = (), title: str | None = None, 
 
 def tell(what: str, text: str) -> None:
     """A line of a summary, its text beside what it is about; long texts go on below."""
-    first, *more = textwrap.wrap(text, 104, break_long_words=False, break_on_hyphens=False) or [""]
+    width = min(104, console(116).width - 12)
+    first, *more = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
     print(f"  {what:<10}{first}")
     for line in more:
         print(f"  {'':<10}{line}")
@@ -80,11 +82,55 @@ def plot(curves: Mapping[str, Sequence[float]], axis: str, height: int = 16) -> 
     return "\n".join([*lines, *(f"{letter} = {', '.join(names[values])}" for values, letter in letters.items())])
 
 
+def has_bars() -> bool:
+    """Whether bars move beside what this process prints: it is the one that prints, and nothing of it goes elsewhere."""
+    return is_main() and sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def silence_libraries() -> None:
+    """No bars of Transformers, datasets and the hub from now on."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def progress(**how: Any) -> Iterator[Any]:
+    """rich's ``Progress``, started: what is printed and logged meanwhile stands above its bars, each line whole.
+
+    Args:
+        how: arguments of ``Progress``; unless said otherwise it is on the main process's stderr, if that is a terminal.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    ours = {"console": Console(stderr=True), "disable": not (is_main() and sys.stderr.isatty())}
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    handlers = [handler for one in loggers for handler in getattr(one, "handlers", ())]
+    held = [one for one in handlers if vars(one).get("stream") is sys.stderr]
+    with Progress(**{"redirect_stdout": sys.stdout.isatty(), **ours, **how}) as running:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "rich_proxied_file"):  # a stranger's bar flushes at each move, which would be a line
+                stream.flush = lambda: None  # type: ignore[method-assign]
+        for handler in held:
+            handler.setStream(sys.stderr)
+        try:
+            yield running
+        finally:
+            for handler in held:
+                handler.setStream(getattr(sys.stderr, "rich_proxied_file", sys.stderr))
+
+
 def bar(total: int, what: str) -> Callable[[int], None]:
     """A progress bar on a terminal; called with the number done so far."""
-    from rich.progress import track
 
-    steps = iter(track(range(total), description=what, disable=not sys.stderr.isatty()))
+    def track() -> Iterator[int]:
+        with progress() as running:
+            yield from running.track(range(total), description=what)
+
+    steps = track()
     seen = -1  # the first step only starts the bar
 
     def advance(done: int) -> None:
@@ -115,12 +161,8 @@ def timed_bar(total: int, what: str, units: str, before: int = 0) -> Callable[..
 @contextlib.contextmanager
 def spinner(what: str) -> Iterator[Callable[..., None]]:
     """A bar without an end on the main process's terminal; yields what updates it, as ``rich.progress`` does."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    shown = is_main() and sys.stderr.isatty()
-    with Progress(console=Console(stderr=True), transient=True, disable=not shown) as progress:
-        yield functools.partial(progress.update, progress.add_task(what, total=None))
+    with progress(transient=True) as running:
+        yield functools.partial(running.update, running.add_task(what, total=None))
 
 
 def duration(seconds: float) -> str:

@@ -70,6 +70,7 @@ class RowReader:
         """For the template of a tokenizer or processor, or ``chat_template`` in its place; ``how``: attributes."""
         template = chat_template or getattr(processing_class, "chat_template", None) or ""
         source = "\n".join(template.values()) if isinstance(template, Mapping) else template
+        source = re.sub(r"\{#.*?#\}", "", source, flags=re.S)  # in comments, words such as train mean nothing
 
         def reads(content: Callable[[list[str]], Any]) -> bool:
             said = [{"role": role, "content": content([_PROBE])} for role in ("user", "assistant")]
@@ -149,7 +150,8 @@ class RowReader:
             if read.get(name) is None and other in read:
                 read[name] = read.pop(other)
         read["role"] = self._role(where, read.get("role"), notes)
-        if unread := [name for name in _MASKS if name in read and not read[name] and name not in self.template]:
+        unread = [n for n in _MASKS if not read.get(n, True) and not re.search(rf"\b{n}\b", self.template)]
+        if unread:
             notes.append(f"{unread[0]} of a message is not read: assistant_only_loss and completion_only_loss mask")
         content = read.get("content")
         if mixes and isinstance(content, int):

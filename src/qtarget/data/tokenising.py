@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +98,8 @@ class Tokeniser:
         return _tokenize(self.processing_class, given, **{"chat_template": self.chat_template, **how})
 
     def _note_what_is_left_out(self, messages: list[dict[str, Any]], render: dict[str, Any], notes: list[str]) -> None:
-        """What the template does not write of tools, calls, reasoning, and roles beside user and assistant.
+        """What the template does not write of tools, calls, reasoning, and roles beside user and assistant; of reasoning
+        also what it writes in the last turns alone. And text that it writes in quotes.
 
         Raises:
             DataError: nothing is left of a message.
@@ -116,7 +117,12 @@ class Tokeniser:
 
         names = [name for name in INSTEAD_OF_CONTENT if any(name in message for message in messages)]
         others = [message for message in messages if message["role"] not in ("user", "assistant")]
-        if not (names or others or render["tools"]):
+        thoughts = [
+            message["content"].partition("</think>")[0].split("<think>")[-1].strip()
+            for message in messages
+            if isinstance(message["content"], str) and "</think>" in message["content"]
+        ]
+        if not (names or others or thoughts or render["tools"]):
             return
         whole = text(messages)
         left = {name for name in names if is_left_out([_without(message, name) for message in messages])}
@@ -127,6 +133,12 @@ class Tokeniser:
                     f"message {number} holds {', '.join(sorted(instead))}, which the chat template leaves out, so that "
                     "an empty turn would be trained; name a template that writes it (chat_template_path), or drop the row"
                 )
+        for name in set(names) - left:
+            first = next(number for number, message in enumerate(messages) if name in message)
+            if is_left_out([*messages[:first], _without(messages[first], name), *messages[first + 1 :]]):
+                left.add(f"{name} of earlier turns")
+        if any(thought not in whole for thought in thoughts):
+            left.add("<think> parts of content")
         if render["tools"] and is_left_out(messages, tools=None):
             left.add("tools")
         for message in others:
@@ -136,6 +148,19 @@ class Tokeniser:
             ):
                 left.add(f"messages of role {message['role']!r}")
         notes += [f"the chat template leaves out {what}" for what in sorted(left)]
+        if any(json.dumps(given, ensure_ascii=False) in whole for given in _arguments_as_text(messages)):
+            notes.append(
+                "arguments of a tool call are text, which the chat template puts in quotes; write them as a mapping"
+            )
+
+
+def _arguments_as_text(messages: list[dict[str, Any]]) -> Iterator[str]:
+    """Those of tool calls that are text: OpenAI's form, which few templates read."""
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            function = call.get("function", call) if isinstance(call, Mapping) else call
+            if isinstance(function, Mapping) and isinstance(given := function.get("arguments"), str):
+                yield given
 
 
 def _without(message: dict[str, Any], name: str) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from qtarget.targets.schedule import ScheduledTarget
 _STATE = "_qtarget_applied"
 _PATCHED = ("forward", "_qtarget_forward")  # what a patched model has on itself
 # What a forward that forms no logits has no use for.
-_OF_LOGITS = ("logits_to_keep", "num_logits_to_keep", "return_dict", "output_attentions", "output_hidden_states")
+_OF_LOGITS = ("num_logits_to_keep", "return_dict", "output_attentions", "output_hidden_states")
+_KEPT = "logits_to_keep"
 _LOGGED = ("nll", "trust", "update", "entropy", "accuracy")
 _TOKENS = "supervised_tokens"
 
@@ -157,16 +158,18 @@ class AppliedTarget:
         from qtarget.models.forward import LossCall
 
         target = self.now()
-        labels, columns, count = self._taken(inputs, target)
+        kept = {_KEPT: inputs.pop(_KEPT)} if _KEPT in inputs else {}
+        labels, columns, count = self._taken(inputs, target, kept.get(_KEPT))
         if not self._begun:
             self._begin(base, inner, inputs, labels.device)
+        router = inputs.pop("output_router_logits", None)
+        if router is None:
+            router = getattr(base.config.get_text_config(), "output_router_logits", False)
         heads: dict[str, Head | TopK] = {
             role: other.head(inputs) for role, other in self.others.items() if role in target.requires
         }
-        router = bool(getattr(base.config.get_text_config(), "output_router_logits", False))
-        call = LossCall(
-            [target], labels, columns, heads, self.vocab_size, count, "basic", router and base.training, self.backend
-        )
+        aux = bool(router and base.training)
+        call = LossCall([target], labels, columns, heads, self.vocab_size, count, "basic", aux, self.backend)
         output = inner(**inputs, qtarget=call)
         loss = output.exact_loss
         if output.aux_loss is not None:
@@ -175,7 +178,7 @@ class AppliedTarget:
             self._note(output.record.stats)
         if loss.requires_grad:
             loss.register_hook(self._count)
-        return self._output(base, inner, inputs, loss)
+        return self._output(base, inner, inputs | kept, loss)
 
     def figures(self) -> dict[str, float]:
         """Token-weighted means of training since they were last read: nll, trust, update, entropy, accuracy."""
@@ -193,8 +196,10 @@ class AppliedTarget:
         added[_TOKENS] = (~stats["nll"].isnan()).sum()
         self._sums = {name: self._sums.get(name, 0) + total for name, total in added.items()}
 
-    def _taken(self, inputs: dict[str, Any], target: Target) -> tuple[Tensor, dict[str, Tensor], Tensor | float | None]:
-        """Labels, the target's columns and the count of labels, taken out of a call's inputs.
+    def _taken(
+        self, inputs: dict[str, Any], target: Target, kept: int | Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | float | None]:
+        """Labels, the target's columns and the count of labels, taken out of a call's inputs; one label a token.
 
         Raises:
             DataError: labels that are shifted already, or a column that is missing or has another shape.
@@ -213,6 +218,10 @@ class AppliedTarget:
                 raise DataError(f"the column {name!r} has shape {shapes}; give one number a label")
         for name in _OF_LOGITS:
             inputs.pop(name, None)
+        if kept is not None and inputs.get("input_ids") is not None:
+            length = inputs["input_ids"].shape[1]
+            labels = _one_a_token(labels, kept, length, -100)
+            columns = {name: _one_a_token(column, kept, length, 0) for name, column in columns.items()}
         return labels, columns, inputs.pop("num_items_in_batch", None)
 
     def _begin(self, base: Any, inner: Any, inputs: dict[str, Any], device: torch.device) -> None:
@@ -241,6 +250,16 @@ class AppliedTarget:
             with torch.no_grad():
                 logits = inner(**inputs).logits
         return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def _one_a_token(cut: Tensor, kept: int | Tensor, length: int, fill: int) -> Tensor:
+    """Labels that a host cut together with its logits, each back at its token; the first has no logits before it."""
+    at = torch.arange(length, device=cut.device)[slice(-kept, None) if isinstance(kept, int) else kept]
+    if cut.shape[1] == length or cut.shape[1] != len(at):
+        return cut
+    whole = cut.new_full((len(cut), length), fill)
+    whole[:, at[:-1] + 1] = cut[:, 1:]
+    return whole
 
 
 def _base(model: Any) -> Any:

@@ -80,11 +80,16 @@ class HostHooks(SFTTrainer):
         host_repairs.leave_out_repeated(self._whole, inputs)
         return super().prediction_step(model, inputs, *args, **kwargs)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with host_repairs.one_run_in_trackers(self._whole):
+            return super().evaluate(*args, **kwargs)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any):
         """As Transformers', with the loss and every statistic weighted by tokens instead of by batches."""
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         self.meter.begin_evaluation()
-        output = super().evaluation_loop(*args, **kwargs)
+        with host_repairs.still_to_prepare(self._whole):
+            output = super().evaluation_loop(*args, **kwargs)
         assert output.metrics is not None
         output.metrics.update({f"{prefix}_{name}": value for name, value in self.meter.read("eval").items()})
         return output

@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from transformers.integrations.integration_utils import MLflowCallback, TensorBoardCallback, default_logdir
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import has_length
@@ -113,6 +114,57 @@ def leave_out_repeated(trainer: QTargetTrainer, inputs: dict[str, Any]) -> None:
         starts = (inputs["position_ids"][0] == 0).nonzero().flatten()
         if len(starts) == size:
             labels[:, starts[real] :] = -100
+
+
+@contextlib.contextmanager
+def still_to_prepare(trainer: QTargetTrainer) -> Iterator[None]:
+    """An evaluation before training leaves the model as it was.
+
+    Accelerate marks the model that it prepares for evaluation, and training then takes it for prepared: without DDP, so
+    that each process would train a model of its own on its own rows.
+    """
+    own_engine = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if trainer.accelerator.num_processes == 1 or own_engine or trainer.model_wrapped is not trainer.model:
+        yield
+        return
+    with _unprepared_afterwards(trainer.accelerator, trainer.model):
+        yield
+    trainer.model_wrapped = trainer.model
+
+
+@contextlib.contextmanager
+def _unprepared_afterwards(accelerator: Any, model: Any) -> Iterator[None]:
+    """Take away what ``Accelerator.prepare_model`` notes in a model and puts in place of its forward."""
+    forward = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        accelerator._models[:] = [other for other in accelerator._models if other is not model]
+        for noted in ("_is_accelerate_prepared", "_original_forward", "forward"):  # the last two by mixed precision
+            model.__dict__.pop(noted, None)
+        if forward is not None:
+            model.forward = forward
+
+
+@contextlib.contextmanager
+def one_run_in_trackers(trainer: QTargetTrainer) -> Iterator[None]:
+    """An evaluation before or after training is logged where the training is.
+
+    Transformers finds TensorBoard's folder when training begins: a line before that opens ./runs, and all of training
+    follows it there. MLflow's run ends with training: a line after that begins a run without a name.
+    """
+    reopened = []
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = os.path.join(str(trainer.args.output_dir), default_logdir())
+        if isinstance(callback, MLflowCallback) and callback._auto_end_run and not callback._ml_flow.active_run():
+            callback._ml_flow.start_run(run_id=callback._ml_flow.last_active_run().info.run_id)
+            reopened.append(callback._ml_flow)
+    try:
+        yield
+    finally:
+        for tracker in reopened:
+            tracker.end_run()
 
 
 def without_tied(trainer: QTargetTrainer, loaded: Any) -> Any:

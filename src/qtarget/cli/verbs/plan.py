@@ -100,11 +100,9 @@ def _longest_of(some: int, lengths: list[int]) -> float:
 
 def _sample(rest: Sequence[str]) -> list[tuple[int, int]]:
     """(tokens, of these supervised) of some rows, through the trainer's own preparation, without weights."""
-    import datasets as hub
-
     from qtarget.teachers.agreement.measure import evenly_spaced
 
-    hub.disable_progress_bars()
+    terminal.silence_libraries()
     with tempfile.TemporaryDirectory() as scratch:  # a trainer makes its output folder
         fixed = setup.row_by_row(rest, target="sft", output_dir=scratch, **setup.NO_TEACHER)
         run = setup.read(rest, fixed, trains=False)

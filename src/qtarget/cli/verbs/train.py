@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtarget.cli import fields, picture, setup, terminal
-from qtarget.cli.arguments import Option, Verb, whole
+from qtarget.cli.arguments import SWITCH, Option, Verb, one_of, whole
 from qtarget.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,6 +26,8 @@ VERB = Verb("train", __doc__, more=fields.common)
     Option("dry_run", "check the recipe without weights; nothing is written"),
     Option("gpus", "of the dry run; unset: 8", whole(1)),
     picture.SHOW_ROWS,
+    Option("show_settings", "settings printed first: the changed ones or all", one_of("changed", "all"), "changed"),
+    Option("log_full", "every figure of each log line, as a dict, in place of the table", SWITCH, False),
     Option("help_all", "this help with every setting"),
     settings=True,
 )
@@ -34,11 +35,12 @@ def train_model(options: Any) -> int:
     if options.help_all:
         print(VERB.help(fields.every()), end="")
         return 0
+    every_setting = options.show_settings == "all"
     if options.dry_run:
         from qtarget.cli import preview
         from qtarget.planning import steps
 
-        preview.show(options.words, options.gpus or steps.GPUS, options.show_rows)
+        preview.show(options.words, options.gpus or steps.GPUS, options.show_rows, every_setting)
         return 0
     if options.gpus is not None:
         raise ConfigError(
@@ -47,51 +49,53 @@ def train_model(options: Any) -> int:
         )
     run = setup.read(options.words)
     if terminal.is_main():
-        _print_settings(run)
+        fields.show_run(run, every_setting)
     from qtarget.training.saving import checkpoints
 
     try:
         trainer = setup.build(run)
         with checkpoints.storage_errors("what the run leaves", run.config.output_dir):
-            return train(trainer, run, options.show_rows)
+            return train(trainer, run, options.show_rows, options.log_full)
     except ConfigError:
-        print(file=sys.stderr)  # leave the progress bar's line
+        if terminal.has_bars():  # leave the bar's line
+            print(file=sys.stderr)
         raise
     except KeyboardInterrupt:
         checkpoint = checkpoints.last(run.config.output_dir)
-        raise KeyboardInterrupt(_how_to_go_on(run, options.words, checkpoint)) from None
+        raise KeyboardInterrupt(_how_to_go_on(run, checkpoint)) from None
 
 
-def _how_to_go_on(run: setup.Run, words: Sequence[str], checkpoint: Path | None) -> str:
+def _how_to_go_on(run: setup.Run, checkpoint: Path | None) -> str:
     if checkpoint is None:
         return "interrupted; there is no checkpoint yet, so the same command starts anew"
     more = [] if run.config.resume_from_checkpoint is True else ["--resume_from_checkpoint", "true"]
     more += ["--overwrite_output_dir", "false"] if run.config.overwrite_output_dir else []
-    return f"interrupted; go on from {checkpoint.name} with: qtarget train {shlex.join([*words, *more])}"
+    return f"interrupted; go on from {checkpoint.name} with: qtarget train {shlex.join([*run.words, *more])}"
 
 
 # -- the run -----------------------------------------------------------------------------------------------------
 
 
-def train(trainer: QTargetTrainer, run: setup.Run, show_rows: int = 1) -> int:
+def train(trainer: QTargetTrainer, run: setup.Run, show_rows: int = 1, log_full: bool = False) -> int:
     from qtarget import files
-    from qtarget.cli import recipe, summary
+    from qtarget.cli import log_table, recipe, summary
 
     config, script, folder = run.config, run.script, Path(run.config.output_dir)
     evaluated, beside = trainer.eval_dataset is not None, trainer.side_files.writing
     if (seen := trainer.picture()) is not None and terminal.is_main():
         picture.show(seen, show_rows)
-    before = summary.at_start(trainer) if evaluated else {}
-    try:
-        result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    except Exception:
-        # What fails after the last step, such as a tracker's farewell, must not cost what was trained.
-        sharded, state = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled, trainer.state
-        if 0 < state.max_steps <= state.global_step and not sharded:
-            trainer.save_model(config.output_dir)
-        raise
-    trainer.save_model(config.output_dir)
-    after = summary.evaluate(trainer) if evaluated else {}
+    with log_table.shown(trainer, log_full):
+        before = summary.at_start(trainer) if evaluated else {}
+        try:
+            result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        except Exception:
+            # What fails after the last step, such as a tracker's farewell, must not cost what was trained.
+            sharded, state = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled, trainer.state
+            if 0 < state.max_steps <= state.global_step and not sharded:
+                trainer.save_model(config.output_dir)
+            raise
+        trainer.save_model(config.output_dir)
+        after = summary.evaluate(trainer) if evaluated else {}
     with beside("train_results.json"):
         trainer.save_metrics("train", result.metrics)
     with beside("trainer_state.json"):
@@ -108,7 +112,7 @@ def train(trainer: QTargetTrainer, run: setup.Run, show_rows: int = 1) -> int:
         # After the last evaluation, whose figures it shows. A folder is no data set of the hub to link to.
         name = script.dataset_name
         trainer.create_model_card(model_name=folder.name, dataset_name=None if Path(name).exists() else name)
-        summary.show(trainer, before, after, folder)
+        summary.show(trainer, run, before, after)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     trainer.accelerator.wait_for_everyone()
@@ -117,18 +121,3 @@ def train(trainer: QTargetTrainer, run: setup.Run, show_rows: int = 1) -> int:
     if missing := trainer.side_files.failed:
         print(f"qtarget train: the weights are in {folder}, without {', '.join(missing)}", file=sys.stderr)
     return 1 if missing else 0
-
-
-def _print_settings(run: setup.Run) -> None:
-    """Each setting with its origin; of TRL's many, those that were given or that the help table shows."""
-    settings, given = run.settings, run.settings.origin
-    names = [*fields.names(), *(name for name in given if name not in fields.names())]
-    width = max(len(name) for name in names)
-    print("settings")
-    for name in names:
-        holder = next((h for h in (run.config, run.model, run.script) if hasattr(h, name)), None)
-        value = getattr(holder, name) if holder is not None else settings.spelled.get(name)
-        if name in given or value is not None:
-            print(f"  {name:<{width}}  {fields.shown(value):<40}  {given.get(name, 'default')}")
-    for note in run.notes:
-        print(f"note: {note}")
