@@ -142,7 +142,7 @@ check: $(VENV)/.ready ## lint, format, types, and the limits of make house
 	@$(BIN)/mypy
 	@$(BIN)/python scripts/house.py
 
-house: $(VENV)/.ready ## the house in figures: what reaches where, what is described twice, how long it is; against limits
+house: $(VENV)/.ready ## code-structure counts against their limits: reaches into the trainer, duplicated descriptions, cycles, lengths
 	@$(BIN)/python scripts/house.py
 
 docs-tree: $(VENV)/.ready ## the tree in docs/architecture.md, from the first lines of the modules' docstrings
@@ -165,7 +165,7 @@ notebook: $(VENV)/.ready ## run examples/first_look.ipynb and store its outputs
 docs-settings: $(VENV)/.ready ## the table of settings in docs/training.md, from QTargetConfig's docstring
 	@$(BIN)/python scripts/docs_settings.py
 
-format: $(VENV)/.ready ## let ruff mend what it can
+format: $(VENV)/.ready ## let ruff fix what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 

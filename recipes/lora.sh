@@ -1,5 +1,5 @@
 #!/bin/sh
-# A LoRA run from its first step to a merged model that is trained on: some minutes on two cores.
+# A LoRA run from the first step to a merged model that is trained further: a few minutes on two cores.
 #     sh recipes/lora.sh [FOLDER]
 set -eu
 OUT=${1:-build/lora}
@@ -23,11 +23,11 @@ score "$BASE" "$OUT/before"
 score "$OUT/adapter" "$OUT/after"
 qtarget compare before="$OUT/before" after="$OUT/after"
 
-# Go on: the same adapter is trained further.
+# Continue: the same adapter is trained further.
 qtarget train --config recipes/quickstart.yaml --model_name_or_path "$OUT/adapter" \
     --learning_rate 2e-4 --max_steps 2 --output_dir "$OUT/adapter-2"
 
-# One plain model of adapter and base, for whatever reads Transformers models.
+# Merge adapter and base into one plain model, for anything that reads Transformers models.
 qtarget merge "$OUT/adapter-2" -o "$OUT/merged"
 qtarget chat "$OUT/merged" --prompt "What is 4 + 5?" --max_new_tokens 60
 

@@ -1,8 +1,8 @@
-"""A loop with Accelerate trains a target, over gradient accumulation and several processes.
+"""A loop with Accelerate trains a target, with gradient accumulation and several processes.
 
     accelerate launch examples/trainers/accelerate_loop.py MODEL ROWS.jsonl FOLDER
 
-A row has a prompt and a completion, lists of messages; only the completion is learned. FOLDER gets the trained model.
+A row has a prompt and a completion, both lists of messages; only the completion is trained. The model is saved in FOLDER.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ for step in range(steps):
         last = batch is micro_batches[-1]
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             part = model(**batch, num_items_in_batch=count).loss
-            accelerator.backward(part * accelerator.num_processes)  # which are averaged over
+            accelerator.backward(part * accelerator.num_processes)  # backward averages over the processes
         loss += part.detach()
     accelerator.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

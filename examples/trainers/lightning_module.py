@@ -1,8 +1,8 @@
-"""Lightning trains a target: ``apply_target`` in the module, and its figures in Lightning's log.
+"""Lightning trains a target: ``apply_target`` in the module, and its metrics in Lightning's log.
 
     python examples/trainers/lightning_module.py MODEL ROWS.jsonl FOLDER
 
-A row has a prompt and a completion, lists of messages; only the completion is learned. FOLDER gets the trained model.
+A row has a prompt and a completion, both lists of messages; only the completion is trained. The model is saved in FOLDER.
 """
 
 import sys

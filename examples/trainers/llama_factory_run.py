@@ -1,8 +1,8 @@
-"""LLaMA-Factory trains a target: a recipe of its own, run with one callback more.
+"""LLaMA-Factory trains a target: your recipe, run with one more callback.
 
     python examples/trainers/llama_factory_run.py my_recipe.yaml learning_rate=1e-5
 
-It takes the words of ``llamafactory-cli train``: a recipe, and settings that replace those in it.
+Its arguments are those of ``llamafactory-cli train``: a recipe, and settings that override it.
 """
 
 from llamafactory.train.tuner import run_exp

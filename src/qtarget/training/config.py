@@ -87,8 +87,8 @@ class QTargetConfig(SFTConfig):
         teacher_ema_decay: the teacher is the average of the student's own weights with this decay; 0: the current
             weights. After each optimiser step, average ← decay · average + (1 − decay) · current.
         teacher_context: what the teacher reads instead of the prompt: a Jinja template over the row's columns.
-            ``prompt`` in it is the original text. ``{system: text, prompt: text}`` also replaces or adds a system
-            message.
+            ``prompt`` in it is the original text. ``{system: text, prompt: text}`` also adds a system message, or
+            appends to the row's own.
         teacher_end_token: what to do if teacher and data end a text with different tokens: ``label``, ``map`` or
             ``keep``. The first teaches that position by its label alone, the second swaps the two tokens in the
             teacher, the third changes nothing.
