@@ -90,7 +90,7 @@ def test_the_page_says_what_resolves():
     page = " ".join((ROOT / "docs" / "install.md").read_text(encoding="utf-8").split())
     assert {peer["layers"]["core"]["against"] for peer in BESIDE.values()} == {"all that it requires"}
     assert (
-        "The core resolves beside everything that each of the three requires. The trainer resolves beside none of them"
+        "resolve together with everything that each of the three requires. The core does with all of them, `.[train]` with none."
         in page
     )
 
