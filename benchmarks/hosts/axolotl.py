@@ -220,9 +220,9 @@ def main() -> None:
             **{
                 "held-out loss": {
                     whose: [
-                        line["eval_loss"] for line in made["sft, evaluated"].state.log_history if "eval_loss" in line
+                        line["eval_loss"] for line in runs["sft, evaluated"].state.log_history if "eval_loss" in line
                     ]
-                    for whose, made in (("own", theirs), ("ours", trainers))
+                    for whose, runs in (("own", theirs), ("ours", trainers))
                 },
                 "moved by LoRA": moved(folder, trainers["sft, LoRA"]),
                 "dft by a plugin that cannot be imported": steps_of(absent.state.log_history),
