@@ -78,7 +78,8 @@ def test_a_run_on_many_gpus_is_checked_on_none(said, monkeypatch):
 
 def test_a_precision_of_gpus_is_checked_on_none(said):
     words = ["--use_cpu", "false", "--bf16", "true", "--tf32", "true"]
-    for verb, flags, told in (("train", ["--dry_run"], "rows read"), ("plan", ["--gpus", 8], "mean of 300 rows")):
+    dry = ["--dry_run", "--show_settings", "all"]
+    for verb, flags, told in (("train", dry, "tf32 True"), ("plan", ["--gpus", 8], "mean of 300 rows")):
         status, out, err = said(verb, *flags, *words)
         assert status == 0, err
         assert "FSDP2" in out and told in out

@@ -81,6 +81,8 @@ def test_sft_is_the_models_own_loss():
     qt.apply_target(model, "sft")
     torch.testing.assert_close(model(**INPUTS, labels=LABELS).loss, own, rtol=1e-6, atol=0)
     torch.testing.assert_close(model(IDS, MASK, labels=LABELS).loss, own, rtol=1e-6, atol=0)  # given by position
+    asked = model(**INPUTS, labels=LABELS, output_router_logits=True)  # of a model without experts
+    torch.testing.assert_close(asked.loss, own, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("by_config", [True, False])

@@ -101,6 +101,7 @@ def _checked(arguments: Sequence[str]) -> setup.Run:
         as_here["use_cpu"] = True
     asked = setup.check(arguments, as_here)
     asked.config.use_cpu, asked.config.tf32 = False, given.get("tf32")
+    asked.settings.values["training"] = given  # as they are shown
     return asked
 
 

@@ -50,7 +50,7 @@ def table(*headings: str, left: tuple[str, ...] = (), title: str | None = None, 
 
 def tell(what: str, text: str) -> None:
     """A line of a summary, its text beside what it is about; long texts go on below."""
-    width = min(104, console(116).width - 12)
+    width = max(20, min(104, console(116).width - 12))
     first, *more = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
     print(f"  {what:<10}{first}")
     for line in more:

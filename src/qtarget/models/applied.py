@@ -162,9 +162,9 @@ class AppliedTarget:
         labels, columns, count = self._taken(inputs, target, kept.get(_KEPT))
         if not self._begun:
             self._begin(base, inner, inputs, labels.device)
-        router = inputs.pop("output_router_logits", None)
-        if router is None:
-            router = getattr(base.config.get_text_config(), "output_router_logits", False)
+        config, router = base.config.get_text_config(), inputs.pop("output_router_logits", None)
+        if router is None or not hasattr(config, "output_router_logits"):  # that of a dense model asks for nothing
+            router = getattr(config, "output_router_logits", False)
         heads: dict[str, Head | TopK] = {
             role: other.head(inputs) for role, other in self.others.items() if role in target.requires
         }
@@ -173,7 +173,7 @@ class AppliedTarget:
         output = inner(**inputs, qtarget=call)
         loss = output.exact_loss
         if output.aux_loss is not None:
-            loss = loss + base.config.get_text_config().router_aux_loss_coef * output.aux_loss.to(loss.device)
+            loss = loss + config.router_aux_loss_coef * output.aux_loss.to(loss.device)
         if base.training:
             self._note(output.record.stats)
         if loss.requires_grad:
