@@ -109,8 +109,8 @@ LIMITS = (
     "One model of 135 million parameters, its weights from a 4-bit file, one task, 12 steps: nothing here ranks targets "
     "elsewhere. Much of what is learned is the form of the answer.",
     "One learning rate for all targets, not tuned for any. Targets differ in the size of their gradients; Adam divides "
-    "most of that out, and clipping at 1 affects every step of sft, kd and target-sft and most of dft's. At another rate the "
-    "order may differ.",
+    "most of that out, and clipping at 1 affects every step of sft, kd and target-sft and most of dft's. At another rate "
+    "the order may differ.",
     "Three training seeds: intervals drawn from so few are too narrow. The untrained model is sampled once and "
     "used for every seed. There are many comparisons, each at 95 %: some may be significant by chance.",
     "The teacher's wording was compared with four others after the first cell of kd, by the nll of 24 training rows. It "
