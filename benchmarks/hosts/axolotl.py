@@ -64,6 +64,7 @@ SETTINGS = {
 LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"]}
 LORA |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o")}  # axolotl's Triton kernels, on by default
 PACKED = {"sample_packing": True, "sequence_len": 128, "micro_batch_size": 1, "num_epochs": 2}
+EVALUATED = {"val_set_size": 0.25, "eval_steps": 3, "eval_batch_size": 2, "num_epochs": 2}
 # axolotl divides its eaft by all labels of a step, and every other loss by those of a micro-batch.
 AT_ONCE = {"micro_batch_size": 4, "gradient_accumulation_steps": 1}
 # What is refused: a name → settings beside target dft.
@@ -107,9 +108,8 @@ def run(folder: Path, name: str, **more: Any) -> Any:
     return train(cfg=cfg, dataset_meta=load_datasets(cfg=cfg))[2]
 
 
-def plain(folder: Path, name: str, **more: Any) -> Steps:
-    trainer = run(folder, name, plugins=None, qtarget_target=None, qtarget_teacher=None, **more)
-    return steps_of(trainer.state.log_history)
+def plain(folder: Path, name: str, **more: Any) -> Any:
+    return run(folder, name, plugins=None, qtarget_target=None, qtarget_teacher=None, **more)
 
 
 def with_target(folder: Path, name: str, target: Any, **more: Any) -> Any:
@@ -198,9 +198,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="rows-") as made:  # axolotl takes a path with "mpt" in it for an MPT model
         folder = Path(made)
         prepare(folder)
-        variants: dict[str, dict[str, Any]] = {"sft": {}, "sft, packed": PACKED, "sft, LoRA": LORA}
-        own = {name: plain(folder, name, **more) for name, more in variants.items()}
-        own["eaft"] = plain(folder, "eaft", use_eaft=True, **AT_ONCE)
+        variants = {"sft": {}, "sft, packed": PACKED, "sft, LoRA": LORA, "sft, evaluated": EVALUATED}
+        theirs = {name: plain(folder, name, **more) for name, more in variants.items()}
+        theirs["eaft"] = plain(folder, "eaft", use_eaft=True, **AT_ONCE)
+        own = {name: steps_of(trainer.state.log_history) for name, trainer in theirs.items()}
         trainers = {name: with_target(folder, f"ours {name}", "sft", **more) for name, more in variants.items()}
         trainers["eaft"] = with_target(folder, "ours eaft", {"use_eaft": True}, **AT_ONCE)
         batches: list[dict[str, Any]] = []
@@ -217,7 +218,15 @@ def main() -> None:
             logged=[{key: value for key, value in line.items() if key.startswith("target/")} for line in lines],
             refused=refusals(folder),
             moved_by_LoRA=moved(folder, trainers["sft, LoRA"]),
-            **{"dft by a plugin that cannot be imported": steps_of(absent.state.log_history)},
+            **{
+                "held-out loss": {
+                    whose: [
+                        line["eval_loss"] for line in runs["sft, evaluated"].state.log_history if "eval_loss" in line
+                    ]
+                    for whose, runs in (("own", theirs), ("ours", trainers))
+                },
+                "dft by a plugin that cannot be imported": steps_of(absent.state.log_history),
+            },
         )
 
 

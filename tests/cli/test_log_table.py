@@ -111,7 +111,7 @@ def test_settings_that_differ_stand_by_where_they_come_from(root, piped):
 
 
 def test_full_lines_and_all_settings(root, piped, capsys):
-    secret = ("--hub_token", "hf_secret")
+    secret = ("--hub-token", "hf_secret")  # hyphens are read as underscores
     assert main(words(root, "full", "--log_full", "true", "--show_settings", "all", *secret)) == 0
     out = capsys.readouterr().out
     assert re.search(r"^    hub_token +<HUB_TOKEN>$", out, re.M) and "qtarget lens capture" in out

@@ -76,6 +76,14 @@ def test_a_run_on_many_gpus_is_checked_on_none(said, monkeypatch):
     assert "rows read the first 256" in out
 
 
+def test_a_precision_of_gpus_is_checked_on_none(said):
+    words = ["--use_cpu", "false", "--bf16", "true", "--tf32", "true"]
+    for verb, flags, told in (("train", ["--dry_run"], "rows read"), ("plan", ["--gpus", 8], "mean of 300 rows")):
+        status, out, err = said(verb, *flags, *words)
+        assert status == 0, err
+        assert "FSDP2" in out and told in out
+
+
 @pytest.mark.parametrize("number", [0, 2])
 def test_as_many_rows_as_asked_for(number, said):
     assert len(re.findall(r"row \d+, \d+ tokens", said("train", "--dry_run", "--show_rows", number)[1])) == number

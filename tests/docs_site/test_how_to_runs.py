@@ -162,7 +162,7 @@ def recipe_file(folder: Path, name: str, number: int = 0, **paths: object) -> Pa
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_recipes_of_adapters_contradict_nothing(number, world, tmp_path, capsys):
     recipe = recipe_file(tmp_path, "lora", number, model_name_or_path=world / "model", dataset_name=world / "data")
-    assert main(["train", "--config", str(recipe), "--dry_run", "--use_cpu", "true"]) == 0
+    assert main(["train", "--config", str(recipe), "--dry_run"]) == 0
     assert "no contradictions found" in capsys.readouterr().out
 
 

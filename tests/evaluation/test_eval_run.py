@@ -87,7 +87,7 @@ def test_a_finished_folder_tells_its_scores_again(finished, model, file, capsys)
     before = (finished / "samples" / "sums.jsonl").read_bytes()
     assert main(words(model, file, finished)) == 0
     out = capsys.readouterr().out
-    assert "is finished" in out and "avg@n" in out
+    assert "is already finished" in out and "avg@n" in out
     assert (finished / "samples" / "sums.jsonl").read_bytes() == before
 
 
@@ -439,12 +439,12 @@ def test_prompts():
         ({"tasks": ""}, "tasks is not set; write --tasks"),
         ({"tasks": ","}, "tasks is not set; name"),
         ({"tasks": "chain_sum,chain_sum"}, "tasks names 'chain_sum' twice"),
-        ({"tasks": "nowhere.jsonl"}, "task is 'nowhere.jsonl', which is no file"),
+        ({"tasks": "nowhere.jsonl"}, "task is 'nowhere.jsonl', which is not a file"),
         ({"tasks": "aime24"}, "task is 'aime24', whose data HuggingFaceH4/aime_2024 cannot be loaded"),
         ({"model": "/nowhere"}, "model is '/nowhere'"),
         ({"verifier": "mth"}, "verifier is 'mth'; did you mean 'math'?"),
         ({"n": "-1"}, "n is -1; use a whole number from 0"),
-        ({"temperature": "0"}, "temperature is 0; the greedy answer is always there"),
+        ({"temperature": "0"}, "temperature is 0; the greedy answer is always included"),
         ({"top_p": "1.5"}, "top_p is 1.5; use a number above 0 to 1"),
         ({"max_new_tokens": "4000"}, "max_new_tokens is 4000: the prompt of problem"),
         ({"prompt": "caht"}, "prompt is 'caht'; did you mean 'chat'?"),

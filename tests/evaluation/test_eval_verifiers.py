@@ -135,7 +135,7 @@ def test_reasoning_gym_scores_the_final_answer():
         ("reasoning_gym:gsm_symbolc", None, "verifier reasoning_gym is 'gsm_symbolc'; did you mean 'gsm_symbolic'?"),
         ("nowhere:verify", None, "importing nowhere failed"),
         ("signal_verifiers:gone", None, "signal_verifiers has no 'gone'"),
-        ("signal_verifiers:not_a_function", None, "which is no function"),
+        ("signal_verifiers:not_a_function", None, "which is not a function"),
         ("verify", None, "verifier is 'verify'; "),
         ("choice", ["prompt", "answer"], "reads the column 'options', but the rows have prompt, answer"),
         ("math_verify", ["prompt", "gold"], "reads the column 'answer', but the rows have prompt, gold"),

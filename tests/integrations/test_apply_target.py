@@ -152,6 +152,9 @@ def test_labels_cut_with_the_logits_train_the_same(kept, labelled):
     own = model(**INPUTS, **cut).loss.double()
     qt.apply_target(model, "sft")
     torch.testing.assert_close(model(**INPUTS, **cut).loss, own, rtol=1e-6, atol=0)
+    embedded = {"inputs_embeds": model.get_input_embeddings()(IDS), "attention_mask": MASK}  # as for pictures
+    unread = {"weight": torch.ones(2)}  # a number a row, which sft does not read
+    torch.testing.assert_close(model(**embedded, **cut, **unread).loss, own, rtol=1e-6, atol=0)
     qt.apply_target(qt.remove_target(model), "iw-sft", eval_logits=True).eval()
     whole = torch.full_like(LABELS, -100)
     whole[:, labelled[1:]] = LABELS[:, labelled[1:]]

@@ -89,10 +89,7 @@ def test_the_page_says_what_resolves():
     assert verdicts == {"core": {True}, "train": {False}}
     page = " ".join((ROOT / "docs" / "install.md").read_text(encoding="utf-8").split())
     assert {peer["layers"]["core"]["against"] for peer in BESIDE.values()} == {"all that it requires"}
-    assert (
-        "The core resolves beside everything that each of the three requires. The trainer resolves beside none of them"
-        in page
-    )
+    assert "everything that each of the three requires. The core does with all of them, `.[train]` with none." in page
 
 
 def test_axolotl_trains_the_target_and_refuses_its_own_losses():
@@ -102,7 +99,10 @@ def test_axolotl_trains_the_target_and_refuses_its_own_losses():
         assert len(steps["own"]) == len(steps["ours"]) == 3, name
         for own, ours in zip(steps["own"], steps["ours"], strict=True):
             assert all(abs(ours[key] - own[key]) <= 1e-5 * abs(own[key]) for key in ("loss", "grad_norm")), name
-    assert len({steps["own"][0]["loss"] for name, steps in found["steps"].items() if "LoRA" not in name}) == 4
+    assert len({steps["own"][0]["loss"] for name, steps in found["steps"].items() if "LoRA" not in name}) == 5
+    held_out = found["held-out loss"]
+    assert held_out["ours"] == pytest.approx(held_out["own"], rel=1e-6)
+    assert len(held_out["own"]) == 2  # before the first step, and after the last
     for line, step in zip(found["logged"], found["steps"]["target-sft"]["ours"], strict=True):
         assert {*line} == {f"target/{figure}" for figure in ("nll", "trust", "update", "entropy", "accuracy")}
         assert line["target/nll"] != step["loss"]

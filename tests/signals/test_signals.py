@@ -133,7 +133,7 @@ def test_reference_logps_are_those_of_single_rows(world, tmp_path, capsys, more)
         len(quick_runs.supervised_positions(cut(row))) for row in [*rows_trained("train"), *rows_trained("test")]
     )
     assert f"9 rows, {tokens} supervised tokens" in told
-    assert "left out   2 of 9 rows of train" in told and "left out   1 of 3 rows of test" in told
+    assert "dropped    2 of 9 rows of train" in told and "dropped    1 of 3 rows of test" in told
     assert json.loads((tmp_path / "rows" / "signal.json").read_text())["dropped"] == {"train": 2, "test": 1}
 
 
@@ -249,7 +249,7 @@ DIFFERENCES = {
         "weights",
         ["--chat_template_path", "ROOT/loud.jinja"],
         "chat_template_path is 'ROOT/loud.jinja', but column reference_logp of 'FOLDER' was made with another chat "
-        "template (the own one of ROOT/model)",
+        "template (the tokenizer's own, of ROOT/model)",
     ),
     "another length": (
         "online",
@@ -274,7 +274,7 @@ DIFFERENCES = {
         "oldlogps",
         ["--model_name_or_path", "ROOT/reference"],
         "model_name_or_path is 'ROOT/reference', but column old_logps of 'FOLDER' was made with 'ROOT/model', and "
-        "psft starts from the model its old log-probabilities are of; train that one, or make it again: qtarget data "
+        "psft starts from the model its old log-probabilities are of; train that model, or make it again: qtarget data "
         "oldlogps",
     ),
     "rows cut at their beginnings": (

@@ -184,7 +184,7 @@ def test_a_verifier_that_fails_is_counted_and_told(world, tmp_path, capsys):
     assert (report["timeouts"], report["errors"]) == (0, fours)
     assert report["correct"] == 9 - fours
     told = capsys.readouterr().out
-    assert f"took too long 0 times, failed {fours} times, most recently with: ValueError: four" in told
+    assert f"timed out 0 times, failed {fours} times, most recently with: ValueError: four" in told
 
 
 def test_it_says_what_it_found(world, tmp_path, capsys):
@@ -195,7 +195,7 @@ def test_it_says_what_it_found(world, tmp_path, capsys):
     assert "12 rows" in told and "about" in told
     assert "problems   12, answered to the end 12, correctly 9" in told
     assert f"critical {report['critical']} ({share:.1%})" in told
-    assert "took too long 0 times, failed 0 times" in told
+    assert "timed out 0 times, failed 0 times" in told
     assert not (tmp_path / "rows" / "progress.jsonl").exists()
 
 

@@ -470,7 +470,7 @@ def test_a_teacher_of_other_labels(tmp_path):
 
 def test_a_teacher_that_is_too_sure(tmp_path):
     got = verdict_on(sure(other(), 6.0), tmp_path)
-    assert got.conflicts > 0.1 and f"another token than the label on {got.conflicts:.0%} of the tokens" in got.verdict
+    assert got.conflicts > 0.1 and f"a token other than the label on {got.conflicts:.0%} of the tokens" in got.verdict
     assert f"(the student sides with it on {got.sides_with_teacher:.0%} of these)" in got.verdict
     assert got.judgement == "misaligned" and "although its mean p of the label is higher" in got.verdict
 
@@ -645,7 +645,7 @@ def test_another_name_of_the_target(named, world, capsys, tmp_path):
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     status, said, err = run_verb(capsys, "check", "--config", tmp_path / "config.yaml", "--rows", 2)
     assert status == 0, err
-    assert "target dft asks no teacher" in said and "verdict: " in said
+    assert "target dft needs no teacher" in said and "verdict: " in said
 
 
 @pytest.mark.parametrize(

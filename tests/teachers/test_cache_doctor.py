@@ -239,7 +239,7 @@ def test_a_server_that_answers_after_sampling_settings(world, served, tmp_path, 
     served.tamper = every_position(cold)
     assert main([str(word) for word in [*words, "-o", tmp_path / "cold"]]) == 0
     said = capsys.readouterr().out
-    assert "kept       100.000% of the teacher's mass in the mean, 100.000% at least" in said
+    assert "kept       100.000% of the teacher's probability on average, 100.000% at least" in said
     assert "the kept tokens have all the probability at every position" in said
 
 

@@ -458,7 +458,7 @@ def test_another_build_in_the_folder(world, some, tmp_path, capsys):
         assert other.stdout.readline() == "held\n"
         said = refusal_of(capsys, *start, tmp_path / "c", "--k", 5)
         other.stdin.close()
-    assert "another qtarget cache build is at work" in said
+    assert "another qtarget cache build is running" in said
 
 
 def test_other_rows_in_an_unfinished_build(world, some, tmp_path, capsys):

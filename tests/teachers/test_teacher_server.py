@@ -280,7 +280,7 @@ TAMPERED = {
     "id above": (lambda rows: put(rows, V, -1.0), rf"names token {V} at position 4, outside .* of {V}; "),
     "id below": (lambda rows: put(rows, -1, -1.0), rf"names token -1 at position 4, outside .* of {V}; "),
     "id huge": (lambda rows: put(rows, 2**40, -1.0), rf"names token {2**40} at position 4, outside "),
-    "NaN": (lambda rows: change(rows, math.nan), r"log-probability nan at position 4, .* finite .*; look"),
+    "NaN": (lambda rows: change(rows, math.nan), r"log-probability nan at position 4, .* finite .*; check"),
     "infinite": (lambda rows: change(rows, -math.inf), r"log-probability -inf at position 4, "),
     "huge": (lambda rows: change(rows, -(10**400)), r"log-probability -10+ at position 4, "),
     "positive": (lambda rows: change(rows, 0.5), r"log-probability 0\.5 at position 4, "),

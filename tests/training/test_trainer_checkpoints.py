@@ -111,11 +111,11 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(spoil, told, tmp_path, ca
     whole = made(tmp_path)
     whole.train()
     spoil(tmp_path / "checkpoint-6")
-    with pytest.raises(ConfigError, match=f"which is not whole: {told}.*the last complete one is '.*checkpoint-4'"):
+    with pytest.raises(ConfigError, match=f"which is incomplete: {told}.*the last complete one is '.*checkpoint-4'"):
         made(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     again = made(tmp_path)
     again.train(resume_from_checkpoint=True)
-    assert f"checkpoint-6 is not whole ({told}" in caplog.text
+    assert f"checkpoint-6 is incomplete ({told}" in caplog.text
     assert all(
         torch.equal(copied_weights(whole.model)[name], value) for name, value in copied_weights(again.model).items()
     )
@@ -198,7 +198,7 @@ def test_a_full_disk(config, tmp_path, capsys):
             capsys.readouterr()
             assert main([*words, "--resume_from_checkpoint", "true"]) == 2
             said = one_sentence(capsys.readouterr().err)
-            assert "could not be written to" in said and "make room" in said, said
+            assert "could not be written to" in said and "free some space" in said, said
             assert "resume from the last complete checkpoint, checkpoint-2, with --resume_from_checkpoint true" in said
             assert contents(run / "checkpoint-2") == good and there(run) == ["checkpoint-2"]
             assert not (run / checkpoints.UNFINISHED).exists(), "what could not be finished takes no room"

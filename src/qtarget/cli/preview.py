@@ -49,7 +49,7 @@ class Found:
 
 def look(arguments: Sequence[str], gpus: int) -> Found:
     """Read and check. Raises ConfigError with every contradiction found."""
-    asked = setup.check(arguments)
+    asked = _checked(arguments)
     faults: list[str] = []
     student, others, untold = _models(asked, faults)
     rows, where, picture = _rows(asked, faults, untold)
@@ -85,6 +85,23 @@ def show(arguments: Sequence[str], gpus: int, show_rows: int, every_setting: boo
 
 
 # -- what is looked at -------------------------------------------------------------------------------------------
+
+
+def _checked(arguments: Sequence[str]) -> setup.Run:
+    """The settings; a precision of GPUs is no fault where there is none: Transformers would ask this machine for it."""
+    import torch
+
+    from qtarget.cli import settings
+
+    given = settings.read(arguments).values["training"]
+    if torch.accelerator.is_available() or given.get("use_cpu"):
+        return setup.check(arguments)
+    as_here: dict[str, Any] = {"tf32": None} if given.get("tf32") else {}
+    if given.get("bf16") or given.get("bf16_full_eval"):
+        as_here["use_cpu"] = True
+    asked = setup.check(arguments, as_here)
+    asked.config.use_cpu, asked.config.tf32 = False, given.get("tf32")
+    return asked
 
 
 def _models(asked: setup.Run, faults: list[str]) -> tuple[shapes.Shape | None, list[Frozen], list[str]]:

@@ -97,10 +97,10 @@ class Settings:
 
 
 def without_secrets(words: Sequence[str]) -> list[str]:
-    """A command's words without the flag of the secret and its value."""
-    flag = f"--{SECRET}"
+    """A command's words without the flag of the secret and its value; flags may be written with hyphens."""
+    flags = f"--{SECRET}", f"--{SECRET.replace('_', '-')}"
     pairs = zip(["", *words], words, strict=False)
-    return [word for before, word in pairs if flag not in (before, word) and not word.startswith(f"{flag}=")]
+    return [word for before, word in pairs if before not in flags and word.partition("=")[0] not in flags]
 
 
 def groups() -> dict[str, type]:

@@ -55,9 +55,9 @@ class Tokeniser:
             raise
         except Exception as error:  # a template raises whatever it likes
             if half := half_character(read):
-                raise DataError(f"it holds half a character, {half!r}; mend that text") from error
+                raise DataError(f"it holds half a character, {half!r}; fix that text") from error
             what = "the chat template cannot be applied" if "tools" in read else "it cannot be tokenised"
-            raise DataError(f"{what}: {reason(error)}; mend that row, or the template (chat_template_path)") from error
+            raise DataError(f"{what}: {reason(error)}; fix that row, or the template (chat_template_path)") from error
 
     def _of_messages(self, read: dict[str, Any], notes: list[str]) -> dict[str, list[int]]:
         render = {"tools": read["tools"], **read["chat_template_kwargs"]}

@@ -98,7 +98,7 @@ def advise(record: Record, target: Target | None = None) -> Advice:
     cases = [*_CASES[place]]
     doubts = [
         f"the bounds {WEAK} and {STRONG} are halfway between published kinds of data, not measured on yours",
-        "those cases are base models of 1.5B to 14B on other data; none of them guarantees anything here",
+        "those cases are base models of 1.5B to 14B on other data; yours may behave differently",
     ]
     if place == "strong":
         cases += _CASES["instruct"]

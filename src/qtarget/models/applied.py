@@ -218,10 +218,11 @@ class AppliedTarget:
                 raise DataError(f"the column {name!r} has shape {shapes}; give one number a label")
         for name in _OF_LOGITS:
             inputs.pop(name, None)
-        if kept is not None and inputs.get("input_ids") is not None:
-            length = inputs["input_ids"].shape[1]
+        tokens = [inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None]
+        if kept is not None and tokens:
+            length = tokens[0].shape[1]
             labels = _one_a_token(labels, kept, length, -100)
-            columns = {name: _one_a_token(column, kept, length, 0) for name, column in columns.items()}
+            columns = {name: _one_a_token(columns[name], kept, length, 0) for name in columns_of(target)}
         return labels, columns, inputs.pop("num_items_in_batch", None)
 
     def _begin(self, base: Any, inner: Any, inputs: dict[str, Any], device: torch.device) -> None:

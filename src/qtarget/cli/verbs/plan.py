@@ -66,6 +66,10 @@ def run(options: Any) -> int:
 # -- rows ----------------------------------------------------------------------------------------------------------
 
 
+# Rows are the same in each, and a GPU's may not be here.
+_ANY_PRECISION = {"bf16": False, "bf16_full_eval": False, "tf32": None}
+
+
 def _lengths(found: Any, options: Any) -> Any:
     """Lengths of the rows: as told, as a sample of the rows at hand has them, or max_length."""
     from qtarget.planning.workload import Rows
@@ -104,7 +108,7 @@ def _sample(rest: Sequence[str]) -> list[tuple[int, int]]:
 
     terminal.silence_libraries()
     with tempfile.TemporaryDirectory() as scratch:  # a trainer makes its output folder
-        fixed = setup.row_by_row(rest, target="sft", output_dir=scratch, **setup.NO_TEACHER)
+        fixed = setup.row_by_row(rest, target="sft", output_dir=scratch, **setup.NO_TEACHER, **_ANY_PRECISION)
         run = setup.read(rest, fixed, trains=False)
         if run.script.dataset_streaming:
             return []
