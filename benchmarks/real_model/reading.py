@@ -52,14 +52,14 @@ def sharpness(condition: str, cells: Cells, differences: Differences) -> list[st
             own, plain = (entropy(cells, condition, name) for name in (arm, SFT))
             made.append(
                 f"There {arm} leads in sampled answers and not in greedy ones (entropy {own:.2f} nats a token, sft's "
-                f"{plain:.2f}). It draws less at random; that it knows more sums is not shown. Who decodes greedily, or "
-                "lowers the temperature, may see nothing of it."
+                f"{plain:.2f}). Its samples are less random; it is not shown to know more sums. With greedy decoding or "
+                "a lower temperature, this lead may disappear."
             )
         elif greedy.shown and greedy.value < 0 and not (sampled.shown and sampled.value < 0):
             own, plain = (entropy(cells, condition, name) for name in (arm, SFT))
             made.append(
-                f"There {arm} loses greedy answers to sft ({100 * greedy.value:+.1f}) and not sampled ones: with entropy "
-                f"{own:.2f} (sft {plain:.2f}) it has settled on its first guesses, right or wrong."
+                f"There {arm} is behind sft in greedy answers ({100 * greedy.value:+.1f}) but not in sampled ones: with "
+                f"entropy {own:.2f} (sft {plain:.2f}) it has settled on its first guesses, right or wrong."
             )
     return made
 
@@ -69,13 +69,13 @@ def cost_of_noise(differences: Differences) -> str:
     lost = [arm for arm, d in costs.items() if d is not None and d.shown and d.value < 0]
     kept = [arm for arm, d in costs.items() if d is not None and not d.shown]
     won = [arm for arm, d in costs.items() if d is not None and d.shown and d.value > 0]
-    parts = [f"{listed(lost)} lost by them" if lost else "", f"{listed(won)} gained" if won else ""]
-    parts.append(f"no difference is shown for {listed(kept)}" if kept else "")
+    parts = [f"lower for {listed(lost)}" if lost else "", f"higher for {listed(won)}" if won else ""]
+    parts.append(f"no difference shown for {listed(kept)}" if kept else "")
     lead = differences[f"{NOISY}/{SFT}", f"{NOISY}/{TARGET}", "strict"]
     said = lead.sentence().partition(";")[0]
     return (
-        f"**What wrong labels cost**, at temperature 1: {'; '.join(part for part in parts if part)}. A teacher who has "
-        f"read the right answer is meant to help just here: {TARGET} against sft on noisy labels, {said} "
+        f"**What wrong labels cost**, at temperature 1: {'; '.join(part for part in parts if part)}. A teacher that has "
+        f"read the right answer should help here: {TARGET} against sft on noisy labels, {said} "
         f"({100 * lead.value:+.1f}, {100 * lead.low:+.1f} to {100 * lead.high:+.1f})."
     )
 
@@ -90,8 +90,8 @@ def doubt_of_form(condition: str, cells: Cells) -> list[str]:
         return []
     return [
         f"**A teacher that knows the answer can still be a bad one** ({condition}): kd's samples have entropy {own:.2f}, "
-        f"the untrained model's {base:.2f}, and {cut:.0%} of them do not end in time. The teacher knows the result and "
-        f"doubts the form, and kd learns the doubt. With the same teacher {TARGET}'s have "
+        f"the untrained model's {base:.2f}, and {cut:.0%} of them are cut off. The teacher knows the result but is "
+        f"unsure of the form, and kd learns that uncertainty. With the same teacher, {TARGET}'s samples have entropy "
         f"{entropy(cells, condition, TARGET):.2f}."
     ]
 
@@ -108,15 +108,15 @@ def listed(names: list[str]) -> str:
 LIMITS = (
     "One model of 135 million parameters, its weights from a 4-bit file, one task, 12 steps: nothing here ranks targets "
     "elsewhere. Much of what is learned is the form of the answer.",
-    "One learning rate for all arms, tuned for none. Targets differ in the size of their gradients; Adam divides most of "
-    "that out, and clipping at 1 acts on every step of sft, kd and target-sft and on most of dft's. Another rate may "
-    "order them otherwise.",
-    "Three training seeds: intervals drawn from so few are too narrow. The untrained model is sampled once, and "
-    "stands for every seed. Many differences are shown, each at 95 %: some may stand out by chance.",
-    "The teacher's wording was compared with four others after the first cell of kd, by the nll of 24 training rows: it "
-    "had the lowest, and was kept. A surer teacher would make another kd.",
-    "The same number of steps is not the same work: kd and target-sft ask the teacher too, a forward pass more.",
-    "Twelve steps are few, and a teacher that reads the answer is one kind. A larger form has longer sums, 250 steps of "
-    "32 rows, five seeds and a teacher that was trained on other problems as well. It is there for a GPU and has not "
-    "been run: `make real-model-large`.",
+    "One learning rate for all targets, not tuned for any. Targets differ in the size of their gradients; Adam divides "
+    "most of that out, and clipping at 1 affects every step of sft, kd and target-sft and most of dft's. At another rate "
+    "the order may differ.",
+    "Three training seeds: intervals drawn from so few are too narrow. The untrained model is sampled once and "
+    "used for every seed. There are many comparisons, each at 95 %: some may be significant by chance.",
+    "The teacher's wording was compared with four others after the first cell of kd, by the nll of 24 training rows. It "
+    "had the lowest, and was kept. With a surer teacher, kd would come out differently.",
+    "The same number of steps is not the same work: kd and target-sft also run the teacher's forward pass.",
+    "Twelve steps are few, and a teacher that reads the answer is only one kind. `make real-model-large` is a larger "
+    "version for a GPU, with longer sums, 250 steps of 32 rows, five seeds, and also a teacher that was trained on other "
+    "problems. It has not been run.",
 )

@@ -25,7 +25,7 @@ from real_model.tables import (
 )
 
 PAGE = ROOT / "docs" / "real-model.md"
-BUSY = ", on a machine that had other work to do: they compare nothing."
+BUSY = ", on a machine that ran other jobs too, so do not compare them."
 
 
 def main() -> None:
@@ -66,13 +66,13 @@ def asked(cells: Cells) -> str:
         [
             "problems",
             "reasoning-gym's `chain_sum` with two terms, a third of one digit and the rest of two; "
-            f"{settings['problems']} for the test, none of which, nor the same sum turned round, is trained on",
+            f"{settings['problems']} for the test; none of these is trained on, in either order",
         ],
         [
             "training",
             f"{settings['rows']} rows, {steps} steps of {trained['per_device_train_batch_size']}, AdamW at "
             f"{trained['learning_rate']:g}, {trained['lr_scheduler_type']}; rows, order, steps and rate are the same for "
-            "every arm, and the rate was tuned for none",
+            "every target (arm), and the rate was not tuned for any",
         ],
         ["training seeds", f"{done}; each draws its own demonstrations, order and wrong results"],
         [
@@ -80,15 +80,15 @@ def asked(cells: Cells) -> str:
             f"{sampled['n']} samples a problem at temperature {sampled['temperature']:g} and a greedy one, up to "
             f"{sampled['max_new_tokens']} tokens, with the same sampling seeds for every arm",
         ],
-        ["strict (avg, greedy, pass)", "the answer is the result, alone or behind the repeated sum, and nothing else"],
+        ["strict (avg, greedy, pass)", "the answer is the result, alone or after the repeated sum, and nothing else"],
         ["lenient", "the last number of the answer is the result"],
     ]
     about = prose(
-        f"SmolLM2-135M-Instruct learns sums of two numbers from {settings['rows']} demonstrations, `59 + 63 = ?` "
-        "answered by `59 + 63 = 122`, under four targets. Two questions: does any of them beat plain SFT when the labels "
-        f"are right (clean), and when the result is wrong in {settings['noise']:.0%} of the demonstrations (noisy)? kd "
-        "and target-sft have a teacher who knows more: the same model with the right answer in its prompt, also where "
-        "the demonstration is wrong."
+        f"SmolLM2-135M-Instruct learns sums of two numbers from {settings['rows']} demonstrations with four targets. "
+        "A prompt is `59 + 63 = ?`, its answer `59 + 63 = 122`. There are two questions. Does any target beat plain SFT "
+        "when the labels are right (clean)? And when the result is wrong in "
+        f"{settings['noise']:.0%} of the demonstrations (noisy)? kd and target-sft have a teacher that "
+        "knows more: the same model with the right answer in its prompt, even if the demonstration is wrong."
     )
     return f"""\
 # A real model: does the target matter?
@@ -109,8 +109,8 @@ def teacher_text(folder: Path) -> str:
         found = json.loads(file.read_text(encoding="utf-8"))["check"]
         rows.append([condition, *teacher_cells(found)])
     about = prose(
-        "`qtarget teacher check` of the demonstrations of training seed 1, before training. In its "
-        "prompt the teacher reads the question and the right answer, with the request to write just that."
+        "Output of `qtarget teacher check` on the demonstrations of training seed 1, before training. The teacher's "
+        "prompt contains the question, the right answer and a request to write exactly that."
     )
     return f"## The teacher\n\n{about}\n\n{table(TEACHER, rows)}"
 
@@ -132,17 +132,17 @@ def again(cells: Cells) -> str:
     machines = sorted({describe(cell["machine"]) for cell in cells.values()})
     hours = sum(cell["seconds"] for cell in cells.values()) / 3600
     about = prose(
-        f"The {len(cells)} cells took {hours:.1f} hours on {'; '.join(machines)}, beside other work. Each is one file in "
-        "[benchmarks/results/real_model](../benchmarks/results/real_model) with its seed, settings, every answer and "
-        "verdict; this page is written from them by `python -m real_model.report`. The rows' rules are in "
-        "[problems.py](../benchmarks/real_model/problems.py), the shared settings in "
+        f"The {len(cells)} cells took {hours:.1f} hours on {'; '.join(machines)}, alongside other jobs. Each is one file "
+        "in [benchmarks/results/real_model](../benchmarks/results/real_model) with its seed, settings, every answer and "
+        "verdict; `python -m real_model.report` writes this page from them. The code that generates the rows is "
+        "[problems.py](../benchmarks/real_model/problems.py), and the shared settings are in "
         "[train.yaml](../benchmarks/real_model/train.yaml)."
     )
     return f"""\
-## Again
+## Run it yourself
 
-    make real-model          # goes on where it stopped; a finished cell is not run again
-    make real-model-quick    # two steps and four problems, to see that it works
+    make real-model          # resumes where it stopped; finished cells are not run again
+    make real-model-quick    # two steps and four problems, to check that it works
 
 {about}"""
 

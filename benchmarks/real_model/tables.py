@@ -51,7 +51,7 @@ def found(
         "## Differences",
         prose(
             f"Scores in per cent. Paired by problem and training seed; intervals are 95 %, of {results.DRAWS:,} "
-            "bootstrap draws of training seeds, problems and samples, by `qtarget compare`. Where an interval holds "
+            "bootstrap draws of training seeds, problems and samples, by `qtarget compare`. If an interval contains "
             "zero, no difference is shown." + one_run(form, cells)
         ),
         *(
@@ -82,8 +82,9 @@ def scores_table(form: Form, cells: Cells, times: str) -> str:
             rows.append([condition, arm, *score_cells(found), f"{nll:.3f}", f"{seconds:.0f}"])
     held_out = base["settings"]["held_out"]
     about = prose(
-        "Means over training seeds, in per cent; *by seed* is avg of each. Entropy: of the sampled answers, nats a "
-        f"token. nll: of {held_out} clean test answers, nats a token. Seconds: of a training run with its loading{times}"
+        "Means over training seeds, in per cent; *by seed* is avg of each. Entropy: of the sampled answers, in nats per "
+        f"token. nll: of {held_out} clean test answers, in nats per token. Seconds: of a training run, loading "
+        f"included{times}"
     )
     return f"{table(heads, rows)}\n\n{about}"
 
@@ -120,7 +121,7 @@ def noise_table(form: Form, differences: Differences) -> str:
     if not rows:
         return ""
     heads = ["noisy − clean", "avg", "lenient", "greedy", "pass", "reading of avg"]
-    return "What the wrong labels cost each arm:\n\n" + table(heads, rows)
+    return "What the wrong labels cost each target:\n\n" + table(heads, rows)
 
 
 def shown(difference: Any) -> str:
@@ -142,8 +143,9 @@ def expectations_table(
     intro = prose(
         f"Written and committed before the first result "
         f"([{file}](../benchmarks/real_model/{file})). {met} of {len(rows)} were met. An expected "
-        "difference is met where its interval lies on that side of zero; entropy and nll, where every training seed "
-        "does. No difference shown is met where the interval holds zero: that is no proof that there is none."
+        "difference counts as met if its interval lies on the expected side of zero; for entropy and nll, if every "
+        "training seed does. 'No difference shown' counts as met if the interval contains zero, which does not prove "
+        "that there is none."
     )
     return intro + "\n\n" + table(["arm", "score", "expected", "because", "came out", "verdict"], rows)
 
@@ -185,7 +187,7 @@ def figure(cell: dict[str, Any], measure: str) -> float:
 def one_run(form: Form, cells: Cells) -> str:
     if min(len(results.seeds(form, cells, condition)) for condition in CONDITIONS) > 1:
         return ""
-    return " With one training seed they are for these models, and say nothing of training again."
+    return " With one training seed they apply only to these models, and say nothing about another training run."
 
 
 def describe(machine: dict[str, Any]) -> str:

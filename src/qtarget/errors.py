@@ -24,7 +24,7 @@ _OF_A_WORKER = re.compile(r"Caught \w+ in DataLoader worker process .*\n[\w.]+: 
 
 
 class QTargetError(Exception):
-    """Beneath it stands every error that qtarget raises on purpose; one or several faults, shown together.
+    """Base of every error that qtarget raises on purpose; it can hold several faults, shown together.
 
     Args:
         faults: sentences, each naming a field, its value and the fix.
@@ -41,7 +41,7 @@ class QTargetError(Exception):
 
 
 class ConfigError(QTargetError, ValueError):
-    """A setting or argument that cannot be. The kinds below are ConfigErrors too, so that catching it catches them."""
+    """An invalid setting or argument. Catching it also catches its subclasses below."""
 
 
 class DataError(ConfigError):
@@ -49,7 +49,7 @@ class DataError(ConfigError):
 
 
 class StorageError(ConfigError):
-    """A file or folder that cannot be written or read: a full disk, missing rights, a damaged file, another's folder."""
+    """A file or folder that cannot be read or written, such as a full disk, a damaged file or another run's folder."""
 
 
 class MissingPackage(QTargetError, ImportError):

@@ -17,7 +17,7 @@ VERBS = {
     "plan": ("memory, steps and operations of a run", "qtarget plan --config FILE --gpus 8 --gpu_memory 80"),
     "targets": ("the targets and their formulas", "qtarget targets    |  qtarget targets show|compare NAME"),
     "cache": ("a teacher's answers, kept on disk", "qtarget cache build --config FILE -o DIR"),
-    "teacher": ("does a teacher suit rows and student", "qtarget teacher check --config FILE"),
+    "teacher": ("check a teacher for rows and student", "qtarget teacher check --config FILE"),
     "data": ("columns that some targets need", "qtarget data weights|oldlogps|critical --config FILE -o DIR"),
     "lens": ("what a target teaches, token by token", "qtarget lens capture --config FILE -o DIR"),
     "chat": ("chat with a model or an adapter", "qtarget chat PATH    |  qtarget chat PATH --prompt TEXT"),

@@ -41,12 +41,12 @@ _ASK_THE_MODEL = ("axolotl.core.trainers.base", "transformers.trainer")
 
 
 class QTargetArgs(BaseModel):
-    """The plugin's keys in axolotl's YAML; the rest of the YAML is checked for what would train another loss.
+    """The plugin's keys in axolotl's YAML; the rest of the YAML is checked for settings that would train another loss.
 
     Attributes:
-        qtarget_target: what to learn, as in a recipe of qtarget: a preset's name or its YAML form.
+        qtarget_target: what to learn, as in a qtarget recipe: a preset's name or its YAML form.
         qtarget_teacher, qtarget_reference: names or paths of models, for a target that needs them.
-        qtarget_vocab_size: tokens of the tokenizer, where the head is padded beyond them.
+        qtarget_vocab_size: number of tokens in the tokenizer, if the head is padded beyond them.
         qtarget_backend: as in ``qtarget.linear_target_loss``.
     """
 
@@ -59,10 +59,10 @@ class QTargetArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def check_qtarget(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """Refuse what cannot be trained, every fault at once.
+        """Refuse what cannot be trained, with all faults in one message.
 
         Raises:
-            ConfigError: a misspelt key, a target that cannot be, or another loss beside it.
+            ConfigError: a misspelt key, an invalid target, or another loss.
         """
         if _in_use(data):
             raise_together([*_key_faults(data), *_target_faults(data), *_loss_faults(data)])
@@ -115,11 +115,11 @@ def _loss_faults(data: dict[str, Any]) -> list[str]:
 class QTargetPlugin(BasePlugin):
     """Trains a target in axolotl's own trainer.
 
-    axolotl finds it by its name in ``plugins``, and its settings are keys of the same file (``QTargetArgs``). The target
-    is applied when the trainer is made, by ``qtarget.TargetCallback``: after adapters, before anything wraps the model.
+    Name it in ``plugins``; its settings are keys of the same file (``QTargetArgs``). ``qtarget.TargetCallback`` applies
+    the target when the trainer is created: after adapters are added, and before anything wraps the model.
 
     Raises:
-        ConfigError: a setting that cannot be, or a loss of axolotl's own beside the target.
+        ConfigError: an invalid setting, or one of axolotl's own losses.
     """
 
     def get_input_args(self) -> str:

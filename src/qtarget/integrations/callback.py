@@ -13,16 +13,16 @@ from qtarget.models.applied import applied_to, apply_target
 class TargetCallback(TrainerCallback):
     """Applies a target to the model of a Transformers trainer when the trainer is made.
 
-    The host calls the model with labels and trains what it returns. A host that computes a loss of its own instead would
-    train that in silence; here the run stops at its first step. Logged beside the loss, under ``target/``: nll, trust,
-    update, entropy and accuracy, means over this process' labels since the last line. Trackers of
-    ``report_to`` have read the line by then.
+    The trainer calls the model with labels and trains the loss it returns. If it computes its own loss instead, the run
+    stops in its first step. Logged along with the loss, under ``target/``: nll, trust, update, entropy and accuracy, as
+    means over this process's labels since the last log line. Trackers of ``report_to`` do not get them: they read the
+    line before these are added.
 
     Args:
-        target: as of ``qtarget.apply_target``. **settings: its other arguments (teacher, reference, vocab_size, ...).
+        target: as in ``qtarget.apply_target``. **settings: its other arguments (teacher, reference, vocab_size, ...).
 
     Raises:
-        ConfigError: of ``apply_target``; or the host does not train the model's own loss.
+        ConfigError: as in ``apply_target``; or the trainer does not train the model's own loss.
 
     Example:
         >>> Trainer(model, args, callbacks=[qt.TargetCallback("dft")], train_dataset=rows).train()  # doctest: +SKIP

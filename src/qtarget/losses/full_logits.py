@@ -51,11 +51,12 @@ def target_loss(
         target: what to learn; see ``qtarget.preset``.
         teacher_logits, reference_logits: [..., V'] of the same tokens, V' at least the real vocabulary.
         old_logps: [...] log p_y of the old policy. weight: [...] or one per row. critical: [...] booleans.
-        vocab_size: real tokens of a padded head; p runs over the full width, uniform, teacher, reference and guided
-            residuals over the first ``vocab_size`` entries.
-        reduction: "mean" divides by ``num_items``, else by the supervised labels; weights never enter it.
+        vocab_size: real tokens of a padded head; p covers the full width; uniform, teacher, reference and guided
+            residuals cover the first ``vocab_size`` entries.
+        reduction: "mean" divides by ``num_items`` if given, else by the number of supervised labels; weights do not
+            change the divisor.
         z_loss: c of the term c · lse² on each token, lse = log Σ exp z (PaLM, arXiv:2204.02311, section 5: c = 1e-4),
-            which holds lse near 0. Its gradient is 2 c lse p; the statistics leave it out.
+            which keeps lse near 0. Its gradient is 2 c lse p; the statistics do not include it.
         stats: "basic", or "all" to add kl_q.
 
     Returns:

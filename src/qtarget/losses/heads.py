@@ -15,10 +15,10 @@ class Head:
     """A model's last hidden states and its output head; its logits are formed chunk by chunk, never whole.
 
     Args:
-        hidden: [..., d_m], the labels' shape and any width. No gradient flows into it.
+        hidden: [..., d_m], in the labels' shape, of any width. No gradient flows into it.
         weight: [V_m, d_m]; V_m may differ from the student's by padded rows.
         bias: [V_m] or None.
-        logit_scale: multiplies the logits, before the softcap.
+        logit_scale: multiplies the logits before the softcap.
         logit_softcap: cap · tanh(logits / cap), or None.
         vocab_size: real tokens of a padded head, or None for all rows.
     """
@@ -66,7 +66,7 @@ def check_head(
 
 @dataclass(frozen=True)
 class TopK:
-    """A distribution kept as its k largest entries and the mass of the rest.
+    """A distribution stored as its k largest entries and the mass of the rest.
 
     Args:
         ids: [..., k] token ids, all different within a token.

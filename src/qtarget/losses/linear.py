@@ -50,35 +50,36 @@ def linear_target_loss(
     backend: str = "auto",
     chunk_rows: int | None = None,
 ) -> LossOutput:
-    """The loss of a target from hidden states; equal to ``target_loss`` on the logits they give.
+    """The loss of a target from hidden states; equal to ``target_loss`` on their logits.
 
         logits = softcap(logit_scale · (hidden @ head_weight.T + head_bias))
 
-    The gradient is formed in the forward pass, chunk by chunk, so that only dH and dW are kept. With
-    ``reduction="none"`` each token's upstream gradient is unknown then: backward runs the chunks once more.
+    The gradient is computed in the forward pass, chunk by chunk, so that only dH and dW are kept. With
+    ``reduction="none"`` each token's upstream gradient is not yet known then, so backward runs the chunks again.
 
     Args:
         hidden: [..., d], float32, float64, bfloat16 or float16. head_weight: [V, d]; without ``requires_grad`` no dW is
             formed. head_bias: [V] or None.
         labels: [...] int64; nothing is shifted: labels[i] belongs to hidden[i]. Ignored positions cost nothing.
-        target: what to learn; see ``qtarget.preset``. A list: each token by its own, in one pass with one dW.
-        which: [...] int64 of the labels' shape, the number of each token's target where ``target`` is a list.
+        target: what to learn; see ``qtarget.preset``. A list: each token has its own, in one pass with one dW.
+        which: [...] int64 in the labels' shape: the index of each token's target, if ``target`` is a list.
         teacher, reference: ``Head`` (hidden states of the same positions, of any width) or ``TopK``.
         old_logps: [...] log p_y of the old policy. weight: [...] or one per row. critical: [...] booleans.
         vocab_size: real tokens of a padded head.
-        reduction: "mean" divides by ``num_items``, else by the supervised labels; weights never enter it.
+        reduction: "mean" divides by ``num_items`` if given, else by the number of supervised labels; weights do not
+            change the divisor.
         z_loss: c of c · lse² on each token, as in ``target_loss``; in plain PyTorch, whatever the backend.
         stats: "basic", or "all" to add kl_q.
-        backend: who does the rows' mathematics: "auto"; "torch", which runs everywhere; "triton", on NVIDIA's GPUs;
-            "compiled", by inductor, after some ten seconds. Logits are float32 in all of them (float64 for float64).
-        chunk_rows: tokens per chunk; None takes them from the device and the memory budget.
+        backend: the code that computes each row: "auto"; "torch", which runs everywhere; "triton", on NVIDIA GPUs;
+            "compiled", by inductor, which starts in about ten seconds. Logits are float32 in all (float64 for float64).
+        chunk_rows: tokens per chunk; None: chosen from the device and the memory budget.
 
     Returns:
         LossOutput: the published value of the objective and per-token statistics.
 
     Raises:
-        ConfigError: an input the target needs is missing, a shape or value is wrong, or logits are not finite.
-        RuntimeError: a second backward through the same call, or second derivatives.
+        ConfigError: an input that the target needs is missing, a shape or value is wrong, or logits are not finite.
+        RuntimeError: a second backward pass through the same call, or second derivatives.
     """
     targets = _targets(target, which)
     check_options(reduction, stats, z_loss)

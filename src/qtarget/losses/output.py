@@ -29,7 +29,7 @@ class LossOutput:
     Attributes:
         loss: the published value of the objective; a scalar, or with reduction "none" the labels' shape (0 at ignored
             positions). Differentiable.
-        stats: per-token tensors of the labels' shape, NaN at ignored positions, without a graph.
+        stats: per-token tensors in the labels' shape, NaN at ignored positions, without a graph.
     """
 
     loss: Tensor

@@ -36,31 +36,31 @@ def apply_target(
     eval_logits: bool = False,
     backend: str = "auto",
 ) -> nn.Module:
-    """Let ``model(input_ids, attention_mask, labels=...)`` return the loss of a target, in place; see ``remove_target``.
+    """Make ``model(input_ids, attention_mask, labels=...)`` return the loss of a target, in place; see ``remove_target``.
 
-    Everything else is as Transformers has it: labels are shifted inside, −100 is ignored, the loss is the mean over
-    labels or, with ``num_items_in_batch``, the sum divided by it. So any trainer that takes the model's own loss trains
-    the target, under DDP, FSDP2, adapters and gradient checkpointing. No logits are formed: ``output.logits`` is None.
+    The rest works as in Transformers: labels are shifted inside, −100 is ignored, and the loss is the mean over labels
+    or, with ``num_items_in_batch``, the sum divided by it. So any trainer that uses the model's own loss trains the
+    target, also with DDP, FSDP2, adapters and gradient checkpointing. No logits are formed: ``output.logits`` is None.
 
-    A call without labels is untouched. Columns that the target reads (weight, critical, old_logps) are keyword arguments
-    of the labels' shape.
+    Calls without labels work as before. Pass the columns that the target reads (weight, critical, old_logps) as keyword
+    arguments, in the labels' shape.
 
     Args:
         model: a causal language model of Transformers, or one with PEFT's adapters. Apply the target before DDP, FSDP or
             an ``Accelerator`` wraps it.
         target: a preset's name, its form in a recipe, or a ``Target``.
-        teacher: for a target that needs one: a model, or the name or path of one, frozen here.
-        reference: likewise. Without one it is the model as it is now: its adapters off, or a frozen copy.
-        vocab_size: tokens of the tokenizer, where the head is padded beyond them; by default the head's rows.
-        eval_logits: in evaluation mode, also return logits, in a second pass.
+        teacher: for a target that needs one: a model, or the name or path of one. It is frozen.
+        reference: likewise. By default, the model as it is now: with its adapters off, or as a frozen copy.
+        vocab_size: number of tokens in the tokenizer, if the head is padded beyond them; by default the head's rows.
+        eval_logits: in evaluation mode, also return logits, from a second pass.
         backend: as in ``qtarget.linear_target_loss``.
 
     Returns:
         The model.
 
     Raises:
-        ConfigError: a target that needs what is not given, a model that already has one, or one whose logits are not its
-            hidden states times its head (found at the first call with labels).
+        ConfigError: the target needs a model that is not given; the model already has a target; or its logits are not its
+            hidden states times its head (checked at the first call with labels).
 
     Example:
         >>> qt.apply_target(model, {"preset": "target-sft", "eta": 0.5}, teacher=teacher)  # doctest: +SKIP
@@ -85,10 +85,10 @@ def apply_target(
 
 
 def remove_target(model: nn.Module) -> nn.Module:
-    """Give a model its own forward back; teacher and reference are let go.
+    """Restore a model's own forward pass, and release the teacher and the reference.
 
     Raises:
-        ConfigError: no target is applied to it.
+        ConfigError: the model has no target.
 
     Example:
         >>> qt.remove_target(model)  # doctest: +SKIP
@@ -102,10 +102,10 @@ def remove_target(model: nn.Module) -> nn.Module:
 
 
 def applied_to(model: nn.Module) -> AppliedTarget:
-    """What ``apply_target`` left on a model.
+    """The ``AppliedTarget`` of a model: set its ``step`` and ``total_steps``, and read its ``figures()``.
 
     Raises:
-        ConfigError: nothing.
+        ConfigError: the model has no target.
     """
     found = getattr(_base(model), _STATE, None)
     if found is None:
@@ -140,7 +140,7 @@ class AppliedTarget:
         """The target of the present step.
 
         Raises:
-            ConfigError: it has a schedule, and nobody says where the run is.
+            ConfigError: it has a schedule, and ``total_steps`` is not set.
         """
         if self.target.schedules and not self.total_steps:
             raise ConfigError(
@@ -181,7 +181,7 @@ class AppliedTarget:
         return self._output(base, inner, inputs | kept, loss)
 
     def figures(self) -> dict[str, float]:
-        """Token-weighted means of training since they were last read: nll, trust, update, entropy, accuracy."""
+        """Means over training tokens since the last call: nll, trust, update, entropy, accuracy."""
         tokens = float(self._sums.pop(_TOKENS, 0))
         means = {name: float(total) / tokens for name, total in self._sums.items() if tokens}
         self._sums = {}

@@ -3,13 +3,13 @@
 A residual R with weight b adds b D(R, p) to the loss. With d = log p − log R, and everything but p held constant, its
 gradient on the logits is
 
-    g = b · p ⊙ (s − E_p[s]),    s = score(d),    the derivative of D by p, up to a constant
+    g = b · p ⊙ (s − E_p[s]),    s = score(d),    the derivative of D with respect to p, up to a constant
 
 The constant has no gradient and is chosen so that score(0) = 0: where R is near p every score is small, and s − E_p[s]
-keeps its digits. Forward KL, s = 1 − e^(−d), gives b (p − R). One of your own is a function of d, or a class like these.
+keeps its digits. Forward KL, s = 1 − e^(−d), gives b (p − R). Your own is a function of d or a class like these.
 
-Forward KL compares R with p over the head's whole width. The others compare the two over the tokens that R covers: p is
-renormalised there, so that the rows of a padded head are left alone.
+Forward KL compares R with p over the head's full width. The others compare the two over the tokens that R covers: p is
+renormalised there, so that the padded rows of a head get no gradient.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Divergence(Part, ABC):
 
     Attributes:
         equation: D in one line.
-        reach: the most that s_v − E_p[s] can be over all pairs (p, R); None: without bound. Q = p (1 − b (s − E_p[s]))
+        reach: the largest value of s_v − E_p[s] over all pairs (p, R); None: unbounded. Q = p (1 − b (s − E_p[s]))
             stays non-negative as long as b · reach ≤ 1.
         needs_full_support: whether D is infinite where R rules out what p does not.
     """
@@ -133,7 +133,7 @@ class ReverseKL(Divergence):
 class JSD(Divergence):
     """β KL(R ‖ m) + (1 − β) KL(p ‖ m), m = (1 − β) p + β R (GKD, arXiv:2306.13649): β as in TRL, Liger and ms-swift.
 
-    Small β: the gradient vanishes as β does, while TRL takes β = 0 for all of forward KL.
+    The gradient vanishes as β → 0, while TRL treats β = 0 as full forward KL.
 
     >>> JSD(beta=0.5).score(torch.tensor([0.0, math.inf]))  # at most (1 − β)(−log(1 − β))
     tensor([0.0000, 0.3466])
@@ -219,7 +219,7 @@ class SkewReverseKL(Divergence):
 @named("total_variation")
 @dataclass(frozen=True)
 class TotalVariation(Divergence):
-    """½ Σ |p − R| (f-DISTILL, arXiv:2307.15190): each token counts by its side, not by its distance.
+    """½ Σ |p − R| (f-DISTILL, arXiv:2307.15190): a token's score depends on the sign of p − R only.
 
     >>> TotalVariation().score(torch.tensor([-3.0, 0.0, 0.1]))
     tensor([-0.5000,  0.0000,  0.5000])
@@ -285,7 +285,7 @@ class Alpha(Divergence):
 class ToDi(Divergence):
     """w R log(R/p) + (1 − w) p log(p/R) per token, w = σ(slope · log(R/p)) held constant (ToDi, arXiv:2505.16297).
 
-    Forward KL's term where the student has too little, reverse KL's where it has too much.
+    This is closer to forward KL where p is below R, and closer to reverse KL where it is above.
 
     >>> ToDi().score(torch.tensor([0.0, 1.0]))
     tensor([0.0000, 1.3632])
@@ -315,10 +315,10 @@ class ToDi(Divergence):
 
 @dataclass(frozen=True)
 class FunctionDivergence(Divergence):
-    """A function of d of your own, as a divergence.
+    """Your own function of d, as a divergence.
 
-    The function may have an attribute ``value``, a function of (p, R, d) like those here; without one the mean score
-    E_p[s], which is 0 at R = p, is what is reported.
+    The function may have an attribute ``value``, a function of (p, R, d) like those here. Without one, the mean score
+    E_p[s] is reported, which is 0 at R = p.
     """
 
     function: Callable[[Tensor], Tensor]

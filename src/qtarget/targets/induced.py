@@ -20,7 +20,7 @@ _COARSE_NEGATIVE = 1e-6
 
 @dataclass(frozen=True)
 class InducedTarget:
-    """What a loss teaches, per position; NaN at ignored ones.
+    """What a loss teaches at each position; NaN at ignored positions.
 
     Attributes:
         q: [..., V], Q = p − g, with g the gradient of the summed loss. Its rows sum to 1 for a loss that depends on the
@@ -29,9 +29,9 @@ class InducedTarget:
         off_by: [...] how far Q is off: its negative mass, Σ max(0, −q), plus |Σ q − 1|.
         trust: [...] γ of Q = γ δ + (1 − γ) π̃; NaN where Q is off the simplex and its residual is not the student.
         residual: [..., V] π̃, each row summing to 1.
-        rule: [...] int64, what made the two unique, as an index of ``RULES``: 0 "student", q_k/p_k is one constant c for
-            k ≠ y, so that π̃ = p and γ = 1 − c; 1 "largest", the largest γ that leaves π̃ non-negative. −1 where trust is
-            NaN.
+        rule: [...] int64, the assumption that makes the two unique, as an index of ``RULES``: 0 "student", q_k/p_k is
+            one constant c for k ≠ y, so that π̃ = p and γ = 1 − c; 1 "largest", the largest γ that leaves π̃ non-negative.
+            −1 where trust is NaN.
 
     γ and π̃ are not identifiable in general, and the scale of a loss cannot be read from its gradient: a half-weighted
     cross-entropy and dft at p_y = ½ have the same Q.
@@ -53,11 +53,11 @@ def induced_target(
     reduction: str = "sum",
     ignore_index: int = -100,
 ) -> InducedTarget:
-    """The target that a differentiable loss hides.
+    """The target implied by a differentiable loss.
 
     Args:
-        loss_fn: called once with (logits, labels), as they are; returns a scalar. Nothing is shifted.
-        logits: [..., V], float32 or float64 (float64 tells the simplex to twelve digits).
+        loss_fn: called once with (logits, labels), unchanged; returns a scalar. Nothing is shifted.
+        logits: [..., V], float32 or float64 (in float64, the simplex is checked to twelve digits).
         labels: [...] int64, ``ignore_index`` where nothing is trained.
         reduction: "sum", or "mean" where the loss averages over supervised tokens: g is then multiplied by their number.
 

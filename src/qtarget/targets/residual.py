@@ -1,12 +1,12 @@
-"""Residuals: the distribution that gets the trust the label does not.
+"""Residuals: the distribution that gets the mass that the label does not get.
 
-Each is a log-linear pool, the softmax of a linear combination of the logits at hand:
+Each is a log-linear pool, the softmax of a linear combination of the models' logits:
 
     R = softmax(c·z_student + c_T·z_teacher + c_R·z_reference)        [n, V]
 
-so a residual is a small frozen value that gives the coefficients. One of your own is a class like these: a frozen
-dataclass with ``coefficients``. Student-only pools run over the head's full width, as p does; the others cover the real
-vocabulary and are 0 beyond.
+so a residual is a small frozen object with the coefficients. To write your own, make a class like these: a frozen
+dataclass with ``coefficients``. Student-only pools cover the head's full width, as p does; the others cover the real
+vocabulary and are 0 beyond it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Residual(Part, ABC):
     @property
     @abstractmethod
     def coefficients(self) -> Mapping[str, float]:
-        """Of each model's logits in the pool: ``{"student": 0.5, "teacher": 0.5}``; what is missing counts as 0."""
+        """Of each model's logits in the pool: ``{"student": 0.5, "teacher": 0.5}``; a missing model counts as 0."""
 
     @property
     def offset_slope(self) -> float | None:
@@ -49,7 +49,7 @@ class Residual(Part, ABC):
 
     @property
     def is_student(self) -> bool:
-        """The student itself: p − R = 0, so the term has no gradient and costs nothing."""
+        """Whether it is the student itself: p − R = 0, so the term has no gradient and costs nothing."""
         return self.nonzero == {"student": 1.0} and self.offset_slope is None
 
     @property
@@ -64,7 +64,7 @@ class Residual(Part, ABC):
 
     @property
     def requires(self) -> frozenset[str]:
-        """The models it needs beside the student; a coefficient of 0 needs none."""
+        """The models it needs besides the student; a coefficient of 0 needs none."""
         return frozenset(self.nonzero) - {"student"}
 
 
@@ -93,7 +93,7 @@ class Student(Residual):
 @named("uniform")
 @dataclass(frozen=True)
 class Uniform(Residual):
-    """Every token of the real vocabulary alike, R_v = 1/V (label smoothing, arXiv:1512.00567).
+    """The same for every token of the real vocabulary, R_v = 1/V (label smoothing, arXiv:1512.00567).
 
     >>> Uniform().coefficients
     {}

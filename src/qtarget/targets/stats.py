@@ -1,4 +1,4 @@
-"""What a trust rule can see of a token: statistics, never the vocabulary."""
+"""What a trust rule can see of a token: statistics, never the whole vocabulary."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ COMPOSED = "composed"
 
 @dataclass(frozen=True)
 class Target:
-    """What to learn from each token: trust × residual (× scale). ``dataclasses.replace`` makes one with other parts.
+    """What to learn from each token: trust × residual (× scale). ``dataclasses.replace`` makes a copy with other parts.
 
     Args:
         trust: a rule of ``qtarget.trust``, a number, or a function of the token's statistics.
@@ -42,11 +42,11 @@ class Target:
             "tempered_kl" b·T²·KL(R₁‖R₂) for a pair of residuals at temperature T. Gradients do not depend on it; other
             divergences are written as b·D.
         share: how much of the target this is, from 0 to 1; the rest is plain SFT (a warm-up moves it from 0 to 1).
-        name, hyperparameters, formula: what it is called and shown as; ``qtarget.preset`` gives them. They take no part
-            in comparisons, and a copy with other parts loses them.
+        name, hyperparameters, formula: how it is named and shown; ``qtarget.preset`` sets them. Comparisons ignore
+            them, and a copy with other parts loses them.
 
     Raises:
-        ConfigError: a part is none, or out of its range.
+        ConfigError: a part is not valid, or out of its range.
 
     >>> from dataclasses import replace
     >>> from qtarget.targets import residual, trust
@@ -114,7 +114,7 @@ class Target:
 
     @property
     def residual_terms(self) -> tuple[Term, ...]:
-        """The terms that have a gradient: neither the student itself nor a weight of zero."""
+        """The terms that have a gradient: not the student itself, and not those with a weight of zero."""
         if self.trust.fixed_rest == 0 or self.share == 0:
             return ()
         return tuple(term for term in self.residual if term.factor != 0 and not term.pool.is_student)
@@ -144,21 +144,21 @@ class Target:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Statistics the rules read."""
+        """Statistics that the rules read."""
         if self.share == 0:
             return frozenset({"log_p_y"})
         return self.trust.needs | (self.scale.needs if self.scale is not None else frozenset())
 
     @property
     def requires(self) -> frozenset[str]:
-        """Inputs this target cannot do without, by value: at eta=0 or kl_weight=0 no model is needed."""
+        """The inputs that this target needs with its present numbers: at eta=0 or kl_weight=0 no model is needed."""
         from_rules = {STATISTICS[name] for name in self.needs if STATISTICS.get(name)}
         from_pools = {name for term in self.residual_terms for name in term.pool.requires}
         return frozenset(from_rules | from_pools)  # type: ignore[arg-type]
 
     @property
     def may_skip_tokens(self) -> bool:
-        """Whether some tokens may have no gradient at all, so that looking for them pays."""
+        """Whether some tokens may have no gradient at all, so that it pays to look for them."""
         return self.share == 1 and self.trust.can_be_zero and (not self.residual_terms or self.trust.fixed_rest is None)
 
     def weights(self, stats: TokenStats) -> tuple[Tensor, list[Tensor]]:
@@ -198,7 +198,7 @@ class Target:
         """A target from its YAML form.
 
         ``"dft"`` | ``{preset: eaft, top_k: 20}`` | ``{trust: ..., residual: ..., scale: ...}`` |
-        ``"my_pkg.my_module:my_target"`` | a peer's spelling such as ``{use_eaft_loss: true}``. A mapping may also hold
+        ``"my_pkg.my_module:my_target"`` | another library's setting, ``{use_eaft_loss: true}``. A mapping may also hold
         ``share: 0.5``, half this target and half plain SFT.
         """
         from qtarget.targets.yaml_form import target_from_config
@@ -209,7 +209,7 @@ class Target:
         """The YAML form; ``Target.from_config(target.to_config()) == target``.
 
         Args:
-            composed: a preset, too, as the trust, residual and scale it is made of, its numbers filled in.
+            composed: write a preset, too, as its trust, residual and scale, with its numbers filled in.
 
         >>> from qtarget.targets import presets
         >>> presets.build("target-sft", eta=0.3).to_config(composed=True)

@@ -1,6 +1,6 @@
 """``qtarget train``: fine-tune a model toward a target, from a YAML file and flags.
 
-Keys of the file and flags are TRL's names and those below; flags win. Peers' spellings of an objective (use_dft_loss,
+Keys of the file and flags are TRL's names and those below; flags win. Other libraries' settings (use_dft_loss,
 use_eaft, gem_beta, ...) are read too. On several GPUs: accelerate launch -m qtarget train --config FILE, or torchrun
 --nproc_per_node N -m qtarget train --config FILE.
 """
@@ -24,7 +24,7 @@ VERB = Verb("train", __doc__, more=fields.common)
 
 @VERB.command(
     Option("dry_run", "check the recipe without weights; nothing is written"),
-    Option("gpus", "of the dry run; unset: 8", whole(1)),
+    Option("gpus", "GPUs that the dry run assumes; unset: 8", whole(1)),
     picture.SHOW_ROWS,
     Option("show_settings", "settings printed first: the changed ones or all", one_of("changed", "all"), "changed"),
     Option("log_full", "every figure of each log line, as a dict, in place of the table", SWITCH, False),

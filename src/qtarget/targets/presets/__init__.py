@@ -1,6 +1,6 @@
 """The named objectives, one entry each: names, YAML, help, docs, verify and tests read them.
 
-An entry is the function that composes the objective, what is known of it as data, and its loss as the paper prints it.
+An entry is the function that composes the objective, its description as data, and its loss as the paper prints it.
 
 ``g = a (p − δ) + Σ b (p − R)`` is an objective's gradient on the logits; everything in a, b and R is held constant.
 """

@@ -1,4 +1,4 @@
-"""What an entry of the presets holds, and how one is found and built."""
+"""What an entry of the presets contains, and how it is found and built."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GROUPS = ("label", "selection", "anchor", "distillation", OWN)
 
 @dataclass(frozen=True)
 class Preset:
-    """What is written about an objective, beside the function that builds it.
+    """What is recorded about an objective, along with the function that builds it.
 
     Attributes:
         build: its hyperparameters, all with the published defaults → Target; its docstring is the summary.
@@ -31,9 +31,9 @@ class Preset:
             by name, and of ``teacher_logits``, ``reference_logits``, ``old_logps``, ``weight``, ``critical`` and
             ``vocab_size`` what it names → loss [n], whose gradient is left to autograd.
         aliases: other names.
-        group: one of ``GROUPS``. defaults: whose the default numbers are, and where paper and code differ.
-        traps: what the published code does beside its formula, and how it is here.
-        schedule: the hyperparameters that move in the published runs, as YAML writes them; the defaults do not move.
+        group: one of ``GROUPS``. defaults: where the default numbers come from, and where paper and code differ.
+        traps: what the published code does besides its formula, and what qtarget does.
+        schedule: the hyperparameters that change during the published runs, in YAML form; the defaults stay constant.
     """
 
     name: str
@@ -150,12 +150,12 @@ def build(name: str, /, **hyperparameters: object) -> Target:
 
 
 def printed_loss(target: Target) -> Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor] | None:
-    """A named target's loss as its paper prints it: what the engine's gradient is compared with, by ``verify`` and tests.
+    """A named target's loss as its paper prints it; ``verify`` and tests compare the engine's gradient with it.
 
     Returns:
         (logits [n, V], labels [n], given) → loss [n], with ``given`` the further inputs by their names in
-        ``qtarget.target_loss``. None for a composed target, for a preset without a printed loss, and for a divergence of
-        somebody's own.
+        ``qtarget.target_loss``. None for a composed target, for a preset without a printed loss, and for a user-defined
+        divergence.
 
     >>> import torch
     >>> loss = printed_loss(build("beyond-log", alpha=1.0))

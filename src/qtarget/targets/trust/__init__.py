@@ -1,8 +1,8 @@
 """Trust rules: how much of the target goes to the observed token.
 
-A rule is a small frozen value. It reads per-token statistics (``TokenStats``, one tensor [n] each) and returns γ [n]; the
-caller treats it as a constant, so nothing here detaches. A rule of your own is a class like these, or a plain function of
-the statistics decorated with ``needs``.
+A rule is a small frozen object. It reads per-token statistics (``TokenStats``, one tensor [n] each) and returns γ [n],
+which the caller treats as a constant: nothing here detaches. To write your own, make a class like these, or a plain
+function of the statistics decorated with ``needs``.
 """
 
 from qtarget.targets.trust.combined import Anchored, FunctionRule, OffsetMass, as_rule, needs  # noqa: F401

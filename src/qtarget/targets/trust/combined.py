@@ -1,4 +1,4 @@
-"""Rules made from another rule, and rules of your own."""
+"""Rules made from another rule, and your own rules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qtarget.targets.trust.rule import Rule
 @named("anchored")
 @dataclass(frozen=True)
 class Anchored(Rule):
-    """The label keeps the weight of ``trust`` and the residual gets a fixed weight beside it.
+    """The label keeps the weight of ``trust``, and the residual gets a fixed weight in addition.
 
     a = trust, b = kl_weight, so γ = trust / (trust + kl_weight): SFT + KL (trust 1) and ASFT (trust p_y,
     arXiv:2509.23753). A negative weight pushes away from the residual: GEM (arXiv:2408.16673) is 1 and −1.
@@ -92,7 +92,7 @@ class FunctionRule(Rule):
 
 
 def needs(*statistics: str):
-    """Declare what a trust function of your own reads.
+    """Declare which statistics your own trust function reads.
 
     >>> @needs("entropy")
     ... def doubt(stats):

@@ -1,4 +1,4 @@
-"""Rules that read how sure the student is, whatever the label."""
+"""Rules that read how sure the student is overall."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class Entropy(Rule):
 class SurprisePower(Rule):
     """γ = p_y^e, e = 1 + strength · (clip(exp((−log p_y − H) / beta), low, high) − 1) (IDFT, arXiv:2602.12222).
 
-    A label that surprises the student more than its entropy H says has an exponent above 1, and loses trust; strength 0
-    is DFT.
+    A label that surprises the student more than its entropy H predicts has an exponent above 1, and gets less trust;
+    strength 0 is DFT.
 
     >>> import torch
     >>> SurprisePower()(TokenStats({"log_p_y": torch.tensor([0.5]).log(), "entropy": torch.tensor([0.5]).log().neg()}))
@@ -88,7 +88,7 @@ class SurprisePower(Rule):
 @named("concentration_power")
 @dataclass(frozen=True)
 class ConcentrationPower(Rule):
-    """γ = p_y^C, C = Σ_v p_v² (DEFT, arXiv:2602.11424): SFT where the student is spread, DFT where it is sure.
+    """γ = p_y^C, C = Σ_v p_v² (DEFT, arXiv:2602.11424): near SFT where p is spread out, near DFT where it is not.
 
     >>> import torch
     >>> ConcentrationPower()(TokenStats({"log_p_y": torch.tensor([0.25]).log(), "sum_sq": torch.tensor([0.5])}))
@@ -106,7 +106,7 @@ class ConcentrationPower(Rule):
 class TowardHalf(Rule):
     """γ = 1 + weight · m · p_y (1 − 2 p_y), the gradient of −log p_y + weight · m (p_y − ½)² (SED-SFT, arXiv:2602.07464).
 
-    m = 1 where the student's ``top_k`` likeliest tokens hold less than ``tau``, and is held constant.
+    m is held constant: 1 where the student's ``top_k`` likeliest tokens together have less than ``tau``, else 0.
 
     >>> import torch
     >>> unsure = {"log_p_y": torch.tensor([0.25]).log(), "rest_mass": torch.tensor([0.75])}

@@ -124,7 +124,7 @@ class ClippedProbability(Rule):
     """γ = p_y clipped to [low, high], as a share of ``high``.
 
     low 0.2 keeps a floor under rare labels (GOLD, arXiv:2009.07839); high 0.1 is min(1, p_y / 0.1), full trust from
-    there on (TrSFT, arXiv:2512.17636).
+    0.1 on (TrSFT, arXiv:2512.17636).
 
     >>> ClippedProbability(low=0.2)(TokenStats({"log_p_y": torch.tensor([0.5, 0.1]).log()}))
     tensor([0.5000, 0.2000])
@@ -150,7 +150,7 @@ class ClippedProbability(Rule):
 @named("mixture_ratio")
 @dataclass(frozen=True)
 class MixtureRatio(Rule):
-    """γ = p_y / (gamma + (1 − gamma) p_y): p_y over its mixture with the label (TaiLr, arXiv:2302.13344).
+    """γ = p_y / (gamma + (1 − gamma) p_y): p_y divided by its mixture with the label (TaiLr, arXiv:2302.13344).
 
     gamma = 0 is SFT, gamma = 1 is DFT.
 
@@ -180,7 +180,7 @@ class MixtureRatio(Rule):
 class ShapedProbability(Rule):
     """γ = gamma · p_y / (p_y + gamma)², the gradient of −p_y / (p_y + gamma) (LUFFY, arXiv:2504.14945).
 
-    Largest, ¼, at p_y = gamma: neither the label the student knows nor the one it rules out.
+    Largest, ¼, at p_y = gamma: less for labels that the student knows, and for those it rules out.
 
     >>> ShapedProbability(gamma=0.1)(TokenStats({"log_p_y": torch.tensor([0.4, 0.1]).log()}))
     tensor([0.1600, 0.2500])
@@ -203,7 +203,7 @@ class ShapedProbability(Rule):
 @named("bernoulli_variance")
 @dataclass(frozen=True)
 class BernoulliVariance(Rule):
-    """γ = p_y (1 − p_y): most for labels the student gives one half (CHORD-φ, arXiv:2508.11408).
+    """γ = p_y (1 − p_y): most for labels with p_y = ½ (CHORD-φ, arXiv:2508.11408).
 
     >>> BernoulliVariance()(TokenStats({"log_p_y": torch.tensor([0.5]).log(), "rest_mass": torch.tensor([0.5])}))
     tensor([0.2500])
@@ -220,7 +220,7 @@ class BernoulliVariance(Rule):
 class ConfidenceGap(Rule):
     """γ = p_y · max(0, 1 − logit(p_y) / logit(confidence)) (InfoSFT, arXiv:2605.14967).
 
-    Nothing from p_y = confidence on: what the student is that sure of, it need not learn.
+    γ = 0 from p_y = confidence on: the student need not learn what it is already that sure of.
 
     >>> sure = torch.tensor([0.5, 0.95])
     >>> ConfidenceGap(0.93)(TokenStats({"log_p_y": sure.log(), "rest_mass": 1 - sure}))
@@ -244,7 +244,7 @@ class ConfidenceGap(Rule):
 @named("focal")
 @dataclass(frozen=True)
 class Focal(Rule):
-    """The gradient of −(1 − p_y)^gamma · log p_y (focal loss, arXiv:1708.02002): less of what the student knows.
+    """The gradient of −(1 − p_y)^gamma · log p_y (focal loss, arXiv:1708.02002): less for what the student knows.
 
     γ = (1 − p_y)^gamma + gamma · p_y (1 − p_y)^(gamma − 1) · (−log p_y), above 1 for unlikely labels. With ``held`` the
     factor is held constant and γ is that factor.

@@ -33,7 +33,7 @@ class ReferenceProbability(Rule):
 @named("reference_lower_mass")
 @dataclass(frozen=True)
 class ReferenceLowerMass(Rule):
-    """γ = 1[u ≥ threshold], u the reference's mass on the label and all that is less likely (PriFT, arXiv:2606.09396).
+    """γ = 1[u ≥ threshold], u the reference's mass on the label and all less likely tokens (PriFT, arXiv:2606.09396).
 
     >>> import torch
     >>> ref = {"reference_log_p_y": torch.tensor([0.3, 0.1]).log(), "reference_lower_mass": torch.tensor([0.3, 0.1])}
@@ -82,7 +82,7 @@ class Gibbs(Rule):
     """γ = G / (1 + G), G = prior_y (e^beta − 1) (GIFT, arXiv:2601.09233).
 
     With the prior as residual Q = softmax(log prior + beta · 1[y]), the prior with the label's logit raised by beta.
-    ``prior`` is "reference" or "teacher"; beta → 0 leaves the prior, a large beta is SFT.
+    ``prior`` is "reference" or "teacher"; beta → 0 gives the prior, a large beta SFT.
 
     >>> import torch
     >>> Gibbs(beta=math.log(3))(TokenStats({"reference_log_p_y": torch.tensor([0.5, 0.1]).log()}))

@@ -19,8 +19,8 @@ from qtarget.targets.trust.rule import Rule
 class ProbabilityThreshold(Rule):
     """Train or drop by the label's probability: γ = 1[p_y ≥ tau] (ProFiT, arXiv:2601.09195).
 
-    direction "higher" keeps p_y >= tau, "lower" keeps p_y <= tau, "middle" keeps tau_low <= p_y <= tau_high: the
-    thresholds themselves are kept, as in the authors' code.
+    direction "higher" keeps p_y >= tau, "lower" keeps p_y <= tau, "middle" keeps tau_low <= p_y <= tau_high: tokens
+    exactly at a threshold are kept, as in the authors' code.
 
     >>> ProbabilityThreshold(tau=0.3)(TokenStats({"log_p_y": torch.tensor([0.5, 0.1]).log()}))
     tensor([1., 0.])
