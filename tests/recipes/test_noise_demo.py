@@ -117,11 +117,11 @@ def test_the_page_says_what_is_on_record(demo, record):
     assert held == "dft above sft in 5 of 5, target-sft above sft in 5 of 5, dft above target-sft in 5 of 5."
     assert "dft was above sft in 5 of 5, target-sft above sft in 5 of 5, and dft above target-sft in 5 of 5." in text
     base = 100 * demo.shares(record, "base", "greedy").mean()
-    assert f"The base already had {base:.1f}." in text
+    assert f"The base already scored {base:.1f}." in text
     assert all(100 * demo.shares(record, arm, "greedy").mean() < base for arm in ARMS)
     study = " ".join((ROOT / "docs" / "study.md").read_text().split())
     right, wrong = re.search(r"strong base gives right unique tokens ([\d.]+) and wrong ones ([\d.]+),", study).groups()
-    assert f"gives a right unique token {right} on average and a wrong digit {wrong} (" in text
+    assert f"has no alternative a probability of {right}, and a wrong digit {wrong} (" in text
     settings, machine = record["settings"], record["machine"]
     assert f"{settings['continued_steps'] * settings['pretraining_batch']:,} clean solutions" in text
     assert f"{settings['test_problems']} test problems, {settings['dev_samples']} samples each" in text
