@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 
 def main() -> None:
@@ -20,6 +21,7 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=160)
     args = parser.parse_args()
 
+    logging.disable_progress_bar()
     row = json.loads(args.data.read_text(encoding="utf-8").splitlines()[args.row])
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model)
