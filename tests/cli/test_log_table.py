@@ -304,6 +304,8 @@ def test_the_page_shows_the_table_as_it_is(table):
     """Its example, but for the times left."""
     example = re.search(r"(?:^     *(?:step|\d/8) .*\n)+", PAGE.read_text(encoding="utf-8"), re.M)
     heading, *rows = textwrap.dedent(example[0]).splitlines()
+    recorded = (PAGE.parents[2] / "benchmarks" / "results" / "quickstart_log.txt").read_text(encoding="utf-8")
+    assert {heading, *rows} <= {*recorded.splitlines()}
     table.state.max_steps, tokens, printed = 8, 0, []
     table.made.on_train_begin(None, table.state, None)
     for step, *cells in map(str.split, rows):
