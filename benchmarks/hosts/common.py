@@ -16,8 +16,20 @@ import qtarget as qt
 import tiny_models
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "hosts.json"
-STEPS, LEARNING_RATE = 3, 1e-2
+STEPS = 3
 PAIRS = [(f"Tom has {i}", f"A box holds {i + 9}") for i in range(24)]  # questions and answers
+TRAINING = {  # what a host's run has in common, by Transformers' names
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_steps": STEPS,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "seed": 1,
+}
 Steps = list[dict[str, float]]
 
 

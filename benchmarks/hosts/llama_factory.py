@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from common import LEARNING_RATE, PAIRS, STEPS, Steps, make_model, record, steps_of, stopped
+from common import PAIRS, STEPS, TRAINING, Steps, make_model, record, steps_of, stopped
 
 import qtarget as qt
 
@@ -39,17 +39,8 @@ SETTINGS = {
     "dataset": "rows",
     "template": "default",
     "cutoff_len": 64,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "max_steps": STEPS,
-    "learning_rate": LEARNING_RATE,
-    "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "use_cpu": True,
+    **TRAINING,
     "overwrite_output_dir": True,
-    "seed": 1,
 }
 
 

@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import LEARNING_RATE, PAIRS, STEPS, Steps, make_model, record, steps_of, stopped
+from common import PAIRS, TRAINING, Steps, make_model, record, steps_of, stopped
 
 PLUGIN = Path(__file__).resolve().parents[2] / "examples" / "trainers" / "ms_swift_plugin.py"
 PACKAGES = ("ms-swift", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "modelscope")
@@ -33,17 +33,8 @@ SETTINGS = {
     "tuner_type": "full",
     "torch_dtype": "float32",
     "max_length": 64,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "max_steps": STEPS,
-    "learning_rate": LEARNING_RATE,
-    "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "use_cpu": True,
+    **TRAINING,
     "check_model": False,
-    "seed": 1,
 }
 LORA = {"tuner_type": "lora", "target_modules": "all-linear"}
 # With each of these its trainer takes the labels away from the model and computes a loss itself.
